@@ -1,0 +1,27 @@
+"""The mathematics of Relay Diffusion: torch only."""
+
+from relay_diffusion.diffusion.corruption import BlurringCorruption, Corruption, GaussianCorruption
+from relay_diffusion.diffusion.dct import block_dct, block_filter, block_idct
+from relay_diffusion.diffusion.guidance import ClassifierFreeGuidance, Denoiser, drop_labels
+from relay_diffusion.diffusion.loss import DenoisingLoss
+from relay_diffusion.diffusion.noise import ImageSeeds, RandnLike, block_noise
+from relay_diffusion.diffusion.schedule import LogNormal, TruncatedLogNormal, karras_sigmas
+
+__all__ = [
+    "BlurringCorruption",
+    "ClassifierFreeGuidance",
+    "Corruption",
+    "Denoiser",
+    "DenoisingLoss",
+    "GaussianCorruption",
+    "ImageSeeds",
+    "LogNormal",
+    "RandnLike",
+    "TruncatedLogNormal",
+    "block_dct",
+    "block_filter",
+    "block_idct",
+    "block_noise",
+    "drop_labels",
+    "karras_sigmas",
+]

@@ -1,0 +1,82 @@
+"""Noise levels: how sigma is distributed in training, and the grid that sampling walks along."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class LogNormal:
+    """ln sigma ~ N(p_mean, p_std): the level u in (0, 1) is the probability of a smaller sigma (Karras et al. 2022).
+
+    sigma(u) = exp(p_mean + p_std Phi^-1(u)); level(sigma) is its inverse.
+    """
+
+    prob_length: float = 1.0
+
+    def __init__(self, p_mean: float = -1.2, p_std: float = 1.2) -> None:
+        if p_std <= 0:
+            raise ValueError(f"p_std is {p_std}, must be positive")
+        self.p_mean, self.p_std = float(p_mean), float(p_std)
+
+    def sigma(self, level: Tensor) -> Tensor:
+        """Noise standard deviation at a level in (0, 1), any shape."""
+        return torch.exp(self.p_mean + self.p_std * torch.special.ndtri(level * self.prob_length))
+
+    def level(self, sigma: Tensor) -> Tensor:
+        """Level of a noise standard deviation, any shape."""
+        return torch.special.ndtr((sigma.log() - self.p_mean) / self.p_std) / self.prob_length
+
+    def draw(self, size: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Training noise levels sigma [size] from the global random state."""
+        normal = torch.randn(size, device=device, dtype=dtype)
+        return self.from_normal(normal)
+
+    def from_normal(self, normal: Tensor) -> Tensor:
+        """sigma of a standard normal draw: exp(p_mean + p_std normal), any shape."""
+        return torch.exp(self.p_mean + self.p_std * normal)
+
+
+class TruncatedLogNormal(LogNormal):
+    """A log-normal cut at its `prob_length` quantile: the relay stage never sees larger noise than its start.
+
+    sigma(u) = exp(p_mean + p_std Phi^-1(u m)), m = prob_length; level(sigma) = Phi((ln sigma - p_mean)/p_std)/m.
+    `sigma_floor` bounds training levels from below by Phi((ln sigma_floor - p_mean)/p_std) * m, as published
+    (one would expect a division; the published weights were trained with the product).
+    """
+
+    def __init__(
+        self, p_mean: float = -1.2, p_std: float = 1.2, prob_length: float = 0.93, sigma_floor: float = 0.0075
+    ) -> None:
+        super().__init__(p_mean, p_std)
+        if prob_length <= 0:
+            raise ValueError(f"prob_length is {prob_length}, must be positive")
+        self.prob_length = float(prob_length)
+        below = 0.5 * (1 + math.erf((math.log(sigma_floor) - p_mean) / p_std / math.sqrt(2)))
+        self.level_floor = below * self.prob_length
+
+    def draw(self, size: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Training noise levels sigma [size] from the global random state."""
+        return self.from_uniform(torch.rand(size, device=device, dtype=dtype))
+
+    def from_uniform(self, uniform: Tensor) -> Tensor:
+        """sigma of a uniform draw, its level clamped from below, any shape."""
+        return self.sigma(uniform.clamp(min=self.level_floor))
+
+
+def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
+    """Noise levels [steps], float64, decreasing from sigma_max to sigma_min (Karras et al. 2022, eq. 5).
+
+    sigma_i = (sigma_max^(1/rho) + i/(steps-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho.
+    Raises ValueError unless steps >= 2, rho > 0 and 0 < sigma_min < sigma_max.
+    """
+    if steps < 2 or rho <= 0 or not 0 < sigma_min < sigma_max:
+        raise ValueError(
+            f"steps={steps}, sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho}: "
+            "need steps >= 2, rho > 0 and 0 < sigma_min < sigma_max"
+        )
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return (high + ramp * (low - high)) ** rho

@@ -1,0 +1,6 @@
+"""One UNet for every stage, and the preconditioner that makes a denoiser of it."""
+
+from relay_diffusion.networks.preconditioning import EDMPreconditioner
+from relay_diffusion.networks.unet import UNet
+
+__all__ = ["EDMPreconditioner", "UNet"]

@@ -1,0 +1,112 @@
+"""The UNet of every stage: ADM's architecture (Dhariwal & Nichol 2021) with its noise and label embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from relay_diffusion.networks.blocks import ResidualBlock, group_norm, zero
+from relay_diffusion.networks.embeddings import SinusoidalEmbedding
+
+
+class UNet(nn.Module):
+    """[B,C,R,R] -> [B,C,R,R], conditioned on noise level, class and augmentation.
+
+    `channels` x `channel_mult` are the channels of each level (each at half the resolution of the one before);
+    `blocks` residual blocks a level; attention at the given `attention_resolutions` and at the lowest level.
+    `num_classes` 0: unconditional. `augment_labels`: number of augmentation parameters, 0 for none.
+    Raises ValueError if the resolution cannot be halved often enough.
+    """
+
+    def __init__(
+        self,
+        resolution: int,
+        image_channels: int = 3,
+        channels: int = 192,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        blocks: int = 3,
+        attention_resolutions: Sequence[int] = (32, 16, 8),
+        dropout: float = 0.0,
+        num_classes: int = 0,
+        augment_labels: int = 0,
+        embedding_mult: int = 4,
+    ) -> None:
+        super().__init__()
+        levels = len(channel_mult)
+        if resolution % 2 ** (levels - 1):
+            raise ValueError(
+                f"resolution {resolution} is not divisible by 2^{levels - 1} for {levels} levels"
+            )
+        if channels % 2:
+            raise ValueError(f"channels is {channels}, must be even")
+        self.resolution, self.image_channels, self.num_classes = resolution, image_channels, num_classes
+        width = channels * embedding_mult
+
+        self.embed_noise = SinusoidalEmbedding(channels)
+        self.embed_augment = nn.Linear(augment_labels, channels, bias=False) if augment_labels else None
+        self.embed0 = nn.Linear(channels, width)
+        self.embed1 = nn.Linear(width, width)
+        self.embed_class = nn.Embedding(num_classes, width) if num_classes else None
+
+        def block(in_channels: int, out_channels: int, size: int) -> ResidualBlock:
+            return ResidualBlock(in_channels, out_channels, width, dropout, size in attention_resolutions)
+
+        self.conv_in = nn.Conv2d(image_channels, channels, 3, padding=1)
+        self.encoder = nn.ModuleList()
+        skips, current = [channels], channels
+        for level, mult in enumerate(channel_mult):
+            size = resolution >> level
+            if level > 0:
+                self.encoder.append(ResidualBlock(current, current, width, dropout, down=True))
+                skips.append(current)
+            for _ in range(blocks):
+                self.encoder.append(block(current, channels * mult, size))
+                current = channels * mult
+                skips.append(current)
+
+        lowest = ResidualBlock(current, current, width, dropout, attention=True)
+        self.middle = nn.ModuleList([lowest, ResidualBlock(current, current, width, dropout)])
+
+        self.decoder = nn.ModuleList()
+        self.joins = []  # for each decoder block: does it take a skip connection?
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            size = resolution >> level
+            if level < levels - 1:
+                self.decoder.append(ResidualBlock(current, current, width, dropout, up=True))
+                self.joins.append(False)
+            for _ in range(blocks + 1):
+                self.decoder.append(block(current + skips.pop(), channels * mult, size))
+                self.joins.append(True)
+                current = channels * mult
+        self.norm_out = group_norm(current)
+        self.conv_out = zero(nn.Conv2d(current, image_channels, 3, padding=1))
+
+    def embed(self, noise: Tensor, labels: Tensor | None, augment: Tensor | None) -> Tensor:
+        """noise [B], labels [B] (-1: no class) or None, augment [B,A] or None -> conditioning [B,E]."""
+        embedding = self.embed_noise(noise)
+        if self.embed_augment is not None and augment is not None:
+            embedding = embedding + self.embed_augment(augment.to(embedding.dtype))
+        embedding = self.embed1(F.silu(self.embed0(embedding)))
+        if self.embed_class is not None and labels is not None:
+            known = (labels >= 0)[:, None].to(embedding.dtype)
+            embedding = embedding + self.embed_class(labels.clamp(min=0)) * known
+        return F.silu(embedding)
+
+    def forward(
+        self, x: Tensor, noise: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
+    ) -> Tensor:
+        """x [B,C,R,R], noise level c_noise [B], labels [B] or None, augment_labels [B,A] or None -> [B,C,R,R]."""
+        embedding = self.embed(noise, labels, augment_labels)
+        x = self.conv_in(x)
+        skips = [x]
+        for block in self.encoder:
+            x = block(x, embedding)
+            skips.append(x)
+        for block in self.middle:
+            x = block(x, embedding)
+        for block, joins in zip(self.decoder, self.joins, strict=True):
+            x = block(torch.cat([x, skips.pop()], dim=1) if joins else x, embedding)
+        return self.conv_out(F.silu(self.norm_out(x)))
