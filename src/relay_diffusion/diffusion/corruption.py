@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from relay_diffusion.diffusion.dct import block_filter
@@ -17,13 +18,29 @@ def expand(sigma: Tensor) -> Tensor:
     return sigma[:, None, None, None]
 
 
+def upsample_blocks(images: Tensor, block: int) -> Tensor:
+    """Repeat every pixel block x block times: [B,C,H,W] -> [B,C,H*block,W*block]; the end state of blurring."""
+    return images.repeat_interleave(block, dim=-2).repeat_interleave(block, dim=-1)
+
+
+def block_mean(images: Tensor, block: int) -> Tensor:
+    """Mean of every block x block piece: [B,C,H,W] -> [B,C,H/block,W/block]."""
+    return F.avg_pool2d(images, block)
+
+
 class GaussianCorruption:
     """White noise alone: x_sigma = x0 + sigma eps. The first stage of every relay."""
 
-    block = 1  # needs no image of an earlier stage
+    block = 1  # enlarges nothing: there is no earlier stage
 
     def __init__(self, schedule: LogNormal) -> None:
         self.schedule = schedule
+
+    def start(self, like: Tensor, previous: Tensor | None, randn_like: RandnLike) -> Tensor:
+        """Where sampling starts: unit noise like `like` [B,C,H,W]. Raises ValueError if given an image."""
+        if previous is not None:
+            raise ValueError("a first stage starts from noise: it takes no image of an earlier stage")
+        return randn_like(like)
 
     def draw_noise(self, like: Tensor, randn_like: RandnLike) -> Tensor:
         """Noise of the forward process at sigma 1, like `like` [B,C,H,W]."""
@@ -58,6 +75,20 @@ class BlurringCorruption:
         self.schedule, self.block = schedule, block
         self.blur_sigma_max, self.min_gain = blur_sigma_max, min_gain
         self.block_strength = block_strength
+
+    def start(self, like: Tensor, previous: Tensor | None, randn_like: RandnLike) -> Tensor:  # noqa: ARG002
+        """Where sampling starts: `previous` [B,C,H/block,W/block], each pixel repeated -> [B,C,H,W].
+
+        Raises ValueError if `previous` is missing or does not fit `like`.
+        """
+        if previous is None:
+            raise ValueError("a relay stage starts from the images of the stage before: give `previous`")
+        upsampled = upsample_blocks(previous.to(like), self.block)
+        if upsampled.shape != like.shape:
+            raise ValueError(
+                f"images of {tuple(previous.shape)} enlarged {self.block} times are not of {tuple(like.shape)}"
+            )
+        return upsampled
 
     def gains(self, sigma: Tensor) -> Tensor:
         """Gain of each DCT coefficient at noise sigma: [B] -> [B,1,block,block]; the mean's is 1."""

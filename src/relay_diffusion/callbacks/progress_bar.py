@@ -1,0 +1,80 @@
+"""Progress of training and sampling, in images."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from relay_diffusion.callbacks.training_log import TrainingLog
+from relay_diffusion.progress import Advance, progress
+from relay_diffusion.stage import DiffusionStage
+
+
+class TrainingProgress(Callback):
+    """A bar of images seen, with the newest loss and speed from the TrainingLog."""
+
+    def __init__(self, max_images: int) -> None:
+        self.max_images = max_images
+        self._stack, self._advance = ExitStack(), None
+
+    _advance: Advance | None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the bar on rank 0."""
+        assert isinstance(pl_module, DiffusionStage)
+        bar = progress("training", self.max_images, done=pl_module.images_seen, enabled=trainer.is_global_zero)
+        self._advance = self._stack.enter_context(bar)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
+        """Move the bar."""
+        assert isinstance(pl_module, DiffusionStage)
+        assert self._advance is not None
+        latest = next((c.latest for c in trainer.callbacks if isinstance(c, TrainingLog)), {})  # type: ignore[attr-defined]
+        note = "loss {loss:.4f}  {images_per_second:,.0f} images/s".format(**latest) if latest else ""
+        self._advance(min(pl_module.images_seen, self.max_images) - self._advance.done, note)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        """Close the bar."""
+        self._stack.close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:  # noqa: ARG002
+        """Close the bar before the message is printed."""
+        self._stack.close()
+
+
+class SamplingProgress(Callback):
+    """A bar of images made, counted over all devices as if they were equally fast."""
+
+    def __init__(self, description: str, total: int, done: int = 0) -> None:
+        self.description, self.total, self.done = description, total, done
+        self._stack, self._advance = ExitStack(), None
+
+    _advance: Advance | None
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        """Show the bar on rank 0."""
+        bar = progress(self.description, self.total, done=self.done, enabled=trainer.is_global_zero)
+        self._advance = self._stack.enter_context(bar)
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,  # noqa: ARG002
+        outputs: Any,  # noqa: ARG002
+        batch: Any,
+        *args: Any,  # noqa: ARG002
+    ) -> None:
+        """Move the bar."""
+        assert self._advance is not None
+        self._advance(min(len(batch[0]) * trainer.world_size, self.total - self._advance.done))
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        """Close the bar."""
+        self._stack.close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:  # noqa: ARG002
+        """Close the bar before the message is printed."""
+        self._stack.close()

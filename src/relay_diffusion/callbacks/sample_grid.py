@@ -1,0 +1,82 @@
+"""Pictures of what the stage makes, while it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from PIL import Image
+from torch import Tensor
+
+from relay_diffusion.callbacks.ema import EMA
+from relay_diffusion.callbacks.every import Every
+from relay_diffusion.data.images import ImageDataset, to_float
+from relay_diffusion.diffusion.corruption import block_mean, upsample_blocks
+from relay_diffusion.pictures import image_grid, save_png, side_by_side
+from relay_diffusion.stage import DiffusionStage
+
+
+class SampleGrid(Callback):
+    """Samples with fixed seeds and the averaged weights, every `every_n_images` and at the end.
+
+    Written to `directory`/images-<images seen>.png and sent to the loggers that take pictures. A relay stage
+    starts from block means of `count` training images, shown left of its output, the real images right of it;
+    a first stage takes their classes.
+    """
+
+    def __init__(self, directory: str, every_n_images: int, count: int = 16) -> None:
+        self.directory, self.count = Path(directory), count
+        self._every = Every(every_n_images)
+        self._shown = -1
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        """Count from where training starts."""
+        assert isinstance(pl_module, DiffusionStage)
+        self._every.start(pl_module.images_seen)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
+        """Draw when due."""
+        assert isinstance(pl_module, DiffusionStage)
+        if self._every(pl_module.images_seen):
+            self._draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the end of training, unless that was just done."""
+        assert isinstance(pl_module, DiffusionStage)
+        if self._every.images > 0 and self._shown != pl_module.images_seen:
+            self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: L.Trainer, stage: DiffusionStage) -> None:
+        self._shown = stage.images_seen
+        if not trainer.is_global_zero:
+            return
+        dataset = trainer.datamodule.dataset  # type: ignore[attr-defined]
+        ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
+        if ema is None:
+            picture = self.picture(stage, dataset)
+        else:
+            with ema.applied(stage):
+                picture = self.picture(stage, dataset)
+        path = self.directory / f"images-{stage.images_seen:09d}.png"
+        save_png(picture, path)
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image("samples", [picture], step=stage.images_seen)
+
+    def picture(self, stage: DiffusionStage, dataset: ImageDataset) -> Image.Image:
+        """Samples of the stage as one picture; for a relay stage between their start and the real images."""
+        count = min(self.count, len(dataset.names))
+        items = [dataset[i * len(dataset.names) // count] for i in range(count)]  # from all over the set
+        real: Tensor = to_float(torch.stack([image for image, _ in items])).to(stage.device)
+        labels = torch.tensor([label for _, label in items]) if stage.num_classes else None
+        columns = max(1, round(count**0.5))
+        seeds = range(count)
+        if stage.corruption.block == 1:
+            return image_grid(stage.sample(real.shape, seeds, labels), columns)
+        small = block_mean(real, stage.corruption.block)
+        made = stage.sample(real.shape, seeds, labels, previous=small)
+        shown = (upsample_blocks(small, stage.corruption.block), made, real)
+        return side_by_side([image_grid(images, columns) for images in shown])

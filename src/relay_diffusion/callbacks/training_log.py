@@ -1,0 +1,75 @@
+"""The numbers of training: loss, loss by noise level, learning rate, speed, memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from relay_diffusion.callbacks.every import Every
+from relay_diffusion.stage import DiffusionStage
+
+
+class TrainingLog(Callback):
+    """Logs means over the last `every_n_images` images, with the images seen as the x-axis.
+
+    loss: mean weighted squared error per element. loss_noise_K: the same for the K-th quarter of noise levels,
+    1 the smallest noise. images_per_second, memory_gib (peak on the device), lr, replaced_gradients (so far).
+    """
+
+    def __init__(self, every_n_images: int, bins: int = 4) -> None:
+        self.bins = bins
+        self._every = Every(every_n_images)
+        self._sums: Tensor | None = None
+        self._counted_from, self._clock = 0, 0.0
+        self.latest: dict[str, float] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        """Start the sums and the clock."""
+        assert isinstance(pl_module, DiffusionStage)
+        self._every.start(pl_module.images_seen)
+        self._restart(pl_module)
+
+    def _restart(self, stage: DiffusionStage) -> None:
+        self._sums = torch.zeros(2, self.bins, device=stage.device, dtype=torch.float32)
+        self._counted_from, self._clock = stage.images_seen, time.perf_counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Tensor | Mapping[str, Any] | None,
+        *args: Any,  # noqa: ARG002
+    ) -> None:
+        """Add the batch to the sums on the device; log when due."""
+        assert isinstance(pl_module, DiffusionStage)
+        assert isinstance(outputs, Mapping)
+        assert self._sums is not None
+        level = pl_module.corruption.schedule.level(outputs["sigma"].float())
+        bins = (level * self.bins).long().clamp(0, self.bins - 1)
+        self._sums[0].index_add_(0, bins, outputs["per_image"].float())
+        self._sums[1].index_add_(0, bins, torch.ones_like(bins, dtype=torch.float32))
+        if self._every(pl_module.images_seen):
+            self._log(trainer, pl_module)
+
+    def _log(self, trainer: L.Trainer, stage: DiffusionStage) -> None:
+        total, count = trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
+        seconds = time.perf_counter() - self._clock
+        values = {f"loss_noise_{i + 1}": s / n for i, (s, n) in enumerate(zip(total, count, strict=True)) if n}
+        values |= {
+            "loss": sum(total) / sum(count),
+            "images_per_second": (stage.images_seen - self._counted_from) / seconds,
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "replaced_gradients": float(stage.replaced_gradients),
+        }
+        if stage.device.type == "cuda":
+            values["memory_gib"] = torch.cuda.max_memory_allocated(stage.device) / 2**30
+        self.latest = values
+        for logger in trainer.loggers:
+            logger.log_metrics({f"train/{key}": value for key, value in values.items()}, step=stage.images_seen)
+        self._restart(stage)

@@ -1,0 +1,104 @@
+"""Checkpoint files: found, read without running anything in them, and turned into objects again."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, instantiate
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from relay_diffusion.errors import UserError
+
+LAST = "last.ckpt"
+TRUSTED = ("relay_diffusion.",)  # the packages whose classes a checkpoint may name
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """A checkpoint file for `path`: itself, or the last one of a run directory. Raises UserError if there is none."""
+    path = Path(path)
+    candidates = [path] if not path.is_dir() else [path / LAST, path / "checkpoints" / LAST]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise UserError(f"no checkpoint at {path}: give a .ckpt file or the directory of a training run")
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU, tensors and plain values only. Raises UserError naming the file."""
+    file = find_checkpoint(path)
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile):
+        raise UserError(
+            f"{file} cannot be read as a checkpoint: it is damaged, no checkpoint, "
+            "or holds more than tensors and plain values, which is refused"
+        ) from None
+    if not isinstance(content, dict) or not isinstance(content.get("stage_config"), dict):
+        raise UserError(f"{file} is not a checkpoint of a diffusion stage: it holds no stage_config")
+    return content
+
+
+def file_hash(file: Path) -> str:
+    """sha256 of a file's content, hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check_targets(node: Any, trusted: tuple[str, ...], file: Path) -> None:
+    """Refuse a stored config that would call anything but a class of the trusted packages."""
+    if isinstance(node, str) and "${" in node:
+        raise UserError(f"{file} holds a config with an interpolation ({node[:60]}): refused")
+    if isinstance(node, Mapping):
+        target = node.get("_target_")
+        if target is not None:
+            if not (isinstance(target, str) and target.startswith(trusted)):
+                raise UserError(f"{file} names {target!r}, which is not a class of {' or '.join(trusted)}: refused")
+            try:
+                found = get_class(target)
+            except Exception:
+                raise UserError(f"{file} names the class {target}, which does not exist here") from None
+            if not found.__module__.startswith(tuple(t.rstrip(".") for t in trusted)):
+                raise UserError(f"{file} names {target}, which leads outside {' or '.join(trusted)}: refused")
+        for value in node.values():
+            _check_targets(value, trusted, file)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            _check_targets(value, trusted, file)
+
+
+def build_stored(
+    config: Mapping[str, Any], changes: Mapping[str, Any] | None, file: Path, trusted: tuple[str, ...] = TRUSTED
+) -> Any:
+    """Build the object of a stored config, some of its values changed.
+
+    `changes` has the shape of the config and may only name what is in it; null values change nothing.
+    Raises UserError for an unknown name, a value that the class refuses, or a class that is not trusted.
+    """
+    _check_targets(config, trusted, file)
+    stored = OmegaConf.create(dict(config))
+    OmegaConf.set_struct(stored, True)
+    try:
+        merged = OmegaConf.merge(stored, _without_nulls(changes or {}))
+        return instantiate(merged, _convert_="all")
+    except OmegaConfBaseException as error:
+        raise UserError(f"changes to the stage of {file}: {str(error).splitlines()[0]}") from None
+    except InstantiationException as error:
+        raise UserError(f"the stage of {file} cannot be built: {error.__cause__ or error}") from None
+
+
+def _without_nulls(changes: Mapping[str, Any]) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for key, value in changes.items():
+        if isinstance(value, Mapping):
+            kept[key] = _without_nulls(value)
+        elif value is not None:
+            kept[key] = value
+    return kept

@@ -1,0 +1,133 @@
+"""Command lines: mistakes end as one clear line and exit code 2, never as a traceback."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from relay_diffusion.errors import UserError
+
+FULL_ERROR = "HYDRA_FULL_ERROR"  # Hydra's own switch: set it to 1 to see tracebacks
+SHOW_TRACEBACK = "RELAY_DIFFUSION_TRACEBACK"  # the user's setting of it
+
+
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(node, DictConfig):
+        for key in node:
+            if str(key).startswith("_"):
+                continue
+            yield f"{prefix}{key}"
+            if not OmegaConf.is_interpolation(node, key) and not OmegaConf.is_missing(node, key):
+                yield from _keys(node._get_node(key), f"{prefix}{key}.")
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """ " Did you mean ...?", or nothing if nothing is close."""
+    same_word = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]  # in another place
+    matches = same_word or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def _known_keys(config: Path, unknown: str) -> list[str]:
+    """Every key of the config, with the group choices of this command line if they can be composed."""
+    choices = [a for a in sys.argv[1:] if re.fullmatch(r"[a-z_]+=\w+", a)]
+    groups = [choice for choice in choices if not choice.startswith(f"{unknown}=")]
+    for overrides in (groups, []):
+        try:
+            with initialize_config_dir(str(config.parent.resolve()), version_base="1.3"):
+                return list(_keys(compose(config.stem, overrides=overrides)))
+        except (HydraException, OmegaConfBaseException):
+            continue
+    return []
+
+
+def _unknown_override(message: str, config: Path) -> str | None:
+    """The user's words for Hydra's refusal of an override, with the nearest key or choice."""
+    found = re.search(r"Could not override '([^']+)'", message)
+    if found:
+        name = found[1].lstrip("+~")
+        return f"{name} is not an option{nearest(name, _known_keys(config, name))}"
+    found = re.search(r"Could not find '([^']+)'", message)
+    if found:
+        group, _, name = found[1].rpartition("/")
+        listed = message.partition("Available options in")[2]
+        choices = [line.strip() for line in listed.splitlines()[1:] if line.strip() and " " not in line.strip()]
+        options = f"; it can be {', '.join(choices)}" if choices else ""
+        return f"{group}={name} is not there{nearest(name, choices) or options}"
+    found = re.search(r"You must specify '([^']+)'", message)
+    if found:
+        choices = [line.strip() for line in message.splitlines()[1:] if line.strip().isidentifier()]
+        return f"{found[1]} must be chosen: {found[1]}=NAME" + (f", one of {', '.join(choices)}" if choices else "")
+    return None
+
+
+def explain(error: Exception, config: Path) -> str:
+    """An error of the user's making as one line."""
+    text = str(error)
+    if isinstance(error, InstantiationException):
+        cause = error.__cause__
+        key = re.search(r"full_key: (\S+)", text)
+        text = f"{key[1]}: {cause}" if cause and key and not isinstance(cause, UserError) else str(cause or text)
+        return " ".join(text.split())
+    if isinstance(error, HydraException):
+        text = _unknown_override(text, config) or text
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        text = f"{error.full_key}: {text.splitlines()[0]}"
+    return " ".join(text.split())
+
+
+def _caused_by_user(error: Exception) -> bool:
+    if isinstance(error, InstantiationException):
+        return isinstance(error.__cause__, UserError | ValueError)
+    return isinstance(error, UserError | HydraException | OmegaConfBaseException)
+
+
+_failures: list[Exception] = []
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Inside a Hydra main function: keep a user's mistake for `command_line`, before Hydra reports on it."""
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get(SHOW_TRACEBACK) == "1" or not _caused_by_user(error):
+            raise
+        _failures.append(error)
+        _remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
+
+
+def _remove_if_empty(directory: Path) -> None:
+    """Take away the directory that Hydra made for a run that did not begin."""
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
+
+
+def command_line(main: Callable[[], Any], config: Path) -> NoReturn:
+    """Run a Hydra main function; the user's mistakes become one line on standard error and exit code 2.
+
+    `config`: the yaml that the function composes. With HYDRA_FULL_ERROR=1 every error keeps its traceback.
+    """
+    os.environ[SHOW_TRACEBACK] = os.environ.get(FULL_ERROR, "0")
+    os.environ[FULL_ERROR] = "1"  # let errors through to here
+    try:
+        main()
+    except Exception as error:
+        if os.environ[SHOW_TRACEBACK] == "1" or not _caused_by_user(error):
+            raise
+        _failures.append(error)
+    for error in _failures:
+        print(f"error: {explain(error, config)}", file=sys.stderr)
+    sys.exit(2 if _failures else 0)

@@ -1,0 +1,184 @@
+"""Configuration: resolvers, and checks before anything is built. Imports neither torch nor lightning."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Sequence
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from relay_diffusion.errors import UserError
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
+RUN_ID = "RELAY_DIFFUSION_RUN_ID"  # hands rank 0's choice to the processes that it starts
+
+
+def _sweep_job() -> Any:
+    """Hydra's settings of this job, if it is one of a sweep (--multirun)."""
+    if not HydraConfig.initialized():
+        return None
+    settings = HydraConfig.get()
+    return settings if settings.mode == RunMode.MULTIRUN else None
+
+
+def _new_run_id() -> str:
+    """One id for all ranks: from the environment, the SLURM job, torchrun's id, or else the time."""
+    torchelastic = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    given = os.environ.get(RUN_ID) or os.environ.get("SLURM_JOB_ID") or (torchelastic if torchelastic != "none" else "")
+    os.environ[RUN_ID] = given or f"{time.strftime('%H%M%S')}-{secrets.token_hex(2)}"
+    job = _sweep_job()
+    return os.environ[RUN_ID] if job is None else f"{os.environ[RUN_ID]}-{job.job.num}"
+
+
+def _run_dir(root: str, run_id: str) -> str:
+    """`root`/<date>/<run id>; the directory of an earlier day, if the run began then; a sweep's own directory."""
+    job = _sweep_job()
+    if job is not None:
+        return str(job.runtime.output_dir)
+    earlier = sorted(Path(root).glob(f"*/{run_id}"))
+    return str(earlier[-1] if earlier else Path(root) / time.strftime("%Y-%m-%d") / str(run_id))
+
+
+def _rank_zero(value: str) -> str | None:
+    """`value` on the first process, nothing on others, so that they do not write the same files."""
+    ranks = (os.environ.get(name, "0") for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    return value if all(rank == "0" for rank in ranks) else None
+
+
+def _wandb_offline() -> bool:
+    """Whether no Weights & Biases account is set up here."""
+    if os.environ.get("WANDB_API_KEY"):
+        return False
+    try:
+        return netrc().authenticators("api.wandb.ai") is None
+    except (FileNotFoundError, NetrcParseError):
+        return True
+
+
+def register_resolvers() -> None:
+    """Make the project's resolvers known to OmegaConf; calling it again changes nothing."""
+    for name, resolver in {
+        "new_run_id": _new_run_id,
+        "run_dir": _run_dir,
+        "rank_zero": _rank_zero,
+        "wandb_offline": _wandb_offline,
+    }.items():
+        OmegaConf.register_new_resolver(name, resolver, replace=True)
+
+
+def write_config(cfg: DictConfig, directory: str) -> None:
+    """Note the resolved config of a run in `directory`/config.yaml."""
+    path = Path(directory) / "config.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(OmegaConf.to_yaml(cfg, resolve=True))
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _number(cfg: DictConfig, key: str, low: float, high: float = float("inf"), whole: bool = False) -> None:
+    value = OmegaConf.select(cfg, key)
+    valid = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    if whole:
+        valid = valid and float(value).is_integer()
+    bounds = f"between {low:g} and {high:g}" if high < float("inf") else f"at least {low:g}"
+    _require(valid, f"{key}={value}: must be a {'whole ' if whole else ''}number, {bounds}")
+
+
+def _check_complete(cfg: DictConfig) -> None:
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise UserError(f"{missing[0]} has no value: give it on the command line, {missing[0]}=...")
+
+
+def _check_devices(cfg: DictConfig) -> None:
+    trainer = cfg.trainer
+    _number(cfg, "trainer.num_nodes", 1, whole=True)
+    _require(
+        trainer.precision in PRECISIONS, f"trainer.precision={trainer.precision}: use one of {', '.join(PRECISIONS)}"
+    )
+    devices = trainer.devices
+    _require(
+        devices == "auto" or not isinstance(devices, int) or devices >= 1,
+        f"trainer.devices={devices}: must be at least 1, a list of device numbers, or auto",
+    )
+
+
+def world_size(devices: Any, num_nodes: int) -> int | None:
+    """Processes of a run, where the configuration alone tells; None if it depends on the machine ("auto")."""
+    if isinstance(devices, int):
+        return devices * num_nodes
+    if isinstance(devices, Sequence) and not isinstance(devices, str):
+        return len(devices) * num_nodes
+    return None
+
+
+def check_file(path: Any, key: str) -> None:
+    """Raise UserError naming the option `key`, if there is nothing at `path`."""
+    _require(Path(str(path)).exists(), f"{key}={path}: no such file or folder (relative paths start at {Path.cwd()})")
+
+
+def validate_training(cfg: DictConfig) -> None:
+    """Raise UserError for the first thing in a train config that cannot work."""
+    _check_complete(cfg)
+    _check_devices(cfg)
+    for key in ("resolution", "trainer.max_images", "data.batch_size", "data.accumulate", "network.channels"):
+        _number(cfg, key, 1, whole=True)
+    for key in ("network.dropout", "stage.label_dropout"):
+        _number(cfg, key, 0, 1)
+    _number(cfg, "stage.warmup_images", 0)
+    _number(cfg, "stage.optimizer.lr", 0)
+    _number(cfg, "network.num_classes", 0, whole=True)
+    levels = len(cfg.network.channel_mult)
+    _require(levels > 0, "network.channel_mult is empty: the network needs at least one level")
+    _require(
+        cfg.resolution % 2 ** (levels - 1) == 0,
+        f"resolution={cfg.resolution} is not divisible by 2^{levels - 1}, as network.channel_mult with {levels} levels "
+        "demands",
+    )
+    block = OmegaConf.select(cfg, "stage.corruption.block", default=1)
+    _require(
+        cfg.resolution % block == 0,
+        f"resolution={cfg.resolution} is not divisible by stage.corruption.block={block}",
+    )
+    conditional = cfg.network.num_classes > 0
+    _require(
+        conditional or cfg.stage.guidance_scale == 1,
+        f"stage.guidance_scale={cfg.stage.guidance_scale} needs classes, but network.num_classes is 0",
+    )
+    _require(
+        conditional or cfg.stage.label_dropout == 0,
+        f"stage.label_dropout={cfg.stage.label_dropout} needs classes, but network.num_classes is 0",
+    )
+    check_file(cfg.data.dataset.path, "data.dataset.path")
+    world = world_size(cfg.trainer.devices, cfg.trainer.num_nodes)
+    if world is not None:
+        parts = world * cfg.data.accumulate
+        _require(
+            cfg.data.batch_size % parts == 0,
+            f"data.batch_size={cfg.data.batch_size} does not divide over {world} devices x data.accumulate="
+            f"{cfg.data.accumulate}: {max(parts, cfg.data.batch_size // parts * parts)} would",
+        )
+
+
+def validate_sampling(cfg: DictConfig) -> None:
+    """Raise UserError for the first thing in a sample config that cannot work."""
+    _check_complete(cfg)
+    _check_devices(cfg)
+    _number(cfg, "batch_size", 1, whole=True)
+    _number(cfg, "picture", 0, whole=True)
+    _require(cfg.mode in ("sample", "evaluate"), f"mode={cfg.mode}: use sample or evaluate")
+    _require(len(cfg.relay.stages) > 0, "relay.stages is empty: a relay needs at least a first stage")
+    for name, stage in cfg.relay.stages.items():
+        check_file(stage.path, f"relay.stages.{name}.path")
+    if cfg.mode == "evaluate":
+        check_file(cfg.metrics.reference.path, "metrics.reference.path")

@@ -1,0 +1,134 @@
+"""Training batches in an order that depends on the seed and the number of images seen, and on nothing else."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import cast
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler, default_collate
+
+from relay_diffusion.data.images import ImageDataset
+from relay_diffusion.errors import UserError
+
+
+def micro_batch_size(batch_size: int, world_size: int, accumulate: int = 1) -> int:
+    """Images per device and forward pass. Errors: UserError when `batch_size` does not divide evenly."""
+    parts = world_size * accumulate
+    if batch_size < 1 or batch_size % parts:
+        below, above = batch_size // parts * parts, (batch_size // parts + 1) * parts
+        works = f"{below} or {above}" if below > 0 else f"{above}"
+        raise UserError(
+            f"data.batch_size={batch_size} does not divide evenly by {parts} "
+            f"(devices x nodes = {world_size}, data.accumulate = {accumulate}); {works} would work"
+        )
+    return batch_size // parts
+
+
+class InfiniteSampler(Sampler[list[int]]):
+    """Endless micro-batches of dataset indices for one rank, resumable at any number of images seen.
+
+    Position p of the stream belongs to epoch p // length and is entry p % length of a permutation drawn from
+    (seed, epoch): a pure function of (seed, p). Training step t takes stream[start + t B : start + (t + 1) B],
+    B = `batch_size`, cut into accumulate x world_size equal slices: micro-batch m of rank r is slice
+    m * world_size + r. So the images of a step are the same for any number of devices.
+
+    length: items in the dataset. start: images seen so far, or a function that tells; asked at every `iter`.
+    Errors: UserError when B does not divide evenly or the seed is negative.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+        start: int | Callable[[], int] = 0,
+    ) -> None:
+        if seed < 0:
+            raise UserError(f"data.seed={seed}: must be 0 or more")
+        assert length > 0, "an empty dataset has no stream"
+        assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.rank, self.world_size, self.accumulate, self.start = rank, world_size, accumulate, start
+        self.micro_batch_size = micro_batch_size(batch_size, world_size, accumulate)
+        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self.start() if callable(self.start) else self.start
+        while True:
+            for micro_step in range(self.accumulate):
+                part = micro_step * self.world_size + self.rank
+                yield self.stream(first + part * self.micro_batch_size, self.micro_batch_size)
+            first += self.batch_size
+
+    def stream(self, first: int, count: int) -> list[int]:
+        """Dataset indices at positions first .. first + count - 1."""
+        indices: list[int] = []
+        while len(indices) < count:
+            epoch, offset = divmod(first + len(indices), self.length)
+            if epoch != self._epoch:
+                self._epoch = epoch
+                self._permutation = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+            indices += self._permutation[offset : offset + count - len(indices)].tolist()
+        return indices
+
+
+class ImageDataModule(LightningDataModule):
+    """Endless training batches (uint8 [b, 3, R, R], int64 [b]), b = batch_size / (devices x nodes x accumulate).
+
+    batch_size: images per optimizer step over all devices. accumulate: forward passes per optimizer step.
+    num_workers: decoding processes per device; a dataset in memory needs none. seed: of the order.
+    The order continues at `images_seen` of the trained LightningModule, which counts them.
+    Errors: UserError when the batch does not divide evenly.
+    """
+
+    def __init__(
+        self, dataset: ImageDataset, batch_size: int, accumulate: int = 1, num_workers: int = 2, seed: int = 0
+    ) -> None:
+        super().__init__()
+        if accumulate < 1:
+            raise UserError(f"data.accumulate={accumulate}: must be at least 1")
+        if num_workers < 0:
+            raise UserError(f"data.num_workers={num_workers}: must be 0 or more")
+        self.dataset, self.batch_size, self.accumulate = dataset, batch_size, accumulate
+        self.num_workers, self.seed = num_workers, seed
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
+        """The loader of this rank; Lightning must not replace its sampler (Trainer(use_distributed_sampler=False))."""
+        trainer = self.trainer
+        assert trainer is not None, "train_dataloader needs an attached Trainer"
+        self.dataset.load(show_progress=trainer.global_rank == 0)
+        num_workers = 0 if self.dataset.cache else self.num_workers
+        if self.dataset.cache:
+            # Lightning advises more workers, but for images in memory they would only copy.
+            warnings.filterwarnings("ignore", message=".*does not have many workers")
+        sampler = InfiniteSampler(
+            len(self.dataset),
+            self.batch_size,
+            seed=self.seed,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            accumulate=self.accumulate,
+            start=lambda: cast(int, trainer.lightning_module.images_seen),
+        )
+        return DataLoader(
+            self.dataset,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+def collate(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    """[(uint8 [3, R, R], label), ...] -> (uint8 [B, 3, R, R], int64 [B])."""
+    images, labels = default_collate(items)
+    return images, labels

@@ -1,0 +1,169 @@
+"""Image zips and folders as a dataset of uint8 tensors; the only conversion between uint8 and [-1, 1]."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from relay_diffusion.data.sources import box_average, decode_rgb, map_in_order, open_zip_or_folder, read_labels
+from relay_diffusion.errors import UserError
+from relay_diffusion.progress import progress
+
+NO_CLASS = -1
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 0..255 -> float32 [-1, 1], any shape, same device: x / 127.5 - 1."""
+    assert images.dtype == torch.uint8, f"expected uint8 images, got {images.dtype}"
+    return images.to(torch.float32) / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float [-1, 1] -> uint8, any shape, same device: 127.5 x + 128, clamped to 0..255, then truncated."""
+    return (images.to(torch.float32) * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+
+def decode_file(path: Path) -> Tensor:
+    """One PNG, WebP or JPEG file -> uint8 [3, H, W]. Errors: UserError that names the file."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    return _tensor(decode_rgb(data, str(path)))
+
+
+def _tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+class ImageDataset(Dataset[tuple[Tensor, int]]):
+    """Images of a zip or folder as (uint8 [3, R, R], class index or -1), in the order of their names.
+
+    path: an image zip or a folder (searched recursively) of PNG, WebP and JPEG files.
+    resolution: R; larger images whose side is a multiple of R are box-averaged, others are an error.
+    subset: a top-level folder inside `path` ("train"); "" takes everything.
+    labels: read classes from `dataset.json` if it is there.
+    x_flip: indices N..2N-1 are the mirrored images 0..N-1, so mirroring is part of the data order.
+    cache: decode everything once, at the first access, and keep it as one uint8 tensor in memory.
+    Attributes: `names` [N] and their `labels` [N], `class_names`, `num_classes`, `source_hash`, `path`, `subset`.
+    Errors: UserError that names the option (data.dataset.path, .subset, .resolution), dataset.json or the image.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        resolution: int,
+        subset: str = "",
+        labels: bool = True,
+        x_flip: bool = False,
+        cache: bool = False,
+    ) -> None:
+        self.resolution, self.subset, self.x_flip, self.cache = resolution, subset.strip("/"), x_flip, cache
+        if resolution < 1:
+            raise UserError(f"data.dataset.resolution={resolution}: must be at least 1")
+        self.path = Path(path)
+        self._source = open_zip_or_folder(path, option="data.dataset.path")
+        self.path = self._source.path
+        self.names = [name for name in self._source.names if self._in_subset(name)]
+        if not self.names:
+            subsets = sorted({name.split("/")[0] for name in self._source.names if "/" in name})
+            there = ", ".join(subsets) if subsets else "none (the images are not in folders)"
+            raise UserError(f"data.dataset.subset={subset}: not in {path}; subsets there: {there}")
+        found = read_labels(self._source) if labels else None
+        self.class_names: list[str] = found.class_names if found else []
+        self.labels = [found.by_name[name] if found else NO_CLASS for name in self.names]
+        self._cached: Tensor | None = None
+        self._decode(self.names[0])  # a wrong resolution shows here, before anything is built
+
+    def _in_subset(self, name: str) -> bool:
+        return not self.subset or name.startswith(f"{self.subset}/")
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 when there are no labels."""
+        return len(self.class_names)
+
+    @cached_property
+    def source_hash(self) -> str:
+        """Hex digest of names, contents, subset and resolution (not of x_flip): the key of reference statistics.
+
+        Cheap for a zip (its directory has a checksum of every file); a folder is read once.
+        """
+        digest = hashlib.sha256(f"{self.subset}\n{self.resolution}\n".encode())
+        for name in self.names:
+            digest.update(f"{name}\n{self._source.fingerprint(name)}\n".encode())
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.names) * (2 if self.x_flip else 1)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
+        """The items of a whole batch at once: DataLoader calls this when it exists."""
+        count = len(self)
+        for index in indices:
+            if not -count <= index < count:
+                raise IndexError(f"index {index} of a dataset with {count} items")
+        flips, positions = zip(*(divmod(index % count, len(self.names)) for index in indices), strict=True)
+        images = self._images(positions)
+        flipped = [image.flip(-1) if flip else image for image, flip in zip(images, flips, strict=True)]
+        return [(image, self.labels[position]) for image, position in zip(flipped, positions, strict=True)]
+
+    def load(self, show_progress: bool = True) -> None:
+        """With cache=True, decode everything now; call it before worker processes start."""
+        if self.cache and self._cached is None:
+            images = torch.empty(len(self.names), 3, self.resolution, self.resolution, dtype=torch.uint8)
+            with progress("decoding images", len(self.names), enabled=show_progress) as advance:
+                for index, image in enumerate(map_in_order(self._decode, self.names)):
+                    images[index] = image
+                    advance()
+            self._cached = images
+
+    def _images(self, positions: Sequence[int]) -> Tensor | list[Tensor]:
+        self.load()
+        if self._cached is not None:
+            return self._cached[list(positions)]
+        return [self._decode(self.names[position]) for position in positions]
+
+    def _decode(self, name: str) -> Tensor:
+        image = decode_rgb(self._source.read(name), self._source.where(name))
+        return _tensor(self._fit(image, name))
+
+    def _fit(self, image: Image.Image, name: str) -> Image.Image:
+        width, height = image.size
+        if width == height and width % self.resolution == 0:
+            return box_average(image, width // self.resolution)
+        problem = (
+            "it is not square"
+            if width != height
+            else "it is too small"
+            if width < self.resolution
+            else "its side is not a multiple of the resolution"
+        )
+        raise UserError(
+            f"data.dataset.resolution={self.resolution}: {self._source.where(name)} is {width}x{height}; {problem}. "
+            f"`python -m relay_diffusion.data.convert` crops and resizes"
+        )
+
+
+def uint8_batches(dataset: ImageDataset, batch_size: int) -> Iterator[Tensor]:
+    """All images in order, without the mirrored ones: uint8 [B, 3, R, R], the last batch may be smaller."""
+    dataset.load()
+    batch: list[Tensor] = []
+    for image, _ in map_in_order(dataset.__getitem__, range(len(dataset.names))):
+        batch.append(image)
+        if len(batch) == batch_size:
+            yield torch.stack(batch)
+            batch = []
+    if batch:
+        yield torch.stack(batch)

@@ -1,0 +1,292 @@
+"""Where image bytes come from (folder, zip, tar; always read in memory) and how they become RGB pixels.
+
+Free of torch, so that the command line tools start quickly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tarfile
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from relay_diffusion.errors import UserError
+
+IMAGE_FORMATS = ("PNG", "WEBP", "JPEG")
+IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
+LABEL_FILE = "dataset.json"
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Source(ABC):
+    """Image files under one path: `names` in reading order, '/'-separated, hidden files left out.
+
+    `option` is what the user calls this path ("data.dataset.path"); error messages begin with it.
+    Errors: UserError when a name is absolute or climbs with '..', or when there is no image.
+    """
+
+    def __init__(self, path: Path, option: str, members: Iterable[str]) -> None:
+        self.path, self.option = path, option
+        self.members = {}  # tidy name -> name as stored
+        for stored in members:
+            if stored.startswith(("/", "\\")) or re.match("[A-Za-z]:", stored) or ".." in re.split(r"[/\\]", stored):
+                raise UserError(f"{option}={path}: the member name {stored!r} is absolute or leaves the archive")
+            parts = PurePosixPath(stored).parts
+            if parts and not any(part.startswith(".") or part == "__MACOSX" for part in parts):
+                self.members["/".join(parts)] = stored
+        self.names = [name for name in self.members if name.lower().endswith(IMAGE_SUFFIXES)]
+        if not self.names:
+            raise UserError(f"{option}={path}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
+
+    def where(self, name: str) -> str:
+        """What to call a member in a message."""
+        return f"'{name}' in {self.path}"
+
+    def read(self, name: str) -> bytes:
+        """Bytes of one member. Errors: UserError that names it when it cannot be read."""
+        try:
+            return self._read(self.members[name])
+        except Exception as error:  # damaged archives raise a dozen types, and all mean this to the user
+            raise UserError(f"{self.where(name)} cannot be read: {error}") from error
+
+    @abstractmethod
+    def _read(self, stored: str) -> bytes: ...
+
+    def items(self) -> Iterator[tuple[str, Callable[[], bytes]]]:
+        """(name, function that reads its bytes) for every image, in reading order."""
+        for name in self.names:
+            yield name, partial(self.read, name)
+
+
+class FolderSource(Source):
+    """Images in a folder and its sub-folders, sorted by name; links to folders are followed."""
+
+    def __init__(self, path: Path, option: str) -> None:
+        files = (Path(root) / file for root, _, names in os.walk(path, followlinks=True) for file in names)
+        super().__init__(path, option, sorted(file.relative_to(path).as_posix() for file in files))
+
+    def _read(self, stored: str) -> bytes:
+        return (self.path / stored).read_bytes()
+
+    def fingerprint(self, name: str) -> str:
+        """Identifies the content of one image; reads it."""
+        return hashlib.sha256(self.read(name)).hexdigest()
+
+
+class ZipSource(Source):
+    """Images in a zip, sorted by name; safe to read from forked or spawned workers and from threads."""
+
+    def __init__(self, path: Path, option: str) -> None:
+        self._handle: zipfile.ZipFile | None = None
+        self._owner = 0
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = sorted(info.filename for info in archive.infolist() if not info.is_dir())
+        except (zipfile.BadZipFile, OSError) as error:
+            raise UserError(
+                f"{option}={path}: not a zip, or cut short ({error}); "
+                f"`python -m relay_diffusion.data.convert` makes one from a folder, tar or zip"
+            ) from error
+        super().__init__(path, option, members)
+
+    def _archive(self) -> zipfile.ZipFile:
+        # Opened once per process: a handle inherited through fork shares its file offset with the parent and
+        # with the other workers, and reads then return each other's bytes.
+        if self._handle is None or self._owner != os.getpid():
+            self._handle = zipfile.ZipFile(self.path)
+            self._owner = os.getpid()
+        return self._handle
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_handle": None}
+
+    def _read(self, stored: str) -> bytes:
+        return self._archive().read(stored)
+
+    def fingerprint(self, name: str) -> str:
+        """Identifies the content of one image by the archive's directory; reads nothing else."""
+        info = self._archive().getinfo(self.members[name])
+        return f"{info.CRC:08x} {info.file_size}"
+
+
+class TarSource(Source):
+    """Images in a tar (plain or compressed), in the archive's order; links inside it are never followed."""
+
+    def __init__(self, path: Path, option: str) -> None:
+        try:
+            with tarfile.open(path) as archive:
+                members = [info.name for info in archive if info.isfile()]
+        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+            # The error's own text lists every compression it tried, over many lines.
+            raise UserError(f"{option}={path}: not a folder, zip or tar, or cut short") from error
+        super().__init__(path, option, members)
+
+    def _read(self, stored: str) -> bytes:
+        with tarfile.open(self.path) as archive:
+            return _tar_bytes(archive, archive.getmember(stored))
+
+    def items(self) -> Iterator[tuple[str, Callable[[], bytes]]]:
+        # One pass: a compressed tar cannot seek.
+        tidy = {self.members[name]: name for name in self.names}
+        with tarfile.open(self.path) as archive:
+            for info in archive:
+                name = tidy.pop(info.name, None) if info.isfile() else None
+                if name is not None:
+                    yield name, partial(bytes, _tar_bytes(archive, info))
+
+
+def _tar_bytes(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+    stream = archive.extractfile(info)
+    assert stream is not None  # only regular files get here
+    return stream.read()
+
+
+def existing_path(path: str | Path, option: str) -> Path:
+    """The path with ~ expanded. Errors: UserError naming `option` when nothing is there."""
+    expanded = Path(path).expanduser()
+    if not expanded.exists():
+        raise UserError(f"{option}={path}: no such file or folder")
+    return expanded
+
+
+def open_zip_or_folder(path: str | Path, option: str) -> ZipSource | FolderSource:
+    """Open a folder or an image zip. Errors: UserError naming `option` when it is neither, or has no image."""
+    expanded = existing_path(path, option)
+    return FolderSource(expanded, option) if expanded.is_dir() else ZipSource(expanded, option)
+
+
+def open_source(path: str | Path, option: str) -> Source:
+    """Open a folder, zip or tar, told apart by content. Errors: UserError naming `option`."""
+    expanded = existing_path(path, option)
+    if expanded.is_dir() or zipfile.is_zipfile(expanded):
+        return open_zip_or_folder(expanded, option)
+    return TarSource(expanded, option)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Class index of every image, and the class names in the order of their index."""
+
+    by_name: dict[str, int]
+    class_names: list[str]
+
+
+def read_labels(source: Source) -> Labels | None:
+    """Labels of `dataset.json`: {"labels": [[name, class], ...], "classes": [class name, ...] (optional)}.
+
+    None when the file is absent or has no labels. Errors: UserError naming the file and the entry for anything
+    malformed, for a label of a missing image, and for an image without a label.
+    """
+    if LABEL_FILE not in source.members:
+        return None
+    where = f"{source.option}={source.path}: {LABEL_FILE}"
+    try:
+        content = json.loads(source.read(LABEL_FILE))
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{where} is not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f'{where} must be an object with the key "labels"')
+    entries, classes = content.get("labels"), content.get("classes")
+    if entries is None:
+        return None
+    if not isinstance(entries, list):
+        raise UserError(f'{where}: "labels" must be a list of [name, class index]')
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise UserError(f'{where}: "classes" must be a list of class names')
+    images, by_name = set(source.names), {}
+    for index, entry in enumerate(entries):
+        match entry:
+            case [str(name), int(label)] if not isinstance(label, bool):
+                pass
+            case _:
+                raise UserError(f"{where}: labels[{index}] = {entry!r} must be [name, class index]")
+        if name not in images:
+            raise UserError(f"{where}: labels[{index}] is for {name!r}, which is not among the images")
+        if name in by_name:
+            raise UserError(f"{where}: labels[{index}] labels {name!r} a second time")
+        if label < 0 or (classes is not None and label >= len(classes)):
+            limit = f"0..{len(classes) - 1}" if classes else "0 or more"
+            raise UserError(f"{where}: labels[{index}], {name!r}: class {label} must be {limit}")
+        by_name[name] = label
+    for name in source.names:
+        if name not in by_name:
+            raise UserError(f'{where}: "labels" has no entry for {name!r}')
+    return Labels(by_name, classes or [str(index) for index in range(max(by_name.values()) + 1)])
+
+
+def decode_rgb(data: bytes, where: str) -> Image.Image:
+    """Decode PNG, WebP or JPEG bytes to 8-bit RGB; `where` names the image in messages.
+
+    Transparency is composited on white, 16-bit samples keep their high byte, an animation gives its first frame,
+    EXIF orientation is ignored (as in the field's data sets). Errors: UserError.
+    """
+    try:
+        with Image.open(BytesIO(data), formats=IMAGE_FORMATS) as image:
+            image.load()
+            return _rgb(image)
+    except UnidentifiedImageError as error:
+        raise UserError(f"{where} is not a {', '.join(IMAGE_FORMATS)} image") from error
+    except Exception as error:  # foreign bytes: decoders raise many types, and all mean this to the user
+        raise UserError(f"{where} cannot be decoded: {error}") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # Pillow clips 16-bit grey to 255 on conversion, but takes the high byte of 16-bit colour: do that here too.
+        high_byte = np.asarray(image).astype(np.uint32) >> 8
+        image = Image.fromarray(high_byte.astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def box_average(image: Image.Image, factor: int) -> Image.Image:
+    """Mean of every factor x factor block, rounded to the nearest integer (halves up); sides divisible by factor."""
+    if factor == 1:
+        return image
+    pixels = np.asarray(image)
+    # Sums of strided slices, not Pillow's reduce: that is off by one for some factors that are no power of two.
+    rows = pixels[::factor].astype(np.uint32)
+    for start in range(1, factor):
+        rows += pixels[start::factor]
+    blocks = rows[:, ::factor].copy()
+    for start in range(1, factor):
+        blocks += rows[:, start::factor]
+    area = factor * factor
+    return Image.fromarray(((blocks + area // 2) // area).astype(np.uint8))
+
+
+def map_in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Apply `function` in threads (decoders release the interpreter lock); results in the order of `items`.
+
+    Only a few items per thread are in flight, so neither input nor output piles up in memory.
+    """
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    pending: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) >= 4 * threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

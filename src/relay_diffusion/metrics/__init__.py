@@ -1,0 +1,7 @@
+"""Metrics of generated images: Inception features, Fréchet distances, evaluation against a reference set."""
+
+from relay_diffusion.metrics.evaluation import Evaluation, ReferenceStatistics
+from relay_diffusion.metrics.frechet import FrechetDistance
+from relay_diffusion.metrics.inception import Inception, InceptionFeatures
+
+__all__ = ["Evaluation", "FrechetDistance", "Inception", "InceptionFeatures", "ReferenceStatistics"]

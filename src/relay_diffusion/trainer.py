@@ -1,0 +1,52 @@
+"""Lightning's Trainer with amounts in images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy
+
+
+def build_trainer(
+    max_images: int,
+    batch_size: int,
+    accumulate: int = 1,
+    accelerator: str = "auto",
+    devices: int | str | Sequence[int] = 1,
+    num_nodes: int = 1,
+    strategy: str | Strategy = "auto",
+    precision: str = "32-true",
+    deterministic: bool = False,
+    callbacks: Sequence[Callback] = (),
+    logger: Sequence[Logger] = (),
+    default_root_dir: str | None = None,
+) -> L.Trainer:
+    """A Trainer that stops once `max_images` images were seen, in steps of `batch_size` (over all devices).
+
+    Each step is `accumulate` micro-batches. Epochs, validation loops and Lightning's own progress and
+    checkpoint callbacks are off: the data is one endless stream, and ours count in images.
+    """
+    return L.Trainer(
+        max_steps=math.ceil(max_images / batch_size),
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+        accelerator=accelerator,
+        devices=devices if isinstance(devices, int | str) else list(devices),
+        num_nodes=num_nodes,
+        strategy=strategy,
+        precision=precision,  # type: ignore[arg-type]  # Lightning names its choices and says so when wrong
+        deterministic=deterministic,
+        benchmark=not deterministic,
+        callbacks=list(callbacks),
+        logger=list(logger),
+        default_root_dir=default_root_dir,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )

@@ -1,0 +1,88 @@
+"""From a validated config to a trained stage."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from relay_diffusion.checkpoint import LAST, find_checkpoint, read_checkpoint
+from relay_diffusion.config import write_config
+from relay_diffusion.data import ImageDataModule
+from relay_diffusion.errors import UserError
+from relay_diffusion.stage import DiffusionStage
+
+
+def quiet_lightning() -> None:
+    """Keep Lightning's advertisements and its advice on epochs and loaders off the screen; warnings stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*treespec, LeafSpec.*"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def check_classes(data: ImageDataModule, num_classes: int) -> None:
+    """Refuse a network whose classes are not those of the data."""
+    there = data.dataset.num_classes
+    if num_classes and num_classes != there:
+        raise UserError(f"network.num_classes={num_classes}, but {data.dataset.path} has {there} classes")
+
+
+def own_checkpoint(cfg: DictConfig) -> Path:
+    """Where this run leaves its last checkpoint."""
+    return Path(cfg.callbacks.checkpoints.directory) / LAST
+
+
+def last_checkpoint(cfg: DictConfig) -> Path | None:
+    """The checkpoint to continue from: `resume`, or the last one that this run left; None for a new run."""
+    if cfg.resume is not None:
+        return find_checkpoint(cfg.resume)
+    own = own_checkpoint(cfg)
+    return own if own.exists() else None
+
+
+def check_same_network(path: Path, stage_config: dict[str, Any]) -> None:
+    """Refuse to continue from a checkpoint of another stage."""
+    stored = read_checkpoint(path)["stage_config"]
+    for part in ("denoiser", "corruption"):
+        if stored.get(part) != stage_config[part]:
+            raise UserError(
+                f"{path} holds another stage: its {part} is {stored.get(part)}, this run's is {stage_config[part]}"
+            )
+
+
+def train(cfg: DictConfig, stage_config: dict[str, Any]) -> DiffusionStage:
+    """Build everything, continue from a checkpoint if there is one, and fit."""
+    quiet_lightning()
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    torch.set_float32_matmul_precision("high")
+    data: ImageDataModule = instantiate(cfg.data, _convert_="all")
+    check_classes(data, cfg.network.num_classes)
+    checkpoint = last_checkpoint(cfg)
+    if checkpoint is not None:
+        check_same_network(checkpoint, stage_config)
+    stage: DiffusionStage = instantiate(cfg.stage, _convert_="all")
+    stage.stage_config, stage.class_names = stage_config, data.dataset.class_names
+    trainer: L.Trainer = instantiate(
+        cfg.trainer,
+        callbacks=list(instantiate(cfg.callbacks, _convert_="all").values()),
+        logger=list(instantiate(cfg.logger, _convert_="all").values()),
+        _convert_="all",
+    )
+    if trainer.is_global_zero:
+        write_config(cfg, cfg.run_dir)
+        parameters = sum(p.numel() for p in stage.denoiser.parameters())
+        where = f"continues {os.path.relpath(checkpoint)}" if checkpoint else "new run"
+        images = len(data.dataset.names)
+        print(f"{os.path.relpath(cfg.run_dir)}: {where}, {parameters:,} parameters, {images:,} images", flush=True)
+    trainer.fit(stage, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    if trainer.is_global_zero:
+        print(f"trained on {stage.images_seen:,} images; checkpoint {os.path.relpath(own_checkpoint(cfg))}")
+    return stage

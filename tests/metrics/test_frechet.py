@@ -1,0 +1,170 @@
+"""FrechetDistance: the recorded values, closed forms, and sums over batches and ranks."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from relay_diffusion.errors import UserError
+from relay_diffusion.metrics import FrechetDistance
+
+Reference = Callable[[str], dict[str, Tensor]]
+FEATURES = 12
+
+
+def features(count: int, shift: float = 0.0, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(FEATURES, FEATURES, generator=generator)
+    return torch.randn(count, FEATURES, generator=generator) @ mix + shift
+
+
+def distance(real: Tensor, fake: Tensor) -> Tensor:
+    metric = FrechetDistance(real.shape[1])
+    metric.update(real, real=True)
+    metric.update(fake, real=False)
+    return metric.compute()
+
+
+@pytest.mark.parametrize(("name", "key"), [("metrics_0", "fid"), ("frechet_rank_deficient", "distance")])
+def test_recorded_distance(reference: Reference, name: str, key: str) -> None:
+    recorded = reference(name)
+    got = distance(recorded["features_real"], recorded["features_fake"])
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, recorded[key], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("count", [5, 200])
+def test_a_set_has_no_distance_to_itself(count: int) -> None:
+    assert float(distance(features(count), features(count))) == pytest.approx(0, abs=1e-5)
+
+
+def test_is_symmetric_and_knows_a_shift() -> None:
+    real, fake = features(100), features(80, seed=1)
+    torch.testing.assert_close(distance(real, fake), distance(fake, real))
+    torch.testing.assert_close(distance(real, real + 3), torch.tensor(9.0 * FEATURES).double(), rtol=1e-5, atol=0)
+
+
+def test_closed_form_of_diagonal_gaussians() -> None:
+    """For diagonal covariances the distance is |m1 - m2|^2 + |s1 - s2|^2 with the standard deviations s."""
+    metric = FrechetDistance(FEATURES)
+    # rows whose sample covariance is exactly diagonal: +a and -a along each axis
+    scale = torch.linspace(0.5, 2, FEATURES, dtype=torch.float64)
+    metric.update(torch.cat([scale.diag(), -scale.diag()]), real=False)
+    deviation = (2 * scale.square() / (2 * FEATURES - 1)).sqrt()
+    mean, reference_deviation = torch.linspace(-1, 1, FEATURES).double(), torch.linspace(0, 3, FEATURES).double()
+    metric.set_reference(mean, reference_deviation.square().diag(), 1000)
+    expected = mean.square().sum() + (deviation - reference_deviation).square().sum()
+    torch.testing.assert_close(metric.compute(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_statistics_are_unbiased() -> None:
+    metric = FrechetDistance(FEATURES)
+    rows = features(30).double()
+    metric.update(rows, real=False)
+    mean, covariance, count = metric.statistics(real=False)
+    torch.testing.assert_close(mean, rows.mean(0))
+    torch.testing.assert_close(covariance, torch.cov(rows.T))
+    assert count == 30
+
+
+def test_reference_is_the_real_set_and_survives_reset() -> None:
+    real, fake = features(100), features(80, 1.0, seed=1)
+    expected = distance(real, fake)
+    source = FrechetDistance(FEATURES)
+    source.update(real, real=True)
+    metric = FrechetDistance(FEATURES)
+    metric.set_reference(*source.statistics(real=True))
+    metric.update(features(10, seed=2), real=False)
+    metric.compute()
+    metric.reset()
+    metric.update(fake, real=False)
+    torch.testing.assert_close(metric.compute(), expected)
+    assert metric.statistics(real=True).n == 100
+    with pytest.raises(ValueError, match="fixed by set_reference"):
+        metric.update(real, real=True)
+
+    metric.set_reference(torch.zeros(FEATURES), torch.eye(FEATURES), 10)
+    assert float(metric.compute()) != pytest.approx(float(expected)), "a new reference needs a new distance"
+
+
+def test_batches_add_up_and_reset_forgets() -> None:
+    real, fake = features(64), features(50, 0.5, seed=1)
+    metric = FrechetDistance(FEATURES)
+    metric.update(features(9, 5.0), real=True)
+    metric.update(features(9, 7.0), real=False)
+    metric.reset()
+    for part in real.split(32):
+        metric.update(part, real=True)
+    for part in fake.split(17):
+        metric.update(part, real=False)
+    torch.testing.assert_close(metric.compute(), distance(real, fake))
+
+
+def test_states_of_two_ranks_add_up() -> None:
+    real, fake = features(64), features(50, 0.5, seed=1)
+    ranks = [FrechetDistance(FEATURES) for _ in range(2)]
+    for rank, metric in enumerate(ranks):
+        metric.update(real[rank::2], real=True)
+        metric.update(fake[rank::2], real=False)
+    merged = FrechetDistance(FEATURES)
+    merged.update(real[:2], real=True)  # so that the metric counts as updated
+    for state in ("real_sum", "real_outer", "real_count", "fake_sum", "fake_outer", "fake_count"):
+        setattr(merged, state, getattr(ranks[0], state) + getattr(ranks[1], state))
+    torch.testing.assert_close(merged.compute(), distance(real, fake))
+
+
+def _rank(rank: int, store: str, answers: multiprocessing.Queue[float]) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    metric = FrechetDistance(FEATURES)
+    metric.set_reference(torch.zeros(FEATURES), torch.eye(FEATURES), 100)
+    fake = features(51, 0.5)
+    metric.update(fake[rank::2], real=False)
+    answers.put(float(metric.compute()))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_distance_of_one(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    processes = [context.Process(target=_rank, args=(rank, str(tmp_path / "store"), answers)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    got = [answers.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    one = FrechetDistance(FEATURES)
+    one.set_reference(torch.zeros(FEATURES), torch.eye(FEATURES), 100)
+    one.update(features(51, 0.5), real=False)
+    assert got == pytest.approx([float(one.compute())] * 2, rel=1e-10)
+
+
+def test_states_stay_float64() -> None:
+    metric = torch.nn.Sequential(FrechetDistance(FEATURES)).to(torch.bfloat16).half()[0]
+    metric.update(features(20).to(torch.bfloat16), real=True)
+    assert metric.real_outer.dtype == torch.float64
+    assert torch.nn.Sequential(metric).state_dict() == {}, "checkpoints carry no sums"
+
+
+def test_errors() -> None:
+    metric = FrechetDistance(FEATURES)
+    with pytest.raises(ValueError, match=r"expected features \[N,12\], not \[4, 3\]"):
+        metric.update(torch.zeros(4, 3), real=True)
+    metric.update(features(1), real=False)
+    with pytest.raises(UserError, match="at least 2 real images"):
+        metric.compute()
+    metric.update(features(20), real=True)
+    with pytest.raises(UserError, match="at least 2 generated images"):
+        metric.compute()
+    with pytest.raises(ValueError, match="expected reference mean"):
+        metric.set_reference(torch.zeros(3), torch.eye(3), 10)
+    with pytest.raises(ValueError, match="not finite"):
+        metric.set_reference(torch.zeros(FEATURES), torch.full((FEATURES, FEATURES), torch.inf), 10)
+    with pytest.raises(UserError, match="at least 2 real images"):
+        metric.set_reference(torch.zeros(FEATURES), torch.eye(FEATURES), 1)

