@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from relay_diffusion.cli import clear_errors, command_line
 from relay_diffusion.config import register_resolvers, validate_training
@@ -19,7 +19,7 @@ def main(cfg: DictConfig) -> None:
 
         from relay_diffusion.training import train  # torch and lightning: only once the settings are sound
 
-        train(cfg, OmegaConf.to_container(cfg.stage, resolve=True))
+        train(cfg)
 
 
 if __name__ == "__main__":

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from PIL import Image
 from torch import Tensor
 
-from support import REFERENCE
+from relay_diffusion.config import RUN_ID, register_resolvers
+from relay_diffusion.data.convert import ImageZipWriter
+from support import PROJECT, REFERENCE
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(1)  # small tensors; two test processes share two cores
+    torch.set_num_threads(1)  # small tensors: more threads would only wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"  # also in the processes that tests start
+    os.environ["WANDB_MODE"] = "offline"
+    os.environ["WANDB_SILENT"] = "true"
+    register_resolvers()
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test starts from the same random state, and chooses its own run id."""
     torch.manual_seed(0)
+    yield
+    monkeypatch.undo()
+    os.environ.pop(RUN_ID, None)
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +45,35 @@ def reference() -> Callable[[str], dict[str, Tensor]]:
             return {key: torch.from_numpy(a) for key, a in arrays.items() if a.dtype.kind in "fiu"}
 
     return load
+
+
+def _make_zip(path: Path, count: int, size: int) -> Path:
+    generator = np.random.default_rng(0)
+    with ImageZipWriter(path, ["dark", "light"]) as archive:
+        for i in range(count):
+            pixels = generator.integers(0, 128, (size, size, 3)) + 127 * (i % 2)
+            archive.add(f"train/{i:03d}.png", Image.fromarray(pixels.astype(np.uint8)), i % 2)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_zip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 images of 16x16 in two classes, dark and light."""
+    return _make_zip(tmp_path_factory.mktemp("data") / "small.zip", 24, 16)
+
+
+@pytest.fixture(scope="session")
+def large_zip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two images of 256x256."""
+    return _make_zip(tmp_path_factory.mktemp("data") / "large.zip", 2, 256)
+
+
+@pytest.fixture
+def configuration() -> Callable[..., DictConfig]:
+    """Compose `name` (train or sample) with overrides, as the command line does."""
+
+    def make(name: str, *overrides: str) -> DictConfig:
+        with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+            return compose(name, overrides=list(overrides))
+
+    return make

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-REFERENCE = Path(__file__).parent / "reference"
+from relay_diffusion.diffusion import (
+    BlurringCorruption,
+    DenoisingLoss,
+    GaussianCorruption,
+    LogNormal,
+    TruncatedLogNormal,
+)
+from relay_diffusion.networks import EDMPreconditioner, UNet
+from relay_diffusion.samplers import BlurringSampler, EDMSampler
+from relay_diffusion.stage import DiffusionStage
+
+PROJECT = Path(__file__).parent.parent
+REFERENCE = PROJECT / "tests" / "reference"
 
 
 def class_indices(one_hot: Tensor) -> Tensor:
@@ -20,9 +36,7 @@ def class_indices(one_hot: Tensor) -> Tensor:
 def toy_denoiser(x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
     """The denoiser of the reference vectors; labels are class indices of 10 classes, -1 for none."""
     one_hot_mean = 0.0 if labels is None else (labels.clamp(min=0) / 10)[:, None, None, None]
-    return (
-        x / (1 + sigma[:, None, None, None] ** 2) + 0.1 * torch.sin(3 * x.roll(1, -1)) + 0.05 * one_hot_mean
-    )
+    return x / (1 + sigma[:, None, None, None] ** 2) + 0.1 * torch.sin(3 * x.roll(1, -1)) + 0.05 * one_hot_mean
 
 
 class Replay:
@@ -42,3 +56,50 @@ class Replay:
     @property
     def left(self) -> int:
         return len(list(self.draws))
+
+
+def tiny_stage(resolution: int, block: int = 1, num_classes: int = 2, **settings: object) -> DiffusionStage:
+    """A stage of a few thousand parameters that draws something: its zero layers are filled."""
+    network = UNet(
+        resolution, channels=8, channel_mult=[1, 2], blocks=1, attention_resolutions=[], num_classes=num_classes
+    )
+    for parameter in network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    if block == 1:
+        corruption, sampler = GaussianCorruption(LogNormal()), EDMSampler(steps=3)
+    else:
+        corruption = BlurringCorruption(TruncatedLogNormal(), block)
+        sampler = BlurringSampler(corruption, steps=8)
+    optimizer = partial(torch.optim.Adam, lr=1e-3)
+    return DiffusionStage(EDMPreconditioner(network), corruption, DenoisingLoss(), sampler, optimizer, **settings)
+
+
+TINY = (
+    "network.channels=8",
+    "network.channel_mult=[1,2]",
+    "network.blocks=1",
+    "network.num_classes=2",
+    "stage.sampler.steps=4",
+    "stage.optimizer.lr=1e-3",
+    "stage.warmup_images=16",
+    "trainer.accelerator=cpu",
+    "data.num_workers=0",
+    "data.batch_size=4",
+    "callbacks.log.every_n_images=8",
+    "callbacks.grid.every_n_images=0",
+)
+"""Overrides that make any training run a matter of seconds."""
+
+
+def run(script: str, *arguments: str, timeout: int = 240, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of the project as a user would, from the project's folder."""
+    return subprocess.run(
+        [sys.executable, *script.split(), *arguments],
+        cwd=PROJECT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )

@@ -25,8 +25,8 @@ SHOW_TRACEBACK = "RELAY_DIFFUSION_TRACEBACK"  # the user's setting of it
 
 def _keys(node: Any, prefix: str = "") -> Iterator[str]:
     if isinstance(node, DictConfig):
-        for key in node:
-            if str(key).startswith("_"):
+        for key in map(str, node):
+            if key.startswith("_"):
                 continue
             yield f"{prefix}{key}"
             if not OmegaConf.is_interpolation(node, key) and not OmegaConf.is_missing(node, key):
@@ -75,7 +75,7 @@ def _unknown_override(message: str, config: Path) -> str | None:
 
 def explain(error: Exception, config: Path) -> str:
     """An error of the user's making as one line."""
-    text = str(error)
+    text = str(error).rpartition("UserError: ")[2]  # a data worker sends its traceback along
     if isinstance(error, InstantiationException):
         cause = error.__cause__
         key = re.search(r"full_key: (\S+)", text)
@@ -128,6 +128,6 @@ def command_line(main: Callable[[], Any], config: Path) -> NoReturn:
         if os.environ[SHOW_TRACEBACK] == "1" or not _caused_by_user(error):
             raise
         _failures.append(error)
-    for error in _failures:
-        print(f"error: {explain(error, config)}", file=sys.stderr)
+    for failure in _failures:
+        print(f"error: {explain(failure, config)}", file=sys.stderr)
     sys.exit(2 if _failures else 0)

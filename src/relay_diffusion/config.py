@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,6 @@ def _run_dir(root: str, run_id: str) -> str:
     return str(earlier[-1] if earlier else Path(root) / time.strftime("%Y-%m-%d") / str(run_id))
 
 
-def _rank_zero(value: str) -> str | None:
-    """`value` on the first process, nothing on others, so that they do not write the same files."""
-    ranks = (os.environ.get(name, "0") for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
-    return value if all(rank == "0" for rank in ranks) else None
-
-
 def _wandb_offline() -> bool:
     """Whether no Weights & Biases account is set up here."""
     if os.environ.get("WANDB_API_KEY"):
@@ -64,12 +58,12 @@ def _wandb_offline() -> bool:
 
 def register_resolvers() -> None:
     """Make the project's resolvers known to OmegaConf; calling it again changes nothing."""
-    for name, resolver in {
+    resolvers: dict[str, Callable[..., Any]] = {
         "new_run_id": _new_run_id,
         "run_dir": _run_dir,
-        "rank_zero": _rank_zero,
         "wandb_offline": _wandb_offline,
-    }.items():
+    }
+    for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
 
 
@@ -149,6 +143,11 @@ def validate_training(cfg: DictConfig) -> None:
     _require(
         cfg.resolution % block == 0,
         f"resolution={cfg.resolution} is not divisible by stage.corruption.block={block}",
+    )
+    prob_length = OmegaConf.select(cfg, "stage.corruption.schedule.prob_length", default=1)
+    _require(
+        0 < prob_length <= 1,
+        f"stage.corruption.schedule.prob_length={prob_length}: training needs (0, 1]",
     )
     conditional = cfg.network.num_classes > 0
     _require(

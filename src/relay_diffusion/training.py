@@ -6,12 +6,12 @@ import logging
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from relay_diffusion.checkpoint import LAST, find_checkpoint, read_checkpoint
 from relay_diffusion.config import write_config
@@ -58,8 +58,9 @@ def check_same_network(path: Path, stage_config: dict[str, Any]) -> None:
             )
 
 
-def train(cfg: DictConfig, stage_config: dict[str, Any]) -> DiffusionStage:
+def train(cfg: DictConfig) -> DiffusionStage:
     """Build everything, continue from a checkpoint if there is one, and fit."""
+    stage_config = cast(dict[str, Any], OmegaConf.to_container(cfg.stage, resolve=True))
     quiet_lightning()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")

@@ -88,7 +88,7 @@ def test_demo_zip_facts() -> None:
     assert dict(Counter(dataset.class_names[label] for label in dataset.labels)) == SIZES
     bases: dict[str, set[str]] = {"train": set(), "heldout": set()}
     for name in dataset.names:
-        subset, stem = name.removesuffix(".png").split("/")
+        subset, stem = name.removesuffix(".webp").split("/")
         assert subset == subset_of(stem)
         bases[subset].add(base_emoji(stem))
     assert not bases["train"] & bases["heldout"]

@@ -17,10 +17,11 @@ from torch import Tensor
 @lru_cache(maxsize=64)
 def dct_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The orthonormal DCT-II matrix M [size, size]: rows are frequencies; M M^T = 1."""
-    n = torch.arange(size, dtype=torch.float64)
-    matrix = torch.cos(math.pi / size * n[:, None] * (n[None, :] + 0.5)) * math.sqrt(2 / size)
-    matrix[0] = math.sqrt(1 / size)
-    return matrix.to(device=device, dtype=dtype)
+    with torch.inference_mode(False):  # kept between calls: it must serve training too
+        n = torch.arange(size, dtype=torch.float64, device="cpu")
+        matrix = torch.cos(math.pi / size * n[:, None] * (n[None, :] + 0.5)) * math.sqrt(2 / size)
+        matrix[0] = math.sqrt(1 / size)
+        return matrix.to(device=device, dtype=dtype)
 
 
 def _per_block(x: Tensor, block: int, matrix: Tensor) -> Tensor:

@@ -53,6 +53,8 @@ class TruncatedLogNormal(LogNormal):
         super().__init__(p_mean, p_std)
         if prob_length <= 0:
             raise ValueError(f"prob_length is {prob_length}, must be positive")
+        if sigma_floor <= 0:
+            raise ValueError(f"sigma_floor is {sigma_floor}, must be positive")
         self.prob_length = float(prob_length)
         below = 0.5 * (1 + math.erf((math.log(sigma_floor) - p_mean) / p_std / math.sqrt(2)))
         self.level_floor = below * self.prob_length
@@ -62,7 +64,12 @@ class TruncatedLogNormal(LogNormal):
         return self.from_uniform(torch.rand(size, device=device, dtype=dtype))
 
     def from_uniform(self, uniform: Tensor) -> Tensor:
-        """sigma of a uniform draw, its level clamped from below, any shape."""
+        """sigma of a uniform draw, its level clamped from below, any shape.
+
+        Raises ValueError if prob_length is above 1: sampling may use such a schedule, training has no such noise.
+        """
+        if self.prob_length > 1:
+            raise ValueError(f"prob_length is {self.prob_length}: a schedule for training needs at most 1")
         return self.sigma(uniform.clamp(min=self.level_floor))
 
 

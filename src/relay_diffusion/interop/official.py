@@ -43,9 +43,7 @@ def _block_names(network: UNet) -> dict[str, str]:
     for i, block in enumerate(network.encoder):
         assert isinstance(block, ResidualBlock)
         resolution, count = (resolution // 2, 0) if block.down else (resolution, count)
-        names[f"encoder.{i}"] = f"enc.{resolution}x{resolution}_" + (
-            "down" if block.down else f"block{count}"
-        )
+        names[f"encoder.{i}"] = f"enc.{resolution}x{resolution}_" + ("down" if block.down else f"block{count}")
         count += not block.down
     names |= {f"middle.{i}": f"dec.{resolution}x{resolution}_in{i}" for i in range(2)}
     count = 0

@@ -20,7 +20,7 @@ class BlurringSampler:
 
     With gamma = sqrt(1 - s_noise^2) sigma'/sigma, gains A(sigma) and F[g] = multiplication of block DCT
     coefficients by g:  x' = gamma x + F[A' - gamma A] x0^ + s_noise sigma' noise.
-    The grid is Karras's, kept below `truncation_sigma`: the level whose blur is the upsampled image.
+    The grid is Karras's, kept below `truncation_sigma`, where little but the block means is left.
     """
 
     def __init__(
@@ -42,6 +42,12 @@ class BlurringSampler:
                 f"only {len(self.sigmas)} of {steps} noise levels lie below truncation_sigma {truncation_sigma}: "
                 "raise steps or truncation_sigma"
             )
+        start_level = corruption.schedule.level(torch.tensor(self.sigmas[0], dtype=torch.float64)).item()
+        if start_level > 1:
+            raise ValueError(
+                f"sampling would start at sigma {self.sigmas[0]:.3f}, beyond the end of the corruption's schedule "
+                f"(level {start_level:.3f} > 1): lower truncation_sigma or raise prob_length"
+            )
         self.corruption, self.s_noise = corruption, s_noise
 
     @property
@@ -50,9 +56,7 @@ class BlurringSampler:
         return 2 * len(self.sigmas) - 1
 
     @torch.no_grad()
-    def __call__(
-        self, denoise: Denoiser, start: Tensor, randn_like: RandnLike, labels: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, denoise: Denoiser, start: Tensor, randn_like: RandnLike, labels: Tensor | None = None) -> Tensor:
         """start: upsampled images [B,C,H,W] in [-1, 1]; labels [B] or None -> images [B,C,H,W], state's dtype."""
         x = start.to(state_dtype(start.device))
         x = x + self.sigmas[0] * self.corruption.draw_noise(x, randn_like)
@@ -66,9 +70,7 @@ class BlurringSampler:
             x = self._step(x, corrected, sigma, sigma_next, randn_like)
         return denoise(x, self.sigmas[-1] * ones, labels).to(x.dtype)
 
-    def _step(
-        self, x: Tensor, denoised: Tensor, sigma: float, sigma_next: float, randn_like: RandnLike
-    ) -> Tensor:
+    def _step(self, x: Tensor, denoised: Tensor, sigma: float, sigma_next: float, randn_like: RandnLike) -> Tensor:
         gamma = math.sqrt(1 - self.s_noise**2) * sigma_next / sigma
         now, then = self.corruption.gains(x.new_tensor([sigma, sigma_next])).split(1)
         moved = gamma * x + block_filter(denoised, then - gamma * now)

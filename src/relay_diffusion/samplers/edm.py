@@ -49,9 +49,7 @@ class EDMSampler:
         return min(self.churn, math.sqrt(2) - 1) if inside else 0.0
 
     @torch.no_grad()
-    def __call__(
-        self, denoise: Denoiser, start: Tensor, randn_like: RandnLike, labels: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, denoise: Denoiser, start: Tensor, randn_like: RandnLike, labels: Tensor | None = None) -> Tensor:
         """start: unit-variance noise [B,C,H,W]; labels [B] or None -> images [B,C,H,W] in the state's dtype."""
         x = start.to(state_dtype(start.device)) * self.sigmas[0]
         ones = x.new_ones(len(x))
@@ -70,9 +68,7 @@ class EDMSampler:
             x = self._step(x, corrected, sigma_hat, sigma_next, randn_like)
         return x
 
-    def _step(
-        self, x: Tensor, denoised: Tensor, sigma: float, sigma_next: float, randn_like: RandnLike
-    ) -> Tensor:
+    def _step(self, x: Tensor, denoised: Tensor, sigma: float, sigma_next: float, randn_like: RandnLike) -> Tensor:
         gamma = math.sqrt(1 - self.sde_scale**2) * sigma_next / sigma
         moved = gamma * x + (1 - gamma) * denoised
         if self.sde_scale == 0 or sigma_next == 0:

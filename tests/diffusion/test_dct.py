@@ -1,0 +1,137 @@
+"""The block DCT: an orthonormal change of basis in every block."""
+
+import math
+
+import pytest
+import torch
+
+from relay_diffusion.diffusion import block_dct, block_filter, block_idct
+from relay_diffusion.diffusion.corruption import block_mean, upsample_blocks
+from relay_diffusion.diffusion.dct import dct_matrix
+
+CPU = torch.device("cpu")
+SHAPES = [(2, (8, 8)), (3, (6, 12)), (4, (16, 8)), (5, (5, 15)), (8, (8, 24))]
+
+
+def images(height, width, dtype=torch.float64):
+    return torch.randn(2, 3, height, width, dtype=dtype)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+def test_matrix_entries_are_the_dct_ii(size):
+    expected = [
+        [math.sqrt((1 if k == 0 else 2) / size) * math.cos(math.pi * k * (2 * n + 1) / (2 * size)) for n in range(size)]
+        for k in range(size)
+    ]
+    torch.testing.assert_close(
+        dct_matrix(size, torch.float64, CPU), torch.tensor(expected, dtype=torch.float64), atol=1e-14, rtol=0
+    )
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
+def test_matrix_is_orthonormal(size):
+    matrix = dct_matrix(size, torch.float64, CPU)
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(size, dtype=torch.float64), atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize(("block", "size"), SHAPES)
+def test_round_trip(block, size):
+    x = images(*size)
+    torch.testing.assert_close(block_idct(block_dct(x, block), block), x, atol=1e-13, rtol=0)
+    torch.testing.assert_close(block_dct(block_idct(x, block), block), x, atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize(("block", "size"), SHAPES)
+def test_energy_of_every_block_is_kept(block, size):
+    x = images(*size)
+    energy = block_mean(x**2, block)
+    torch.testing.assert_close(block_mean(block_dct(x, block) ** 2, block), energy, atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize(("block", "size"), SHAPES)
+def test_a_constant_block_has_only_its_mean(block, size):
+    values = torch.randn(1, 2, size[0] // block, size[1] // block, dtype=torch.float64)
+    coefficients = block_dct(upsample_blocks(values, block), block)
+    expected = torch.zeros_like(coefficients)
+    expected[..., ::block, ::block] = block * values
+    torch.testing.assert_close(coefficients, expected, atol=1e-13, rtol=0)
+
+
+def test_rows_are_vertical_frequencies_and_columns_horizontal_ones():
+    block = 4
+    vertical = torch.cos(math.pi * (2 * torch.arange(block, dtype=torch.float64) + 1) / (2 * block))
+    x = vertical[:, None].expand(block, block)[None, None]  # varies from row to row only
+    coefficients = block_dct(x, block)[0, 0]
+    expected = torch.zeros(block, block, dtype=torch.float64)
+    expected[1, 0] = block / math.sqrt(2)  # norm of the cosine, sqrt(block/2), times sqrt(block) equal columns
+    torch.testing.assert_close(coefficients, expected, atol=1e-14, rtol=0)
+
+
+def test_each_block_is_transformed_alone_and_in_place():
+    block, x = 4, images(8, 12)
+    whole = block_dct(x, block)
+    piece = block_dct(x[..., 4:8, 8:12].contiguous(), block)
+    torch.testing.assert_close(whole[..., 4:8, 8:12], piece, atol=1e-14, rtol=0)
+
+
+def test_filter_with_gains_one_is_the_identity():
+    x = images(6, 12)
+    torch.testing.assert_close(block_filter(x, torch.ones(1, 1, 3, 3).double()), x, atol=1e-13, rtol=0)
+
+
+def test_filter_that_keeps_only_the_mean_gives_the_upsampled_block_mean():
+    block, x = 4, images(8, 12)
+    gains = torch.zeros(1, 1, block, block, dtype=torch.float64)
+    gains[..., 0, 0] = 1
+    expected = upsample_blocks(block_mean(x, block), block)
+    torch.testing.assert_close(block_filter(x, gains), expected, atol=1e-13, rtol=0)
+
+
+def test_filters_compose_by_multiplying_their_gains():
+    x, first, second = images(8, 12), torch.rand(1, 1, 4, 4).double(), torch.rand(1, 1, 4, 4).double()
+    twice = block_filter(block_filter(x, first), second)
+    torch.testing.assert_close(twice, block_filter(x, first * second), atol=1e-13, rtol=0)
+
+
+def test_each_image_has_its_own_gains():
+    x, gains = images(8, 12), torch.rand(2, 1, 4, 4).double()
+    expected = torch.cat([block_filter(x[:1], gains[:1]), block_filter(x[1:], gains[1:])])
+    torch.testing.assert_close(block_filter(x, gains), expected, atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize("transform", [block_dct, block_idct])
+@pytest.mark.parametrize(("height", "width"), [(6, 8), (8, 6)])
+def test_sizes_that_do_not_divide_are_refused(transform, height, width):
+    with pytest.raises(ValueError, match=f"{height}x{width} do not divide into blocks of 4x4"):
+        transform(images(height, width), 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("transform", [block_dct, block_idct])
+def test_dtype_is_kept(transform, dtype):
+    assert transform(images(8, 8, dtype), 4).dtype == dtype
+
+
+def test_single_precision_agrees_with_double_precision():
+    x = images(8, 8)
+    torch.testing.assert_close(block_dct(x.float(), 4).double(), block_dct(x, 4), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("transform", [block_dct, block_idct])
+def test_exact_also_in_mixed_precision(transform, dtype):
+    x = images(8, 8, dtype)
+    expected = transform(x, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = transform(x, 4)
+    assert mixed.dtype == dtype
+    assert torch.equal(mixed, expected)
+
+
+def test_a_matrix_first_used_in_inference_serves_training():
+    dct_matrix.cache_clear()
+    with torch.inference_mode():
+        block_dct(torch.randn(1, 1, 6, 6), 6)
+    x = torch.randn(1, 1, 6, 6, requires_grad=True)
+    block_dct(x, 6).square().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x.detach())  # Parseval

@@ -1,0 +1,124 @@
+"""Block noise as a linear map of white noise, and one random stream per image."""
+
+import pytest
+import torch
+
+from relay_diffusion.diffusion import ImageSeeds, block_noise
+from relay_diffusion.diffusion.noise import mix_seeds
+
+
+def covariance(height, width, block):
+    """Exact covariance [HW, HW] of block noise: unit impulses through the linear map L give L L^T."""
+    impulses = torch.eye(height * width, dtype=torch.float64).view(-1, 1, height, width)
+    responses = block_noise(impulses, block).flatten(1)
+    return responses.T @ responses
+
+
+def triangle(length, block):
+    """max(0, s-|d|)/s of all pairs of positions on a circle: [length, length]."""
+    position = torch.arange(length)
+    distance = (position[:, None] - position[None, :]).abs()
+    distance = torch.minimum(distance, length - distance)
+    return (block - distance).clamp(min=0).double() / block
+
+
+@pytest.mark.parametrize(("height", "width", "block"), [(8, 8, 1), (8, 8, 2), (8, 8, 4), (9, 6, 3), (8, 12, 4)])
+def test_covariance_is_a_product_of_triangles(height, width, block):
+    expected = torch.kron(triangle(height, block), triangle(width, block))
+    torch.testing.assert_close(covariance(height, width, block), expected, atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize("block", [2, 3, 4, 8])
+def test_variance_is_one(block):
+    variance = covariance(8, 8, block).diag()
+    torch.testing.assert_close(variance, torch.ones_like(variance), atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize(("block", "size"), [(2, (4, 6)), (3, (7, 5)), (4, (8, 12)), (4, (4, 4))])
+def test_equals_the_sum_of_circular_shifts(block, size):
+    white = torch.randn(2, 3, *size, dtype=torch.float64)
+    shifted = [white.roll((i, j), (-2, -1)) for i in range(block) for j in range(block)]
+    torch.testing.assert_close(block_noise(white, block), sum(shifted) / block, atol=1e-13, rtol=0)
+
+
+def test_block_noise_of_block_one_is_white():
+    white = torch.randn(1, 2, 4, 4, dtype=torch.float64)
+    assert torch.equal(block_noise(white, 1), white)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_block_noise_keeps_the_dtype(dtype):
+    assert block_noise(torch.randn(1, 1, 4, 4, dtype=dtype), 2).dtype == dtype
+
+
+def test_noise_of_an_image_does_not_depend_on_its_batch():
+    seeds, like = [5, 3, 8, 1, 9], torch.zeros(5, 3, 8, 8)
+    together = ImageSeeds(seeds)
+    draws = [together.randn_like(like) for _ in range(3)]
+    for start, stop in [(0, 2), (2, 3), (3, 5)]:
+        apart = ImageSeeds(seeds[start:stop])
+        for draw in draws:
+            assert torch.equal(apart.randn_like(like[start:stop]), draw[start:stop])
+
+
+def test_noise_follows_the_seed_and_not_the_place():
+    like = torch.zeros(3, 1, 4, 4)
+    forward, backward = ImageSeeds([1, 2, 3]).randn_like(like), ImageSeeds([3, 2, 1]).randn_like(like)
+    assert torch.equal(forward, backward.flip(0))
+
+
+def correlation(a, b):
+    return (a * b).mean().item()
+
+
+@pytest.mark.parametrize(("seed", "stream"), [(1, 0), (0, 1), (1, 1), (2**40, 0), (0, 7)])
+def test_other_seeds_and_streams_are_independent(seed, stream):
+    like = torch.zeros(1, 1, 100, 100)
+    a, b = ImageSeeds([0]).randn_like(like), ImageSeeds([seed], stream=stream).randn_like(like)
+    assert abs(correlation(a, b)) < 0.05  # five standard errors of 10 000 pixels
+
+
+def test_successive_draws_are_independent():
+    source, like = ImageSeeds([0]), torch.zeros(1, 1, 100, 100)
+    assert abs(correlation(source.randn_like(like), source.randn_like(like))) < 0.05
+
+
+def test_noise_is_standard_normal():
+    noise = ImageSeeds([0]).randn_like(torch.zeros(1, 1, 200, 200, dtype=torch.float64))
+    assert noise.mean().item() == pytest.approx(0, abs=0.025)  # five standard errors each
+    assert (noise**2).mean().item() == pytest.approx(1, abs=0.036)
+    assert (noise**4).mean().item() == pytest.approx(3, abs=0.25)
+
+
+def test_pairs_of_seed_and_stream_give_distinct_generators():
+    pairs = [(seed, stream) for seed in range(500) for stream in range(8)]
+    mixed = {mix_seeds(seed, stream) for seed, stream in pairs}
+    assert len(mixed) == len(pairs)
+
+
+def test_mixed_seeds_fit_a_generator_for_any_integer():
+    for seed in [-1, 0, 2**31, 2**63, 2**64 - 1]:
+        assert 0 <= mix_seeds(seed, 0) < 2**63
+
+
+def test_neighbouring_seeds_differ_in_about_half_of_the_bits():
+    differing = [(mix_seeds(seed, 0) ^ mix_seeds(seed + 1, 0)).bit_count() for seed in range(1000)]
+    assert sum(differing) / 1000 == pytest.approx(63 / 2, abs=1)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_batch_of_another_size_is_refused(batch):
+    with pytest.raises(ValueError, match=f"2 seeds for a batch of {batch} images"):
+        ImageSeeds([1, 2]).randn_like(torch.zeros(batch, 1, 4, 4))
+
+
+def test_length_is_the_number_of_seeds():
+    assert len(ImageSeeds([4, 4, 2])) == 3
+
+
+def test_precision_does_not_change_the_noise():
+    like = torch.zeros(2, 3, 8, 8)
+    single, double = ImageSeeds([1, 2]).randn_like(like), ImageSeeds([1, 2]).randn_like(like.double())
+    assert single.dtype == torch.float32
+    assert double.dtype == torch.float64
+    assert torch.equal(single.double(), double)

@@ -1,0 +1,56 @@
+"""EDM preconditioning with a fake network, by its closed form."""
+
+import pytest
+import torch
+from torch import nn
+
+from relay_diffusion.networks import EDMPreconditioner
+
+
+class Fake(nn.Module):
+    """Stands for the UNet: records what it is given, returns a constant."""
+
+    def __init__(self, value=0.0):
+        super().__init__()
+        self.value = value
+
+    def forward(self, x, noise, labels, augment_labels):
+        self.given = x, noise, labels, augment_labels
+        return torch.full_like(x, self.value)
+
+
+SIGMA = torch.tensor([0.002, 0.5, 3.0, 80.0], dtype=torch.float64)
+
+
+def image_like(value):
+    """[B] -> images [B,3,2,2] that have this value in every pixel, float32."""
+    return value.float()[:, None, None, None].expand(-1, 3, 2, 2)
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.3])
+def test_output_is_skip_and_scaled_network(sigma_data):
+    x, total = torch.randn(4, dtype=torch.float64), SIGMA**2 + sigma_data**2
+    denoised = EDMPreconditioner(Fake(3.0), sigma_data)(image_like(x), SIGMA)
+    expected = sigma_data**2 / total * x + SIGMA * sigma_data / total.sqrt() * 3.0
+    torch.testing.assert_close(denoised, image_like(expected))
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.3])
+def test_network_sees_scaled_images_and_a_quarter_of_the_log_noise(sigma_data):
+    x, network = torch.randn(4, dtype=torch.float64), Fake()
+    EDMPreconditioner(network, sigma_data)(image_like(x), SIGMA)
+    scaled, noise = network.given[:2]
+    torch.testing.assert_close(scaled, image_like(x / (SIGMA**2 + sigma_data**2).sqrt()))
+    torch.testing.assert_close(noise, (SIGMA.log() / 4).float())
+
+
+def test_labels_reach_the_network_in_their_places():
+    network, labels, augment = Fake(), torch.tensor([1, -1, 0, 2]), torch.randn(4, 9)
+    EDMPreconditioner(network)(torch.zeros(4, 3, 2, 2), SIGMA, labels, augment)
+    assert network.given[2] is labels
+    assert network.given[3] is augment
+
+
+def test_double_precision_images_are_estimated_in_single_precision():
+    denoised = EDMPreconditioner(Fake())(torch.ones(4, 3, 2, 2, dtype=torch.float64), SIGMA)
+    assert denoised.dtype == torch.float32

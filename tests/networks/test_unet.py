@@ -1,0 +1,213 @@
+"""The UNet: sizes, labels, initial state, gradients, precision."""
+
+import pytest
+import torch
+from waking import awake
+
+from relay_diffusion.networks import EDMPreconditioner, UNet
+from relay_diffusion.networks.blocks import ResidualBlock, SelfAttention
+
+NOISE = torch.tensor([-0.7, 0.4])
+
+
+def unet(resolution=8, channels=8, channel_mult=(1, 2), blocks=1, attention_resolutions=(), **options):
+    return UNet(
+        resolution,
+        channels=channels,
+        channel_mult=channel_mult,
+        blocks=blocks,
+        attention_resolutions=attention_resolutions,
+        **options,
+    )
+
+
+def x_of(network, batch=2):
+    return torch.randn(batch, network.image_channels, network.resolution, network.resolution)
+
+
+@pytest.mark.parametrize("channels", [20, 36, 48, 50])
+@torch.no_grad()
+def test_any_even_number_of_channels_runs(channels):
+    network = awake(unet(channels=channels))
+    out = network(x_of(network), NOISE)
+    assert out.shape == (2, 3, 8, 8)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize(("resolution", "channel_mult"), [(12, (1, 1, 2)), (24, (1, 2, 1, 1)), (5, (1,)), (6, (1, 2))])
+@torch.no_grad()
+def test_any_resolution_that_halves_often_enough_runs(resolution, channel_mult):
+    network = awake(unet(resolution, 4, channel_mult))
+    assert network(x_of(network), NOISE).shape == (2, 3, resolution, resolution)
+
+
+@pytest.mark.parametrize(("resolution", "levels"), [(10, 3), (12, 4), (7, 2)])
+def test_a_resolution_that_does_not_halve_often_enough_is_refused(resolution, levels):
+    with pytest.raises(ValueError, match=rf"resolution {resolution} is not divisible by 2\^{levels - 1}"):
+        unet(resolution, 4, (1,) * levels)
+
+
+def test_an_odd_number_of_channels_is_refused():
+    with pytest.raises(ValueError, match="channels is 5, must be even"):
+        unet(channels=5)
+
+
+@pytest.mark.parametrize("image_channels", [1, 4])
+@torch.no_grad()
+def test_images_may_have_any_number_of_channels(image_channels):
+    network = awake(unet(image_channels=image_channels))
+    assert network(x_of(network), NOISE).shape == (2, image_channels, 8, 8)
+
+
+@pytest.mark.parametrize(("attention_resolutions", "count"), [((), 1), ((16,), 4), ((8,), 4), ((16, 8), 7), ((4,), 1)])
+def test_attention_sits_at_its_resolutions_and_at_the_bottom(attention_resolutions, count):
+    network = unet(16, 4, (1, 2), 1, attention_resolutions)  # a level has 1 encoder and 2 decoder blocks
+    assert sum(isinstance(module, SelfAttention) for module in network.modules()) == count
+
+
+@torch.no_grad()
+def test_decoder_takes_the_encoder_outputs_in_reverse_order():
+    network = awake(unet(channel_mult=(1, 2, 2)))
+    kept, joined = [], []
+    for module in (network.conv_in, *network.encoder):
+        module.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
+    for module, joins in zip(network.decoder, network.joins, strict=True):
+        if joins:
+            module.register_forward_pre_hook(lambda _module, inputs: joined.append(inputs[0]))
+    network(x_of(network), NOISE)
+    for output, join in zip(reversed(kept), joined, strict=True):
+        assert torch.equal(join[:, -output.shape[1] :], output)
+
+
+@torch.no_grad()
+def test_no_class_is_the_same_as_no_labels():
+    network = awake(unet(num_classes=5))
+    x = x_of(network)
+    torch.testing.assert_close(network(x, NOISE, torch.tensor([-1, -1])), network(x, NOISE), atol=0, rtol=0)
+
+
+@torch.no_grad()
+def test_images_with_and_without_a_class_may_share_a_batch():
+    network = awake(unet(num_classes=5))
+    x = x_of(network)
+    mixed = network(x, NOISE, torch.tensor([-1, 3]))
+    torch.testing.assert_close(mixed[:1], network(x, NOISE)[:1])
+    torch.testing.assert_close(mixed[1:], network(x, NOISE, torch.tensor([3, 3]))[1:])
+
+
+@torch.no_grad()
+def test_every_class_has_its_own_output():
+    network = awake(unet(num_classes=3))
+    x = x_of(network, 1).expand(4, -1, -1, -1)
+    out = network(x, NOISE[:1].expand(4), torch.tensor([-1, 0, 1, 2]))
+    for i in range(4):
+        for j in range(i):
+            assert (out[i] - out[j]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_the_noise_level_changes_the_output():
+    network = awake(unet())
+    out = network(x_of(network, 1).expand(2, -1, -1, -1), NOISE)
+    assert (out[0] - out[1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_augmentation_labels_change_the_output_and_zeros_do_not():
+    network = awake(unet(augment_labels=9))
+    x = x_of(network)
+    plain = network(x, NOISE)
+    torch.testing.assert_close(network(x, NOISE, None, torch.zeros(2, 9)), plain, atol=0, rtol=0)
+    assert (network(x, NOISE, None, torch.randn(2, 9)) - plain).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_images_of_a_batch_do_not_mix():
+    network = awake(unet(num_classes=5, attention_resolutions=(8, 4)))
+    x, labels = x_of(network), torch.tensor([1, 4])
+    apart = torch.cat([network(x[i : i + 1], NOISE[i : i + 1], labels[i : i + 1]) for i in range(2)])
+    torch.testing.assert_close(network(x, NOISE, labels), apart)
+
+
+def test_a_new_network_returns_zero():
+    network = unet(num_classes=5)
+    assert not network(x_of(network), NOISE, torch.tensor([0, 4])).any()
+
+
+def test_a_new_denoiser_is_the_skip_alone():
+    denoise, sigma = EDMPreconditioner(unet()), torch.tensor([0.5, 2.0])
+    x = x_of(denoise.network)
+    expected = torch.cat([x[:1] / 2, x[1:] / 17])  # 0.25 / (0.25 + sigma^2)
+    torch.testing.assert_close(denoise(x, sigma), expected)
+
+
+@torch.no_grad()
+def test_dropout_acts_in_training_only():
+    network = awake(unet(dropout=0.5))
+    x = x_of(network)
+    assert torch.equal(network(x, NOISE), network(x, NOISE))
+    network.train()
+    assert (network(x, NOISE) - network(x, NOISE)).abs().max() > 1e-3
+
+
+def test_every_residual_block_has_the_dropout():
+    blocks = [module for module in unet(dropout=0.25).modules() if isinstance(module, ResidualBlock)]
+    assert {block.dropout for block in blocks} == {0.25}
+
+
+@torch.no_grad()
+def test_training_without_dropout_equals_evaluation():
+    network = awake(unet())
+    x = x_of(network)
+    expected = network(x, NOISE)
+    assert torch.equal(network.train()(x, NOISE), expected)
+
+
+def test_gradients_reach_every_parameter():
+    network = awake(unet(channel_mult=(1, 2, 2), attention_resolutions=(4,), num_classes=2, augment_labels=9))
+    out = EDMPreconditioner(network)(x_of(network), torch.tensor([0.3, 1.0]), torch.tensor([0, 1]), torch.randn(2, 9))
+    out.square().sum().backward()
+    silent = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+    assert silent == []
+
+
+@torch.no_grad()
+def test_mixed_precision_stays_close():
+    denoise = EDMPreconditioner(awake(unet(channels=16, attention_resolutions=(8,), num_classes=3)))
+    x, sigma, labels = x_of(denoise.network), torch.tensor([0.3, 3.0]), torch.tensor([2, -1])
+    single = denoise(x, sigma, labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = denoise(x, sigma, labels)
+    error = (mixed - single).norm() / single.norm()
+    assert mixed.dtype == torch.float32
+    assert 0 < error < 0.02
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@torch.no_grad()
+def test_memory_layout_of_the_images_does_not_change_the_output(channels_last):
+    network = awake(unet(channels=16, attention_resolutions=(8,), channels_last=channels_last))
+    x = x_of(network)
+    interleaved = network(x.to(memory_format=torch.channels_last), NOISE)
+    torch.testing.assert_close(interleaved, network(x, NOISE), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_memory_layout_of_the_network_does_not_change_the_output():
+    plain = awake(unet(channels=16, attention_resolutions=(8,)))
+    interleaved = unet(channels=16, attention_resolutions=(8,), channels_last=True)
+    interleaved.load_state_dict(plain.state_dict())
+    x = x_of(plain)
+    torch.testing.assert_close(interleaved(x, NOISE), plain(x, NOISE), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@torch.no_grad()
+def test_weights_and_activations_have_the_memory_layout_asked_for(channels_last):
+    network = unet(channels_last=channels_last)
+    layouts = [torch.contiguous_format, torch.channels_last]
+    expected = layouts[channels_last]
+    assert network.conv_out.weight.is_contiguous(memory_format=expected)
+    for given in layouts:  # whatever the layout of the images
+        out = network(x_of(network).contiguous(memory_format=given), NOISE)
+        assert out.is_contiguous(memory_format=expected)

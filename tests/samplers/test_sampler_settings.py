@@ -1,0 +1,189 @@
+"""The samplers' settings, the calls they make, and one seed per image."""
+
+import math
+from unittest.mock import Mock
+
+import pytest
+import torch
+from recorder import Recorder
+
+from relay_diffusion.diffusion import BlurringCorruption, ImageSeeds, TruncatedLogNormal, karras_sigmas
+from relay_diffusion.samplers import BlurringSampler, EDMSampler
+from support import Replay, toy_denoiser
+
+SCHEDULE = TruncatedLogNormal()
+SHARP = BlurringCorruption(SCHEDULE, blur_sigma_max=0.0, block_strength=0.0)
+LABELS = torch.tensor([3, 7])
+LEVELS = len(BlurringSampler(SHARP, steps=12).sigmas)
+
+
+def images(batch=2):
+    return torch.randn(batch, 3, 8, 8, dtype=torch.float64)
+
+
+def levels_seen(sampler):
+    """Noise level of each call of the denoiser."""
+    recorder = Recorder(toy_denoiser)
+    sampler(recorder, images(), torch.randn_like)
+    assert all(sigma.shape == (2,) for sigma in recorder.sigmas)
+    return [sigma[0].item() for sigma in recorder.sigmas]
+
+
+def test_churn_raises_sigma_inside_its_range_only():
+    sampler = EDMSampler(steps=8, churn=2.0, churn_min=0.1, churn_max=10.0)
+    begin = levels_seen(sampler)[::2]
+    raised = [sigma * (1 + 2.0 / 8) if 0.1 <= sigma <= 10.0 else sigma for sigma in sampler.sigmas[:-1]]
+    assert begin == pytest.approx(raised, rel=1e-12)
+    assert raised != pytest.approx(sampler.sigmas[:-1])
+
+
+def test_churn_raises_sigma_by_root_two_at_most():
+    sampler = EDMSampler(steps=8, churn=1000.0)
+    expected = [sigma * math.sqrt(2) for sigma in sampler.sigmas[:-1]]
+    assert levels_seen(sampler)[::2] == pytest.approx(expected, rel=1e-12)
+
+
+def test_churn_noise_scales_the_added_noise():
+    sampler = EDMSampler(steps=8, churn=2.0, churn_noise=3.0)
+    recorder = Recorder(toy_denoiser)
+    sampler(recorder, torch.zeros(1, 3, 8, 8), torch.ones_like)
+    added = math.sqrt((80.0 * 1.25) ** 2 - 80.0**2) * 3.0
+    torch.testing.assert_close(recorder.states[0], torch.full((1, 3, 8, 8), added, dtype=torch.float64))
+
+
+def samplers():
+    return [
+        EDMSampler(steps=6),
+        EDMSampler(steps=6, churn=2.0, sde_scale=0.2),
+        BlurringSampler(BlurringCorruption(SCHEDULE), steps=16),
+        BlurringSampler(SHARP, steps=10, s_noise=0.0),
+    ]
+
+
+@pytest.mark.parametrize("sampler", samplers())
+def test_the_result_is_the_last_estimate(sampler):
+    recorder = Recorder(toy_denoiser)
+    result = sampler(recorder, images(), torch.randn_like)
+    torch.testing.assert_close(result, recorder.estimates[-1], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("sampler", samplers())
+def test_evaluations_are_the_calls_of_the_denoiser(sampler):
+    assert len(levels_seen(sampler)) == sampler.evaluations
+
+
+@pytest.mark.parametrize(
+    ("sampler", "draws"),
+    [
+        (EDMSampler(steps=6), 0),
+        (EDMSampler(steps=6, churn=2.0), 6),
+        (EDMSampler(steps=6, sde_scale=0.2), 10),  # two for each of the five steps that end above zero
+        (BlurringSampler(SHARP, steps=12, s_noise=0.0), 1),
+        (BlurringSampler(SHARP, steps=12, s_noise=0.2), 2 * LEVELS - 1),
+        (BlurringSampler(BlurringCorruption(SCHEDULE), steps=12, s_noise=0.2), 2 * (2 * LEVELS - 1)),
+    ],
+)
+def test_only_noise_that_counts_is_drawn(sampler, draws):
+    source = Mock(side_effect=torch.randn_like)
+    sampler(toy_denoiser, images(), source)
+    assert source.call_count == draws
+
+
+@pytest.mark.parametrize("sampler", samplers())
+def test_labels_reach_every_call(sampler):
+    recorder = Recorder(toy_denoiser)
+    sampler(recorder, images(), torch.randn_like, LABELS)
+    assert all(labels is LABELS for labels in recorder.labels)
+
+
+@pytest.mark.parametrize("sampler", samplers())
+def test_the_state_is_double_precision_also_for_a_single_precision_network(sampler):
+    recorder = Recorder(lambda x, sigma, labels: toy_denoiser(x, sigma, labels).float())
+    result = sampler(recorder, images().float(), torch.randn_like)
+    assert {state.dtype for state in [*recorder.states, *recorder.sigmas, result]} == {torch.float64}
+
+
+@pytest.mark.parametrize("sampler", samplers())
+def test_the_start_is_left_as_it_was(sampler):
+    start = images()
+    before = start.clone()
+    sampler(toy_denoiser, start, torch.randn_like)
+    assert torch.equal(start, before)
+
+
+def test_edm_evaluates_twice_a_step_but_the_last():
+    assert EDMSampler(steps=6).evaluations == 11
+
+
+def test_edm_walks_the_karras_grid_to_zero():
+    sampler = EDMSampler(steps=6, sigma_min=0.01, sigma_max=5.0, rho=3.0)
+    assert sampler.sigmas == [*karras_sigmas(6, 0.01, 5.0, 3.0).tolist(), 0.0]
+
+
+def test_relay_keeps_the_levels_below_the_truncation():
+    grid = karras_sigmas(20, 0.01, 10.0, 3.0).tolist()
+    sampler = BlurringSampler(SHARP, 20, 0.01, 10.0, 3.0, truncation_sigma=0.9)
+    assert 2 < len(sampler.sigmas) < 20
+    assert sampler.sigmas == [sigma for sigma in grid if sigma < 0.9]
+
+
+def test_a_level_at_the_truncation_is_left_out():
+    grid = karras_sigmas(20, 0.01, 10.0, 3.0).tolist()
+    sampler = BlurringSampler(SHARP, 20, 0.01, 10.0, 3.0, truncation_sigma=grid[8])
+    assert sampler.sigmas == grid[9:]
+
+
+def test_relay_starts_from_its_image_with_noise_of_the_first_level():
+    corruption = BlurringCorruption(SCHEDULE, block_strength=0.15)
+    sampler = BlurringSampler(corruption, steps=12, s_noise=0.0)
+    start, draws = images(), [images(), images()]
+    recorder = Recorder(toy_denoiser)
+    sampler(recorder, start, Replay(draws).randn_like)
+    noise = corruption.draw_noise(start, Replay(draws).randn_like)
+    torch.testing.assert_close(recorder.states[0], start + sampler.sigmas[0] * noise, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("s_noise", [-0.1, 1.1])
+def test_relay_noise_outside_zero_and_one_is_refused(s_noise):
+    with pytest.raises(ValueError, match="s_noise is"):
+        BlurringSampler(SHARP, s_noise=s_noise)
+
+
+@pytest.mark.parametrize(("steps", "truncation_sigma", "left"), [(40, 0.001, 0), (2, 0.9, 1)])
+def test_a_truncation_that_leaves_fewer_than_two_levels_is_refused(steps, truncation_sigma, left):
+    with pytest.raises(ValueError, match=f"only {left} of {steps} noise levels"):
+        BlurringSampler(SHARP, steps=steps, truncation_sigma=truncation_sigma)
+
+
+@pytest.mark.parametrize("settings", [{"churn": -1.0}, {"sde_scale": -0.1}, {"sde_scale": 1.1}])
+def test_impossible_edm_settings_are_refused(settings):
+    with pytest.raises(ValueError, match="need churn >= 0 and 0 <= sde_scale <= 1"):
+        EDMSampler(**settings)
+
+
+@pytest.mark.parametrize("sampler_class", [EDMSampler, lambda **grid: BlurringSampler(SHARP, **grid)])
+def test_impossible_grids_are_refused(sampler_class):
+    with pytest.raises(ValueError, match="sigma_min < sigma_max"):
+        sampler_class(sigma_min=2.0, sigma_max=1.0)
+
+
+def sampled(sampler, seeds, starts):
+    noise = ImageSeeds(seeds)
+    start = noise.randn_like(starts) if isinstance(sampler, EDMSampler) else starts
+    return sampler(toy_denoiser, start, noise.randn_like, torch.tensor(seeds) % 10)
+
+
+@pytest.mark.parametrize(
+    "sampler", [EDMSampler(6, churn=2.0, sde_scale=0.2), BlurringSampler(BlurringCorruption(SCHEDULE), 16)]
+)
+def test_the_same_seeds_give_the_same_images_in_any_batch(sampler):
+    seeds, starts = [4, 0, 9, 2, 7], images(5)
+    together = sampled(sampler, seeds, starts)
+    apart = [sampled(sampler, seeds[a:b], starts[a:b]) for a, b in [(0, 3), (3, 4), (4, 5)]]
+    torch.testing.assert_close(torch.cat(apart), together, atol=1e-13, rtol=0)
+
+
+def test_a_start_beyond_the_schedule_is_refused():
+    corruption = BlurringCorruption(TruncatedLogNormal(prob_length=0.5))
+    with pytest.raises(ValueError, match="beyond the end"):
+        BlurringSampler(corruption, truncation_sigma=0.9)

@@ -1,0 +1,182 @@
+"""The command line as users meet it: one clear line and exit code 2, never a traceback, nothing half-written."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from relay_diffusion.sampling import sample
+from support import TINY, run
+
+
+@pytest.fixture(scope="module")
+def relay_runs(tmp_path_factory, small_zip):
+    """A tiny relay 8 -> 16, trained by the command line; its overrides for sample.py."""
+    root = tmp_path_factory.mktemp("runs")
+    for stage, resolution in (("base", 8), ("relay", 16)):
+        result = run(
+            "train.py", *TINY, f"stage={stage}", f"resolution={resolution}", f"data.dataset.path={small_zip}",
+            "trainer.max_images=8", f"run_dir={root / stage}", "callbacks.grid.every_n_images=8",
+            *(["stage.corruption.block=2"] if stage == "relay" else []),
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+    return root
+
+
+@pytest.fixture
+def relay_overrides(relay_runs, small_zip, tmp_path):
+    return [
+        "relay=two_stages",
+        *(f"relay.stages.{name}.path={relay_runs / name}" for name in ("base", "relay")),
+        f"metrics.reference.path={small_zip}",
+        f"metrics.cache={tmp_path / 'reference'}",
+        "trainer.accelerator=cpu",
+        f"run_dir={tmp_path / 'samples'}",
+    ]
+
+
+def assert_one_line(result, *parts):
+    assert result.returncode == 2, result.stdout + result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    for part in parts:
+        assert part in lines[0]
+
+
+def test_a_run_leaves_config_log_checkpoint_and_pictures(relay_runs):
+    for name, width in (("base", 4 * 8 + 3 * 2), ("relay", 3 * (4 * 16 + 3 * 2) + 2 * 12)):
+        run_dir = relay_runs / name
+        assert (run_dir / "config.yaml").exists()
+        assert (run_dir / "log/version_0/metrics.csv").exists()
+        with Image.open(run_dir / "samples/images-000000008.png") as picture:
+            assert picture.width == width
+        assert not list(run_dir.rglob(".*"))  # no temporary files
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["trainer.max_imagess=5"], ["trainer.max_imagess is not an option", "did you mean trainer.max_images?"]),
+        (["trainer.lr=5"], ["did you mean stage.optimizer.lr?"]),
+        (["experiment=quickstart_bas"], ["experiment=quickstart_bas", "did you mean quickstart_base?"]),
+        (["data=folder"], ["data.dataset.path has no value"]),
+        (["data.dataset.path=nowhere.zip"], ["data.dataset.path=nowhere.zip: no such file"]),
+        (["data.batch_size=7", "trainer.devices=2"], ["data.batch_size=7", "2 devices"]),
+        (["trainer.max_images=[1"], ["[1"]),
+    ],
+)
+def test_mistakes_in_training_options(arguments, parts, tmp_path):
+    result = run("train.py", *arguments, f"run_dir={tmp_path / 'run'}")
+    assert_one_line(result, *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_cannot_be_used(tmp_path, small_zip):
+    corrupt = tmp_path / "corrupt.zip"
+    corrupt.write_bytes(small_zip.read_bytes()[:3000])
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    Image.new("RGB", (16, 16)).save(folder / "a.png")
+    Image.new("RGB", (24, 16)).save(folder / "b.png")
+    (folder / "c.png").write_bytes((folder / "a.png").read_bytes()[:40])
+    for arguments, parts in [
+        ([f"data.dataset.path={corrupt}"], ["corrupt.zip"]),
+        ([f"data.dataset.path={small_zip}", "resolution=32"], ["train/000.png", "16x16"]),
+        ([f"data.dataset.path={folder}", "network.num_classes=0", "data.batch_size=6"], [".png", str(folder)]),
+    ]:
+        options = [*TINY, "data.dataset.subset=''", "resolution=16", *arguments, f"run_dir={tmp_path / 'run'}"]
+        assert_one_line(run("train.py", *options), *parts)
+        assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_bad_images_in_worker_processes_are_named_too(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    Image.new("RGB", (16, 16)).save(folder / "a.png")
+    (folder / "c.png").write_bytes((folder / "a.png").read_bytes()[:40])
+    options = [*TINY, "network.num_classes=0", "data.num_workers=1", "data.dataset.subset=''", "resolution=16"]
+    result = run("train.py", *options, f"data.dataset.path={folder}", f"run_dir={tmp_path / 'run'}")
+    assert_one_line(result, "c.png")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["relay must be chosen", "quickstart"]),
+        (["relay=quickstrt"], ["did you mean quickstart?"]),
+        (["relay=two_stages"], ["relay.stages.base.path has no value"]),
+        (["relay=quickstart", "relay.stages.base.path=nowhere"], ["relay.stages.base.path=nowhere"]),
+        (["relay=quickstart", "seedz=3"], ["seedz is not an option", "did you mean seeds?"]),
+    ],
+)
+def test_mistakes_in_sampling_options(arguments, parts, tmp_path, small_zip):
+    paths = [] if "relay=quickstart" not in arguments else [f"relay.stages.relay.path={small_zip}"]
+    assert_one_line(run("sample.py", *arguments, *paths, f"run_dir={tmp_path / 'run'}"), *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_that_need_the_checkpoints(relay_overrides, relay_runs, tmp_path):
+    text = tmp_path / "text.ckpt"
+    text.write_text("hello")
+    for arguments, parts in [
+        ([f"relay.stages.relay.path={relay_runs / 'base'}"], ["relay.stages.relay starts from noise"]),
+        ([f"relay.stages.base.path={text}"], ["text.ckpt cannot be read as a checkpoint"]),
+        (["class=green"], ["class=green", "dark, light"]),
+        (["seeds=9-1"], ["runs backwards"]),
+        (["mode=evaluate", f"metrics.inception.weights={text}"], ["text.ckpt"]),
+        (["mode=evaluate", "metrics.inception.weights=nowhere.pth"], ["nowhere.pth"]),
+    ]:
+        assert_one_line(run("sample.py", *relay_overrides, *arguments), *parts)
+        assert not (tmp_path / "samples/images").exists()
+
+
+def test_a_user_who_asks_for_a_traceback_gets_it():
+    result = run("train.py", "data.dataset.path=nowhere.zip", HYDRA_FULL_ERROR="1")
+    assert result.returncode != 0
+    assert "Traceback" in result.stderr
+
+
+def pngs(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).rglob("seed*.png")}
+
+
+def test_sampling_is_continued_and_does_not_depend_on_the_batch(configuration, relay_overrides, tmp_path):
+    sample(configuration("sample", *relay_overrides, "seeds=0-6", "batch_size=7"))
+    whole = pngs(tmp_path / "samples/images")
+    assert len(whole) == 7
+    assert (tmp_path / "samples/relay.png").exists()
+    other = [f"run_dir={tmp_path / 'other'}"]
+    assert sample(configuration("sample", *relay_overrides, *other, "seeds=2-4", "batch_size=2"))["sampled_now"] == 3
+    assert sample(configuration("sample", *relay_overrides, *other, "seeds=0-6", "batch_size=3"))["sampled_now"] == 4
+    assert pngs(tmp_path / "other/images") == whole
+
+
+def test_evaluation_measures_all_images_also_after_an_interruption(configuration, relay_overrides, tmp_path):
+    options = [*relay_overrides, "mode=evaluate"]
+    whole = sample(configuration("sample", *options, "seeds=0-7"))
+    stored = json.loads((tmp_path / "samples/metrics.json").read_text())
+    assert stored["fid"] == whole["fid"] > 0
+    assert stored["images"] == 8
+    assert stored["protocol"]["reference"]["images"] == 24
+    assert stored["settings"]["stages"]["relay"]["network_evaluations"] > 1
+    other = [f"run_dir={tmp_path / 'other'}"]
+    sample(configuration("sample", *relay_overrides, *other, "seeds=0-4"))
+    parts = sample(configuration("sample", *options, *other, "seeds=0-7"))
+    assert parts["sampled_now"] == 3
+    again = sample(configuration("sample", *options, *other, "seeds=0-7"))  # nothing left to sample
+    for results in (parts, again):
+        assert results["fid"] == pytest.approx(whole["fid"], rel=1e-3)
+        assert results["sfid"] == pytest.approx(whole["sfid"], rel=1e-3)
+
+
+def test_offline_wandb_needs_no_account(tmp_path, small_zip):
+    result = run(
+        "train.py", *TINY, "logger=wandb", "resolution=16", f"data.dataset.path={small_zip}", "trainer.max_images=8",
+        f"run_dir={tmp_path / 'run'}", "callbacks.grid.every_n_images=8",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert list((tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb"))
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["images_seen"] == 8

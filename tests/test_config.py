@@ -1,0 +1,155 @@
+"""Configurations: every one composes and builds, and nonsense is refused before anything is built."""
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from relay_diffusion.config import _run_dir, validate_sampling, validate_training, world_size
+from relay_diffusion.errors import UserError
+from relay_diffusion.training import train
+from support import PROJECT, TINY
+
+
+def choices(group):
+    return sorted(path.stem for path in (PROJECT / "conf" / group).glob("*.yaml"))
+
+
+EXPERIMENTS = choices("experiment")
+
+
+@pytest.mark.parametrize("network", choices("network"))
+@pytest.mark.parametrize("stage", choices("stage"))
+def test_every_stage_with_every_network(configuration, network, stage):
+    cfg = configuration("train", f"network={network}", f"stage={stage}", "resolution=64", "trainer.accelerator=cpu")
+    validate_training(cfg)
+    with torch.device("meta"):
+        built = instantiate(cfg.stage, _convert_="all")
+    assert built.resolution == 64
+
+
+@pytest.mark.parametrize("group", ["data", "trainer", "strategy", "callbacks", "logger", "metrics", "relay"])
+def test_every_choice_of_the_other_groups(configuration, small_zip, tmp_path, group):
+    name = "sample" if group in ("metrics", "relay") else "train"
+    for choice in choices(group):
+        if (group, choice) == ("trainer", "sampling"):
+            continue  # of sample.yaml; see below
+        overrides = [f"{group}={choice}", f"run_dir={tmp_path}"]
+        if name == "sample":
+            overrides += [] if group == "relay" else ["relay=two_stages"]
+            overrides.append(f"metrics.reference.path={small_zip}")
+        elif group != "strategy":
+            overrides.append("trainer.accelerator=cpu")
+        if choice == "folder":
+            overrides.append(f"data.dataset.path={small_zip}")
+            overrides.append("resolution=16")
+        cfg = configuration(name, *overrides)
+        if group == "relay":
+            for stage in cfg.relay.stages.values():
+                stage.path = str(small_zip)  # any file: only its presence is checked here
+            validate_sampling(cfg)
+        elif group == "metrics":
+            assert instantiate(cfg.metrics, resolution=16, _convert_="all").dataset.resolution == 16
+        elif group == "strategy":
+            if choice != "ddp":  # wants GPUs
+                instantiate(cfg.trainer, _convert_="all")
+            assert cfg.trainer.num_nodes == 1
+        else:
+            assert instantiate(cfg[group], _convert_="all") is not None
+
+
+def test_the_sampling_trainer_builds(configuration):
+    cfg = configuration("sample", "relay=two_stages", "trainer.accelerator=cpu")
+    assert instantiate(cfg.trainer, _convert_="all").world_size == 1
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_trains_a_step(configuration, large_zip, tmp_path, experiment):
+    cfg = configuration(
+        "train",
+        f"experiment={experiment}",
+        f"data.dataset.path={large_zip}",
+        "data.batch_size=2",
+        "network.num_classes=2",
+        "trainer.accelerator=cpu",
+        "trainer.precision=32-true",
+        "trainer.max_images=2",
+        "callbacks.grid.every_n_images=0",
+        f"run_dir={tmp_path}",
+    )
+    validate_training(cfg)
+    stage = train(cfg)
+    assert stage.images_seen == 2
+    assert (tmp_path / "checkpoints/last.ckpt").exists()
+    assert OmegaConf.load(tmp_path / "config.yaml").resolution == cfg.resolution
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.max_images=0", r"trainer\.max_images=0: .* at least 1"),
+        ("trainer.max_images=many", r"trainer\.max_images=many"),
+        ("data.batch_size=-4", r"data\.batch_size=-4"),
+        ("data.batch_size=2.5", r"data\.batch_size=2\.5"),
+        ("data.accumulate=3", r"data\.batch_size=4 does not divide .* 3 would"),
+        ("trainer.devices=3", r"data\.batch_size=4 does not divide over 3 devices"),
+        ("trainer.devices=0", r"trainer\.devices=0"),
+        ("trainer.precision=8", r"trainer\.precision=8: use one of"),
+        ("network.dropout=1.5", r"network\.dropout=1\.5: .* between 0 and 1"),
+        ("network.channel_mult=[]", r"network\.channel_mult is empty"),
+        ("resolution=15", r"resolution=15 is not divisible by 2\^1"),
+        ("stage.optimizer.lr=-1", r"stage\.optimizer\.lr=-1"),
+        ("stage.label_dropout=2", r"stage\.label_dropout=2"),
+        ("data.dataset.path=missing.zip", r"data\.dataset\.path=missing\.zip: no such file"),
+        ("data.dataset.path=???", r"data\.dataset\.path has no value"),
+    ],
+)
+def test_nonsense_is_named(configuration, small_zip, override, message):
+    cfg = configuration("train", *TINY, "resolution=16", f"data.dataset.path={small_zip}", override)
+    with pytest.raises(UserError, match=message):
+        validate_training(cfg)
+
+
+@pytest.mark.parametrize("setting", ["stage.guidance_scale=2", "stage.label_dropout=0.1"])
+def test_guidance_needs_classes(configuration, small_zip, setting):
+    cfg = configuration(
+        "train", *TINY, "resolution=16", f"data.dataset.path={small_zip}", "network.num_classes=0", setting
+    )
+    with pytest.raises(UserError, match="needs classes"):
+        validate_training(cfg)
+
+
+def test_a_block_that_does_not_divide_is_named(configuration, small_zip):
+    cfg = configuration(
+        "train", *TINY, "stage=relay", "resolution=16", f"data.dataset.path={small_zip}", "stage.corruption.block=3"
+    )
+    with pytest.raises(UserError, match=r"resolution=16 is not divisible by stage\.corruption\.block=3"):
+        validate_training(cfg)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("mode=draw", "mode=draw: use sample or evaluate"),
+        ("batch_size=0", "batch_size=0"),
+        ("picture=-1", "picture=-1"),
+        ("relay.stages.base.path=missing", r"relay\.stages\.base\.path=missing: no such file"),
+    ],
+)
+def test_nonsense_in_sampling_is_named(configuration, small_zip, override, message):
+    paths = [f"relay.stages.{name}.path={small_zip}" for name in ("base", "relay")]
+    cfg = configuration("sample", "relay=two_stages", f"metrics.reference.path={small_zip}", *paths, override)
+    with pytest.raises(UserError, match=message):
+        validate_sampling(cfg)
+
+
+def test_a_run_of_another_day_is_found_by_its_id(tmp_path):
+    assert _run_dir(str(tmp_path), "mine").endswith("/mine")
+    (tmp_path / "2020-01-01/mine").mkdir(parents=True)
+    assert _run_dir(str(tmp_path), "mine") == str(tmp_path / "2020-01-01/mine")
+
+
+def test_world_size():
+    assert world_size(4, 2) == 8
+    assert world_size([0, 2], 3) == 6
+    assert world_size("auto", 1) is None

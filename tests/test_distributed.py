@@ -1,0 +1,42 @@
+"""Two processes on the CPU do what many GPUs do."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+from support import TINY, run
+
+
+def test_two_processes_train_and_sample(tmp_path, small_zip):
+    """The global batch, the images and the seeds are those of one process; one run directory."""
+    options = [*TINY, "resolution=16", f"data.dataset.path={small_zip}", "trainer.max_images=16"]
+    two = run("train.py", *options, "strategy=ddp_cpu", "trainer.accelerator=cpu", f"run_dir={tmp_path / 'two'}")
+    assert two.returncode == 0, two.stderr
+    content = torch.load(tmp_path / "two/checkpoints/last.ckpt", weights_only=True)
+    assert (content["images_seen"], content["global_step"]) == (16, 4)
+    rows = (tmp_path / "two/log/version_0/metrics.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows[1:]] == ["8", "16"]
+    assert two.stdout.count("new run") == 1
+
+    # continuing with one process takes the same data position
+    one = run("train.py", *options[:-1], "trainer.max_images=24", f"run_dir={tmp_path / 'two'}")
+    assert one.returncode == 0, one.stderr
+    assert torch.load(tmp_path / "two/checkpoints/last.ckpt", weights_only=True)["images_seen"] == 24
+
+    relay = [
+        "relay=two_stages", "~relay.stages.relay", f"relay.stages.base.path={tmp_path / 'two'}", "seeds=0-6",
+        "picture=0", "trainer.accelerator=cpu", "batch_size=2", f"metrics.reference.path={small_zip}",
+    ]  # fmt: skip
+    evaluate = ["mode=evaluate", f"metrics.cache={tmp_path / 'reference'}"]
+    for name, extra in (("one_sampled", []), ("two_sampled", ["strategy=ddp_cpu", *evaluate])):
+        result = run("sample.py", *relay, *extra, f"run_dir={tmp_path / name}")
+        assert result.returncode == 0, result.stderr
+    alone, together = (
+        {path.name: np.asarray(Image.open(path)).astype(int) for path in (tmp_path / name).rglob("seed*.png")}
+        for name in ("one_sampled", "two_sampled")
+    )
+    assert sorted(together) == [f"seed{seed:08d}.png" for seed in range(7)]  # none missing, none doubled
+    assert sorted(alone) == sorted(together)
+    for name in alone:
+        assert np.abs(alone[name] - together[name]).max() <= 1  # the last batches differ in size
+    assert "FID" in result.stdout

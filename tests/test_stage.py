@@ -1,0 +1,207 @@
+"""A stage: training, checkpoints, sampling."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from relay_diffusion.errors import UserError
+from relay_diffusion.stage import load_stage, replace_nonfinite
+from relay_diffusion.training import train
+from support import TINY, tiny_stage
+
+
+@pytest.fixture
+def fit(configuration, small_zip, tmp_path):
+    """Train a tiny stage on 16x16 images in-process; returns the stage."""
+
+    def run(directory, images, *overrides, stage="base"):
+        cfg = configuration(
+            "train",
+            *TINY,
+            f"stage={stage}",
+            "resolution=16",
+            f"data.dataset.path={small_zip}",
+            f"trainer.max_images={images}",
+            f"run_dir={tmp_path / directory}",
+            *overrides,
+        )
+        return train(cfg)
+
+    return run
+
+
+def weights_of(path):
+    content = torch.load(path, weights_only=True)
+    return content["state_dict"] | {f"ema.{k}": v for k, v in content["ema"]["weights"].items()}
+
+
+def assert_same_weights(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=0, msg=key)
+
+
+@pytest.mark.parametrize("stage", ["base", "relay"])
+def test_interrupted_and_resumed_training_equals_uninterrupted(fit, tmp_path, stage):
+    dropout = ("network.dropout=0.2", "stage.label_dropout=0.3")
+    fit("whole", 40, *dropout, stage=stage)
+    fit("parts", 20, *dropout, stage=stage)
+    halfway = weights_of(tmp_path / "parts/checkpoints/last.ckpt")
+    fit("parts", 40, *dropout, stage=stage)
+    resumed = weights_of(tmp_path / "parts/checkpoints/last.ckpt")
+    assert_same_weights(weights_of(tmp_path / "whole/checkpoints/last.ckpt"), resumed)
+    assert any(not torch.equal(halfway[key], resumed[key]) for key in halfway)
+
+
+def test_accumulation_counts_images_and_steps(fit, tmp_path):
+    stage = fit("run", 16, "data.accumulate=2")
+    assert stage.images_seen == 16
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_training_lowers_the_loss(fit, tmp_path):
+    fit("run", 1600, "stage.optimizer.lr=3e-3", "callbacks.log.every_n_images=400")
+    rows = (tmp_path / "run/log/version_0/metrics.csv").read_text().splitlines()
+    column = rows[0].split(",").index("train/loss")
+    losses = [float(row.split(",")[column]) for row in rows[1:]]
+    assert len(losses) == 4
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_another_seed_is_another_run(fit, tmp_path):
+    fit("a", 8)
+    fit("b", 8, "seed=1")
+    a, b = (weights_of(tmp_path / f"{name}/checkpoints/last.ckpt") for name in "ab")
+    assert any(not torch.equal(a[key], b[key]) for key in a)
+
+
+def test_warm_up_is_linear_in_images(fit):
+    rates = {}
+    for images in (12, 16, 24):
+        stage = fit(f"run{images}", images, "stage.warmup_images=16", "stage.optimizer.lr=1e-3")
+        rates[images] = stage.trainer.optimizers[0].param_groups[0]["lr"]
+    # the last step of each run began 4 images earlier
+    assert rates == pytest.approx({12: 1e-3 * 8 / 16, 16: 1e-3 * 12 / 16, 24: 1e-3})
+
+
+def test_ema_in_the_checkpoint_is_the_formula(fit, tmp_path):
+    fit("run", 12, "callbacks.checkpoints.every_n_images=4", "callbacks.checkpoints.keep=9")
+    folder = tmp_path / "run/checkpoints"
+    files = [*sorted(folder.glob("images-*.ckpt")), folder / "last.ckpt"]
+    assert [torch.load(f, weights_only=True)["images_seen"] for f in files] == [4, 8, 12]
+    average = None
+    for file, seen in zip(files, (0, 4, 8), strict=True):
+        content = torch.load(file, weights_only=True)
+        raw = {k.removeprefix("denoiser."): v for k, v in content["state_dict"].items()}
+        beta = 0.5 ** (4 / max(min(500_000, seen * 0.05), 1e-8))
+        average = raw if average is None else {k: beta * average[k] + (1 - beta) * raw[k] for k in raw}
+        for key, value in content["ema"]["weights"].items():
+            torch.testing.assert_close(value, average[key], rtol=1e-5, atol=1e-7)
+
+
+def test_nonfinite_gradients_become_finite_and_are_counted():
+    parameter = torch.nn.Parameter(torch.zeros(5))
+    parameter.grad = torch.tensor([1.0, float("nan"), float("inf"), -float("inf"), -2.0])
+    assert int(replace_nonfinite([parameter])) == 3
+    assert parameter.grad.tolist() == [1.0, 0.0, 1e5, -1e5, -2.0]
+
+
+def test_load_stage_needs_nothing_but_the_file(fit, tmp_path):
+    trained = fit("run", 24)
+    for path in (tmp_path / "run", tmp_path / "run/checkpoints", tmp_path / "run/checkpoints/last.ckpt"):
+        loaded = load_stage(path, weights="raw")
+        assert not loaded.training
+        assert_same_weights(loaded.state_dict(), trained.state_dict())
+    assert loaded.class_names == ["dark", "light"]
+    assert loaded.images_seen == 24
+    averaged = load_stage(tmp_path / "run")
+    assert averaged.origin["weights"] == "ema"
+    assert any(not torch.equal(averaged.state_dict()[k], v) for k, v in trained.state_dict().items())
+
+
+def test_changes_replace_stored_settings(fit, tmp_path):
+    fit("run", 4)
+    changed = load_stage(tmp_path / "run", changes={"guidance_scale": 2.0, "sampler": {"steps": 7, "churn": None}})
+    assert changed.sampler.evaluations == 13
+    assert changed.guidance_scale == 2.0
+    with pytest.raises(UserError, match="stepz"):
+        load_stage(tmp_path / "run", changes={"sampler": {"stepz": 7}})
+    with pytest.raises(UserError, match="steps=1"):
+        load_stage(tmp_path / "run", changes={"sampler": {"steps": 1}})
+    with pytest.raises(UserError, match="use ema or raw"):
+        load_stage(tmp_path / "run", weights="best")
+
+
+def test_a_checkpoint_of_another_stage_is_not_continued(fit):
+    fit("run", 4)
+    with pytest.raises(UserError, match="another stage"):
+        fit("run", 8, stage="relay")
+
+
+def test_classes_must_be_those_of_the_data(fit):
+    with pytest.raises(UserError, match=r"num_classes=3.*2 classes"):
+        fit("run", 4, "network.num_classes=3")
+
+
+class Malicious:
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return (Path.touch, (self.target,))
+
+
+def test_hostile_and_damaged_checkpoints_are_refused(fit, tmp_path):
+    fit("run", 4)
+    good = tmp_path / "run/checkpoints/last.ckpt"
+    trap = tmp_path / "executed"
+    evil = tmp_path / "evil.ckpt"
+    torch.save({"stage_config": {}, "x": Malicious(trap)}, evil)
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(Malicious(trap)))
+    (tmp_path / "text.ckpt").write_text("hello")
+    (tmp_path / "truncated.ckpt").write_bytes(good.read_bytes()[:2000])
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "other.ckpt")
+    for name in ("evil.ckpt", "plain.pkl", "text.ckpt", "truncated.ckpt", "other.ckpt", "missing.ckpt"):
+        with pytest.raises(UserError, match=name):
+            load_stage(tmp_path / name)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["os.system", "relay_diffusion.stage.torch.nn.Linear", "relay_diffusion.stage.load_stage", "builtins.eval"],
+)
+def test_a_stored_config_may_only_name_classes_of_the_project(fit, tmp_path, target):
+    fit("run", 4)
+    content = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    content["stage_config"]["loss"]["_target_"] = target
+    torch.save(content, tmp_path / "evil.ckpt")
+    with pytest.raises(UserError, match=r"evil\.ckpt names"):
+        load_stage(tmp_path / "evil.ckpt")
+
+
+def test_the_same_seeds_give_the_same_images_in_any_batch():
+    stage = tiny_stage(8)
+    labels = torch.tensor([0, 1, 0, 1, -1])
+    whole = stage.sample((5, 3, 8, 8), [3, 1, 4, 15, 9], labels)
+    parts = [stage.sample((n, 3, 8, 8), s, labels[i : i + n]) for i, n, s in ((0, 2, [3, 1]), (2, 3, [4, 15, 9]))]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-5)
+    assert (whole[0] - whole[1]).abs().max() > 0.1
+
+
+def test_sampling_leaves_the_mode_of_the_stage():
+    stage = tiny_stage(8)
+    stage.train()
+    stage.sample((1, 3, 8, 8), [0])
+    assert stage.training
+
+
+def test_labels_that_the_network_does_not_know_are_refused():
+    with pytest.raises(UserError, match="unconditional"):
+        tiny_stage(8, num_classes=0).sample((1, 3, 8, 8), [0], torch.tensor([1]))
+    with pytest.raises(UserError, match=r"class 2 .* 0\.\.1"):
+        tiny_stage(8).sample((1, 3, 8, 8), [0], torch.tensor([2]))
+    with pytest.raises(ValueError, match="knows no classes"):
+        tiny_stage(8, num_classes=0, guidance_scale=2.0)

@@ -1,0 +1,81 @@
+"""The house: which way imports go, how large files are, how fast the door opens."""
+
+import ast
+import subprocess
+import sys
+import time
+
+import pytest
+
+from support import PROJECT, run
+
+PACKAGE = PROJECT / "src" / "relay_diffusion"
+PURE = ("diffusion", "networks", "samplers")
+
+
+def imports(path):
+    """Modules imported anywhere in a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+
+
+@pytest.mark.parametrize("package", PURE)
+def test_the_mathematics_imports_no_framework(package):
+    for path in (PACKAGE / package).rglob("*.py"):
+        for module in imports(path):
+            assert not module.startswith(("lightning", "hydra", "omegaconf", "torchmetrics")), f"{path}: {module}"
+            if module.startswith("relay_diffusion"):
+                assert module.split(".")[1] in PURE, f"{path}: {module}"
+
+
+def test_the_mathematics_loads_no_framework():
+    program = (
+        "import sys, relay_diffusion.samplers, relay_diffusion.networks;"
+        "print([m for m in ('lightning', 'hydra', 'omegaconf', 'torchmetrics') if m in sys.modules])"
+    )
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"
+
+
+def test_no_import_circle():
+    edges = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        edges[name] = {m for m in imports(path) if m.startswith("relay_diffusion") and m != name}
+
+    def visit(name, trail):
+        assert name not in trail, " -> ".join([*trail[trail.index(name) :], name])
+        for target in edges.get(name, ()):
+            if target not in done:
+                visit(target, [*trail, name])
+        done.add(name)
+
+    done: set[str] = set()
+    for name in edges:
+        visit(name, [])
+
+
+def test_files_are_short():
+    for path in [*PACKAGE.rglob("*.py"), *(PROJECT / "tests").rglob("*.py")]:
+        assert len(path.read_text().splitlines()) <= 320, path
+    for script in ("train.py", "sample.py"):
+        assert len((PROJECT / script).read_text().splitlines()) < 80
+
+
+@pytest.mark.parametrize("arguments", [("train.py", "--help"), ("sample.py", "--help")])
+def test_help_answers_quickly_and_names_the_groups(arguments):
+    began = time.perf_counter()
+    result = run(*arguments)
+    assert time.perf_counter() - began < 10  # under 3 s on a quiet machine
+    assert result.returncode == 0
+    assert "strategy: ddp, ddp_cpu, single" in result.stdout
+
+
+def test_the_door_opens_without_torch():
+    program = "import sys, relay_diffusion, relay_diffusion.cli, relay_diffusion.config; print('torch' in sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "False"
