@@ -105,7 +105,6 @@ def test_bad_images_in_worker_processes_are_named_too(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ([], ["relay must be chosen", "quickstart"]),
         (["relay=quickstrt"], ["did you mean quickstart?"]),
         (["relay=two_stages"], ["relay.stages.base.path has no value"]),
         (["relay=quickstart", "relay.stages.base.path=nowhere"], ["relay.stages.base.path=nowhere"]),

@@ -62,12 +62,12 @@ def test_accumulation_counts_images_and_steps(fit, tmp_path):
 
 
 def test_training_lowers_the_loss(fit, tmp_path):
-    fit("run", 1600, "stage.optimizer.lr=3e-3", "callbacks.log.every_n_images=400")
+    fit("run", 1600, "stage.optimizer.lr=3e-3", "callbacks.log.every_n_images=400", "stage.warmup_images=100")
     rows = (tmp_path / "run/log/version_0/metrics.csv").read_text().splitlines()
     column = rows[0].split(",").index("train/loss")
     losses = [float(row.split(",")[column]) for row in rows[1:]]
     assert len(losses) == 4
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_another_seed_is_another_run(fit, tmp_path):
@@ -159,11 +159,12 @@ def test_hostile_and_damaged_checkpoints_are_refused(fit, tmp_path):
     trap = tmp_path / "executed"
     evil = tmp_path / "evil.ckpt"
     torch.save({"stage_config": {}, "x": Malicious(trap)}, evil)
-    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(Malicious(trap)))
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(Malicious(trap), protocol=2))
+    (tmp_path / "newer.pkl").write_bytes(pickle.dumps(Malicious(trap), protocol=4))
     (tmp_path / "text.ckpt").write_text("hello")
     (tmp_path / "truncated.ckpt").write_bytes(good.read_bytes()[:2000])
     torch.save({"weights": torch.zeros(2)}, tmp_path / "other.ckpt")
-    for name in ("evil.ckpt", "plain.pkl", "text.ckpt", "truncated.ckpt", "other.ckpt", "missing.ckpt"):
+    for name in ("evil.ckpt", "plain.pkl", "newer.pkl", "text.ckpt", "truncated.ckpt", "other.ckpt", "missing.ckpt"):
         with pytest.raises(UserError, match=name):
             load_stage(tmp_path / name)
     assert not trap.exists()
@@ -187,7 +188,7 @@ def test_the_same_seeds_give_the_same_images_in_any_batch():
     labels = torch.tensor([0, 1, 0, 1, -1])
     whole = stage.sample((5, 3, 8, 8), [3, 1, 4, 15, 9], labels)
     parts = [stage.sample((n, 3, 8, 8), s, labels[i : i + n]) for i, n, s in ((0, 2, [3, 1]), (2, 3, [4, 15, 9]))]
-    torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-4)  # 1/80 of a grey level
     assert (whole[0] - whole[1]).abs().max() > 0.1
 
 

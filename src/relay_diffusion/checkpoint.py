@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +36,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU, tensors and plain values only. Raises UserError naming the file."""
     file = find_checkpoint(path)
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # said in our words below
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile):
         raise UserError(
             f"{file} cannot be read as a checkpoint: it is damaged, no checkpoint, "

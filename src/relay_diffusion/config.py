@@ -88,8 +88,8 @@ def _number(cfg: DictConfig, key: str, low: float, high: float = float("inf"), w
     _require(valid, f"{key}={value}: must be a {'whole ' if whole else ''}number, {bounds}")
 
 
-def _check_complete(cfg: DictConfig) -> None:
-    missing = sorted(OmegaConf.missing_keys(cfg))
+def _check_complete(cfg: DictConfig, unused: str = "-") -> None:
+    missing = sorted(key for key in OmegaConf.missing_keys(cfg) if not key.startswith(unused))
     if missing:
         raise UserError(f"{missing[0]} has no value: give it on the command line, {missing[0]}=...")
 
@@ -171,7 +171,7 @@ def validate_training(cfg: DictConfig) -> None:
 
 def validate_sampling(cfg: DictConfig) -> None:
     """Raise UserError for the first thing in a sample config that cannot work."""
-    _check_complete(cfg)
+    _check_complete(cfg, unused="-" if cfg.mode == "evaluate" else "metrics.")
     _check_devices(cfg)
     _number(cfg, "batch_size", 1, whole=True)
     _number(cfg, "picture", 0, whole=True)

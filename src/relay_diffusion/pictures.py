@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -45,9 +44,3 @@ def save_png(picture: Image.Image, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     picture.save(temporary, format="PNG")
     temporary.replace(path)
-
-
-def load_png(path: Path) -> Tensor:
-    """The pixels of a PNG written by `save_png`: uint8 [3,H,W]."""
-    with Image.open(path) as picture:
-        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)

@@ -17,7 +17,7 @@ from relay_diffusion.samplers import BlurringSampler, EDMSampler
 from support import Replay, toy_denoiser
 
 SCHEDULE = TruncatedLogNormal()
-SHARP = BlurringCorruption(SCHEDULE, blur_sigma_max=0.0, block_strength=0.0)
+SHARP = BlurringCorruption(TruncatedLogNormal(prob_length=1.0), blur_sigma_max=0.0, block_strength=0.0)
 EXACT = {"atol": 1e-11, "rtol": 1e-11}
 
 

@@ -12,7 +12,7 @@ from relay_diffusion.samplers import BlurringSampler, EDMSampler
 from support import Replay, toy_denoiser
 
 SCHEDULE = TruncatedLogNormal()
-SHARP = BlurringCorruption(SCHEDULE, blur_sigma_max=0.0, block_strength=0.0)
+SHARP = BlurringCorruption(TruncatedLogNormal(prob_length=1.0), blur_sigma_max=0.0, block_strength=0.0)
 LABELS = torch.tensor([3, 7])
 LEVELS = len(BlurringSampler(SHARP, steps=12).sigmas)
 

@@ -11,10 +11,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from relay_diffusion.data.images import ImageDataset, to_uint8, uint8_batches
+from relay_diffusion.data.images import ImageDataset, decode_file, to_uint8, uint8_batches
 from relay_diffusion.metrics import Evaluation, Inception
 from relay_diffusion.metrics.evaluation import reference_statistics
-from relay_diffusion.pictures import load_png
 from relay_diffusion.samples import ImageFolder
 
 
@@ -68,7 +67,7 @@ class Evaluator(Callback):
         mine = self.done[trainer.global_rank :: trainer.world_size]
         for i in range(0, len(mine), self.batch_size):
             assert self.folder is not None
-            images = [load_png(self.folder.path(seed)) for seed in mine[i : i + self.batch_size]]
+            images = [decode_file(self.folder.path(seed)) for seed in mine[i : i + self.batch_size]]
             self._evaluation.update(torch.stack(images).to(device))
 
     def on_predict_batch_end(

@@ -84,6 +84,6 @@ def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float) ->
             f"steps={steps}, sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho}: "
             "need steps >= 2, rho > 0 and 0 < sigma_min < sigma_max"
         )
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu")
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return (high + ramp * (low - high)) ** rho

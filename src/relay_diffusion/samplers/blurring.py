@@ -42,7 +42,7 @@ class BlurringSampler:
                 f"only {len(self.sigmas)} of {steps} noise levels lie below truncation_sigma {truncation_sigma}: "
                 "raise steps or truncation_sigma"
             )
-        start_level = corruption.schedule.level(torch.tensor(self.sigmas[0], dtype=torch.float64)).item()
+        start_level = corruption.schedule.level(torch.tensor(self.sigmas[0], dtype=torch.float64, device="cpu")).item()
         if start_level > 1:
             raise ValueError(
                 f"sampling would start at sigma {self.sigmas[0]:.3f}, beyond the end of the corruption's schedule "
