@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from relay_diffusion.errors import UserError
 from relay_diffusion.sampling import sample
 from support import TINY, run
 
@@ -66,6 +67,9 @@ def test_a_run_leaves_config_log_checkpoint_and_pictures(relay_runs):
         (["data.dataset.path=nowhere.zip"], ["data.dataset.path=nowhere.zip: no such file"]),
         (["data.batch_size=7", "trainer.devices=2"], ["data.batch_size=7", "2 devices"]),
         (["trainer.max_images=[1"], ["[1"]),
+        (["strategy=ddp"], ["trainer", "gpu"]),
+        (["+network.foo=1"], ["foo"]),
+        (["stage.corruption.schedule.p_std=a"], ["stage.corruption.schedule"]),
     ],
 )
 def test_mistakes_in_training_options(arguments, parts, tmp_path):
@@ -151,6 +155,12 @@ def test_sampling_is_continued_and_does_not_depend_on_the_batch(configuration, r
     assert sample(configuration("sample", *relay_overrides, *other, "seeds=2-4", "batch_size=2"))["sampled_now"] == 3
     assert sample(configuration("sample", *relay_overrides, *other, "seeds=0-6", "batch_size=3"))["sampled_now"] == 4
     assert pngs(tmp_path / "other/images") == whole
+
+
+def test_images_of_other_settings_are_not_mixed(configuration, relay_overrides):
+    sample(configuration("sample", *relay_overrides, "seeds=0-1"))
+    with pytest.raises(UserError, match="other settings"):
+        sample(configuration("sample", *relay_overrides, "relay.stages.relay.changes.sampler.s_noise=0.1"))
 
 
 def test_evaluation_measures_all_images_also_after_an_interruption(configuration, relay_overrides, tmp_path):

@@ -5,7 +5,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from relay_diffusion.config import _run_dir, validate_sampling, validate_training, world_size
+from relay_diffusion.config import RUN_ID, _new_run_id, _run_dir, validate_sampling, validate_training, world_size
 from relay_diffusion.errors import UserError
 from relay_diffusion.training import train
 from support import PROJECT, TINY
@@ -91,12 +91,19 @@ def test_every_experiment_trains_a_step(configuration, large_zip, tmp_path, expe
         ("trainer.max_images=many", r"trainer\.max_images=many"),
         ("data.batch_size=-4", r"data\.batch_size=-4"),
         ("data.batch_size=2.5", r"data\.batch_size=2\.5"),
+        ("network.channel_mult=4", r"network\.channel_mult=4: must be a list"),
+        ("network.blocks=abc", r"network\.blocks=abc"),
+        ("network.image_channels=1", r"network\.image_channels=1"),
+        ("trainer.devices=[]", r"trainer\.devices=\[\]"),
+        ("resolution=16.0", r"resolution=16\.0: must be a whole number"),
+        ("+stage.corruption.block=0", r"stage\.corruption\.block=0"),
+        ("callbacks.log.every_n_images=abc", r"callbacks\.log\.every_n_images=abc"),
         ("data.accumulate=3", r"data\.batch_size=4 does not divide .* 3 would"),
         ("trainer.devices=3", r"data\.batch_size=4 does not divide over 3 devices"),
         ("trainer.devices=0", r"trainer\.devices=0"),
         ("trainer.precision=8", r"trainer\.precision=8: use one of"),
         ("network.dropout=1.5", r"network\.dropout=1\.5: .* between 0 and 1"),
-        ("network.channel_mult=[]", r"network\.channel_mult is empty"),
+        ("network.channel_mult=[]", r"network\.channel_mult=\[\]"),
         ("resolution=15", r"resolution=15 is not divisible by 2\^1"),
         ("stage.optimizer.lr=-1", r"stage\.optimizer\.lr=-1"),
         ("stage.label_dropout=2", r"stage\.label_dropout=2"),
@@ -147,6 +154,30 @@ def test_a_run_of_another_day_is_found_by_its_id(tmp_path):
     assert _run_dir(str(tmp_path), "mine").endswith("/mine")
     (tmp_path / "2020-01-01/mine").mkdir(parents=True)
     assert _run_dir(str(tmp_path), "mine") == str(tmp_path / "2020-01-01/mine")
+
+
+def test_ranks_of_one_job_share_a_run_id(monkeypatch):
+    def ids(command, **environment):
+        for key, value in environment.items():
+            monkeypatch.setenv(key, value)
+        monkeypatch.setattr("sys.argv", command)
+        found = set()
+        for rank in ("0", "1"):
+            monkeypatch.delenv(RUN_ID, raising=False)
+            monkeypatch.setenv("RANK", rank)
+            found.add(_new_run_id())
+        return found
+
+    ranks = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    assert len(ids(["train.py"], **ranks)) == 1
+    assert len(ids(["train.py"], TORCHELASTIC_RUN_ID="job")) == 1
+    train, other = ids(["train.py"], SLURM_JOB_ID="12"), ids(["train.py", "seed=1"], SLURM_JOB_ID="12")
+    assert len(train) == len(other) == 1
+    assert train != other  # two commands of one job do not share a directory
+    monkeypatch.delenv("SLURM_JOB_ID")
+    monkeypatch.delenv(RUN_ID)
+    with pytest.raises(UserError, match="run_id=NAME"):
+        ids(["train.py"], TORCHELASTIC_RUN_ID="none", LOCAL_WORLD_SIZE="1")
 
 
 def test_world_size():

@@ -8,19 +8,26 @@ from support import TINY, run
 
 
 def test_two_processes_train_and_sample(tmp_path, small_zip):
-    """The global batch, the images and the seeds are those of one process; one run directory."""
-    options = [*TINY, "resolution=16", f"data.dataset.path={small_zip}", "trainer.max_images=16"]
-    two = run("train.py", *options, "strategy=ddp_cpu", "trainer.accelerator=cpu", f"run_dir={tmp_path / 'two'}")
-    assert two.returncode == 0, two.stderr
-    content = torch.load(tmp_path / "two/checkpoints/last.ckpt", weights_only=True)
-    assert (content["images_seen"], content["global_step"]) == (16, 4)
-    rows = (tmp_path / "two/log/version_0/metrics.csv").read_text().splitlines()
-    assert [row.split(",")[0] for row in rows[1:]] == ["8", "16"]
-    assert two.stdout.count("new run") == 1
+    """Two processes are one that works through the parts of the batch in turn: same images, noise and weights."""
+    options = [*TINY, "resolution=16", f"data.dataset.path={small_zip}"]
+    directories = {name: f"run_dir={tmp_path / name}" for name in ("one", "two")}
+    ddp = ("strategy=ddp_cpu", "trainer.accelerator=cpu")
+    one = run("train.py", *options, "trainer.max_images=16", "data.accumulate=2", directories["one"])
+    two = run("train.py", *options, "trainer.max_images=16", *ddp, directories["two"])
+    for result in (one, two):
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("new run") == 1
+    contents = [torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True) for name in ("one", "two")]
+    for content, name in zip(contents, ("one", "two"), strict=True):
+        assert (content["images_seen"], content["global_step"]) == (16, 4)
+        rows = (tmp_path / name / "log/version_0/metrics.csv").read_text().splitlines()
+        assert [row.split(",")[0] for row in rows[1:]] == ["8", "16"]
+    for key, value in contents[0]["state_dict"].items():
+        torch.testing.assert_close(contents[1]["state_dict"][key], value, rtol=0, atol=2e-5, msg=key)
 
     # continuing with one process takes the same data position
-    one = run("train.py", *options[:-1], "trainer.max_images=24", f"run_dir={tmp_path / 'two'}")
-    assert one.returncode == 0, one.stderr
+    resumed = run("train.py", *options, "trainer.max_images=24", directories["two"])
+    assert resumed.returncode == 0, resumed.stderr
     assert torch.load(tmp_path / "two/checkpoints/last.ckpt", weights_only=True)["images_seen"] == 24
 
     relay = [

@@ -62,6 +62,13 @@ def test_stages_that_do_not_fit_are_refused(stages, message):
         Relay(built)
 
 
+def test_stages_of_other_classes_are_refused():
+    small, large = tiny_stage(4), tiny_stage(8, 2)
+    small.class_names, large.class_names = ["cat", "dog"], ["dog", "cat"]
+    with pytest.raises(UserError, match="other names or order"):
+        Relay({"a": small, "b": large})
+
+
 def test_classes_are_refused_by_an_unconditional_relay():
     relay = Relay({"a": tiny_stage(4, num_classes=0)})
     with pytest.raises(UserError, match="unconditional"):

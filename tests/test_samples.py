@@ -13,7 +13,7 @@ def test_seeds(text, seeds):
     assert parse_seeds(text) == seeds
 
 
-@pytest.mark.parametrize("text", ["", "a", "3-1", "-1", "1-", "0-2,1", "1.5"])
+@pytest.mark.parametrize("text", ["", "a", "3-1", "-1", "1-", "0-2,1", "1.5", 1.5, None])
 def test_seeds_that_make_no_sense(text):
     with pytest.raises(UserError, match="seed"):
         parse_seeds(text)

@@ -61,6 +61,52 @@ def test_accumulation_counts_images_and_steps(fit, tmp_path):
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
 
 
+def test_the_number_of_images_holds_when_the_batch_changes(fit):
+    fit("run", 16)
+    assert fit("run", 40, "data.batch_size=8").images_seen == 40
+
+
+def test_own_progress_comes_before_resume(fit, tmp_path):
+    fit("first", 8)
+    fit("second", 16, f"resume={tmp_path / 'first'}")
+    assert fit("second", 20, f"resume={tmp_path / 'first'}", "callbacks.log.every_n_images=4").images_seen == 20
+    rows = (tmp_path / "second/log/version_1/metrics.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows[1:]] == ["20"]
+
+
+def test_a_finished_run_says_so(fit):
+    fit("run", 8)
+    with pytest.raises(UserError, match=r"seen 8 images already"):
+        fit("run", 8)
+
+
+def test_another_optimizer_is_not_continued_but_another_lr_is(fit):
+    fit("run", 4)
+    with pytest.raises(UserError, match="optimizer"):
+        fit("run", 8, "stage.optimizer.eps=1e-6")
+    assert fit("run", 8, "stage.optimizer.lr=5e-4").images_seen == 8
+
+
+def test_a_run_without_average_can_get_one(fit, tmp_path):
+    fit("run", 4, "~callbacks.ema")
+    with pytest.raises(UserError, match="no ema weights: use weights=raw"):
+        load_stage(tmp_path / "run")
+    fit("run", 8)
+    assert load_stage(tmp_path / "run").images_seen == 8
+
+
+def test_kept_checkpoints(fit, tmp_path):
+    fit("run", 16, "callbacks.checkpoints.every_n_images=4", "callbacks.checkpoints.keep=2")
+    fit("run", 20, "callbacks.checkpoints.every_n_images=4")  # keep=0 keeps no more, and removes none
+    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert names == ["images-000000000008.ckpt", "images-000000000012.ckpt", "last.ckpt"]
+
+
+def test_a_short_run_is_logged_too(fit, tmp_path):
+    fit("run", 8, "callbacks.log.every_n_images=1000")
+    assert len((tmp_path / "run/log/version_0/metrics.csv").read_text().splitlines()) == 2
+
+
 def test_training_lowers_the_loss(fit, tmp_path):
     fit("run", 1600, "stage.optimizer.lr=3e-3", "callbacks.log.every_n_images=400", "stage.warmup_images=100")
     rows = (tmp_path / "run/log/version_0/metrics.csv").read_text().splitlines()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hydra.errors import InstantiationException
@@ -38,7 +37,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")  # said in our words below
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile):
         raise UserError(
             f"{file} cannot be read as a checkpoint: it is damaged, no checkpoint, "
@@ -47,12 +46,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("stage_config"), dict):
         raise UserError(f"{file} is not a checkpoint of a diffusion stage: it holds no stage_config")
     return content
-
-
-def file_hash(file: Path) -> str:
-    """sha256 of a file's content, hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _check_targets(node: Any, trusted: tuple[str, ...], file: Path) -> None:
@@ -77,22 +70,25 @@ def _check_targets(node: Any, trusted: tuple[str, ...], file: Path) -> None:
             _check_targets(value, trusted, file)
 
 
-def build_stored(
-    config: Mapping[str, Any], changes: Mapping[str, Any] | None, file: Path, trusted: tuple[str, ...] = TRUSTED
-) -> Any:
-    """Build the object of a stored config, some of its values changed.
+def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any] | None, file: Path) -> dict[str, Any]:
+    """A stored config with some values replaced; nulls in `changes` change nothing.
 
-    `changes` has the shape of the config and may only name what is in it; null values change nothing.
-    Raises UserError for an unknown name, a value that the class refuses, or a class that is not trusted.
+    `changes` has the shape of the config. Raises UserError if it names something that is not there.
     """
-    _check_targets(config, trusted, file)
     stored = OmegaConf.create(dict(config))
     OmegaConf.set_struct(stored, True)
     try:
         merged = OmegaConf.merge(stored, _without_nulls(changes or {}))
-        return instantiate(merged, _convert_="all")
     except OmegaConfBaseException as error:
         raise UserError(f"changes to the stage of {file}: {str(error).splitlines()[0]}") from None
+    return cast(dict[str, Any], OmegaConf.to_container(merged))
+
+
+def build_stored(config: Mapping[str, Any], file: Path, trusted: tuple[str, ...] = TRUSTED) -> Any:
+    """Build the object of a stored config. Raises UserError for a class that is not trusted or that refuses."""
+    _check_targets(config, trusted, file)
+    try:
+        return instantiate(OmegaConf.create(dict(config)), _convert_="all")
     except InstantiationException as error:
         raise UserError(f"the stage of {file} cannot be built: {error.__cause__ or error}") from None
 

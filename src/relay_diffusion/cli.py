@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -89,9 +89,7 @@ def explain(error: Exception, config: Path) -> str:
 
 
 def _caused_by_user(error: Exception) -> bool:
-    if isinstance(error, InstantiationException):
-        return isinstance(error.__cause__, UserError | ValueError)
-    return isinstance(error, UserError | HydraException | OmegaConfBaseException)
+    return isinstance(error, UserError | HydraException | OmegaConfBaseException)  # among them: a class refused
 
 
 _failures: list[Exception] = []
@@ -111,7 +109,7 @@ def clear_errors() -> Iterator[None]:
 
 def _remove_if_empty(directory: Path) -> None:
     """Take away the directory that Hydra made for a run that did not begin."""
-    if directory.is_dir() and not any(directory.iterdir()):
+    with suppress(OSError):  # another rank may be quicker; a directory with files stays
         directory.rmdir()
 
 
@@ -128,6 +126,7 @@ def command_line(main: Callable[[], Any], config: Path) -> NoReturn:
         if os.environ[SHOW_TRACEBACK] == "1" or not _caused_by_user(error):
             raise
         _failures.append(error)
-    for failure in _failures:
+    first = all(os.environ.get(rank, "0") == "0" for rank in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    for failure in _failures if first else []:
         print(f"error: {explain(failure, config)}", file=sys.stderr)
     sys.exit(2 if _failures else 0)

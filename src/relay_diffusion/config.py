@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
+import sys
 import time
 from collections.abc import Callable, Sequence
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from relay_diffusion.errors import UserError
+from relay_diffusion.files import write_text
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 RUN_ID = "RELAY_DIFFUSION_RUN_ID"  # hands rank 0's choice to the processes that it starts
 
 
@@ -28,10 +32,24 @@ def _sweep_job() -> Any:
     return settings if settings.mode == RunMode.MULTIRUN else None
 
 
+def _launcher_id() -> str | None:
+    """What all ranks of a job started by SLURM or torchrun share; None for a run started by hand."""
+    command = hashlib.sha256("\0".join(sys.argv).encode()).hexdigest()[:4]  # one job may run several commands
+    if "SLURM_JOB_ID" in os.environ:
+        return f"{os.environ['SLURM_JOB_ID']}-{command}"
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    if os.environ["TORCHELASTIC_RUN_ID"] != "none":
+        return f"{os.environ['TORCHELASTIC_RUN_ID']}-{command}"
+    parent = Path(f"/proc/{os.getppid()}")
+    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE") or not parent.exists():
+        raise UserError("the processes of this run share no id: give run_id=NAME, or torchrun --rdzv-id=NAME")
+    return f"torchrun-{os.getppid()}-{int(parent.stat().st_ctime)}"
+
+
 def _new_run_id() -> str:
-    """One id for all ranks: from the environment, the SLURM job, torchrun's id, or else the time."""
-    torchelastic = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    given = os.environ.get(RUN_ID) or os.environ.get("SLURM_JOB_ID") or (torchelastic if torchelastic != "none" else "")
+    """One id for all ranks: from the process that started this one, the launcher, or else the time."""
+    given = os.environ.get(RUN_ID) or _launcher_id()
     os.environ[RUN_ID] = given or f"{time.strftime('%H%M%S')}-{secrets.token_hex(2)}"
     job = _sweep_job()
     return os.environ[RUN_ID] if job is None else f"{os.environ[RUN_ID]}-{job.job.num}"
@@ -51,8 +69,9 @@ def _wandb_offline() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return False
     try:
-        return netrc().authenticators("api.wandb.ai") is None
-    except (FileNotFoundError, NetrcParseError):
+        host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+        return netrc().authenticators(host) is None
+    except (OSError, NetrcParseError):
         return True
 
 
@@ -62,6 +81,7 @@ def register_resolvers() -> None:
         "new_run_id": _new_run_id,
         "run_dir": _run_dir,
         "wandb_offline": _wandb_offline,
+        "text": str,
     }
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
@@ -69,9 +89,7 @@ def register_resolvers() -> None:
 
 def write_config(cfg: DictConfig, directory: str) -> None:
     """Note the resolved config of a run in `directory`/config.yaml."""
-    path = Path(directory) / "config.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    write_text(Path(directory) / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
 
 
 def _require(condition: bool, message: str) -> None:
@@ -81,9 +99,8 @@ def _require(condition: bool, message: str) -> None:
 
 def _number(cfg: DictConfig, key: str, low: float, high: float = float("inf"), whole: bool = False) -> None:
     value = OmegaConf.select(cfg, key)
-    valid = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-    if whole:
-        valid = valid and float(value).is_integer()
+    kinds = int if whole else int | float
+    valid = isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high
     bounds = f"between {low:g} and {high:g}" if high < float("inf") else f"at least {low:g}"
     _require(valid, f"{key}={value}: must be a {'whole ' if whole else ''}number, {bounds}")
 
@@ -102,7 +119,7 @@ def _check_devices(cfg: DictConfig) -> None:
     )
     devices = trainer.devices
     _require(
-        devices == "auto" or not isinstance(devices, int) or devices >= 1,
+        devices == "auto" or (devices >= 1 if isinstance(devices, int) else len(devices) > 0),
         f"trainer.devices={devices}: must be at least 1, a list of device numbers, or auto",
     )
 
@@ -125,21 +142,34 @@ def validate_training(cfg: DictConfig) -> None:
     """Raise UserError for the first thing in a train config that cannot work."""
     _check_complete(cfg)
     _check_devices(cfg)
-    for key in ("resolution", "trainer.max_images", "data.batch_size", "data.accumulate", "network.channels"):
+    for key in ("resolution", "trainer.max_images", "data.batch_size", "data.accumulate"):
         _number(cfg, key, 1, whole=True)
+    for key in ("network.channels", "network.blocks"):
+        _number(cfg, key, 1, whole=True)
+    for name, callback in cfg.callbacks.items():
+        if "every_n_images" in callback:
+            _number(cfg, f"callbacks.{name}.every_n_images", 0, whole=True)
     for key in ("network.dropout", "stage.label_dropout"):
         _number(cfg, key, 0, 1)
     _number(cfg, "stage.warmup_images", 0)
     _number(cfg, "stage.optimizer.lr", 0)
     _number(cfg, "network.num_classes", 0, whole=True)
-    levels = len(cfg.network.channel_mult)
-    _require(levels > 0, "network.channel_mult is empty: the network needs at least one level")
+    mult = cfg.network.channel_mult
+    _require(
+        isinstance(mult, ListConfig) and len(mult) > 0 and all(isinstance(m, int) and m > 0 for m in mult),
+        f"network.channel_mult={mult}: must be a list of whole numbers, one a level, e.g. [1,2,2]",
+    )
+    _require(cfg.network.image_channels == 3, f"network.image_channels={cfg.network.image_channels}: images have 3")
+    levels = len(mult)
     _require(
         cfg.resolution % 2 ** (levels - 1) == 0,
         f"resolution={cfg.resolution} is not divisible by 2^{levels - 1}, as network.channel_mult with {levels} levels "
         "demands",
     )
     block = OmegaConf.select(cfg, "stage.corruption.block", default=1)
+    _require(
+        isinstance(block, int) and block >= 1, f"stage.corruption.block={block}: must be a whole number, at least 2"
+    )
     _require(
         cfg.resolution % block == 0,
         f"resolution={cfg.resolution} is not divisible by stage.corruption.block={block}",

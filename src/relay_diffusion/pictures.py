@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from relay_diffusion.data.images import to_uint8
+from relay_diffusion.files import whole_file
 
 
 def image_grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
@@ -40,7 +40,5 @@ def side_by_side(pictures: Sequence[Image.Image], gap: int = 12) -> Image.Image:
 
 def save_png(picture: Image.Image, path: Path) -> None:
     """Write `path` whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    picture.save(temporary, format="PNG")
-    temporary.replace(path)
+    with whole_file(path) as file:
+        picture.save(file, format="PNG")

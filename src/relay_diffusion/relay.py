@@ -41,6 +41,8 @@ def _check_chain(stages: Mapping[str, DiffusionStage]) -> None:
             )
         if small.num_classes and large.num_classes and small.num_classes != large.num_classes:
             raise UserError(f"relay.stages.{name} knows {large.num_classes} classes, {before} {small.num_classes}")
+        if small.class_names and large.class_names and small.class_names != large.class_names:
+            raise UserError(f"relay.stages.{name} and {before} were trained on classes of other names or order")
 
 
 class Relay(L.LightningModule):
@@ -74,10 +76,11 @@ class Relay(L.LightningModule):
         return list(self.chain().values())[-1].resolution
 
     def describe(self) -> dict[str, dict[str, object]]:
-        """What makes the images, stage by stage: checkpoint, resolution, network evaluations, guidance."""
+        """What makes the images, stage by stage: checkpoint, settings, network evaluations, guidance."""
         return {
             name: {
                 **stage.origin,
+                **{part: (stage.stage_config or {}).get(part) for part in ("corruption", "sampler")},
                 "resolution": stage.resolution,
                 "network_evaluations": stage.sampler.evaluations,
                 "guidance_scale": stage.guidance_scale,

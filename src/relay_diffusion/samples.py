@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from relay_diffusion.errors import UserError
+from relay_diffusion.files import write_text
 
 FOLDER_SIZE = 1000  # images in one sub-folder
 
 
-def parse_seeds(text: str | int | Sequence[int]) -> list[int]:
-    """ "0-3,7" -> [0, 1, 2, 3, 7]. Raises UserError for anything else, and for seeds named twice."""
-    parts = str(text).split(",") if isinstance(text, str | int) else [str(seed) for seed in text]
+def parse_seeds(text: object) -> list[int]:
+    """Seeds named by a text: 0-3,7 is [0, 1, 2, 3, 7].
+
+    Raises UserError for anything else, and for seeds named twice.
+    """
+    parts = (
+        [str(seed) for seed in text]
+        if isinstance(text, Sequence) and not isinstance(text, str)
+        else str(text).split(",")
+    )
     seeds: list[int] = []
     for part in parts:
         first, dash, last = part.strip().partition("-")
@@ -95,10 +102,3 @@ class ImageFolder:
     def missing(self, seeds: Sequence[int]) -> list[int]:
         """Seeds without an image so far."""
         return [seed for seed in seeds if not self.path(seed).exists()]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `path` whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)

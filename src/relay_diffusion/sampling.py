@@ -20,8 +20,9 @@ from relay_diffusion import __version__
 from relay_diffusion.callbacks import Evaluator, ImageWriter, RelayPicture, SamplingProgress
 from relay_diffusion.config import write_config
 from relay_diffusion.errors import UserError
+from relay_diffusion.files import write_text
 from relay_diffusion.relay import Relay
-from relay_diffusion.samples import ImageFolder, SeedDataModule, choose_labels, parse_seeds, write_text
+from relay_diffusion.samples import ImageFolder, SeedDataModule, choose_labels, parse_seeds
 from relay_diffusion.training import quiet_lightning
 
 
@@ -39,15 +40,18 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
     seeds = parse_seeds(cfg.seeds)
     relay: Relay = instantiate(cfg.relay, _convert_="all")
     labels = choose_labels(seeds, cfg["class"], relay.num_classes, relay.class_names)
-    settings = {"stages": relay.describe(), "class": cfg["class"], "precision": cfg.trainer.precision}
+    settings: dict[str, Any] = {"stages": relay.describe(), "class": cfg["class"], "precision": cfg.trainer.precision}
     output = Path(cfg.output)
-    folder = ImageFolder(output / "images", settings)
+    where = {name: {k: v for k, v in stage.items() if k != "file"} for name, stage in settings["stages"].items()}
+    folder = ImageFolder(output / "images", settings | {"stages": where})  # a moved checkpoint is the same one
     evaluator: Evaluator | None = None
     if cfg.mode == "evaluate":
         evaluator = instantiate(cfg.metrics, resolution=relay.resolution, folder=folder, _convert_="all")
 
     trainer: L.Trainer = instantiate(cfg.trainer, _convert_="all")
     processes = trainer.num_devices * trainer.num_nodes
+    if evaluator is not None and len(seeds) < 2:
+        raise UserError(f"seeds={cfg.seeds}: statistics need at least 2 images")
     if len(seeds) < processes:
         raise UserError(f"seeds={cfg.seeds} are fewer images than the {processes} devices: use fewer devices")
     todo = _remaining(folder, seeds, processes)

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from relay_diffusion.checkpoint import build_stored, file_hash, find_checkpoint, read_checkpoint
+from relay_diffusion.checkpoint import build_stored, changed_config, find_checkpoint, read_checkpoint
 from relay_diffusion.data.images import to_float
 from relay_diffusion.diffusion import ClassifierFreeGuidance, Corruption, DenoisingLoss, ImageSeeds, drop_labels
 from relay_diffusion.diffusion.noise import mix_seeds
 from relay_diffusion.errors import UserError
+from relay_diffusion.files import file_sha256
 from relay_diffusion.networks import EDMPreconditioner
-from relay_diffusion.samplers import BlurringSampler, EDMSampler
+from relay_diffusion.samplers import Sampler
 
 OptimizerFactory = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
 GRADIENT_LIMIT = 1e5  # what an infinite gradient becomes, as published
@@ -45,7 +46,7 @@ class DiffusionStage(L.LightningModule):
         denoiser: EDMPreconditioner,
         corruption: Corruption,
         loss: DenoisingLoss,
-        sampler: EDMSampler | BlurringSampler,
+        sampler: Sampler,
         optimizer: OptimizerFactory | None = None,
         label_dropout: float = 0.0,
         guidance_scale: float = 1.0,
@@ -180,25 +181,31 @@ def load_stage(path: str | Path, weights: str = "ema", changes: Mapping[str, Any
     """
     file = find_checkpoint(path)
     checkpoint = read_checkpoint(file)
-    config = {key: value for key, value in checkpoint["stage_config"].items() if key != "optimizer"}
-    stage = build_stored(config, changes, file)
+    stored = {key: value for key, value in checkpoint["stage_config"].items() if key != "optimizer"}
+    config = changed_config(stored, changes, file)
+    stage = build_stored(config, file)
     if not isinstance(stage, DiffusionStage):
         raise UserError(f"{file} describes a {type(stage).__name__}, not a DiffusionStage")
-    if weights == "raw":
-        prefix = "denoiser."
-        state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    elif weights == "ema":
-        if "ema" not in checkpoint:
-            raise UserError(f"{file} holds no EMA weights: use weights=raw")
-        state = checkpoint["ema"]["weights"]
-    else:
+    states = {
+        "raw": {k.removeprefix("denoiser."): v for k, v in checkpoint.get("state_dict", {}).items()},
+        "ema": checkpoint.get("ema", {}).get("weights"),
+    }
+    if weights not in states:
         raise UserError(f"weights is {weights!r}: use ema or raw")
+    state = states[weights]
+    if not state:
+        raise UserError(f"{file} holds no {weights} weights: use weights={'raw' if weights == 'ema' else 'ema'}")
     try:
         stage.denoiser.load_state_dict(state)
     except RuntimeError:
         raise UserError(f"the weights in {file} do not fit the network it describes") from None
-    stage.stage_config = checkpoint["stage_config"]
+    stage.stage_config = config
     stage.class_names = list(checkpoint.get("class_names", []))
     stage.images_seen = int(checkpoint.get("images_seen", 0))
-    stage.origin = {"file": str(file), "sha256": file_hash(file), "weights": weights, "images_seen": stage.images_seen}
+    stage.origin = {
+        "file": str(file),
+        "sha256": file_sha256(file),
+        "weights": weights,
+        "images_seen": stage.images_seen,
+    }
     return stage.eval()

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 
+from relay_diffusion.stage import DiffusionStage
+
+
+class StopAtImages(Callback):
+    """Ends training once the stage has seen `max_images` images, whatever the batch size was on the way."""
+
+    def __init__(self, max_images: int) -> None:
+        self.max_images = max_images
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
+        """Ask the trainer to stop when it is enough."""
+        assert isinstance(pl_module, DiffusionStage)
+        trainer.should_stop = pl_module.images_seen >= self.max_images
+
 
 def build_trainer(
     max_images: int,
-    batch_size: int,
     accumulate: int = 1,
     accelerator: str = "auto",
     devices: int | str | Sequence[int] = 1,
@@ -25,13 +38,13 @@ def build_trainer(
     logger: Sequence[Logger] = (),
     default_root_dir: str | None = None,
 ) -> L.Trainer:
-    """A Trainer that stops once `max_images` images were seen, in steps of `batch_size` (over all devices).
+    """A Trainer that stops once the stage has seen `max_images` images.
 
     Each step is `accumulate` micro-batches. Epochs, validation loops and Lightning's own progress and
     checkpoint callbacks are off: the data is one endless stream, and ours count in images.
     """
     return L.Trainer(
-        max_steps=math.ceil(max_images / batch_size),
+        max_steps=-1,
         max_epochs=-1,
         accumulate_grad_batches=accumulate,
         accelerator=accelerator,
@@ -41,7 +54,7 @@ def build_trainer(
         precision=precision,  # type: ignore[arg-type]  # Lightning names its choices and says so when wrong
         deterministic=deterministic,
         benchmark=not deterministic,
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, StopAtImages(max_images)],
         logger=list(logger),
         default_root_dir=default_root_dir,
         use_distributed_sampler=False,

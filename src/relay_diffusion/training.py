@@ -35,23 +35,23 @@ def check_classes(data: ImageDataModule, num_classes: int) -> None:
         raise UserError(f"network.num_classes={num_classes}, but {data.dataset.path} has {there} classes")
 
 
-def own_checkpoint(cfg: DictConfig) -> Path:
-    """Where this run leaves its last checkpoint."""
-    return Path(cfg.callbacks.checkpoints.directory) / LAST
-
-
 def last_checkpoint(cfg: DictConfig) -> Path | None:
-    """The checkpoint to continue from: `resume`, or the last one that this run left; None for a new run."""
-    if cfg.resume is not None:
-        return find_checkpoint(cfg.resume)
-    own = own_checkpoint(cfg)
-    return own if own.exists() else None
+    """The checkpoint to continue from: the last one of this run, or else `resume`; None for a new run."""
+    directory = OmegaConf.select(cfg, "callbacks.checkpoints.directory")
+    own = Path(directory) / LAST if directory else None
+    if own is not None and own.exists():
+        return own
+    return find_checkpoint(cfg.resume) if cfg.resume is not None else None
 
 
-def check_same_network(path: Path, stage_config: dict[str, Any]) -> None:
-    """Refuse to continue from a checkpoint of another stage."""
-    stored = read_checkpoint(path)["stage_config"]
-    for part in ("denoiser", "corruption"):
+def check_same_stage(path: Path, checkpoint: dict[str, Any], stage_config: dict[str, Any]) -> None:
+    """Refuse to continue from a checkpoint of another stage or with another optimizer (its lr may change)."""
+    stored = checkpoint["stage_config"]
+    stored, stage_config = (
+        config | {"optimizer": {k: v for k, v in (config.get("optimizer") or {}).items() if k != "lr"}}
+        for config in (stored, stage_config)
+    )
+    for part in ("denoiser", "corruption", "optimizer"):
         if stored.get(part) != stage_config[part]:
             raise UserError(
                 f"{path} holds another stage: its {part} is {stored.get(part)}, this run's is {stage_config[part]}"
@@ -68,7 +68,13 @@ def train(cfg: DictConfig) -> DiffusionStage:
     check_classes(data, cfg.network.num_classes)
     checkpoint = last_checkpoint(cfg)
     if checkpoint is not None:
-        check_same_network(checkpoint, stage_config)
+        content = read_checkpoint(checkpoint)
+        check_same_stage(checkpoint, content, stage_config)
+        if content["images_seen"] >= cfg.trainer.max_images:
+            raise UserError(
+                f"{os.path.relpath(checkpoint)} has seen {content['images_seen']:,} images already: nothing to do "
+                f"unless trainer.max_images={cfg.trainer.max_images} grows"
+            )
     stage: DiffusionStage = instantiate(cfg.stage, _convert_="all")
     stage.stage_config, stage.class_names = stage_config, data.dataset.class_names
     trainer: L.Trainer = instantiate(
@@ -85,5 +91,5 @@ def train(cfg: DictConfig) -> DiffusionStage:
         print(f"{os.path.relpath(cfg.run_dir)}: {where}, {parameters:,} parameters, {images:,} images", flush=True)
     trainer.fit(stage, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     if trainer.is_global_zero:
-        print(f"trained on {stage.images_seen:,} images; checkpoint {os.path.relpath(own_checkpoint(cfg))}")
+        print(f"trained on {stage.images_seen:,} images; all is in {os.path.relpath(cfg.run_dir)}")
     return stage

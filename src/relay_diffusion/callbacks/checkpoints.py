@@ -48,8 +48,10 @@ class Checkpoints(Callback):
         trainer.save_checkpoint(temporary)  # on all ranks: Lightning lets rank 0 write
         if trainer.is_global_zero:
             if last.exists() and self.keep:
-                last.replace(self.directory / f"images-{self._saved:012d}.ckpt")
+                kept = self.directory / f"images-{self._saved:012d}.ckpt"
+                kept.unlink(missing_ok=True)
+                kept.hardlink_to(last)  # there is a last.ckpt at every instant
+                for old in sorted(self.directory.glob("images-*.ckpt"))[: -self.keep]:
+                    old.unlink()
             temporary.replace(last)
-            for old in sorted(self.directory.glob("images-*.ckpt"))[: -self.keep or None]:
-                old.unlink()
         self._saved = images_seen

@@ -74,8 +74,8 @@ class EMA(Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
         """Add the average to the checkpoint."""
-        checkpoint["ema"] = {"weights": dict(self.weights), "half_life_images": self.half_life_images}
+        checkpoint["ema"] = {"weights": dict(self.weights)}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
-        """Continue from the checkpoint's average."""
-        self.weights = dict(checkpoint["ema"]["weights"])
+        """Continue from the checkpoint's average; one trained without starts from its weights."""
+        self.weights = dict(checkpoint.get("ema", {}).get("weights", {}))

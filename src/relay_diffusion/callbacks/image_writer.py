@@ -34,6 +34,6 @@ class ImageWriter(Callback):
         *args: Any,  # noqa: ARG002
     ) -> None:
         """Write the batch."""
-        images = list(outputs.values())[-1]
+        images = list(outputs.values())[-1].cpu()
         for seed, image in zip(batch[0].tolist(), images, strict=True):
             save_png(image_grid(image[None], columns=1), self.folder.path(seed))

@@ -57,6 +57,12 @@ class TrainingLog(Callback):
         if self._every(pl_module.images_seen):
             self._log(trainer, pl_module)
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log what came after the last multiple."""
+        assert isinstance(pl_module, DiffusionStage)
+        if pl_module.images_seen > self._counted_from:
+            self._log(trainer, pl_module)
+
     def _log(self, trainer: L.Trainer, stage: DiffusionStage) -> None:
         total, count = trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
         seconds = time.perf_counter() - self._clock

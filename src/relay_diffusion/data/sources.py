@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import os
 import re
 import tarfile
@@ -29,6 +30,7 @@ from relay_diffusion.errors import UserError
 
 IMAGE_FORMATS = ("PNG", "WEBP", "JPEG")
 IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
+MAX_CLASSES = 1_000_000  # a larger label is a mistake, and would fill the memory with names
 LABEL_FILE = "dataset.json"
 
 Item = TypeVar("Item")
@@ -133,7 +135,7 @@ class TarSource(Source):
         try:
             with tarfile.open(path) as archive:
                 members = [info.name for info in archive if info.isfile()]
-        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             # The error's own text lists every compression it tried, over many lines.
             raise UserError(f"{option}={path}: not a folder, zip or tar, or cut short") from error
         super().__init__(path, option, members)
@@ -223,7 +225,7 @@ def read_labels(source: Source) -> Labels | None:
             raise UserError(f"{where}: labels[{index}] is for {name!r}, which is not among the images")
         if name in by_name:
             raise UserError(f"{where}: labels[{index}] labels {name!r} a second time")
-        if label < 0 or (classes is not None and label >= len(classes)):
+        if not 0 <= label < MAX_CLASSES or (classes is not None and label >= len(classes)):
             limit = f"0..{len(classes) - 1}" if classes else "0 or more"
             raise UserError(f"{where}: labels[{index}], {name!r}: class {label} must be {limit}")
         by_name[name] = label

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -110,4 +111,17 @@ class BlurringCorruption:
         return block_filter(x0, self.gains(sigma)) + expand(sigma) * noise
 
 
-Corruption = GaussianCorruption | BlurringCorruption
+class Corruption(Protocol):
+    """What every corruption is: the forward process, its noise levels, and where sampling starts."""
+
+    schedule: LogNormal
+    block: int  # factor by which the stage enlarges; 1: it starts from noise
+
+    def start(self, like: Tensor, previous: Tensor | None, randn_like: RandnLike) -> Tensor:
+        """Where sampling starts, like `like` [B,C,H,W], from images [B,C,H/block,W/block] of the stage before."""
+
+    def draw_noise(self, like: Tensor, randn_like: RandnLike) -> Tensor:
+        """Noise of the forward process at sigma 1, like `like` [B,C,H,W]."""
+
+    def corrupt(self, x0: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+        """x0 [B,C,H,W], sigma [B], noise of `draw_noise` -> noisy images [B,C,H,W]."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import uuid
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from relay_diffusion.errors import UserError
+from relay_diffusion.files import whole_file
 from relay_diffusion.metrics.frechet import FrechetDistance
 from relay_diffusion.metrics.inception import Inception
 from relay_diffusion.metrics.inception_network import (
@@ -63,24 +62,15 @@ class ReferenceStatistics:
 
     def save(self, path: str | Path) -> None:
         """Write a .npz that appears whole or not at all, also when the machine stops half-way."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # same folder: a rename, not a copy
-        try:
-            with temporary.open("wb") as file:
-                arrays = {key: getattr(self, key).cpu().double().numpy() for key in SHAPES}
-                np.savez(
-                    file,
-                    **arrays,
-                    n=np.int64(self.n),
-                    layout=np.str_(self.layout),
-                    source_hash=np.str_(self.source_hash),
-                )
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        arrays = {key: getattr(self, key).cpu().double().numpy() for key in SHAPES}
+        with whole_file(Path(path)) as file:
+            np.savez(
+                file,
+                **arrays,
+                n=np.int64(self.n),
+                layout=np.str_(self.layout),
+                source_hash=np.str_(self.source_hash),
+            )
 
     @staticmethod
     def load(path: str | Path) -> ReferenceStatistics:

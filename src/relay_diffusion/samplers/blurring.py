@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -61,19 +62,19 @@ class BlurringSampler:
         x = start.to(state_dtype(start.device))
         x = x + self.sigmas[0] * self.corruption.draw_noise(x, randn_like)
         ones = x.new_ones(len(x))
-        for sigma, sigma_next in zip(self.sigmas, self.sigmas[1:], strict=False):
+        gains = self.corruption.gains(x.new_tensor(self.sigmas))[:, None]  # of all levels at once: [levels,1,1,s,s]
+        for level, (sigma, sigma_next) in enumerate(pairwise(self.sigmas)):
+            gamma = math.sqrt(1 - self.s_noise**2) * sigma_next / sigma
+            filter_gains = gains[level + 1] - gamma * gains[level]
             denoised = denoise(x, sigma * ones, labels).to(x.dtype)
-            proposal = self._step(x, denoised, sigma, sigma_next, randn_like)
+            proposal = gamma * x + block_filter(denoised, filter_gains) + self._noise(x, sigma_next, randn_like)
             slope = (x - denoised) / sigma
             slope_next = (proposal - denoise(proposal, sigma_next * ones, labels).to(x.dtype)) / sigma_next
             corrected = x - sigma * (slope + slope_next) / 2
-            x = self._step(x, corrected, sigma, sigma_next, randn_like)
+            x = gamma * x + block_filter(corrected, filter_gains) + self._noise(x, sigma_next, randn_like)
         return denoise(x, self.sigmas[-1] * ones, labels).to(x.dtype)
 
-    def _step(self, x: Tensor, denoised: Tensor, sigma: float, sigma_next: float, randn_like: RandnLike) -> Tensor:
-        gamma = math.sqrt(1 - self.s_noise**2) * sigma_next / sigma
-        now, then = self.corruption.gains(x.new_tensor([sigma, sigma_next])).split(1)
-        moved = gamma * x + block_filter(denoised, then - gamma * now)
+    def _noise(self, x: Tensor, sigma: float, randn_like: RandnLike) -> Tensor | float:
         if self.s_noise == 0:
-            return moved
-        return moved + self.s_noise * sigma_next * self.corruption.draw_noise(x, randn_like)
+            return 0.0
+        return self.s_noise * sigma * self.corruption.draw_noise(x, randn_like)
