@@ -118,7 +118,7 @@ def command_line(main: Callable[[], Any], config: Path) -> NoReturn:
 
     `config`: the yaml that the function composes. With HYDRA_FULL_ERROR=1 every error keeps its traceback.
     """
-    os.environ[SHOW_TRACEBACK] = os.environ.get(FULL_ERROR, "0")
+    os.environ.setdefault(SHOW_TRACEBACK, os.environ.get(FULL_ERROR, "0"))  # processes that this one starts inherit it
     os.environ[FULL_ERROR] = "1"  # let errors through to here
     try:
         main()

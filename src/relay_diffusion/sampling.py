@@ -36,7 +36,6 @@ def _remaining(folder: ImageFolder, seeds: list[int], processes: int) -> list[in
 def sample(cfg: DictConfig) -> dict[str, Any]:
     """Sample the images that are not there yet, and measure all of them if mode=evaluate; returns the results."""
     quiet_lightning()
-    torch.set_float32_matmul_precision("high")
     seeds = parse_seeds(cfg.seeds)
     relay: Relay = instantiate(cfg.relay, _convert_="all")
     labels = choose_labels(seeds, cfg["class"], relay.num_classes, relay.class_names)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -63,7 +62,6 @@ def train(cfg: DictConfig) -> DiffusionStage:
     stage_config = cast(dict[str, Any], OmegaConf.to_container(cfg.stage, resolve=True))
     quiet_lightning()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    torch.set_float32_matmul_precision("high")
     data: ImageDataModule = instantiate(cfg.data, _convert_="all")
     check_classes(data, cfg.network.num_classes)
     checkpoint = last_checkpoint(cfg)

@@ -3,5 +3,15 @@
 from relay_diffusion.metrics.evaluation import Evaluation, ReferenceStatistics
 from relay_diffusion.metrics.frechet import FrechetDistance
 from relay_diffusion.metrics.inception import Inception, InceptionFeatures
+from relay_diffusion.metrics.inception_score import InceptionScore
+from relay_diffusion.metrics.precision_recall import PrecisionRecall
 
-__all__ = ["Evaluation", "FrechetDistance", "Inception", "InceptionFeatures", "ReferenceStatistics"]
+__all__ = [
+    "Evaluation",
+    "FrechetDistance",
+    "Inception",
+    "InceptionFeatures",
+    "InceptionScore",
+    "PrecisionRecall",
+    "ReferenceStatistics",
+]
