@@ -66,10 +66,6 @@ def _unknown_override(message: str, config: Path) -> str | None:
         choices = [line.strip() for line in listed.splitlines()[1:] if line.strip() and " " not in line.strip()]
         options = f"; it can be {', '.join(choices)}" if choices else ""
         return f"{group}={name} is not there{nearest(name, choices) or options}"
-    found = re.search(r"You must specify '([^']+)'", message)
-    if found:
-        choices = [line.strip() for line in message.splitlines()[1:] if line.strip().isidentifier()]
-        return f"{found[1]} must be chosen: {found[1]}=NAME" + (f", one of {', '.join(choices)}" if choices else "")
     return None
 
 

@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from relay_diffusion.data.sources import box_average, decode_rgb, map_in_order, open_zip_or_folder, read_labels
+from relay_diffusion.diffusion.guidance import NO_CLASS
 from relay_diffusion.errors import UserError
 from relay_diffusion.progress import progress
-
-NO_CLASS = -1
 
 
 def to_float(images: Tensor) -> Tensor:
