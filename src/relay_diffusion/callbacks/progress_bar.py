@@ -18,9 +18,8 @@ class TrainingProgress(Callback):
 
     def __init__(self, max_images: int) -> None:
         self.max_images = max_images
-        self._stack, self._advance = ExitStack(), None
-
-    _advance: Advance | None
+        self._stack = ExitStack()
+        self._advance: Advance | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the bar on rank 0."""
@@ -52,9 +51,8 @@ class SamplingProgress(Callback):
 
     def __init__(self, description: str, total: int, done: int = 0) -> None:
         self.description, self.total, self.done = description, total, done
-        self._stack, self._advance = ExitStack(), None
-
-    _advance: Advance | None
+        self._stack = ExitStack()
+        self._advance: Advance | None = None
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         """Show the bar on rank 0."""

@@ -121,16 +121,17 @@ def find_weights(weights: str | Path | None) -> Path:
                 "or give the path of a pt_inception-2015-12-05-*.pth file"
             )
         return path
-    try:
-        path = Path(str(distribution(PACKAGE).locate_file(PACKAGE_FILE)))
-        if path.is_file():
-            return path
-    except PackageNotFoundError:
-        pass
-    raise UserError(
+    missing = UserError(
         f"metrics.inception.weights: no Inception weights are installed; run `{INSTALL}`, "
         "or set metrics.inception.weights to a pt_inception-2015-12-05-*.pth file"
     )
+    try:
+        path = Path(str(distribution(PACKAGE).locate_file(PACKAGE_FILE)))
+    except PackageNotFoundError:
+        raise missing from None
+    if not path.is_file():
+        raise missing
+    return path
 
 
 def load_network(path: Path) -> InceptionNetwork:
