@@ -106,5 +106,6 @@ def test_real_tarballs_make_the_demo_zip(tmp_path: Path) -> None:
     assert result.images_per_class == SIZES
     assert (result.heldout, result.flags, len(result.unmatched)) == (326, 253, 17)
     ours, demo = ImageDataset(options.destination, 64), ImageDataset(DEMO, 64)
-    assert ours.names == demo.names
+    # the demo is stored as WebP, which takes minutes to write: other endings, the same pixels
+    assert [name.removesuffix(".png") for name in ours.names] == [name.removesuffix(".webp") for name in demo.names]
     assert all((a == b).all() and x == y for (a, x), (b, y) in zip(ours, demo, strict=True))
