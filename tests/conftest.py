@@ -16,7 +16,7 @@ from torch import Tensor
 
 from relay_diffusion.config import RUN_ID, register_resolvers
 from relay_diffusion.data.convert import ImageZipWriter
-from support import PROJECT, REFERENCE
+from support import PROJECT, REFERENCE, TINY, run
 
 
 def pytest_configure() -> None:
@@ -77,3 +77,29 @@ def configuration() -> Callable[..., DictConfig]:
             return compose(name, overrides=list(overrides))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def relay_runs(tmp_path_factory, small_zip):
+    """A tiny relay 8 -> 16, trained by the command line; its overrides for sample.py."""
+    root = tmp_path_factory.mktemp("runs")
+    for stage, resolution in (("base", 8), ("relay", 16)):
+        result = run(
+            "train.py", *TINY, f"stage={stage}", f"resolution={resolution}", f"data.dataset.path={small_zip}",
+            "trainer.max_images=8", f"run_dir={root / stage}", "callbacks.grid.every_n_images=8",
+            *(["stage.corruption.block=2"] if stage == "relay" else []),
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+    return root
+
+
+@pytest.fixture
+def relay_overrides(relay_runs, small_zip, tmp_path):
+    return [
+        "relay=two_stages",
+        *(f"relay.stages.{name}.path={relay_runs / name}" for name in ("base", "relay")),
+        f"reference={small_zip}",
+        f"metrics.reference.cache={relay_runs / 'reference'}",
+        "trainer.accelerator=cpu",
+        f"run_dir={tmp_path / 'samples'}",
+    ]

@@ -1,41 +1,10 @@
 """The command line as users meet it: one clear line and exit code 2, never a traceback, nothing half-written."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from PIL import Image
 
-from relay_diffusion.errors import UserError
-from relay_diffusion.sampling import sample
 from support import TINY, run
-
-
-@pytest.fixture(scope="module")
-def relay_runs(tmp_path_factory, small_zip):
-    """A tiny relay 8 -> 16, trained by the command line; its overrides for sample.py."""
-    root = tmp_path_factory.mktemp("runs")
-    for stage, resolution in (("base", 8), ("relay", 16)):
-        result = run(
-            "train.py", *TINY, f"stage={stage}", f"resolution={resolution}", f"data.dataset.path={small_zip}",
-            "trainer.max_images=8", f"run_dir={root / stage}", "callbacks.grid.every_n_images=8",
-            *(["stage.corruption.block=2"] if stage == "relay" else []),
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
-    return root
-
-
-@pytest.fixture
-def relay_overrides(relay_runs, small_zip, tmp_path):
-    return [
-        "relay=two_stages",
-        *(f"relay.stages.{name}.path={relay_runs / name}" for name in ("base", "relay")),
-        f"metrics.reference.path={small_zip}",
-        f"metrics.cache={tmp_path / 'reference'}",
-        "trainer.accelerator=cpu",
-        f"run_dir={tmp_path / 'samples'}",
-    ]
 
 
 def assert_one_line(result, *parts):
@@ -129,8 +98,8 @@ def test_mistakes_that_need_the_checkpoints(relay_overrides, relay_runs, tmp_pat
         ([f"relay.stages.base.path={text}"], ["text.ckpt cannot be read as a checkpoint"]),
         (["class=green"], ["class=green", "dark, light"]),
         (["seeds=9-1"], ["runs backwards"]),
-        (["mode=evaluate", f"metrics.inception.weights={text}"], ["text.ckpt"]),
-        (["mode=evaluate", "metrics.inception.weights=nowhere.pth"], ["nowhere.pth"]),
+        (["mode=evaluate", f"metrics.evaluator.inception.weights={text}"], ["text.ckpt"]),
+        (["mode=evaluate", "metrics.evaluator.inception.weights=nowhere.pth"], ["nowhere.pth"]),
     ]:
         assert_one_line(run("sample.py", *relay_overrides, *arguments), *parts)
         assert not (tmp_path / "samples/images").exists()
@@ -140,45 +109,6 @@ def test_a_user_who_asks_for_a_traceback_gets_it():
     result = run("train.py", "data.dataset.path=nowhere.zip", HYDRA_FULL_ERROR="1")
     assert result.returncode != 0
     assert "Traceback" in result.stderr
-
-
-def pngs(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).rglob("seed*.png")}
-
-
-def test_sampling_is_continued_and_does_not_depend_on_the_batch(configuration, relay_overrides, tmp_path):
-    sample(configuration("sample", *relay_overrides, "seeds=0-6", "batch_size=7"))
-    whole = pngs(tmp_path / "samples/images")
-    assert len(whole) == 7
-    assert (tmp_path / "samples/relay.png").exists()
-    other = [f"run_dir={tmp_path / 'other'}"]
-    assert sample(configuration("sample", *relay_overrides, *other, "seeds=2-4", "batch_size=2"))["sampled_now"] == 3
-    assert sample(configuration("sample", *relay_overrides, *other, "seeds=0-6", "batch_size=3"))["sampled_now"] == 4
-    assert pngs(tmp_path / "other/images") == whole
-
-
-def test_images_of_other_settings_are_not_mixed(configuration, relay_overrides):
-    sample(configuration("sample", *relay_overrides, "seeds=0-1"))
-    with pytest.raises(UserError, match="other settings"):
-        sample(configuration("sample", *relay_overrides, "relay.stages.relay.changes.sampler.s_noise=0.1"))
-
-
-def test_evaluation_measures_all_images_also_after_an_interruption(configuration, relay_overrides, tmp_path):
-    options = [*relay_overrides, "mode=evaluate"]
-    whole = sample(configuration("sample", *options, "seeds=0-7"))
-    stored = json.loads((tmp_path / "samples/metrics.json").read_text())
-    assert stored["fid"] == whole["fid"] > 0
-    assert stored["images"] == 8
-    assert stored["protocol"]["reference"]["images"] == 24
-    assert stored["settings"]["stages"]["relay"]["network_evaluations"] > 1
-    other = [f"run_dir={tmp_path / 'other'}"]
-    sample(configuration("sample", *relay_overrides, *other, "seeds=0-4"))
-    parts = sample(configuration("sample", *options, *other, "seeds=0-7"))
-    assert parts["sampled_now"] == 3
-    again = sample(configuration("sample", *options, *other, "seeds=0-7"))  # nothing left to sample
-    for results in (parts, again):
-        assert results["fid"] == pytest.approx(whole["fid"], rel=1e-3)
-        assert results["sfid"] == pytest.approx(whole["sfid"], rel=1e-3)
 
 
 def test_offline_wandb_needs_no_account(tmp_path, small_zip):

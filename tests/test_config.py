@@ -1,14 +1,27 @@
 """Configurations: every one composes and builds, and nonsense is refused before anything is built."""
 
+import json
+
 import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from relay_diffusion.config import RUN_ID, _new_run_id, _run_dir, validate_sampling, validate_training, world_size
+from relay_diffusion.config import (
+    RUN_ID,
+    _new_run_id,
+    _run_dir,
+    chosen_stages,
+    reference_of,
+    validate_sampling,
+    validate_training,
+    world_size,
+)
 from relay_diffusion.errors import UserError
+from relay_diffusion.interop.export import export_stage
+from relay_diffusion.sampling import build_evaluator, build_relay
 from relay_diffusion.training import train
-from support import PROJECT, TINY
+from support import PROJECT, REFERENCE, TINY
 
 
 def choices(group):
@@ -21,14 +34,14 @@ EXPERIMENTS = choices("experiment")
 @pytest.mark.parametrize("network", choices("network"))
 @pytest.mark.parametrize("stage", choices("stage"))
 def test_every_stage_with_every_network(configuration, network, stage):
-    cfg = configuration("train", f"network={network}", f"stage={stage}", "resolution=64", "trainer.accelerator=cpu")
+    cfg = configuration("train", f"network={network}", f"stage={stage}", "resolution=128", "trainer.accelerator=cpu")
     validate_training(cfg)
     with torch.device("meta"):
         built = instantiate(cfg.stage, _convert_="all")
-    assert built.resolution == 64
+    assert built.resolution == 128
 
 
-@pytest.mark.parametrize("group", ["data", "trainer", "strategy", "callbacks", "logger", "metrics", "relay"])
+@pytest.mark.parametrize("group", ["data", "trainer", "strategy", "callbacks", "logger", "metrics", "relay", "augment"])
 def test_every_choice_of_the_other_groups(configuration, small_zip, tmp_path, group):
     name = "sample" if group in ("metrics", "relay") else "train"
     for choice in choices(group):
@@ -37,7 +50,7 @@ def test_every_choice_of_the_other_groups(configuration, small_zip, tmp_path, gr
         overrides = [f"{group}={choice}", f"run_dir={tmp_path}"]
         if name == "sample":
             overrides += [] if group == "relay" else ["relay=two_stages"]
-            overrides.append(f"metrics.reference.path={small_zip}")
+            overrides += [f"reference={small_zip}", "mode=evaluate"]
         elif group != "strategy":
             overrides.append("trainer.accelerator=cpu")
         if choice == "folder":
@@ -48,8 +61,13 @@ def test_every_choice_of_the_other_groups(configuration, small_zip, tmp_path, gr
             for stage in cfg.relay.stages.values():
                 stage.path = str(small_zip)  # any file: only its presence is checked here
             validate_sampling(cfg)
+            assert instantiate(cfg.relay.postprocess) is None or choice in ("imagenet_256", "celebahq_256")
         elif group == "metrics":
-            assert instantiate(cfg.metrics, resolution=16, _convert_="all").dataset.resolution == 16
+            evaluator = build_evaluator(cfg, (16, 16), "nearest")
+            assert set(evaluator.measures) >= {"fid"}
+        elif group == "augment":
+            validate_training(cfg)
+            assert instantiate(cfg.stage.augment) is None or choice == "edm"
         elif group == "strategy":
             if choice != "ddp":  # wants GPUs
                 instantiate(cfg.trainer, _convert_="all")
@@ -65,12 +83,20 @@ def test_the_sampling_trainer_builds(configuration):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_trains_a_step(configuration, large_zip, tmp_path, experiment):
+    """With thin networks; the settings of the published ones are tested below."""
+    path = f"data.dataset.path={large_zip}"
+    known = configuration("train", f"experiment={experiment}", path)
     cfg = configuration(
         "train",
         f"experiment={experiment}",
-        f"data.dataset.path={large_zip}",
+        path,
+        f"resolution={min(known.resolution, 256)}",
         "data.batch_size=2",
-        "network.num_classes=2",
+        "data.accumulate=1",
+        "data.num_workers=0",
+        "network.channels=8",
+        "network.blocks=1",
+        f"network.num_classes={min(known.network.num_classes, 2)}",
         "trainer.accelerator=cpu",
         "trainer.precision=32-true",
         "trainer.max_images=2",
@@ -82,6 +108,50 @@ def test_every_experiment_trains_a_step(configuration, large_zip, tmp_path, expe
     assert stage.images_seen == 2
     assert (tmp_path / "checkpoints/last.ckpt").exists()
     assert OmegaConf.load(tmp_path / "config.yaml").resolution == cfg.resolution
+
+
+PUBLISHED = {
+    "imagenet_64": "imagenet64_first_stage",
+    "imagenet_256": "imagenet256_second_stage",
+    "celebahq_64": "celebahq64_first_stage",
+    "celebahq_256": "celebahq256_second_stage",
+}
+
+
+@pytest.mark.parametrize("experiment", PUBLISHED)
+def test_the_published_experiments_build_the_published_networks(configuration, experiment, large_zip):
+    inventory = json.loads((REFERENCE / "network_inventories.json").read_text())[PUBLISHED[experiment]]
+    cfg = configuration("train", f"experiment={experiment}", f"data.dataset.path={large_zip}")
+    with torch.device("meta"):
+        network = instantiate(cfg.stage, _convert_="all").denoiser.network
+    assert sum(p.numel() for p in network.parameters()) == inventory["parameter_count"]
+    assert cfg.network.dropout == inventory["config"]["dropout"]
+    assert cfg.resolution == inventory["config"]["img_resolution"]
+
+
+@pytest.mark.parametrize(
+    ("relay", "base", "later"),
+    [("imagenet_256", (511, 0.0), (199, 0.93)), ("celebahq_256", (239, 0.05), (107, 1.05))],
+)
+def test_the_published_sampler_settings(configuration, large_zip, tmp_path, relay, base, later):
+    """From exported stages of the published experiments to samplers with the published settings."""
+    overrides = []
+    for name, resolution in (("base", 64), ("relay", 256)):
+        experiment = f"{relay.partition('_')[0]}_{resolution}"
+        thin = ["network.channels=8", "network.blocks=1", f"data.dataset.path={large_zip}"]
+        cfg = configuration("train", f"experiment={experiment}", *thin)
+        config = OmegaConf.to_container(cfg.stage, resolve=True)
+        stage = instantiate(cfg.stage, _convert_="all")
+        stage.stage_config = config
+        export_stage(config, stage.denoiser.state_dict(), tmp_path / name)
+        overrides.append(f"relay.stages.{name}.path={tmp_path / name}")
+    built = build_relay(configuration("sample", f"relay={relay}", *overrides))
+    first, second = built.chain().values()
+    assert (first.sampler.evaluations, first.sampler.sde_scale) == base
+    assert second.sampler.corruption.schedule.prob_length == later[1]
+    assert second.sampler.evaluations == later[0]
+    assert second.sampler.s_noise == 0.2
+    assert second.guidance_scale == (3.5 if relay == "imagenet_256" else 1.0)
 
 
 @pytest.mark.parametrize(
@@ -141,13 +211,46 @@ def test_a_block_that_does_not_divide_is_named(configuration, small_zip):
         ("batch_size=0", "batch_size=0"),
         ("picture=-1", "picture=-1"),
         ("relay.stages.base.path=missing", r"relay\.stages\.base\.path=missing: no such file"),
+        ("relay.stages.base.guide=missing", r"relay\.stages\.base\.guide=missing: no such file"),
+        ("relay.first=relay", r"relay\.first=relay: relay\.start=FOLDER must give"),
+        ("relay.last=third", r"relay\.last=third: the stages are \['base', 'relay'\]"),
+        ("relay.last=base relay.start=conf", r"relay\.last=base comes before"),
+        ("relay.start=missing", r"relay\.start=missing: no such"),
+        ("relay.start=conf relay.hand_over_sigma=1", r"relay\.hand_over_sigma .* starts from noise"),
+        ("relay.hand_over_sigma=a", r"relay\.hand_over_sigma=a: must be a number"),
+        ("relay.rounding=up", r"relay\.rounding=up: use nearest or floor"),
+        ("format=jpeg", "format=jpeg: use png or zip"),
+        ("images=conf", "images=conf are only measured: add mode=evaluate"),
+        ("images=conf mode=evaluate", r"images=conf: give reference="),
+        ("images=missing mode=evaluate reference=conf", r"images=missing: no such"),
+        ("mode=evaluate", r"give reference="),
+        ("mode=evaluate reference=missing", r"reference=missing: no such file"),
     ],
 )
 def test_nonsense_in_sampling_is_named(configuration, small_zip, override, message):
     paths = [f"relay.stages.{name}.path={small_zip}" for name in ("base", "relay")]
-    cfg = configuration("sample", "relay=two_stages", f"metrics.reference.path={small_zip}", *paths, override)
+    cfg = configuration("sample", "relay=two_stages", *paths, *override.split())
     with pytest.raises(UserError, match=message):
         validate_sampling(cfg)
+
+
+def test_stages_that_do_not_run_need_no_checkpoint(configuration, small_zip):
+    first = f"relay.stages.base.path={small_zip}"
+    cfg = configuration("sample", "relay=three_stages", first, "relay.last=base")
+    validate_sampling(cfg)
+    assert list(chosen_stages(cfg.relay)) == ["base"]
+    later = [f"relay.stages.{name}.path={small_zip}" for name in ("relay", "third")]
+    cfg = configuration("sample", "relay=three_stages", *later, f"relay.start={small_zip}")
+    validate_sampling(cfg)
+    assert list(chosen_stages(cfg.relay)) == ["relay", "third"]
+    cfg = configuration("sample", "relay=three_stages", *later, f"relay.start={small_zip}", "relay.first=third")
+    assert list(chosen_stages(cfg.relay)) == ["third"]
+
+
+def test_the_reference_is_the_given_one_or_else_the_relays(configuration):
+    cfg = configuration("sample", "relay=quickstart")
+    assert reference_of(cfg) == {"path": "demo/emoji-64.zip", "subset": "heldout"}
+    assert reference_of(configuration("sample", "relay=quickstart", "reference=x")) == {"path": "x", "subset": ""}
 
 
 def test_a_run_of_another_day_is_found_by_its_id(tmp_path):

@@ -1,13 +1,17 @@
 """Two processes on the CPU do what many GPUs do."""
 
+import json
+
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
+from relay_diffusion.sampling import sample
 from support import TINY, run
 
 
-def test_two_processes_train_and_sample(tmp_path, small_zip):
+def test_two_processes_train_and_sample(configuration, tmp_path, small_zip):
     """Two processes are one that works through the parts of the batch in turn: same images, noise and weights."""
     options = [*TINY, "resolution=16", f"data.dataset.path={small_zip}"]
     directories = {name: f"run_dir={tmp_path / name}" for name in ("one", "two")}
@@ -32,9 +36,10 @@ def test_two_processes_train_and_sample(tmp_path, small_zip):
 
     relay = [
         "relay=two_stages", "~relay.stages.relay", f"relay.stages.base.path={tmp_path / 'two'}", "seeds=0-6",
-        "picture=0", "trainer.accelerator=cpu", "batch_size=2", f"metrics.reference.path={small_zip}",
+        "picture=0", "trainer.accelerator=cpu", "batch_size=2",
     ]  # fmt: skip
-    evaluate = ["mode=evaluate", f"metrics.cache={tmp_path / 'reference'}"]
+    evaluate = ["mode=evaluate", "metrics=adm", f"reference={small_zip}", "metrics.rounding=nearest"]
+    evaluate.append(f"metrics.reference.cache={tmp_path / 'reference'}")
     for name, extra in (("one_sampled", []), ("two_sampled", ["strategy=ddp_cpu", *evaluate])):
         result = run("sample.py", *relay, *extra, f"run_dir={tmp_path / name}")
         assert result.returncode == 0, result.stderr
@@ -47,3 +52,13 @@ def test_two_processes_train_and_sample(tmp_path, small_zip):
     for name in alone:
         assert np.abs(alone[name] - together[name]).max() <= 1  # the last batches differ in size
     assert "FID" in result.stdout
+
+    # an uneven number of images on two processes has the numbers of one
+    options = [*evaluate, f"images={tmp_path / 'two_sampled/images'}", "trainer.accelerator=cpu", "batch_size=2"]
+    one = sample(configuration("sample", *options, f"run_dir={tmp_path / 'one_measured'}"))
+    measured = run("sample.py", *options, "strategy=ddp_cpu", f"run_dir={tmp_path / 'two_measured'}")
+    assert measured.returncode == 0, measured.stderr
+    for name in ("two_sampled", "two_measured"):
+        two = json.loads((tmp_path / name / "metrics.json").read_text())
+        for key in ("fid", "sfid", "kid", "precision", "recall", "images"):
+            assert two[key] == pytest.approx(one[key], rel=1e-4), (name, key)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from relay_diffusion.data.images import to_float, to_uint8
 from relay_diffusion.diffusion.corruption import block_mean
 from relay_diffusion.errors import UserError
+from relay_diffusion.plan import SampleBatch
 from relay_diffusion.relay import Relay
 from support import tiny_stage
 
@@ -50,7 +52,6 @@ def test_stages_of_one_seed_do_not_share_noise():
     ("stages", "message"),
     [
         ({}, "at least a first stage"),
-        ({"b": (8, 2, 2)}, "must start from noise"),
         ({"a": (4, 1, 2), "b": (4, 1, 2)}, "b starts from noise"),
         ({"a": (4, 1, 2), "b": (16, 2, 2)}, "16x16 from images 2 times smaller.*a makes 4x4"),
         ({"a": (4, 1, 2), "b": (8, 2, 3)}, "3 classes"),
@@ -78,5 +79,47 @@ def test_classes_are_refused_by_an_unconditional_relay():
 
 def test_predict_step_is_sampling():
     relay = Relay({"a": tiny_stage(4)})
-    predicted = relay.predict_step((torch.tensor([7, 8]), torch.tensor([1, -1])), 0)
-    torch.testing.assert_close(predicted["a"], relay.sample([7, 8], torch.tensor([1, -1])), rtol=0, atol=0)
+    batch = SampleBatch(torch.tensor([0, 1]), torch.tensor([7, 8]), torch.tensor([1, -1]), None)
+    predicted = relay.predict_step(batch, 0)
+    torch.testing.assert_close(predicted.stages["a"], relay.sample([7, 8], torch.tensor([1, -1])), rtol=0, atol=0)
+
+
+def test_a_relay_of_later_stages_starts_from_given_images():
+    stage = tiny_stage(8, 2)
+    relay = Relay({"b": stage, "c": tiny_stage(24, 3)})
+    assert relay.start_resolution == 4
+    pixels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    batch = SampleBatch(torch.tensor([5, 6]), torch.tensor([1, 2]), torch.tensor([0, 1]), pixels)
+    samples = relay.predict_step(batch, 0)
+    assert list(samples.stages) == ["start", "b", "c"]
+    assert samples.positions.tolist() == [5, 6]
+    alone = stage.sample((2, 3, 8, 8), [1, 2], torch.tensor([0, 1]), to_float(pixels))
+    torch.testing.assert_close(samples.stages["b"], alone, rtol=0, atol=0)
+    assert torch.equal(samples.images, to_uint8(samples.stages["c"]))
+
+
+def test_rounding_and_postprocessing_of_the_final_images():
+    images = torch.linspace(-1, 1, 48).reshape(1, 3, 4, 4)
+    floor = Relay({"a": tiny_stage(4)}, rounding="floor").finish(images)
+    assert torch.equal(floor, (127.5 * (images + 1)).floor().to(torch.uint8))
+    assert 0 < (Relay({"a": tiny_stage(4)}).finish(images) != floor).double().mean() < 0.9
+    changed = Relay({"a": tiny_stage(4)}, postprocess=lambda pixels: 255 - pixels)
+    assert torch.equal(changed.finish(images), 255 - to_uint8(images))
+
+
+def test_early_hand_over_stops_the_first_stage_and_says_what_that_saves():
+    first = tiny_stage(4)
+    whole = first.sampler
+    relay = Relay({"a": first, "b": tiny_stage(8, 2)}, hand_over_sigma=1.0)
+    assert first.sampler.sigmas[-2] == 1.0
+    described = relay.describe()
+    assert described["hand_over_saved_evaluations"] == whole.evaluations - first.sampler.evaluations == 0
+    assert described["stages"]["a"]["network_evaluations"] == 5
+    first = tiny_stage(4)
+    assert Relay({"a": first}, hand_over_sigma=10.0).saved_evaluations == 2
+
+
+@pytest.mark.parametrize(("stage", "sigma"), [((4, 1), 100.0), ((8, 2), 1.0)])
+def test_a_hand_over_that_makes_no_sense_is_refused(stage, sigma):
+    with pytest.raises(UserError, match="hand_over_sigma"):
+        Relay({"a": tiny_stage(*stage)}, hand_over_sigma=sigma)

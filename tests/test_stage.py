@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from relay_diffusion.errors import UserError
+from relay_diffusion.networks import EDMPreconditioner
 from relay_diffusion.stage import load_stage, replace_nonfinite
 from relay_diffusion.training import train
 from support import TINY, tiny_stage
@@ -45,7 +46,7 @@ def assert_same_weights(a, b):
 
 @pytest.mark.parametrize("stage", ["base", "relay"])
 def test_interrupted_and_resumed_training_equals_uninterrupted(fit, tmp_path, stage):
-    dropout = ("network.dropout=0.2", "stage.label_dropout=0.3")
+    dropout = ("network.dropout=0.2", "stage.label_dropout=0.3", "augment=edm", "stage.augment.probability=0.5")
     fit("whole", 40, *dropout, stage=stage)
     fit("parts", 20, *dropout, stage=stage)
     halfway = weights_of(tmp_path / "parts/checkpoints/last.ckpt")
@@ -53,6 +54,73 @@ def test_interrupted_and_resumed_training_equals_uninterrupted(fit, tmp_path, st
     resumed = weights_of(tmp_path / "parts/checkpoints/last.ckpt")
     assert_same_weights(weights_of(tmp_path / "whole/checkpoints/last.ckpt"), resumed)
     assert any(not torch.equal(halfway[key], resumed[key]) for key in halfway)
+
+
+def test_the_network_is_told_how_images_were_augmented(fit, monkeypatch):
+    told, forward = [], EDMPreconditioner.forward
+
+    def spy(self, x, sigma, labels=None, augment_labels=None):
+        told.append(augment_labels)
+        return forward(self, x, sigma, labels, augment_labels)
+
+    monkeypatch.setattr(EDMPreconditioner, "forward", spy)
+    stage = fit("run", 32, "augment=edm", "stage.augment.probability=0.5")
+    labels = torch.cat(told)
+    assert labels.shape == (32, 9)
+    assert (labels == 0).any()
+    assert (labels != 0).any(dim=0).all()  # each of the nine was used
+    told.clear()
+    stage.sample((1, 3, 16, 16), [0])
+    assert set(told) == {None}  # sampling asks for images as they are
+    fit("plain", 4)
+    assert told[-1] is None
+
+
+def test_a_guide_is_a_weaker_checkpoint(fit, tmp_path):
+    fit("weak", 12)
+    fit("strong", 40)
+    scaled = {"guidance_scale": 2.0}
+    strong, weak = load_stage(tmp_path / "strong"), load_stage(tmp_path / "weak")
+    guided = load_stage(tmp_path / "strong", changes=scaled, guide=tmp_path / "weak")
+    x, sigma, labels = torch.randn(2, 3, 16, 16), torch.tensor([0.5, 2.0]), torch.tensor([0, 1])
+    with torch.no_grad():
+        expected = 2 * strong.denoiser(x, sigma, labels) - weak.denoiser(x, sigma, labels)
+        assert not torch.equal(expected, strong.denoiser(x, sigma, labels))
+        torch.testing.assert_close(guided.guided()(x, sigma, labels), expected)
+    assert guided.origin["guide"]["sha256"] == weak.origin["sha256"]
+    assert guided.sample((1, 3, 16, 16), [0], torch.tensor([1])).isfinite().all()
+
+
+def test_guidance_outside_its_interval_is_none(fit, tmp_path):
+    fit("run", 40)
+    plain = load_stage(tmp_path / "run")
+    shape, labels = (1, 3, 16, 16), torch.tensor([1])
+    never = {"guidance_scale": 9.0, "guidance_interval": [1000.0, 2000.0]}
+    kept = load_stage(tmp_path / "run", changes=never).sample(shape, [0], labels)
+    torch.testing.assert_close(kept, plain.sample(shape, [0], labels), rtol=0, atol=0)
+    always = load_stage(tmp_path / "run", changes={"guidance_scale": 9.0, "guidance_interval": [0.0, 100.0]})
+    everywhere = load_stage(tmp_path / "run", changes={"guidance_scale": 9.0})
+    torch.testing.assert_close(always.sample(shape, [0], labels), everywhere.sample(shape, [0], labels), rtol=0, atol=0)
+    assert not torch.equal(everywhere.sample(shape, [0], labels), kept)
+
+
+@pytest.mark.parametrize("interval", [[1.0], [2.0, 1.0], [-1.0, 1.0]])
+def test_an_interval_that_makes_no_sense_is_refused(fit, tmp_path, interval):
+    fit("run", 4)
+    with pytest.raises(UserError, match="guidance_interval"):
+        load_stage(tmp_path / "run", changes={"guidance_interval": interval})
+
+
+def test_guidance_without_classes_or_guide_is_refused():
+    with pytest.raises(UserError, match="knows no classes and there is no guide"):
+        tiny_stage(8, num_classes=0, guidance_scale=2.0).guided()
+
+
+def test_a_guide_that_does_not_fit_is_refused(fit, tmp_path):
+    fit("run", 4)
+    fit("other", 4, "resolution=8")
+    with pytest.raises(UserError, match="guide"):
+        load_stage(tmp_path / "run", guide=tmp_path / "other")
 
 
 def test_accumulation_counts_images_and_steps(fit, tmp_path):
@@ -250,5 +318,3 @@ def test_labels_that_the_network_does_not_know_are_refused():
         tiny_stage(8, num_classes=0).sample((1, 3, 8, 8), [0], torch.tensor([1]))
     with pytest.raises(UserError, match=r"class 2 .* 0\.\.1"):
         tiny_stage(8).sample((1, 3, 8, 8), [0], torch.tensor([2]))
-    with pytest.raises(ValueError, match="knows no classes"):
-        tiny_stage(8, num_classes=0, guidance_scale=2.0)

@@ -1,7 +1,9 @@
-"""Checkpoint files: found, read without running anything in them, and turned into objects again."""
+"""Checkpoints and exported stages: found, read without running anything in them, and turned into objects again."""
 
 from __future__ import annotations
 
+import json
+import math
 import pickle
 import warnings
 import zipfile
@@ -14,10 +16,16 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from relay_diffusion.errors import UserError
+from relay_diffusion.files import file_sha256
 
 LAST = "last.ckpt"
+EXPORT_STAGE, EXPORT_WEIGHTS = "stage.json", "weights.safetensors"  # the files of an exported stage
+EXPORT_FORMAT = 1
 TRUSTED = ("relay_diffusion.",)  # the packages whose classes a checkpoint may name
 
 
@@ -46,6 +54,70 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("stage_config"), dict):
         raise UserError(f"{file} is not a checkpoint of a diffusion stage: it holds no stage_config")
     return content
+
+
+def find_stage(path: str | Path) -> Path:
+    """What holds a stage at `path`: the stage.json of an export, or else a checkpoint as find_checkpoint finds it."""
+    path = Path(path)
+    if (path / EXPORT_STAGE).is_file():
+        return path / EXPORT_STAGE
+    if (path / EXPORT_WEIGHTS).is_file():
+        raise UserError(f"{path} is no whole export, {EXPORT_STAGE} is missing: export again")
+    return find_checkpoint(path)
+
+
+def read_stage(file: Path) -> dict[str, Any]:
+    """The content of a checkpoint, or of an export in the shape of one, on the CPU. Raises UserError naming the file.
+
+    Keys: stage_config; state_dict (of the stage), ema (a dictionary with weights) or both; class_names, images_seen.
+    """
+    return _read_export(file) if file.name == EXPORT_STAGE else read_checkpoint(file)
+
+
+def _read_export(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"), object_hook=_named_infinities)
+        if content["format"] != EXPORT_FORMAT:
+            raise UserError(f"{file} is an export in format {content['format']!r}: this version reads {EXPORT_FORMAT}")
+        kind, sha256 = content["weights"]["kind"], content["weights"]["sha256"]
+        read = {key: content[key] for key in ("stage_config", "class_names", "images_seen")}
+        kinds = {"stage_config": dict, "class_names": list, "images_seen": int}
+        if kind not in ("raw", "ema") or not all(isinstance(read[key], kinds[key]) for key in kinds):
+            raise TypeError
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{file} cannot be read as an exported stage: it is damaged or none; export again") from None
+    weights = _read_export_weights(file.with_name(EXPORT_WEIGHTS), sha256)
+    if kind == "ema":
+        return read | {"ema": {"weights": weights}}
+    return read | {"state_dict": {f"denoiser.{name}": tensor for name, tensor in weights.items()}}
+
+
+def _read_export_weights(file: Path, sha256: str) -> dict[str, Tensor]:
+    try:
+        if file_sha256(file) != sha256:
+            raise UserError(
+                f"{file} does not hold the weights that {EXPORT_STAGE} describes: fetch or export both again"
+            )
+        return load_file(file)
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing: it belongs to {EXPORT_STAGE} beside it") from None
+    except (OSError, SafetensorError):
+        raise UserError(f"{file} cannot be read: it is damaged; export again") from None
+
+
+def spell_infinities(node: Any) -> Any:
+    """Plain values for JSON, which has no infinity: as {".float": "inf"}."""
+    if isinstance(node, Mapping):
+        return {key: spell_infinities(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [spell_infinities(value) for value in node]
+    return {".float": str(node)} if isinstance(node, float) and not math.isfinite(node) else node
+
+
+def _named_infinities(node: dict[str, Any]) -> Any:
+    return float(node[".float"]) if node.keys() == {".float"} else node
 
 
 def _check_targets(node: Any, trusted: tuple[str, ...], file: Path) -> None:

@@ -105,8 +105,8 @@ def _number(cfg: DictConfig, key: str, low: float, high: float = float("inf"), w
     _require(valid, f"{key}={value}: must be a {'whole ' if whole else ''}number, {bounds}")
 
 
-def _check_complete(cfg: DictConfig, unused: str = "-") -> None:
-    missing = sorted(key for key in OmegaConf.missing_keys(cfg) if not key.startswith(unused))
+def _check_complete(cfg: DictConfig, besides: str = "-") -> None:
+    missing = sorted(key for key in OmegaConf.missing_keys(cfg) if not key.startswith(besides))
     if missing:
         raise UserError(f"{missing[0]} has no value: give it on the command line, {missing[0]}=...")
 
@@ -180,6 +180,12 @@ def validate_training(cfg: DictConfig) -> None:
         f"stage.corruption.schedule.prob_length={prob_length}: training needs (0, 1]",
     )
     conditional = cfg.network.num_classes > 0
+    augmented, augment_labels = cfg.stage.augment is not None, cfg.network.augment_labels
+    _require(
+        augmented == (augment_labels > 0),
+        f"network.augment_labels={augment_labels}, but stage.augment is {'set' if augmented else 'null'}: "
+        "use augment=edm, or augment=none",
+    )
     _require(
         conditional or cfg.stage.guidance_scale == 1,
         f"stage.guidance_scale={cfg.stage.guidance_scale} needs classes, but network.num_classes is 0",
@@ -199,15 +205,70 @@ def validate_training(cfg: DictConfig) -> None:
         )
 
 
+def chosen_stages(relay: DictConfig) -> dict[str, DictConfig]:
+    """The stages to run, by name, in order: from `relay.first` to `relay.last`; with `relay.start` from the second.
+
+    Raises UserError for a name that is no stage, and where first, last and start contradict each other.
+    """
+    names = [str(name) for name in relay.stages]
+    _require(len(names) > 0, "relay.stages is empty: a relay needs at least a first stage")
+    for key in ("first", "last"):
+        _require(relay[key] is None or relay[key] in names, f"relay.{key}={relay[key]}: the stages are {names}")
+    start, first, last = relay.start is not None, relay.first, relay.last
+    _require(
+        start or first in (None, names[0]),
+        f"relay.first={first}: relay.start=FOLDER must give the images that it starts from",
+    )
+    _require(not start or len(names) > 1 or first is not None, "relay.start: the relay has no second stage")
+    begin = names.index(first) if first is not None else int(start)
+    end = names.index(last) if last is not None else len(names) - 1
+    _require(begin <= end, f"relay.last={last} comes before the first stage to run, {names[begin]}")
+    return {name: relay.stages[name] for name in names[begin : end + 1]}
+
+
+def _check_relay(cfg: DictConfig) -> None:
+    relay = cfg.relay
+    stages = chosen_stages(relay)
+    for name, stage in stages.items():
+        _require(
+            not OmegaConf.is_missing(stage, "path"),
+            f"relay.stages.{name}.path has no value: give it on the command line, relay.stages.{name}.path=...",
+        )
+        check_file(stage.path, f"relay.stages.{name}.path")
+        if stage.guide is not None:
+            check_file(stage.guide, f"relay.stages.{name}.guide")
+    if relay.start is not None:
+        check_file(relay.start, "relay.start")
+    _require(relay.rounding in ("nearest", "floor"), f"relay.rounding={relay.rounding}: use nearest or floor")
+    if relay.hand_over_sigma is not None:
+        _number(cfg, "relay.hand_over_sigma", 0)
+        _require(
+            relay.start is None, "relay.hand_over_sigma is for a stage that starts from noise, not for relay.start"
+        )
+
+
 def validate_sampling(cfg: DictConfig) -> None:
     """Raise UserError for the first thing in a sample config that cannot work."""
-    _check_complete(cfg, unused="-" if cfg.mode == "evaluate" else "metrics.")
+    _check_complete(cfg, besides="relay.stages.")
     _check_devices(cfg)
     _number(cfg, "batch_size", 1, whole=True)
     _number(cfg, "picture", 0, whole=True)
     _require(cfg.mode in ("sample", "evaluate"), f"mode={cfg.mode}: use sample or evaluate")
-    _require(len(cfg.relay.stages) > 0, "relay.stages is empty: a relay needs at least a first stage")
-    for name, stage in cfg.relay.stages.items():
-        check_file(stage.path, f"relay.stages.{name}.path")
+    _require(cfg.format in ("png", "zip"), f"format={cfg.format}: use png or zip")
+    if cfg.images is not None:
+        _require(cfg.mode == "evaluate", f"images={cfg.images} are only measured: add mode=evaluate")
+        _require(cfg.reference is not None, f"images={cfg.images}: give reference=... to compare them with")
+        check_file(cfg.images, "images")
+    else:
+        _check_relay(cfg)
     if cfg.mode == "evaluate":
-        check_file(cfg.metrics.reference.path, "metrics.reference.path")
+        path, key = reference_of(cfg)["path"], "relay.reference.path" if cfg.reference is None else "reference"
+        _require(path is not None, "mode=evaluate compares with a reference: give reference=FOLDER, ZIP or NPZ")
+        check_file(path, key)
+
+
+def reference_of(cfg: DictConfig) -> dict[str, Any]:
+    """path and subset of what mode=evaluate compares with: `reference`, or else the relay's own."""
+    if cfg.reference is not None:
+        return {"path": cfg.reference, "subset": ""}
+    return {"path": cfg.relay.reference.path, "subset": cfg.relay.reference.subset}

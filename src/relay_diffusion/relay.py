@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
+from relay_diffusion.data.images import to_float, to_uint8
 from relay_diffusion.errors import UserError
+from relay_diffusion.plan import SampleBatch
+from relay_diffusion.samplers import EDMSampler
 from relay_diffusion.stage import DiffusionStage
 
 
@@ -18,14 +21,7 @@ def _check_chain(stages: Mapping[str, DiffusionStage]) -> None:
     """Refuse stages that do not fit each other, in words that name both."""
     if not stages:
         raise UserError("relay.stages is empty: a relay needs at least a first stage")
-    names = list(stages)
-    first = stages[names[0]]
-    if first.corruption.block != 1:
-        raise UserError(
-            f"relay.stages.{names[0]} enlarges {first.corruption.block} times: "
-            "the first stage of a relay must start from noise"
-        )
-    for before, name in itertools.pairwise(names):
+    for before, name in itertools.pairwise(stages):
         small, large = stages[before], stages[name]
         block = large.corruption.block
         if block == 1:
@@ -45,16 +41,52 @@ def _check_chain(stages: Mapping[str, DiffusionStage]) -> None:
             raise UserError(f"relay.stages.{name} and {before} were trained on classes of other names or order")
 
 
+class Samples(NamedTuple):
+    """What one batch of sampling gives.
+
+    positions [B]: places in the list of all images. images: uint8 [B,C,H,W], final. stages: the images of every
+    stage by name, float [B,C,H,W] in about [-1, 1], after the "start" if one was given.
+    """
+
+    positions: Tensor
+    images: Tensor
+    stages: dict[str, Tensor]
+
+
 class Relay(L.LightningModule):
     """Chains any number of stages, of any integer factors; predicts images from (seeds, labels).
 
+    A first stage that enlarges starts from images that are given (`start`), others from noise.
+    `hand_over_sigma`: the first stage stops at that noise level and hands over its estimate. `rounding` to 8 bits
+    is "nearest" or "floor"; `postprocess` changes the 8-bit images [B,C,H,W].
     Raises UserError if a stage's output is not what the next one starts from.
     """
 
-    def __init__(self, stages: Mapping[str, DiffusionStage]) -> None:
+    def __init__(
+        self,
+        stages: Mapping[str, DiffusionStage],
+        hand_over_sigma: float | None = None,
+        rounding: str = "nearest",
+        postprocess: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
         _check_chain(stages)
         self.stages = nn.ModuleDict(dict(stages))
+        self.rounding, self.postprocess = rounding, postprocess
+        self.saved_evaluations = 0
+        if hand_over_sigma is not None:
+            self._stop_first_stage(hand_over_sigma)
+
+    def _stop_first_stage(self, sigma: float) -> None:
+        name, first = next(iter(self.chain().items()))
+        if not isinstance(first.sampler, EDMSampler):
+            raise UserError(f"relay.hand_over_sigma={sigma}: relay.stages.{name} does not start from noise")
+        try:
+            stopped = first.sampler.stopping_at(sigma)
+        except ValueError as error:
+            raise UserError(f"relay.hand_over_sigma={sigma}: {error}") from None
+        self.saved_evaluations = first.sampler.evaluations - stopped.evaluations
+        first.sampler = stopped
 
     def chain(self) -> dict[str, DiffusionStage]:
         """The stages by name, in order."""
@@ -71,30 +103,45 @@ class Relay(L.LightningModule):
         return next((stage.class_names for stage in self.chain().values() if stage.class_names), [])
 
     @property
+    def start_resolution(self) -> int | None:
+        """Pixels along one side of the images that the first stage enlarges; None: it starts from noise."""
+        first = next(iter(self.chain().values()))
+        return None if first.corruption.block == 1 else first.resolution // first.corruption.block
+
+    @property
     def resolution(self) -> int:
         """Pixels along one side of the final images."""
         return list(self.chain().values())[-1].resolution
 
-    def describe(self) -> dict[str, dict[str, object]]:
-        """What makes the images, stage by stage: checkpoint, settings, network evaluations, guidance."""
-        return {
+    def describe(self) -> dict[str, Any]:
+        """What makes the images: how they are finished, and by stage its checkpoint, settings and evaluations."""
+        stages = {
             name: {
                 **stage.origin,
                 **{part: (stage.stage_config or {}).get(part) for part in ("corruption", "sampler")},
                 "resolution": stage.resolution,
                 "network_evaluations": stage.sampler.evaluations,
                 "guidance_scale": stage.guidance_scale,
+                "guidance_interval": stage.guidance_interval,
             }
             for name, stage in self.chain().items()
         }
+        return {
+            "stages": stages,
+            "hand_over_saved_evaluations": self.saved_evaluations,
+            "rounding": self.rounding,
+            "postprocess": str(self.postprocess) if self.postprocess else None,
+        }
 
     @torch.no_grad()
-    def sample_stages(self, seeds: Sequence[int], labels: Tensor | None = None) -> dict[str, Tensor]:
+    def sample_stages(
+        self, seeds: Sequence[int], labels: Tensor | None = None, start: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The images [B,C,H,W] of every stage by name, in about [-1, 1]; see `sample`."""
         if labels is not None and not self.num_classes:
             next(iter(self.chain().values())).check_labels(labels)
         images: dict[str, Tensor] = {}
-        previous = None
+        previous = start
         for name, stage in self.chain().items():
             shape = (len(seeds), stage.image_channels, stage.resolution, stage.resolution)
             known = labels if stage.num_classes else None
@@ -102,15 +149,24 @@ class Relay(L.LightningModule):
             previous = images[name].clamp(-1, 1)  # the next stage was trained to start from means of real images
         return images
 
-    def sample(self, seeds: Sequence[int], labels: Tensor | None = None) -> Tensor:
+    def sample(self, seeds: Sequence[int], labels: Tensor | None = None, start: Tensor | None = None) -> Tensor:
         """Final images [B,C,H,W] in about [-1, 1], one for each seed.
 
         labels: class indices [B], -1 or None for no class; a stage that knows no classes ignores them.
+        start: images [B,C,h,w] in [-1, 1] for a relay whose first stage enlarges.
         Raises UserError for classes that no stage knows.
         """
-        return list(self.sample_stages(seeds, labels).values())[-1]
+        return list(self.sample_stages(seeds, labels, start).values())[-1]
 
-    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:  # noqa: ARG002
-        """(seeds [B], labels [B], -1 for none) -> the images of every stage by name."""
-        seeds, labels = batch
-        return self.sample_stages(seeds.tolist(), labels if self.num_classes else None)
+    def finish(self, images: Tensor) -> Tensor:
+        """Images [B,C,H,W] in [-1, 1] as the 8-bit images that are written and measured."""
+        pixels = to_uint8(images, self.rounding)
+        return pixels if self.postprocess is None else self.postprocess(pixels)
+
+    def predict_step(self, batch: SampleBatch, batch_idx: int) -> Samples:  # noqa: ARG002
+        """(positions, seeds, labels [B], -1 for none, start images or None) -> Samples."""
+        labels = batch.labels if self.num_classes else None
+        start = None if batch.start is None else to_float(batch.start)
+        stages = self.sample_stages(batch.seeds.tolist(), labels, start)
+        images = self.finish(list(stages.values())[-1])
+        return Samples(batch.positions, images, stages if start is None else {"start": start, **stages})

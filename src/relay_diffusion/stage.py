@@ -11,15 +11,26 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from relay_diffusion.checkpoint import build_stored, changed_config, find_checkpoint, read_checkpoint
+from relay_diffusion.checkpoint import build_stored, changed_config, find_stage, read_stage
 from relay_diffusion.data.images import to_float
-from relay_diffusion.diffusion import ClassifierFreeGuidance, Corruption, DenoisingLoss, ImageSeeds, drop_labels
+from relay_diffusion.diffusion import (
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    Corruption,
+    Denoiser,
+    DenoisingLoss,
+    GuidanceInterval,
+    ImageSeeds,
+    drop_labels,
+)
 from relay_diffusion.diffusion.noise import mix_seeds
 from relay_diffusion.errors import UserError
 from relay_diffusion.files import file_sha256
 from relay_diffusion.networks import EDMPreconditioner
 from relay_diffusion.samplers import Sampler
 
+Augment = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Images [B,C,H,W] in [-1, 1] -> changed images and what was done to each, labels [B,A]."""
 OptimizerFactory = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
 GRADIENT_LIMIT = 1e5  # what an infinite gradient becomes, as published
 
@@ -36,7 +47,10 @@ def replace_nonfinite(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
 class DiffusionStage(L.LightningModule):
     """A denoiser that learns to undo a corruption, and the sampler that turns it into images.
 
-    `label_dropout`: share of labels hidden in training, for guidance. `guidance_scale` 1 is none.
+    `augment`: changes training images and tells the network how; sampling asks for unchanged ones.
+    `label_dropout`: share of labels hidden in training, for guidance. `guidance_scale` 1 is none; it is applied
+    where sigma lies in `guidance_interval` (null: everywhere), away from the estimate without class, or from that
+    of a weaker network if there is a `guide`.
     `warmup_images`: the learning rate rises linearly over so many images. `seed` fixes the training noise:
     it is drawn anew from (seed, position in the data) at every step, so a resumed run repeats nothing.
     """
@@ -48,18 +62,24 @@ class DiffusionStage(L.LightningModule):
         loss: DenoisingLoss,
         sampler: Sampler,
         optimizer: OptimizerFactory | None = None,
+        augment: Augment | None = None,
         label_dropout: float = 0.0,
         guidance_scale: float = 1.0,
+        guidance_interval: Sequence[float] | None = None,
         warmup_images: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.denoiser, self.corruption, self.loss, self.sampler = denoiser, corruption, loss, sampler
-        self.optimizer_factory = optimizer
+        self.optimizer_factory, self.augment = optimizer, augment
         self.label_dropout, self.guidance_scale = label_dropout, guidance_scale
+        if guidance_interval is not None and not (
+            len(guidance_interval) == 2 and 0 <= guidance_interval[0] <= guidance_interval[1]
+        ):
+            raise ValueError(f"guidance_interval is {guidance_interval}: give [lowest sigma, highest sigma]")
+        self.guidance_interval = guidance_interval
+        self.guide: EDMPreconditioner | None = None
         self.warmup_images, self.seed = warmup_images, seed
-        if guidance_scale != 1 and not self.num_classes:
-            raise ValueError(f"guidance_scale is {guidance_scale}, but the network knows no classes")
         self.images_seen = 0  # images whose gradients the weights have seen
         self.replaced_gradients: Tensor | int = 0  # non-finite gradient elements replaced so far
         self.stage_config: dict[str, Any] | None = None  # what a checkpoint rebuilds the stage from
@@ -90,10 +110,12 @@ class DiffusionStage(L.LightningModule):
         images, labels = batch
         position = self.images_seen + self._pending + self.global_rank * len(images)
         torch.manual_seed(mix_seeds(self.seed, position))
-        x0 = to_float(images)
+        x0, augment_labels = to_float(images), None
+        if self.augment is not None:
+            x0, augment_labels = self.augment(x0)
         sigma = self.corruption.schedule.draw(len(x0), x0.device)
         noisy = self.corruption.corrupt(x0, sigma, self.corruption.draw_noise(x0, torch.randn_like))
-        denoised = self.denoiser(noisy, sigma, drop_labels(labels, self.label_dropout))
+        denoised = self.denoiser(noisy, sigma, drop_labels(labels, self.label_dropout), augment_labels)
         per_image = self.loss(denoised, x0, sigma).mean(dim=(1, 2, 3))
         self._pending += len(images) * self.trainer.world_size
         # as published, the sum over an image's elements: it keeps gradients far above Adam's epsilon
@@ -134,6 +156,34 @@ class DiffusionStage(L.LightningModule):
 
     # ---- sampling ----
 
+    def set_guide(self, weaker: DiffusionStage) -> None:
+        """Guide away from the estimate of another stage. Raises UserError unless it has the same images and classes."""
+        mine = (self.resolution, self.image_channels, self.num_classes)
+        theirs = (weaker.resolution, weaker.image_channels, weaker.num_classes)
+        if mine != theirs:
+            raise UserError(
+                f"the guide {weaker.origin.get('file')} has (resolution, channels, classes) {theirs}, the stage {mine}"
+            )
+        self.guide, self.origin["guide"] = weaker.denoiser, weaker.origin
+
+    def guided(self) -> Denoiser:
+        """The denoiser with this stage's guidance around it. Raises UserError if there is nothing to guide with."""
+        if self.guidance_scale == 1:
+            return self.denoiser
+        guided: Denoiser
+        if self.guide is not None:
+            guided = AutoGuidance(self.denoiser, self.guide, self.guidance_scale)
+        elif self.num_classes:
+            guided = ClassifierFreeGuidance(self.denoiser, self.guidance_scale)
+        else:
+            raise UserError(
+                f"guidance_scale={self.guidance_scale}, but the network knows no classes and there is no guide: "
+                "use guidance_scale=1 or give a guide"
+            )
+        if self.guidance_interval is None:
+            return guided
+        return GuidanceInterval(self.denoiser, guided, *self.guidance_interval)
+
     def check_labels(self, labels: Tensor | None) -> None:
         """Raise UserError if labels [B] are given that the network does not know."""
         if labels is None or bool((labels < 0).all()):
@@ -163,7 +213,7 @@ class DiffusionStage(L.LightningModule):
         start = self.corruption.start(like, previous, noise.randn_like)
         if labels is not None:
             labels = labels.to(self.device)
-        denoise = ClassifierFreeGuidance(self.denoiser, self.guidance_scale)
+        denoise = self.guided()
         training = self.training
         self.eval()
         try:
@@ -172,20 +222,29 @@ class DiffusionStage(L.LightningModule):
             self.train(training)
 
 
-def load_stage(path: str | Path, weights: str = "ema", changes: Mapping[str, Any] | None = None) -> DiffusionStage:
-    """A stage in eval mode from its checkpoint alone: a .ckpt file, or the directory of a training run.
+def load_stage(
+    path: str | Path,
+    weights: str = "ema",
+    changes: Mapping[str, Any] | None = None,
+    guide: str | Path | None = None,
+) -> DiffusionStage:
+    """A stage in eval mode from what was stored of it alone.
 
-    `weights`: "ema" or "raw". `changes`: values of the stored stage config to replace, e.g.
-    {"sampler": {"steps": 50}}; nulls change nothing. Nothing stored in the file is executed.
+    `path`: a .ckpt file, the directory of a training run, or the folder of an export. `weights`: "ema" or
+    "raw". `changes`: values of the stored stage config to replace, e.g. {"sampler": {"steps": 50}}; nulls
+    change nothing. `guide`: the same for a weaker network of the same images, to guide away from. Nothing
+    stored in the files is executed.
     Raises UserError naming the file, if it cannot be used.
     """
-    file = find_checkpoint(path)
-    checkpoint = read_checkpoint(file)
+    file = find_stage(path)
+    checkpoint = read_stage(file)
     stored = {key: value for key, value in checkpoint["stage_config"].items() if key != "optimizer"}
     config = changed_config(stored, changes, file)
     stage = build_stored(config, file)
     if not isinstance(stage, DiffusionStage):
         raise UserError(f"{file} describes a {type(stage).__name__}, not a DiffusionStage")
+    if not isinstance(stage.denoiser, torch.nn.Module):
+        raise UserError(f"{file} describes a stage without a network: it is damaged")
     states = {
         "raw": {k.removeprefix("denoiser."): v for k, v in checkpoint.get("state_dict", {}).items()},
         "ema": checkpoint.get("ema", {}).get("weights"),
@@ -208,4 +267,7 @@ def load_stage(path: str | Path, weights: str = "ema", changes: Mapping[str, Any
         "weights": weights,
         "images_seen": stage.images_seen,
     }
+    if guide is not None:
+        stage.set_guide(load_stage(guide, weights))
+    stage.guided()  # guidance that cannot work shows here
     return stage.eval()

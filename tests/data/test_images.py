@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from relay_diffusion.data import ImageDataset
-from relay_diffusion.data.images import decode_file, to_float, to_uint8, uint8_batches
+from relay_diffusion.data.images import decode_bytes, to_float, to_uint8, uint8_batches
 from relay_diffusion.errors import UserError
 
 NAMES = ["heldout/d.png", "train/a.png", "train/b.png", "train/c.png"]
@@ -227,11 +227,10 @@ def test_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
         ImageDataset(path, 8)
 
 
-def test_decode_file(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(encoded(pixels(3)))
-    np.testing.assert_array_equal(decode_file(tmp_path / "a.png").permute(1, 2, 0).numpy(), pixels(3))
-    with pytest.raises(UserError, match=r"gone\.png cannot be read"):
-        decode_file(tmp_path / "gone.png")
+def test_decode_bytes() -> None:
+    np.testing.assert_array_equal(decode_bytes(encoded(pixels(3)), "a.png").permute(1, 2, 0).numpy(), pixels(3))
+    with pytest.raises(UserError, match=r"^gone\.png is not a PNG"):
+        decode_bytes(b"hello", "gone.png")
 
 
 # --- paths

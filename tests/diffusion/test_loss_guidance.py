@@ -1,9 +1,17 @@
 """The loss weight, classifier-free guidance and label dropout."""
 
+import math
+
 import pytest
 import torch
 
-from relay_diffusion.diffusion import ClassifierFreeGuidance, DenoisingLoss, drop_labels
+from relay_diffusion.diffusion import (
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    DenoisingLoss,
+    GuidanceInterval,
+    drop_labels,
+)
 
 SIGMAS = torch.tensor([0.002, 0.1, 0.5, 3.0, 80.0], dtype=torch.float64)
 LABELS = torch.tensor([3, 1])
@@ -84,6 +92,46 @@ def test_guidance_of_images_without_a_class_changes_nothing():
 def test_guidance_without_labels_is_refused():
     with pytest.raises(ValueError, match="guidance needs labels"):
         ClassifierFreeGuidance(LabelDenoiser(), 2.0)(X, SIGMA, None)
+
+
+def test_autoguidance_moves_away_from_the_guide():
+    denoise, guide = LabelDenoiser(), lambda x, sigma, labels: 0.5 * x + labels[:, None, None, None]  # noqa: ARG005
+    strong, weak = denoise(X, SIGMA, LABELS), guide(X, SIGMA, LABELS)
+    for scale in (0.0, 1.0, 2.5):
+        guided = AutoGuidance(denoise, guide, scale)(X, SIGMA, LABELS)
+        torch.testing.assert_close(guided, (1 - scale) * weak + scale * strong, atol=1e-12, rtol=0)
+
+
+def test_autoguidance_of_scale_one_never_asks_the_guide():
+    def guide(*_):
+        raise AssertionError
+
+    assert torch.equal(AutoGuidance(LabelDenoiser(), guide)(X, SIGMA, None), LabelDenoiser()(X, SIGMA, None))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "guided"),
+    [(0.0, math.inf, [1, 1]), (0.0, 0.4, [0, 0]), (9.0, 10.0, [0, 0]), (0.5, 0.5, [1, 0]), (1.0, 2.0, [0, 1])],
+)
+def test_guidance_is_applied_inside_its_interval_only(low, high, guided):
+    calls = []
+
+    def stronger(x, sigma, labels):
+        calls.append(sigma)
+        return ClassifierFreeGuidance(LabelDenoiser(), 3.0)(x, sigma, labels)
+
+    result = GuidanceInterval(LabelDenoiser(), stronger, low, high)(X, SIGMA, LABELS)
+    plain = LabelDenoiser()(X, SIGMA, LABELS)
+    inside = ClassifierFreeGuidance(LabelDenoiser(), 3.0)(X, SIGMA, LABELS)
+    for i, here in enumerate(guided):
+        assert torch.equal(result[i], inside[i] if here else plain[i])
+    assert len(calls) == bool(sum(guided))  # outside, guidance is not even computed
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 2.0), (2.0, 1.0)])
+def test_an_interval_that_holds_nothing_is_refused(low, high):
+    with pytest.raises(ValueError, match="interval"):
+        GuidanceInterval(LabelDenoiser(), LabelDenoiser(), low, high)
 
 
 def test_no_label_is_dropped_with_probability_zero():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from fake_inception import use_small_features
 
 from relay_diffusion.metrics import Inception
 
@@ -10,3 +11,9 @@ from relay_diffusion.metrics import Inception
 @pytest.fixture(scope="session")
 def inception() -> Inception:
     return Inception()
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few features, so that files and eigenvalues cost nothing."""
+    use_small_features(monkeypatch)

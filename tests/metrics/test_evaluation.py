@@ -1,231 +1,235 @@
-"""Evaluation: reference statistics on disk, and FID and sFID of images against them."""
+"""Evaluation: one Inception pass for all measures, what it skips and why, and the record of how it measured."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from fake_inception import PixelFeatures, pixel_reference, random_images
+from torch import Tensor
+from torchmetrics import Metric
 
+from relay_diffusion.data.image_sets import Npz, open_image_set
 from relay_diffusion.errors import UserError
-from relay_diffusion.metrics import Evaluation, FrechetDistance, Inception, InceptionFeatures, ReferenceStatistics
-from relay_diffusion.metrics import evaluation as module
-from relay_diffusion.metrics.evaluation import reference_statistics
+from relay_diffusion.interop.adm import write_adm_samples
+from relay_diffusion.metrics import (
+    Evaluation,
+    FIDMeasure,
+    FrechetDistance,
+    Inception,
+    InceptionScore,
+    InceptionScoreMeasure,
+    KIDMeasure,
+    Measure,
+    PrecisionRecall,
+    PrecisionRecallMeasure,
+    Reference,
+    ReferenceSource,
+    SFIDMeasure,
+)
+from relay_diffusion.metrics.kid import kernel_distance
+from relay_diffusion.metrics.protocol import adm, edm
+from relay_diffusion.metrics.reference import read_reference
+from support import PROJECT
 
-POOL, CHANNELS, SIZE = 6, 7, 2
-SPATIAL = CHANNELS * SIZE**2
 
-
-class PixelFeatures(nn.Module):
-    """In place of Inception: pixels as features."""
-
-    def __init__(self, weights_hash: str = "pixels") -> None:
-        super().__init__()
-        self.weights_hash = weights_hash
-
-    def forward(self, images: Tensor) -> InceptionFeatures:
-        x = images.flatten(1).float() / 255
-        spatial = x[:, POOL : POOL + SPATIAL].unflatten(1, (CHANNELS, SIZE, SIZE))
-        return InceptionFeatures(x[:, :POOL], spatial, None)
+def all_measures(split_size: int = 7) -> dict[str, Measure]:
+    return {
+        "fid": FIDMeasure(),
+        "sfid": SFIDMeasure(),
+        "inception_score": InceptionScoreMeasure(split_size),
+        "precision_recall": PrecisionRecallMeasure(),
+        "kid": KIDMeasure(),
+    }
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few features, so that eigenvalues cost nothing."""
-    monkeypatch.setattr(module, "POOL_FEATURES", POOL)
-    monkeypatch.setattr(module, "SPATIAL_FEATURES", SPATIAL)
-    monkeypatch.setattr(module, "SPATIAL_CHANNELS", CHANNELS)
-    monkeypatch.setattr(module, "SPATIAL_SIZE", SIZE)
-    shapes = {"mu": (POOL,), "sigma": (POOL, POOL), "mu_s": (SPATIAL,), "sigma_s": (SPATIAL, SPATIAL)}
-    monkeypatch.setattr(module, "SHAPES", shapes)
+def reference() -> Reference:
+    return replace(pixel_reference(random_images(50, 1)), path=Path("set.zip"))
 
 
-def random_images(count: int, seed: int, size: int = 8) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+def feed(evaluation: Evaluation, images: Tensor, order: Sequence[int] | Tensor, batch: int = 8) -> None:
+    for at in torch.as_tensor(order).split(batch):
+        evaluation.update(images[at], at)
 
 
-def small_reference(path: Path, images: Tensor | None = None) -> ReferenceStatistics:
-    images = random_images(50, 1) if images is None else images
-    return reference_statistics(images.split(16), len(images), PixelFeatures(), "set", path, "cpu")
-
-
-def untouched() -> Iterator[Tensor]:
-    raise AssertionError("the images were read")
-    yield
-
-
-def assert_same(a: ReferenceStatistics, b: ReferenceStatistics) -> None:
-    for key in ("mu", "sigma", "mu_s", "sigma_s"):
-        assert torch.equal(getattr(a, key), getattr(b, key)), key
-        assert getattr(b, key).dtype == torch.float64
-    assert (a.n, a.layout, a.source_hash) == (b.n, b.layout, b.source_hash)
-
-
-@pytest.mark.usefixtures("small")
-def test_reference_is_computed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "new" / "reference.npz"
-    first = small_reference(path)
-    assert "reference statistics: 50/50 images" in capsys.readouterr().out
-    rows = random_images(50, 1).flatten(1).double() / 255
-    torch.testing.assert_close(first.mu, rows[:, :POOL].mean(0), rtol=1e-6, atol=0)
-    torch.testing.assert_close(first.sigma_s, torch.cov(rows[:, POOL : POOL + SPATIAL].T), rtol=1e-5, atol=1e-8)
-    assert (first.n, first.layout) == (50, "NCHW")
-    assert [file.name for file in path.parent.iterdir()] == ["reference.npz"], "no temporary file stays"
-
-    again = reference_statistics(untouched(), 50, PixelFeatures(), "set", path, "cpu")
-    assert_same(first, again)
-
-
-@pytest.mark.usefixtures("small")
-@pytest.mark.parametrize(
-    ("weights", "source", "total"), [("x", "set", 50), ("pixels", "other", 50), ("pixels", "set", 9)]
-)
-def test_reference_of_something_else_is_computed_again(tmp_path: Path, weights: str, source: str, total: int) -> None:
-    path = tmp_path / "reference.npz"
-    old = small_reference(path)
-    images = random_images(total, 2)
-    new = reference_statistics([images], total, PixelFeatures(weights), source, path, "cpu")
-    assert not torch.equal(old.mu, new.mu)
-    assert_same(ReferenceStatistics.load(path), new)
-
-
-@pytest.mark.usefixtures("small")
-def test_reference_needs_the_announced_images(tmp_path: Path) -> None:
-    path = tmp_path / "reference.npz"
-    with pytest.raises(UserError, match="gave 20 images where 30 were announced"):
-        reference_statistics([random_images(20, 1)], 30, PixelFeatures(), "set", path, "cpu")
-    assert not path.exists()
-
-
-@pytest.mark.usefixtures("small")
-def test_nhwc_files_are_permuted(tmp_path: Path) -> None:
-    path = tmp_path / "reference.npz"
-    images = random_images(40, 3)
-    nchw = small_reference(path, images)
-    spatial = PixelFeatures()(images).spatial.permute(0, 2, 3, 1).flatten(1).double()
-    arrays = dict(np.load(path)) | {
-        "layout": "NHWC",
-        "mu_s": spatial.mean(0).numpy(),
-        "sigma_s": torch.cov(spatial.T).numpy(),
-    }
-    np.savez(path, **arrays)
-    loaded = ReferenceStatistics.load(path)
-    assert loaded.layout == "NCHW"
-    torch.testing.assert_close(loaded.mu_s, nchw.mu_s)
-    torch.testing.assert_close(loaded.sigma_s, nchw.sigma_s)
-
-
-@pytest.mark.usefixtures("small")
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"layout": "CHWN"}, "layout 'CHWN'; it must be 'NCHW' or 'NHWC'"),
-        ({"layout": None}, r"lacks 'layout' \(statistics of the ADM evaluator are 'NHWC'\)"),
-        ({"sigma_s": None}, "lacks 'sigma_s'"),
-        ({"n": None}, "lacks 'n'"),
-        ({"n": 1}, "'n' must be the number of images, at least 2"),
-        ({"mu": np.zeros(3)}, r"'mu' must hold finite numbers of shape \[6\], not float64 of shape \[3\]"),
-        ({"mu": np.full(POOL, np.nan)}, "'mu' must hold finite numbers"),
-        ({"mu": np.array(["a"] * POOL)}, "'mu' must hold finite numbers"),
-        ({"mu": np.array([None] * POOL)}, "is not a readable .npz of reference statistics"),
-    ],
-)
-def test_wrong_files(tmp_path: Path, change: dict[str, object], message: str) -> None:
-    path = tmp_path / "reference.npz"
-    small_reference(path)
-    arrays = {key: value for key, value in (dict(np.load(path)) | change).items() if value is not None}
-    np.savez(path, **arrays)
-    with pytest.raises(UserError, match=message) as raised:
-        ReferenceStatistics.load(path)
-    assert "reference.npz" in str(raised.value)
-
-
-def _write_array(path: Path) -> None:
-    with path.open("wb") as file:
-        np.save(file, np.zeros(3))
-
-
-@pytest.mark.usefixtures("small")
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda path: path.write_bytes(b""),
-        lambda path: path.write_text("nothing"),
-        lambda path: path.write_bytes(path.read_bytes()[:-200]),
-        lambda path: path.write_bytes(path.read_bytes().replace(b"\x3f", b"\x3e")),
-        _write_array,
-    ],
-    ids=["empty", "text", "truncated", "flipped", "npy"],
-)
-def test_damaged_files(tmp_path: Path, damage: Callable[[Path], object]) -> None:
-    path = tmp_path / "reference.npz"
-    small_reference(path)
-    damage(path)
-    with pytest.raises(UserError, match=r"reference\.npz is not a readable \.npz .* delete it"):
-        ReferenceStatistics.load(path)
-
-
-def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no file of reference statistics at .*absent\.npz"):
-        ReferenceStatistics.load(tmp_path / "absent.npz")
-
-
-@pytest.mark.usefixtures("small")
-def test_evaluation_feeds_both_distances(tmp_path: Path) -> None:
-    reference, fake = small_reference(tmp_path / "reference.npz"), random_images(30, 4)
-    evaluation = Evaluation(PixelFeatures(), reference)
-    evaluation.update(random_images(5, 5))
+def test_every_measure_is_what_its_formula_says(reference: Reference) -> None:
+    inception, fake = PixelFeatures(), random_images(30, 4)
+    evaluation = Evaluation(inception, reference, all_measures())
+    feed(evaluation, random_images(5, 5), range(5))
     evaluation.compute()
     evaluation.reset()
-    for batch in fake.split(8):
-        evaluation.update(batch)
+    inception.seen = 0
+    feed(evaluation, fake, range(30))
     result = evaluation.compute()
+    assert inception.seen == 30, "one pass for all"
 
-    real_features, fake_features = PixelFeatures()(random_images(50, 1)), PixelFeatures()(fake)
+    real, generated = PixelFeatures()(random_images(50, 1)), PixelFeatures()(fake)
+    expected = {}
     for key, name in (("fid", "pool"), ("sfid", "spatial")):
-        rows = [getattr(f, name).flatten(1) for f in (real_features, fake_features)]
-        metric = FrechetDistance(rows[0].shape[1])
-        metric.update(rows[0], real=True)
-        metric.update(rows[1], real=False)
-        assert result[key] == pytest.approx(float(metric.compute()), rel=1e-6)
-    assert result["images"] == 30
-    assert [type(value) for value in result.values()] == [float, float, int]
+        metric = FrechetDistance(getattr(real, name)[0].numel())
+        metric.update(getattr(real, name).flatten(1), real=True)
+        metric.update(getattr(generated, name).flatten(1), real=False)
+        expected[key] = float(metric.compute())
+    score, neighbours = InceptionScore(7), PrecisionRecall()
+    score.update(generated.logits)
+    neighbours.update(real.pool, real=True)
+    neighbours.update(generated.pool, real=False)
+    expected["inception_score"] = float(score.compute())
+    expected |= {key: float(value) for key, value in neighbours.compute()._asdict().items()}
+    expected["kid"] = float(kernel_distance(real.pool, generated.pool))
+    assert result == pytest.approx(expected | {"images": 30}, rel=1e-6)
+    assert list(result) == ["fid", "sfid", "inception_score", "precision", "recall", "kid", "images"]
+    assert [type(value) for value in result.values()] == [*[float] * 6, int]
+    assert evaluation.skipped == {}
 
+
+@pytest.mark.parametrize("batch", [1, 4, 30])
+def test_batches_and_order_change_nothing(reference: Reference, batch: int) -> None:
+    fake = random_images(30, 4)
+    plain, mixed = (Evaluation(PixelFeatures(), reference, all_measures()) for _ in range(2))
+    feed(plain, fake, range(30))
+    feed(mixed, fake, torch.randperm(30), batch)
+    assert mixed.compute() == pytest.approx(plain.compute(), rel=1e-10)
+
+
+def test_only_features_that_are_compared_stay_in_memory(reference: Reference) -> None:
+    def state_bytes(evaluation: Evaluation) -> int:
+        total = 0
+        for metric in (module for module in evaluation.modules() if isinstance(module, Metric)):
+            for name in metric.metric_state:
+                state = getattr(metric, name)
+                parts = state if isinstance(state, list) else [state]
+                total += sum(part.untyped_storage().nbytes() for part in parts)
+        return total
+
+    everything = all_measures(split_size=10_000)
+    for names, grows in (({"fid", "sfid", "inception_score"}, 0), ({"precision_recall", "kid"}, (6 * 4 + 8) * 400)):
+        evaluation = Evaluation(PixelFeatures(), reference, {name: everything[name] for name in names})
+        feed(evaluation, random_images(8, 2), range(8))
+        before = state_bytes(evaluation)
+        assert before > 0
+        feed(evaluation, random_images(408, 2), range(8, 408))
+        assert state_bytes(evaluation) - before == grows, "features are kept once for both"
+
+
+def test_what_cannot_be_measured_and_why(reference: Reference) -> None:
+    poor = replace(reference, spatial=None, features=None)
+    evaluation = Evaluation(PixelFeatures(has_classes=False), poor, all_measures())
+    none = "the reference set.zip holds statistics only, no images"
+    expected = {
+        "sfid": "the reference set.zip holds no spatial statistics",
+        "inception_score": "these Inception weights have no class layer; "
+        "set metrics.evaluator.inception.weights to a pt_inception-2015-12-05-*.pth file",
+        "precision_recall": none,
+        "kid": none,
+    }
+    assert evaluation.skipped == expected
+    assert list(evaluation.measures) == ["fid"]
+    feed(evaluation, random_images(9, 4), range(9))
+    assert list(evaluation.compute()) == ["fid", "images"]
+    assert evaluation.skipped == expected
+    assert evaluation.describe()["skipped"] == expected
+
+    assert reference.features is not None
+    few = Evaluation(PixelFeatures(), replace(reference, features=reference.features[:3]), all_measures())
+    assert few.skipped == {
+        "precision_recall": "nearest_k=3 needs more than 3 reference images, and set.zip has 3",
+    }
+    one = Evaluation(PixelFeatures(), replace(reference, features=reference.features[:1]), all_measures())
+    assert one.skipped["kid"] == "the reference set.zip has fewer than 2 images"
+
+
+def test_too_few_images_lose_only_the_measures_that_need_more(reference: Reference) -> None:
+    evaluation = Evaluation(PixelFeatures(), reference, all_measures())
+    assert evaluation.compute() == {"images": 0}
+    assert evaluation.skipped == {
+        "fid": "a Fréchet distance needs at least 2 generated images, not 0; give more of them",
+        "sfid": "a Fréchet distance needs at least 2 generated images, not 0; give more of them",
+        "inception_score": "the Inception Score needs at least one generated image",
+        "precision_recall": "precision and recall need more than 3 generated images, not 0",
+        "kid": "the kernel distance needs at least 2 generated images, not 0",
+    }
+    feed(evaluation, random_images(3, 4), range(3))
+    assert list(evaluation.compute()) == ["fid", "sfid", "inception_score", "kid", "images"]
+    assert list(evaluation.skipped) == ["precision_recall"]
     evaluation.reset()
-    evaluation.update(fake[:1])
-    with pytest.raises(UserError, match="at least 2 generated images, not 1"):
+    assert evaluation.skipped == {}
+
+
+@pytest.mark.parametrize("positions", [[0, 1, 1], [0, 1, 3], [1, 2, 3], [0, 0, 3], [-1, 1, 3]])
+def test_every_position_comes_once(reference: Reference, positions: list[int]) -> None:
+    evaluation = Evaluation(PixelFeatures(), reference, all_measures())
+    evaluation.update(random_images(3, 4), torch.tensor(positions))
+    with pytest.raises(ValueError, match=r"the positions of 3 images are not 0\.\.2, each once"):
         evaluation.compute()
 
 
-@pytest.mark.usefixtures("small")
-def test_evaluation_counts_the_images_of_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two ranks with the same images, as the gathering of states would see them."""
-    reference, fake = small_reference(tmp_path / "reference.npz"), random_images(30, 4)
-    evaluation = Evaluation(PixelFeatures(), reference)
-    for metric in (evaluation.fid, evaluation.sfid, evaluation.images):
-        monkeypatch.setattr(metric, "distributed_available_fn", lambda: True)
-        monkeypatch.setattr(metric, "dist_sync_fn", lambda state, group: [state, state])  # noqa: ARG005
-    evaluation.update(fake)
-    result = evaluation.compute()
-    whole = Evaluation(PixelFeatures(), reference)
-    whole.update(fake.repeat(2, 1, 1, 1))
-    assert result == pytest.approx(whole.compute())
-    assert result["images"] == 60
+def test_wrong_calls(reference: Reference) -> None:
+    evaluation = Evaluation(PixelFeatures(), reference, all_measures())
+    for positions in (torch.arange(2), torch.arange(3).float(), torch.arange(3)[:, None]):
+        with pytest.raises(ValueError, match="3 images need as many int64 positions"):
+            evaluation.update(random_images(3, 4), positions)
+    with pytest.raises(ValueError, match="two measures give the same number: fid, fid"):
+        Evaluation(PixelFeatures(), reference, {"a": FIDMeasure(), "b": FIDMeasure()})
+
+
+def test_protocols_and_the_record(reference: Reference) -> None:
+    evaluation = Evaluation(PixelFeatures(), reference, all_measures(split_size=5000), adm())
+    record = json.loads(json.dumps(evaluation.describe()))
+    assert record["protocol"]["name"] == "adm"
+    assert (record["protocol"]["rounding"], record["protocol"]["spatial_layout"]) == ("floor", "NHWC")
+    assert record["measures"]["inception_score"] == {"split_size": 5000}
+    assert record["measures"]["precision_recall"] == {"nearest_k": 3}
+    assert record["inception_sha256"] == "pixels"
+    assert record["reference"]["path"] == "set.zip"
+    assert (record["reference"]["images"], record["reference"]["features_kept"]) == (50, 50)
+    assert edm().describe()["rounding"] == "nearest"
+    Evaluation(PixelFeatures(), reference, all_measures(split_size=7), edm())  # which does not say
+    with pytest.raises(
+        UserError, match=r"^metrics\.evaluator\.measures\.inception_score\.split_size=7: the protocol adm has 5000"
+    ):
+        Evaluation(PixelFeatures(), reference, all_measures(split_size=7), adm())
+    with pytest.raises(UserError, match=r"^metrics\.evaluator\.measures\.pr\.nearest_k=5: the protocol adm has 3"):
+        Evaluation(PixelFeatures(), reference, {"pr": PrecisionRecallMeasure(5)}, adm())
 
 
 def test_the_real_network_end_to_end(inception: Inception, tmp_path: Path) -> None:
-    images = random_images(6, 1, 32)
-    path = tmp_path / "reference.npz"
-    reference = reference_statistics(images.split(4), 6, inception, "six", path, "cpu")
-    loaded = ReferenceStatistics.load(path)
-    assert_same(reference, loaded)
-    evaluation = Evaluation(inception, loaded)
-    evaluation.update(images)
-    assert float(evaluation.fid.compute()) == pytest.approx(0, abs=1e-3)
-    spatial = evaluation.sfid.statistics(real=False)  # its distance would take seconds and show nothing more
-    torch.testing.assert_close(spatial.mean, reference.mu_s)
-    torch.testing.assert_close(spatial.covariance, reference.sigma_s)
+    """A set against itself, through the files of this project and of ADM; the order of real spatial values is seen."""
+    images = torch.cat(list(open_image_set(PROJECT / "demo" / "emoji-64.zip", "set").batches(9, range(0, 2700, 300))))
+    samples = tmp_path / "samples.npz"
+    write_adm_samples(samples, [images], 9, (64, 64))
+    reference = ReferenceSource(samples, tmp_path / "cache").load(inception, "cpu")
+    own, adm_file = tmp_path / "own.npz", tmp_path / "adm.npz"
+    reference.save(own)
+    reference.save_adm(adm_file)
+    assert reference.spatial is not None
+    for path in (own, adm_file):
+        loaded = read_reference(Npz(path, "set"))
+        assert loaded.spatial is not None
+        assert torch.equal(loaded.spatial.mean, reference.spatial.mean)
+        assert torch.equal(loaded.pool.covariance, reference.pool.covariance)
+    own_arrays, adm_arrays = dict(np.load(own)), dict(np.load(adm_file))
+    for arrays, other, order in ((own_arrays, adm_arrays, "NCHW"), (adm_arrays, own_arrays, "NHWC")):
+        np.savez(tmp_path / "swapped.npz", **arrays | {"mu_s": other["mu_s"], "sigma_s": other["sigma_s"]})
+        with pytest.raises(UserError, match=f"swapped.npz: its spatial statistics .* should be in {order} order"):
+            read_reference(Npz(tmp_path / "swapped.npz", "set"))
+
+    measures = {"fid": FIDMeasure(), "precision_recall": PrecisionRecallMeasure(), "kid": KIDMeasure()}
+    evaluation = Evaluation(inception, reference, measures)
+    sfid = SFIDMeasure()
+    sfid.prepare(reference, inception)
+    feed(evaluation, images, range(9), 5)
+    result = evaluation.compute()
+    assert result["fid"] == pytest.approx(0, abs=1e-3)
+    assert (result["precision"], result["recall"], result["images"]) == (1, 1, 9)
+    assert result["kid"] < 0, "see kernel_distance"
+    sfid.update(inception(images), torch.arange(9))
+    spatial = sfid.distance.statistics(real=False)  # its distance would take seconds and show nothing more
+    torch.testing.assert_close(spatial.mean, reference.spatial.mean)
+    torch.testing.assert_close(spatial.covariance, reference.spatial.covariance)

@@ -128,11 +128,13 @@ def test_missing_distribution(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(module, "distribution", not_installed)
-    with pytest.raises(UserError, match=r"metrics\.inception\.weights") as raised:
+    with pytest.raises(UserError, match=r"metrics\.evaluator\.inception\.weights") as raised:
         Inception()
     assert INSTALL in str(raised.value)
     assert "\n" not in str(raised.value)
-    with pytest.raises(UserError, match=r"metrics\.inception\.weights: there is no file .*absent\.pth") as raised:
+    with pytest.raises(
+        UserError, match=r"metrics\.evaluator\.inception\.weights: there is no file .*absent\.pth"
+    ) as raised:
         Inception(tmp_path / "absent.pth")
     assert INSTALL in str(raised.value)
 
@@ -166,7 +168,7 @@ def _write_script(path: Path) -> None:
 def test_unknown_file(write: Callable[[Path], object], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "weights.pt"
     write(path)
-    with pytest.raises(UserError, match=r"metrics\.inception\.weights: .*weights\.pt is neither") as raised:
+    with pytest.raises(UserError, match=r"metrics\.evaluator\.inception\.weights: .*weights\.pt is neither") as raised:
         Inception(path)
     assert "\n" not in str(raised.value)
     assert capsys.readouterr().out == ""

@@ -1,5 +1,7 @@
 """Precision, recall and Inception Score: recorded numbers and closed forms."""
 
+import math
+
 import pytest
 import torch
 
@@ -65,3 +67,61 @@ def test_too_few_images():
     score.update(torch.zeros(2, 3), real=True)
     with pytest.raises(UserError, match="at least one"):
         score.compute()
+
+
+def test_splits_are_by_position_whatever_the_batches_and_the_order_of_arrival():
+    logits = 3 * torch.randn(23, 6)
+    parts = [part.double().log_softmax(1) for part in logits.split(5)]  # the last one is smaller and counts as much
+    divergences = [(p.exp() * (p - p.exp().mean(0).log())).sum(1).mean() for p in parts]
+    expected = sum(math.exp(d) for d in divergences) / 5
+    assert abs(expected - score_of(logits, 23)) > 0.1, "the splits matter"
+    in_order = InceptionScore(5)
+    for part in logits.split(4):
+        in_order.update(part)
+    assert in_order.compute().item() == pytest.approx(expected, rel=1e-12)
+    for batch in (1, 3, 23):
+        order = torch.randperm(23)
+        metric = InceptionScore(5)
+        for at in order.split(batch):
+            metric.update(logits[at], positions=at)
+        assert metric.compute().item() == pytest.approx(expected, rel=1e-12)
+
+
+def score_of(logits, split_size):
+    metric = InceptionScore(split_size)
+    metric.update(logits)
+    return metric.compute().item()
+
+
+def test_a_class_that_never_occurs_costs_nothing():
+    """Its probability is 0 in float64, and 0 log 0 is 0."""
+    logits = torch.tensor([[0.0, 0.0, -2000.0], [5.0, 0.0, -3000.0]])
+    assert score_of(logits, 2) == pytest.approx(score_of(logits[:, :2], 2))
+
+
+def test_the_score_keeps_sums_of_splits_not_images():
+    metric = InceptionScore(50)
+    metric.update(torch.randn(100, 6))
+    before = [part.shape for part in (*metric.sums, *metric.splits)]
+    for at in range(100):
+        metric.update(torch.randn(9, 6), positions=torch.full((9,), at))
+    assert [part.shape for part in (*metric.sums, *metric.splits)] == before == [(2, 8), (2,)]
+    metric.reset()
+    metric.update(torch.zeros(4, 6))
+    assert metric.compute().item() == pytest.approx(1)
+
+
+def test_senseless_settings():
+    with pytest.raises(UserError, match="split_size=0"):
+        InceptionScore(0)
+    with pytest.raises(UserError, match="nearest_k=0"):
+        PrecisionRecall(0)
+
+
+def test_states_keep_their_dtype_under_another_precision():
+    module = torch.nn.ModuleList([InceptionScore(), PrecisionRecall(1)])
+    module[0].update(torch.randn(3, 4))
+    module[1].update(torch.randn(3, 4), real=True)
+    module.to(torch.bfloat16).half()
+    assert module[0].sums[0].dtype == torch.float64
+    assert module[1].real[0].dtype == torch.float32

@@ -187,3 +187,37 @@ def test_a_start_beyond_the_schedule_is_refused():
     corruption = BlurringCorruption(TruncatedLogNormal(prob_length=0.5))
     with pytest.raises(ValueError, match="beyond the end"):
         BlurringSampler(corruption, truncation_sigma=0.9)
+
+
+def test_a_sampler_that_stops_early_returns_its_estimate_from_there():
+    """It walks the same levels down to the given one, and what it returns is the denoiser's answer at that level."""
+    sampler = EDMSampler(steps=9)
+    stop = 0.5 * (sampler.sigmas[4] + sampler.sigmas[5])  # between two levels
+    recorder = Recorder(toy_denoiser)
+    result = sampler.stopping_at(stop)(recorder, images(), torch.randn_like)
+    assert recorder.sigmas[-1][0].item() == pytest.approx(stop)
+    torch.testing.assert_close(result, recorder.estimates[-1])
+    assert [sigma[0].item() for sigma in recorder.sigmas[::2]] == pytest.approx([*sampler.sigmas[:5], stop])
+    assert len(recorder.sigmas) == sampler.stopping_at(stop).evaluations == 2 * 6 - 1
+    assert sampler.evaluations == 2 * 9 - 1  # the sampler itself is as it was
+
+
+def test_stopping_at_the_last_level_changes_nothing():
+    sampler, start = EDMSampler(steps=5), images()
+    whole = sampler(toy_denoiser, start, torch.randn_like)
+    torch.testing.assert_close(sampler.stopping_at(0.002)(toy_denoiser, start, torch.randn_like), whole)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.001, 80.0, 100.0])
+def test_a_level_outside_the_walk_is_refused(sigma):
+    with pytest.raises(ValueError, match="cannot stop"):
+        EDMSampler(steps=5).stopping_at(sigma)
+
+
+@pytest.mark.parametrize("sampler", [EDMSampler(steps=3), BlurringSampler(SHARP, steps=12)])
+def test_noise_levels_are_given_on_the_cpu(sampler, monkeypatch):
+    """Wrappers look at sigma at every step; on the device they would have to wait for it."""
+    monkeypatch.setattr("relay_diffusion.samplers.blurring.block_filter", lambda x, gains: x)  # noqa: ARG005
+    recorder = Recorder(lambda x, sigma, labels: x)  # noqa: ARG005
+    sampler(recorder, torch.empty(2, 3, 8, 8, device="meta"), lambda x: x)
+    assert {sigma.device.type for sigma in recorder.sigmas} == {"cpu"}

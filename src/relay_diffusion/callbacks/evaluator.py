@@ -1,102 +1,77 @@
-"""Measures sampled images against a reference set."""
+"""Measures images against a reference, in one pass over them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from relay_diffusion.data.images import ImageDataset, decode_file, to_uint8, uint8_batches
-from relay_diffusion.metrics import Evaluation, Inception
-from relay_diffusion.metrics.evaluation import reference_statistics
-from relay_diffusion.samples import ImageFolder
+from relay_diffusion.metrics import Evaluation, Inception, Measure, ReferenceSource
+from relay_diffusion.metrics.protocol import EvaluationProtocol
+from relay_diffusion.relay import Samples
+
+Positioned = Iterable[tuple[Tensor, Tensor]]  # (positions [B], images uint8 [B,3,H,W])
 
 
 class Evaluator(Callback):
-    """Feeds every sampled image to Inception once and computes FID and sFID at the end, over all devices.
+    """Feeds every image to Inception once and computes the measures at the end, over all devices.
 
-    reference: makes the reference dataset for a resolution; its statistics are kept as .npz in `cache`.
-    folder, done: images of an interrupted run that count as sampled already.
+    `reference`: what to compare with; the first device computes what is not known of it yet. `done`: gives the
+    (positions, images) of this device, from (rank, devices), that an interrupted run left.
     """
 
     def __init__(
         self,
         inception: Inception,
-        reference: Callable[..., ImageDataset],
-        cache: str,
-        resolution: int,
-        folder: ImageFolder | None = None,
-        done: Sequence[int] = (),
+        reference: ReferenceSource,
+        measures: Mapping[str, Measure],
+        protocol: EvaluationProtocol | None = None,
         batch_size: int = 64,
     ) -> None:
-        self.inception, self.cache, self.batch_size = inception, Path(cache), batch_size
-        self.dataset = reference(resolution=resolution)
-        self.folder, self.done = folder, list(done)
+        self.inception, self.reference = inception, reference
+        self.measures, self.protocol, self.batch_size = measures, protocol, batch_size
+        self.done: Callable[[int, int], Positioned] | None = None
         self.results: dict[str, Any] = {}
-        self._evaluation: Evaluation | None = None
-
-    @property
-    def statistics_file(self) -> Path:
-        """Where the reference statistics are kept."""
-        return self.cache / f"{self.dataset.source_hash[:16]}.npz"
+        self.evaluation: Evaluation | None = None
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Reference statistics first (once, on rank 0), then images that an earlier run left."""
+        """The reference first (once, on rank 0), then images that an earlier run left."""
         device = pl_module.device
         self.inception.to(device)
-
-        def statistics() -> Any:
-            return reference_statistics(
-                uint8_batches(self.dataset, self.batch_size),
-                len(self.dataset.names),
-                self.inception,
-                self.dataset.source_hash,
-                self.statistics_file,
-                device,
-            )
-
         if trainer.is_global_zero:
-            statistics()
+            self.reference.load(self.inception, device, self.batch_size)
         trainer.strategy.barrier()
-        self._evaluation = Evaluation(self.inception, statistics()).to(device)
-        mine = self.done[trainer.global_rank :: trainer.world_size]
-        for i in range(0, len(mine), self.batch_size):
-            assert self.folder is not None
-            images = [decode_file(self.folder.path(seed)) for seed in mine[i : i + self.batch_size]]
-            self._evaluation.update(torch.stack(images).to(device))
+        reference = self.reference.load(self.inception, device, self.batch_size, show_progress=False)
+        self.evaluation = Evaluation(self.inception, reference, self.measures, self.protocol).to(device)
+        if self.done is not None:
+            for positions, images in self.done(trainer.global_rank, trainer.world_size):
+                self.evaluation.update(images.to(device), positions)
 
     def on_predict_batch_end(
         self,
         trainer: L.Trainer,  # noqa: ARG002
         pl_module: L.LightningModule,  # noqa: ARG002
-        outputs: Mapping[str, Tensor],
+        outputs: Samples,
         *args: Any,  # noqa: ARG002
     ) -> None:
-        """Count the batch's final images, as the 8-bit images that a file would hold."""
-        assert self._evaluation is not None
-        self._evaluation.update(to_uint8(list(outputs.values())[-1]))
+        """Count the batch's final images."""
+        assert self.evaluation is not None
+        self.evaluation.update(outputs.images, outputs.positions)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         """Sum over the devices and compute."""
-        assert self._evaluation is not None
-        self.results = self._evaluation.compute()
+        assert self.evaluation is not None
+        self.results = self.evaluation.compute()
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """What could not be measured, and why."""
+        return self.evaluation.skipped if self.evaluation is not None else {}
 
     def describe(self) -> dict[str, Any]:
         """How the numbers were obtained."""
-        return {
-            "features": "Inception-2015-12-05, TensorFlow-1 bilinear resize to 299x299 of 8-bit images",
-            "inception_sha256": self.inception.weights_hash,
-            "reference": {
-                "path": str(self.dataset.path),
-                "subset": self.dataset.subset,
-                "images": len(self.dataset.names),
-                "resolution": self.dataset.resolution,
-                "source_hash": self.dataset.source_hash,
-                "statistics": str(self.statistics_file),
-            },
-        }
+        assert self.evaluation is not None
+        return self.evaluation.describe()

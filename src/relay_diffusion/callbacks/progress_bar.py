@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 
 from relay_diffusion.callbacks.training_log import TrainingLog
 from relay_diffusion.progress import Advance, progress
+from relay_diffusion.relay import Samples
 from relay_diffusion.stage import DiffusionStage
 
 
@@ -63,13 +64,12 @@ class SamplingProgress(Callback):
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,  # noqa: ARG002
-        outputs: Any,  # noqa: ARG002
-        batch: Any,
+        outputs: Samples,
         *args: Any,  # noqa: ARG002
     ) -> None:
         """Move the bar."""
         assert self._advance is not None
-        self._advance(min(len(batch[0]) * trainer.world_size, self.total - self._advance.done))
+        self._advance(min(len(outputs.positions) * trainer.world_size, self.total - self._advance.done))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         """Close the bar."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from relay_diffusion.diffusion.corruption import upsample_blocks
 from relay_diffusion.pictures import image_grid, save_png, side_by_side
+from relay_diffusion.relay import Samples
 
 
 class RelayPicture(Callback):
@@ -29,13 +29,13 @@ class RelayPicture(Callback):
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,  # noqa: ARG002
-        outputs: Mapping[str, Tensor],
+        outputs: Samples,
         *args: Any,  # noqa: ARG002
     ) -> None:
         """Keep images until there are enough."""
         if not trainer.is_global_zero:
             return
-        for name, images in outputs.items():
+        for name, images in outputs.stages.items():
             kept = self._images.setdefault(name, [])
             kept.extend(images[: self.count - len(kept)].cpu())
 

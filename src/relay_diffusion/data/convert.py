@@ -184,7 +184,7 @@ def convert(options: ConvertOptions) -> Converted:
     if destination.exists() and destination.samefile(source.path):
         raise UserError(f"destination={options.destination}: is the source itself; choose another name")
     labels = _labels(source, options.classes)
-    targets = _target_names(source.names)
+    targets = png_names(source.names)
 
     def encode(item: tuple[str, Callable[[], bytes]]) -> tuple[str, bytes | UserError]:
         name, read = item
@@ -238,8 +238,8 @@ def _labels(source: Source, classes: Classes) -> Labels | None:
     return Labels({name: index[folder] for name, folder in folders.items()}, class_names)
 
 
-def _target_names(names: list[str]) -> dict[str, str]:
-    """a/x.jpg -> a/x.png; where x.jpg and x.png exist side by side -> x.jpg.png and x.png.png."""
+def png_names(names: list[str]) -> dict[str, str]:
+    """Names of images -> as PNG: a/x.jpg -> a/x.png; but x.jpg beside x.png -> x.jpg.png and x.png.png."""
     stems = {name: str(PurePosixPath(name).with_suffix("")) for name in names}
     uses = Counter(stems.values())
     return {name: f"{stem if uses[stem] == 1 else name}.png" for name, stem in stems.items()}

@@ -25,18 +25,18 @@ def to_float(images: Tensor) -> Tensor:
     return images.to(torch.float32) / 127.5 - 1
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Float [-1, 1] -> uint8, any shape, same device: 127.5 x + 128, clamped to 0..255, then truncated."""
-    return (images.to(torch.float32) * 127.5 + 128).clip(0, 255).to(torch.uint8)
+ROUNDING = {"nearest": 128.0, "floor": 127.5}
+"""How [-1, 1] becomes 0..255: EDM's floor(127.5 x + 128), ADM's floor(127.5 x + 127.5)."""
 
 
-def decode_file(path: Path) -> Tensor:
-    """One PNG, WebP or JPEG file -> uint8 [3, H, W]. Errors: UserError that names the file."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    return _tensor(decode_rgb(data, str(path)))
+def to_uint8(images: Tensor, rounding: str = "nearest") -> Tensor:
+    """Float [-1, 1] -> uint8, any shape, same device: 127.5 x + ROUNDING, clamped to 0..255, then truncated."""
+    return (images.to(torch.float32) * 127.5 + ROUNDING[rounding]).clip(0, 255).to(torch.uint8)
+
+
+def decode_bytes(data: bytes, where: str) -> Tensor:
+    """One encoded image -> uint8 [3, H, W]; `where` names it in messages. Errors: UserError."""
+    return _tensor(decode_rgb(data, where))
 
 
 def _tensor(image: Image.Image) -> Tensor:

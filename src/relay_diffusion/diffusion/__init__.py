@@ -2,18 +2,26 @@
 
 from relay_diffusion.diffusion.corruption import BlurringCorruption, Corruption, GaussianCorruption
 from relay_diffusion.diffusion.dct import block_dct, block_filter, block_idct
-from relay_diffusion.diffusion.guidance import ClassifierFreeGuidance, Denoiser, drop_labels
+from relay_diffusion.diffusion.guidance import (
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    Denoiser,
+    GuidanceInterval,
+    drop_labels,
+)
 from relay_diffusion.diffusion.loss import DenoisingLoss
 from relay_diffusion.diffusion.noise import ImageSeeds, RandnLike, block_noise
 from relay_diffusion.diffusion.schedule import LogNormal, TruncatedLogNormal, karras_sigmas
 
 __all__ = [
+    "AutoGuidance",
     "BlurringCorruption",
     "ClassifierFreeGuidance",
     "Corruption",
     "Denoiser",
     "DenoisingLoss",
     "GaussianCorruption",
+    "GuidanceInterval",
     "ImageSeeds",
     "LogNormal",
     "RandnLike",

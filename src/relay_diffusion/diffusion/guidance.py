@@ -1,7 +1,8 @@
-"""Classifier-free guidance: label dropout in training, one batched forward in sampling."""
+"""Guidance: wrappers of a denoiser, which are denoisers again; no sampler knows about them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -20,7 +21,7 @@ def drop_labels(labels: Tensor, probability: float) -> Tensor:
 
 
 class ClassifierFreeGuidance:
-    """Wraps a denoiser: D_none + scale (D_class - D_none), both in one batch of twice the size (Ho & Salimans 2022).
+    """D_none + scale (D_class - D_none), both in one batch of twice the size (Ho & Salimans 2022).
 
     Scale 1 is the plain denoiser and costs no second half.
     """
@@ -37,3 +38,44 @@ class ClassifierFreeGuidance:
         both = torch.cat([labels, torch.full_like(labels, NO_CLASS)])
         conditional, unconditional = self.denoise(x.repeat(2, 1, 1, 1), sigma.repeat(2), both).chunk(2)
         return unconditional + self.scale * (conditional - unconditional)
+
+
+class AutoGuidance:
+    """D_guide + scale (D - D_guide): away from the mistakes of a weaker denoiser (Karras et al. 2024, eq. 3).
+
+    The guide sees the same labels. Scale 1 is the plain denoiser and never asks the guide.
+    """
+
+    def __init__(self, denoise: Denoiser, guide: Denoiser, scale: float = 1.0) -> None:
+        self.denoise, self.guide, self.scale = denoise, guide, scale
+
+    def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+        """x [B,C,H,W], sigma [B], labels [B] or None -> guided estimate [B,C,H,W]."""
+        denoised = self.denoise(x, sigma, labels)
+        if self.scale == 1:
+            return denoised
+        weaker = self.guide(x, sigma, labels)
+        return weaker + self.scale * (denoised - weaker)
+
+
+class GuidanceInterval:
+    """The guided denoiser where low <= sigma <= high, the plain one elsewhere (Kynkaanniemi et al. 2024).
+
+    Outside the interval guidance is not computed at all. Samplers give sigma on the CPU, so that the choice
+    never waits for the device.
+    """
+
+    def __init__(self, plain: Denoiser, guided: Denoiser, low: float = 0.0, high: float = math.inf) -> None:
+        if not 0 <= low <= high:
+            raise ValueError(f"the guidance interval [{low}, {high}] is empty or negative")
+        self.plain, self.guided, self.low, self.high = plain, guided, low, high
+
+    def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+        """x [B,C,H,W], sigma [B], labels [B] or None -> estimate [B,C,H,W]."""
+        inside = (self.low <= sigma) & (sigma <= self.high)
+        if bool(inside.all()):
+            return self.guided(x, sigma, labels)
+        plain = self.plain(x, sigma, labels)
+        if not bool(inside.any()):
+            return plain
+        return torch.where(inside.to(x.device)[:, None, None, None], self.guided(x, sigma, labels), plain)

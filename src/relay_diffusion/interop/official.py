@@ -1,4 +1,4 @@
-"""Names of the published networks' parameters, and their conversion to ours.
+"""Published checkpoints: their networks, the names of their parameters, and the conversion to ours.
 
 | published                     | ours                                | change                                      |
 | ----------------------------- | ----------------------------------- | ------------------------------------------- |
@@ -18,13 +18,26 @@ Resampling filters (buffers `resample_filter`) are constants here and are left o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
+from relay_diffusion.errors import UserError
+from relay_diffusion.interop.official_settings import (
+    DHARIWAL_UNET,
+    EDM_PRECOND,
+    constructor_arguments,
+    heads,
+    unet_settings,
+)
+from relay_diffusion.interop.pickles import PersistentObject, read_contents
+from relay_diffusion.networks import EDMPreconditioner, UNet
 from relay_diffusion.networks.blocks import ResidualBlock, SelfAttention
-from relay_diffusion.networks.unet import UNet
 
 _EMBEDDINGS = {
     "embed_augment": "map_augment",
@@ -34,6 +47,7 @@ _EMBEDDINGS = {
     "norm_out": "out_norm",
     "conv_out": "out_conv",
 }
+_BOX = torch.full((1, 1, 2, 2), 0.25)  # the published resampling filter, the mean of 2x2 pixels
 _ATTENTION = {"norm": "norm2", "qkv": "qkv", "proj": "proj"}
 
 
@@ -87,3 +101,152 @@ def from_official(state: Mapping[str, Tensor], network: UNet) -> dict[str, Tenso
                     converted[key], "(heads c n) ... -> (n heads c) ...", heads=module.heads, n=3
                 )
     return converted
+
+
+# ---- checkpoint files ----
+
+
+def _idle_attention(settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Parameters of attention that adds nothing, for a published network too narrow to have any at its lowest level.
+
+    Ours has one there in any case.
+    """
+    levels = len(settings["channel_mult"])
+    size, channels = settings["resolution"] >> (levels - 1), settings["channels"] * settings["channel_mult"][-1]
+    if heads(channels) > 0:
+        return {}
+    name = f"model.dec.{size}x{size}_in0"
+    return {
+        f"{name}.norm2.weight": torch.ones(channels),
+        f"{name}.norm2.bias": torch.zeros(channels),
+        f"{name}.qkv.weight": torch.zeros(3 * channels, channels, 1, 1),
+        f"{name}.qkv.bias": torch.zeros(3 * channels),
+        f"{name}.proj.weight": torch.zeros(channels, channels, 1, 1),
+        f"{name}.proj.bias": torch.zeros(channels),
+    }
+
+
+def _check_class(stored: Any, wanted: str, path: Path) -> None:
+    if not isinstance(stored, PersistentObject):
+        raise ValueError(f"a {type(stored).__name__} where a network is expected")
+    if stored.class_name != wanted:
+        name = ascii(stored.class_name)[1:-1][:60]
+        raise UserError(f"{path} holds a {name}, which is not supported: only EDMPrecond with a DhariwalUNet inside is")
+
+
+def _parameters(module: PersistentObject, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter under `module` by its published name. Buffers must be the resampling filter of our UNet."""
+    if id(module) in seen:
+        raise ValueError(f"{prefix} is the same module as another")
+    seen.add(id(module))
+    parameters, buffers, children = (module.state[kind] for kind in ("_parameters", "_buffers", "_modules"))
+    if not all(isinstance(name, str) and name.isprintable() for name in [*parameters, *buffers, *children]):
+        raise ValueError(f"{prefix} has parts without a name")
+    for name, value in parameters.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(f"{prefix}{name} is no tensor")
+        if value is not None:
+            yield f"{prefix}{name}", value
+    for name, value in buffers.items():
+        box = name == "resample_filter" and isinstance(value, Tensor) and torch.equal(value, _BOX.to(value.dtype))
+        if value is not None and not box:
+            raise ValueError(f"{prefix}{name} is no mean of 2x2 pixels, which this project's network resamples with")
+    for name, child in children.items():
+        if child is not None and not isinstance(child, PersistentObject):
+            raise ValueError(f"{prefix}{name} is no module")
+        if child is not None:
+            yield from _parameters(child, f"{prefix}{name}.", seen)
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+@dataclass(frozen=True)
+class OfficialCheckpoint:
+    """The averaged network of a published file; settings and weights fit.
+
+    `settings`: constructor settings of our UNet. `weights`: by published name. `loss`: what the file says of its loss.
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    sigma_data: float
+    weights: dict[str, Tensor]
+    loss: PersistentObject | None
+
+    def denoiser(self) -> EDMPreconditioner:
+        """The network with its weights, in eval mode."""
+        network = UNet(**self.settings)
+        network.load_state_dict(from_official(self.weights, network))
+        return EDMPreconditioner(network, self.sigma_data).eval()
+
+    def check(self) -> None:
+        """Compare names and shapes with a network that takes no memory, and look for numbers that are not finite.
+
+        Raises UserError that names the first parameter that is wrong.
+        """
+        try:
+            with torch.device("meta"):
+                network = UNet(**self.settings)
+        except (ValueError, RuntimeError, ArithmeticError) as error:
+            detail = str(error).splitlines()[0]
+            raise UserError(f"{self.path} describes a network that cannot be built: {detail}") from None
+        shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+        expected = {published: shapes[ours] for ours, published in official_names(network).items()}
+        if network.embed_class is not None:
+            expected["model.map_label.weight"] = expected["model.map_label.weight"][::-1]
+        stored = {name: tuple(tensor.shape) for name, tensor in self.weights.items()}
+        if wrong := [f"lacks {name}" for name in expected if name not in stored]:
+            raise UserError(f"{self.path} {wrong[0]}{_more(wrong)}: it is not the network that it describes")
+        if wrong := [f"also holds {name}" for name in stored if name not in expected]:
+            raise UserError(f"{self.path} {wrong[0]}{_more(wrong)}: it is not the network that it describes")
+        if wrong := [name for name in expected if stored[name] != expected[name]]:
+            raise UserError(
+                f"{self.path} holds {wrong[0]} of shape {list(stored[wrong[0]])}, but describes a network where it is "
+                f"{list(expected[wrong[0]])}{_more(wrong)}"
+            )
+        if wrong := [name for name, tensor in self.weights.items() if not bool(tensor.isfinite().all())]:
+            raise UserError(f"{self.path} holds weights that are not finite in {wrong[0]}{_more(wrong)}: of no use")
+
+
+def read_official(path: str | Path) -> OfficialCheckpoint:
+    """Read a published checkpoint (EDM's .pkl or the authors' .pt) as data; nothing in it is run.
+
+    Raises UserError naming the file, if it cannot be used.
+    """
+    path = Path(path)
+    names, entries = read_contents(path, ("ema", "loss_fn"))
+    if "stage_config" in names:
+        raise UserError(f"{path} is a checkpoint of this project, not a published one: use load_stage")
+    if "ema" not in names:
+        held = ascii(", ".join(names[:3]))[1:-1][:120]
+        raise UserError(f"{path} holds no 'ema' network, but {held or 'nothing'}: not a published checkpoint")
+    ema, loss = entries["ema"], entries.get("loss_fn")
+    try:
+        _check_class(ema, "EDMPrecond", path)
+        outer = constructor_arguments(ema, EDM_PRECOND)
+        network = ema.state["_modules"]["model"]
+        _check_class(network, "DhariwalUNet", path)
+        settings = unet_settings(constructor_arguments(network, DHARIWAL_UNET))
+        sigma_data = outer["sigma_data"]
+        if not (isinstance(sigma_data, int | float) and 0 < sigma_data < 1e3):
+            raise ValueError("its sigma_data makes no sense")
+        weights = _idle_attention(settings) | dict(_parameters(ema, "", set()))
+    except UserError:
+        raise
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        detail = ascii(str(error))[1:-1][:120]
+        raise UserError(f"{path} is not put together as a published checkpoint is ({detail})") from None
+    stored_loss = loss if isinstance(loss, PersistentObject) else None
+    checkpoint = OfficialCheckpoint(path, settings, float(sigma_data), weights, stored_loss)
+    checkpoint.check()
+    return checkpoint
+
+
+def load_official(path: str | Path) -> EDMPreconditioner:
+    """The denoiser of a published checkpoint, with its averaged weights and in eval mode.
+
+    `path`: EDM's .pkl or the authors' .pt; nothing in it is run. Raises UserError naming the file, if it is of no use.
+    """
+    return read_official(path).denoiser()

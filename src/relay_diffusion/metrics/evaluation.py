@@ -1,207 +1,131 @@
-"""Evaluation of generated images against the stored statistics of a reference set."""
+"""Evaluation of generated images: any number of measures from one Inception pass per image."""
 
 from __future__ import annotations
 
-import hashlib
-import zipfile
-import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from relay_diffusion.errors import UserError
-from relay_diffusion.files import whole_file
-from relay_diffusion.metrics.frechet import FrechetDistance
+from relay_diffusion.metrics.features import FeatureBank
 from relay_diffusion.metrics.inception import Inception
-from relay_diffusion.metrics.inception_network import (
-    POOL_FEATURES,
-    SPATIAL_CHANNELS,
-    SPATIAL_FEATURES,
-    SPATIAL_SIZE,
-)
-from relay_diffusion.progress import progress
-
-SHAPES = {
-    "mu": (POOL_FEATURES,),
-    "sigma": (POOL_FEATURES, POOL_FEATURES),
-    "mu_s": (SPATIAL_FEATURES,),
-    "sigma_s": (SPATIAL_FEATURES, SPATIAL_FEATURES),
-}
-
-
-@dataclass(frozen=True, eq=False)
-class ReferenceStatistics:
-    """Mean and unbiased covariance of a reference set's features, float64: what FID and sFID compare with.
-
-    mu [2048] and sigma [2048,2048] of the pooled features; mu_s [2023] and sigma_s [2023,2023] of the spatial ones,
-    flattened in the order `layout`; n images. `source_hash` says which images and weights they come from.
-    """
-
-    mu: Tensor
-    sigma: Tensor
-    mu_s: Tensor
-    sigma_s: Tensor
-    n: int
-    layout: str = "NCHW"
-    source_hash: str = ""
-
-    def nchw(self) -> ReferenceStatistics:
-        """The same statistics with the spatial features in NCHW order; UserError for a layout other than NHWC."""
-        if self.layout == "NCHW":
-            return self
-        if self.layout != "NHWC":
-            raise UserError(f"reference statistics have the layout {self.layout!r}; it must be 'NCHW' or 'NHWC'")
-        grid = torch.arange(SPATIAL_FEATURES).reshape(SPATIAL_SIZE, SPATIAL_SIZE, SPATIAL_CHANNELS)
-        order = grid.permute(2, 0, 1).flatten()
-        return replace(self, mu_s=self.mu_s[order], sigma_s=self.sigma_s[order][:, order], layout="NCHW")
-
-    def save(self, path: str | Path) -> None:
-        """Write a .npz that appears whole or not at all, also when the machine stops half-way."""
-        arrays = {key: getattr(self, key).cpu().double().numpy() for key in SHAPES}
-        with whole_file(Path(path)) as file:
-            np.savez(
-                file,
-                **arrays,
-                n=np.int64(self.n),
-                layout=np.str_(self.layout),
-                source_hash=np.str_(self.source_hash),
-            )
-
-    @staticmethod
-    def load(path: str | Path) -> ReferenceStatistics:
-        """Read a file of `save`, in NCHW order whatever the file's layout.
-
-        Raises UserError for a file that is missing or damaged, lacks a key, or holds other shapes or layouts.
-        """
-        path = Path(path)
-        if not path.is_file():
-            raise UserError(f"there is no file of reference statistics at {path}")
-        try:
-            with path.open("rb") as file:
-                archive = np.load(file, allow_pickle=False)
-                if not isinstance(archive, np.lib.npyio.NpzFile):
-                    raise ValueError("a single array")
-                found = {key: archive[key] for key in (*SHAPES, "n", "layout", "source_hash") if key in archive}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(
-                f"{path} is not a readable .npz of reference statistics; delete it to compute it again"
-            ) from error
-        return _checked(found, path)
-
-
-def _checked(found: dict[str, np.ndarray], path: Path) -> ReferenceStatistics:
-    for key in (*SHAPES, "n", "layout", "source_hash"):
-        if key not in found:
-            hint = " (statistics of the ADM evaluator are 'NHWC')" if key == "layout" else ""
-            raise UserError(f"{path} lacks {key!r}{hint}: it is no file of reference statistics of this project")
-    tensors = {}
-    for key, shape in SHAPES.items():
-        array = found[key]
-        if array.shape != shape or array.dtype.kind != "f" or not np.isfinite(array).all():
-            raise UserError(
-                f"{path}: {key!r} must hold finite numbers of shape {list(shape)}, "
-                f"not {array.dtype} of shape {list(array.shape)}"
-            )
-        tensors[key] = torch.from_numpy(array.astype(np.float64))
-    if found["n"].shape != () or found["n"].dtype.kind not in "iu" or found["n"] < 2:
-        raise UserError(f"{path}: 'n' must be the number of images, at least 2")
-    layout = str(found["layout"])
-    if layout not in ("NCHW", "NHWC"):
-        raise UserError(f"{path} has the layout {layout!r}; it must be 'NCHW' or 'NHWC'")
-    return ReferenceStatistics(
-        **tensors, n=int(found["n"]), layout=layout, source_hash=str(found["source_hash"])
-    ).nchw()
-
-
-def reference_statistics(
-    images: Iterable[Tensor],
-    total: int,
-    inception: Inception,
-    source_hash: str,
-    path: str | Path,
-    device: torch.device | str,
-) -> ReferenceStatistics:
-    """Statistics of `total` reference images, from the file `path` if it holds just these, else computed and saved.
-
-    `images` yields uint8 batches [B,3,H,W] and is not touched when the file is good; `source_hash` names the images,
-    and the stored hash also covers the Inception weights. One process does all the work: call it on one rank and let
-    the others load the file. Raises UserError for a damaged file or if `images` does not yield `total` images.
-    """
-    path = Path(path)
-    wanted = hashlib.sha256(f"{source_hash}\n{inception.weights_hash}".encode()).hexdigest()
-    if path.exists():
-        stored = ReferenceStatistics.load(path)
-        if (stored.source_hash, stored.n) == (wanted, total):
-            return stored
-    inception.to(device)
-    pool, spatial = FrechetDistance(POOL_FEATURES).to(device), FrechetDistance(SPATIAL_FEATURES).to(device)
-    with progress("reference statistics", total) as advance:
-        for batch in images:
-            features = inception(batch.to(device))
-            pool.update(features.pool, real=True)
-            spatial.update(features.spatial.flatten(1), real=True)
-            advance(len(batch))
-    mu, sigma, count = pool.statistics(real=True)
-    mu_s, sigma_s, _ = spatial.statistics(real=True)
-    if count != total:
-        raise UserError(f"the reference set gave {count} images where {total} were announced")
-    result = ReferenceStatistics(mu.cpu(), sigma.cpu(), mu_s.cpu(), sigma_s.cpu(), count, source_hash=wanted)
-    result.save(path)
-    return result
+from relay_diffusion.metrics.measure import Measure
+from relay_diffusion.metrics.protocol import EvaluationProtocol
+from relay_diffusion.metrics.reference import Reference
+from relay_diffusion.metrics.states import ExactMetric
 
 
 class Evaluation(nn.Module):
-    """FID and sFID of generated uint8 images [B,3,H,W] against a reference, with one Inception pass per image.
+    """Measures generated uint8 images [B,3,H,W] against a reference; `measures` are by name.
 
-    On several ranks each one feeds its own images; `compute` then answers for all of them, on every rank.
+    On several ranks each one feeds its own images; `compute` then answers for all of them, on every rank, and the same
+    whatever the ranks, the batches and the order of arrival. `skipped` says by name why a measure has no number. Raises
+    UserError for a setting that contradicts the protocol, and ValueError for two measures of one number.
     """
 
-    def __init__(self, inception: Inception, reference: ReferenceStatistics) -> None:
+    def __init__(
+        self,
+        inception: Inception,
+        reference: Reference,
+        measures: Mapping[str, Measure],
+        protocol: EvaluationProtocol | None = None,
+    ) -> None:
         super().__init__()
-        reference = reference.nchw()
-        self.inception = inception
-        self.fid = FrechetDistance(POOL_FEATURES)
-        self.fid.set_reference(reference.mu, reference.sigma, reference.n)
-        self.sfid = FrechetDistance(SPATIAL_FEATURES)
-        self.sfid.set_reference(reference.mu_s, reference.sigma_s, reference.n)
-        self.images = _ImageCount()
+        self.inception, self.reference, self.protocol = inception, reference, protocol
+        keys = [key for measure in measures.values() for key in measure.names]
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"two measures give the same number: {', '.join(keys)}")
+        self._unprepared: dict[str, str] = {}
+        ready: dict[str, Measure] = {}
+        for name, measure in measures.items():
+            if protocol is not None:
+                protocol.check(measure.describe(), f"metrics.evaluator.measures.{name}")
+            reason = measure.prepare(reference, inception)
+            if reason is None:
+                ready[name] = measure
+            else:
+                self._unprepared[name] = reason
+        self.skipped = dict(self._unprepared)
+        self._names = list(ready)
+        self._measures = nn.ModuleList(ready.values())  # not a ModuleDict: its keys could not be any name
+        self._count = _Positions()
+        self._bank = FeatureBank() if any(measure.keeps_features for measure in ready.values()) else None
 
-    def update(self, images: Tensor) -> None:
-        """Add a batch of generated images."""
+    @property
+    def measures(self) -> dict[str, Measure]:
+        """The measures that have all they need."""
+        return dict(zip(self._names, self._measures, strict=True))  # type: ignore[arg-type]
+
+    def update(self, images: Tensor, positions: Tensor) -> None:
+        """Add generated images; positions [B] (int64) are their places in the ordered list of all of them.
+
+        Over all ranks the positions must be 0..N-1, each once.
+        """
+        if positions.shape != images.shape[:1] or positions.dtype != torch.int64:
+            raise ValueError(f"{len(images)} images need as many int64 positions, not {list(positions.shape)}")
         features = self.inception(images)
-        self.fid.update(features.pool, real=False)
-        self.sfid.update(features.spatial.flatten(1), real=False)
-        self.images.update(len(images))
+        for measure in self.measures.values():
+            measure.update(features, positions)
+        if self._bank is not None:
+            self._bank.update(features.pool, positions)
+        self._count.update(positions)
 
     def compute(self) -> dict[str, float | int]:
-        """{"fid", "sfid", "images"} over all ranks; raises UserError for fewer than 2 images."""
-        return {
-            "fid": float(self.fid.compute()),
-            "sfid": float(self.sfid.compute()),
-            "images": int(self.images.compute()),
-        }
+        """The numbers of every measure and "images", over all ranks; each rank must call it, also one without images.
+
+        A measure that needs more images than there are goes to `skipped`. Raises ValueError if positions are missing
+        or come twice.
+        """
+        device = self._count.device
+        # So that a rank without images has states of the right shapes, and takes part in every sum.
+        self.update(torch.zeros(0, 3, 32, 32, dtype=torch.uint8, device=device), torch.zeros(0, dtype=torch.int64))
+        images = int(self._count.compute())
+        features = self._bank.compute() if self._bank is not None else torch.empty(0, 0)
+        self.skipped = dict(self._unprepared)
+        results: dict[str, float | int] = {}
+        for name, measure in self.measures.items():
+            try:
+                results |= measure.compute(features)
+            except UserError as error:
+                self.skipped[name] = str(error)
+        return results | {"images": images}
 
     def reset(self) -> None:
         """Forget the generated images; the reference stays."""
-        for metric in (self.fid, self.sfid, self.images):
-            metric.reset()
+        self.skipped = dict(self._unprepared)
+        for part in (*self.measures.values(), self._count, self._bank):
+            if part is not None:
+                part.reset()
+
+    def describe(self) -> dict[str, Any]:
+        """How the numbers are obtained."""
+        return {
+            "protocol": self.protocol.describe() if self.protocol is not None else None,
+            "measures": {name: measure.describe() for name, measure in self.measures.items()},
+            "skipped": dict(self.skipped),
+            "inception_sha256": self.inception.weights_hash,
+            "reference": self.reference.describe(),
+        }
 
 
-class _ImageCount(Metric):
-    full_state_update = False
-    count: Tensor
+class _Positions(ExactMetric):
+    """Counts the images, and sees that their positions are 0..N-1."""
+
+    seen: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("count", torch.zeros((), dtype=torch.int64), "sum")
+        self.add_state("seen", torch.zeros(3, dtype=torch.int64), "sum")
 
-    def update(self, images: int) -> None:
-        self.count = self.count + images
+    def update(self, positions: Tensor) -> None:
+        at = positions.to(self.device)
+        self.seen = self.seen + torch.stack([torch.tensor(len(at), device=self.device), at.sum(), at.square().sum()])
 
     def compute(self) -> Tensor:
-        return self.count
+        count, total, squares = self.seen.tolist()
+        expected = count * (count - 1) * (2 * count - 1) // 6
+        if total != count * (count - 1) // 2 or (squares - expected) % 2**64:  # past 3 million images it wraps round
+            raise ValueError(f"the positions of {count} images are not 0..{count - 1}, each once")
+        return self.seen[0]

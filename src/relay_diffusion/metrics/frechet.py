@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Module
-from torchmetrics import Metric
 
 from relay_diffusion.errors import UserError
+from relay_diffusion.metrics.states import ExactMetric
 
 
 class FeatureStatistics(NamedTuple):
-    """Gaussian fit of a feature set, float64: mean [D], covariance [D,D] (divided by n - 1), n samples."""
+    """Gaussian fit of a feature set, float64: mean [D], covariance [D,D] (divided by n - 1), n samples if known."""
 
     mean: Tensor
     covariance: Tensor
-    n: int
+    n: int | None
 
 
-class FrechetDistance(Metric):
+class FrechetDistance(ExactMetric):
     """Fréchet distance of Gaussian fits to real and generated features [N,D] (Heusel et al., arXiv 1706.08500).
 
     d = |m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)), from float64 sums, which add up over any number of ranks.
@@ -31,7 +29,6 @@ class FrechetDistance(Metric):
 
     is_differentiable = False
     higher_is_better = False
-    full_state_update = False
 
     real_sum: Tensor
     real_outer: Tensor
@@ -61,8 +58,8 @@ class FrechetDistance(Metric):
         setattr(self, f"{side}_outer", torch.addmm(getattr(self, f"{side}_outer"), rows.T, rows))
         setattr(self, f"{side}_count", getattr(self, f"{side}_count") + len(rows))
 
-    def set_reference(self, mean: Tensor, covariance: Tensor, count: int) -> None:
-        """Fix the real side: mean [D], unbiased covariance [D,D] and the number of samples they come from.
+    def set_reference(self, mean: Tensor, covariance: Tensor, count: int | None) -> None:
+        """Fix the real side: mean [D], unbiased covariance [D,D], the number of samples they come from (None: unknown).
 
         Raises ValueError for other shapes or values that are not finite, UserError for fewer than 2 samples.
         """
@@ -74,8 +71,9 @@ class FrechetDistance(Metric):
             )
         if not (mean.isfinite().all() and covariance.isfinite().all()):
             raise ValueError("the reference statistics hold values that are not finite")
-        _require_two(count, "real")
-        self._reference = FeatureStatistics(mean.detach().double(), covariance.detach().double(), int(count))
+        if count is not None:
+            _require_two(count, "real")
+        self._reference = FeatureStatistics(mean.detach().double(), covariance.detach().double(), count)
         self._computed = None  # a distance to the former reference is no longer the answer
 
     def statistics(self, real: bool) -> FeatureStatistics:
@@ -94,12 +92,6 @@ class FrechetDistance(Metric):
         real, fake = self.statistics(real=True), self.statistics(real=False)
         device = fake.mean.device
         return frechet_distance(real.mean.to(device), real.covariance.to(device), fake.mean, fake.covariance)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Module:
-        # The states follow the module to another device, but stay float64; where there is none (mps), on the CPU.
-        device = fn(torch.empty(0, device=self.device)).device
-        device = torch.device("cpu") if device.type == "mps" else device
-        return super()._apply(lambda tensor: tensor.to(device), exclude_state)
 
 
 def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> Tensor:

@@ -50,6 +50,11 @@ class Inception(nn.Module):
         self.weights_hash = file_sha256(path)
         self.network = load_network(path).eval().requires_grad_(False)
 
+    @property
+    def has_classes(self) -> bool:
+        """Whether the weights have a class layer, so that there are logits."""
+        return self.network.fc is not None
+
     @torch.no_grad()
     def forward(self, images: Tensor) -> InceptionFeatures:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
@@ -117,13 +122,13 @@ def find_weights(weights: str | Path | None) -> Path:
         path = Path(weights).expanduser()
         if not path.is_file():
             raise UserError(
-                f"metrics.inception.weights: there is no file {path}; leave the option out after `{INSTALL}`, "
-                "or give the path of a pt_inception-2015-12-05-*.pth file"
+                f"metrics.evaluator.inception.weights: there is no file {path}; leave the option out after "
+                f"`{INSTALL}`, or give the path of a pt_inception-2015-12-05-*.pth file"
             )
         return path
     missing = UserError(
-        f"metrics.inception.weights: no Inception weights are installed; run `{INSTALL}`, "
-        "or set metrics.inception.weights to a pt_inception-2015-12-05-*.pth file"
+        f"metrics.evaluator.inception.weights: no Inception weights are installed; run `{INSTALL}`, "
+        "or set metrics.evaluator.inception.weights to a pt_inception-2015-12-05-*.pth file"
     )
     try:
         path = Path(str(distribution(PACKAGE).locate_file(PACKAGE_FILE)))
@@ -154,7 +159,7 @@ def load_network(path: Path) -> InceptionNetwork:
         zipfile.BadZipFile,
     ) as error:
         raise UserError(
-            f"metrics.inception.weights: {path} is neither the default_1.pt of `{INSTALL}` "
+            f"metrics.evaluator.inception.weights: {path} is neither the default_1.pt of `{INSTALL}` "
             f"(sha256 {PACKAGE_SHA256[:8]}...) nor a pt_inception-2015-12-05-*.pth state dict; "
             "it may be damaged, fetch it again"
         ) from error

@@ -1,42 +1,103 @@
-"""Inception Score (Salimans et al. 2016)."""
+"""Inception Score (Salimans et al., arXiv 1606.03498)."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from relay_diffusion.errors import UserError
+from relay_diffusion.metrics.inception import Inception, InceptionFeatures
+from relay_diffusion.metrics.measure import Measure
+from relay_diffusion.metrics.reference import Reference
+from relay_diffusion.metrics.states import ExactMetric
 
 
-class InceptionScore(Metric):
-    """Mean over consecutive splits of exp(mean KL(p(y|x) || p(y))), in the order of the updates.
+class InceptionScore(ExactMetric):
+    """Mean over splits of exp(mean KL(p(y|x) || p(y))); a split is `split_size` consecutive images.
 
-    update(logits [N,K], real): real images do not count. The last split may be smaller than `split_size`.
-    Raises UserError at compute without any image.
+    Only sums are kept, one row of K + 2 float64 numbers a split: sum of p [K], sum of p log p, number of images, for
+    mean KL = mean(sum_k p log p) - sum_k mean(p) log mean(p). As in ADM's evaluator the last split may be smaller and
+    counts as much as the others.
     """
 
-    logits: list[Tensor]
+    higher_is_better = True
+
+    splits: list[Tensor]
+    sums: list[Tensor]
 
     def __init__(self, split_size: int = 5000) -> None:
         super().__init__()
+        if split_size < 1:
+            raise UserError(f"split_size={split_size}: a split of the Inception Score has at least one image")
         self.split_size = split_size
-        self.add_state("logits", default=[], dist_reduce_fx="cat")
+        self.add_state("splits", default=[], dist_reduce_fx="cat")
+        self.add_state("sums", default=[], dist_reduce_fx="cat")
 
-    def update(self, logits: Tensor, real: bool = False) -> None:
-        """Add class logits [N,K] of generated images."""
-        if not real:
-            self.logits.append(logits)
+    def update(self, logits: Tensor, real: bool = False, positions: Tensor | None = None) -> None:
+        """Add class logits [N,K] of generated images; real images do not count.
+
+        positions [N]: places in the ordered list of all images, which decide the split whatever the order of arrival.
+        None: the images follow those before them, which is right on one process only.
+        """
+        if real:
+            return
+        if positions is None:
+            done = int(self.sums[0][:, -1].sum()) if len(self.sums) else 0
+            positions = done + torch.arange(len(logits))
+        log_p = logits.detach().to(self.device).double().log_softmax(dim=1)
+        p = log_p.exp()
+        rows = torch.cat([p, (p * log_p).sum(1, keepdim=True), torch.ones_like(p[:, :1])], dim=1)
+        splits = positions.to(self.device) // self.split_size
+        # Always one tensor in each list: a rank without images has an empty one after an empty update.
+        merged, sums = _merge(torch.cat([*self.splits, splits]), torch.cat([*self.sums, rows]))
+        self.splits, self.sums = [merged], [sums]
 
     def compute(self) -> Tensor:
-        """The score, a float64 scalar."""
-        if not len(self.logits):
+        """The score over all ranks, a float64 scalar; UserError without any image."""
+        if not sum(len(part) for part in self.sums):
             raise UserError("the Inception Score needs at least one generated image")
-        log_p = dim_zero_cat(self.logits).double().log_softmax(dim=1)
-        scores = []
-        for split in log_p.split(self.split_size):
-            p = split.exp()
-            divergence = (p * (split - p.mean(dim=0).log())).sum(dim=1)
-            scores.append(divergence.mean().exp())
-        return torch.stack(scores).mean()
+        _, sums = _merge(dim_zero_cat(self.splits), dim_zero_cat(self.sums))
+        means = sums[:, :-1] / sums[:, -1:]
+        entropy = torch.special.entr(means[:, :-1]).sum(1)
+        return (means[:, -1] + entropy).exp().mean()
+
+
+def _merge(splits: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Add up the rows of each split: [R], [R,C] -> [S] ascending, [S,C]."""
+    found, group = splits.unique(return_inverse=True)
+    return found, sums.new_zeros(len(found), sums.shape[1]).index_add_(0, group, sums)
+
+
+class InceptionScoreMeasure(Measure):
+    """The Inception Score in ordered splits, 5,000 images each as in the ADM evaluator."""
+
+    names = ("inception_score",)
+
+    def __init__(self, split_size: int = 5000) -> None:
+        super().__init__()
+        self.score = InceptionScore(split_size)
+
+    def prepare(self, reference: Reference, inception: Inception) -> str | None:  # noqa: ARG002
+        """The Inception weights must have a class layer."""
+        if not inception.has_classes:
+            return (
+                "these Inception weights have no class layer; "
+                "set metrics.evaluator.inception.weights to a pt_inception-2015-12-05-*.pth file"
+            )
+        return None
+
+    def update(self, features: InceptionFeatures, positions: Tensor) -> None:
+        """Add generated images."""
+        assert features.logits is not None, "prepare has seen to it"
+        self.score.update(features.logits, positions=positions)
+
+    def compute(self, features: Tensor) -> dict[str, float]:  # noqa: ARG002
+        """{"inception_score"}."""
+        return {"inception_score": float(self.score.compute())}
+
+    def describe(self) -> dict[str, Any]:
+        """The size of a split."""
+        return {"split_size": self.score.split_size}

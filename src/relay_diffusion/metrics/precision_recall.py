@@ -1,17 +1,19 @@
-"""Improved precision and recall (Kynkaanniemi et al. 2019)."""
+"""Improved precision and recall (Kynkäänniemi et al., arXiv 1904.06991)."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from relay_diffusion.errors import UserError
-
-BLOCK = 4096  # rows of the distance matrix at once: memory does not grow with the square of the images
+from relay_diffusion.metrics.distances import covered, squared_radii
+from relay_diffusion.metrics.inception import Inception
+from relay_diffusion.metrics.measure import Measure
+from relay_diffusion.metrics.reference import Reference
+from relay_diffusion.metrics.states import ExactMetric
 
 
 class PrecisionAndRecall(NamedTuple):
@@ -21,22 +23,29 @@ class PrecisionAndRecall(NamedTuple):
     recall: Tensor
 
 
-def _radii(features: Tensor, nearest_k: int) -> Tensor:
-    """Distance [N] of each row of features [N,D] to its k-th nearest other row."""
-    return torch.cat([torch.cdist(rows, features).kthvalue(nearest_k + 1).values for rows in features.split(BLOCK)])
+def precision_recall(real: Tensor, fake: Tensor, nearest_k: int) -> PrecisionAndRecall:
+    """Shares of points within the k-th neighbour radius of a point of the other set, float64 scalars.
+
+    Features [M,D] and [N,D] on one device. Raises UserError for a set of no more than nearest_k images.
+    """
+    for name, features in (("real", real), ("generated", fake)):
+        if len(features) <= nearest_k:
+            raise UserError(f"precision and recall need more than {nearest_k} {name} images, not {len(features)}")
+    origin = real.double().mean(0)
+    inside_real = covered(fake, real, squared_radii(real, nearest_k, origin), origin)
+    inside_fake = covered(real, fake, squared_radii(fake, nearest_k, origin), origin)
+    return PrecisionAndRecall(_share(inside_real), _share(inside_fake))
 
 
-def _share_inside(points: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
-    """Share of points [N,D] that lie within the radius [M] of any of the centres [M,D]."""
-    inside = [(torch.cdist(rows, centres) <= radii).any(dim=1) for rows in points.split(BLOCK)]
-    return torch.cat(inside).double().mean()
+def _share(inside: Tensor) -> Tensor:
+    # Divided here, for a GPU multiplies by 1/n, and 49 of 49 would be less than 1.
+    return torch.tensor(int(inside.sum()) / len(inside), dtype=torch.float64, device=inside.device)
 
 
-class PrecisionRecall(Metric):
+class PrecisionRecall(ExactMetric):
     """Precision and recall: a point is covered if it lies within the k-th neighbour radius of a point of the other set.
 
-    It keeps the features of both sets. update(features [N,D], real); compute() -> PrecisionAndRecall.
-    Raises UserError at compute if a set has no more than nearest_k images.
+    It keeps the features of both sets; of several ranks, one without images of a set needs an update with [0,D].
     """
 
     real: list[Tensor]
@@ -44,22 +53,54 @@ class PrecisionRecall(Metric):
 
     def __init__(self, nearest_k: int = 3) -> None:
         super().__init__()
-        self.nearest_k = nearest_k
+        self.nearest_k = checked_nearest_k(nearest_k)
         self.add_state("real", default=[], dist_reduce_fx="cat")
         self.add_state("fake", default=[], dist_reduce_fx="cat")
 
     def update(self, features: Tensor, real: bool) -> None:
         """Add features [N,D] of real or generated images."""
-        (self.real if real else self.fake).append(features)
+        (self.real if real else self.fake).append(features.detach().to(self.device))
 
     def compute(self) -> PrecisionAndRecall:
-        """Both shares, float64 scalars."""
-        sets = []
-        for name, parts in (("real", self.real), ("generated", self.fake)):
-            features = dim_zero_cat(parts) if len(parts) else torch.empty(0, 1)
-            if len(features) <= self.nearest_k:
-                raise UserError(f"precision and recall need more than {self.nearest_k} {name} images")
-            sets.append(features)
-        real, fake = sets
-        precision = _share_inside(fake, real, _radii(real, self.nearest_k))
-        return PrecisionAndRecall(precision, _share_inside(real, fake, _radii(fake, self.nearest_k)))
+        """Both shares, float64 scalars; UserError if a set has no more than nearest_k images."""
+        real, fake = (dim_zero_cat(part) if len(part) else torch.empty(0, 1) for part in (self.real, self.fake))
+        return precision_recall(real, fake, self.nearest_k)
+
+
+def checked_nearest_k(nearest_k: int) -> int:
+    """A usable number of neighbours; UserError for another."""
+    if nearest_k < 1:
+        raise UserError(f"nearest_k={nearest_k}: precision and recall need at least the first neighbour")
+    return nearest_k
+
+
+class PrecisionRecallMeasure(Measure):
+    """Precision and recall of the generated images against the features that the reference keeps."""
+
+    names = ("precision", "recall")
+    keeps_features = True
+
+    def __init__(self, nearest_k: int = 3) -> None:
+        super().__init__()
+        self.nearest_k = checked_nearest_k(nearest_k)
+
+    def prepare(self, reference: Reference, inception: Inception) -> str | None:  # noqa: ARG002
+        """The reference must hold features of more than nearest_k images."""
+        if reference.features is None:
+            return f"the reference {reference.path} holds statistics only, no images"
+        if len(reference.features) <= self.nearest_k:
+            return (
+                f"nearest_k={self.nearest_k} needs more than {self.nearest_k} reference images, "
+                f"and {reference.path} has {len(reference.features)}"
+            )
+        self.real = reference.features
+        return None
+
+    def compute(self, features: Tensor) -> dict[str, float]:
+        """{"precision", "recall"}; UserError for no more than nearest_k generated images."""
+        result = precision_recall(self.real.to(features.device), features, self.nearest_k)
+        return {"precision": float(result.precision), "recall": float(result.recall)}
+
+    def describe(self) -> dict[str, Any]:
+        """The number of neighbours."""
+        return {"nearest_k": self.nearest_k}

@@ -18,8 +18,11 @@ class EDMPreconditioner(nn.Module):
     def forward(
         self, x: Tensor, sigma: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
     ) -> Tensor:
-        """x [B,C,H,W], sigma [B], labels [B] or None, augment_labels [B,A] or None -> estimate of x0, float32."""
-        x, sigma = x.float(), sigma.float()
+        """x [B,C,H,W], sigma [B], labels [B] or None, augment_labels [B,A] or None -> estimate of x0, float32.
+
+        sigma may lie on the CPU, where a sampler keeps it.
+        """
+        x, sigma = x.float(), sigma.float().to(x.device, non_blocking=True)
         total = sigma**2 + self.sigma_data**2
         c_skip = self.sigma_data**2 / total
         c_out = sigma * self.sigma_data / total.sqrt()

@@ -61,7 +61,7 @@ class BlurringSampler:
         """start: upsampled images [B,C,H,W] in [-1, 1]; labels [B] or None -> images [B,C,H,W], state's dtype."""
         x = start.to(state_dtype(start.device))
         x = x + self.sigmas[0] * self.corruption.draw_noise(x, randn_like)
-        ones = x.new_ones(len(x))
+        ones = torch.ones(len(x), dtype=torch.float64, device="cpu")  # wrappers may look at sigma without waiting
         gains = self.corruption.gains(x.new_tensor(self.sigmas))[:, None]  # of all levels at once: [levels,1,1,s,s]
         for level, (sigma, sigma_next) in enumerate(pairwise(self.sigmas)):
             gamma = math.sqrt(1 - self.s_noise**2) * sigma_next / sigma

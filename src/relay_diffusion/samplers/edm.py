@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -44,6 +45,20 @@ class EDMSampler:
         """Network evaluations for one image (without guidance)."""
         return 2 * (len(self.sigmas) - 1) - 1
 
+    def stopping_at(self, sigma: float) -> EDMSampler:
+        """The same sampler, except that it walks to noise level `sigma` only and returns its estimate from there.
+
+        Raises ValueError unless sigma lies in [sigma_min, sigma_max).
+        """
+        rounding = 1 + 1e-9  # the grid ends at sigma_min to within that
+        if not self.sigmas[-2] <= sigma * rounding < self.sigmas[0]:
+            raise ValueError(
+                f"cannot stop at sigma {sigma}: the sampler walks from {self.sigmas[0]:g} to {self.sigmas[-2]:g}"
+            )
+        stopped = copy.copy(self)
+        stopped.sigmas = [*(level for level in self.sigmas if level > sigma * rounding), sigma, 0.0]
+        return stopped
+
     def _gamma(self, sigma: float) -> float:
         inside = self.churn_min <= sigma <= self.churn_max
         return min(self.churn, math.sqrt(2) - 1) if inside else 0.0
@@ -52,7 +67,7 @@ class EDMSampler:
     def __call__(self, denoise: Denoiser, start: Tensor, randn_like: RandnLike, labels: Tensor | None = None) -> Tensor:
         """start: unit-variance noise [B,C,H,W]; labels [B] or None -> images [B,C,H,W] in the state's dtype."""
         x = start.to(state_dtype(start.device)) * self.sigmas[0]
-        ones = x.new_ones(len(x))
+        ones = torch.ones(len(x), dtype=torch.float64, device="cpu")  # wrappers may look at sigma without waiting
         for sigma, sigma_next in zip(self.sigmas, self.sigmas[1:], strict=False):
             gamma = self._gamma(sigma)
             sigma_hat = sigma * (1 + gamma)

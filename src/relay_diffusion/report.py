@@ -1,0 +1,37 @@
+"""What a sampling run ends with on the screen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+ROWS = (
+    ("fid", "FID", ".2f"),
+    ("sfid", "sFID", ".2f"),
+    ("inception_score", "Inception Score", ".2f"),
+    ("precision", "precision", ".3f"),
+    ("recall", "recall", ".3f"),
+    ("kid", "KID", ".5f"),
+    ("images", "images", ","),
+    ("folder", "images in", ""),
+    ("npz", "for ADM's evaluator", ""),
+    ("picture", "picture", ""),
+    ("numbers", "numbers in", ""),
+)
+
+
+def report(results: Mapping[str, Any]) -> None:
+    """The results as a table, where everything lies, and what could not be measured."""
+    table = Table(show_header=False, box=None)
+    for key, label, form in ROWS:
+        if key in results:
+            table.add_row(label, format(results[key], form))
+    for name, reason in results.get("not_measured", {}).items():
+        table.add_row(name, f"not measured: {reason}")
+    saved = results.get("settings", {}).get("hand_over_saved_evaluations")
+    if saved:
+        table.add_row("early hand-over", f"{saved} network evaluations fewer an image")
+    Console(soft_wrap=True).print(table)

@@ -1,0 +1,83 @@
+"""All measures on two processes are those of one, with uneven shares of images and with none at all."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+from fake_inception import PixelFeatures, pixel_reference, random_images
+
+from relay_diffusion.metrics import (
+    Evaluation,
+    FIDMeasure,
+    InceptionScoreMeasure,
+    KIDMeasure,
+    PrecisionRecallMeasure,
+    SFIDMeasure,
+)
+
+COUNT = 11
+SHARES = {
+    "7 and 4": ([0, 10, 1, 4, 3, 6, 9], [8, 2, 7, 5]),
+    "all and none": (list(range(COUNT)), []),
+    "none and all": ([], list(range(COUNT))),
+    "too few": ([1], [0]),
+}
+
+
+def build() -> Evaluation:
+    measures = {
+        "fid": FIDMeasure(),
+        "sfid": SFIDMeasure(),
+        "inception_score": InceptionScoreMeasure(split_size=3),
+        "precision_recall": PrecisionRecallMeasure(nearest_k=2),
+        "kid": KIDMeasure(),
+    }
+    return Evaluation(PixelFeatures(), pixel_reference(random_images(30, 1)), measures)
+
+
+def feed(evaluation: Evaluation, positions: list[int]) -> None:
+    images = random_images(COUNT, 2)
+    for at in torch.tensor(positions, dtype=torch.int64).split(3):
+        if len(at):
+            evaluation.update(images[at], at)
+
+
+def _rank(rank: int, store: str, answers: multiprocessing.Queue[object]) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    evaluation = build()
+    found = {}
+    for name, shares in SHARES.items():
+        feed(evaluation, shares[rank])
+        found[name] = evaluation.compute(), dict(evaluation.skipped)
+        if name == "7 and 4":
+            assert evaluation.compute() == found[name][0], "a second time, nothing is counted twice"
+        evaluation.reset()
+    answers.put(found)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    processes = [context.Process(target=_rank, args=(rank, str(tmp_path / "store"), answers)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    got = [answers.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    evaluation = build()
+    feed(evaluation, list(range(COUNT)))
+    whole = evaluation.compute()
+    assert set(whole) == {"fid", "sfid", "inception_score", "precision", "recall", "kid", "images"}
+    for answer in got:
+        for name in ("7 and 4", "all and none", "none and all"):
+            assert answer[name] == (pytest.approx(whole, rel=1e-6), {}), name
+        numbers, skipped = answer["too few"]
+        assert set(numbers) == {"fid", "sfid", "inception_score", "kid", "images"}
+        assert numbers["images"] == 2
+        assert skipped == {"precision_recall": "precision and recall need more than 2 generated images, not 2"}

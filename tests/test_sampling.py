@@ -1,0 +1,168 @@
+"""Sampling and measuring from a config: continued runs, given images, early hand-over, packing."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from relay_diffusion.data import ImageDataset
+from relay_diffusion.errors import UserError
+from relay_diffusion.relay import Relay
+from relay_diffusion.sampling import sample
+
+
+def pngs(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).rglob("seed*.png")}
+
+
+def test_sampling_is_continued_and_does_not_depend_on_the_batch(configuration, relay_overrides, tmp_path):
+    sample(configuration("sample", *relay_overrides, "seeds=0-6", "batch_size=7"))
+    whole = pngs(tmp_path / "samples/images")
+    assert len(whole) == 7
+    assert (tmp_path / "samples/relay.png").exists()
+    other = [f"run_dir={tmp_path / 'other'}"]
+    assert sample(configuration("sample", *relay_overrides, *other, "seeds=2-4", "batch_size=2"))["sampled_now"] == 3
+    assert sample(configuration("sample", *relay_overrides, *other, "seeds=0-6", "batch_size=3"))["sampled_now"] == 4
+    assert pngs(tmp_path / "other/images") == whole
+
+
+def test_images_of_other_settings_are_not_mixed(configuration, relay_overrides):
+    sample(configuration("sample", *relay_overrides, "seeds=0-1"))
+    with pytest.raises(UserError, match="other settings"):
+        sample(configuration("sample", *relay_overrides, "relay.stages.relay.changes.sampler.s_noise=0.1"))
+
+
+def test_evaluation_measures_all_images_also_after_an_interruption(configuration, relay_overrides, tmp_path):
+    options = [*relay_overrides, "mode=evaluate"]
+    whole = sample(configuration("sample", *options, "seeds=0-7"))
+    stored = json.loads((tmp_path / "samples/metrics.json").read_text())
+    assert stored["fid"] == whole["fid"] > 0
+    assert stored["images"] == 8
+    assert stored["evaluation"]["reference"]["images"] == 24
+    assert stored["settings"]["stages"]["relay"]["network_evaluations"] > 1
+    other = [f"run_dir={tmp_path / 'other'}"]
+    sample(configuration("sample", *relay_overrides, *other, "seeds=0-4"))
+    parts = sample(configuration("sample", *options, *other, "seeds=0-7"))
+    assert parts["sampled_now"] == 3
+    again = sample(configuration("sample", *options, *other, "seeds=0-7"))  # nothing left to sample
+    for results in (parts, again):
+        assert results["fid"] == pytest.approx(whole["fid"], rel=1e-3)
+        assert results["sfid"] == pytest.approx(whole["sfid"], rel=1e-3)
+
+
+def test_one_class_a_list_or_none(configuration, relay_overrides, tmp_path):
+    for i, (chosen, labels) in enumerate([("light", [1, 1, 1]), ("[light,0]", [1, 0, 1]), ("null", [0, 1, 0])]):
+        sample(
+            configuration(
+                "sample", *relay_overrides, f"class={chosen}", "seeds=0-2", "format=zip", f"run_dir={tmp_path / str(i)}"
+            )
+        )
+        assert ImageDataset(tmp_path / str(i) / "images.zip", 16).labels == labels
+
+
+def test_packed_images_are_continued_too(configuration, relay_overrides, tmp_path):
+    sample(configuration("sample", *relay_overrides, "seeds=0-4", f"run_dir={tmp_path / 'whole'}"))
+    options = [*relay_overrides, "format=zip", "npz=true"]
+    assert sample(configuration("sample", *options, "seeds=0-2"))["sampled_now"] == 3
+    assert not (tmp_path / "samples/images").exists()
+    results = sample(configuration("sample", *options, "seeds=0-4"))
+    assert results["sampled_now"] == 2
+    packed = ImageDataset(tmp_path / "samples/images.zip", 16)
+    whole = pngs(tmp_path / "whole/images")
+    assert [Path(name).name for name in packed.names] == sorted(whole)
+    with np.load(tmp_path / "samples/images.npz", allow_pickle=False) as arrays:
+        assert arrays["arr_1"].tolist() == [0, 1, 0, 1, 0]
+        for (image, _), pixels, name in zip(packed, arrays["arr_0"], sorted(whole), strict=True):
+            np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), pixels)
+            with Image.open(tmp_path / "whole/images/00000000" / name) as picture:
+                np.testing.assert_array_equal(np.asarray(picture), pixels)
+
+
+def test_only_the_first_stages(configuration, relay_overrides, tmp_path):
+    sample(configuration("sample", *relay_overrides, "relay.last=base", "seeds=0-1"))
+    with Image.open(tmp_path / "samples/images/00000000/seed00000001.png") as image:
+        assert image.size == (8, 8)
+
+
+def test_given_images_are_enlarged_under_their_names(configuration, relay_overrides, tmp_path):
+    """No checkpoint of the first stage is needed, and the pictures are those of the whole relay from that start."""
+    small = tmp_path / "small"
+    sample(configuration("sample", *relay_overrides, "relay.last=base", "seeds=0-2", f"run_dir={small}"))
+    start = [*relay_overrides, "relay.stages.base.path=nowhere", f"relay.start={small / 'images'}"]
+    results = sample(configuration("sample", *start, f"run_dir={tmp_path / 'large'}"))
+    assert results["images"] == 3
+    names = sorted(path.relative_to(small / "images") for path in (small / "images").rglob("*.png"))
+    assert sorted(p.relative_to(tmp_path / "large/images") for p in (tmp_path / "large/images").rglob("*.png")) == names
+    with Image.open(tmp_path / "large/images" / names[0]) as image:
+        assert image.size == (16, 16)
+    assert (tmp_path / "large/relay.png").exists()
+    one = sample(configuration("sample", *start, "seeds=1", f"run_dir={tmp_path / 'one'}"))
+    assert one["images"] == 1
+    assert pngs(tmp_path / "one/images").items() <= pngs(tmp_path / "large/images").items()
+
+
+def test_given_images_of_another_size_are_named(configuration, relay_overrides, tmp_path):
+    Image.new("RGB", (12, 12)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"relay\.start\.resolution=8: 'a.png' .* is 12x12"):
+        sample(configuration("sample", *relay_overrides, f"relay.start={tmp_path}"))
+
+
+def test_early_hand_over_is_reported(configuration, relay_overrides, tmp_path, capsys):
+    options = [*relay_overrides, "seeds=0-1", "relay.hand_over_sigma=1", "relay.stages.base.changes.sampler.steps=9"]
+    results = sample(configuration("sample", *options, "mode=evaluate"))
+    saved = results["settings"]["hand_over_saved_evaluations"]
+    assert saved > 0
+    assert f"{saved} network evaluations fewer an image" in capsys.readouterr().out
+    assert results["settings"]["stages"]["base"]["network_evaluations"] == 2 * 9 - 1 - saved
+    stored = json.loads((tmp_path / "samples/metrics.json").read_text())
+    assert stored["settings"]["hand_over_saved_evaluations"] == saved
+
+
+def test_postprocessing_is_done_before_writing_and_recorded(configuration, relay_overrides, tmp_path):
+    sample(configuration("sample", *relay_overrides, "seeds=0-1"))
+    changed = ["+relay.postprocess._target_=relay_diffusion.postprocess.Enhance", "+relay.postprocess.brightness=0.5"]
+    sample(configuration("sample", *relay_overrides, *changed, "seeds=0-1", f"run_dir={tmp_path / 'dark'}"))
+    for name in pngs(tmp_path / "samples/images"):
+        with (
+            Image.open(tmp_path / "samples/images/00000000" / name) as before,
+            Image.open(tmp_path / "dark/images/00000000" / name) as after,
+        ):
+            difference = np.asarray(after).astype(float) - 0.5 * np.asarray(before)
+        assert np.abs(difference).max() <= 1
+    assert "Enhance(contrast=1.0, brightness=0.5" in (tmp_path / "dark/settings.json").read_text()
+
+
+def test_anyones_images_are_measured(configuration, relay_overrides, small_zip):
+    """The set against itself: distances vanish, precision and recall are whole; what is missing is said."""
+    options = [*relay_overrides, "mode=evaluate", "metrics=adm", f"images={small_zip}"]
+    results = sample(configuration("sample", *options))
+    assert (results["images"], results["precision"], results["recall"]) == (24, 1.0, 1.0)
+    assert results["fid"] < 1e-3
+    assert results["sfid"] < 1e-3
+    assert results["kid"] < 0
+    assert "class layer" in results["not_measured"]["inception_score"]
+    assert results["evaluation"]["protocol"]["name"] == "adm"
+    assert results["evaluation"]["protocol"]["rounding"] == "as stored"
+
+
+def test_samples_measured_from_files_are_those_measured_on_the_way(configuration, relay_overrides, tmp_path):
+    options = [*relay_overrides, "mode=evaluate"]
+    sampled = sample(configuration("sample", *options, "seeds=0-7", "npz=true"))
+    for path in ("images", "images.npz"):
+        elsewhere = [f"images={tmp_path / 'samples' / path}", f"run_dir={tmp_path / 'measured'}"]
+        measured = sample(configuration("sample", *options, *elsewhere))
+        assert measured["fid"] == pytest.approx(sampled["fid"], rel=1e-4)
+        assert measured["sfid"] == pytest.approx(sampled["sfid"], rel=1e-4)
+
+
+def test_guidance_and_rounding_reach_the_relay(configuration, relay_overrides, monkeypatch):
+    built = []
+    predict = Relay.predict_step
+    monkeypatch.setattr(Relay, "predict_step", lambda self, *a: built.append(self) or predict(self, *a))
+    changes = ["relay.stages.base.changes.guidance_scale=2", "relay.stages.base.changes.guidance_interval=[0.1,2]"]
+    sample(configuration("sample", *relay_overrides, *changes, "metrics=adm", "seeds=0-1", "picture=0"))
+    first = next(iter(built[0].chain().values()))
+    assert (first.guidance_scale, list(first.guidance_interval)) == (2, [0.1, 2])
+    assert built[0].rounding == "floor"
