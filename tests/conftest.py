@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from relay_diffusion.config import RUN_ID, register_resolvers
-from relay_diffusion.data.convert import ImageZipWriter
+from relay_diffusion.data.zip_writer import ImageZipWriter
 from support import PROJECT, REFERENCE, TINY, run
 
 

@@ -63,7 +63,7 @@ def test_every_choice_of_the_other_groups(configuration, small_zip, tmp_path, gr
             validate_sampling(cfg)
             assert instantiate(cfg.relay.postprocess) is None or choice in ("imagenet_256", "celebahq_256")
         elif group == "metrics":
-            evaluator = build_evaluator(cfg, (16, 16), "nearest")
+            evaluator = build_evaluator(cfg, (16, 16))
             assert set(evaluator.measures) >= {"fid"}
         elif group == "augment":
             validate_training(cfg)
@@ -129,11 +129,8 @@ def test_the_published_experiments_build_the_published_networks(configuration, e
     assert cfg.resolution == inventory["config"]["img_resolution"]
 
 
-@pytest.mark.parametrize(
-    ("relay", "base", "later"),
-    [("imagenet_256", (511, 0.0), (199, 0.93)), ("celebahq_256", (239, 0.05), (107, 1.05))],
-)
-def test_the_published_sampler_settings(configuration, large_zip, tmp_path, relay, base, later):
+@pytest.mark.parametrize("relay", ["imagenet_256", "celebahq_256"])
+def test_the_published_sampler_settings(configuration, large_zip, tmp_path, relay):
     """From exported stages of the published experiments to samplers with the published settings."""
     overrides = []
     for name, resolution in (("base", 64), ("relay", 256)):
@@ -142,16 +139,48 @@ def test_the_published_sampler_settings(configuration, large_zip, tmp_path, rela
         cfg = configuration("train", f"experiment={experiment}", *thin)
         config = OmegaConf.to_container(cfg.stage, resolve=True)
         stage = instantiate(cfg.stage, _convert_="all")
-        stage.stage_config = config
         export_stage(config, stage.denoiser.state_dict(), tmp_path / name)
         overrides.append(f"relay.stages.{name}.path={tmp_path / name}")
-    built = build_relay(configuration("sample", f"relay={relay}", *overrides))
+    cfg = configuration("sample", f"relay={relay}", *overrides)
+    built = build_relay(cfg)
     first, second = built.chain().values()
-    assert (first.sampler.evaluations, first.sampler.sde_scale) == base
-    assert second.sampler.corruption.schedule.prob_length == later[1]
-    assert second.sampler.evaluations == later[0]
-    assert second.sampler.s_noise == 0.2
-    assert second.guidance_scale == (3.5 if relay == "imagenet_256" else 1.0)
+    corruption = second.sampler.corruption
+    found = {
+        "first": (
+            first.sampler.evaluations,
+            first.sampler.sigmas[0],
+            first.sampler.sigmas[-2],
+            first.sampler.sde_scale,
+        ),
+        "churn": (first.sampler.churn, first.sampler.churn_min, first.sampler.churn_max, first.sampler.churn_noise),
+        "second": (second.sampler.evaluations, second.sampler.sigmas[-1], second.sampler.s_noise),
+        "blur": (
+            corruption.schedule.prob_length,
+            corruption.blur_sigma_max,
+            corruption.block_strength,
+            corruption.block,
+        ),
+        "guidance": (first.guidance_scale, second.guidance_scale),
+        "postprocess": repr(built.postprocess),
+        "seeds": cfg.relay.seeds,
+    }
+    near = pytest.approx
+    if relay == "imagenet_256":
+        assert found["first"] == near((511, 80, 0.002, 0))
+        assert found["churn"] == near((40 / 256, 0.05, 50, 1.003))
+        assert found["second"] == near((199, 0.008, 0.2))
+        assert found["blur"] == near((0.93, 3, 0.15, 4))
+        assert found["guidance"] == (1, 3.5)
+        assert found["postprocess"] == "Enhance(contrast=1.0, brightness=1.06, colour=1.0)"
+        assert found["seeds"] == "0-49999"
+    else:
+        assert found["first"] == near((239, 80, 0.002, 0.05))
+        assert found["churn"][0] == 0
+        assert found["second"] == near((107, 0.008, 0.2))
+        assert found["blur"] == near((1.05, 2, 0.15, 4))
+        assert found["guidance"] == (1, 1)
+        assert found["postprocess"] == "Enhance(contrast=0.9, brightness=1.05, colour=0.99)"
+        assert found["seeds"] == "0-29999"
 
 
 @pytest.mark.parametrize(
@@ -179,6 +208,8 @@ def test_the_published_sampler_settings(configuration, large_zip, tmp_path, rela
         ("stage.label_dropout=2", r"stage\.label_dropout=2"),
         ("data.dataset.path=missing.zip", r"data\.dataset\.path=missing\.zip: no such file"),
         ("data.dataset.path=???", r"data\.dataset\.path has no value"),
+        ("network.augment_labels=9", r"network\.augment_labels=9, but stage\.augment is null"),
+        ("stage.guidance_interval=[1,2]", r"stage\.guidance_interval=\[1, 2\] has no use"),
     ],
 )
 def test_nonsense_is_named(configuration, small_zip, override, message):
@@ -222,6 +253,8 @@ def test_a_block_that_does_not_divide_is_named(configuration, small_zip):
         ("format=jpeg", "format=jpeg: use png or zip"),
         ("images=conf", "images=conf are only measured: add mode=evaluate"),
         ("images=conf mode=evaluate", r"images=conf: give reference="),
+        ("images=conf mode=evaluate reference=conf seeds=3", r"seeds=3 is for sampling"),
+        ("images=conf mode=evaluate reference=conf npz=true", r"only measured: no format or npz"),
         ("images=missing mode=evaluate reference=conf", r"images=missing: no such"),
         ("mode=evaluate", r"give reference="),
         ("mode=evaluate reference=missing", r"reference=missing: no such file"),

@@ -11,41 +11,61 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.image_store import ImageStore
 
 PIXELS = torch.arange(4 * 3 * 8 * 8).reshape(4, 3, 8, 8).to(torch.uint8)
+SETTINGS = {"sampler": {"steps": 5, "churn": 0.0}}
 NAMES = ["0/a", "0/b", "1/c", "1/d"]
 
 
 @pytest.fixture
 def store(tmp_path):
-    store = ImageStore(tmp_path, {"steps": 5})
+    store = ImageStore(tmp_path, SETTINGS)
     store.begin()
     for name, image in zip(NAMES[:3], PIXELS, strict=False):
         store.write(name, image)
     return store
 
 
+def batches(store, names, size):
+    return list(store.images(names, (8, 8)).batches(size))
+
+
 def test_images_come_back_bit_for_bit(store):
     assert [name in store for name in NAMES] == [True, True, True, False]
-    batches = list(store.batches(["1/c", "0/a", "0/b"], batch_size=2))
-    assert [len(batch) for batch in batches] == [2, 1]
-    assert torch.equal(torch.cat(batches), PIXELS[[2, 0, 1]])
+    read = batches(store, ["1/c", "0/a", "0/b"], 2)
+    assert [len(batch) for batch in read] == [2, 1]
+    assert torch.equal(torch.cat(read), PIXELS[[2, 0, 1]])
+    assert torch.equal(torch.cat(list(store.images(NAMES[:3], (8, 8)).batches(2, [0, 2]))), PIXELS[[0, 2]])
 
 
 @pytest.mark.usefixtures("store")
-def test_other_settings_are_refused(tmp_path):
-    assert "0/a" in ImageStore(tmp_path, {"steps": 5})
-    with pytest.raises(UserError, match="other settings"):
-        ImageStore(tmp_path, {"steps": 6})
+def test_other_settings_are_refused_and_the_first_is_named(tmp_path):
+    assert "0/a" in ImageStore(tmp_path, {"sampler": {"steps": 5, "churn": 0.0}})
+    with pytest.raises(UserError, match=r"other settings \(sampler\.steps is 5 there, 6 here\)"):
+        ImageStore(tmp_path, {"sampler": {"steps": 6, "churn": 0.0}})
+
+
+def test_images_with_classes_are_a_data_set(store, tmp_path):
+    store.note_labels({"0/a": 1, "0/b": 0, "1/c": 1}, ["dog", "cat"])
+    dataset = ImageDataset(tmp_path / "images", 8)
+    assert (dataset.labels, dataset.class_names) == ([1, 0, 1], ["dog", "cat"])
+    store.write("1/d", PIXELS[3])
+    store.note_labels({"1/d": -1}, ["dog", "cat"])  # one without a class: not a labelled set
+    assert ImageDataset(tmp_path / "images", 8).class_names == []
 
 
 def test_packed_images_are_a_data_set_and_can_be_added_to(store, tmp_path):
-    store.pack(NAMES[:3], [1, 0, 1], ["dog", "cat"])
+    store.note_labels({"0/a": 1, "0/b": 0, "1/c": 1}, ["dog", "cat"])
+    store.pack()
     assert not store.folder.exists()
-    again = ImageStore(tmp_path, {"steps": 5})
+    store.pack()  # nothing left to move
+    store.note_labels({"0/a": 1}, ["dog", "cat"])
+    assert not store.folder.exists()
+    again = ImageStore(tmp_path, SETTINGS)
     assert [name in again for name in NAMES] == [True, True, True, False]
     again.begin()
     again.write("1/d", PIXELS[3])
-    assert torch.equal(torch.cat(list(again.batches(NAMES, 3))), PIXELS)
-    again.pack(["1/d"], [0], ["dog", "cat"])  # only what this run knows of
+    assert torch.equal(torch.cat(batches(again, NAMES, 3)), PIXELS)
+    again.note_labels({"1/d": 0}, ["dog", "cat"])  # only what this run knows of
+    again.pack()
     dataset = ImageDataset(tmp_path / "images.zip", 8)
     assert dataset.names == [f"{name}.png" for name in NAMES]
     assert dataset.labels == [1, 0, 1, 0]
@@ -53,18 +73,27 @@ def test_packed_images_are_a_data_set_and_can_be_added_to(store, tmp_path):
     assert torch.equal(torch.stack([image for image, _ in dataset]), PIXELS)
 
 
-def test_packing_without_classes(store, tmp_path):
-    store.pack(NAMES[:3], [-1, -1, -1], None)
-    store.begin()
+def test_packing_leaves_no_image_behind(store, tmp_path):
+    """Also those of earlier runs, whose classes nobody noted; other files stay."""
+    (store.folder / "mine.txt").write_text("keep me")
     store.write("1/d", PIXELS[3])
-    store.pack(NAMES, [-1] * 4, None)
+    store.note_labels({"1/d": 1}, ["dog", "cat"])
+    store.pack()
     with zipfile.ZipFile(tmp_path / "images.zip") as archive:
         assert json.loads(archive.read("dataset.json")) == {"labels": None}
         assert len(archive.namelist()) == 5
+    assert [path.name for path in store.folder.rglob("*")] == ["mine.txt"]
 
 
 def test_a_damaged_zip_is_named(store, tmp_path):
-    store.pack(NAMES[:3], [-1] * 3, None)
+    store.pack()
     store.archive.write_bytes(store.archive.read_bytes()[:100])
     with pytest.raises(UserError, match=r"images\.zip cannot be read"):
-        ImageStore(tmp_path, {"steps": 5})
+        ImageStore(tmp_path, SETTINGS)
+
+
+@pytest.mark.usefixtures("store")
+def test_damaged_settings_are_named(tmp_path):
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(UserError, match=r"settings\.json is damaged"):
+        ImageStore(tmp_path, SETTINGS)

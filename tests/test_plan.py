@@ -5,9 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
+from relay_diffusion.batches import PlanDataModule
 from relay_diffusion.data import ImageDataset
 from relay_diffusion.errors import UserError
-from relay_diffusion.plan import Plan, PlanDataModule, class_indices, parse_seeds, plan_from_images, plan_from_noise
+from relay_diffusion.plan import Plan, class_indices, parse_seeds, plan_from_images, plan_from_noise
 
 
 @pytest.mark.parametrize(
@@ -17,7 +18,7 @@ def test_seeds(text, seeds):
     assert parse_seeds(text) == seeds
 
 
-@pytest.mark.parametrize("text", ["", "a", "3-1", "-1", "1-", "0-2,1", "1.5", 1.5, None])
+@pytest.mark.parametrize("text", ["", "a", "3-1", "-1", "1-", "0-2,1", "1.5", 1.5, None, [], "²", str(2**63)])
 def test_seeds_that_make_no_sense(text):
     with pytest.raises(UserError, match="seed"):
         parse_seeds(text)
@@ -57,7 +58,6 @@ def test_classes_go_round_by_seed():
     plan = plan_from_noise("0-2,1005", [4, 2, 7])
     assert plan.labels == [4, 2, 7, 4]
     assert plan.names == [*(f"00000000/seed0000000{i}" for i in range(3)), "00001000/seed00001005"]
-    assert len(plan_from_noise(None, [-1]).seeds) == 32
 
 
 @pytest.fixture
@@ -77,6 +77,13 @@ def test_given_images_keep_their_names(small_images):
     assert (some.names, some.seeds, some.labels) == (["a/y", "b"], [1, 2], [6, 5])
     with pytest.raises(UserError, match="holds 3 images, numbers 0 to 2"):
         plan_from_images(small_images, "1-3", None)
+
+
+def test_given_images_that_would_share_a_file_are_refused(tmp_path):
+    for name in ("x.png", "x.jpg", "x.png.webp"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    with pytest.raises(UserError, match=r"two of its images would be written as x\.png\.png"):
+        plan_from_images(ImageDataset(tmp_path, 8), None, None)
 
 
 def test_given_images_have_the_classes_of_their_set(small_zip):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from relay_diffusion.batches import SampleBatch
 from relay_diffusion.data.images import to_float, to_uint8
 from relay_diffusion.diffusion.corruption import block_mean
 from relay_diffusion.errors import UserError
-from relay_diffusion.plan import SampleBatch
 from relay_diffusion.relay import Relay
 from support import tiny_stage
 
@@ -113,7 +113,8 @@ def test_early_hand_over_stops_the_first_stage_and_says_what_that_saves():
     relay = Relay({"a": first, "b": tiny_stage(8, 2)}, hand_over_sigma=1.0)
     assert first.sampler.sigmas[-2] == 1.0
     described = relay.describe()
-    assert described["hand_over_saved_evaluations"] == whole.evaluations - first.sampler.evaluations == 0
+    assert described["hand_over_sigma"] == 1.0
+    assert relay.saved_evaluations == whole.evaluations - first.sampler.evaluations == 0
     assert described["stages"]["a"]["network_evaluations"] == 5
     first = tiny_stage(4)
     assert Relay({"a": first}, hand_over_sigma=10.0).saved_evaluations == 2

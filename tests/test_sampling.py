@@ -91,6 +91,7 @@ def test_given_images_are_enlarged_under_their_names(configuration, relay_overri
     small = tmp_path / "small"
     sample(configuration("sample", *relay_overrides, "relay.last=base", "seeds=0-2", f"run_dir={small}"))
     start = [*relay_overrides, "relay.stages.base.path=nowhere", f"relay.start={small / 'images'}"]
+    assert ImageDataset(small / "images", 8).labels == [0, 1, 0]  # their classes are taken over
     results = sample(configuration("sample", *start, f"run_dir={tmp_path / 'large'}"))
     assert results["images"] == 3
     names = sorted(path.relative_to(small / "images") for path in (small / "images").rglob("*.png"))
@@ -103,21 +104,35 @@ def test_given_images_are_enlarged_under_their_names(configuration, relay_overri
     assert pngs(tmp_path / "one/images").items() <= pngs(tmp_path / "large/images").items()
 
 
+def test_given_images_without_classes_need_one(configuration, relay_overrides, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    start = [*relay_overrides, f"relay.start={tmp_path}"]
+    with pytest.raises(UserError, match=r"no classes \(dataset\.json\), but the model knows some: give class="):
+        sample(configuration("sample", *start))
+    (tmp_path / "dataset.json").write_text('{"labels": [["a.png", 0]], "classes": ["light"]}')
+    with pytest.raises(UserError, match="other classes than the model"):
+        sample(configuration("sample", *start))
+    assert sample(configuration("sample", *start, "class=-1"))["images"] == 1
+
+
 def test_given_images_of_another_size_are_named(configuration, relay_overrides, tmp_path):
     Image.new("RGB", (12, 12)).save(tmp_path / "a.png")
-    with pytest.raises(UserError, match=r"relay\.start\.resolution=8: 'a.png' .* is 12x12"):
-        sample(configuration("sample", *relay_overrides, f"relay.start={tmp_path}"))
+    with pytest.raises(UserError, match=r"relay\.stages\.relay starts from resolution=8: 'a.png' .* is 12x12"):
+        sample(configuration("sample", *relay_overrides, f"relay.start={tmp_path}", "class=0"))
 
 
 def test_early_hand_over_is_reported(configuration, relay_overrides, tmp_path, capsys):
     options = [*relay_overrides, "seeds=0-1", "relay.hand_over_sigma=1", "relay.stages.base.changes.sampler.steps=9"]
     results = sample(configuration("sample", *options, "mode=evaluate"))
-    saved = results["settings"]["hand_over_saved_evaluations"]
+    saved = results["saved_evaluations"]
     assert saved > 0
     assert f"{saved} network evaluations fewer an image" in capsys.readouterr().out
     assert results["settings"]["stages"]["base"]["network_evaluations"] == 2 * 9 - 1 - saved
     stored = json.loads((tmp_path / "samples/metrics.json").read_text())
-    assert stored["settings"]["hand_over_saved_evaluations"] == saved
+    assert stored["saved_evaluations"] == saved
+    assert stored["settings"]["hand_over_sigma"] == 1
+    with pytest.raises(UserError, match=r"hand_over_sigma is 1 there, 2 here"):
+        sample(configuration("sample", *relay_overrides, "relay.hand_over_sigma=2", options[-1]))
 
 
 def test_postprocessing_is_done_before_writing_and_recorded(configuration, relay_overrides, tmp_path):
@@ -144,7 +159,7 @@ def test_anyones_images_are_measured(configuration, relay_overrides, small_zip):
     assert results["kid"] < 0
     assert "class layer" in results["not_measured"]["inception_score"]
     assert results["evaluation"]["protocol"]["name"] == "adm"
-    assert results["evaluation"]["protocol"]["rounding"] == "as stored"
+    assert results["departures"] == []
 
 
 def test_samples_measured_from_files_are_those_measured_on_the_way(configuration, relay_overrides, tmp_path):
@@ -157,12 +172,28 @@ def test_samples_measured_from_files_are_those_measured_on_the_way(configuration
         assert measured["sfid"] == pytest.approx(sampled["sfid"], rel=1e-4)
 
 
+def test_measuring_finished_images_leaves_them_alone(configuration, relay_overrides, tmp_path):
+    sample(configuration("sample", *relay_overrides, "seeds=0-3"))
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "samples").rglob("*.png")}
+    assert len(times) == 5  # with relay.png
+    results = sample(configuration("sample", *relay_overrides, "seeds=0-3", "mode=evaluate", "metrics=adm"))
+    assert (results["sampled_now"], results["images"]) == (0, 4)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "samples").rglob("*.png")} == times
+    assert results["departures"] == ["images are rounded nearest, where adm has floor"]
+
+
+def test_one_class_in_other_words_continues(configuration, relay_overrides):
+    for i, chosen in enumerate(["1", "light", "[1]"]):
+        results = sample(configuration("sample", *relay_overrides, f"class={chosen}", f"seeds=0-{i}"))
+        assert results["sampled_now"] == 1
+
+
 def test_guidance_and_rounding_reach_the_relay(configuration, relay_overrides, monkeypatch):
     built = []
     predict = Relay.predict_step
     monkeypatch.setattr(Relay, "predict_step", lambda self, *a: built.append(self) or predict(self, *a))
     changes = ["relay.stages.base.changes.guidance_scale=2", "relay.stages.base.changes.guidance_interval=[0.1,2]"]
-    sample(configuration("sample", *relay_overrides, *changes, "metrics=adm", "seeds=0-1", "picture=0"))
+    sample(configuration("sample", *relay_overrides, *changes, "relay.rounding=floor", "seeds=0-1", "picture=0"))
     first = next(iter(built[0].chain().values()))
     assert (first.guidance_scale, list(first.guidance_interval)) == (2, [0.1, 2])
     assert built[0].rounding == "floor"

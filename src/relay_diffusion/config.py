@@ -186,6 +186,16 @@ def validate_training(cfg: DictConfig) -> None:
         f"network.augment_labels={augment_labels}, but stage.augment is {'set' if augmented else 'null'}: "
         "use augment=edm, or augment=none",
     )
+    mirrored = augmented and OmegaConf.select(cfg, "stage.augment.x_flip", default=False)
+    _require(
+        not (mirrored and cfg.data.dataset.x_flip),
+        "data.dataset.x_flip=true mirrors images that stage.augment mirrors too: set one of them to false",
+    )
+    interval = cfg.stage.guidance_interval
+    _require(
+        interval is None or cfg.stage.guidance_scale != 1,
+        f"stage.guidance_interval={interval} has no use with stage.guidance_scale=1, which is no guidance",
+    )
     _require(
         conditional or cfg.stage.guidance_scale == 1,
         f"stage.guidance_scale={cfg.stage.guidance_scale} needs classes, but network.num_classes is 0",
@@ -257,6 +267,9 @@ def validate_sampling(cfg: DictConfig) -> None:
     _require(cfg.format in ("png", "zip"), f"format={cfg.format}: use png or zip")
     if cfg.images is not None:
         _require(cfg.mode == "evaluate", f"images={cfg.images} are only measured: add mode=evaluate")
+        for key in ("seeds", "class"):
+            _require(cfg[key] is None, f"{key}={cfg[key]} is for sampling: images={cfg.images} are only measured")
+        _require(cfg.format == "png" and not cfg.npz, f"images={cfg.images} are only measured: no format or npz")
         _require(cfg.reference is not None, f"images={cfg.images}: give reference=... to compare them with")
         check_file(cfg.images, "images")
     else:

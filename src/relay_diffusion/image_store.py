@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
-from relay_diffusion.data.convert import ImageZipWriter, encode_png
-from relay_diffusion.data.images import decode_bytes
-from relay_diffusion.data.sources import LABEL_FILE
+from relay_diffusion.data.image_sets import ImageSet
+from relay_diffusion.data.sources import LABEL_FILE, decode_rgb, map_in_order
+from relay_diffusion.data.zip_writer import ImageZipWriter, encode_png
 from relay_diffusion.errors import UserError
 from relay_diffusion.files import whole_file, write_text
 
@@ -24,31 +24,31 @@ class ImageStore:
     """Images by name in `directory`/images, one PNG each; `pack` moves them into `directory`/images.zip.
 
     `settings` (what determines the images) are kept beside them. Raises UserError if the directory already
-    holds images of other settings.
+    holds images of other settings, and names the first that differs.
     """
 
     def __init__(self, directory: str | Path, settings: Mapping[str, Any]) -> None:
         directory = Path(directory)
         self.folder, self.archive = directory / "images", directory / "images.zip"
         self._settings_file = directory / "settings.json"
-        self._settings = json.dumps(settings, indent=1, sort_keys=True, default=str)
-        if self._settings_file.exists() and self._settings_file.read_text() != self._settings:
-            raise UserError(f"{directory} holds images of other settings (settings.json): choose another output")
+        self._settings = json.loads(json.dumps(settings, default=str))
+        if self._settings_file.exists():
+            known = _read_json(self._settings_file)
+            if known != self._settings:
+                key, there, here = _difference(known, self._settings)
+                raise UserError(
+                    f"{directory} holds images of other settings ({key} is {there} there, {here} here): "
+                    "choose another output"
+                )
         self._packed: set[str] = set()
         if self.archive.exists():
             with self._open() as archive:
-                self._packed = set(archive.namelist())
-
-    def _open(self) -> zipfile.ZipFile:
-        try:
-            return zipfile.ZipFile(self.archive)
-        except (zipfile.BadZipFile, OSError) as error:
-            raise UserError(f"{self.archive} cannot be read ({error}): delete it or choose another output") from None
+                self._packed = set(archive.namelist()) - {LABEL_FILE}
 
     def begin(self) -> None:
         """Create the folder and note the settings."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self._settings_file, self._settings)
+        write_text(self._settings_file, json.dumps(self._settings, indent=1, sort_keys=True))
 
     def path(self, name: str) -> Path:
         """The file of an image that is not packed."""
@@ -62,38 +62,121 @@ class ImageStore:
         with whole_file(self.path(name)) as file:
             file.write(encode_png(Image.fromarray(image.permute(1, 2, 0).cpu().numpy())))
 
-    def encoded(self, names: Sequence[str]) -> Iterator[bytes]:
-        """The PNG bytes of images, in order."""
+    def images(self, names: Sequence[str], resolution: tuple[int, int]) -> ImageSet:
+        """Images of the store in this order."""
+        return _KeptImages(self, names, resolution)
+
+    @contextmanager
+    def reading(self) -> Iterator[zipfile.ZipFile | None]:
+        """The open zip, for `encoded`; None if nothing is packed."""
         if not self._packed:
-            yield from (self.path(name).read_bytes() for name in names)
+            yield None
             return
         with self._open() as archive:
-            for name in names:
-                member = f"{name}.png"
-                yield archive.read(member) if member in self._packed else self.path(name).read_bytes()
+            yield archive
 
-    def batches(self, names: Sequence[str], batch_size: int) -> Iterator[Tensor]:
-        """Images in order: uint8 [B,3,H,W]."""
-        batch: list[Tensor] = []
-        for name, content in zip(names, self.encoded(names), strict=True):
-            batch.append(decode_bytes(content, str(self.path(name))))
-            if len(batch) == batch_size:
-                yield torch.stack(batch)
-                batch = []
-        if batch:
-            yield torch.stack(batch)
+    def encoded(self, name: str, archive: zipfile.ZipFile | None) -> bytes:
+        """The PNG bytes of an image."""
+        member = f"{name}.png"
+        packed = archive is not None and member in self._packed
+        return archive.read(member) if archive is not None and packed else self.path(name).read_bytes()
 
-    def pack(self, names: Sequence[str], labels: Sequence[int], class_names: Sequence[str] | None) -> None:
-        """Move all images into one zip with their classes (dataset.json); what was packed before stays in it."""
-        known = {f"{name}.png": label for name, label in zip(names, labels, strict=True)}
-        if self._packed:
-            with self._open() as archive:
-                stored = json.loads(archive.read(LABEL_FILE))["labels"] or []
-            known = dict(stored) | known if stored else dict.fromkeys(self._packed - {LABEL_FILE}, -1) | known
-        members = sorted(known)
-        contents = self.encoded([member.removesuffix(".png") for member in members])
-        with ImageZipWriter(self.archive, list(class_names) if class_names is not None else None) as writer:
-            for member, content in zip(members, contents, strict=True):
-                writer.add_encoded(member, content, known[member] if class_names is not None else None)
-        self._packed = {*members, LABEL_FILE}
-        shutil.rmtree(self.folder)
+    def note_labels(self, labels: Mapping[str, int], class_names: Sequence[str]) -> None:
+        """Keep the classes of images (by name) in a dataset.json beside them, so that they are a data set.
+
+        Only if every image there has one; -1 is none.
+        """
+        loose = self._loose()
+        if not loose:
+            return  # what is packed has its classes in the zip
+        known = self._labels() | {f"{name}.png": label for name, label in labels.items()}
+        members = [*self._packed, *loose]
+        if not all(known.get(member, -1) >= 0 for member in members):
+            (self.folder / LABEL_FILE).unlink(missing_ok=True)
+            return
+        content = {"labels": [[member, known[member]] for member in sorted(members)], "classes": list(class_names)}
+        write_text(self.folder / LABEL_FILE, json.dumps(content))
+
+    def pack(self) -> None:
+        """Move all images into one zip, with their classes if all have one; what was packed before stays in it."""
+        loose = self._loose()
+        if not loose:
+            return
+        labels, class_names = self._labels(), self._class_names()
+        members = sorted({*self._packed, *loose})
+        classed = class_names is not None and all(labels.get(member, -1) >= 0 for member in members)
+        with self.reading() as archive, ImageZipWriter(self.archive, class_names if classed else None) as writer:
+            for member in members:
+                content = self.encoded(member.removesuffix(".png"), archive)
+                writer.add_encoded(member, content, labels[member] if classed else None)
+        self._packed = set(members)
+        for member in loose:
+            (self.folder / member).unlink()
+        (self.folder / LABEL_FILE).unlink(missing_ok=True)
+        for root, _, _ in os.walk(self.folder, topdown=False):
+            if not os.listdir(root):  # noqa: PTH208
+                Path(root).rmdir()
+
+    def _open(self) -> zipfile.ZipFile:
+        try:
+            return zipfile.ZipFile(self.archive)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise UserError(f"{self.archive} cannot be read ({error}): delete it or choose another output") from None
+
+    def _loose(self) -> list[str]:
+        """Names of the PNG files in the folder."""
+        files = (path.relative_to(self.folder) for path in self.folder.rglob("*.png"))
+        return [path.as_posix() for path in files if not path.name.startswith(".")]
+
+    def _noted(self) -> dict[str, Any]:
+        """The newest dataset.json: of the folder, or else of the zip."""
+        if (self.folder / LABEL_FILE).exists():
+            return _read_json(self.folder / LABEL_FILE)
+        with self.reading() as archive:
+            found = archive is not None and LABEL_FILE in archive.namelist()
+            return json.loads(archive.read(LABEL_FILE)) if archive is not None and found else {}
+
+    def _labels(self) -> dict[str, int]:
+        return dict(self._noted().get("labels") or [])
+
+    def _class_names(self) -> list[str] | None:
+        return self._noted().get("classes")
+
+
+class _KeptImages(ImageSet):
+    """Some images of a store."""
+
+    kind = "run"
+
+    def __init__(self, store: ImageStore, names: Sequence[str], resolution: tuple[int, int]) -> None:
+        self.store, self.names, self.resolution, self.path = store, names, resolution, store.folder
+
+    @property
+    def source_hash(self) -> str:
+        """What determines the images is in the run's settings."""
+        return ""
+
+    def _images(self, indices: Sequence[int]) -> Iterator[Image.Image]:
+        with self.store.reading() as archive:
+
+            def read(index: int) -> Image.Image:
+                name = self.names[index]
+                return decode_rgb(self.store.encoded(name, archive), str(self.store.path(name)))
+
+            yield from map_in_order(read, indices)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path} is damaged: delete it or choose another output") from None
+
+
+def _difference(known: Any, here: Any, key: str = "") -> tuple[str, Any, Any]:
+    """The first key whose values differ, and both values."""
+    if isinstance(known, dict) and isinstance(here, dict):
+        for part in sorted({*known, *here}):
+            if known.get(part) != here.get(part):
+                return _difference(known.get(part), here.get(part), f"{key}.{part}" if key else part)
+    return key, known, here

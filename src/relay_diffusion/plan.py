@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import lightning as L
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
-
-from relay_diffusion.data.convert import png_names
 from relay_diffusion.data.images import ImageDataset
+from relay_diffusion.data.zip_writer import png_names
 from relay_diffusion.diffusion.guidance import NO_CLASS
 from relay_diffusion.errors import UserError
 
 FOLDER_SIZE = 1000  # images in one sub-folder
-DEFAULT_SEEDS = "0-31"
+MAX_SEED = 2**63 - 1
 
 
 def parse_seeds(text: object) -> list[int]:
@@ -33,11 +28,15 @@ def parse_seeds(text: object) -> list[int]:
     seeds: list[int] = []
     for part in parts:
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UserError(f"seeds is {text!r}: give numbers and ranges, e.g. seeds=0-31 or seeds='0-7,12'")
+        if max(int(first), int(last or 0)) > MAX_SEED:
+            raise UserError(f"seeds holds {part.strip()!r}: the largest seed is {MAX_SEED}")
         if dash and int(last) < int(first):
             raise UserError(f"seeds holds the range {part.strip()!r}, which runs backwards")
         seeds.extend(range(int(first), int(last if dash else first) + 1))
+    if not seeds:
+        raise UserError("seeds names none: give numbers and ranges, e.g. seeds=0-31")
     if len(set(seeds)) != len(seeds):
         raise UserError(f"seeds is {text!r}: a seed is named twice")
     return seeds
@@ -85,7 +84,7 @@ class Plan:
 
 def plan_from_noise(seeds: object, classes: Sequence[int]) -> Plan:
     """One image a seed; the classes in turn by seed, as the authors do."""
-    chosen = parse_seeds(DEFAULT_SEEDS if seeds is None else seeds)
+    chosen = parse_seeds(seeds)
     names = [f"{seed // FOLDER_SIZE * FOLDER_SIZE:08d}/seed{seed:08d}" for seed in chosen]
     return Plan(names, chosen, [classes[seed % len(classes)] for seed in chosen])
 
@@ -94,7 +93,7 @@ def plan_from_images(start: ImageDataset, seeds: object, classes: Sequence[int] 
     """One image for each of the given ones, under its own name; image number k has seed k.
 
     `seeds` chooses some of them by number (null: all). Without `classes` each image has the class of its
-    dataset.json, or none. Raises UserError for numbers that are not there.
+    dataset.json, or none. Raises UserError for numbers that are not there, and for two images that would share a file.
     """
     chosen = list(range(len(start.names))) if seeds is None else parse_seeds(seeds)
     if max(chosen) >= len(start.names):
@@ -103,41 +102,9 @@ def plan_from_images(start: ImageDataset, seeds: object, classes: Sequence[int] 
             f"{len(start.names) - 1}"
         )
     names = png_names(start.names)
+    if len(set(names.values())) < len(names):
+        twice = next(name for name, count in Counter(names.values()).items() if count > 1)
+        raise UserError(f"relay.start={start.path}: two of its images would be written as {twice}: rename one")
     labels = start.labels if classes is None else [classes[k % len(classes)] for k in range(len(start.names))]
     chosen_names = [names[start.names[k]].removesuffix(".png") for k in chosen]
     return Plan(chosen_names, chosen, [labels[k] for k in chosen], start)
-
-
-class SampleBatch(NamedTuple):
-    """positions [B] in the plan, seeds [B], labels [B] (-1: none), start: uint8 [B,C,h,w] or None."""
-
-    positions: Tensor
-    seeds: Tensor
-    labels: Tensor
-    start: Tensor | None
-
-
-class PlanDataModule(L.LightningDataModule):
-    """The images of a plan that are still to be made, dealt out to the devices in turn: each once.
-
-    todo: positions in the plan. batch_size: images at once on one device.
-    """
-
-    def __init__(self, plan: Plan, todo: Sequence[int], batch_size: int) -> None:
-        super().__init__()
-        self.plan, self.todo, self.batch_size = plan, list(todo), batch_size
-
-    def predict_dataloader(self) -> DataLoader[int]:
-        """This device's share."""
-        assert self.trainer is not None
-        mine = self.todo[self.trainer.global_rank :: self.trainer.world_size]
-        return DataLoader(mine, batch_size=self.batch_size, collate_fn=self._batch)  # type: ignore[arg-type]
-
-    def _batch(self, positions: Iterable[int]) -> SampleBatch:
-        positions, plan = list(positions), self.plan
-        seeds = [plan.seeds[position] for position in positions]
-        labels = [plan.labels[position] for position in positions]
-        start = None
-        if plan.start is not None:
-            start = torch.stack([image for image, _ in plan.start.__getitems__(seeds)])
-        return SampleBatch(torch.tensor(positions), torch.tensor(seeds), torch.tensor(labels), start)

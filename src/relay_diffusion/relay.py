@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
+from relay_diffusion.batches import SampleBatch, Samples
 from relay_diffusion.data.images import to_float, to_uint8
 from relay_diffusion.errors import UserError
-from relay_diffusion.plan import SampleBatch
 from relay_diffusion.samplers import EDMSampler
 from relay_diffusion.stage import DiffusionStage
 
@@ -41,18 +41,6 @@ def _check_chain(stages: Mapping[str, DiffusionStage]) -> None:
             raise UserError(f"relay.stages.{name} and {before} were trained on classes of other names or order")
 
 
-class Samples(NamedTuple):
-    """What one batch of sampling gives.
-
-    positions [B]: places in the list of all images. images: uint8 [B,C,H,W], final. stages: the images of every
-    stage by name, float [B,C,H,W] in about [-1, 1], after the "start" if one was given.
-    """
-
-    positions: Tensor
-    images: Tensor
-    stages: dict[str, Tensor]
-
-
 class Relay(L.LightningModule):
     """Chains any number of stages, of any integer factors; predicts images from (seeds, labels).
 
@@ -73,7 +61,7 @@ class Relay(L.LightningModule):
         _check_chain(stages)
         self.stages = nn.ModuleDict(dict(stages))
         self.rounding, self.postprocess = rounding, postprocess
-        self.saved_evaluations = 0
+        self.hand_over_sigma, self.saved_evaluations = hand_over_sigma, 0
         if hand_over_sigma is not None:
             self._stop_first_stage(hand_over_sigma)
 
@@ -128,7 +116,7 @@ class Relay(L.LightningModule):
         }
         return {
             "stages": stages,
-            "hand_over_saved_evaluations": self.saved_evaluations,
+            "hand_over_sigma": self.hand_over_sigma,
             "rounding": self.rounding,
             "postprocess": str(self.postprocess) if self.postprocess else None,
         }

@@ -31,7 +31,8 @@ def report(results: Mapping[str, Any]) -> None:
             table.add_row(label, format(results[key], form))
     for name, reason in results.get("not_measured", {}).items():
         table.add_row(name, f"not measured: {reason}")
-    saved = results.get("settings", {}).get("hand_over_saved_evaluations")
-    if saved:
-        table.add_row("early hand-over", f"{saved} network evaluations fewer an image")
+    for departure in results.get("departures", []):
+        table.add_row("not as published", departure)
+    if "saved_evaluations" in results:
+        table.add_row("early hand-over", f"{results['saved_evaluations']} network evaluations fewer an image")
     Console(soft_wrap=True).print(table)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from relay_diffusion.checkpoint import build_stored, changed_config, find_stage, read_stage
+from relay_diffusion.data.augment import Augmentation
 from relay_diffusion.data.images import to_float
 from relay_diffusion.diffusion import (
     AutoGuidance,
@@ -29,8 +30,6 @@ from relay_diffusion.files import file_sha256
 from relay_diffusion.networks import EDMPreconditioner
 from relay_diffusion.samplers import Sampler
 
-Augment = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Images [B,C,H,W] in [-1, 1] -> changed images and what was done to each, labels [B,A]."""
 OptimizerFactory = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
 GRADIENT_LIMIT = 1e5  # what an infinite gradient becomes, as published
 
@@ -62,7 +61,7 @@ class DiffusionStage(L.LightningModule):
         loss: DenoisingLoss,
         sampler: Sampler,
         optimizer: OptimizerFactory | None = None,
-        augment: Augment | None = None,
+        augment: Augmentation | None = None,
         label_dropout: float = 0.0,
         guidance_scale: float = 1.0,
         guidance_interval: Sequence[float] | None = None,
@@ -72,6 +71,10 @@ class DiffusionStage(L.LightningModule):
         super().__init__()
         self.denoiser, self.corruption, self.loss, self.sampler = denoiser, corruption, loss, sampler
         self.optimizer_factory, self.augment = optimizer, augment
+        if augment is not None and augment.labels != denoiser.network.augment_labels:
+            raise ValueError(
+                f"network.augment_labels={denoiser.network.augment_labels}, but the augmentation has {augment.labels}"
+            )
         self.label_dropout, self.guidance_scale = label_dropout, guidance_scale
         if guidance_interval is not None and not (
             len(guidance_interval) == 2 and 0 <= guidance_interval[0] <= guidance_interval[1]
@@ -169,6 +172,8 @@ class DiffusionStage(L.LightningModule):
     def guided(self) -> Denoiser:
         """The denoiser with this stage's guidance around it. Raises UserError if there is nothing to guide with."""
         if self.guidance_scale == 1:
+            if self.guide is not None or self.guidance_interval is not None:
+                raise UserError("guidance_scale=1 is none: a guide or a guidance_interval needs another scale")
             return self.denoiser
         guided: Denoiser
         if self.guide is not None:

@@ -61,16 +61,22 @@ def test_names_of_the_labels():
     assert (of["scale"], of["translation_x"], of["translation_y"]) == (3, 6, 7)
 
 
-def test_at_probability_0_half_are_mirrored_or_none():
+@pytest.mark.parametrize("x_flip", [True, False])
+def test_at_probability_0_nothing_is_done(x_flip):
+    images = torch.randn(400, 1, 2, 3)
+    result, labels = Augmentation(probability=0, x_flip=x_flip)(images)
+    assert torch.equal(result, images)
+    assert not labels.any()
+
+
+def test_half_are_mirrored_at_the_smallest_probability():
     images = torch.randn(4000, 1, 2, 3)
-    result, labels = Augmentation(probability=0)(images)
+    result, labels = Augmentation(probability=1e-9)(images)
     flipped = labels[:, 0] == 1
     assert torch.equal(result, torch.where(flipped[:, None, None, None], images.flip(3), images))
     assert abs(flipped.float().mean().item() - 0.5) < 5 * math.sqrt(0.25 / 4000)
     assert not labels[:, 1:].any()
-    result, labels = Augmentation(probability=0, x_flip=False)(images)
-    assert torch.equal(result, images)
-    assert not labels.any()
+    assert not Augmentation(probability=1e-9, x_flip=False)(images)[1].any()
 
 
 def test_every_image_is_told_what_was_done_to_it():
@@ -172,7 +178,10 @@ TRANSFORMATIONS = {
     "half a turn": ({"rotation": math.pi}, lambda x, y: (-x, -y)),
     "wide": ({"stretch": 1.5}, lambda x, y: (x / BASE**1.5, y * BASE**1.5)),
     "narrow": ({"stretch": -1.5, "direction": math.pi}, lambda x, y: (x * BASE**1.5, y / BASE**1.5)),
-    "slanted": ({"stretch": 1.1, "direction": 0.5}, lambda x, y: stretched(x, y, BASE**1.1, 0.5)),
+    "slanted": (
+        {"stretch": 1.1, "direction": 0.5},
+        lambda x, y: stretched(x, y, BASE**1.1, -0.5),
+    ),  # counter-clockwise as seen
     "right": ({"right": 0.9}, lambda x, y: (x - 0.9 * 43 / 8, y)),
     "up": ({"down": -1.1}, lambda x, y: (x, y + 1.1 * 38 / 8)),
 }
@@ -202,7 +211,7 @@ def test_order_and_strength_of_the_transformations(flips):
     given = {"scale": 0.8, "rotation": 0.7, "direction": -0.9, "stretch": 1.2, "right": -1.6, "down": 1.5}
     drawn = parameters(x_flip=flips[0], y_flip=flips[1], **given)
     x, y = GRID[0] + 1.6 * 0.05 * 43, GRID[1] - 1.5 * 0.05 * 38  # undone in reverse: the last is undone first
-    x, y = turned(*stretched(x, y, 1.3**1.2, -0.9), 0.7)
+    x, y = turned(*stretched(x, y, 1.3**1.2, 0.9), 0.7)
     x, y = x / 1.5**0.8 * (1 - 2 * flips[0]), y / 1.5**0.8 * (1 - 2 * flips[1])
     assert_is_smooth_at(augmentation.apply(tensor(smooth(*GRID)), drawn), x, y)
 
@@ -213,7 +222,7 @@ DESTINATIONS = [  # of the point at 5, 2
     ({"rotation": math.pi / 2}, (2, -5)),  # what was at the right goes to the top
     ({"scale": 5 * math.log2(1.25)}, (6.25, 2.5)),
     ({"stretch": 5 * math.log2(1.25), "direction": math.pi / 2}, (4, 2.5)),
-    ({"stretch": 5 * math.log2(1.2), "direction": math.atan2(2, 5)}, (6, 2.4)),  # along its own direction
+    ({"stretch": 5 * math.log2(1.2), "direction": math.atan2(-2, 5)}, (6, 2.4)),  # along its own direction, y down
     ({"x_flip": 1, "right": 0.8}, (-1, 2)),
     ({"y_flip": 1, "rotation": math.pi / 2}, (-2, -5)),
 ]

@@ -15,7 +15,8 @@ from PIL import Image
 
 from relay_diffusion.data import ImageDataset
 from relay_diffusion.data.arguments import parse_arguments
-from relay_diffusion.data.convert import Classes, ConvertOptions, Crop, ImageZipWriter, convert
+from relay_diffusion.data.convert import Classes, ConvertOptions, Crop, convert
+from relay_diffusion.data.zip_writer import ImageZipWriter
 from relay_diffusion.errors import UserError
 
 NAMES = ["cat/b.png", "cat/sub/a.png", "dog/c.png"]

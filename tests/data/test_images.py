@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from relay_diffusion.data import ImageDataset
-from relay_diffusion.data.images import decode_bytes, to_float, to_uint8, uint8_batches
+from relay_diffusion.data.images import decode_bytes, to_float, to_uint8
 from relay_diffusion.errors import UserError
 
 NAMES = ["heldout/d.png", "train/a.png", "train/b.png", "train/c.png"]
@@ -123,13 +123,6 @@ def plain_image(dataset: ImageDataset, index: int) -> torch.Tensor:
     """Box average of the original pixels, by hand."""
     blocks = pixels(index).reshape(dataset.resolution, 2, dataset.resolution, 2, 3).astype(int).sum((1, 3))
     return torch.from_numpy(((blocks + 2) // 4).astype(np.uint8)).permute(2, 0, 1)
-
-
-def test_batches_leave_out_the_mirrored_images(archive: Path) -> None:
-    dataset = ImageDataset(archive, 8, x_flip=True)
-    batches = list(uint8_batches(dataset, 3))
-    assert [len(batch) for batch in batches] == [3, 1]
-    assert torch.equal(torch.cat(batches), torch.stack([dataset[index][0] for index in range(4)]))
 
 
 def test_forked_workers_read_what_the_parent_reads(tmp_path: Path) -> None:

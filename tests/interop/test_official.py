@@ -98,7 +98,7 @@ def test_settings_by_place_and_by_default():
     [
         (_stored(64, 3), "without out_channels"),
         (_stored(64, 3, 3, img_resolution=32), "img_resolution given twice"),
-        (_stored(*range(13)), "13 settings"),
+        (_stored(*range(14)), "14 settings"),
         (_stored(64, 3, 3, encoder_type="residual"), "encoder_type"),
         (_stored(64, 3, 6), "other channels"),
         (_stored(64, 3, 3, num_blocks=10**9), "num_blocks"),
@@ -187,3 +187,11 @@ def test_a_member_with_a_flipped_bit_is_noticed(tmp_path):
     path = tmp_path / "flipped.pt"
     path.write_bytes(content.replace(weights, spoiled))
     refused(path, "damaged", "Bad CRC-32")
+
+
+def test_the_authors_faster_attention_is_the_same_network():
+    """Their training script always names it, so every published .pt holds it."""
+    given = {"img_resolution": 64, "in_channels": 3, "out_channels": 3}
+    plain = unet_settings(constructor_arguments(_stored(**given), DHARIWAL_UNET))
+    for faster in (True, False):
+        assert unet_settings(constructor_arguments(_stored(**given, eff_attn=faster), DHARIWAL_UNET)) == plain

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("small")
 
 
 def read(path: Path) -> Reference:
-    return read_reference(Npz(path, "metrics.reference.path"))
+    return read_reference(Npz(path, "reference"))
 
 
 def assert_same(a: Reference, b: Reference) -> None:
@@ -110,7 +110,7 @@ def test_wrong_files(reference: Reference, tmp_path: Path, change: dict[str, obj
     np.savez(path, **arrays)
     with pytest.raises(UserError, match=message) as raised:
         read(path)
-    assert str(raised.value).startswith(f"metrics.reference.path={path}")
+    assert str(raised.value).startswith(f"reference={path}")
     assert "\n" not in str(raised.value)
 
 
@@ -134,7 +134,7 @@ def test_damaged_files(reference: Reference, tmp_path: Path, damage: Callable[[P
     path = tmp_path / "reference.npz"
     reference.save(path)
     damage(path)
-    with pytest.raises(UserError, match=r"^metrics\.reference\.path=.*reference\.npz: (not a readable|.* cannot be)"):
+    with pytest.raises(UserError, match=r"^reference=.*reference\.npz: (not a readable|.* cannot be)"):
         read(path)
 
 

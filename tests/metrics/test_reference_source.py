@@ -11,7 +11,7 @@ from fake_inception import POOL, PixelFeatures, pixel_reference, random_images
 from PIL import Image
 from torch import Tensor
 
-from relay_diffusion.data.convert import ImageZipWriter
+from relay_diffusion.data.zip_writer import ImageZipWriter
 from relay_diffusion.errors import UserError
 from relay_diffusion.interop.adm import write_adm_samples
 from relay_diffusion.metrics import Reference, ReferenceSource
@@ -150,7 +150,7 @@ def test_wrong_paths_are_found_at_once(tmp_path: Path) -> None:
     np.savez(tmp_path / "batch.npz", np.zeros((2, 8, 8), np.uint8))
     write_zip(tmp_path / "set.zip", random_images(3, 1))
     for name, options, message in (
-        ("absent", {}, r"^metrics\.reference\.path=.*absent: no such file"),
+        ("absent", {}, r"^reference=.*absent: no such file"),
         ("other.npz", {}, r"other\.npz: holds x; a reference has mu and sigma, or images as 'arr_0'"),
         ("batch.npz", {}, r"batch\.npz: 'arr_0' must hold images"),
         ("set.zip", {"resolution": (3, 3)}, r"is 8x8; it must be 3x3 or a whole multiple"),

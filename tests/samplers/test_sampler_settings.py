@@ -208,6 +208,14 @@ def test_stopping_at_the_last_level_changes_nothing():
     torch.testing.assert_close(sampler.stopping_at(0.002)(toy_denoiser, start, torch.randn_like), whole)
 
 
+def test_an_early_stop_adds_no_noise_before_its_estimate():
+    sampler = EDMSampler(steps=8, churn=2.0, churn_min=0.1, churn_max=10.0)
+    levels = levels_seen(sampler.stopping_at(1.0))
+    assert levels[-1] == 1.0
+    raised = [sigma * (1 + 2.0 / 8) if 0.1 <= sigma <= 10.0 else sigma for sigma in sampler.sigmas if sigma > 1.0]
+    assert levels[:-1:2] == pytest.approx(raised)
+
+
 @pytest.mark.parametrize("sigma", [0.0, 0.001, 80.0, 100.0])
 def test_a_level_outside_the_walk_is_refused(sigma):
     with pytest.raises(ValueError, match="cannot stop"):

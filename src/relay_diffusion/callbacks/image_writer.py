@@ -7,9 +7,9 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from relay_diffusion.batches import Samples
 from relay_diffusion.image_store import ImageStore
 from relay_diffusion.plan import Plan
-from relay_diffusion.relay import Samples
 
 
 class ImageWriter(Callback):

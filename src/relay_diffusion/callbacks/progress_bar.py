@@ -8,9 +8,9 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from relay_diffusion.batches import Samples
 from relay_diffusion.callbacks.training_log import TrainingLog
 from relay_diffusion.progress import Advance, progress
-from relay_diffusion.relay import Samples
 from relay_diffusion.stage import DiffusionStage
 
 

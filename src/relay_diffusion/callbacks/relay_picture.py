@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from relay_diffusion.batches import Samples
 from relay_diffusion.diffusion.corruption import upsample_blocks
 from relay_diffusion.pictures import image_grid, save_png, side_by_side
-from relay_diffusion.relay import Samples
 
 
 class RelayPicture(Callback):

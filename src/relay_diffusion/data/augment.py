@@ -59,7 +59,7 @@ class Parameters(NamedTuple):
     y_flip: Tensor  # a1, bool
     scale: Tensor  # a2: exponent
     rotation: Tensor  # a3: radians, counter-clockwise as seen
-    direction: Tensor  # a4: radians from x towards y (clockwise as seen), the axis along which `stretch` acts
+    direction: Tensor  # a4: radians counter-clockwise as seen, the axis along which `stretch` acts
     stretch: Tensor  # a5: exponent
     right: Tensor  # a6: in units of `translation` widths
     down: Tensor  # a7: in units of `translation` heights
@@ -84,7 +84,7 @@ class Augmentation:
     """Transform each image of a batch at random: float32 [B,C,H,W] -> the same shape, and labels [B,9].
 
     probability: of each transformation, independently: y-flip (then a coin decides), scaling, rotation, anisotropic
-    scaling, translation. x_flip: a coin for every image, whatever the probability.
+    scaling, translation; 0 changes nothing. x_flip: a coin for every image, at any probability above 0.
     scale_base: an image is scaled by scale_base^a, a ~ N(0,1). anisotropy_base: and by anisotropy_base^a along one
     axis, its inverse across. anisotropy_axis_aligned: share of these along x, the others in any direction.
     translation: standard deviation of the shift, in image widths and heights.
@@ -117,8 +117,7 @@ class Augmentation:
             shape = tuple(images.shape)
             raise ValueError(f"need float32 images [B,C,H,W] of 2x2 pixels or more, not {images.dtype} {shape}")
         parameters = self.draw(len(images), images.device)
-        transformed = flip(images, parameters) if self.probability == 0 else self.apply(images, parameters)
-        return transformed, parameters.labels()
+        return images if self.probability == 0 else self.apply(images, parameters), parameters.labels()
 
     def draw(self, count: int, device: torch.device | str = "cpu") -> Parameters:
         """Parameters of `count` images."""
@@ -129,7 +128,7 @@ class Augmentation:
         scale, stretch, right, down = torch.randn(4, count, device=device)
         y_flipped, scaled, rotated, stretched, shifted = applied
         return Parameters(
-            x_flip=x_coin if self.x_flip else torch.zeros_like(x_coin),
+            x_flip=x_coin if self.x_flip and self.probability > 0 else torch.zeros_like(x_coin),
             y_flip=y_coin & y_flipped,
             scale=torch.where(scaled, scale, 0.0),
             rotation=torch.where(rotated, rotation, 0.0),
@@ -152,8 +151,8 @@ class Augmentation:
         """Where each point of the image goes, [B,2,3]: scaling, then rotation, anisotropy and translation; no flips."""
         scale, spread = self.scale_base**parameters.scale, self.anisotropy_base**parameters.stretch
         cos, sin = torch.cos(parameters.rotation) * scale, torch.sin(parameters.rotation) * scale
-        ux, uy = torch.cos(parameters.direction), torch.sin(parameters.direction)
-        # spread u u^T + (1 - u u^T) / spread = rotate(a4) diag(spread, 1 / spread) rotate(-a4)
+        ux, uy = torch.cos(parameters.direction), -torch.sin(parameters.direction)
+        # spread u u^T + (1 - u u^T) / spread = rotate(a4) diag(spread, 1 / spread) rotate(-a4), as published
         extra = spread - 1 / spread
         xx, xy, yy = extra * ux * ux + 1 / spread, extra * ux * uy, extra * uy * uy + 1 / spread
         x_shift, y_shift = parameters.right * (self.translation * width), parameters.down * (self.translation * height)

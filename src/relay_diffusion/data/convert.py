@@ -7,17 +7,11 @@ would not match.
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-import zipfile
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from io import BytesIO
-from pathlib import Path, PurePosixPath
-from types import TracebackType
+from pathlib import Path
 
 from omegaconf import MISSING
 from PIL import Image
@@ -33,6 +27,7 @@ from relay_diffusion.data.sources import (
     open_source,
     read_labels,
 )
+from relay_diffusion.data.zip_writer import ImageZipWriter, encode_png, png_names
 from relay_diffusion.errors import UserError
 from relay_diffusion.progress import progress
 
@@ -47,7 +42,6 @@ python -m relay_diffusion.data.convert source=FOLDER|ZIP|TAR destination=OUT.zip
   classes      folders: an image's class is its first folder (default) | keep: the source's dataset.json | none
   skip_bad     false: stop at the first unusable image (default) | true: leave such images out and name them
 """
-EPOCH = (1980, 1, 1, 0, 0, 0)  # one time stamp for all members, so that the same images give the same bytes
 
 
 class Crop(Enum):
@@ -84,76 +78,6 @@ class Converted:
     images: int
     class_names: list[str] | None
     left_out: list[str]
-
-
-class ImageZipWriter:
-    """Writes an image zip: uncompressed PNG members and dataset.json; a context manager.
-
-    The zip appears at `destination` when the block ends well and not at all otherwise. The same images in the same
-    order give the same bytes. Errors: UserError when `destination` is no .zip name or a name comes twice.
-    """
-
-    def __init__(self, destination: str | Path, class_names: list[str] | None = None) -> None:
-        self.destination = Path(destination).expanduser()
-        if self.destination.suffix != ".zip":
-            raise UserError(f"destination={destination}: the name must end in .zip")
-        self.class_names = class_names
-        self.labels: dict[str, int | None] = {}  # of every image written, in order
-        self._temporary = self.destination.with_name(f".{self.destination.name}.{os.getpid()}.partial")
-
-    def __enter__(self) -> ImageZipWriter:
-        self.destination.parent.mkdir(parents=True, exist_ok=True)
-        self._zip = zipfile.ZipFile(self._temporary, "w", zipfile.ZIP_STORED)
-        return self
-
-    def add(self, name: str, image: Image.Image, label: int | None = None) -> None:
-        """Add one picture as a PNG; `label` is an index into the class names, None when there are none."""
-        self.add_encoded(name, encode_png(image), label)
-
-    def add_encoded(self, name: str, content: bytes, label: int | None = None) -> None:
-        """Add one picture that is encoded already (encoding can run in threads, this cannot)."""
-        if name in self.labels:
-            raise UserError(f"destination={self.destination}: two images would be named {name!r}")
-        assert (label is None) == (self.class_names is None), "all images have a label, or none has"
-        assert label is None or 0 <= label < len(self.class_names or ()), f"no class {label}"
-        self.labels[name] = label
-        self._write(name, content)
-
-    def _write(self, name: str, data: bytes) -> None:
-        info = zipfile.ZipInfo(name, EPOCH)
-        info.create_system, info.external_attr = 3, 0o644 << 16  # the same on every operating system
-        self._zip.writestr(info, data)
-
-    def _dataset_json(self) -> str:
-        if self.class_names is None:
-            return json.dumps({"labels": None})
-        return json.dumps({"labels": list(self.labels.items()), "classes": self.class_names})
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            with self._zip:
-                if kind is None:
-                    self._write(LABEL_FILE, self._dataset_json().encode())
-            if kind is None:
-                self._temporary.replace(self.destination)
-        finally:
-            self._temporary.unlink(missing_ok=True)
-
-
-def encode_webp(image: Image.Image) -> bytes:
-    """Lossless WebP bytes at the highest effort: a fifth smaller than PNG, much slower to write."""
-    stream = BytesIO()
-    image.save(stream, "WEBP", lossless=True, quality=100, method=6)
-    return stream.getvalue()
-
-
-def encode_png(image: Image.Image) -> bytes:
-    """PNG bytes, at zlib's default effort: the highest takes four times as long for 2 % less."""
-    stream = BytesIO()
-    image.save(stream, "PNG")
-    return stream.getvalue()
 
 
 def fit(image: Image.Image, resolution: int, crop: Crop, where: str) -> Image.Image:
@@ -236,13 +160,6 @@ def _labels(source: Source, classes: Classes) -> Labels | None:
     class_names = sorted(set(folders.values()))
     index = {folder: position for position, folder in enumerate(class_names)}
     return Labels({name: index[folder] for name, folder in folders.items()}, class_names)
-
-
-def png_names(names: list[str]) -> dict[str, str]:
-    """Names of images -> as PNG: a/x.jpg -> a/x.png; but x.jpg beside x.png -> x.jpg.png and x.png.png."""
-    stems = {name: str(PurePosixPath(name).with_suffix("")) for name in names}
-    uses = Counter(stems.values())
-    return {name: f"{stem if uses[stem] == 1 else name}.png" for name, stem in stems.items()}
 
 
 def _convert_and_report(options: ConvertOptions) -> None:

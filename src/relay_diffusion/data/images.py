@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -53,7 +53,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     x_flip: indices N..2N-1 are the mirrored images 0..N-1, so mirroring is part of the data order.
     cache: decode everything once, at the first access, and keep it as one uint8 tensor in memory.
     Attributes: `names` [N] and their `labels` [N], `class_names`, `num_classes`, `source_hash`, `path`, `subset`.
-    option: what the user calls this dataset, for messages.
+    path_option, resolution_option: what the user calls these, for messages.
     Errors: UserError that names the option (data.dataset.path, .subset, .resolution), dataset.json or the image.
     """
 
@@ -65,19 +65,20 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         labels: bool = True,
         x_flip: bool = False,
         cache: bool = False,
-        option: str = "data.dataset",
+        path_option: str = "data.dataset.path",
+        resolution_option: str = "data.dataset.resolution",
     ) -> None:
         self.resolution, self.subset, self.x_flip, self.cache = resolution, subset.strip("/"), x_flip, cache
         if resolution < 1:
-            raise UserError(f"{option}.resolution={resolution}: must be at least 1")
-        self.path, self._option = Path(path), option
-        self._source = open_zip_or_folder(path, option=f"{option}.path")
+            raise UserError(f"{resolution_option}={resolution}: must be at least 1")
+        self.path, self._resolution_option = Path(path), resolution_option
+        self._source = open_zip_or_folder(path, option=path_option)
         self.path = self._source.path
         self.names = [name for name in self._source.names if self._in_subset(name)]
         if not self.names:
             subsets = sorted({name.split("/")[0] for name in self._source.names if "/" in name})
             there = ", ".join(subsets) if subsets else "none (the images are not in folders)"
-            raise UserError(f"{option}.subset={subset}: not in {path}; subsets there: {there}")
+            raise UserError(f"data.dataset.subset={subset}: not in {path}; subsets there: {there}")
         found = read_labels(self._source) if labels else None
         self.class_names: list[str] = found.class_names if found else []
         self.labels = [found.by_name[name] if found else NO_CLASS for name in self.names]
@@ -152,19 +153,6 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             else "its side is not a multiple of the resolution"
         )
         raise UserError(
-            f"{self._option}.resolution={self.resolution}: {self._source.where(name)} is {width}x{height}; {problem}. "
+            f"{self._resolution_option}={self.resolution}: {self._source.where(name)} is {width}x{height}; {problem}. "
             f"`python -m relay_diffusion.data.convert` crops and resizes"
         )
-
-
-def uint8_batches(dataset: ImageDataset, batch_size: int) -> Iterator[Tensor]:
-    """All images in order, without the mirrored ones: uint8 [B, 3, R, R], the last batch may be smaller."""
-    dataset.load()
-    batch: list[Tensor] = []
-    for image, _ in map_in_order(dataset.__getitem__, range(len(dataset.names))):
-        batch.append(image)
-        if len(batch) == batch_size:
-            yield torch.stack(batch)
-            batch = []
-    if batch:
-        yield torch.stack(batch)

@@ -34,6 +34,7 @@ DHARIWAL_UNET: dict[str, Any] = {
     "attn_resolutions": [32, 16, 8],
     "dropout": 0.10,
     "label_dropout": 0,
+    "eff_attn": False,  # the authors' faster attention: the same numbers
 }
 # Bounds of whole numbers, far beyond any network: a damaged file must not fill the memory.
 _WHOLE = {

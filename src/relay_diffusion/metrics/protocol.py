@@ -32,6 +32,17 @@ class EvaluationProtocol:
         """All of it, for the record."""
         return asdict(self)
 
+    def departures(self, rounding: str | None, max_features: int) -> list[str]:
+        """In words, what about these images differs from the protocol; rounding None: they were 8-bit before."""
+        found = []
+        if rounding not in (None, self.rounding):
+            found.append(f"images are rounded {rounding}, where {self.name} has {self.rounding}")
+        if self.reference_features not in (None, max_features):
+            found.append(
+                f"at most {max_features:,} reference images, where {self.name} has {self.reference_features:,}"
+            )
+        return found
+
     def check(self, settings: Mapping[str, Any], option: str) -> None:
         """Raise UserError if one of a measure's settings contradicts the protocol; `option` names the measure."""
         for key, value in settings.items():

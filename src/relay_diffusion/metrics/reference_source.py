@@ -39,7 +39,7 @@ class ReferenceSource:
         resolution: tuple[int, int] | None = None,
         subset: str = "",
         max_features: int = 10_000,
-        option: str = "metrics.reference.path",
+        option: str = "reference",
     ) -> None:
         if max_features < 0:
             raise UserError(f"metrics.reference.max_features={max_features}: must be 0 or more")

@@ -43,6 +43,7 @@ class UNet(nn.Module):
         if channels % 2:
             raise ValueError(f"channels is {channels}, must be even")
         self.resolution, self.image_channels, self.num_classes = resolution, image_channels, num_classes
+        self.augment_labels = augment_labels
         width = channels * embedding_mult
 
         self.embed_noise = SinusoidalEmbedding(channels)

@@ -57,6 +57,7 @@ class EDMSampler:
             )
         stopped = copy.copy(self)
         stopped.sigmas = [*(level for level in self.sigmas if level > sigma * rounding), sigma, 0.0]
+        stopped.churn_min = max(self.churn_min, sigma * rounding)  # the estimate is that of this level, not above
         return stopped
 
     def _gamma(self, sigma: float) -> float:

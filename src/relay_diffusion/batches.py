@@ -1,0 +1,107 @@
+"""What a prediction runs through: batches of a plan or of images that exist, dealt out to the devices; and its results.
+
+Every image is dealt to one device, none to two; a device may get none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from relay_diffusion.data.image_sets import ImageSet
+from relay_diffusion.plan import Plan
+
+
+class Samples(NamedTuple):
+    """What one batch gives.
+
+    positions [B]: places in the list of all images. images: uint8 [B,C,H,W], final. stages: the images of every
+    stage by name, float [B,C,H,W] in about [-1, 1], after the "start" if one was given.
+    """
+
+    positions: Tensor
+    images: Tensor
+    stages: dict[str, Tensor]
+
+
+class SampleBatch(NamedTuple):
+    """positions [B] in the plan, seeds [B], labels [B] (-1: none), start: uint8 [B,C,h,w] or None."""
+
+    positions: Tensor
+    seeds: Tensor
+    labels: Tensor
+    start: Tensor | None
+
+
+class PlanDataModule(L.LightningDataModule):
+    """The images of a plan that are still to be made.
+
+    todo: positions in the plan. batch_size: images at once on one device.
+    """
+
+    def __init__(self, plan: Plan, todo: Sequence[int], batch_size: int) -> None:
+        super().__init__()
+        self.plan, self.todo, self.batch_size = plan, list(todo), batch_size
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+
+    def predict_dataloader(self) -> DataLoader[int]:
+        """This device's share."""
+        assert self.trainer is not None
+        mine = self.todo[self.trainer.global_rank :: self.trainer.world_size]
+        return DataLoader(mine, batch_size=self.batch_size, collate_fn=self._batch)  # type: ignore[arg-type]
+
+    def _batch(self, positions: Iterable[int]) -> SampleBatch:
+        positions, plan = list(positions), self.plan
+        seeds = [plan.seeds[position] for position in positions]
+        labels = [plan.labels[position] for position in positions]
+        start = None
+        if plan.start is not None:
+            start = torch.stack([image for image, _ in plan.start.__getitems__(seeds)])
+        return SampleBatch(torch.tensor(positions), torch.tensor(seeds), torch.tensor(labels), start)
+
+
+class StoredBatch(NamedTuple):
+    """positions [B] in the set, images uint8 [B,3,H,W]."""
+
+    positions: Tensor
+    images: Tensor
+
+
+class _Share(IterableDataset[StoredBatch]):
+    """One device's images, in batches."""
+
+    def __init__(self, images: ImageSet, positions: list[int], batch_size: int) -> None:
+        self.images, self.positions, self.batch_size = images, positions, batch_size
+
+    def __iter__(self) -> Iterator[StoredBatch]:
+        first = 0
+        for batch in self.images.batches(self.batch_size, self.positions):
+            yield StoredBatch(torch.tensor(self.positions[first : first + len(batch)]), batch)
+            first += len(batch)
+
+
+class StoredDataModule(L.LightningDataModule):
+    """The images of a set."""
+
+    def __init__(self, images: ImageSet, batch_size: int) -> None:
+        super().__init__()
+        self.images, self.batch_size = images, batch_size
+
+    def predict_dataloader(self) -> DataLoader[StoredBatch]:
+        """This device's share."""
+        assert self.trainer is not None
+        mine = list(range(len(self.images)))[self.trainer.global_rank :: self.trainer.world_size]
+        return DataLoader(_Share(self.images, mine, self.batch_size), batch_size=None)
+
+
+class StoredImages(L.LightningModule):
+    """In the place of a relay, for images that exist: predicts what it is given, so that callbacks can measure it."""
+
+    def predict_step(self, batch: StoredBatch, batch_idx: int) -> Samples:  # noqa: ARG002
+        """(positions, images) -> Samples without stages."""
+        return Samples(batch.positions, batch.images, {})
