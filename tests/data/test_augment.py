@@ -61,16 +61,11 @@ def test_names_of_the_labels():
     assert (of["scale"], of["translation_x"], of["translation_y"]) == (3, 6, 7)
 
 
-@pytest.mark.parametrize("x_flip", [True, False])
-def test_at_probability_0_nothing_is_done(x_flip):
-    images = torch.randn(400, 1, 2, 3)
-    result, labels = Augmentation(probability=0, x_flip=x_flip)(images)
+def test_at_probability_0_nothing_is_done_and_just_above_half_are_mirrored():
+    images = torch.randn(4000, 1, 2, 3)
+    result, labels = Augmentation(probability=0)(images)
     assert torch.equal(result, images)
     assert not labels.any()
-
-
-def test_half_are_mirrored_at_the_smallest_probability():
-    images = torch.randn(4000, 1, 2, 3)
     result, labels = Augmentation(probability=1e-9)(images)
     flipped = labels[:, 0] == 1
     assert torch.equal(result, torch.where(flipped[:, None, None, None], images.flip(3), images))
