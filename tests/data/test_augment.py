@@ -70,8 +70,7 @@ def test_at_probability_0_nothing_is_done_and_just_above_half_are_mirrored():
     flipped = labels[:, 0] == 1
     assert torch.equal(result, torch.where(flipped[:, None, None, None], images.flip(3), images))
     assert abs(flipped.float().mean().item() - 0.5) < 5 * math.sqrt(0.25 / 4000)
-    assert not labels[:, 1:].any()
-    assert not Augmentation(probability=1e-9, x_flip=False)(images)[1].any()
+    assert not labels[:, 1:].any() and not Augmentation(1e-9, x_flip=False)(images)[1].any()  # noqa: PT018
 
 
 def test_every_image_is_told_what_was_done_to_it():
