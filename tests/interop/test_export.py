@@ -184,7 +184,10 @@ def test_published_checkpoints_become_stages(reference, source, tmp_path, monkey
     monkeypatch.chdir(PROJECT)
     assert tool(f"source={source}", f"destination={tmp_path / 'stage'}") == 0
     printed = capsys.readouterr().out.splitlines()
-    said = {EDM: "8x8, 10 classes, no augmentation labels", TRAINING_STATE: "16x16, no classes, 9 augmentation labels"}
+    said = {
+        EDM: "8x8, starts from noise, 10 classes, no augmentation labels",
+        TRAINING_STATE: "16x16, starts from noise, no classes, 9 augmentation labels",
+    }
     assert len(printed) == 1
     assert said[source] in printed[0]
     assert str(tmp_path / "stage") in printed[0]
@@ -230,7 +233,7 @@ def test_own_checkpoints(stage, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     torch.save(checkpoint | {"class_names": ["dark", "light"], "images_seen": 64}, tmp_path / "run/last.ckpt")
     assert tool(f"source={tmp_path / 'run'}", f"destination={tmp_path / 'shared'}") == 0
-    assert "16x16, 2 classes, no augmentation labels, float32" in capsys.readouterr().out
+    assert "16x16, starts from noise, 2 classes, no augmentation labels, float32" in capsys.readouterr().out
     for name, value in load_file(tmp_path / "shared/weights.safetensors").items():
         assert torch.equal(value, average[name]), name
     shared = load_stage(tmp_path / "shared")

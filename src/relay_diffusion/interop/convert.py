@@ -146,12 +146,13 @@ def _trained_noise(official: OfficialCheckpoint) -> dict[str, float]:
 
 def _convert_and_report(options: ConvertOptions) -> None:
     stage = convert(options)
-    network = stage.denoiser.network
+    network, block = stage.denoiser.network, stage.corruption.block
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    augment = network.embed_augment.in_features if network.embed_augment is not None else 0
+    starts = "starts from noise" if block == 1 else f"enlarges {block} times"
     print(
-        f"{options.destination}: {parameters:,} parameters, {stage.resolution}x{stage.resolution}, "
-        f"{stage.num_classes or 'no'} classes, {augment or 'no'} augmentation labels, {options.dtype.value}"
+        f"{options.destination}: {parameters:,} parameters, {stage.resolution}x{stage.resolution}, {starts}, "
+        f"{stage.num_classes or 'no'} classes, {network.augment_labels or 'no'} augmentation labels, "
+        f"{options.dtype.value}"
     )
 
 
