@@ -175,6 +175,7 @@ def test_a_block_that_does_not_divide_is_named(configuration, small_zip):
         ("relay.hand_over_sigma=a", r"relay\.hand_over_sigma=a: must be a number"),
         ("relay.rounding=up", r"relay\.rounding=up: use nearest or floor"),
         ("format=jpeg", "format=jpeg: use png or zip"),
+        ("npz=no", "npz=no: use true or false"),
         ("images=conf", "images=conf are only measured: add mode=evaluate"),
         ("images=conf mode=evaluate", r"images=conf: give reference="),
         ("images=conf mode=evaluate reference=conf seeds=3", r"seeds=3 is for sampling"),

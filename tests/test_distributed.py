@@ -62,3 +62,10 @@ def test_two_processes_train_and_sample(configuration, tmp_path, small_zip):
         two = json.loads((tmp_path / name / "metrics.json").read_text())
         for key in ("fid", "sfid", "kid", "precision", "recall", "images"):
             assert two[key] == pytest.approx(one[key], rel=1e-4), (name, key)
+
+    # one image is left for two processes
+    options = [*evaluate, "strategy=ddp_cpu", f"run_dir={tmp_path / 'one_sampled'}", "seeds=0-7"]
+    result = run("sample.py", *relay, *options, timeout=200)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "one_sampled/metrics.json").read_text())["sampled_now"] == 1
+    assert len(list((tmp_path / "one_sampled/images").rglob("*.png"))) == 8

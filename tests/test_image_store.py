@@ -73,6 +73,21 @@ def test_packed_images_are_a_data_set_and_can_be_added_to(store, tmp_path):
     assert torch.equal(torch.stack([image for image, _ in dataset]), PIXELS)
 
 
+def test_the_folder_stays_a_data_set_beside_a_zip(store, tmp_path):
+    store.note_labels({"0/a": 1, "0/b": 0, "1/c": 1}, ["dog", "cat"])
+    store.pack()
+    store.begin()
+    store.write("1/d", PIXELS[3])
+    store.note_labels({"0/a": 1, "0/b": 0, "1/c": 1, "1/d": 0}, ["dog", "cat"])
+    assert ImageDataset(tmp_path / "images", 8).labels == [0]
+
+
+def test_settings_of_a_run_without_images_bind_nobody(tmp_path):
+    ImageStore(tmp_path, SETTINGS).begin()
+    ImageStore(tmp_path, {"sampler": {"steps": 6, "churn": float("inf")}}).begin()
+    assert "Infinity" not in (tmp_path / "settings.json").read_text()
+
+
 def test_packing_leaves_no_image_behind(store, tmp_path):
     """Also those of earlier runs, whose classes nobody noted; other files stay."""
     (store.folder / "mine.txt").write_text("keep me")

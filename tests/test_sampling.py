@@ -197,3 +197,10 @@ def test_guidance_and_rounding_reach_the_relay(configuration, relay_overrides, m
     first = next(iter(built[0].chain().values()))
     assert (first.guidance_scale, list(first.guidance_interval)) == (2, [0.1, 2])
     assert built[0].rounding == "floor"
+
+
+def test_a_damaged_reference_is_found_before_images_are_made(configuration, relay_overrides, tmp_path):
+    np.savez(tmp_path / "bad.npz", mu=np.full(2048, np.nan), sigma=np.eye(2048))
+    with pytest.raises(UserError, match=r"^reference=.*bad\.npz.*finite"):
+        sample(configuration("sample", *relay_overrides, "mode=evaluate", f"reference={tmp_path / 'bad.npz'}"))
+    assert not (tmp_path / "samples").exists()

@@ -1,6 +1,7 @@
 """What a prediction runs through: batches of a plan or of images that exist, dealt out to the devices; and its results.
 
-Every image is dealt to one device, none to two; a device may get none.
+Every image is dealt to one device, none to two. Every device needs at least one: Lightning lets a device without a
+batch leave early, and the others would wait for it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,6 @@ class PlanDataModule(L.LightningDataModule):
     def __init__(self, plan: Plan, todo: Sequence[int], batch_size: int) -> None:
         super().__init__()
         self.plan, self.todo, self.batch_size = plan, list(todo), batch_size
-        self.allow_zero_length_dataloader_with_multiple_devices = True
 
     def predict_dataloader(self) -> DataLoader[int]:
         """This device's share."""

@@ -49,7 +49,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile):
         raise UserError(
             f"{file} cannot be read as a checkpoint: it is damaged, no checkpoint, "
-            "or holds more than tensors and plain values, which is refused"
+            "or holds more than tensors and plain values, which is refused (published .pkl and .pt files are converted "
+            "first: python -m relay_diffusion.interop.convert)"
         ) from None
     if not isinstance(content, dict) or not isinstance(content.get("stage_config"), dict):
         raise UserError(f"{file} is not a checkpoint of a diffusion stage: it holds no stage_config")

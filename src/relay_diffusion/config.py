@@ -265,6 +265,7 @@ def validate_sampling(cfg: DictConfig) -> None:
     _number(cfg, "picture", 0, whole=True)
     _require(cfg.mode in ("sample", "evaluate"), f"mode={cfg.mode}: use sample or evaluate")
     _require(cfg.format in ("png", "zip"), f"format={cfg.format}: use png or zip")
+    _require(isinstance(cfg.npz, bool), f"npz={cfg.npz}: use true or false")
     if cfg.images is not None:
         _require(cfg.mode == "evaluate", f"images={cfg.images} are only measured: add mode=evaluate")
         for key in ("seeds", "class"):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 @contextmanager
@@ -30,6 +32,19 @@ def write_text(path: Path, text: str) -> None:
     """Write `path` whole or not at all."""
     with whole_file(path) as file:
         file.write(text.encode())
+
+
+def json_text(content: Any) -> str:
+    """JSON that strict readers accept too: numbers that are not finite are written as text, e.g. "inf"."""
+    return json.dumps(_finite(content), indent=1, sort_keys=True, allow_nan=False)
+
+
+def _finite(node: Any) -> Any:
+    if isinstance(node, Mapping):
+        return {str(key): _finite(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_finite(value) for value in node]
+    return str(node) if isinstance(node, float) and not math.isfinite(node) else node
 
 
 def file_sha256(path: Path) -> str:

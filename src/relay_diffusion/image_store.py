@@ -17,7 +17,7 @@ from relay_diffusion.data.image_sets import ImageSet
 from relay_diffusion.data.sources import LABEL_FILE, decode_rgb, map_in_order
 from relay_diffusion.data.zip_writer import ImageZipWriter, encode_png
 from relay_diffusion.errors import UserError
-from relay_diffusion.files import whole_file, write_text
+from relay_diffusion.files import json_text, whole_file, write_text
 
 
 class ImageStore:
@@ -31,8 +31,8 @@ class ImageStore:
         directory = Path(directory)
         self.folder, self.archive = directory / "images", directory / "images.zip"
         self._settings_file = directory / "settings.json"
-        self._settings = json.loads(json.dumps(settings, default=str))
-        if self._settings_file.exists():
+        self._settings = json.loads(json_text(settings))
+        if self._settings_file.exists() and (self.archive.exists() or self._loose()):
             known = _read_json(self._settings_file)
             if known != self._settings:
                 key, there, here = _difference(known, self._settings)
@@ -48,7 +48,7 @@ class ImageStore:
     def begin(self) -> None:
         """Create the folder and note the settings."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self._settings_file, json.dumps(self._settings, indent=1, sort_keys=True))
+        write_text(self._settings_file, json_text(self._settings))
 
     def path(self, name: str) -> Path:
         """The file of an image that is not packed."""
@@ -90,11 +90,10 @@ class ImageStore:
         if not loose:
             return  # what is packed has its classes in the zip
         known = self._labels() | {f"{name}.png": label for name, label in labels.items()}
-        members = [*self._packed, *loose]
-        if not all(known.get(member, -1) >= 0 for member in members):
+        if not all(known.get(member, -1) >= 0 for member in loose):
             (self.folder / LABEL_FILE).unlink(missing_ok=True)
             return
-        content = {"labels": [[member, known[member]] for member in sorted(members)], "classes": list(class_names)}
+        content = {"labels": [[member, known[member]] for member in sorted(loose)], "classes": list(class_names)}
         write_text(self.folder / LABEL_FILE, json.dumps(content))
 
     def pack(self) -> None:
@@ -128,19 +127,21 @@ class ImageStore:
         files = (path.relative_to(self.folder) for path in self.folder.rglob("*.png"))
         return [path.as_posix() for path in files if not path.name.startswith(".")]
 
-    def _noted(self) -> dict[str, Any]:
-        """The newest dataset.json: of the folder, or else of the zip."""
-        if (self.folder / LABEL_FILE).exists():
-            return _read_json(self.folder / LABEL_FILE)
+    def _noted(self) -> list[dict[str, Any]]:
+        """What the dataset.json of the zip and that of the folder hold."""
+        noted = []
         with self.reading() as archive:
-            found = archive is not None and LABEL_FILE in archive.namelist()
-            return json.loads(archive.read(LABEL_FILE)) if archive is not None and found else {}
+            if archive is not None and LABEL_FILE in archive.namelist():
+                noted.append(json.loads(archive.read(LABEL_FILE)))
+        if (self.folder / LABEL_FILE).exists():
+            noted.append(_read_json(self.folder / LABEL_FILE))
+        return noted
 
     def _labels(self) -> dict[str, int]:
-        return dict(self._noted().get("labels") or [])
+        return {name: label for content in self._noted() for name, label in content.get("labels") or []}
 
     def _class_names(self) -> list[str] | None:
-        return self._noted().get("classes")
+        return next((content["classes"] for content in self._noted() if content.get("classes")), None)
 
 
 class _KeptImages(ImageSet):

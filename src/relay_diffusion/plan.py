@@ -29,7 +29,7 @@ def parse_seeds(text: object) -> list[int]:
     for part in parts:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UserError(f"seeds is {text!r}: give numbers and ranges, e.g. seeds=0-31 or seeds='0-7,12'")
+            raise UserError(f"seeds is {text!r}: give numbers and ranges, e.g. seeds=0-31 or seeds=[0-7,12]")
         if max(int(first), int(last or 0)) > MAX_SEED:
             raise UserError(f"seeds holds {part.strip()!r}: the largest seed is {MAX_SEED}")
         if dash and int(last) < int(first):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ from relay_diffusion.config import chosen_stages, reference_of, write_config
 from relay_diffusion.data.image_sets import ImageSet, open_image_set
 from relay_diffusion.data.images import ImageDataset
 from relay_diffusion.errors import UserError
-from relay_diffusion.files import write_text
+from relay_diffusion.files import json_text, write_text
 from relay_diffusion.image_store import ImageStore
 from relay_diffusion.interop.adm import write_adm_samples
 from relay_diffusion.plan import Plan, class_indices, plan_from_images, plan_from_noise
@@ -41,8 +40,8 @@ def measure_stored(cfg: DictConfig) -> dict[str, Any]:
     """Measure images that exist."""
     images = open_image_set(cfg.images, option="images")
     evaluator = build_evaluator(cfg, images.resolution)
-    _check_count(f"images={cfg.images}", len(images))
     trainer: L.Trainer = instantiate(cfg.trainer, _convert_="all")
+    _check_count(f"images={cfg.images}", len(images), trainer.num_devices * trainer.num_nodes)
     if trainer.is_global_zero:
         write_config(cfg, cfg.output)
     how = {"measured": {"path": str(images.path), "kind": images.kind, "hash": images.source_hash}}
@@ -56,21 +55,22 @@ def sample_relay(cfg: DictConfig) -> dict[str, Any]:
     """Make the images of a relay that are not there yet, and measure all of them if mode=evaluate."""
     relay = build_relay(cfg)
     plan = make_plan(cfg, relay)
-    evaluator = None
-    if cfg.mode == "evaluate":
-        _check_count(f"seeds={cfg.seeds}", len(plan.names))
-        evaluator = build_evaluator(cfg, (relay.resolution, relay.resolution))
     trainer: L.Trainer = instantiate(cfg.trainer, _convert_="all")
+    processes, evaluator = trainer.num_devices * trainer.num_nodes, None
+    if cfg.mode == "evaluate":
+        _check_count(f"seeds={cfg.seeds}", len(plan.names), processes)
+        evaluator = build_evaluator(cfg, (relay.resolution, relay.resolution))
     settings = run_settings(cfg, relay, plan, trainer.strategy.root_device.type)
     store = ImageStore(cfg.output, _without_places(settings))
-    todo = [position for position, name in enumerate(plan.names) if name not in store]
+    missing = [position for position, name in enumerate(plan.names) if name not in store]
     if trainer.is_global_zero:
         write_config(cfg, cfg.output)
 
-    results: dict[str, Any] = {"images": len(plan.names), "sampled_now": len(todo)}
-    if todo:
+    results: dict[str, Any] = {"images": len(plan.names), "sampled_now": len(missing)}
+    if missing:
+        todo = (missing * processes)[: max(len(missing), processes)]  # no device may be without an image
         began, picture = time.perf_counter(), Path(cfg.output) / "relay.png"
-        callbacks: list[Callback] = [SamplingProgress("sampling", len(plan.names), done=len(plan.names) - len(todo))]
+        callbacks: list[Callback] = [SamplingProgress("sampling", len(plan.names), done=len(plan.names) - len(missing))]
         callbacks.append(ImageWriter(store, plan))
         if cfg.picture:
             callbacks.append(RelayPicture(picture, count=cfg.picture))
@@ -141,6 +141,7 @@ def build_evaluator(cfg: DictConfig, resolution: tuple[int, int]) -> Evaluator:
     """The measurement of images [height, width]."""
     option = "reference" if cfg.reference is not None else "relay.reference.path"
     source = instantiate(cfg.metrics.reference)(**reference_of(cfg), resolution=resolution, option=option)
+    source.check()  # before images are made
     evaluator: Evaluator = instantiate(cfg.metrics.evaluator, reference=source, _convert_="all")
     return evaluator
 
@@ -171,7 +172,7 @@ def measure(
         "device": str(trainer.strategy.root_device),
     }
     file = Path(cfg.output) / "metrics.json"
-    write_text(file, json.dumps(results, indent=1))
+    write_text(file, json_text(results))
     return results | {"numbers": os.path.relpath(file)}
 
 
@@ -202,9 +203,11 @@ def _keep(cfg: DictConfig, relay: Relay, plan: Plan, store: ImageStore) -> dict[
     return places | {"folder": " and ".join(os.path.relpath(place) for place in kept)}
 
 
-def _check_count(option: str, count: int) -> None:
+def _check_count(option: str, count: int, processes: int) -> None:
     if count < 2:
         raise UserError(f"{option}: statistics need at least 2 images")
+    if count < processes:
+        raise UserError(f"{option} are {count} images for {processes} devices: use fewer devices")
 
 
 def _without_places(node: Any) -> Any:

@@ -76,8 +76,12 @@ class DiffusionStage(L.LightningModule):
                 f"network.augment_labels={denoiser.network.augment_labels}, but the augmentation has {augment.labels}"
             )
         self.label_dropout, self.guidance_scale = label_dropout, guidance_scale
+        if not isinstance(guidance_scale, int | float):
+            raise ValueError(f"guidance_scale is {guidance_scale!r}: give a number")
         if guidance_interval is not None and not (
-            len(guidance_interval) == 2 and 0 <= guidance_interval[0] <= guidance_interval[1]
+            isinstance(guidance_interval, Sequence)
+            and len(guidance_interval) == 2
+            and 0 <= guidance_interval[0] <= guidance_interval[1]
         ):
             raise ValueError(f"guidance_interval is {guidance_interval}: give [lowest sigma, highest sigma]")
         self.guidance_interval = guidance_interval

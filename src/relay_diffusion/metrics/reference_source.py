@@ -61,6 +61,11 @@ class ReferenceSource:
         if self._statistics is None:
             self.images = open_image_set(self.path, option, resolution, subset)
 
+    def check(self) -> None:
+        """Read a file of statistics, so that a damaged one is found before any work. Raises UserError."""
+        if self._statistics is not None:
+            read_reference(self._statistics)
+
     def load(
         self, inception: Inception, device: torch.device | str, batch_size: int = 64, show_progress: bool = True
     ) -> Reference:
