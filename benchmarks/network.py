@@ -1,0 +1,141 @@
+"""Network evaluation and training step at the published sizes: `python benchmarks/network.py [key=value ...]`.
+
+Random weights, synthetic images on the device, bf16. Needs a GPU. The ratio is to the authors' code on one H200, fp16.
+
+  network   adm_64 | adm_256     which of the published two (both)
+  work      evaluate | train     (both)
+  batch     images at once       (evaluate: 64 and 256, 32 and 64; train: 256, 32)
+  compile   true | false         compile the network (false)
+  repeats   timed runs after three that warm up (7)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from timing import environment, line, seconds
+from torch.utils.flop_counter import FlopCounterMode
+
+from relay_diffusion.config import register_resolvers
+from relay_diffusion.data.arguments import run_tool
+from relay_diffusion.data.images import to_float
+from relay_diffusion.stage import DiffusionStage, replace_nonfinite
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+EXPERIMENT = {"adm_64": "imagenet_64", "adm_256": "imagenet_256"}
+# images/s of the authors' code on one H200, by batch
+AUTHORS = {
+    ("adm_64", "evaluate"): {64: 872.0, 256: 963.0},
+    ("adm_256", "evaluate"): {32: 106.0, 64: 103.0},
+    ("adm_64", "train"): {256: 369.0},
+    ("adm_256", "train"): {32: 40.6},
+}
+MATRIX_TFLOPS = 768e12  # of an H200 in bf16, measured: what utilisation is a share of
+
+
+@dataclass
+class Options:
+    """The command line; see above."""
+
+    network: str = "adm_64,adm_256"
+    work: str = "evaluate,train"
+    batch: int = 0
+    compile: bool = False
+    repeats: int = 7
+
+
+def build(network: str) -> DiffusionStage:
+    """The published stage with random weights, none of them zero, on the device."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with initialize_config_dir(str(CONF), version_base="1.3"), torch.device(device):
+        stage: DiffusionStage = instantiate(compose("train", [f"experiment={EXPERIMENT[network]}"]).stage)
+    for parameter in stage.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return stage.to(device)
+
+
+def evaluation(stage: DiffusionStage, batch: int) -> Callable[[], None]:
+    """One evaluation of the network, as a sampler makes it."""
+    device = stage.device
+    x = torch.randn(batch, 3, stage.resolution, stage.resolution, device=device)
+    sigma, labels = torch.ones(batch), torch.zeros(batch, dtype=torch.long, device=device)
+    stage.eval()
+
+    def work() -> None:
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            stage.denoiser(x, sigma, labels)
+
+    return work
+
+
+def training_step(stage: DiffusionStage, batch: int) -> Callable[[], None]:
+    """Corruption, forward, backward, gradient clean-up, Adam and EMA, without Lightning around them."""
+    device = stage.device
+    images = torch.randint(0, 256, (batch, 3, stage.resolution, stage.resolution), dtype=torch.uint8, device=device)
+    labels = torch.zeros(batch, dtype=torch.long, device=device)
+    optimizer = stage.configure_optimizers()
+    parameters = list(stage.denoiser.parameters())
+    averages = [p.detach().clone() for p in parameters]
+    stage.train()
+
+    def work() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            x0 = to_float(images)
+            sigma = stage.corruption.schedule.draw(batch, device)
+            noisy = stage.corruption.corrupt(x0, sigma, stage.corruption.draw_noise(x0, torch.randn_like))
+            loss = stage.loss(stage.denoiser(noisy, sigma, labels), x0, sigma).mean()
+        loss.backward()
+        replace_nonfinite(parameters)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1e-4)
+
+    return work
+
+
+WORK = {"evaluate": evaluation, "train": training_step}
+
+
+def flops(stage: DiffusionStage) -> float:
+    """Of one forward pass of one image."""
+    x = torch.randn(1, 3, stage.resolution, stage.resolution, device=stage.device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        stage.denoiser(x, torch.ones(1), torch.zeros(1, dtype=torch.long, device=stage.device))
+    return counter.get_total_flops()
+
+
+def run(options: Options) -> None:
+    """Print one row for each network, work and batch."""
+    register_resolvers()
+    print(environment())
+    for network in options.network.split(","):
+        for kind in options.work.split(","):
+            stage = build(network)
+            each = flops(stage) * (3 if kind == "train" else 1)
+            if options.compile:
+                stage.denoiser.network.compile()
+            for batch in [options.batch] if options.batch else AUTHORS[network, kind]:
+                torch.cuda.reset_peak_memory_stats()
+                name = f"{network} {kind}, batch {batch}"
+                try:
+                    times = seconds(WORK[kind](stage, batch), options.repeats)
+                except torch.OutOfMemoryError:
+                    print(f"{name:44} runs out of memory", flush=True)
+                    break
+                row = line(name, times, batch, AUTHORS[network, kind].get(batch))
+                rate = each * batch / times[len(times) // 2]
+                memory = torch.cuda.max_memory_allocated() / 2**30
+                print(f"{row}  {rate / 1e12:.0f} TFLOP/s ({rate / MATRIX_TFLOPS:.0%})  {memory:.1f} GiB", flush=True)
+            del stage
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(sys.argv[1:] or ["repeats=7"], __doc__ or "", Options, run))
