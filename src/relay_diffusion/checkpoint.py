@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import pickle
 import warnings
 import zipfile
@@ -21,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from relay_diffusion.errors import UserError
-from relay_diffusion.files import file_sha256
+from relay_diffusion.files import file_sha256, parse_json
 
 LAST = "last.ckpt"
 EXPORT_STAGE, EXPORT_WEIGHTS = "stage.json", "weights.safetensors"  # the files of an exported stage
@@ -77,7 +75,7 @@ def read_stage(file: Path) -> dict[str, Any]:
 
 def _read_export(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"), object_hook=_named_infinities)
+        content = parse_json(file.read_text(encoding="utf-8"))
         if content["format"] != EXPORT_FORMAT:
             raise UserError(f"{file} is an export in format {content['format']!r}: this version reads {EXPORT_FORMAT}")
         kind, sha256 = content["weights"]["kind"], content["weights"]["sha256"]
@@ -106,19 +104,6 @@ def _read_export_weights(file: Path, sha256: str) -> dict[str, Tensor]:
         raise UserError(f"{file} is missing: it belongs to {EXPORT_STAGE} beside it") from None
     except (OSError, SafetensorError):
         raise UserError(f"{file} cannot be read: it is damaged; export again") from None
-
-
-def spell_infinities(node: Any) -> Any:
-    """Plain values for JSON, which has no infinity: as {".float": "inf"}."""
-    if isinstance(node, Mapping):
-        return {key: spell_infinities(value) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [spell_infinities(value) for value in node]
-    return {".float": str(node)} if isinstance(node, float) and not math.isfinite(node) else node
-
-
-def _named_infinities(node: dict[str, Any]) -> Any:
-    return float(node[".float"]) if node.keys() == {".float"} else node
 
 
 def _check_targets(node: Any, trusted: tuple[str, ...], file: Path) -> None:

@@ -35,16 +35,21 @@ def write_text(path: Path, text: str) -> None:
 
 
 def json_text(content: Any) -> str:
-    """JSON that strict readers accept too: numbers that are not finite are written as text, e.g. "inf"."""
-    return json.dumps(_finite(content), indent=1, sort_keys=True, allow_nan=False)
+    """JSON of plain values that strict readers accept: infinity, which JSON lacks, is {".float": "inf"}."""
+    return json.dumps(_spelled(content), indent=2, allow_nan=False) + "\n"
 
 
-def _finite(node: Any) -> Any:
+def parse_json(text: str) -> Any:
+    """What `json_text` wrote. Raises ValueError for a text that is no JSON."""
+    return json.loads(text, object_hook=lambda node: float(node[".float"]) if node.keys() == {".float"} else node)
+
+
+def _spelled(node: Any) -> Any:
     if isinstance(node, Mapping):
-        return {str(key): _finite(value) for key, value in node.items()}
+        return {key: _spelled(value) for key, value in node.items()}
     if isinstance(node, list | tuple):
-        return [_finite(value) for value in node]
-    return str(node) if isinstance(node, float) and not math.isfinite(node) else node
+        return [_spelled(value) for value in node]
+    return {".float": str(node)} if isinstance(node, float) and not math.isfinite(node) else node
 
 
 def file_sha256(path: Path) -> str:

@@ -91,7 +91,9 @@ def test_changes_and_trust_hold_for_exports(exported):
 
 def test_raw_weights_are_raw_weights(stage, tmp_path):
     export_stage(stage.stage_config, stage.denoiser.state_dict(), tmp_path / "raw", kind="raw")
-    load_stage(tmp_path / "raw", weights="raw")
+    loaded = load_stage(tmp_path / "raw", weights="raw").denoiser.state_dict()
+    for name, value in stage.denoiser.state_dict().items():
+        torch.testing.assert_close(loaded[name], value, rtol=0, atol=0, msg=name)
     refused(tmp_path / "raw", "holds no ema weights: use weights=raw")
 
 

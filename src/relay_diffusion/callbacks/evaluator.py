@@ -36,10 +36,11 @@ class Evaluator(Callback):
         """The reference first: once, on rank 0."""
         device = pl_module.device
         self.inception.to(device)
-        if trainer.is_global_zero:
-            self.reference.load(self.inception, device, self.batch_size)
+        first = trainer.is_global_zero
+        reference = self.reference.load(self.inception, device, self.batch_size) if first else None
         trainer.strategy.barrier()
-        reference = self.reference.load(self.inception, device, self.batch_size, show_progress=False)
+        if reference is None:  # what the first device computed is in the cache now
+            reference = self.reference.load(self.inception, device, self.batch_size, show_progress=False)
         self.evaluation = Evaluation(self.inception, reference, self.measures, self.protocol).to(device)
 
     def on_predict_batch_end(

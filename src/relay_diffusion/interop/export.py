@@ -8,7 +8,6 @@ It holds what sampling needs, neither the optimizer nor the position in the data
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from relay_diffusion import __version__
-from relay_diffusion.checkpoint import EXPORT_FORMAT, EXPORT_STAGE, EXPORT_WEIGHTS, LAST, spell_infinities
+from relay_diffusion.checkpoint import EXPORT_FORMAT, EXPORT_STAGE, EXPORT_WEIGHTS, LAST
 from relay_diffusion.errors import UserError
-from relay_diffusion.files import file_sha256, whole_file, write_text
+from relay_diffusion.files import file_sha256, json_text, whole_file, write_text
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -62,7 +61,7 @@ def export_stage(
         "class_names": list(class_names),
         "stage_config": {key: value for key, value in stage_config.items() if key != "optimizer"},
     }
-    write_text(stage_file, json.dumps(spell_infinities(content), indent=2, allow_nan=False) + "\n")
+    write_text(stage_file, json_text(content))
     return destination
 
 

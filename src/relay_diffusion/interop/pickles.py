@@ -25,9 +25,18 @@ from relay_diffusion.interop.storages import STORAGES, Storage, ZipStorages, nes
 
 MAX_DEPTH = 100  # of values in values; a published network has some 20
 ZIP_START, PICKLE_START = b"PK\x03\x04", b"\x80"
-_BROKEN = (
-    *(zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError),  # of zipfile
-    *(ValueError, TypeError, AttributeError, LookupError, ArithmeticError, MemoryError, struct.error),  # of values
+_BROKEN = (  # what zipfile raises, then what values that make no sense do
+    zipfile.BadZipFile,
+    EOFError,
+    RuntimeError,
+    NotImplementedError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    MemoryError,
+    struct.error,
 )
 
 _NUMBERS = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b"}  # numpy -> struct
