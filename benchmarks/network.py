@@ -5,7 +5,10 @@ Random weights, synthetic images on the device, bf16. Needs a GPU. The ratio is 
   network   adm_64 | adm_256     which of the published two (both)
   work      evaluate | train     (both)
   batch     images at once       (evaluate: 64 and 256, 32 and 64; train: 256, 32)
-  compile   true | false         compile the network (false)
+  fused     true | false         the fused steps between convolutions, or plain torch (true)
+  compile   true | false         compile the network with torch.compile (false; for fused=false)
+  graphs    true | false         evaluations replay a CUDA graph, as sampling does (true)
+  search    true | false         let cuDNN search for its fastest convolutions, as our Trainers do (true)
   repeats   timed runs after three that warm up (7)
 """
 
@@ -20,12 +23,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from timing import environment, line, seconds
-from torch.utils.flop_counter import FlopCounterMode
 
 from relay_diffusion.config import register_resolvers
 from relay_diffusion.data.arguments import run_tool
 from relay_diffusion.data.images import to_float
-from relay_diffusion.stage import DiffusionStage, replace_nonfinite
+from relay_diffusion.gradients import replace_nonfinite
+from relay_diffusion.networks import ops
+from relay_diffusion.networks.flops import forward_flops, matrix_peak
+from relay_diffusion.stage import DiffusionStage
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 EXPERIMENT = {"adm_64": "imagenet_64", "adm_256": "imagenet_256"}
@@ -36,7 +41,6 @@ AUTHORS = {
     ("adm_64", "train"): {256: 369.0},
     ("adm_256", "train"): {32: 40.6},
 }
-MATRIX_TFLOPS = 768e12  # of an H200 in bf16, measured: what utilisation is a share of
 
 
 @dataclass
@@ -46,7 +50,10 @@ class Options:
     network: str = "adm_64,adm_256"
     work: str = "evaluate,train"
     batch: int = 0
+    fused: bool = True
     compile: bool = False
+    graphs: bool = True
+    search: bool = True
     repeats: int = 7
 
 
@@ -54,7 +61,9 @@ def build(network: str) -> DiffusionStage:
     """The published stage with random weights, none of them zero, on the device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with initialize_config_dir(str(CONF), version_base="1.3"), torch.device(device):
-        stage: DiffusionStage = instantiate(compose("train", [f"experiment={EXPERIMENT[network]}"]).stage)
+        stage: DiffusionStage = instantiate(
+            compose("train", [f"experiment={EXPERIMENT[network]}", "trainer.precision=bf16-mixed"]).stage
+        )
     for parameter in stage.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
@@ -62,15 +71,15 @@ def build(network: str) -> DiffusionStage:
 
 
 def evaluation(stage: DiffusionStage, batch: int) -> Callable[[], None]:
-    """One evaluation of the network, as a sampler makes it."""
+    """One evaluation of the denoiser, as a sampler makes it."""
     device = stage.device
     x = torch.randn(batch, 3, stage.resolution, stage.resolution, device=device)
     sigma, labels = torch.ones(batch), torch.zeros(batch, dtype=torch.long, device=device)
-    stage.eval()
+    denoise = stage.eval().guided()
 
     def work() -> None:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            stage.denoiser(x, sigma, labels)
+            denoise(x, sigma, labels)
 
     return work
 
@@ -103,36 +112,37 @@ def training_step(stage: DiffusionStage, batch: int) -> Callable[[], None]:
 WORK = {"evaluate": evaluation, "train": training_step}
 
 
-def flops(stage: DiffusionStage) -> float:
-    """Of one forward pass of one image."""
-    x = torch.randn(1, 3, stage.resolution, stage.resolution, device=stage.device)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        stage.denoiser(x, torch.ones(1), torch.zeros(1, dtype=torch.long, device=stage.device))
-    return counter.get_total_flops()
-
-
 def run(options: Options) -> None:
     """Print one row for each network, work and batch."""
     register_resolvers()
+    if not options.fused:
+        ops.HAVE_TRITON = False
     print(environment())
+    torch.backends.cudnn.benchmark = options.search
+    peak = matrix_peak(torch.device("cuda"), torch.bfloat16)
+    print(f"a matrix product of 8192^3 in bf16: {peak / 1e12:.0f} TFLOP/s, what shares are of")
     for network in options.network.split(","):
         for kind in options.work.split(","):
             stage = build(network)
-            each = flops(stage) * (3 if kind == "train" else 1)
+            stage.cuda_graphs = options.graphs
+            each = forward_flops(stage.denoiser.network) * (3 if kind == "train" else 1)
             if options.compile:
                 stage.denoiser.network.compile()
             for batch in [options.batch] if options.batch else AUTHORS[network, kind]:
                 torch.cuda.reset_peak_memory_stats()
                 name = f"{network} {kind}, batch {batch}"
                 try:
-                    times = seconds(WORK[kind](stage, batch), options.repeats)
+                    work = WORK[kind](stage, batch)
+                    first = seconds(work, repeats=1, warm_up=0)[0]
+                    times = seconds(work, options.repeats)
                 except torch.OutOfMemoryError:
                     print(f"{name:44} runs out of memory", flush=True)
                     break
                 row = line(name, times, batch, AUTHORS[network, kind].get(batch))
                 rate = each * batch / times[len(times) // 2]
                 memory = torch.cuda.max_memory_allocated() / 2**30
-                print(f"{row}  {rate / 1e12:.0f} TFLOP/s ({rate / MATRIX_TFLOPS:.0%})  {memory:.1f} GiB", flush=True)
+                share = f"{rate / 1e12:.0f} TFLOP/s ({rate / peak:.0%})"
+                print(f"{row}  {share}  {memory:.1f} GiB  first {first:.1f} s", flush=True)
             del stage
             torch.cuda.empty_cache()
 

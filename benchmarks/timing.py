@@ -6,17 +6,27 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of an option: "auto" is the GPU if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
 
 
 def environment() -> str:
     """The machine and the libraries, in one line."""
+    processor = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
+        device = f"{torch.cuda.get_device_name()}; {processor}"
         libraries = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
     else:
-        device, libraries = platform.processor() or platform.machine(), f"{torch.get_num_threads()} threads"
+        device, libraries = processor, "no GPU"
     return f"{device}; torch {torch.__version__}, {libraries}, Python {platform.python_version()}"
 
 
@@ -46,3 +56,27 @@ def line(name: str, times: list[float], images: int, baseline: float | None = No
     spread = f"({times[0] * 1e3:.2f}-{times[-1] * 1e3:.2f})"
     row = f"{name:44} {median * 1e3:9.2f} ms  {spread}  {images / median:8.1f} images/s"
     return row if baseline is None else f"{row}  {images / median / baseline:5.2f}x of {baseline:g}"
+
+
+def launches(work: Callable[[], object]) -> int:
+    """Operations of `work` that compute something: about the kernels that a GPU is asked for, on any device."""
+    counter = _Launches()
+    with counter:
+        work()
+    return counter.count
+
+
+class _Launches(TorchDispatchMode):
+    """Counts operators that read or write the elements of a tensor; views and bare allocations are free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        free = func.is_view or "empty" in func.__name__ or func.__name__.startswith("_unsafe_view")
+        self.count += isinstance(result, torch.Tensor) and not free
+        return result

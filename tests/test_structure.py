@@ -10,7 +10,7 @@ import pytest
 from support import PROJECT, run
 
 PACKAGE = PROJECT / "src" / "relay_diffusion"
-PURE = ("diffusion", "networks", "samplers")
+PURE = ("diffusion", "kernels", "networks", "samplers")
 
 
 def imports(path):

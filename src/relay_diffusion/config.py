@@ -75,6 +75,11 @@ def _wandb_offline() -> bool:
         return True
 
 
+def _fused_optimizer(precision: str) -> bool:
+    """False for fp16: its loss scaling finds infinite gradients before they are replaced, a fused step would after."""
+    return not str(precision).startswith("16")
+
+
 def register_resolvers() -> None:
     """Make the project's resolvers known to OmegaConf; calling it again changes nothing."""
     resolvers: dict[str, Callable[..., Any]] = {
@@ -82,6 +87,7 @@ def register_resolvers() -> None:
         "run_dir": _run_dir,
         "wandb_offline": _wandb_offline,
         "text": str,
+        "fused_optimizer": _fused_optimizer,
     }
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)

@@ -27,20 +27,11 @@ from relay_diffusion.diffusion import (
 from relay_diffusion.diffusion.noise import mix_seeds
 from relay_diffusion.errors import UserError
 from relay_diffusion.files import file_sha256
-from relay_diffusion.networks import EDMPreconditioner
+from relay_diffusion.gradients import replace_nonfinite
+from relay_diffusion.networks import EDMPreconditioner, Graphed
 from relay_diffusion.samplers import Sampler
 
 OptimizerFactory = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
-GRADIENT_LIMIT = 1e5  # what an infinite gradient becomes, as published
-
-
-def replace_nonfinite(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
-    """Set gradients that are NaN to 0 and infinite ones to +-1e5, in place; the number of them, on the device."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    counts = [gradient.isfinite().logical_not_().sum() for gradient in gradients]
-    for gradient in gradients:
-        torch.nan_to_num_(gradient, nan=0.0, posinf=GRADIENT_LIMIT, neginf=-GRADIENT_LIMIT)
-    return torch.stack(counts).sum()
 
 
 class DiffusionStage(L.LightningModule):
@@ -50,6 +41,7 @@ class DiffusionStage(L.LightningModule):
     `label_dropout`: share of labels hidden in training, for guidance. `guidance_scale` 1 is none; it is applied
     where sigma lies in `guidance_interval` (null: everywhere), away from the estimate without class, or from that
     of a weaker network if there is a `guide`.
+    `cuda_graphs`: on a GPU, sampling replays the network from a graph instead of launching its kernels one by one.
     `warmup_images`: the learning rate rises linearly over so many images. `seed` fixes the training noise:
     it is drawn anew from (seed, position in the data) at every step, so a resumed run repeats nothing.
     """
@@ -65,6 +57,7 @@ class DiffusionStage(L.LightningModule):
         label_dropout: float = 0.0,
         guidance_scale: float = 1.0,
         guidance_interval: Sequence[float] | None = None,
+        cuda_graphs: bool = True,
         warmup_images: int = 0,
         seed: int = 0,
     ) -> None:
@@ -86,6 +79,8 @@ class DiffusionStage(L.LightningModule):
             raise ValueError(f"guidance_interval is {guidance_interval}: give [lowest sigma, highest sigma]")
         self.guidance_interval = guidance_interval
         self.guide: EDMPreconditioner | None = None
+        self.cuda_graphs = cuda_graphs
+        self._graphed: dict[int, Graphed] = {}
         self.warmup_images, self.seed = warmup_images, seed
         self.images_seen = 0  # images whose gradients the weights have seen
         self.replaced_gradients: Tensor | int = 0  # non-finite gradient elements replaced so far
@@ -175,15 +170,16 @@ class DiffusionStage(L.LightningModule):
 
     def guided(self) -> Denoiser:
         """The denoiser with this stage's guidance around it. Raises UserError if there is nothing to guide with."""
+        denoise = self._evaluator(self.denoiser)
         if self.guidance_scale == 1:
             if self.guide is not None or self.guidance_interval is not None:
                 raise UserError("guidance_scale=1 is none: a guide or a guidance_interval needs another scale")
-            return self.denoiser
+            return denoise
         guided: Denoiser
         if self.guide is not None:
-            guided = AutoGuidance(self.denoiser, self.guide, self.guidance_scale)
+            guided = AutoGuidance(denoise, self._evaluator(self.guide), self.guidance_scale)
         elif self.num_classes:
-            guided = ClassifierFreeGuidance(self.denoiser, self.guidance_scale)
+            guided = ClassifierFreeGuidance(denoise, self.guidance_scale)
         else:
             raise UserError(
                 f"guidance_scale={self.guidance_scale}, but the network knows no classes and there is no guide: "
@@ -191,7 +187,12 @@ class DiffusionStage(L.LightningModule):
             )
         if self.guidance_interval is None:
             return guided
-        return GuidanceInterval(self.denoiser, guided, *self.guidance_interval)
+        return GuidanceInterval(denoise, guided, *self.guidance_interval)
+
+    def _evaluator(self, denoiser: EDMPreconditioner) -> Denoiser:
+        if not self.cuda_graphs or self.training:  # amid training a graph would hold memory
+            return denoiser
+        return self._graphed.setdefault(id(denoiser), Graphed(denoiser))
 
     def check_labels(self, labels: Tensor | None) -> None:
         """Raise UserError if labels [B] are given that the network does not know."""

@@ -44,10 +44,10 @@ def last_checkpoint(cfg: DictConfig) -> Path | None:
 
 
 def check_same_stage(path: Path, checkpoint: dict[str, Any], stage_config: dict[str, Any]) -> None:
-    """Refuse to continue from a checkpoint of another stage or with another optimizer (its lr may change)."""
+    """Refuse to continue from a checkpoint of another stage or with another optimizer (its lr and speed may change)."""
     stored = checkpoint["stage_config"]
     stored, stage_config = (
-        config | {"optimizer": {k: v for k, v in (config.get("optimizer") or {}).items() if k != "lr"}}
+        config | {"optimizer": {k: v for k, v in (config.get("optimizer") or {}).items() if k not in ("lr", "fused")}}
         for config in (stored, stage_config)
     )
     for part in ("denoiser", "corruption", "optimizer"):

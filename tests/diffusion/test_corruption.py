@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from relay_diffusion.diffusion import BlurringCorruption, GaussianCorruption, LogNormal, TruncatedLogNormal, block_noise
+from relay_diffusion.diffusion import (
+    BlurringCorruption,
+    GaussianCorruption,
+    LogNormal,
+    TruncatedLogNormal,
+    block_dct,
+    block_idct,
+    block_noise,
+)
 from relay_diffusion.diffusion.corruption import block_mean, upsample_blocks
 from support import Replay
 
@@ -127,6 +135,26 @@ def test_end_state_is_the_upsampled_block_mean(block, min_gain):
     blurred = corruption.corrupt(x, START.expand(2), torch.zeros_like(x))
     low = upsample_blocks(block_mean(x, block), block)
     torch.testing.assert_close(blurred, low + min_gain * (x - low), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("block", [2, 4, 16])
+def test_corruption_by_the_plain_formula(block, dtype):
+    """DCT^-1[A(u) DCT[x0]] + sigma (eps + strength block(eps')), everything written out in float64."""
+    corruption = BlurringCorruption(SCHEDULE, block, blur_sigma_max=2.5, min_gain=0.01, block_strength=0.3)
+    x, white, other = (images(2, 32, 48).to(dtype) for _ in range(3))
+    sigma = torch.tensor([0.05, 1.2], dtype=dtype)
+    noisy = corruption.corrupt(x, sigma, corruption.draw_noise(x, Replay([white, other]).randn_like))
+    level = torch.special.ndtr((sigma.double().log() + 1.2) / 1.2) / SCHEDULE.prob_length
+    blur = 2.5 * torch.sin(math.pi / 2 * level) ** 2
+    w = torch.arange(block, dtype=torch.float64) * math.pi / block
+    gains = 0.99 * torch.exp(-(w[:, None] ** 2 + w**2) * blur[:, None, None, None] ** 2 / 2) + 0.01
+    spectrum = block_dct(x.double(), block) * gains.repeat(1, 1, 32 // block, 48 // block)
+    shifted = sum(other.double().roll((i, j), (-2, -1)) for i in range(block) for j in range(block)) / block
+    expected = block_idct(spectrum, block) + sigma.double()[:, None, None, None] * (white.double() + 0.3 * shifted)
+    assert noisy.dtype == dtype
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    torch.testing.assert_close(noisy.double(), expected, atol=tolerance, rtol=0)
 
 
 def noise_covariance(strength, block, size=8):

@@ -7,7 +7,7 @@ import torch
 
 from relay_diffusion.diffusion import block_dct, block_filter, block_idct
 from relay_diffusion.diffusion.corruption import block_mean, upsample_blocks
-from relay_diffusion.diffusion.dct import dct_matrix
+from relay_diffusion.diffusion.dct import _dct_matrix_of_pieces, dct_matrix
 
 CPU = torch.device("cpu")
 SHAPES = [(2, (8, 8)), (3, (6, 12)), (4, (16, 8)), (5, (5, 15)), (8, (8, 24))]
@@ -79,6 +79,66 @@ def test_filter_with_gains_one_is_the_identity():
     torch.testing.assert_close(block_filter(x, torch.ones(1, 1, 3, 3).double()), x, atol=1e-13, rtol=0)
 
 
+def filtered_by_hand(x, gains):
+    """Every piece X alone, in float64: M^T (g * (M X M^T)) M."""
+    block = gains.shape[-1]
+    matrix, result = dct_matrix(block, torch.float64, CPU), torch.empty(x.shape, dtype=torch.float64)
+    for image, channels in enumerate(x.double()):
+        gain = gains.double().expand(len(x), -1, -1, -1)[image, 0]
+        for channel, plane in enumerate(channels):
+            for top in range(0, plane.shape[0], block):
+                for left in range(0, plane.shape[1], block):
+                    here = slice(top, top + block), slice(left, left + block)
+                    coefficients = matrix @ plane[here] @ matrix.T
+                    result[image, channel][here] = matrix.T @ (coefficients * gain) @ matrix
+    return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch_of_gains", [1, 2])
+@pytest.mark.parametrize("block", [2, 3, 4, 8, 9, 16])  # one product up to 8, axis by axis above
+def test_filter_is_transform_gain_and_inverse_of_every_piece(block, batch_of_gains, dtype):
+    x = images(3 * block, 2 * block, dtype)
+    gains = torch.rand(batch_of_gains, 1, block, block, dtype=dtype) * 2 - 1
+    tolerance = 1e-12 if dtype == torch.float64 else 3e-6 * block
+    filtered = block_filter(x, gains)
+    assert filtered.dtype == dtype
+    torch.testing.assert_close(filtered.double(), filtered_by_hand(x, gains), atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("block", [4, 12])
+def test_filter_reads_any_layout_and_returns_new_contiguous_memory(block):
+    x, gains = images(block, 2 * block), torch.rand(2, 1, block, block).double()
+    expected, before = block_filter(x, gains), x.clone()
+    strided = x.to(memory_format=torch.channels_last)
+    filtered = block_filter(strided, gains)
+    assert filtered.is_contiguous()
+    torch.testing.assert_close(filtered, expected, atol=1e-14, rtol=0)
+    filtered.zero_()
+    assert torch.equal(strided, before)
+
+
+@pytest.mark.parametrize("block", [4, 12])
+def test_filter_works_in_the_wider_precision(block):
+    x, gains = images(block, block, torch.float32), torch.rand(2, 1, block, block).double()
+    filtered = block_filter(x, gains)
+    assert filtered.dtype == torch.float64
+    torch.testing.assert_close(filtered, filtered_by_hand(x, gains), atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize("block", [4, 12])
+def test_filter_is_exact_also_in_mixed_precision(block):
+    x, gains = images(block, block, torch.float32), torch.rand(2, 1, block, block)
+    expected = block_filter(x, gains)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(block_filter(x, gains), expected)
+
+
+def test_a_filter_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="6x8 do not divide into blocks of 4x4"):
+        block_filter(images(6, 8), torch.ones(1, 1, 4, 4).double())
+
+
 def test_filter_that_keeps_only_the_mean_gives_the_upsampled_block_mean():
     block, x = 4, images(8, 12)
     gains = torch.zeros(1, 1, block, block, dtype=torch.float64)
@@ -130,8 +190,11 @@ def test_exact_also_in_mixed_precision(transform, dtype):
 
 def test_a_matrix_first_used_in_inference_serves_training():
     dct_matrix.cache_clear()
+    _dct_matrix_of_pieces.cache_clear()
     with torch.inference_mode():
         block_dct(torch.randn(1, 1, 6, 6), 6)
-    x = torch.randn(1, 1, 6, 6, requires_grad=True)
-    block_dct(x, 6).square().sum().backward()
-    torch.testing.assert_close(x.grad, 2 * x.detach())  # Parseval
+        block_filter(torch.randn(1, 1, 6, 6), torch.ones(1, 1, 6, 6))
+    for unitary in (lambda x: block_dct(x, 6), lambda x: block_filter(x, torch.ones(1, 1, 6, 6))):
+        x = torch.randn(1, 1, 6, 6, requires_grad=True)
+        unitary(x).square().sum().backward()
+        torch.testing.assert_close(x.grad, 2 * x.detach())  # Parseval

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from relay_diffusion.diffusion import ImageSeeds, block_noise
-from relay_diffusion.diffusion.noise import mix_seeds
+from relay_diffusion.diffusion.noise import AHEAD, mix_seeds
 
 
 def covariance(height, width, block):
@@ -34,11 +34,15 @@ def test_variance_is_one(block):
     torch.testing.assert_close(variance, torch.ones_like(variance), atol=1e-13, rtol=0)
 
 
-@pytest.mark.parametrize(("block", "size"), [(2, (4, 6)), (3, (7, 5)), (4, (8, 12)), (4, (4, 4))])
-def test_equals_the_sum_of_circular_shifts(block, size):
-    white = torch.randn(2, 3, *size, dtype=torch.float64)
-    shifted = [white.roll((i, j), (-2, -1)) for i in range(block) for j in range(block)]
-    torch.testing.assert_close(block_noise(white, block), sum(shifted) / block, atol=1e-13, rtol=0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("block", range(1, 14))
+def test_equals_the_sum_of_circular_shifts(block, dtype):
+    white = torch.randn(2, 3, block + block // 2, 14, dtype=dtype)
+    before = white.clone()
+    shifted = [white.double().roll((i, j), (-2, -1)) for i in range(block) for j in range(block)]
+    tolerance = 1e-13 if dtype == torch.float64 else 2e-5
+    torch.testing.assert_close(block_noise(white, block).double(), sum(shifted) / block, atol=tolerance, rtol=0)
+    assert torch.equal(white, before)
 
 
 def test_block_noise_of_block_one_is_white():
@@ -59,6 +63,42 @@ def test_noise_of_an_image_does_not_depend_on_its_batch():
         apart = ImageSeeds(seeds[start:stop])
         for draw in draws:
             assert torch.equal(apart.randn_like(like[start:stop]), draw[start:stop])
+
+
+def sequential_draws(seed, shape, draws):
+    """The meaning of a seed on the CPU: one float32 draw after the other from its generator."""
+    generator = torch.Generator().manual_seed(mix_seeds(seed, 0))
+    return [torch.randn(shape, generator=generator) for _ in range(draws)]
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draws_of_a_seed_are_those_of_its_generator_in_sequence(dtype, ahead, monkeypatch):
+    """Also when several are made at once (of 16 n numbers torch then makes the same ones)."""
+    monkeypatch.setitem(AHEAD, "cpu", ahead)
+    source, like = ImageSeeds([5, 3]), torch.zeros(2, 3, 8, 8, dtype=dtype)
+    expected = [sequential_draws(seed, (3, 8, 8), 7) for seed in (5, 3)]
+    for draw in range(7):
+        noise = source.randn_like(like)
+        assert noise.dtype == dtype
+        for image in range(2):
+            assert torch.equal(noise[image].float(), expected[image][draw])
+
+
+def test_single_draws_of_any_shape_on_the_cpu():
+    """Published images rest on the noise of the CPU, which joined draws of such a shape would change."""
+    source, like = ImageSeeds([5]), torch.zeros(1, 1, 3, 5)
+    for expected in sequential_draws(5, (1, 3, 5), 3):
+        assert torch.equal(source.randn_like(like)[0], expected)
+
+
+def test_draws_made_ahead_are_given_once_and_for_their_shape_only(monkeypatch):
+    monkeypatch.setitem(AHEAD, "cpu", 4)
+    source = ImageSeeds([5, 3])
+    shapes = [(2, 3, 8, 8)] * 3 + [(2, 1, 16, 16)] * 5 + [(2, 3, 8, 8)] * 2
+    draws = [source.randn_like(torch.zeros(shape)) for shape in shapes]
+    assert [draw.shape for draw in draws] == shapes
+    assert len({round(draw[0, 0, 0, 0].item(), 7) for draw in draws}) == len(draws)
 
 
 def test_noise_follows_the_seed_and_not_the_place():

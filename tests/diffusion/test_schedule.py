@@ -35,6 +35,13 @@ def test_truncated_level_one_is_the_prob_length_quantile(prob_length):
     assert schedule.sigma(torch.ones(1).double()).item() == pytest.approx(expected, rel=1e-12)
 
 
+def test_small_levels_keep_their_digits_in_single_precision():
+    """(1 + erf(z / sqrt 2)) / 2 would lose them: at these levels it is a difference of almost equal numbers."""
+    sigma = torch.tensor([1e-3, 3e-3, 0.0075])
+    level = torch.tensor([NORMAL.cdf((math.log(s) + 1.2) / 1.2) for s in sigma.tolist()])
+    torch.testing.assert_close(LogNormal().level(sigma), level, atol=0, rtol=1e-5)
+
+
 def test_truncated_level_is_the_share_of_the_kept_probability():
     schedule, sigma = TruncatedLogNormal(-1.2, 1.2, 0.8), 0.4
     expected = NORMAL.cdf((math.log(sigma) + 1.2) / 1.2) / 0.8

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from waking import awake
 
-from relay_diffusion.networks.blocks import ResidualBlock, SelfAttention, downsample, group_norm, upsample
+from relay_diffusion.networks.blocks import ResidualBlock, SelfAttention, group_norm
 from relay_diffusion.networks.embeddings import SinusoidalEmbedding
+from relay_diffusion.networks.ops import convolve_enlarged, downsample, upsample
 
 
 @pytest.mark.parametrize(
@@ -21,6 +22,14 @@ def test_downsampling_undoes_upsampling():
     x = torch.randn(2, 3, 3, 5)
     assert upsample(x)[0, 0, :2, :2].tolist() == [[x[0, 0, 0, 0].item()] * 2] * 2
     torch.testing.assert_close(downsample(upsample(x)), x)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1, 1), (1, 3, 4, 5)])
+def test_enlarging_and_convolving_in_one(shape):
+    conv, x = nn.Conv2d(3, 5, 3, padding=1).double(), torch.randn(shape).double()
+    out, bias = convolve_enlarged(conv, x)
+    assert bias is None
+    torch.testing.assert_close(out, conv(upsample(x)), atol=1e-12, rtol=0)
 
 
 def test_embedding_is_cosines_then_sines_of_falling_frequencies():

@@ -73,10 +73,10 @@ def test_decoder_takes_the_encoder_outputs_in_reverse_order():
         module.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
     for module, joins in zip(network.decoder, network.joins, strict=True):
         if joins:
-            module.register_forward_pre_hook(lambda _module, inputs: joined.append(inputs[0]))
+            module.register_forward_pre_hook(lambda _module, inputs: joined.append(inputs[2]))
     network(x_of(network), NOISE)
     for output, join in zip(reversed(kept), joined, strict=True):
-        assert torch.equal(join[:, -output.shape[1] :], output)
+        assert torch.equal(join, output)
 
 
 @torch.no_grad()
@@ -211,3 +211,34 @@ def test_weights_and_activations_have_the_memory_layout_asked_for(channels_last)
     for given in layouts:  # whatever the layout of the images
         out = network(x_of(network).contiguous(memory_format=given), NOISE)
         assert out.is_contiguous(memory_format=expected)
+
+
+@pytest.mark.parametrize("levels", [(0,), (1,), (0, 1, 2)])
+def test_checkpointing_changes_no_gradient(levels):
+    """Also with dropout, whose mask must be the same the second time."""
+    plain = awake(unet(channel_mult=(1, 2, 2), dropout=0.3)).train()
+    saving = awake(unet(channel_mult=(1, 2, 2), dropout=0.3, checkpoint_levels=levels)).train()
+    saving.load_state_dict(plain.state_dict())
+    for network in (plain, saving):
+        torch.manual_seed(0)
+        network(x_of(network), NOISE).square().sum().backward()
+    for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+def test_checkpointed_blocks_keep_nothing_but_their_input():
+    """What a block saves is counted: all of it without, nothing inside with checkpointing."""
+    kept = {}
+    for levels in ((), (0, 1)):
+        network, saved = awake(unet(channel_mult=(1, 2), checkpoint_levels=levels)).train(), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
+            network(x_of(network), NOISE)
+        kept[levels] = sum(saved)
+    assert kept[(0, 1)] < kept[()] / 2
+
+
+def test_levels_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match=r"checkpoint_levels is \[3\], but the levels are 0 to 1"):
+        unet(channel_mult=(1, 2), checkpoint_levels=(3,))

@@ -9,8 +9,12 @@ from recorder import Recorder
 
 from relay_diffusion.diffusion import (
     BlurringCorruption,
+    ImageSeeds,
     TruncatedLogNormal,
+    block_dct,
     block_filter,
+    block_idct,
+    block_noise,
     karras_sigmas,
 )
 from relay_diffusion.samplers import BlurringSampler, EDMSampler
@@ -19,6 +23,10 @@ from support import Replay, toy_denoiser
 SCHEDULE = TruncatedLogNormal()
 SHARP = BlurringCorruption(TruncatedLogNormal(prob_length=1.0), blur_sigma_max=0.0, block_strength=0.0)
 EXACT = {"atol": 1e-11, "rtol": 1e-11}
+
+
+def relay_with_noise():
+    return BlurringSampler(BlurringCorruption(SCHEDULE), steps=16, s_noise=0.3)
 
 
 def images(batch=2, size=8):
@@ -56,6 +64,106 @@ def test_edm_without_churn_and_noise_is_heun():
     got = EDMSampler(steps=12)(toy_denoiser, noise, Replay([]).randn_like, LABELS)
     sigmas = karras_sigmas(12, 0.002, 80.0, 7.0).tolist()
     torch.testing.assert_close(got, heun(toy_denoiser, 80.0 * noise, sigmas, LABELS), **EXACT)
+
+
+def noisy_steps(move, x, draws, sigmas, eta, denoise):
+    """Steps of the docstrings, slope by slope: the estimate x0^, then x - sigma (d + d')/2, are moved alike."""
+    ones = torch.ones(len(x), dtype=torch.float64)
+    for now, then in pairwise(sigmas):
+        gamma = math.sqrt(1 - eta**2) * then / now
+        denoised = denoise(x, now * ones, LABELS).double()
+        euler = gamma * x + move(denoised, now, then, gamma) + eta * then * draws()
+        slope = (x - denoised) / now
+        slope_there = (euler - denoise(euler, then * ones, LABELS).double()) / then
+        corrected = x - now * (slope + slope_there) / 2
+        x = gamma * x + move(corrected, now, then, gamma) + eta * then * draws()
+    return denoise(x, sigmas[-1] * ones, LABELS).double()
+
+
+@pytest.mark.parametrize("of_network", [torch.float64, torch.float32])
+@pytest.mark.parametrize("block", [2, 4, 16])
+def test_relay_steps_are_the_written_ones(block, of_network):
+    corruption = BlurringCorruption(SCHEDULE, block, blur_sigma_max=2.0, block_strength=0.4)
+    sampler = BlurringSampler(corruption, steps=10, s_noise=0.3)
+    start, white = images(size=32), [images(size=32) for _ in range(2 * (2 * len(sampler.sigmas) - 1))]
+    replay = Replay(white)
+
+    def estimate(x, sigma, labels):
+        return toy_denoiser(x, sigma, labels).to(of_network)
+
+    def move(x, now, then, gamma):
+        first, last = (corruption.gains(torch.tensor([level], dtype=torch.float64)) for level in (now, then))
+        gains = (last - gamma * first).tile(1, 1, 32 // block, 32 // block)
+        return block_idct(block_dct(x, block) * gains, block)
+
+    def draws():
+        first = replay.randn_like(start)
+        return first + 0.4 * block_noise(replay.randn_like(start), block)
+
+    x = start + sampler.sigmas[0] * draws()
+    expected = noisy_steps(move, x, draws, sampler.sigmas, 0.3, estimate)
+    assert replay.left == 0
+    got = sampler(estimate, start, Replay(white).randn_like, LABELS)
+    # a network in single precision may answer a state that differs in its last digit by another last digit
+    tolerance = 1e-11 if of_network == torch.float64 else 1e-5
+    torch.testing.assert_close(got, expected, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("of_network", [torch.float64, torch.float32])
+def test_edm_steps_are_the_written_ones(of_network):
+    sampler = EDMSampler(steps=8, sde_scale=0.3)
+    white = [images() for _ in range(2 * 7 + 1)]
+
+    def estimate(x, sigma, labels):
+        return toy_denoiser(x, sigma, labels).to(of_network)
+
+    replay = Replay(white)
+    start = replay.randn_like(images())
+    expected = noisy_steps(
+        lambda x, now, then, gamma: (1 - gamma) * x,  # noqa: ARG005
+        80.0 * start,
+        lambda: replay.randn_like(start),
+        sampler.sigmas[:-1],
+        0.3,
+        estimate,
+    )
+    assert replay.left == 0
+    got = sampler(estimate, start, Replay(white[1:]).randn_like, LABELS)
+    tolerance = 1e-11 if of_network == torch.float64 else 1e-4
+    torch.testing.assert_close(got, expected, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("sampler", [EDMSampler(steps=5, churn=3.0, sde_scale=0.3), relay_with_noise()])
+def test_nothing_that_a_denoiser_or_a_source_handed_out_is_changed(sampler):
+    """Steps work in place, but on their own memory only."""
+    handed, copies = [], []
+
+    def keep(x):
+        handed.append(x)
+        copies.append(x.clone())
+        return x
+
+    def denoise(x, sigma, labels):
+        return keep(toy_denoiser(keep(x), sigma, labels))
+
+    sampler(denoise, keep(images()), lambda x: keep(torch.randn_like(x)), LABELS)
+    assert len(handed) > 20
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(handed, copies, strict=True))
+
+
+@pytest.mark.parametrize("sampler", [EDMSampler(steps=5), relay_with_noise()])
+def test_a_network_may_write_all_its_answers_to_the_same_memory(sampler):
+    """As one captured in a CUDA graph does."""
+    start, memory = images(), torch.empty(2, 3, 8, 8)
+
+    def overwriting(x, sigma, labels):
+        return memory.copy_(toy_denoiser(x, sigma, labels))
+
+    def fresh(x, sigma, labels):
+        return toy_denoiser(x, sigma, labels).float()
+
+    results = [sampler(denoise, start, ImageSeeds([1, 2]).randn_like, LABELS) for denoise in (fresh, overwriting)]
+    assert torch.equal(*results)
 
 
 SD = 0.5

@@ -35,7 +35,7 @@ class TrainingProgress(Callback):
         latest = next((c.latest for c in trainer.callbacks if isinstance(c, TrainingLog)), {})  # type: ignore[attr-defined]
         note = "loss {loss:.4f}  {images_per_second:,.0f} images/s".format(**latest) if latest else ""
         if "memory_gib" in latest:
-            note += f"  {latest['memory_gib']:.1f} GiB"
+            note += f"  {latest['tflops']:.0f} TFLOP/s ({latest['utilisation']:.0%})  {latest['memory_gib']:.1f} GiB"
         self._advance(min(pl_module.images_seen, self.max_images) - self._advance.done, note)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002

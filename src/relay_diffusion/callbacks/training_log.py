@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from relay_diffusion.callbacks.every import Every
+from relay_diffusion.networks.flops import forward_flops, matrix_peak
 from relay_diffusion.stage import DiffusionStage
 
 
@@ -19,7 +20,9 @@ class TrainingLog(Callback):
     """Logs means over the last `every_n_images` images, with the images seen as the x-axis.
 
     loss: mean weighted squared error per element. loss_noise_K: the same for the K-th quarter of noise levels,
-    1 the smallest noise. images_per_second, memory_gib (peak on the device), lr, replaced_gradients (so far).
+    1 the smallest noise. images_per_second, lr, replaced_gradients (so far). tflops: of each device, in 10^12
+    operations of convolutions and matrix products a second; on a GPU also utilisation, their share of what a large
+    matrix product reaches on it, and memory_gib, the peak.
     """
 
     def __init__(self, every_n_images: int, bins: int = 4) -> None:
@@ -28,11 +31,16 @@ class TrainingLog(Callback):
         self._sums: Tensor | None = None
         self._counted_from, self._clock = 0, 0.0
         self.latest: dict[str, float] = {}
+        self._flops, self._peak = 0, 0.0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-        """Start the sums and the clock."""
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count what a step costs, measure what the device can do, start the sums and the clock."""
         assert isinstance(pl_module, DiffusionStage)
         self._every.start(pl_module.images_seen)
+        self._flops = 3 * forward_flops(pl_module.denoiser.network)  # backward costs twice as much as forward
+        if pl_module.device.type == "cuda":
+            half = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float16
+            self._peak = matrix_peak(pl_module.device, half if "16" in str(trainer.precision) else torch.float32)
         self._restart(pl_module)
 
     def _restart(self, stage: DiffusionStage) -> None:
@@ -67,13 +75,16 @@ class TrainingLog(Callback):
         total, count = trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
         seconds = time.perf_counter() - self._clock
         values = {f"loss_noise_{i + 1}": s / n for i, (s, n) in enumerate(zip(total, count, strict=True)) if n}
+        speed = (stage.images_seen - self._counted_from) / seconds
         values |= {
             "loss": sum(total) / sum(count),
-            "images_per_second": (stage.images_seen - self._counted_from) / seconds,
+            "images_per_second": speed,
+            "tflops": speed * self._flops / trainer.world_size / 1e12,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "replaced_gradients": float(stage.replaced_gradients),
         }
         if stage.device.type == "cuda":
+            values["utilisation"] = values["tflops"] * 1e12 / self._peak
             values["memory_gib"] = torch.cuda.max_memory_allocated(stage.device) / 2**30
         self.latest = values
         for logger in trainer.loggers:

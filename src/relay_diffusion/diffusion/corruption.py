@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -10,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from relay_diffusion.diffusion.dct import block_filter
-from relay_diffusion.diffusion.noise import RandnLike, block_noise
+from relay_diffusion.diffusion.noise import RandnLike, block_sum
 from relay_diffusion.diffusion.schedule import LogNormal, TruncatedLogNormal
 
 
 def expand(sigma: Tensor) -> Tensor:
     """[B] -> [B,1,1,1], to multiply images with."""
-    return sigma[:, None, None, None]
+    return sigma.view(-1, 1, 1, 1)
 
 
 def upsample_blocks(images: Tensor, block: int) -> Tensor:
@@ -49,7 +50,16 @@ class GaussianCorruption:
 
     def corrupt(self, x0: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
         """x0 [B,C,H,W], sigma [B], noise of `draw_noise` -> noisy images [B,C,H,W]."""
-        return x0 + expand(sigma) * noise
+        return torch.addcmul(x0, expand(sigma), noise)
+
+
+@lru_cache(maxsize=64)
+def _widest_exponents(block: int, blur_sigma_max: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """-(w_k^2 + w_l^2) blur_sigma_max^2 / 2, w_k = pi k / block: [block, block]."""
+    with torch.inference_mode(False):  # kept between calls, as dct_matrix is
+        frequency = torch.arange(block, dtype=torch.float64, device="cpu") * (math.pi / block)
+        squared = frequency[:, None] ** 2 + frequency[None, :] ** 2
+        return (squared * (-(blur_sigma_max**2) / 2)).to(device=device, dtype=dtype)
 
 
 class BlurringCorruption:
@@ -93,10 +103,9 @@ class BlurringCorruption:
 
     def gains(self, sigma: Tensor) -> Tensor:
         """Gain of each DCT coefficient at noise sigma: [B] -> [B,1,block,block]; the mean's is 1."""
-        blur = self.blur_sigma_max * torch.sin(self.schedule.level(sigma) * (math.pi / 2)) ** 2
-        frequency = torch.arange(self.block, dtype=sigma.dtype, device=sigma.device) * (math.pi / self.block)
-        squared = frequency[:, None] ** 2 + frequency[None, :] ** 2
-        decay = torch.exp(-squared * expand(blur) ** 2 / 2)
+        widest = _widest_exponents(self.block, self.blur_sigma_max, sigma.dtype, sigma.device)
+        share = torch.sin(self.schedule.level(sigma) * (math.pi / 2)) ** 4  # of the exponents: (b(u) / b_max)^2
+        decay = torch.exp(expand(share) * widest)
         return (1 - self.min_gain) * decay + self.min_gain
 
     def draw_noise(self, like: Tensor, randn_like: RandnLike) -> Tensor:
@@ -104,11 +113,11 @@ class BlurringCorruption:
         white = randn_like(like)
         if self.block_strength == 0:
             return white
-        return white + self.block_strength * block_noise(randn_like(like), self.block)
+        return torch.add(white, block_sum(randn_like(like), self.block), alpha=self.block_strength / self.block)
 
     def corrupt(self, x0: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
         """x0 [B,C,H,W], sigma [B], noise of `draw_noise` -> blurred and noisy images [B,C,H,W]."""
-        return block_filter(x0, self.gains(sigma)) + expand(sigma) * noise
+        return torch.addcmul(block_filter(x0, self.gains(sigma)), expand(sigma), noise)
 
 
 class Corruption(Protocol):

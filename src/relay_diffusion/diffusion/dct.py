@@ -7,11 +7,14 @@ M[k, n] = c_k cos(pi k (2n + 1) / (2 block)), c_0 = sqrt(1/block), c_k = sqrt(2/
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from einops import rearrange
 from torch import Tensor
+
+SMALL_BLOCK = 8  # up to here one product with a matrix of block^2 x block^2 is faster than four of block x block
 
 
 @lru_cache(maxsize=64)
@@ -24,14 +27,33 @@ def dct_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return matrix.to(device=device, dtype=dtype)
 
 
-def _per_block(x: Tensor, block: int, matrix: Tensor) -> Tensor:
+@lru_cache(maxsize=64)
+def _dct_matrix_of_pieces(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The DCT of a whole piece in row-major order, [size^2, size^2]: vec(M X M^T) = (M kron M) vec(X)."""
+    with torch.inference_mode(False):
+        matrix = dct_matrix(size, torch.float64, torch.device("cpu"))
+        return torch.kron(matrix, matrix).to(device=device, dtype=dtype)
+
+
+def _per_block(x: Tensor, block: int, dtype: torch.dtype, transform: Callable[[Tensor], Tensor]) -> Tensor:
+    """`transform` of all pieces [B, block, block, N] of x [B,C,H,W], back in their places, as `dtype`."""
     height, width = x.shape[-2:]
     if height % block or width % block:
         raise ValueError(f"images of {height}x{width} do not divide into blocks of {block}x{block}")
-    patches = rearrange(x, "... (h s) (w t) -> ... h w s t", s=block, t=block)
+    # On a GPU the products are in float64, which neither TF32 nor autocast touches. It costs no pass: the two copies
+    # that rearrange the pixels also convert them.
+    precision = torch.float64 if x.is_cuda else dtype
+    pieces = rearrange(x, "b c (h s) (w t) -> b s t c h w", s=block, t=block)
+    columns = pieces.to(precision, memory_format=torch.contiguous_format).flatten(3)
     with torch.autocast(x.device.type, enabled=False):  # the blur is exact also in mixed precision
-        filtered = matrix @ patches @ matrix.mT
-    return rearrange(filtered, "... h w s t -> ... (h s) (w t)")
+        transformed = rearrange(transform(columns).view(pieces.shape), "b s t c h w -> b c h s w t")
+    return transformed.to(dtype, memory_format=torch.contiguous_format).reshape(x.shape)
+
+
+def _both_axes(matrix: Tensor, pieces: Tensor) -> Tensor:
+    """M X M^T of every piece [B, block, block, N]."""
+    rows = (matrix @ pieces.flatten(2)).view(pieces.shape)
+    return matrix @ rows
 
 
 def block_dct(x: Tensor, block: int) -> Tensor:
@@ -39,16 +61,37 @@ def block_dct(x: Tensor, block: int) -> Tensor:
 
     Raises ValueError if H or W is not a multiple of `block`.
     """
-    return _per_block(x, block, dct_matrix(block, x.dtype, x.device))
+    return _per_block(
+        x, block, x.dtype, lambda pieces: _both_axes(dct_matrix(block, pieces.dtype, pieces.device), pieces)
+    )
 
 
 def block_idct(coefficients: Tensor, block: int) -> Tensor:
     """Inverse of `block_dct`: [B,C,H,W] -> [B,C,H,W]."""
-    return _per_block(coefficients, block, dct_matrix(block, coefficients.dtype, coefficients.device).mT)
+    return _per_block(
+        coefficients,
+        block,
+        coefficients.dtype,
+        lambda pieces: _both_axes(dct_matrix(block, pieces.dtype, pieces.device).mT, pieces),
+    )
 
 
 def block_filter(x: Tensor, gains: Tensor) -> Tensor:
-    """Multiply the DCT coefficients of every block by `gains` [B or 1, 1, block, block]: [B,C,H,W] -> [B,C,H,W]."""
+    """Multiply the DCT coefficients of every block by `gains` [B or 1, 1, block, block]: [B,C,H,W] -> [B,C,H,W].
+
+    The result is new memory, in the wider precision of the two.
+    Raises ValueError if H or W is not a multiple of `block`.
+    """
     block = gains.shape[-1]
-    tiles = gains.repeat(1, 1, x.shape[-2] // block, x.shape[-1] // block)
-    return block_idct(block_dct(x, block) * tiles, block)
+
+    def one_product(pieces: Tensor) -> Tensor:
+        transform = _dct_matrix_of_pieces(block, pieces.dtype, pieces.device)
+        matrix = transform.mT @ (gains.to(pieces.dtype).reshape(-1, block**2, 1) * transform)
+        return matrix.expand(len(pieces), -1, -1) @ pieces.flatten(1, 2)
+
+    def axis_by_axis(pieces: Tensor) -> Tensor:
+        matrix = dct_matrix(block, pieces.dtype, pieces.device)
+        return _both_axes(matrix.mT, _both_axes(matrix, pieces) * gains.to(pieces.dtype).squeeze(1)[..., None])
+
+    dtype = torch.promote_types(x.dtype, gains.dtype)
+    return _per_block(x, block, dtype, one_product if block <= SMALL_BLOCK else axis_by_axis)

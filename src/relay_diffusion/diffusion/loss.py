@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from relay_diffusion.diffusion.corruption import expand
@@ -12,7 +13,8 @@ from relay_diffusion.diffusion.corruption import expand
 class DenoisingLoss:
     """weight(sigma) (D(x) - x0)^2 with weight = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, at most max_weight.
 
-    The weight undoes the preconditioner's c_out^2, so every noise level counts alike (Karras et al. 2022, table 1).
+    The weight, 1/sigma^2 + 1/sigma_data^2, undoes the preconditioner's c_out^2, so every noise level counts alike
+    (Karras et al. 2022, table 1).
     The relay stage bounds it by 1e5, as published.
     """
 
@@ -21,9 +23,8 @@ class DenoisingLoss:
 
     def weight(self, sigma: Tensor) -> Tensor:
         """Loss weight of noise level sigma, any shape."""
-        weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
-        return weight.clamp(max=self.max_weight)
+        return (sigma**-2 + self.sigma_data**-2).clamp(max=self.max_weight)
 
     def __call__(self, denoised: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
         """Loss of each element: denoised and x0 [B,C,H,W], sigma [B] -> [B,C,H,W]."""
-        return expand(self.weight(sigma)) * (denoised - x0) ** 2
+        return expand(self.weight(sigma)) * F.mse_loss(denoised, x0, reduction="none")

@@ -12,15 +12,38 @@ RandnLike = Callable[[Tensor], Tensor]
 """Draws standard normal noise of the shape, dtype and device of its argument."""
 
 
+AHEAD = {"cuda": 4}
+"""Draws of each image made at once, by device (others: 1): launching a kernel takes longer than drawing an image.
+
+It is part of what a seed means there. On the CPU the noise of a seed is that of single draws.
+"""
+
+
+def _window_sum(x: Tensor, length: int, dim: int) -> Tensor:
+    """Sums of `length` neighbours along `dim`, which gets length - 1 shorter; windows are built by doubling."""
+    if length == 1:
+        return x
+    joined = length // 2 if length % 2 == 0 else 1  # a window of even length is two halves, an odd one has one more
+    window = _window_sum(x, length - joined, dim)
+    size = x.shape[dim] - length + 1
+    other = window if joined > 1 or length == 2 else x
+    return window.narrow(dim, 0, size) + other.narrow(dim, length - joined, size)
+
+
+def block_sum(white: Tensor, block: int) -> Tensor:
+    """The sum of block x block circular shifts, by 0..block-1 along both axes: [B,C,H,W] -> [B,C,H,W]."""
+    before = block - 1  # every pixel sees itself and what lies before it
+    padded = F.pad(white, (before, 0, before, 0), mode="circular")
+    return _window_sum(_window_sum(padded, block, -2), block, -1)
+
+
 def block_noise(white: Tensor, block: int) -> Tensor:
     """Noise that is alike within `block` pixels: the sum of block x block circular shifts of white noise, over block.
 
     [B,C,H,W] -> [B,C,H,W]. Unit variance; pixels at distance (dx, dy) correlate by
     max(0, s-|dx|)/s * max(0, s-|dy|)/s. A circular box filter computes it (Teng et al., section 3.2).
     """
-    before = block - 1  # shifts by 0..block-1: every pixel sees itself and what lies before it
-    padded = F.pad(white, (before, 0, before, 0), mode="circular")
-    return F.avg_pool2d(padded, block, stride=1) * block
+    return block_sum(white, block) / block
 
 
 def mix_seeds(seed: int, stream: int) -> int:
@@ -42,6 +65,7 @@ class ImageSeeds:
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu", stream: int = 0) -> None:
         self.generators = [torch.Generator(device).manual_seed(mix_seeds(int(seed), stream)) for seed in seeds]
+        self._drawn: list[Tensor] = []  # ahead of their use, the next one last
 
     def __len__(self) -> int:
         return len(self.generators)
@@ -50,7 +74,13 @@ class ImageSeeds:
         """Standard normal noise like x [B,C,H,W], image i from generator i. Raises ValueError if B differs."""
         if len(x) != len(self.generators):
             raise ValueError(f"{len(self.generators)} seeds for a batch of {len(x)} images")
-        noise = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        if not self._drawn or self._drawn[-1].shape != x.shape:
+            self._drawn = self._draw(x)
+        return self._drawn.pop().to(x.dtype, memory_format=torch.contiguous_format)
+
+    def _draw(self, x: Tensor) -> list[Tensor]:
+        ahead = AHEAD.get(x.device.type, 1)
+        noise = torch.empty(len(x), ahead, *x.shape[1:], dtype=torch.float32, device=x.device)
         for image, generator in zip(noise, self.generators, strict=True):
             image.normal_(generator=generator)
-        return noise.to(x.dtype)
+        return list(noise.unbind(1))[::-1]

@@ -27,7 +27,8 @@ class LogNormal:
 
     def level(self, sigma: Tensor) -> Tensor:
         """Level of a noise standard deviation, any shape."""
-        return torch.special.ndtr((sigma.log() - self.p_mean) / self.p_std) / self.prob_length
+        # Phi(z) = erfc(-z / sqrt(2)) / 2: fewer operations than ndtr, and exact digits far below the mean
+        return torch.erfc((self.p_mean - sigma.log()) / (self.p_std * math.sqrt(2))) / (2 * self.prob_length)
 
     def draw(self, size: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
         """Training noise levels sigma [size] from the global random state."""

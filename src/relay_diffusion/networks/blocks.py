@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from relay_diffusion.networks.ops import add, convolve, convolve_enlarged, norm_act, project, query_key_value
 
 MAX_GROUPS = 32
 MIN_GROUP_CHANNELS = 4
@@ -26,16 +28,6 @@ def zero(layer: nn.Conv2d) -> nn.Conv2d:
     return layer
 
 
-def downsample(x: Tensor) -> Tensor:
-    """Halve the resolution by the mean of 2x2 pixels: [B,C,H,W] -> [B,C,H/2,W/2]."""
-    return F.avg_pool2d(x, 2)
-
-
-def upsample(x: Tensor) -> Tensor:
-    """Double the resolution by repeating pixels: [B,C,H,W] -> [B,C,2H,2W]."""
-    return F.interpolate(x, scale_factor=2, mode="nearest")
-
-
 class SelfAttention(nn.Module):
     """Multi-head self-attention over pixels, added to its input: [B,C,H,W] -> [B,C,H,W].
 
@@ -51,17 +43,18 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B,C,H,W] -> [B,C,H,W]."""
-        height = x.shape[-2]
-        qkv = self.qkv(self.norm(x))
-        q, k, v = rearrange(qkv, "b (n heads c) h w -> n b heads (h w) c", n=3, heads=self.heads)
-        attended = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj(rearrange(attended, "b heads (h w) c -> b (heads c) h w", h=height))
+        h, shortcut, _ = norm_act(x, self.norm, silu=False)
+        q, k, v = (rearrange(t, "b l (heads c) -> b heads l c", heads=self.heads) for t in query_key_value(self.qkv, h))
+        attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads l c -> b l (heads c)")
+        out = F.linear(attended, self.proj.weight.flatten(1), self.proj.bias)
+        return add(rearrange(out, "b (h w) c -> b c h w", h=x.shape[-2]), shortcut)
 
 
 class ResidualBlock(nn.Module):
     """norm, SiLU, conv; norm, scale and shift by the embedding, SiLU, dropout, conv; plus the input (ADM's block).
 
-    `up` or `down` resamples by two before the first convolution and on the shortcut.
+    `up` or `down` resamples by two before the first convolution and on the shortcut. `checkpointed`: training keeps
+    the input only and computes the rest again in the backward pass.
     """
 
     def __init__(
@@ -71,11 +64,12 @@ class ResidualBlock(nn.Module):
         embedding_channels: int,
         dropout: float = 0.0,
         attention: bool = False,
+        checkpointed: bool = False,
         up: bool = False,
         down: bool = False,
     ) -> None:
         super().__init__()
-        self.up, self.down, self.dropout = up, down, dropout
+        self.up, self.down, self.dropout, self.checkpointed = up, down, dropout, checkpointed
         self.norm0 = group_norm(in_channels)
         self.conv0 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.affine = nn.Linear(embedding_channels, 2 * out_channels)
@@ -84,19 +78,20 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
         self.attention = SelfAttention(out_channels) if attention else None
 
-    def _resample(self, x: Tensor) -> Tensor:
-        if self.up:
-            return upsample(x)
-        return downsample(x) if self.down else x
+    def forward(self, x: Tensor, embedding: Tensor, skip: Tensor | None = None) -> Tensor:
+        """x [B,C,H,W], embedding [B,E] -> [B,C',H',W']; skip [B,D,H,W]: more channels of the input."""
+        if self.checkpointed and self.training:
+            result: Tensor = checkpoint(self._forward, x, embedding, skip, use_reentrant=False)
+            return result
+        return self._forward(x, embedding, skip)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x [B,C,H,W], embedding [B,E] -> [B,C',H',W']."""
-        hidden = self.conv0(self._resample(F.silu(self.norm0(x))))
-        scale, shift = self.affine(embedding)[:, :, None, None].chunk(2, dim=1)
-        hidden = F.silu(torch.addcmul(shift, self.norm1(hidden), scale + 1))
-        hidden = self.conv1(F.dropout(hidden, self.dropout, self.training))
-        shortcut = self._resample(x)
+    def _forward(self, x: Tensor, embedding: Tensor, skip: Tensor | None) -> Tensor:
+        h, shortcut, skip = norm_act(x, self.norm0, skip, down=self.down)
+        h, bias = (convolve_enlarged if self.up else convolve)(self.conv0, h)
+        dropout = self.dropout if self.training else 0.0
+        h, _, _ = norm_act(h, self.norm1, bias=bias, modulation=self.affine(embedding), dropout=dropout)
+        h, bias = convolve(self.conv1, h)
         if self.skip is not None:
-            shortcut = self.skip(shortcut)
-        out = shortcut + hidden
+            shortcut, bias = project(self.skip, shortcut, skip, bias), None
+        out = add(h, shortcut, bias, self.up)
         return out if self.attention is None else self.attention(out)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from relay_diffusion.networks.blocks import ResidualBlock, group_norm, zero
 from relay_diffusion.networks.embeddings import SinusoidalEmbedding
+from relay_diffusion.networks.ops import convolve_image, norm_act
 
 
 class UNet(nn.Module):
@@ -18,8 +19,10 @@ class UNet(nn.Module):
     `channels` x `channel_mult` are the channels of each level (each at half the resolution of the one before);
     `blocks` residual blocks a level; attention at the given `attention_resolutions` and at the lowest level.
     `num_classes` 0: unconditional. `augment_labels`: number of augmentation parameters, 0 for none.
-    `channels_last` keeps weights and activations in that memory format: the same numbers, often faster.
-    Raises ValueError if the resolution cannot be halved often enough.
+    `channels_last` keeps weights and activations in that memory format: the same numbers, faster; on a GPU the steps
+    between convolutions are fused for it. `checkpoint_levels`: levels (0: full resolution) of which training keeps
+    only the inputs of blocks and computes the rest again: less memory, more time.
+    Raises ValueError if the resolution cannot be halved often enough, or for a level that does not exist.
     """
 
     def __init__(
@@ -35,11 +38,14 @@ class UNet(nn.Module):
         augment_labels: int = 0,
         embedding_mult: int = 4,
         channels_last: bool = False,
+        checkpoint_levels: Sequence[int] = (),
     ) -> None:
         super().__init__()
         levels = len(channel_mult)
         if resolution % 2 ** (levels - 1):
             raise ValueError(f"resolution {resolution} is not divisible by 2^{levels - 1} for {levels} levels")
+        if not set(checkpoint_levels) <= set(range(levels)):
+            raise ValueError(f"checkpoint_levels is {list(checkpoint_levels)}, but the levels are 0 to {levels - 1}")
         if channels % 2:
             raise ValueError(f"channels is {channels}, must be even")
         self.resolution, self.image_channels, self.num_classes = resolution, image_channels, num_classes
@@ -52,34 +58,34 @@ class UNet(nn.Module):
         self.embed1 = nn.Linear(width, width)
         self.embed_class = nn.Embedding(num_classes, width) if num_classes else None
 
-        def block(in_channels: int, out_channels: int, size: int) -> ResidualBlock:
-            return ResidualBlock(in_channels, out_channels, width, dropout, size in attention_resolutions)
+        def block(level: int, in_channels: int, out_channels: int, attention: bool, **resample: bool) -> ResidualBlock:
+            checkpointed = level in checkpoint_levels
+            return ResidualBlock(in_channels, out_channels, width, dropout, attention, checkpointed, **resample)
 
         self.conv_in = nn.Conv2d(image_channels, channels, 3, padding=1)
         self.encoder = nn.ModuleList()
         skips, current = [channels], channels
         for level, mult in enumerate(channel_mult):
-            size = resolution >> level
+            attention = resolution >> level in attention_resolutions
             if level > 0:
-                self.encoder.append(ResidualBlock(current, current, width, dropout, down=True))
+                self.encoder.append(block(level, current, current, attention=False, down=True))
                 skips.append(current)
             for _ in range(blocks):
-                self.encoder.append(block(current, channels * mult, size))
+                self.encoder.append(block(level, current, channels * mult, attention))
                 current = channels * mult
                 skips.append(current)
 
-        lowest = ResidualBlock(current, current, width, dropout, attention=True)
-        self.middle = nn.ModuleList([lowest, ResidualBlock(current, current, width, dropout)])
+        self.middle = nn.ModuleList(block(levels - 1, current, current, attention) for attention in (True, False))
 
         self.decoder = nn.ModuleList()
         self.joins = []  # for each decoder block: does it take a skip connection?
         for level, mult in reversed(list(enumerate(channel_mult))):
-            size = resolution >> level
+            attention = resolution >> level in attention_resolutions
             if level < levels - 1:
-                self.decoder.append(ResidualBlock(current, current, width, dropout, up=True))
+                self.decoder.append(block(level, current, current, attention=False, up=True))
                 self.joins.append(False)
             for _ in range(blocks + 1):
-                self.decoder.append(block(current + skips.pop(), channels * mult, size))
+                self.decoder.append(block(level, current + skips.pop(), channels * mult, attention))
                 self.joins.append(True)
                 current = channels * mult
         self.norm_out = group_norm(current)
@@ -103,7 +109,7 @@ class UNet(nn.Module):
     ) -> Tensor:
         """x [B,C,R,R], noise level c_noise [B], labels [B] or None, augment_labels [B,A] or None -> [B,C,R,R]."""
         embedding = self.embed(noise, labels, augment_labels)
-        x = self.conv_in(x.contiguous(memory_format=self.memory_format))
+        x = convolve_image(self.conv_in, x.contiguous(memory_format=self.memory_format))
         skips = [x]
         for block in self.encoder:
             x = block(x, embedding)
@@ -111,5 +117,5 @@ class UNet(nn.Module):
         for block in self.middle:
             x = block(x, embedding)
         for block, joins in zip(self.decoder, self.joins, strict=True):
-            x = block(torch.cat([x, skips.pop()], dim=1) if joins else x, embedding)
-        return self.conv_out(F.silu(self.norm_out(x)))
+            x = block(x, embedding, skips.pop() if joins else None)
+        return self.conv_out(norm_act(x, self.norm_out)[0])

@@ -13,7 +13,7 @@ from relay_diffusion.diffusion.dct import block_filter
 from relay_diffusion.diffusion.guidance import Denoiser
 from relay_diffusion.diffusion.noise import RandnLike
 from relay_diffusion.diffusion.schedule import karras_sigmas
-from relay_diffusion.samplers.state import state_dtype
+from relay_diffusion.samplers.state import second_order, state_dtype
 
 
 class BlurringSampler:
@@ -60,21 +60,22 @@ class BlurringSampler:
     def __call__(self, denoise: Denoiser, start: Tensor, randn_like: RandnLike, labels: Tensor | None = None) -> Tensor:
         """start: upsampled images [B,C,H,W] in [-1, 1]; labels [B] or None -> images [B,C,H,W], state's dtype."""
         x = start.to(state_dtype(start.device))
-        x = x + self.sigmas[0] * self.corruption.draw_noise(x, randn_like)
+        x = torch.add(x, self.corruption.draw_noise(x, randn_like), alpha=self.sigmas[0])
         ones = torch.ones(len(x), dtype=torch.float64, device="cpu")  # wrappers may look at sigma without waiting
         gains = self.corruption.gains(x.new_tensor(self.sigmas))[:, None]  # of all levels at once: [levels,1,1,s,s]
         for level, (sigma, sigma_next) in enumerate(pairwise(self.sigmas)):
             gamma = math.sqrt(1 - self.s_noise**2) * sigma_next / sigma
             filter_gains = gains[level + 1] - gamma * gains[level]
-            denoised = denoise(x, sigma * ones, labels).to(x.dtype)
-            proposal = gamma * x + block_filter(denoised, filter_gains) + self._noise(x, sigma_next, randn_like)
-            slope = (x - denoised) / sigma
-            slope_next = (proposal - denoise(proposal, sigma_next * ones, labels).to(x.dtype)) / sigma_next
-            corrected = x - sigma * (slope + slope_next) / 2
-            x = gamma * x + block_filter(corrected, filter_gains) + self._noise(x, sigma_next, randn_like)
+            scales = gamma, filter_gains, self.s_noise * sigma_next
+            denoised = denoise(x, sigma * ones, labels)
+            proposal = self._step(x, denoised, *scales, randn_like)
+            both = x + denoised  # now: a network may write its next answer over this one (CUDA graphs do)
+            residual = proposal - denoise(proposal, sigma_next * ones, labels)
+            x = self._step(x, second_order(both, residual, sigma / sigma_next), *scales, randn_like)
         return denoise(x, self.sigmas[-1] * ones, labels).to(x.dtype)
 
-    def _noise(self, x: Tensor, sigma: float, randn_like: RandnLike) -> Tensor | float:
-        if self.s_noise == 0:
-            return 0.0
-        return self.s_noise * sigma * self.corruption.draw_noise(x, randn_like)
+    def _step(
+        self, x: Tensor, denoised: Tensor, gamma: float, filter_gains: Tensor, noise: float, randn_like: RandnLike
+    ) -> Tensor:
+        moved = block_filter(denoised, filter_gains).add_(x, alpha=gamma)
+        return moved.add_(self.corruption.draw_noise(x, randn_like), alpha=noise) if noise else moved

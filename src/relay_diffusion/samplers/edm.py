@@ -11,7 +11,7 @@ from torch import Tensor
 from relay_diffusion.diffusion.guidance import Denoiser
 from relay_diffusion.diffusion.noise import RandnLike
 from relay_diffusion.diffusion.schedule import karras_sigmas
-from relay_diffusion.samplers.state import state_dtype
+from relay_diffusion.samplers.state import second_order, state_dtype
 
 
 class EDMSampler:
@@ -73,20 +73,19 @@ class EDMSampler:
             gamma = self._gamma(sigma)
             sigma_hat = sigma * (1 + gamma)
             if gamma > 0:
-                x = x + math.sqrt(sigma_hat**2 - sigma**2) * self.churn_noise * randn_like(x)
-            denoised = denoise(x, sigma_hat * ones, labels).to(x.dtype)
+                x = torch.add(x, randn_like(x), alpha=math.sqrt(sigma_hat**2 - sigma**2) * self.churn_noise)
+            denoised = denoise(x, sigma_hat * ones, labels)
             proposal = self._step(x, denoised, sigma_hat, sigma_next, randn_like)
             if sigma_next == 0:
                 return proposal
-            slope = (x - denoised) / sigma_hat
-            slope_next = (proposal - denoise(proposal, sigma_next * ones, labels).to(x.dtype)) / sigma_next
-            corrected = x - sigma_hat * (slope + slope_next) / 2
-            x = self._step(x, corrected, sigma_hat, sigma_next, randn_like)
+            both = x + denoised  # now: a network may write its next answer over this one (CUDA graphs do)
+            residual = proposal - denoise(proposal, sigma_next * ones, labels)
+            x = self._step(x, second_order(both, residual, sigma_hat / sigma_next), sigma_hat, sigma_next, randn_like)
         return x
 
     def _step(self, x: Tensor, denoised: Tensor, sigma: float, sigma_next: float, randn_like: RandnLike) -> Tensor:
         gamma = math.sqrt(1 - self.sde_scale**2) * sigma_next / sigma
-        moved = gamma * x + (1 - gamma) * denoised
+        moved = (gamma * x).add_(denoised, alpha=1 - gamma)
         if self.sde_scale == 0 or sigma_next == 0:
             return moved
-        return moved + self.sde_scale * sigma_next * randn_like(x)
+        return moved.add_(randn_like(x), alpha=self.sde_scale * sigma_next)

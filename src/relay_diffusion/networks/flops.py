@@ -1,0 +1,37 @@
+"""How many operations a network costs, and how many a device can do."""
+
+from __future__ import annotations
+
+import torch
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from relay_diffusion.networks.unet import UNet
+
+
+def forward_flops(network: UNet) -> int:
+    """Floating-point operations of convolutions and matrix products in one evaluation of one image; a step costs 3x.
+
+    Counted on shapes alone: nothing is computed.
+    """
+    states = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    on_meta = {name: torch.empty_like(value, device="meta") for name, value in states.items()}
+    x = torch.empty(1, network.image_channels, network.resolution, network.resolution, device="meta")
+    noise, labels = torch.empty(1, device="meta"), torch.empty(1, device="meta", dtype=torch.long)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        functional_call(network, on_meta, (x, noise, labels))
+    return int(counter.get_total_flops())
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype, size: int = 8192, repeats: int = 10) -> float:
+    """Operations a second of a large matrix product on this GPU: what utilisation is a share of."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        a @ b
+    end.record()
+    end.synchronize()
+    return 2 * size**3 * repeats / (start.elapsed_time(end) / 1e3)

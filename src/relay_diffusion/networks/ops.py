@@ -1,0 +1,172 @@
+"""The steps of a block between its convolutions: in plain torch, and where they are fused on a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+HAVE_TRITON = importlib.util.find_spec("triton") is not None
+FUSED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOMENTS = "_relay_moments"
+"""Attribute of an activation: its moments, which a fused `add` has at hand and every normalisation of it needs."""
+
+
+def downsample(x: Tensor) -> Tensor:
+    """Halve the resolution by the mean of 2x2 pixels: [B,C,H,W] -> [B,C,H/2,W/2]."""
+    return F.avg_pool2d(x, 2)
+
+
+def upsample(x: Tensor) -> Tensor:
+    """Double the resolution by repeating pixels: [B,C,H,W] -> [B,C,2H,2W]."""
+    return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+def fusible(*tensors: Tensor | None) -> bool:
+    """Whether the kernels of `networks/fused.py` take these activations: on a GPU, channels_last, at most 32 bits."""
+    return HAVE_TRITON and all(
+        x.is_cuda and x.dtype in FUSED_TYPES and x.is_contiguous(memory_format=torch.channels_last)
+        for x in tensors
+        if x is not None
+    )
+
+
+def norm_act(
+    x: Tensor,
+    norm: nn.GroupNorm,
+    skip: Tensor | None = None,
+    bias: Tensor | None = None,
+    modulation: Tensor | None = None,
+    silu: bool = True,
+    dropout: float = 0.0,
+    down: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """drop(silu(norm(cat(x, skip) + bias) (1 + scale) + shift)), and x and skip again, for the shortcut.
+
+    x [B,C,H,W], skip [B,D,H,W]; bias [C] of the convolution that made x; modulation [B,2C]: scale and shift.
+    `down` halves the result and x.
+    """
+    if fusible(x, skip):
+        from relay_diffusion.networks.fused import Norm
+
+        result: tuple[Tensor, Tensor, Tensor | None] = Norm.apply(
+            *(x, skip, _moments(x), None if skip is None else _moments(skip)),
+            *(norm.weight, norm.bias, bias, modulation),
+            *(norm.num_groups, norm.eps, silu, dropout, down),
+        )
+        return result
+    h = x if skip is None else torch.cat([x, skip], dim=1)
+    if bias is not None:
+        h = h + bias.to(h.dtype)[:, None, None]
+    h = norm(h)
+    if modulation is not None:
+        scale, shift = modulation[:, :, None, None].chunk(2, dim=1)
+        h = torch.addcmul(shift, h, scale + 1)
+    if silu:
+        h = F.silu(h)
+    h = F.dropout(h, dropout)
+    return (downsample(h), downsample(x), skip) if down else (h, x, skip)
+
+
+def _moments(x: Tensor) -> Tensor:
+    from relay_diffusion.networks.fused import measure
+
+    if not hasattr(x, MOMENTS):
+        setattr(x, MOMENTS, measure(x))
+    known: Tensor = getattr(x, MOMENTS)
+    return known
+
+
+def add(hidden: Tensor, shortcut: Tensor, bias: Tensor | None = None, up: bool = False) -> Tensor:
+    """hidden + bias + shortcut: [B,C,H,W], bias [C]; `up`: the shortcut [B,C,H/2,W/2] is enlarged first."""
+    if fusible(hidden, shortcut):
+        from relay_diffusion.networks.fused import Add
+
+        out: Tensor
+        out, moments = Add.apply(hidden, shortcut, bias, up)
+        setattr(out, MOMENTS, moments)
+        return out
+    if bias is not None:
+        hidden = hidden + bias.to(hidden.dtype)[:, None, None]
+    return hidden + (upsample(shortcut) if up else shortcut)
+
+
+def convolve_image(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """The first convolution, of an image of few channels [B,C,H,W].
+
+    On a GPU the bias is one more channel, of ones, and eight channels are faster than fewer.
+    """
+    if not (fusible(x) and x.shape[1] < 8):
+        return conv(x)
+    assert conv.bias is not None
+    spare = 7 - x.shape[1]
+    bias = F.pad(conv.bias[:, None, None, None], (1, 1, 1, 1))
+    weight = F.pad(torch.cat([conv.weight, bias], dim=1), (0, 0, 0, 0, 0, spare))
+    ones = x.new_ones(1, 1, 1, 1).expand(len(x), 1, *x.shape[2:])
+    padded = F.pad(torch.cat([x, ones], dim=1), (0, 0, 0, 0, 0, spare))
+    return F.conv2d(
+        padded.contiguous(memory_format=torch.channels_last),
+        weight.contiguous(memory_format=torch.channels_last),
+        padding=1,
+    )
+
+
+def convolve_enlarged(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The 3x3 convolution of `upsample(x)`, as `convolve` gives it: [B,C,H,W] -> [B,C',2H,2W].
+
+    Each of four neighbours in the result sees 2x2 pixels of x only: one transposed convolution of 4x4, whose
+    weights are sums of the given ones, with 4/9 of the operations.
+    """
+    weight = conv.weight
+    for dim in (2, 3):
+        first, second, third = weight.unbind(dim)
+        weight = torch.stack([third, second + third, first + second, first], dim)
+    weight = weight.transpose(0, 1).to(memory_format=torch.channels_last)
+    bias = None if fusible(x) else conv.bias
+    out = F.conv_transpose2d(x, weight, bias, stride=2, padding=1)
+    return out, conv.bias if bias is None else None
+
+
+def query_key_value(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A 1x1 convolution to three times the channels, in three parts and as pixels: [B,C,H,W] -> each [B,H W,C]."""
+    tokens = rearrange(x, "b c h w -> b (h w) c")  # in channels_last as it lies
+    weight = conv.weight.flatten(1)
+    if fusible(x):
+        from relay_diffusion.networks.fused import QueryKeyValue
+
+        parts: tuple[Tensor, Tensor, Tensor] = QueryKeyValue.apply(tokens, weight, conv.bias)
+        return parts
+    q, k, v = F.linear(tokens, weight, conv.bias).chunk(3, dim=-1)
+    return q, k, v
+
+
+def convolve(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The convolution; and its bias, where that is left to the next step, which adds it in passing."""
+    if fusible(x):
+        return F.conv2d(x, conv.weight, None, conv.stride, conv.padding), conv.bias
+    return conv(x), None
+
+
+def project(conv: nn.Conv2d, x: Tensor, skip: Tensor | None, bias: Tensor | None = None) -> Tensor:
+    """A 1x1 convolution of cat(x, skip), plus one more bias [C']: [B,C,H,W], [B,D,H,W] -> [B,C',H,W].
+
+    On a GPU the concatenation is never built: two matrix products, the second one added to the first.
+    """
+    assert conv.bias is not None
+    if fusible(x, skip):
+        weight = conv.weight.flatten(1).to(x.dtype)
+        total = conv.bias if bias is None else conv.bias + bias
+        out = torch.addmm(total.to(x.dtype), _rows(x), weight[:, : x.shape[1]].T)
+        if skip is not None:
+            out.addmm_(_rows(skip), weight[:, x.shape[1] :].T)
+        return out.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+    out = conv(x if skip is None else torch.cat([x, skip], dim=1))
+    return out if bias is None else out + bias.to(out.dtype)[:, None, None]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Pixels of a channels_last tensor as rows, without a copy: [B,C,H,W] -> [B H W, C]."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
