@@ -90,7 +90,7 @@ def plain_noise(white: Tensor, other: Tensor, corruption: BlurringCorruption) ->
 def ours(corruption: BlurringCorruption, loss: DenoisingLoss, images: Tensor, denoised: Tensor) -> tuple[Tensor, ...]:
     """As `DiffusionStage.training_step` does it: noisy images and the mean loss."""
     x0 = to_float(images)
-    sigma = corruption.schedule.draw(len(x0), x0.device)
+    sigma = corruption.schedule.draw(len(x0), "cpu")
     noisy = corruption.corrupt(x0, sigma, corruption.draw_noise(x0, torch.randn_like))
     return noisy, loss(denoised, x0, sigma).mean()
 
@@ -98,7 +98,7 @@ def ours(corruption: BlurringCorruption, loss: DenoisingLoss, images: Tensor, de
 def plain(corruption: BlurringCorruption, loss: DenoisingLoss, images: Tensor, denoised: Tensor) -> tuple[Tensor, ...]:
     """The same from the formulas."""
     x0 = images.float() / 127.5 - 1
-    sigma = corruption.schedule.draw(len(x0), x0.device)
+    sigma = corruption.schedule.draw(len(x0), "cpu").to(x0.device)
     noise = plain_noise(torch.randn_like(x0), torch.randn_like(x0), corruption)
     noisy = plain_blur(x0, corruption.gains(sigma)) + sigma[:, None, None, None] * noise
     squared = (denoised - x0) ** 2

@@ -97,7 +97,7 @@ def training_step(stage: DiffusionStage, batch: int) -> Callable[[], None]:
     def work() -> None:
         with torch.autocast(device.type, torch.bfloat16):
             x0 = to_float(images)
-            sigma = stage.corruption.schedule.draw(batch, device)
+            sigma = stage.corruption.schedule.draw(batch, "cpu")
             noisy = stage.corruption.corrupt(x0, sigma, stage.corruption.draw_noise(x0, torch.randn_like))
             loss = stage.loss(stage.denoiser(noisy, sigma, labels), x0, sigma).mean()
         loss.backward()

@@ -78,5 +78,6 @@ class _Launches(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         free = func.is_view or "empty" in func.__name__ or func.__name__.startswith("_unsafe_view")
-        self.count += isinstance(result, torch.Tensor) and not free
+        if isinstance(result, torch.Tensor) and not free:
+            self.count += result.is_cuda or not torch.cuda.is_available()
         return result

@@ -108,14 +108,14 @@ class DiffusionStage(L.LightningModule):
     # ---- training ----
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:  # noqa: ARG002
-        """uint8 images [B,C,H,W] and labels [B] -> the loss to minimise, and loss [B] and sigma [B] for the log."""
+        """uint8 images [B,C,H,W] and labels [B] -> the loss to minimise; for the log loss [B], and sigma [B] on the CPU."""
         images, labels = batch
         position = self.images_seen + self._pending + self.global_rank * len(images)
         torch.manual_seed(mix_seeds(self.seed, position))
         x0, augment_labels = to_float(images), None
         if self.augment is not None:
             x0, augment_labels = self.augment(x0)
-        sigma = self.corruption.schedule.draw(len(x0), x0.device)
+        sigma = self.corruption.schedule.draw(len(x0), "cpu")
         noisy = self.corruption.corrupt(x0, sigma, self.corruption.draw_noise(x0, torch.randn_like))
         denoised = self.denoiser(noisy, sigma, drop_labels(labels, self.label_dropout), augment_labels)
         per_image = self.loss(denoised, x0, sigma).mean(dim=(1, 2, 3))

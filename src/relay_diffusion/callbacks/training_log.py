@@ -59,7 +59,7 @@ class TrainingLog(Callback):
         assert isinstance(outputs, Mapping)
         assert self._sums is not None
         level = pl_module.corruption.schedule.level(outputs["sigma"].float())
-        bins = (level * self.bins).long().clamp(0, self.bins - 1)
+        bins = (level * self.bins).long().clamp(0, self.bins - 1).to(self._sums.device, non_blocking=True)
         self._sums[0].index_add_(0, bins, outputs["per_image"].float())
         self._sums[1].index_add_(0, bins, torch.ones_like(bins, dtype=torch.float32))
         if self._every(pl_module.images_seen):

@@ -22,7 +22,7 @@ from relay_diffusion.progress import progress
 def to_float(images: Tensor) -> Tensor:
     """uint8 0..255 -> float32 [-1, 1], any shape, same device: x / 127.5 - 1."""
     assert images.dtype == torch.uint8, f"expected uint8 images, got {images.dtype}"
-    return images.to(torch.float32).div_(127.5).sub_(1)  # in place: fresh memory costs more than the arithmetic
+    return (images / 127.5).sub_(1)  # in place: fresh memory costs more than the arithmetic
 
 
 ROUNDING = {"nearest": 128.0, "floor": 127.5}

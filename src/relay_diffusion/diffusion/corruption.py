@@ -15,9 +15,13 @@ from relay_diffusion.diffusion.noise import RandnLike, block_sum
 from relay_diffusion.diffusion.schedule import LogNormal, TruncatedLogNormal
 
 
-def expand(sigma: Tensor) -> Tensor:
-    """[B] -> [B,1,1,1], to multiply images with."""
-    return sigma.view(-1, 1, 1, 1)
+def expand(sigma: Tensor, like: Tensor) -> Tensor:
+    """[B] -> [B,1,1,1] on the device of `like`, to multiply images with.
+
+    sigma may lie on the CPU: what depends on it alone is a handful of numbers, which a GPU would take longer to
+    launch kernels for than they take there. Sending them waits for nothing.
+    """
+    return sigma.view(-1, 1, 1, 1).to(like.device, non_blocking=True)
 
 
 def upsample_blocks(images: Tensor, block: int) -> Tensor:
@@ -49,8 +53,8 @@ class GaussianCorruption:
         return randn_like(like)
 
     def corrupt(self, x0: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-        """x0 [B,C,H,W], sigma [B], noise of `draw_noise` -> noisy images [B,C,H,W]."""
-        return torch.addcmul(x0, expand(sigma), noise)
+        """x0 [B,C,H,W], sigma [B] (may lie on the CPU), noise of `draw_noise` -> noisy images [B,C,H,W]."""
+        return torch.addcmul(x0, expand(sigma, x0), noise)
 
 
 @lru_cache(maxsize=64)
@@ -105,7 +109,7 @@ class BlurringCorruption:
         """Gain of each DCT coefficient at noise sigma: [B] -> [B,1,block,block]; the mean's is 1."""
         widest = _widest_exponents(self.block, self.blur_sigma_max, sigma.dtype, sigma.device)
         share = torch.sin(self.schedule.level(sigma) * (math.pi / 2)) ** 4  # of the exponents: (b(u) / b_max)^2
-        decay = torch.exp(expand(share) * widest)
+        decay = torch.exp(share.view(-1, 1, 1, 1) * widest)
         return (1 - self.min_gain) * decay + self.min_gain
 
     def draw_noise(self, like: Tensor, randn_like: RandnLike) -> Tensor:
@@ -116,8 +120,8 @@ class BlurringCorruption:
         return torch.add(white, block_sum(randn_like(like), self.block), alpha=self.block_strength / self.block)
 
     def corrupt(self, x0: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-        """x0 [B,C,H,W], sigma [B], noise of `draw_noise` -> blurred and noisy images [B,C,H,W]."""
-        return torch.addcmul(block_filter(x0, self.gains(sigma)), expand(sigma), noise)
+        """x0 [B,C,H,W], sigma [B] (may lie on the CPU), noise of `draw_noise` -> blurred and noisy images [B,C,H,W]."""
+        return torch.addcmul(block_filter(x0, self.gains(sigma)), expand(sigma, x0), noise)
 
 
 class Corruption(Protocol):
@@ -133,4 +137,4 @@ class Corruption(Protocol):
         """Noise of the forward process at sigma 1, like `like` [B,C,H,W]."""
 
     def corrupt(self, x0: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-        """x0 [B,C,H,W], sigma [B], noise of `draw_noise` -> noisy images [B,C,H,W]."""
+        """x0 [B,C,H,W], sigma [B] (may lie on the CPU), noise of `draw_noise` -> noisy images [B,C,H,W]."""

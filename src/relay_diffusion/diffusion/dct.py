@@ -11,7 +11,6 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 SMALL_BLOCK = 8  # up to here one product with a matrix of block^2 x block^2 is faster than four of block x block
@@ -43,10 +42,10 @@ def _per_block(x: Tensor, block: int, dtype: torch.dtype, transform: Callable[[T
     # On a GPU the products are in float64, which neither TF32 nor autocast touches. It costs no pass: the two copies
     # that rearrange the pixels also convert them.
     precision = torch.float64 if x.is_cuda else dtype
-    pieces = rearrange(x, "b c (h s) (w t) -> b s t c h w", s=block, t=block)
+    pieces = x.view(*x.shape[:2], height // block, block, width // block, block).permute(0, 3, 5, 1, 2, 4)
     columns = pieces.to(precision, memory_format=torch.contiguous_format).flatten(3)
     with torch.autocast(x.device.type, enabled=False):  # the blur is exact also in mixed precision
-        transformed = rearrange(transform(columns).view(pieces.shape), "b s t c h w -> b c h s w t")
+        transformed = transform(columns).view(pieces.shape).permute(0, 3, 4, 1, 5, 2)
     return transformed.to(dtype, memory_format=torch.contiguous_format).reshape(x.shape)
 
 
@@ -86,12 +85,13 @@ def block_filter(x: Tensor, gains: Tensor) -> Tensor:
 
     def one_product(pieces: Tensor) -> Tensor:
         transform = _dct_matrix_of_pieces(block, pieces.dtype, pieces.device)
-        matrix = transform.mT @ (gains.to(pieces.dtype).reshape(-1, block**2, 1) * transform)
+        matrix = transform.mT @ (gains.to(pieces, non_blocking=True).reshape(-1, block**2, 1) * transform)
         return matrix.expand(len(pieces), -1, -1) @ pieces.flatten(1, 2)
 
     def axis_by_axis(pieces: Tensor) -> Tensor:
         matrix = dct_matrix(block, pieces.dtype, pieces.device)
-        return _both_axes(matrix.mT, _both_axes(matrix, pieces) * gains.to(pieces.dtype).squeeze(1)[..., None])
+        coefficients = _both_axes(matrix, pieces) * gains.to(pieces, non_blocking=True).squeeze(1)[..., None]
+        return _both_axes(matrix.mT, coefficients)
 
     dtype = torch.promote_types(x.dtype, gains.dtype)
     return _per_block(x, block, dtype, one_product if block <= SMALL_BLOCK else axis_by_axis)

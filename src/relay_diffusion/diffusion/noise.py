@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 RandnLike = Callable[[Tensor], Tensor]
@@ -32,9 +31,11 @@ def _window_sum(x: Tensor, length: int, dim: int) -> Tensor:
 
 def block_sum(white: Tensor, block: int) -> Tensor:
     """The sum of block x block circular shifts, by 0..block-1 along both axes: [B,C,H,W] -> [B,C,H,W]."""
-    before = block - 1  # every pixel sees itself and what lies before it
-    padded = F.pad(white, (before, 0, before, 0), mode="circular")
-    return _window_sum(_window_sum(padded, block, -2), block, -1)
+    total = white
+    for dim in (-2, -1):  # every pixel sees itself and what lies before it
+        before = total.narrow(dim, total.shape[dim] - block + 1, block - 1)
+        total = _window_sum(torch.cat([before, total], dim), block, dim)
+    return total
 
 
 def block_noise(white: Tensor, block: int) -> Tensor:

@@ -26,6 +26,8 @@ def forward_flops(network: UNet) -> int:
 def matrix_peak(device: torch.device, dtype: torch.dtype, size: int = 8192, repeats: int = 10) -> float:
     """Operations a second of a large matrix product on this GPU: what utilisation is a share of."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # as the convolutions do it
     for _ in range(3):
         a @ b
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -34,4 +36,5 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, size: int = 8192, repe
         a @ b
     end.record()
     end.synchronize()
+    torch.backends.cuda.matmul.allow_tf32 = tf32
     return 2 * size**3 * repeats / (start.elapsed_time(end) / 1e3)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from relay_diffusion.diffusion.corruption import expand
 from relay_diffusion.networks.unet import UNet
 
 
@@ -22,11 +22,11 @@ class EDMPreconditioner(nn.Module):
 
         sigma may lie on the CPU, where a sampler keeps it.
         """
-        x, sigma = x.float(), sigma.float().to(x.device, non_blocking=True)
+        x, sigma = x.float(), sigma.float()
         total = sigma**2 + self.sigma_data**2
         c_skip = self.sigma_data**2 / total
         c_out = sigma * self.sigma_data / total.sqrt()
-        c_in = 1 / total.sqrt()
-        c_noise = sigma.log() / 4
-        f = self.network(expand(c_in) * x, c_noise, labels, augment_labels)
-        return expand(c_skip) * x + expand(c_out) * f.float()
+        scales = torch.stack([c_skip, c_out, 1 / total.sqrt(), sigma.log() / 4]).to(x.device, non_blocking=True)
+        c_skip, c_out, c_in = scales[:3, :, None, None, None]
+        f = self.network(c_in * x, scales[3], labels, augment_labels)
+        return torch.addcmul(c_skip * x, c_out, f.float())
