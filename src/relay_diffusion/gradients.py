@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from relay_diffusion.networks.ops import HAVE_TRITON
+from relay_diffusion.kernels import HAVE_TRITON
 
 GRADIENT_LIMIT = 1e5  # what an infinite gradient becomes, as published
 

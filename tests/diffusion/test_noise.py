@@ -162,3 +162,21 @@ def test_precision_does_not_change_the_noise():
     assert single.dtype == torch.float32
     assert double.dtype == torch.float64
     assert torch.equal(single.double(), double)
+
+
+@pytest.mark.parametrize("block", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_kernel_adds_the_same_noise(block, dtype):
+    """Without a GPU in Triton's interpreter; on images larger than a tile, and of odd sizes."""
+    pytest.importorskip("triton")
+    from relay_diffusion.kernels.noise import add_block_noise
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for height, width in ((24, 48), (9, 8), (40, 33)):
+        white, other = (torch.randn(2, 3, height, width, device=device, dtype=dtype) for _ in range(2))
+        shifted = [other.double().roll((i, j), (-2, -1)) for i in range(block) for j in range(block)]
+        expected = white.double() + 0.15 / block * sum(shifted)
+        tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+        torch.testing.assert_close(
+            add_block_noise(white, other, block, 0.15 / block).double(), expected, rtol=0, atol=tolerance
+        )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from relay_diffusion.diffusion.dct import block_filter
-from relay_diffusion.diffusion.noise import RandnLike, block_sum
+from relay_diffusion.diffusion.noise import RandnLike, add_block_noise
 from relay_diffusion.diffusion.schedule import LogNormal, TruncatedLogNormal
 
 
@@ -117,7 +117,7 @@ class BlurringCorruption:
         white = randn_like(like)
         if self.block_strength == 0:
             return white
-        return torch.add(white, block_sum(randn_like(like), self.block), alpha=self.block_strength / self.block)
+        return add_block_noise(white, randn_like(like), self.block, self.block_strength)
 
     def corrupt(self, x0: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
         """x0 [B,C,H,W], sigma [B] (may lie on the CPU), noise of `draw_noise` -> blurred and noisy images [B,C,H,W]."""

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from relay_diffusion.kernels import HAVE_TRITON
+
 RandnLike = Callable[[Tensor], Tensor]
 """Draws standard normal noise of the shape, dtype and device of its argument."""
 
@@ -45,6 +47,16 @@ def block_noise(white: Tensor, block: int) -> Tensor:
     max(0, s-|dx|)/s * max(0, s-|dy|)/s. A circular box filter computes it (Teng et al., section 3.2).
     """
     return block_sum(white, block) / block
+
+
+def add_block_noise(white: Tensor, other: Tensor, block: int, strength: float) -> Tensor:
+    """white + strength * block_noise(other), all [B,C,H,W]; on a GPU in one pass."""
+    scale = strength / block
+    if HAVE_TRITON and white.is_cuda:
+        from relay_diffusion.kernels.noise import add_block_noise as in_one_pass
+
+        return in_one_pass(white, other, block, scale)
+    return torch.add(white, block_sum(other, block), alpha=scale)
 
 
 def mix_seeds(seed: int, stream: int) -> int:

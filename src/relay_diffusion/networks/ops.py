@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-HAVE_TRITON = importlib.util.find_spec("triton") is not None
+from relay_diffusion.kernels import HAVE_TRITON
+
 FUSED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOMENTS = "_relay_moments"
 """Attribute of an activation: its moments, which a fused `add` has at hand and every normalisation of it needs."""
