@@ -108,7 +108,7 @@ class DiffusionStage(L.LightningModule):
     # ---- training ----
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:  # noqa: ARG002
-        """uint8 images [B,C,H,W], labels [B] -> the loss to minimise; loss [B] and sigma [B] (on the CPU) for the log."""
+        """uint8 images [B,C,H,W], labels [B] -> the loss to minimise; for the log, loss and sigma (on the CPU) of each."""
         images, labels = batch
         position = self.images_seen + self._pending + self.global_rank * len(images)
         torch.manual_seed(mix_seeds(self.seed, position))
