@@ -108,7 +108,7 @@ class DiffusionStage(L.LightningModule):
     # ---- training ----
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:  # noqa: ARG002
-        """uint8 images [B,C,H,W], labels [B] -> the loss to minimise; for the log, loss and sigma (on the CPU) of each."""
+        """uint8 images [B,C,H,W], labels [B] -> the loss to minimise; for the log, each loss and sigma (on the CPU)."""
         images, labels = batch
         position = self.images_seen + self._pending + self.global_rank * len(images)
         torch.manual_seed(mix_seeds(self.seed, position))
