@@ -21,6 +21,8 @@ from torch import Tensor
 
 from relay_diffusion.config import RUN_ID, register_resolvers
 from relay_diffusion.data.zip_writer import ImageZipWriter
+from relay_diffusion.stage import DiffusionStage
+from relay_diffusion.training import train
 from support import PROJECT, REFERENCE, TINY, run
 
 
@@ -82,6 +84,26 @@ def configuration() -> Callable[..., DictConfig]:
             return compose(name, overrides=list(overrides))
 
     return make
+
+
+@pytest.fixture
+def fit(configuration, small_zip, tmp_path) -> Callable[..., DiffusionStage]:
+    """Train a tiny stage on 16x16 images in-process; returns the stage."""
+
+    def run(directory, images, *overrides, stage="base"):
+        cfg = configuration(
+            "train",
+            *TINY,
+            f"stage={stage}",
+            "resolution=16",
+            f"data.dataset.path={small_zip}",
+            f"trainer.max_images={images}",
+            f"run_dir={tmp_path / directory}",
+            *overrides,
+        )
+        return train(cfg)
+
+    return run
 
 
 @pytest.fixture(scope="session")

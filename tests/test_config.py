@@ -126,6 +126,8 @@ def test_every_experiment_trains_a_step(configuration, large_zip, tmp_path, expe
         ("trainer.devices=0", r"trainer\.devices=0"),
         ("trainer.precision=8", r"trainer\.precision=8: use one of"),
         ("network.dropout=1.5", r"network\.dropout=1\.5: .* between 0 and 1"),
+        ("network.checkpoint_levels=[4]", r"network\.checkpoint_levels=\[4\]: .* 0 to 1"),
+        ("network.checkpoint_levels=0", r"network\.checkpoint_levels=0: must be a list"),
         ("network.channel_mult=[]", r"network\.channel_mult=\[\]"),
         ("resolution=15", r"resolution=15 is not divisible by 2\^1"),
         ("stage.optimizer.lr=-1", r"stage\.optimizer\.lr=-1"),
@@ -245,3 +247,10 @@ def test_world_size():
     assert world_size(4, 2) == 8
     assert world_size([0, 2], 3) == 6
     assert world_size("auto", 1) is None
+
+
+@pytest.mark.parametrize(("precision", "fused"), [("32-true", True), ("bf16-mixed", True), ("16-mixed", False)])
+def test_the_optimizer_is_fused_unless_gradients_are_scaled(configuration, precision, fused):
+    """A fused step would unscale gradients after the infinite ones were replaced, and find none to shrink the scale."""
+    assert configuration("train", f"trainer.precision={precision}").stage.optimizer.fused is fused
+    assert configuration("train", "experiment=imagenet_64").stage.optimizer.fused is False

@@ -172,6 +172,11 @@ def validate_training(cfg: DictConfig) -> None:
         f"resolution={cfg.resolution} is not divisible by 2^{levels - 1}, as network.channel_mult with {levels} levels "
         "demands",
     )
+    again = cfg.network.checkpoint_levels
+    _require(
+        isinstance(again, ListConfig) and all(level in range(levels) for level in again),
+        f"network.checkpoint_levels={again}: must be a list of levels, 0 to {levels - 1}, e.g. [0]",
+    )
     block = OmegaConf.select(cfg, "stage.corruption.block", default=1)
     _require(
         isinstance(block, int) and block >= 1, f"stage.corruption.block={block}: must be a whole number, at least 2"
