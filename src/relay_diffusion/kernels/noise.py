@@ -32,5 +32,6 @@ def add_block_noise(white: Tensor, other: Tensor, block: int, scale: float) -> T
     batch, channels, height, width = white.shape
     out = torch.empty_like(white)
     grid = (triton.cdiv(height * width, TILE), batch * channels)
-    add_shifts[grid](white, other, out, height, width, BLOCK=block, SCALE=scale, TILE=TILE)
+    with torch.cuda.device_of(white):  # Triton launches on the current device
+        add_shifts[grid](white, other, out, height, width, BLOCK=block, SCALE=scale, TILE=TILE)
     return out

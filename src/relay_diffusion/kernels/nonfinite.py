@@ -49,5 +49,6 @@ def replace_all(gradients: Sequence[Tensor], limit: float) -> Tensor:
     addresses = torch.tensor([gradient.data_ptr() for gradient in gradients], pin_memory=device.type == "cuda")
     pointers = addresses.to(device, non_blocking=True)
     count = torch.zeros(1, dtype=torch.int64, device=device)
-    replace[(len(tensors),)](pointers, sizes, tensors, chunks, count, limit, CHUNK=CHUNK, BLOCK=BLOCK)
+    with torch.cuda.device_of(count):  # Triton launches on the current device
+        replace[(len(tensors),)](pointers, sizes, tensors, chunks, count, limit, CHUNK=CHUNK, BLOCK=BLOCK)
     return count[0]

@@ -28,8 +28,8 @@ class Graphed:
     """The denoiser, captured at the second evaluation of a shape and replayed from then on: the same numbers.
 
     The first evaluation runs as usual: libraries choose their kernels there. Weights are cast to the precision of
-    autocast once, and again when they have changed. Without a GPU, or where gradients are wanted, it is the denoiser
-    itself.
+    autocast once, and again when they have changed in place. Without a GPU, or where gradients are wanted, it is the
+    denoiser itself.
     """
 
     def __init__(self, denoiser: EDMPreconditioner) -> None:
@@ -40,6 +40,10 @@ class Graphed:
         """x [B,C,H,W], sigma [B], labels [B] or None -> estimate of x0, float32."""
         if not x.is_cuda or torch.is_grad_enabled():
             return self.denoiser(x, sigma, labels)
+        with torch.cuda.device_of(x):
+            return self._replayed(x, sigma, labels)
+
+    def _replayed(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
         precision = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         where = next(self.denoiser.parameters()).data_ptr()
         key = (tuple(x.shape), labels is None, precision, where)
@@ -61,7 +65,7 @@ class Graphed:
         return captured.output.clone()
 
     def _version(self) -> int:
-        return sum(parameter._version for parameter in self.denoiser.parameters())
+        return sum(p._version for p in self.denoiser.parameters() if not p.is_inference())
 
     def _cast(self, places: dict[str, Tensor]) -> None:
         torch._foreach_copy_(list(places.values()), [self.denoiser.get_parameter(name) for name in places])

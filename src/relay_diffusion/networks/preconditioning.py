@@ -28,5 +28,6 @@ class EDMPreconditioner(nn.Module):
         c_out = sigma * self.sigma_data / total.sqrt()
         scales = torch.stack([c_skip, c_out, 1 / total.sqrt(), sigma.log() / 4]).to(x.device, non_blocking=True)
         c_skip, c_out, c_in = scales[:3, :, None, None, None]
-        f = self.network(c_in * x, scales[3], labels, augment_labels)
+        with torch.cuda.device_of(x):  # where Triton launches its kernels
+            f = self.network(c_in * x, scales[3], labels, augment_labels)
         return torch.addcmul(c_skip * x, c_out, f.float())
