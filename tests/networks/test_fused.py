@@ -13,7 +13,7 @@ from waking import awake
 from relay_diffusion.networks import UNet, ops
 
 pytest.importorskip("triton")
-from relay_diffusion.networks import fused
+from relay_diffusion.kernels import fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -25,7 +25,7 @@ def upsample(x: Tensor) -> Tensor:
 
 
 def fusible(*tensors: Tensor | None) -> bool:
-    """Whether the kernels of `networks/fused.py` take these activations: on a GPU, channels_last, at most 32 bits."""
+    """Whether the kernels of `kernels/fused.py` take these activations: on a GPU, channels_last, at most 32 bits."""
     return HAVE_TRITON and all(
         x.is_cuda and x.dtype in FUSED_TYPES and x.is_contiguous(memory_format=torch.channels_last)
         for x in tensors
@@ -49,7 +49,7 @@ def norm_act(
     `down` halves the result and x.
     """
     if fusible(x, skip):
-        from relay_diffusion.networks.fused import Norm
+        from relay_diffusion.kernels.fused import Norm
 
         result: tuple[Tensor, Tensor, Tensor | None] = Norm.apply(
             *(x, skip, _moments(x), None if skip is None else _moments(skip)),
@@ -71,7 +71,7 @@ def norm_act(
 
 
 def _moments(x: Tensor) -> Tensor:
-    from relay_diffusion.networks.fused import measure
+    from relay_diffusion.kernels.fused import measure
 
     if not hasattr(x, MOMENTS):
         setattr(x, MOMENTS, measure(x))
@@ -82,7 +82,7 @@ def _moments(x: Tensor) -> Tensor:
 def add(hidden: Tensor, shortcut: Tensor, bias: Tensor | None = None, up: bool = False) -> Tensor:
     """hidden + bias + shortcut: [B,C,H,W], bias [C]; `up`: the shortcut [B,C,H/2,W/2] is enlarged first."""
     if fusible(hidden, shortcut):
-        from relay_diffusion.networks.fused import Add
+        from relay_diffusion.kernels.fused import Add
 
         out: Tensor
         out, moments = Add.apply(hidden, shortcut, bias, up)
@@ -134,7 +134,7 @@ def query_key_value(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]
     tokens = rearrange(x, "b c h w -> b (h w) c")  # in channels_last as it lies
     weight = conv.weight.flatten(1)
     if fusible(x):
-        from relay_diffusion.networks.fused import QueryKeyValue
+        from relay_diffusion.kernels.fused import QueryKeyValue
 
         parts: tuple[Tensor, Tensor, Tensor] = QueryKeyValue.apply(tokens, weight, conv.bias)
         return parts

@@ -1,6 +1,6 @@
 """The steps between convolutions on a GPU: each one pass over memory, or two, where plain torch needs five to ten.
 
-Same functions as in `networks/ops.py`, with their gradients, on the kernels of `kernels/`.
+Same functions as in `networks/ops.py`, with their gradients.
 """
 
 from __future__ import annotations
