@@ -7,7 +7,7 @@ import torch
 
 from relay_diffusion.diffusion import block_dct, block_filter, block_idct
 from relay_diffusion.diffusion.corruption import block_mean, upsample_blocks
-from relay_diffusion.diffusion.dct import _dct_matrix_of_pieces, dct_matrix
+from relay_diffusion.diffusion.dct import _dct_matrix_of_pieces, dct_matrix, filter_and_add
 
 CPU = torch.device("cpu")
 SHAPES = [(2, (8, 8)), (3, (6, 12)), (4, (16, 8)), (5, (5, 15)), (8, (8, 24))]
@@ -198,3 +198,31 @@ def test_a_matrix_first_used_in_inference_serves_training():
         x = torch.randn(1, 1, 6, 6, requires_grad=True)
         unitary(x).square().sum().backward()
         torch.testing.assert_close(x.grad, 2 * x.detach())  # Parseval
+
+
+@pytest.mark.parametrize("block", [2, 3, 4, 6, 8])
+def test_the_kernel_blurs_and_adds_the_same(block):
+    """Without a GPU in Triton's interpreter; with more pieces than one program takes, and a rest."""
+    pytest.importorskip("triton")
+    from relay_diffusion.kernels.blur import filter_and_add as in_one_pass
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    x, noise = (torch.randn(2, 3, 9 * block, 11 * block, device=device) for _ in range(2))
+    scale, gains = torch.rand(2, device=device) + 1, torch.rand(2, 1, block, block, device=device)
+    got = in_one_pass(x, _dct_matrix_of_pieces(block, x.dtype, device), gains, scale, noise)
+    expected = block_filter(x.double(), gains.double()) + scale.double().view(-1, 1, 1, 1) * noise.double()
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("block", [4, 9])
+def test_blurring_and_adding_is_the_filter_and_a_sum(block, dtype):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, noise = (torch.randn(2, 3, 2 * block, 3 * block, device=device, dtype=dtype) for _ in range(2))
+    scale, gains = torch.rand(2, dtype=dtype), torch.rand(1, 1, block, block, dtype=dtype)
+    expected = block_filter(x.double(), gains.double()) + scale.to(device).double().view(-1, 1, 1, 1) * noise.double()
+    got = filter_and_add(x, gains, scale, noise)  # gains and scale may lie on the CPU
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-12 if dtype == torch.float64 else 3e-6)
+    with pytest.raises(ValueError, match="do not divide"):
+        filter_and_add(x[..., 1:], gains, scale, noise[..., 1:])

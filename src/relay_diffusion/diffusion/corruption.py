@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from relay_diffusion.diffusion.dct import block_filter
+from relay_diffusion.diffusion.dct import filter_and_add
 from relay_diffusion.diffusion.noise import RandnLike, add_block_noise
 from relay_diffusion.diffusion.schedule import LogNormal, TruncatedLogNormal
 
@@ -121,7 +121,7 @@ class BlurringCorruption:
 
     def corrupt(self, x0: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
         """x0 [B,C,H,W], sigma [B] (may lie on the CPU), noise of `draw_noise` -> blurred and noisy images [B,C,H,W]."""
-        return torch.addcmul(block_filter(x0, self.gains(sigma)), expand(sigma, x0), noise)
+        return filter_and_add(x0, self.gains(sigma), sigma, noise)
 
 
 class Corruption(Protocol):

@@ -13,6 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from relay_diffusion.kernels import HAVE_TRITON
+
 SMALL_BLOCK = 8  # up to here one product with a matrix of block^2 x block^2 is faster than four of block x block
 
 
@@ -34,11 +36,17 @@ def _dct_matrix_of_pieces(size: int, dtype: torch.dtype, device: torch.device) -
         return torch.kron(matrix, matrix).to(device=device, dtype=dtype)
 
 
-def _per_block(x: Tensor, block: int, dtype: torch.dtype, transform: Callable[[Tensor], Tensor]) -> Tensor:
-    """`transform` of all pieces [B, block, block, N] of x [B,C,H,W], back in their places, as `dtype`."""
+def check_blocks(x: Tensor, block: int) -> None:
+    """Raise ValueError if the images do not divide into blocks."""
     height, width = x.shape[-2:]
     if height % block or width % block:
         raise ValueError(f"images of {height}x{width} do not divide into blocks of {block}x{block}")
+
+
+def _per_block(x: Tensor, block: int, dtype: torch.dtype, transform: Callable[[Tensor], Tensor]) -> Tensor:
+    """`transform` of all pieces [B, block, block, N] of x [B,C,H,W], back in their places, as `dtype`."""
+    check_blocks(x, block)
+    height, width = x.shape[-2:]
     # On a GPU the products are in float64, which neither TF32 nor autocast touches. It costs no pass: the two copies
     # that rearrange the pixels also convert them.
     precision = torch.float64 if x.is_cuda else dtype
@@ -60,19 +68,19 @@ def block_dct(x: Tensor, block: int) -> Tensor:
 
     Raises ValueError if H or W is not a multiple of `block`.
     """
-    return _per_block(
-        x, block, x.dtype, lambda pieces: _both_axes(dct_matrix(block, pieces.dtype, pieces.device), pieces)
-    )
+    return _transform(x, block, dct_matrix)
 
 
 def block_idct(coefficients: Tensor, block: int) -> Tensor:
     """Inverse of `block_dct`: [B,C,H,W] -> [B,C,H,W]."""
-    return _per_block(
-        coefficients,
-        block,
-        coefficients.dtype,
-        lambda pieces: _both_axes(dct_matrix(block, pieces.dtype, pieces.device).mT, pieces),
-    )
+    return _transform(coefficients, block, lambda *options: dct_matrix(*options).mT)
+
+
+def _transform(x: Tensor, block: int, matrix: Callable[[int, torch.dtype, torch.device], Tensor]) -> Tensor:
+    def both_axes(pieces: Tensor) -> Tensor:
+        return _both_axes(matrix(block, pieces.dtype, pieces.device), pieces)
+
+    return _per_block(x, block, x.dtype, both_axes)
 
 
 def block_filter(x: Tensor, gains: Tensor) -> Tensor:
@@ -95,3 +103,19 @@ def block_filter(x: Tensor, gains: Tensor) -> Tensor:
 
     dtype = torch.promote_types(x.dtype, gains.dtype)
     return _per_block(x, block, dtype, one_product if block <= SMALL_BLOCK else axis_by_axis)
+
+
+def filter_and_add(x: Tensor, gains: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
+    """block_filter(x, gains) + scale * noise, x and noise [B,C,H,W], scale [B]; on a GPU in one pass.
+
+    Raises ValueError if H or W is not a multiple of the block.
+    """
+    block = gains.shape[-1]
+    check_blocks(x, block)
+    scale = scale.to(x.device, non_blocking=True)
+    if HAVE_TRITON and x.is_cuda and x.dtype == gains.dtype == noise.dtype == torch.float32 and block <= SMALL_BLOCK:
+        from relay_diffusion.kernels.blur import filter_and_add as in_one_pass
+
+        gains = gains.to(x.device, non_blocking=True).expand(len(x), 1, block, block)
+        return in_one_pass(x, _dct_matrix_of_pieces(block, x.dtype, x.device), gains, scale, noise)
+    return torch.addcmul(block_filter(x, gains), scale.view(-1, 1, 1, 1), noise)

@@ -20,6 +20,9 @@ It is part of what a seed means there. On the CPU the noise of a seed is that of
 """
 
 
+KERNEL_BLOCK = 8  # the kernel reads block^2 neighbours of each pixel; doubling windows are better for larger blocks
+
+
 def _window_sum(x: Tensor, length: int, dim: int) -> Tensor:
     """Sums of `length` neighbours along `dim`, which gets length - 1 shorter; windows are built by doubling."""
     if length == 1:
@@ -52,7 +55,7 @@ def block_noise(white: Tensor, block: int) -> Tensor:
 def add_block_noise(white: Tensor, other: Tensor, block: int, strength: float) -> Tensor:
     """white + strength * block_noise(other), all [B,C,H,W]; on a GPU in one pass."""
     scale = strength / block
-    if HAVE_TRITON and white.is_cuda:
+    if HAVE_TRITON and white.is_cuda and block <= KERNEL_BLOCK:
         from relay_diffusion.kernels.noise import add_block_noise as in_one_pass
 
         return in_one_pass(white, other, block, scale)
