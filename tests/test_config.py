@@ -144,6 +144,13 @@ def test_nonsense_is_named(configuration, small_zip, override, message):
         validate_training(cfg)
 
 
+def test_a_fused_optimizer_does_not_go_with_fp16(configuration, small_zip):
+    half = (*TINY, "resolution=16", f"data.dataset.path={small_zip}", "trainer.precision=16-mixed")
+    assert not configuration("train", *half).stage.optimizer.fused
+    with pytest.raises(UserError, match=r"stage\.optimizer\.fused=True does not go with .*16-mixed"):
+        validate_training(configuration("train", *half, "trainer.accelerator=gpu", "stage.optimizer.fused=true"))
+
+
 @pytest.mark.parametrize("setting", ["stage.guidance_scale=2", "stage.label_dropout=0.1"])
 def test_guidance_needs_classes(configuration, small_zip, setting):
     cfg = configuration(

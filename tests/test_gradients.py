@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from relay_diffusion.gradients import replace_nonfinite
+from relay_diffusion.gradients import _walkable, replace_nonfinite
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -35,3 +35,17 @@ def test_the_kernel_does_the_same(monkeypatch):
         assert torch.equal(got, right)
     assert nonfinite.replace_all(tensors, 1e5).item() == 0
     nonfinite._work.cache_clear()
+
+
+def test_what_the_kernel_may_walk_over():
+    x = torch.randn(4, 8, 3, 3)
+    assert _walkable(x)
+    assert _walkable(x.to(memory_format=torch.channels_last))
+    assert _walkable(torch.randn(5))
+    assert not _walkable(x.double())
+    assert not _walkable(x[:, ::2])
+    assert not _walkable(torch.randn(4, 6).T)
+
+
+def test_no_gradients_are_none_replaced():
+    assert int(replace_nonfinite([torch.nn.Parameter(torch.zeros(2))])) == 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from relay_diffusion.errors import UserError
-from relay_diffusion.networks import EDMPreconditioner
+from relay_diffusion.networks import EDMPreconditioner, Graphed
 from relay_diffusion.stage import load_stage
 from support import tiny_stage
 
@@ -132,6 +132,32 @@ def test_another_optimizer_is_not_continued_but_another_lr_is(fit):
     with pytest.raises(UserError, match="optimizer"):
         fit("run", 8, "stage.optimizer.eps=1e-6")
     assert fit("run", 8, "stage.optimizer.lr=5e-4").images_seen == 8
+
+
+def test_what_changes_speed_and_memory_alone_may_change(fit, tmp_path):
+    fit("run", 4, "stage.optimizer.fused=false")
+    file = tmp_path / "run/checkpoints/last.ckpt"
+    old = torch.load(file, weights_only=True)
+    del old["stage_config"]["denoiser"]["network"]["checkpoint_levels"]  # as before there was such an option
+    del old["stage_config"]["optimizer"]["fused"], old["stage_config"]["cuda_graphs"]
+    torch.save(old, file)
+    assert load_stage(file).cuda_graphs
+    assert not load_stage(file, changes={"cuda_graphs": False}).cuda_graphs
+    stage = fit("run", 8, "network.checkpoint_levels=[0]", "stage.optimizer.fused=true")
+    assert stage.images_seen == 8
+    optimizer = stage.trainer.optimizers[0]
+    assert all(group["fused"] for group in optimizer.param_groups)
+    assert torch.load(file, weights_only=True)["stage_config"]["denoiser"]["network"]["checkpoint_levels"] == [0]
+
+
+def test_an_optimizer_without_some_options_can_leave_them_out(fit):
+    sgd = ("stage.optimizer._target_=torch.optim.SGD", "~stage.optimizer.betas", "~stage.optimizer.eps")
+    with pytest.raises(UserError, match=r"stage\.optimizer: .*'betas'.*~stage\.optimizer"):
+        fit("run", 4, sgd[0])
+    assert fit("run", 4, *sgd).images_seen == 4
+    sprop = ("stage.optimizer._target_=torch.optim.Rprop", "~stage.optimizer.betas", "~stage.optimizer.eps")
+    assert fit("other", 4, *sprop, "~stage.optimizer.fused").images_seen == 4
+    assert fit("other", 8, *sprop, "~stage.optimizer.fused").images_seen == 8
 
 
 def test_a_run_without_average_can_get_one(fit, tmp_path):
@@ -262,6 +288,15 @@ def test_the_same_seeds_give_the_same_images_in_any_batch():
     parts = [stage.sample((n, 3, 8, 8), s, labels[i : i + n]) for i, n, s in ((0, 2, [3, 1]), (2, 3, [4, 15, 9]))]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-4)  # 1/80 of a grey level
     assert (whole[0] - whole[1]).abs().max() > 0.1
+
+
+def test_training_ends_the_graphs_of_its_weights():
+    stage = tiny_stage(8)
+    first = stage.eval()._evaluator(stage.denoiser)
+    assert isinstance(first, Graphed)
+    assert stage._evaluator(stage.denoiser) is first
+    assert stage.train()._evaluator(stage.denoiser) is stage.denoiser
+    assert stage.eval()._evaluator(stage.denoiser) is not first
 
 
 def test_sampling_leaves_the_mode_of_the_stage():

@@ -159,6 +159,12 @@ def validate_training(cfg: DictConfig) -> None:
         _number(cfg, key, 0, 1)
     _number(cfg, "stage.warmup_images", 0)
     _number(cfg, "stage.optimizer.lr", 0)
+    fused = OmegaConf.select(cfg, "stage.optimizer.fused", default=False)
+    _require(
+        not fused or _fused_optimizer(cfg.trainer.precision),
+        f"stage.optimizer.fused={fused} does not go with trainer.precision={cfg.trainer.precision}, whose infinite "
+        "gradients are to be seen first: use stage.optimizer.fused=false or trainer.precision=bf16-mixed",
+    )
     _number(cfg, "network.num_classes", 0, whole=True)
     mult = cfg.network.channel_mult
     _require(

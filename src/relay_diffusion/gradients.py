@@ -18,7 +18,9 @@ def replace_nonfinite(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
     On a GPU one kernel reads all gradients once, and writes only what it replaces.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    if HAVE_TRITON and all(_dense(gradient) for gradient in gradients):
+    if not gradients:
+        return torch.zeros((), dtype=torch.int64)
+    if HAVE_TRITON and all(gradient.is_cuda and _walkable(gradient) for gradient in gradients):
         from relay_diffusion.kernels.nonfinite import replace_all
 
         return replace_all(gradients, GRADIENT_LIMIT)
@@ -28,7 +30,7 @@ def replace_nonfinite(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
     return torch.stack(counts).sum()
 
 
-def _dense(gradient: Tensor) -> bool:
-    """Whether its memory can be walked through from end to end, in whatever order."""
-    whole = gradient.is_contiguous() or gradient.is_contiguous(memory_format=torch.channels_last)
-    return gradient.is_cuda and gradient.dtype == torch.float32 and whole
+def _walkable(gradient: Tensor) -> bool:
+    """Whether it is float32 and its memory can be walked through from end to end, in whatever order."""
+    last = gradient.dim() == 4 and gradient.is_contiguous(memory_format=torch.channels_last)
+    return gradient.dtype == torch.float32 and (last or gradient.is_contiguous())

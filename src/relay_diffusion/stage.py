@@ -127,7 +127,11 @@ class DiffusionStage(L.LightningModule):
         """The optimizer over the network's parameters."""
         if self.optimizer_factory is None:
             raise UserError("stage.optimizer is null: training needs one")
-        optimizer = self.optimizer_factory(self.denoiser.parameters())
+        try:
+            optimizer = self.optimizer_factory(self.denoiser.parameters())
+        except (TypeError, ValueError) as error:
+            raise UserError(f"stage.optimizer: {error} (~stage.optimizer.NAME leaves an option out)") from None
+        optimizer.register_load_state_dict_pre_hook(_keep_fused)
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
         return optimizer
 
@@ -189,6 +193,12 @@ class DiffusionStage(L.LightningModule):
             return guided
         return GuidanceInterval(denoise, guided, *self.guidance_interval)
 
+    def train(self, mode: bool = True) -> DiffusionStage:
+        """Set training or evaluation mode; graphs end with training, which changes the weights that they cast."""
+        if mode:
+            self._graphed.clear()
+        return super().train(mode)
+
     def _evaluator(self, denoiser: EDMPreconditioner) -> Denoiser:
         if not self.cuda_graphs or self.training:  # amid training a graph would hold memory
             return denoiser
@@ -232,6 +242,14 @@ class DiffusionStage(L.LightningModule):
             self.train(training)
 
 
+def _keep_fused(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """How an optimizer computes its step is this run's choice, not that of the run whose state is loaded."""
+    if "fused" not in optimizer.defaults:
+        return state
+    fused = optimizer.defaults["fused"]
+    return state | {"param_groups": [group | {"fused": fused} for group in state["param_groups"]]}
+
+
 def load_stage(
     path: str | Path,
     weights: str = "ema",
@@ -249,7 +267,7 @@ def load_stage(
     file = find_stage(path)
     checkpoint = read_stage(file)
     stored = {key: value for key, value in checkpoint["stage_config"].items() if key != "optimizer"}
-    config = changed_config(stored, changes, file)
+    config = changed_config({"cuda_graphs": True} | stored, changes, file)  # which older files do not have
     stage = build_stored(config, file)
     if not isinstance(stage, DiffusionStage):
         raise UserError(f"{file} describes a {type(stage).__name__}, not a DiffusionStage")

@@ -44,17 +44,29 @@ def last_checkpoint(cfg: DictConfig) -> Path | None:
 
 
 def check_same_stage(path: Path, checkpoint: dict[str, Any], stage_config: dict[str, Any]) -> None:
-    """Refuse to continue from a checkpoint of another stage or with another optimizer (its lr and speed may change)."""
-    stored = checkpoint["stage_config"]
-    stored, stage_config = (
-        config | {"optimizer": {k: v for k, v in (config.get("optimizer") or {}).items() if k not in ("lr", "fused")}}
-        for config in (stored, stage_config)
-    )
-    for part in ("denoiser", "corruption", "optimizer"):
-        if stored.get(part) != stage_config[part]:
-            raise UserError(
-                f"{path} holds another stage: its {part} is {stored.get(part)}, this run's is {stage_config[part]}"
-            )
+    """Refuse to continue from a checkpoint of another stage or with another optimizer.
+
+    The learning rate may change, and what changes speed and memory alone.
+    """
+    stored, present = _what_a_run_keeps(checkpoint["stage_config"]), _what_a_run_keeps(stage_config)
+    for part, mine in present.items():
+        if stored[part] != mine:
+            raise UserError(f"{path} holds another stage: its {part} is {stored[part]}, this run's is {mine}")
+
+
+def _what_a_run_keeps(stage_config: dict[str, Any]) -> dict[str, Any]:
+    parts: dict[str, dict[str, Any]] = {
+        part: stage_config.get(part) or {} for part in ("denoiser", "corruption", "optimizer")
+    }
+    network = _without(parts["denoiser"].get("network") or {}, "checkpoint_levels")
+    return parts | {
+        "denoiser": parts["denoiser"] | {"network": network},
+        "optimizer": _without(parts["optimizer"], "lr", "fused"),
+    }
+
+
+def _without(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key not in names}
 
 
 def train(cfg: DictConfig) -> DiffusionStage:

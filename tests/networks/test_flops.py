@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from relay_diffusion.networks import UNet
-from relay_diffusion.networks.flops import forward_flops
+from relay_diffusion.networks.flops import _products_as_convolutions, forward_flops, matrix_peak
 
 # channels at the lower level -> resolution after enlarging: the convolution there needs 4/9 of the usual operations
 ENLARGED = {"64": [(384, 64), (576, 32), (768, 16)], "256": [(256, 256), (512, 128), (512, 64), (1024, 32), (1024, 16)]}
@@ -31,3 +31,30 @@ def test_counting_leaves_the_network_alone():
     assert network.training
     for a, b in zip(before, network.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_matrix_products_are_timed_in_the_precision_of_convolutions():
+    matmul, seen = torch.backends.cuda.matmul, []
+    before = matmul.fp32_precision
+    try:
+        with _products_as_convolutions():
+            seen.append(matmul.fp32_precision)
+            raise KeyError
+    except KeyError:
+        pass
+    assert seen == [torch.backends.cudnn.conv.fp32_precision]
+    assert matmul.fp32_precision == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU")
+def test_the_peak_of_a_gpu_is_that_of_a_product():
+    device, half = torch.device("cuda"), torch.bfloat16
+    peak = matrix_peak(device, half, size=4096)
+    a = torch.randn(4096, 4096, device=device, dtype=half)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(20):
+        a @ a
+    end.record()
+    end.synchronize()
+    assert peak == pytest.approx(20 * 2 * 4096**3 / (start.elapsed_time(end) / 1e3), rel=0.5)

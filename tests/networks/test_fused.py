@@ -12,8 +12,10 @@ from waking import awake
 
 from relay_diffusion.networks import UNet, ops
 
-pytest.importorskip("triton")
-from relay_diffusion.kernels import fused
+triton = pytest.importorskip("triton")
+if not torch.cuda.is_available() and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+    pytest.skip("the interpreter of older versions of Triton fails with new ones of NumPy", allow_module_level=True)
+from relay_diffusion.kernels import fused  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -21,13 +23,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.fixture
 def use_kernels(monkeypatch):
     """Everything but float64 goes through the kernels, also on the CPU."""
-
-    def fusible(*tensors):
-        given = [x for x in tensors if x is not None]
-        last = all(x.is_contiguous(memory_format=torch.channels_last) for x in given)
-        return last and all(x.dtype != torch.float64 for x in given)
-
-    monkeypatch.setattr(ops, "fusible", fusible)
+    monkeypatch.setattr(ops, "on_gpu", lambda _: True)
     monkeypatch.setattr(fused, "ROWS", 96)  # several programs, with a rest, on small images too
     monkeypatch.setattr(fused, "SUM_ROWS", 64)
     if DEVICE == "cuda":  # float32 means float32
@@ -96,10 +92,25 @@ def test_normalisation_with_all_around_it(channels, skip, groups, down, modulate
 @pytest.mark.usefixtures("use_kernels")
 @pytest.mark.parametrize("up", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
-def test_addition(up, biased):
-    hidden, shortcut = image(2, 24, 12, 10), image(2, 24, 6, 5) if up else image(2, 24, 12, 10)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_addition(up, biased, dtype):
+    hidden = image(2, 24, 12, 10, dtype=dtype)
+    shortcut = image(2, 24, 6, 5, dtype=dtype) if up else image(2, 24, 12, 10, dtype=dtype)
     bias = torch.randn(24, device=DEVICE, requires_grad=True) if biased else None
-    compare(lambda h, s, b: (ops.add(h, s, b, up),), [hidden, shortcut, bias], 1e-6)
+    tolerance = 1e-6 if dtype == torch.float32 else 4e-3
+    compare(lambda h, s, b: (ops.add(h, s, b, up),), [hidden, shortcut, bias], tolerance)
+
+
+@pytest.mark.usefixtures("use_kernels")
+def test_what_the_kernels_do_not_take_is_left_to_plain_torch():
+    x = torch.randn(2, 16, 6, 6, device=DEVICE).to(memory_format=torch.channels_last)
+    assert ops.fusible(x, None, x)
+    assert ops.fusible(x.bfloat16(), x.bfloat16())
+    assert not ops.fusible(x, x.bfloat16())
+    assert not ops.fusible(x.double())
+    assert not ops.fusible(x.contiguous())
+    assert not ops.fusible(x, x.contiguous())
+    assert ops.add(x.bfloat16(), x).dtype == torch.float32
 
 
 @pytest.mark.usefixtures("use_kernels")
@@ -107,7 +118,52 @@ def test_a_large_mean_costs_no_digits():
     x = image(2, 16, 20, 20, mean=3000.0)
     norm = nn.GroupNorm(4, 16).to(DEVICE)
     h, _, _ = ops.norm_act(x, norm, silu=False)
-    close(h, nn.GroupNorm(4, 16).double().to(DEVICE)(x.detach().double()), 3e-4)  # squares of 3000 would leave none
+    expected = nn.GroupNorm(4, 16).double().to(DEVICE)(x.detach().double())
+    close(h, expected, 3e-4)  # squares of 3000 would leave none
+    small = image(2, 16, 20, 20)
+    total = ops.add(x, small)  # which measures what it writes
+    h, _, _ = ops.norm_act(total, norm, silu=False)
+    close(h, nn.GroupNorm(4, 16).double().to(DEVICE)(total.detach().double()), 3e-4)
+
+
+@pytest.mark.usefixtures("use_kernels")
+def test_moments_are_measured_once_and_again_after_a_change(monkeypatch):
+    measured = []
+    monkeypatch.setattr(fused, "measure", lambda x, measure=fused.measure: measured.append(x) or measure(x))
+    norm, shortcut = nn.GroupNorm(4, 16).to(DEVICE), image(2, 16, 6, 6).detach()
+    with torch.no_grad():
+        x = ops.add(image(2, 16, 6, 6), shortcut)
+        ops.norm_act(x, norm)
+        assert not measured  # the addition had
+        ops.norm_act(shortcut, norm)
+        ops.norm_act(shortcut, norm)
+        assert len(measured) == 1
+        for y in (x, shortcut):
+            y.mul_(2).add_(1)
+            h, _, _ = ops.norm_act(y, norm, silu=False)
+            close(h, nn.GroupNorm(4, 16).double().to(DEVICE)(y.double()), 1e-5)
+    assert len(measured) == 3
+
+
+@pytest.mark.usefixtures("use_kernels")
+@pytest.mark.parametrize("options", [{"down": False}, {"down": True}])
+def test_gradients_where_only_the_shortcut_is_used(options):
+    x, norm = image(2, 16, 6, 6), nn.GroupNorm(4, 16).to(DEVICE)
+    ops.norm_act(x, norm, **options)[1].sum().backward()
+    expected = 0.25 if options["down"] else 1.0
+    torch.testing.assert_close(x.grad, torch.full_like(x, expected))
+    assert not norm.weight.grad.any()
+
+
+@pytest.mark.usefixtures("use_kernels")
+def test_one_modulation_for_all_samples():
+    x, norm = image(3, 16, 6, 6), nn.GroupNorm(4, 16).to(DEVICE)
+    modulation = torch.randn(1, 32, device=DEVICE, requires_grad=True)
+    compare(
+        lambda x, m, weight, bias: ops.norm_act(x, with_weights(norm, weight, bias), modulation=m)[:1],
+        [x, modulation, norm.weight, norm.bias],
+        1e-5,
+    )
 
 
 @pytest.mark.usefixtures("use_kernels")
@@ -134,6 +190,7 @@ def test_dropout(rate):
         "channel": (mask[:, 1:], mask[:, :-1]),
         "pixel": (mask[..., 1:], mask[..., :-1]),
         "row": (mask[:, :, 1:], mask[:, :, :-1]),
+        "power of two": (mask.permute(0, 2, 3, 1).flatten()[2**13 :], mask.permute(0, 2, 3, 1).flatten()[: -(2**13)]),
     }
     for name, (a, b) in shifted.items():
         correlation = (a * b).mean() / (rate * (1 - rate))
@@ -159,13 +216,14 @@ def test_first_convolution(channels):
 
 
 @pytest.mark.usefixtures("use_kernels")
-def test_query_key_value():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_query_key_value(dtype):
     conv = nn.Conv2d(8, 24, 1).to(DEVICE)
 
     def call(x, weight, bias):
         return ops.query_key_value(with_weights(conv, weight, bias), x)
 
-    compare(call, [image(2, 8, 4, 6), conv.weight, conv.bias], 1e-6)
+    compare(call, [image(2, 8, 24, 16, dtype=dtype), conv.weight, conv.bias], 1e-6 if dtype == torch.float32 else 4e-3)
 
 
 @pytest.mark.usefixtures("use_kernels")
@@ -200,7 +258,7 @@ def test_a_whole_network_and_its_gradients(dtype):
     for (name, parameter), other in zip(network.named_parameters(), reference.parameters(), strict=True):
         assert parameter.grad is not None, name
         error = (parameter.grad.double() - other.grad).norm() / other.grad.norm().clamp(min=1e-12)
-        assert error < (1e-4 if dtype == torch.float32 else 0.2), f"{name}: {error:.2e}"
+        assert error < (1e-4 if dtype == torch.float32 else 0.1), f"{name}: {error:.2e}"
 
 
 @pytest.mark.usefixtures("use_kernels")

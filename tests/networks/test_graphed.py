@@ -53,6 +53,30 @@ def test_changed_weights_count():
 
 
 @needs_gpu
+@pytest.mark.parametrize("modes", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)])
+def test_a_graph_serves_evaluations_with_and_without_inference_mode(modes):
+    plain = denoiser(channels_last=True).cuda()
+    graphed = Graphed(plain)
+    x, sigma = torch.randn(2, 3, 16, 16).cuda(), torch.ones(2)
+    for mode in (modes[0], modes[0], modes[1], modes[0], modes[1]):
+        with mode(), torch.autocast("cuda", torch.bfloat16):
+            torch.testing.assert_close(graphed(x, sigma, None), plain(x, sigma, None), rtol=0, atol=0)
+
+
+@needs_gpu
+@torch.no_grad()
+def test_weights_that_moved_count():
+    plain = denoiser(channels_last=True).cuda()
+    graphed = Graphed(plain)
+    x, sigma = torch.randn(2, 3, 16, 16).cuda(), torch.ones(2)
+    for _ in range(3):
+        graphed(x, sigma, None)
+    last = list(plain.parameters())[-1]
+    last.data = last.data.clone() + 1
+    torch.testing.assert_close(graphed(x, sigma, None), plain(x, sigma, None), rtol=0, atol=0)
+
+
+@needs_gpu
 @torch.no_grad()
 def test_batches_of_two_sizes_in_turns_and_a_third():
     plain = denoiser(channels_last=True).cuda()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from waking import awake
 
-from relay_diffusion.networks import EDMPreconditioner, UNet
+from relay_diffusion.networks import EDMPreconditioner, UNet, blocks
 from relay_diffusion.networks.blocks import ResidualBlock, SelfAttention
 
 NOISE = torch.tensor([-0.7, 0.4])
@@ -237,6 +237,22 @@ def test_checkpointed_blocks_keep_nothing_but_their_input():
             network(x_of(network), NOISE)
         kept[levels] = sum(saved)
     assert kept[(0, 1)] < kept[()] / 2
+
+
+def test_blocks_are_computed_again_in_training_only(monkeypatch):
+    calls = []
+    monkeypatch.setattr(blocks, "checkpoint", lambda function, *args, **_: calls.append(args) or function(*args))
+    network = awake(unet(channel_mult=(1, 2), checkpoint_levels=(1,)))
+    network.eval()(x_of(network), NOISE)
+    assert not calls
+    network.train()(x_of(network), NOISE)
+    assert len(calls) == sum(block.checkpointed for block in network.modules() if isinstance(block, ResidualBlock))
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0])
+def test_dropout_out_of_range_is_refused(dropout):
+    with pytest.raises(ValueError, match=f"dropout is {dropout}"):
+        unet(dropout=dropout)
 
 
 def test_levels_that_do_not_exist_are_refused():

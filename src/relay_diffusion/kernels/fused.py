@@ -5,6 +5,7 @@ Same functions as in `networks/ops.py`, with their gradients.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,6 +64,17 @@ def measure(x: Tensor) -> Tensor:
     return out
 
 
+@dataclass(frozen=True)
+class NormOptions:
+    """What `Norm` does besides normalising, and how."""
+
+    groups: int
+    eps: float
+    silu: bool
+    dropout: float  # share that is dropped
+    down: bool  # halve y and x
+
+
 class Norm(torch.autograd.Function):
     """drop(silu(norm(cat(x, skip) + bias) (1 + scale) + shift)), and x and skip again; y and x halved if `down`.
 
@@ -81,54 +93,54 @@ class Norm(torch.autograd.Function):
         shift: Tensor,
         bias: Tensor | None,
         modulation: Tensor | None,
-        groups: int,
-        eps: float,
-        silu: bool,
-        dropout: float,
-        down: bool,
+        options: NormOptions,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         samples, _, height, width = x.shape
         parts = [x] if skip is None else [x, skip]
         total = sum(part.shape[1] for part in parts)
-        pixels, rows, group = height * width, _sum_rows(height * width), total // groups
+        pixels, rows, group = height * width, _sum_rows(height * width), total // options.groups
         chunks = triton.cdiv(pixels, rows)
 
         coefs = torch.empty(5, samples, total, dtype=torch.float32, device=x.device)
         modulation = None if modulation is None else modulation.contiguous()
-        coefficients[(groups, samples)](
+        coefficients[(options.groups, samples)](
             x_moments, skip_moments, weight, shift, bias, modulation, coefs,
-            pixels, rows, chunks, x.shape[1], total, eps,
+            pixels, rows, chunks, x.shape[1], total, options.eps,
             GROUP=group, BLOCK_G=triton.next_power_of_2(group), BLOCK_S=triton.next_power_of_2(chunks),
             BIAS=bias is not None, MODULATION=modulation is not None, SKIP=skip is not None,
         )  # fmt: skip
 
-        if down:
+        if options.down:
             height, width = height // 2, width // 2
         y = _empty(x, total, height, width)
-        pooled = _empty(x, total, height, width) if down else None
-        seed = torch.randint(2**32, (2,), device=x.device) if dropout else None
-        drop = {"threshold": min(round((1 - dropout) * 2**32), 2**32 - 1), "rate": 1 / (1 - dropout)}
+        pooled = _empty(x, total, height, width) if options.down else None
+        keep = 1 - options.dropout
+        seed = torch.randint(2**32, (2,), device=x.device) if options.dropout else None
+        drop = {"threshold": min(round(keep * 2**32), 2**32 - 1), "rate": 1 / keep}
         for offset, part in _offsets(parts):
             channels = part.shape[1]
             grid, tile = _map(channels, height * width, samples)
             normalise[grid](
                 part, coefs, y, pooled, seed, height * width, width, channels, total, offset, ROWS, samples * total,
-                **drop, SILU=silu, DROPOUT=seed is not None, HALVE=down, **tile,
+                **drop, SILU=options.silu, DROPOUT=seed is not None, HALVE=options.down, **tile,
             )  # fmt: skip
         ctx.save_for_backward(x, skip, weight, shift, bias, modulation, coefs, seed)
-        ctx.group, ctx.flags, ctx.drop = group, {"SILU": silu, "HALVE": down}, drop
+        ctx.group, ctx.flags, ctx.drop = group, {"SILU": options.silu, "HALVE": options.down}, drop
         ctx.set_materialize_grads(False)
         return y, x if pooled is None else pooled, skip
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, *dshortcuts: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *dshortcuts: Tensor | None) -> tuple[Any, ...]:
         x, skip, weight, shift, bias, modulation, coefs, seed = ctx.saved_tensors
         samples, _, height, width = x.shape
         parts = [x] if skip is None else [x, skip]
         total = coefs.shape[-1]
         pixels, rows, plane = height * width, _sum_rows(height * width), samples * total
         chunks = triton.cdiv(pixels, rows)
+        if dy is None:  # only the shortcut was used
+            halve = 2 if ctx.flags["HALVE"] else 1
+            dy = torch.zeros(samples, total, height // halve, width // halve, dtype=x.dtype, device=x.device)
         dy = _channels_last(dy)
 
         sums = torch.empty(2, samples, chunks, total, dtype=torch.float32, device=x.device)
@@ -159,7 +171,7 @@ class Norm(torch.autograd.Function):
                 SHORTCUT=dshortcut is not None, **options, **tile,
             )  # fmt: skip
         dparameters = dweight.to(weight.dtype), dshift.to(shift.dtype), _like(dbias, bias)
-        return *dparts, None, None, *dparameters, dmodulation, *(None,) * 5
+        return *dparts, None, None, *dparameters, dmodulation, None
 
 
 class Add(torch.autograd.Function):

@@ -109,12 +109,12 @@ def coefficients(
 def kept(index, key0, key1, threshold):
     """Which elements dropout keeps: a hash of their index in the sample, below the threshold (of 2^32).
 
-    Two rounds of xor-shift-multiply, of which only the high bits count, with a key in each round: masks of
-    different calls are no shifted copies of each other.
+    Rounds of xor-shift-multiply with a key in each of the first two, so that masks of different calls are no
+    shifted copies of each other; without the third, elements at distances of high powers of two would be alike.
     """
     v = (index.to(tl.uint32) ^ key0) * 0x7FEB352D
-    v = ((v ^ (v >> 15)) + key1) * 0x846CA68B
-    return v < threshold
+    v = ((v ^ (v >> 15)) ^ key1) * 0x846CA68B
+    return (v ^ (v >> 16)) * 0x9E3779B1 < threshold
 
 
 @triton.jit

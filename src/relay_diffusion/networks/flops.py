@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,15 +29,25 @@ def forward_flops(network: UNet) -> int:
 def matrix_peak(device: torch.device, dtype: torch.dtype, size: int = 8192, repeats: int = 10) -> float:
     """Operations a second of a large matrix product on this GPU: what utilisation is a share of."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # as the convolutions do it
-    for _ in range(3):
-        a @ b
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(repeats):
-        a @ b
-    end.record()
-    end.synchronize()
-    torch.backends.cuda.matmul.allow_tf32 = tf32
+    with _products_as_convolutions():
+        for _ in range(3):
+            a @ b
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            a @ b
+        end.record()
+        end.synchronize()
     return 2 * size**3 * repeats / (start.elapsed_time(end) / 1e3)
+
+
+@contextmanager
+def _products_as_convolutions() -> Iterator[None]:
+    """Matrix products of float32 in TF32 if convolutions are; the setting of before comes back."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

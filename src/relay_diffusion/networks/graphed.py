@@ -21,7 +21,7 @@ class _Captured:
     inputs: list[Tensor]
     output: Tensor
     cast: dict[str, Tensor]  # weights in the precision of the products
-    version: int  # of the weights that were cast
+    version: int  # of the weights when they were cast
 
 
 class Graphed:
@@ -34,6 +34,7 @@ class Graphed:
 
     def __init__(self, denoiser: EDMPreconditioner) -> None:
         self.denoiser = denoiser
+        self._weights = list(denoiser.parameters())
         self._graphs: dict[Any, _Captured | None] = {}
 
     def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
@@ -45,7 +46,7 @@ class Graphed:
 
     def _replayed(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
         precision = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        where = next(self.denoiser.parameters()).data_ptr()
+        where = hash(tuple(weight.data_ptr() for weight in self._weights))
         key = (tuple(x.shape), labels is None, precision, where)
         if key not in self._graphs:
             while len(self._graphs) >= MAX_GRAPHS:
@@ -55,7 +56,9 @@ class Graphed:
         given = [x, sigma] if labels is None else [x, sigma, labels]
         captured = self._graphs[key]
         if captured is None:
-            captured = self._graphs[key] = self._capture(given, precision)
+            # what is captured serves evaluations with and without inference mode
+            with torch.inference_mode(False), torch.no_grad():
+                captured = self._graphs[key] = self._capture(given, precision)
         if captured.version != self._version():
             self._cast(captured.cast)
             captured.version = self._version()
@@ -65,7 +68,7 @@ class Graphed:
         return captured.output.clone()
 
     def _version(self) -> int:
-        return sum(p._version for p in self.denoiser.parameters() if not p.is_inference())
+        return sum(weight._version for weight in self._weights if not weight.is_inference())
 
     def _cast(self, places: dict[str, Tensor]) -> None:
         torch._foreach_copy_(list(places.values()), [self.denoiser.get_parameter(name) for name in places])
@@ -88,6 +91,6 @@ class Graphed:
         """Weights of products, but for those that are computed with in float32 before they are cast."""
         modules = dict(self.denoiser.named_modules())
         blocks = [module for module in modules.values() if isinstance(module, ResidualBlock) and module.up]
-        apart = [self.denoiser.network.conv_in, *(block.conv0 for block in blocks)]
-        products = {k: m for k, m in modules.items() if isinstance(m, nn.Conv2d | nn.Linear) and m not in apart}
+        computed_with = [self.denoiser.network.conv_in, *(block.conv0 for block in blocks)]
+        products = {k: m for k, m in modules.items() if isinstance(m, nn.Conv2d | nn.Linear) and m not in computed_with}
         return {f"{name}.weight": module.weight for name, module in products.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -25,12 +27,19 @@ def upsample(x: Tensor) -> Tensor:
 
 
 def fusible(*tensors: Tensor | None) -> bool:
-    """Whether the kernels of `kernels/fused.py` take these activations: on a GPU, channels_last, at most 32 bits."""
-    return HAVE_TRITON and all(
-        x.is_cuda and x.dtype in FUSED_TYPES and x.is_contiguous(memory_format=torch.channels_last)
-        for x in tensors
-        if x is not None
+    """Whether the kernels take these activations: on a GPU, channels_last, of one type of at most 32 bits."""
+    given = [x for x in tensors if x is not None]
+    return (
+        on_gpu(given[0])
+        and given[0].dtype in FUSED_TYPES
+        and all(x.dtype == given[0].dtype for x in given)
+        and all(x.is_contiguous(memory_format=torch.channels_last) for x in given)
     )
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether kernels can run where this tensor lies."""
+    return HAVE_TRITON and x.is_cuda
 
 
 def norm_act(
@@ -46,15 +55,17 @@ def norm_act(
     """drop(silu(norm(cat(x, skip) + bias) (1 + scale) + shift)), and x and skip again, for the shortcut.
 
     x [B,C,H,W], skip [B,D,H,W]; bias [C] of the convolution that made x; modulation [B,2C]: scale and shift.
-    `down` halves the result and x.
+    `down` halves the result and x, of even height and width; it takes no skip and no dropout.
     """
+    assert not down or (skip is None and not dropout and x.shape[2] % 2 == x.shape[3] % 2 == 0)
     if fusible(x, skip):
-        from relay_diffusion.kernels.fused import Norm
+        from relay_diffusion.kernels.fused import Norm, NormOptions
 
+        options = NormOptions(norm.num_groups, norm.eps, silu, dropout, down)
+        moments = _moments(x), None if skip is None else _moments(skip)
+        modulation = None if modulation is None else modulation.expand(len(x), -1)
         result: tuple[Tensor, Tensor, Tensor | None] = Norm.apply(
-            *(x, skip, _moments(x), None if skip is None else _moments(skip)),
-            *(norm.weight, norm.bias, bias, modulation),
-            *(norm.num_groups, norm.eps, silu, dropout, down),
+            x, skip, *moments, norm.weight, norm.bias, bias, modulation, options
         )
         return result
     h = x if skip is None else torch.cat([x, skip], dim=1)
@@ -73,10 +84,20 @@ def norm_act(
 def _moments(x: Tensor) -> Tensor:
     from relay_diffusion.kernels.fused import measure
 
-    if not hasattr(x, MOMENTS):
-        setattr(x, MOMENTS, measure(x))
-    known: Tensor = getattr(x, MOMENTS)
-    return known
+    moments, version = getattr(x, MOMENTS, (None, None))
+    if moments is None or version != _version(x):
+        moments = measure(x)
+        _keep_moments(x, moments)
+    return cast(Tensor, moments)
+
+
+def _keep_moments(x: Tensor, moments: Tensor) -> None:
+    setattr(x, MOMENTS, (moments, _version(x)))
+
+
+def _version(x: Tensor) -> int:
+    """Changes when x is written to, where torch tells."""
+    return 0 if x.is_inference() else x._version
 
 
 def add(hidden: Tensor, shortcut: Tensor, bias: Tensor | None = None, up: bool = False) -> Tensor:
@@ -86,7 +107,7 @@ def add(hidden: Tensor, shortcut: Tensor, bias: Tensor | None = None, up: bool =
 
         out: Tensor
         out, moments = Add.apply(hidden, shortcut, bias, up)
-        setattr(out, MOMENTS, moments)
+        _keep_moments(out, moments)
         return out
     if bias is not None:
         hidden = hidden + bias.to(hidden.dtype)[:, None, None]

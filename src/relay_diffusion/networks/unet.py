@@ -22,7 +22,8 @@ class UNet(nn.Module):
     `channels_last` keeps weights and activations in that memory format: the same numbers, faster; on a GPU the steps
     between convolutions are fused for it. `checkpoint_levels`: levels (0: full resolution) of which training keeps
     only the inputs of blocks and computes the rest again: less memory, more time.
-    Raises ValueError if the resolution cannot be halved often enough, or for a level that does not exist.
+    Raises ValueError if the resolution cannot be halved often enough, for a level that does not exist, and for
+    dropout or channels out of range.
     """
 
     def __init__(
@@ -46,6 +47,8 @@ class UNet(nn.Module):
             raise ValueError(f"resolution {resolution} is not divisible by 2^{levels - 1} for {levels} levels")
         if not set(checkpoint_levels) <= set(range(levels)):
             raise ValueError(f"checkpoint_levels is {list(checkpoint_levels)}, but the levels are 0 to {levels - 1}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}, must be at least 0 and below 1")
         if channels % 2:
             raise ValueError(f"channels is {channels}, must be even")
         self.resolution, self.image_channels, self.num_classes = resolution, image_channels, num_classes

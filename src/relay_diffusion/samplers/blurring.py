@@ -69,7 +69,7 @@ class BlurringSampler:
             scales = gamma, filter_gains, self.s_noise * sigma_next
             denoised = denoise(x, sigma * ones, labels)
             proposal = self._step(x, denoised, *scales, randn_like)
-            both = x + denoised  # now: a network may write its next answer over this one (CUDA graphs do)
+            both = x + denoised  # now: a denoiser may write its next answer over this one
             residual = proposal - denoise(proposal, sigma_next * ones, labels)
             x = self._step(x, second_order(both, residual, sigma / sigma_next), *scales, randn_like)
         return denoise(x, self.sigmas[-1] * ones, labels).to(x.dtype)

@@ -78,7 +78,7 @@ class EDMSampler:
             proposal = self._step(x, denoised, sigma_hat, sigma_next, randn_like)
             if sigma_next == 0:
                 return proposal
-            both = x + denoised  # now: a network may write its next answer over this one (CUDA graphs do)
+            both = x + denoised  # now: a denoiser may write its next answer over this one
             residual = proposal - denoise(proposal, sigma_next * ones, labels)
             x = self._step(x, second_order(both, residual, sigma_hat / sigma_next), sigma_hat, sigma_next, randn_like)
         return x
