@@ -25,6 +25,7 @@ from relay_diffusion.stage import DiffusionStage
 
 PROJECT = Path(__file__).parent.parent
 REFERENCE = PROJECT / "tests" / "reference"
+TRITON = "3.6" if torch.cuda.is_available() else "3.9"  # the interpreter of older ones fails with new NumPy
 
 
 def class_indices(one_hot: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from relay_diffusion.gradients import _walkable, replace_nonfinite
+from support import TRITON
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -17,7 +18,7 @@ def test_nonfinite_gradients_become_finite_and_are_counted():
 
 def test_the_kernel_does_the_same(monkeypatch):
     """Across the ends of programs and tensors, in any memory format; without a GPU in Triton's interpreter."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", TRITON)
     from relay_diffusion.kernels import nonfinite
 
     monkeypatch.setattr(nonfinite, "BLOCK", 64)

@@ -8,6 +8,7 @@ import torch
 from relay_diffusion.diffusion import block_dct, block_filter, block_idct
 from relay_diffusion.diffusion.corruption import block_mean, upsample_blocks
 from relay_diffusion.diffusion.dct import _dct_matrix_of_pieces, dct_matrix, filter_and_add
+from support import TRITON
 
 CPU = torch.device("cpu")
 SHAPES = [(2, (8, 8)), (3, (6, 12)), (4, (16, 8)), (5, (5, 15)), (8, (8, 24))]
@@ -203,7 +204,7 @@ def test_a_matrix_first_used_in_inference_serves_training():
 @pytest.mark.parametrize("block", [2, 3, 4, 6, 8])
 def test_the_kernel_blurs_and_adds_the_same(block):
     """Without a GPU in Triton's interpreter; with more pieces than one program takes, and a rest."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", TRITON)
     from relay_diffusion.kernels.blur import filter_and_add as in_one_pass
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

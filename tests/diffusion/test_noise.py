@@ -5,6 +5,7 @@ import torch
 
 from relay_diffusion.diffusion import ImageSeeds, block_noise
 from relay_diffusion.diffusion.noise import AHEAD, mix_seeds
+from support import TRITON
 
 
 def covariance(height, width, block):
@@ -168,7 +169,7 @@ def test_precision_does_not_change_the_noise():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_kernel_adds_the_same_noise(block, dtype):
     """Without a GPU in Triton's interpreter; on images larger than a tile, and of odd sizes."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", TRITON)
     from relay_diffusion.kernels.noise import add_block_noise
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,11 +11,10 @@ from torch import nn
 from waking import awake
 
 from relay_diffusion.networks import UNet, ops
+from support import TRITON
 
-triton = pytest.importorskip("triton")
-if not torch.cuda.is_available() and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
-    pytest.skip("the interpreter of older versions of Triton fails with new ones of NumPy", allow_module_level=True)
-from relay_diffusion.kernels import fused  # noqa: E402
+pytest.importorskip("triton", TRITON)
+from relay_diffusion.kernels import fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
