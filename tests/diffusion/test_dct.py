@@ -210,7 +210,8 @@ def test_the_kernel_blurs_and_adds_the_same(block):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     x, noise = (torch.randn(2, 3, 9 * block, 11 * block, device=device) for _ in range(2))
     scale, gains = torch.rand(2, device=device) + 1, torch.rand(2, 1, block, block, device=device)
-    got = in_one_pass(x, _dct_matrix_of_pieces(block, x.dtype, device), gains, scale, noise)
+    factors = torch.cat([gains.flatten(1), scale[:, None]], dim=1)
+    got = in_one_pass(x, _dct_matrix_of_pieces(block, x.dtype, device), factors, noise)
     expected = block_filter(x.double(), gains.double()) + scale.double().view(-1, 1, 1, 1) * noise.double()
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=3e-6)
 

@@ -112,10 +112,11 @@ def filter_and_add(x: Tensor, gains: Tensor, scale: Tensor, noise: Tensor) -> Te
     """
     block = gains.shape[-1]
     check_blocks(x, block)
-    scale = scale.to(x.device, non_blocking=True)
     if HAVE_TRITON and x.is_cuda and x.dtype == gains.dtype == noise.dtype == torch.float32 and block <= SMALL_BLOCK:
         from relay_diffusion.kernels.blur import filter_and_add as in_one_pass
 
-        gains = gains.to(x.device, non_blocking=True).expand(len(x), 1, block, block)
-        return in_one_pass(x, _dct_matrix_of_pieces(block, x.dtype, x.device), gains, scale, noise)
-    return torch.addcmul(block_filter(x, gains), scale.view(-1, 1, 1, 1), noise)
+        gains = gains.reshape(-1, block**2).expand(len(x), -1)
+        sent = torch.cat([gains, scale[:, None]], dim=1).to(x.device, non_blocking=True)  # both at once
+        return in_one_pass(x, _dct_matrix_of_pieces(block, x.dtype, x.device), sent, noise)
+    scale = scale.view(-1, 1, 1, 1).to(x.device, non_blocking=True)
+    return torch.addcmul(block_filter(x, gains), scale, noise)

@@ -27,4 +27,4 @@ class DenoisingLoss:
 
     def __call__(self, denoised: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
         """Loss of each element: denoised and x0 [B,C,H,W], sigma [B] -> [B,C,H,W]."""
-        return expand(self.weight(sigma), denoised) * F.mse_loss(denoised, x0, reduction="none")
+        return F.mse_loss(denoised, x0, reduction="none").mul_(expand(self.weight(sigma), denoised))

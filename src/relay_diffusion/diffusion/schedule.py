@@ -23,7 +23,7 @@ class LogNormal:
 
     def sigma(self, level: Tensor) -> Tensor:
         """Noise standard deviation at a level in (0, 1), any shape."""
-        return torch.exp(self.p_mean + self.p_std * torch.special.ndtri(level * self.prob_length))
+        return self.from_normal(torch.special.ndtri(level * self.prob_length))
 
     def level(self, sigma: Tensor) -> Tensor:
         """Level of a noise standard deviation, any shape."""

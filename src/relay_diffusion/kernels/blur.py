@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -12,10 +14,13 @@ PIECES = 64  # of one program
 
 @triton.jit
 def filter_pieces(
-    x, matrix, gains, scale, noise, out, height, width, channels,
+    x, matrix, factors, noise, out, height, width, channels,
     BLOCK: tl.constexpr, SIZE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """out = M^T G M x + scale * noise for the BLOCK x BLOCK pieces of one channel, M [BLOCK^2, BLOCK^2] their DCT."""
+    """out = M^T G M x + scale * noise for the BLOCK x BLOCK pieces of one channel, M [BLOCK^2, BLOCK^2] their DCT.
+
+    factors [N, BLOCK^2 + 1]: the diagonal of G, and the scale.
+    """
     sample = tl.program_id(1) // channels
     image = tl.program_id(1).to(tl.int64) * height * width
     piece = tl.program_id(0) * PIECES + tl.arange(0, PIECES)
@@ -27,24 +32,25 @@ def filter_pieces(
     mask = (piece < height // BLOCK * across)[:, None] & inside[None, :]
     both = inside[:, None] & inside[None, :]
     transform = tl.load(matrix + k[:, None] * BLOCK * BLOCK + k[None, :], mask=both, other=0.0)
-    gain = tl.load(gains + sample * BLOCK * BLOCK + k, mask=inside, other=0.0)
+    factors += sample * (BLOCK * BLOCK + 1)
+    gain = tl.load(factors + k, mask=inside, other=0.0)
     pixels = tl.load(x + at, mask=mask, other=0.0)
     coefficients = tl.dot(pixels, tl.trans(transform), input_precision="ieee") * gain[None, :]
     blurred = tl.dot(coefficients, transform, input_precision="ieee")
-    value = blurred + tl.load(scale + sample) * tl.load(noise + at, mask=mask, other=0.0)
+    value = blurred + tl.load(factors + BLOCK * BLOCK) * tl.load(noise + at, mask=mask, other=0.0)
     tl.store(out + at, value, mask=mask)
 
 
-def filter_and_add(x: Tensor, matrix: Tensor, gains: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
-    """x and noise [B,C,H,W], gains [B,1,s,s], scale [B], DCT of a piece [s^2,s^2], all float32 -> [B,C,H,W]."""
-    x, noise, gains, scale = x.contiguous(), noise.contiguous(), gains.contiguous(), scale.contiguous()
+def filter_and_add(x: Tensor, matrix: Tensor, factors: Tensor, noise: Tensor) -> Tensor:
+    """x, noise [B,C,H,W], DCT of a piece [s^2,s^2], factors [B,s^2+1]: gains and scale; all float32 -> [B,C,H,W]."""
+    x, noise = x.contiguous(), noise.contiguous()
     batch, channels, height, width = x.shape
-    block = gains.shape[-1]
+    block = math.isqrt(len(matrix))
     out = torch.empty_like(x)
     grid = (triton.cdiv(height * width, block**2 * PIECES), batch * channels)
     size = max(16, triton.next_power_of_2(block**2))
     with torch.cuda.device_of(x):  # Triton launches on the current device
         filter_pieces[grid](
-            x, matrix, gains, scale, noise, out, height, width, channels, BLOCK=block, SIZE=size, PIECES=PIECES
+            x, matrix, factors, noise, out, height, width, channels, BLOCK=block, SIZE=size, PIECES=PIECES
         )
     return out

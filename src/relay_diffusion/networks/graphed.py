@@ -71,6 +71,8 @@ class Graphed:
         return sum(weight._version for weight in self._weights if not weight.is_inference())
 
     def _cast(self, places: dict[str, Tensor]) -> None:
+        if not places:  # computed in float32
+            return
         torch._foreach_copy_(list(places.values()), [self.denoiser.get_parameter(name) for name in places])
 
     def _capture(self, given: list[Tensor], precision: torch.dtype | None) -> _Captured:
