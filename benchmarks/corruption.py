@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from timing import environment, launches, line, pick_device, seconds
+from timing import environment, launches, line, pick_device, seconds, seconds_on_device
 from torch import Tensor
 
 from relay_diffusion.data.arguments import run_tool
@@ -128,6 +128,9 @@ def run(options: Options) -> None:
     fast = seconds(version(ours), options.repeats)
     print(line("plain: FFTs in float64, rolls", slow, batch))
     print(line("relay_diffusion", fast, batch, batch / statistics.median(slow)))
+    if device.type == "cuda":
+        alone = seconds_on_device(version(ours)) * 1e3
+        print(f"of which the kernels take {alone:.2f} ms: the rest is the host launching them, which training hides")
     authors = AUTHORS.get((device.type, batch, options.resolution, options.block))
     if authors:
         print(f"authors' code {authors:g} ms: {authors / statistics.median(fast) / 1e3:.1f}x")

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from timing import environment, line, seconds
+from timing import environment, line, seconds, seconds_once
 from torch.profiler import ProfilerActivity, profile
 
 from relay_diffusion.config import register_resolvers
@@ -165,7 +165,7 @@ def run(options: Options) -> None:
                 name = f"{network} {kind}, batch {batch}"
                 try:
                     work = WORK[kind](stage, batch)
-                    first = seconds(work, repeats=1, warm_up=0)[0]
+                    first = seconds_once(work)
                     times = seconds(work, options.repeats)
                 except torch.OutOfMemoryError:
                     print(f"{name:44} runs out of memory", flush=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -36,18 +37,32 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def seconds_once(work: Callable[[], object]) -> float:
+    """Time of one run, with all that is done only once."""
+    synchronize()
+    begin = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - begin
+
+
 def seconds(work: Callable[[], object], repeats: int = 7, warm_up: int = 3) -> list[float]:
-    """Times of `work`, sorted, after some runs that do not count."""
-    for _ in range(warm_up):
-        work()
-    times = []
-    for _ in range(repeats):
-        synchronize()
-        begin = time.perf_counter()
+    """Times of `work`, sorted, after runs that do not count: at least `warm_up`, and half a second long."""
+    begin, runs = time.perf_counter(), 0
+    while runs < warm_up or time.perf_counter() - begin < 0.5:
         work()
         synchronize()
-        times.append(time.perf_counter() - begin)
-    return sorted(times)
+        runs += 1
+    return sorted(seconds_once(work) for _ in range(repeats))
+
+
+def seconds_on_device(work: Callable[[], object], repeats: int = 5) -> float:
+    """Time that kernels of `work` take on the GPU, without what the host needs to launch them."""
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as record:
+        for _ in range(repeats):
+            work()
+        synchronize()
+    return sum(event.self_device_time_total for event in record.key_averages()) / repeats / 1e6
 
 
 def line(name: str, times: list[float], images: int, baseline: float | None = None) -> str:
