@@ -104,3 +104,16 @@ def run(script: str, *arguments: str, timeout: int = 240, **environment: str) ->
         timeout=timeout,
         check=False,
     )
+
+
+def weights_of(path: Path) -> dict[str, Tensor]:
+    """Raw and averaged weights of a checkpoint."""
+    content = torch.load(path, weights_only=True)
+    return content["state_dict"] | {f"ema.{k}": v for k, v in content["ema"]["weights"].items()}
+
+
+def assert_same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """To the last bit."""
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=0, msg=key)

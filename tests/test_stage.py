@@ -9,30 +9,7 @@ import torch
 from relay_diffusion.errors import UserError
 from relay_diffusion.networks import EDMPreconditioner, Graphed
 from relay_diffusion.stage import load_stage
-from support import tiny_stage
-
-
-def weights_of(path):
-    content = torch.load(path, weights_only=True)
-    return content["state_dict"] | {f"ema.{k}": v for k, v in content["ema"]["weights"].items()}
-
-
-def assert_same_weights(a, b):
-    assert a.keys() == b.keys()
-    for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=0, atol=0, msg=key)
-
-
-@pytest.mark.parametrize("stage", ["base", "relay"])
-def test_interrupted_and_resumed_training_equals_uninterrupted(fit, tmp_path, stage):
-    dropout = ("network.dropout=0.2", "stage.label_dropout=0.3", "augment=edm", "stage.augment.probability=0.5")
-    fit("whole", 40, *dropout, stage=stage)
-    fit("parts", 20, *dropout, stage=stage)
-    halfway = weights_of(tmp_path / "parts/checkpoints/last.ckpt")
-    fit("parts", 40, *dropout, stage=stage)
-    resumed = weights_of(tmp_path / "parts/checkpoints/last.ckpt")
-    assert_same_weights(weights_of(tmp_path / "whole/checkpoints/last.ckpt"), resumed)
-    assert any(not torch.equal(halfway[key], resumed[key]) for key in halfway)
+from support import assert_same_weights, tiny_stage, weights_of
 
 
 def test_the_network_is_told_how_images_were_augmented(fit, monkeypatch):
@@ -113,43 +90,6 @@ def test_the_number_of_images_holds_when_the_batch_changes(fit):
     assert fit("run", 40, "data.batch_size=8").images_seen == 40
 
 
-def test_own_progress_comes_before_resume(fit, tmp_path):
-    fit("first", 8)
-    fit("second", 16, f"resume={tmp_path / 'first'}")
-    assert fit("second", 20, f"resume={tmp_path / 'first'}", "callbacks.log.every_n_images=4").images_seen == 20
-    rows = (tmp_path / "second/log/version_1/metrics.csv").read_text().splitlines()
-    assert [row.split(",")[0] for row in rows[1:]] == ["20"]
-
-
-def test_a_finished_run_says_so(fit):
-    fit("run", 8)
-    with pytest.raises(UserError, match=r"seen 8 images already"):
-        fit("run", 8)
-
-
-def test_another_optimizer_is_not_continued_but_another_lr_is(fit):
-    fit("run", 4)
-    with pytest.raises(UserError, match="optimizer"):
-        fit("run", 8, "stage.optimizer.eps=1e-6")
-    assert fit("run", 8, "stage.optimizer.lr=5e-4").images_seen == 8
-
-
-def test_what_changes_speed_and_memory_alone_may_change(fit, tmp_path):
-    fit("run", 4, "stage.optimizer.fused=false")
-    file = tmp_path / "run/checkpoints/last.ckpt"
-    old = torch.load(file, weights_only=True)
-    del old["stage_config"]["denoiser"]["network"]["checkpoint_levels"]  # as before there was such an option
-    del old["stage_config"]["optimizer"]["fused"], old["stage_config"]["cuda_graphs"]
-    torch.save(old, file)
-    assert load_stage(file).cuda_graphs
-    assert not load_stage(file, changes={"cuda_graphs": False}).cuda_graphs
-    stage = fit("run", 8, "network.checkpoint_levels=[0]", "stage.optimizer.fused=true")
-    assert stage.images_seen == 8
-    optimizer = stage.trainer.optimizers[0]
-    assert all(group["fused"] for group in optimizer.param_groups)
-    assert torch.load(file, weights_only=True)["stage_config"]["denoiser"]["network"]["checkpoint_levels"] == [0]
-
-
 def test_an_optimizer_without_some_options_can_leave_them_out(fit):
     sgd = ("stage.optimizer._target_=torch.optim.SGD", "~stage.optimizer.betas", "~stage.optimizer.eps")
     with pytest.raises(UserError, match=r"stage\.optimizer: .*'betas'.*~stage\.optimizer"):
@@ -166,13 +106,6 @@ def test_a_run_without_average_can_get_one(fit, tmp_path):
         load_stage(tmp_path / "run")
     fit("run", 8)
     assert load_stage(tmp_path / "run").images_seen == 8
-
-
-def test_kept_checkpoints(fit, tmp_path):
-    fit("run", 16, "callbacks.checkpoints.every_n_images=4", "callbacks.checkpoints.keep=2")
-    fit("run", 20, "callbacks.checkpoints.every_n_images=4")  # keep=0 keeps no more, and removes none
-    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
-    assert names == ["images-000000000008.ckpt", "images-000000000012.ckpt", "last.ckpt"]
 
 
 def test_another_seed_is_another_run(fit, tmp_path):

@@ -31,7 +31,10 @@ class Samples(NamedTuple):
 
 
 class SampleBatch(NamedTuple):
-    """positions [B] in the plan, seeds [B], labels [B] (-1: none), start: uint8 [B,C,h,w] or None."""
+    """positions [P] in the plan, seeds [B], labels [B] (-1: none), start: uint8 [B,C,h,w] or None.
+
+    The first P <= B are wanted; the others fill the batch up.
+    """
 
     positions: Tensor
     seeds: Tensor
@@ -42,7 +45,9 @@ class SampleBatch(NamedTuple):
 class PlanDataModule(L.LightningDataModule):
     """The images of a plan that are still to be made.
 
-    todo: positions in the plan. batch_size: images at once on one device.
+    todo: positions in the plan. batch_size: images at once on one device. A device's last batch is filled up, as the
+    last bit of an image depends on how many are computed with it: so a continued run, or one on other devices, makes
+    the same files.
     """
 
     def __init__(self, plan: Plan, todo: Sequence[int], batch_size: int) -> None:
@@ -57,8 +62,10 @@ class PlanDataModule(L.LightningDataModule):
 
     def _batch(self, positions: Iterable[int]) -> SampleBatch:
         positions, plan = list(positions), self.plan
-        seeds = [plan.seeds[position] for position in positions]
-        labels = [plan.labels[position] for position in positions]
+        size = min(self.batch_size, len(plan.names))
+        filled = positions + positions[-1:] * (size - len(positions))
+        seeds = [plan.seeds[position] for position in filled]
+        labels = [plan.labels[position] for position in filled]
         start = None
         if plan.start is not None:
             start = torch.stack([image for image, _ in plan.start.__getitems__(seeds)])

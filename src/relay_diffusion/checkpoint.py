@@ -22,6 +22,7 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.files import file_sha256, parse_json
 
 LAST = "last.ckpt"
+KEPT = "images-*.ckpt"  # earlier ones, with the images they have seen in twelve digits
 EXPORT_STAGE, EXPORT_WEIGHTS = "stage.json", "weights.safetensors"  # the files of an exported stage
 EXPORT_FORMAT = 1
 TRUSTED = ("relay_diffusion.",)  # the packages whose classes a checkpoint may name

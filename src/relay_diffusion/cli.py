@@ -99,8 +99,22 @@ def clear_errors() -> Iterator[None]:
     except Exception as error:
         if os.environ.get(SHOW_TRACEBACK) == "1" or not _caused_by_user(error):
             raise
-        _failures.append(error)
+        if _rank() == 0 or _ranks_differ():
+            _failures.append(error)
+        else:
+            raise SystemExit(2) from None  # the first rank says the same
         _remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
+
+
+def _rank() -> int:
+    """This process's number among those of its run."""
+    return next((int(os.environ[name]) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0)
+
+
+def _ranks_differ() -> bool:
+    """Whether ranks work together already; before that they do the same, and meet the same errors."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def _remove_if_empty(directory: Path) -> None:
@@ -122,7 +136,7 @@ def command_line(main: Callable[[], Any], config: Path) -> NoReturn:
         if os.environ[SHOW_TRACEBACK] == "1" or not _caused_by_user(error):
             raise
         _failures.append(error)
-    first = all(os.environ.get(rank, "0") == "0" for rank in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
-    for failure in _failures if first else []:
-        print(f"error: {explain(failure, config)}", file=sys.stderr)
+    who = f"error on rank {_rank()}" if _rank() else "error"
+    for failure in _failures:
+        print(f"{who}: {explain(failure, config)}", file=sys.stderr)
     sys.exit(2 if _failures else 0)

@@ -152,9 +152,10 @@ class Relay(L.LightningModule):
         return pixels if self.postprocess is None else self.postprocess(pixels)
 
     def predict_step(self, batch: SampleBatch, batch_idx: int) -> Samples:  # noqa: ARG002
-        """(positions, seeds, labels [B], -1 for none, start images or None) -> Samples."""
+        """A SampleBatch -> Samples of the positions that it wants."""
         labels = batch.labels if self.num_classes else None
         start = None if batch.start is None else to_float(batch.start)
-        stages = self.sample_stages(batch.seeds.tolist(), labels, start)
-        images = self.finish(list(stages.values())[-1])
-        return Samples(batch.positions, images, stages if start is None else {"start": start, **stages})
+        stages = {} if start is None else {"start": start}
+        stages |= self.sample_stages(batch.seeds.tolist(), labels, start)
+        wanted = {name: images[: len(batch.positions)] for name, images in stages.items()}
+        return Samples(batch.positions, self.finish(list(wanted.values())[-1]), wanted)

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, ListConfig
 
 from relay_diffusion import __version__
 from relay_diffusion.batches import PlanDataModule, StoredDataModule, StoredImages
-from relay_diffusion.callbacks import Evaluator, ImageWriter, RelayPicture, SamplingProgress
+from relay_diffusion.callbacks import Evaluator, ImageWriter, Preemption, RelayPicture, SamplingProgress
 from relay_diffusion.config import chosen_stages, reference_of, write_config
 from relay_diffusion.data.image_sets import ImageSet, open_image_set
 from relay_diffusion.data.images import ImageDataset
@@ -27,6 +27,7 @@ from relay_diffusion.interop.adm import write_adm_samples
 from relay_diffusion.plan import Plan, class_indices, plan_from_images, plan_from_noise
 from relay_diffusion.relay import Relay
 from relay_diffusion.report import report
+from relay_diffusion.trainer import children_end_too
 from relay_diffusion.training import quiet_lightning
 
 
@@ -179,9 +180,10 @@ def measure(
 def _predict(trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModule, own: list[Callback]) -> None:
     """One pass with these callbacks."""
     before = list(trainer.callbacks)  # type: ignore[attr-defined]
-    trainer.callbacks = [*before, *own]  # type: ignore[attr-defined]
+    trainer.callbacks = [*before, *own, Preemption()]  # type: ignore[attr-defined]
     try:
-        trainer.predict(model, datamodule=data, return_predictions=False)
+        with children_end_too(trainer):
+            trainer.predict(model, datamodule=data, return_predictions=False)
     finally:
         trainer.callbacks = before  # type: ignore[attr-defined]
 

@@ -105,6 +105,11 @@ class DiffusionStage(L.LightningModule):
         """Classes that the network knows; 0: unconditional."""
         return self.denoiser.network.num_classes
 
+    @property
+    def amid_step(self) -> bool:
+        """Whether images were seen whose gradients have not moved the weights yet."""
+        return self._pending > 0
+
     # ---- training ----
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:  # noqa: ARG002

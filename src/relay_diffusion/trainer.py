@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -22,7 +24,20 @@ class StopAtImages(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
         """Ask the trainer to stop when it is enough."""
         assert isinstance(pl_module, DiffusionStage)
-        trainer.should_stop = pl_module.images_seen >= self.max_images
+        if pl_module.images_seen >= self.max_images:
+            trainer.should_stop = True
+
+
+@contextmanager
+def children_end_too(trainer: L.Trainer) -> Iterator[None]:
+    """Processes that Lightning started for other devices end with this one, however that ends."""
+    try:
+        yield
+    except BaseException:
+        kill = getattr(trainer.strategy.launcher, "kill", None)
+        if kill is not None:
+            kill(signal.SIGKILL)  # they may wait for this process, deaf to anything milder
+        raise
 
 
 def build_trainer(

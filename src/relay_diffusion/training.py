@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -12,11 +13,14 @@ import lightning as L
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from relay_diffusion.checkpoint import LAST, find_checkpoint, read_checkpoint
+from relay_diffusion.callbacks.checkpoints import dealt
+from relay_diffusion.callbacks.preemption import leave_if_preempted
+from relay_diffusion.checkpoint import KEPT, LAST, find_checkpoint, read_checkpoint
 from relay_diffusion.config import write_config
 from relay_diffusion.data import ImageDataModule
 from relay_diffusion.errors import UserError
 from relay_diffusion.stage import DiffusionStage
+from relay_diffusion.trainer import children_end_too
 
 
 def quiet_lightning() -> None:
@@ -34,13 +38,25 @@ def check_classes(data: ImageDataModule, num_classes: int) -> None:
         raise UserError(f"network.num_classes={num_classes}, but {data.dataset.path} has {there} classes")
 
 
-def last_checkpoint(cfg: DictConfig) -> Path | None:
-    """The checkpoint to continue from: the last one of this run, or else `resume`; None for a new run."""
+def last_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to continue from, and its content: this run's last, or else `resume`; None for a new run.
+
+    One of this run that is damaged is passed over, with a warning, for the one before.
+    Raises UserError if none of those that are there can be read.
+    """
     directory = OmegaConf.select(cfg, "callbacks.checkpoints.directory")
-    own = Path(directory) / LAST if directory else None
-    if own is not None and own.exists():
-        return own
-    return find_checkpoint(cfg.resume) if cfg.resume is not None else None
+    own = [Path(directory) / LAST, *sorted(Path(directory).glob(KEPT), reverse=True)] if directory else []
+    failures = []
+    for path in own:
+        if path.exists():
+            try:
+                return path, read_checkpoint(path)
+            except UserError as error:
+                failures.append(str(error))
+                print(f"warning: {error}; trying the checkpoint before", file=sys.stderr, flush=True)
+    if failures:
+        raise UserError(f"no checkpoint in {directory} can be read: delete them to begin anew ({failures[0]})")
+    return (find_checkpoint(cfg.resume), read_checkpoint(cfg.resume)) if cfg.resume is not None else None
 
 
 def check_same_stage(path: Path, checkpoint: dict[str, Any], stage_config: dict[str, Any]) -> None:
@@ -69,6 +85,12 @@ def _without(options: dict[str, Any], *names: str) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key not in names}
 
 
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What a continued run does in another way: " with devices 2 -> 1"."""
+    changed = [f"{key} {before[key]} -> {value}" for key, value in now.items() if before.get(key, value) != value]
+    return f" with {', '.join(changed)}" if changed else ""
+
+
 def train(cfg: DictConfig) -> DiffusionStage:
     """Build everything, continue from a checkpoint if there is one, and fit."""
     stage_config = cast(dict[str, Any], OmegaConf.to_container(cfg.stage, resolve=True))
@@ -76,9 +98,10 @@ def train(cfg: DictConfig) -> DiffusionStage:
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     data: ImageDataModule = instantiate(cfg.data, _convert_="all")
     check_classes(data, cfg.network.num_classes)
-    checkpoint = last_checkpoint(cfg)
-    if checkpoint is not None:
-        content = read_checkpoint(checkpoint)
+    found = last_checkpoint(cfg)
+    checkpoint, changed = None, ""
+    if found is not None:
+        checkpoint, content = found
         check_same_stage(checkpoint, content, stage_config)
         if content["images_seen"] >= cfg.trainer.max_images:
             raise UserError(
@@ -93,13 +116,18 @@ def train(cfg: DictConfig) -> DiffusionStage:
         logger=list(instantiate(cfg.logger, _convert_="all").values()),
         _convert_="all",
     )
+    if found is not None:
+        changed = _changes(content.get("dealt", {}), dealt(trainer, data))
     if trainer.is_global_zero:
         write_config(cfg, cfg.run_dir)
         parameters = sum(p.numel() for p in stage.denoiser.parameters())
-        where = f"continues {os.path.relpath(checkpoint)}" if checkpoint else "new run"
+        where = f"continues {os.path.relpath(checkpoint)}{changed}" if checkpoint else "new run"
         images = len(data.dataset.names)
         print(f"{os.path.relpath(cfg.run_dir)}: {where}, {parameters:,} parameters, {images:,} images", flush=True)
-    trainer.fit(stage, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    with children_end_too(trainer):
+        trainer.fit(stage, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    if stage.images_seen < cfg.trainer.max_images:
+        leave_if_preempted(trainer)
     if trainer.is_global_zero:
         print(f"trained on {stage.images_seen:,} images; all is in {os.path.relpath(cfg.run_dir)}")
     return stage

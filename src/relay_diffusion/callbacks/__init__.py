@@ -4,6 +4,7 @@ from relay_diffusion.callbacks.checkpoints import Checkpoints
 from relay_diffusion.callbacks.ema import EMA
 from relay_diffusion.callbacks.evaluator import Evaluator
 from relay_diffusion.callbacks.image_writer import ImageWriter
+from relay_diffusion.callbacks.preemption import Preemption
 from relay_diffusion.callbacks.progress_bar import SamplingProgress, TrainingProgress
 from relay_diffusion.callbacks.relay_picture import RelayPicture
 from relay_diffusion.callbacks.sample_grid import SampleGrid
@@ -14,6 +15,7 @@ __all__ = [
     "Checkpoints",
     "Evaluator",
     "ImageWriter",
+    "Preemption",
     "RelayPicture",
     "SampleGrid",
     "SamplingProgress",

@@ -9,7 +9,10 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from relay_diffusion.callbacks.every import Every
-from relay_diffusion.checkpoint import LAST
+from relay_diffusion.checkpoint import KEPT, LAST
+from relay_diffusion.data.datamodule import ImageDataModule
+from relay_diffusion.errors import UserError
+from relay_diffusion.files import sync, write_text
 from relay_diffusion.stage import DiffusionStage
 
 
@@ -17,15 +20,39 @@ class Checkpoints(Callback):
     """Writes `directory`/last.ckpt every `every_n_images` and at the end; older ones are kept under their count.
 
     `keep`: how many earlier checkpoints (images-000128000.ckpt, ...) stay beside the last one; 0 keeps none.
+    A checkpoint is on the disk before it takes the place of the one before: whenever the machine fails, one is whole.
+    Raises UserError if it cannot be written; the one before stays.
     """
 
     def __init__(self, directory: str, every_n_images: int, keep: int = 0) -> None:
         self.directory, self.keep = Path(directory), keep
         self._every = Every(every_n_images)
         self._saved = -1
+        self._last_is_whole = False  # one that could not be read is not kept
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Find out before the work whether the directory can be written to."""
+        if trainer.is_global_zero:
+            try:
+                write_text(self.directory / ".probe", "")
+                (self.directory / ".probe").unlink()
+                (self.directory / f".{LAST}.writing").unlink(missing_ok=True)  # of a run that was killed
+            except OSError as error:
+                raise UserError(f"callbacks.checkpoints.directory={self.directory}: not writable ({error})") from None
+
+    def on_save_checkpoint(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,  # noqa: ARG002
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Note how the images were dealt out: a run may continue in another way, and says so."""
+        checkpoint["dealt"] = dealt(trainer, trainer.datamodule)  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count from where training starts."""
+        start = trainer.ckpt_path
+        self._last_is_whole = start is not None and Path(start).resolve() == (self.directory / LAST).resolve()
         assert isinstance(pl_module, DiffusionStage)
         self._every.start(pl_module.images_seen)
         self._saved = pl_module.images_seen
@@ -43,15 +70,27 @@ class Checkpoints(Callback):
             self._save(trainer, pl_module.images_seen)
 
     def _save(self, trainer: L.Trainer, images_seen: int) -> None:
-        last = self.directory / LAST
-        temporary = self.directory / f".{LAST}.writing"
-        trainer.save_checkpoint(temporary)  # on all ranks: Lightning lets rank 0 write
-        if trainer.is_global_zero:
-            if last.exists() and self.keep:
-                kept = self.directory / f"images-{self._saved:012d}.ckpt"
-                kept.unlink(missing_ok=True)
-                kept.hardlink_to(last)  # there is a last.ckpt at every instant
-                for old in sorted(self.directory.glob("images-*.ckpt"))[: -self.keep]:
-                    old.unlink()
-            temporary.replace(last)
+        last, temporary = self.directory / LAST, self.directory / f".{LAST}.writing"
+        try:
+            trainer.save_checkpoint(temporary)  # on all ranks: Lightning lets rank 0 write
+            if trainer.is_global_zero:
+                sync(temporary)
+                if self._last_is_whole and self.keep:
+                    kept = self.directory / f"images-{self._saved:012d}.ckpt"
+                    kept.unlink(missing_ok=True)
+                    kept.hardlink_to(last)  # there is a last.ckpt at every instant
+                    for old in sorted(self.directory.glob(KEPT))[: -self.keep]:
+                        old.unlink()
+                temporary.replace(last)
+                sync(self.directory)
+                self._last_is_whole = True
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            intact = f"the checkpoint of {self._saved:,} images is intact" if last.exists() else "there is none yet"
+            raise UserError(f"{last} cannot be written after {images_seen:,} images ({error}); {intact}") from None
         self._saved = images_seen
+
+
+def dealt(trainer: L.Trainer, data: ImageDataModule) -> dict[str, int]:
+    """How a step's images are dealt out, in the words of the options."""
+    return {"devices": trainer.world_size, "data.batch_size": data.batch_size, "data.accumulate": data.accumulate}

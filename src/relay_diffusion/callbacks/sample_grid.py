@@ -13,6 +13,7 @@ from torch import Tensor
 
 from relay_diffusion.callbacks.ema import EMA
 from relay_diffusion.callbacks.every import Every
+from relay_diffusion.callbacks.preemption import preempted
 from relay_diffusion.data.images import ImageDataset, to_float
 from relay_diffusion.diffusion.corruption import block_mean, upsample_blocks
 from relay_diffusion.pictures import image_grid, save_png, side_by_side
@@ -46,6 +47,8 @@ class SampleGrid(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the end of training, unless that was just done."""
         assert isinstance(pl_module, DiffusionStage)
+        if preempted(trainer):
+            return  # what is left of the time is for the checkpoint
         if self._every.images > 0 and self._shown != pl_module.images_seen:
             self._draw(trainer, pl_module)
 

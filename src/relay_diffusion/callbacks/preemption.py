@@ -1,0 +1,119 @@
+"""Signals that ask a run to stop: a job's time limit, a node that is taken away, a person."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+
+from relay_diffusion.stage import DiffusionStage
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Preemption(Callback):
+    """On SIGTERM, SIGUSR1 or SIGUSR2 training finishes its step, saves and stops; sampling, which keeps every image
+    that it finished, stops at once.
+
+    A signal to one process stops all. Under SLURM, SIGUSR1 and SIGUSR2 (sent before the time limit, with
+    `--signal=USR1@300`) also put the job back into the queue. SIGTERM does not: SLURM requeues the jobs that it
+    preempts, and one that was cancelled shall stay so. The exit code is 128 + the signal's number.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0  # the signal that this process got
+        self.agreed = 0  # the signal that stops all of them
+        self._reading: _Agreement | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Listen, in the place of Lightning's own handlers, which save nothing."""
+        if trainer.world_size > 1:
+            self._reading = _Agreement(pl_module.device)
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _: Any) -> None:
+        self.received = number
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
+        """Stop after a whole step, the same one on every rank."""
+        assert isinstance(pl_module, DiffusionStage)
+        if pl_module.amid_step:
+            return
+        self.agreed = self.received if self._reading is None else self._reading.largest(self.received)
+        if self.agreed:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        """A signal that comes now changes nothing."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        """Leave at a signal."""
+
+        def leave(number: int, _: Any) -> None:
+            self.agreed = number
+            leave_if_preempted(trainer)
+
+        for number in SIGNALS:
+            signal.signal(number, leave)
+
+
+class _Agreement:
+    """The largest of a number over all ranks, as it was one call ago: so nobody waits for anybody."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sum = torch.zeros(1, dtype=torch.int32, device=device)
+        self._seen = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._ready = torch.cuda.Event() if device.type == "cuda" else None
+
+    def largest(self, mine: int) -> int:
+        """Hand in `mine`; get what was agreed on at the call before. Every rank must call."""
+        if self._ready is not None:
+            self._ready.synchronize()  # of the step before: the device is busy with this one
+        before = int(self._seen)
+        self._sum.fill_(mine)
+        dist.all_reduce(self._sum, dist.ReduceOp.MAX)
+        self._seen.copy_(self._sum, non_blocking=True)
+        if self._ready is not None:
+            self._ready.record()
+        return before
+
+
+def preempted(trainer: L.Trainer) -> int:
+    """The signal that stopped a run, or 0."""
+    return max((c.agreed for c in trainer.callbacks if isinstance(c, Preemption)), default=0)  # type: ignore[attr-defined]
+
+
+def leave_if_preempted(trainer: L.Trainer) -> None:
+    """End the process if a signal stopped the run, after requeueing the job where that is wanted."""
+    number = preempted(trainer)
+    if not number:
+        return
+    if not trainer.is_global_zero:
+        raise SystemExit(0)  # one process tells how it ended
+    print(f"stopped by {signal.Signals(number).name}: the same command continues", flush=True)
+    if number != signal.SIGTERM:
+        _requeue()
+    raise SystemExit(128 + number)
+
+
+def _requeue() -> None:
+    """Put a SLURM job back into the queue; it continues its run, whose name is the job's."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+        return
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+        print(f"requeued job {job}", flush=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"job {job} could not be requeued: {error}", flush=True)

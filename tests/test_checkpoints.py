@@ -1,0 +1,111 @@
+"""Checkpoints: written whole, kept, passed over when damaged; runs that continue from them."""
+
+import resource
+
+import pytest
+import torch
+
+from relay_diffusion.errors import UserError
+from relay_diffusion.stage import load_stage
+from support import assert_same_weights, weights_of
+
+
+@pytest.mark.parametrize("stage", ["base", "relay"])
+def test_interrupted_and_resumed_training_equals_uninterrupted(fit, tmp_path, stage):
+    dropout = ("network.dropout=0.2", "stage.label_dropout=0.3", "augment=edm", "stage.augment.probability=0.5")
+    fit("whole", 40, *dropout, stage=stage)
+    fit("parts", 20, *dropout, stage=stage)
+    halfway = weights_of(tmp_path / "parts/checkpoints/last.ckpt")
+    fit("parts", 40, *dropout, stage=stage)
+    resumed = weights_of(tmp_path / "parts/checkpoints/last.ckpt")
+    assert_same_weights(weights_of(tmp_path / "whole/checkpoints/last.ckpt"), resumed)
+    assert any(not torch.equal(halfway[key], resumed[key]) for key in halfway)
+
+
+def test_own_progress_comes_before_resume(fit, tmp_path):
+    fit("first", 8)
+    fit("second", 16, f"resume={tmp_path / 'first'}")
+    assert fit("second", 20, f"resume={tmp_path / 'first'}", "callbacks.log.every_n_images=4").images_seen == 20
+    rows = (tmp_path / "second/log/version_1/metrics.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows[1:]] == ["20"]
+
+
+def test_a_finished_run_says_so(fit):
+    fit("run", 8)
+    with pytest.raises(UserError, match=r"seen 8 images already"):
+        fit("run", 8)
+
+
+def test_another_optimizer_is_not_continued_but_another_lr_is(fit):
+    fit("run", 4)
+    with pytest.raises(UserError, match="optimizer"):
+        fit("run", 8, "stage.optimizer.eps=1e-6")
+    assert fit("run", 8, "stage.optimizer.lr=5e-4").images_seen == 8
+
+
+def test_what_changes_speed_and_memory_alone_may_change(fit, tmp_path):
+    fit("run", 4, "stage.optimizer.fused=false")
+    file = tmp_path / "run/checkpoints/last.ckpt"
+    old = torch.load(file, weights_only=True)
+    del old["stage_config"]["denoiser"]["network"]["checkpoint_levels"]  # as before there was such an option
+    del old["stage_config"]["optimizer"]["fused"], old["stage_config"]["cuda_graphs"]
+    torch.save(old, file)
+    assert load_stage(file).cuda_graphs
+    assert not load_stage(file, changes={"cuda_graphs": False}).cuda_graphs
+    stage = fit("run", 8, "network.checkpoint_levels=[0]", "stage.optimizer.fused=true")
+    assert stage.images_seen == 8
+    optimizer = stage.trainer.optimizers[0]
+    assert all(group["fused"] for group in optimizer.param_groups)
+    assert torch.load(file, weights_only=True)["stage_config"]["denoiser"]["network"]["checkpoint_levels"] == [0]
+
+
+def test_kept_checkpoints(fit, tmp_path):
+    fit("run", 16, "callbacks.checkpoints.every_n_images=4", "callbacks.checkpoints.keep=2")
+    fit("run", 20, "callbacks.checkpoints.every_n_images=4", "callbacks.checkpoints.keep=0")  # removes none
+    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert names == ["images-000000000008.ckpt", "images-000000000012.ckpt", "last.ckpt"]
+
+
+def test_a_damaged_checkpoint_is_passed_over(fit, tmp_path, capsys):
+    """A truncated last.ckpt costs the images since the one before, and never that one."""
+    directory, often = tmp_path / "run/checkpoints", "callbacks.checkpoints.every_n_images=4"
+    fit("run", 12, often)
+    last, before = directory / "last.ckpt", directory / "images-000000000008.ckpt"
+    whole = weights_of(last)
+    last.write_bytes(last.read_bytes()[:1000])
+    good = before.read_bytes()
+    assert fit("run", 12, often).images_seen == 12
+    assert "last.ckpt cannot be read" in capsys.readouterr().err
+    assert_same_weights(weights_of(last), whole)
+    assert before.read_bytes() == good
+    for path in directory.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read: delete them to begin anew"):
+        fit("run", 16, often)
+
+
+def test_a_directory_that_cannot_be_written_to_shows_before_training(fit, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"callbacks\.checkpoints\.directory=.*file/below: not writable"):
+        fit("run", 4, f"callbacks.checkpoints.directory={tmp_path / 'file/below'}")
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(fit, tmp_path):
+    fit("run", 4)
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    content = last.read_bytes()
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) // 2, hard))  # no file may be larger
+    try:
+        with pytest.raises(UserError, match=r"last\.ckpt cannot be written after 8 images .*of 4 images is intact"):
+            fit("run", 8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert last.read_bytes() == content
+    assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_a_run_continued_in_another_way_says_so(fit, capsys):
+    fit("run", 8)
+    fit("run", 16, "data.batch_size=8", "data.accumulate=2")
+    assert "with data.batch_size 4 -> 8, data.accumulate 1 -> 2," in capsys.readouterr().out
