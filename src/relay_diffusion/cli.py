@@ -117,6 +117,12 @@ def _ranks_differ() -> bool:
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
+def _leave_group() -> None:
+    """End the connection to the other ranks: left to the end of the process, its threads may abort it."""
+    if _ranks_differ():
+        sys.modules["torch.distributed"].destroy_process_group()
+
+
 def _remove_if_empty(directory: Path) -> None:
     """Take away the directory that Hydra made for a run that did not begin."""
     with suppress(OSError):  # another rank may be quicker; a directory with files stays
@@ -132,6 +138,7 @@ def command_line(main: Callable[[], Any], config: Path) -> NoReturn:
     os.environ[FULL_ERROR] = "1"  # let errors through to here
     try:
         main()
+        _leave_group()
     except Exception as error:
         if os.environ[SHOW_TRACEBACK] == "1" or not _caused_by_user(error):
             raise

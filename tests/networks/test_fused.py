@@ -256,6 +256,7 @@ def test_a_whole_network_and_its_gradients(dtype):
     (expected * weight).sum().backward()
     for (name, parameter), other in zip(network.named_parameters(), reference.parameters(), strict=True):
         assert parameter.grad is not None, name
+        assert parameter.grad.stride() == parameter.stride(), name  # DDP would copy, and warn
         error = (parameter.grad.double() - other.grad).norm() / other.grad.norm().clamp(min=1e-12)
         assert error < (1e-4 if dtype == torch.float32 else 0.1), f"{name}: {error:.2e}"
 

@@ -249,6 +249,16 @@ def test_blocks_are_computed_again_in_training_only(monkeypatch):
     assert len(calls) == sum(block.checkpointed for block in network.modules() if isinstance(block, ResidualBlock))
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_gradients_lie_as_their_weights_do(channels_last):
+    """Else DDP copies them, and warns."""
+    network = awake(unet(channel_mult=(1, 2), channels_last=channels_last))
+    network(x_of(network), NOISE).square().sum().backward()
+    for name, parameter in network.named_parameters():
+        if parameter.grad is not None:
+            assert parameter.grad.stride() == parameter.stride(), name
+
+
 @pytest.mark.parametrize("dropout", [-0.1, 1.0])
 def test_dropout_out_of_range_is_refused(dropout):
     with pytest.raises(ValueError, match=f"dropout is {dropout}"):

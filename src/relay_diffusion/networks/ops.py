@@ -183,7 +183,8 @@ def project(conv: nn.Conv2d, x: Tensor, skip: Tensor | None, bias: Tensor | None
         if skip is not None:
             out.addmm_(_rows(skip), weight[:, x.shape[1] :].T)
         return out.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
-    out = conv(x if skip is None else torch.cat([x, skip], dim=1))
+    weight = conv.weight.flatten(1)[:, :, None, None]  # so that the gradient lies as above
+    out = F.conv2d(x if skip is None else torch.cat([x, skip], dim=1), weight, conv.bias)
     return out if bias is None else out + bias.to(out.dtype)[:, None, None]
 
 

@@ -95,6 +95,9 @@ class UNet(nn.Module):
         self.conv_out = zero(nn.Conv2d(current, image_channels, 3, padding=1))
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):  # used as a matrix: its gradient is one
+                layer.weight.data = layer.weight.data.clone(memory_format=torch.contiguous_format)
 
     def embed(self, noise: Tensor, labels: Tensor | None, augment: Tensor | None) -> Tensor:
         """noise [B], labels [B] (-1: no class) or None, augment [B,A] or None -> conditioning [B,E]."""

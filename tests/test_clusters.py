@@ -1,0 +1,218 @@
+"""Runs on several nodes, as SLURM and torchrun start them; signals; processes that are killed."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from support import PROJECT, TINY, assert_same_weights, weights_of
+
+PATIENCE = 180  # seconds
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Process:
+    """A command of the project in a session of its own, its output in a file."""
+
+    def __init__(self, output: Path, arguments, **environment: str) -> None:
+        self.output = output
+        with output.open("ab") as file:
+            self.popen = subprocess.Popen(
+                [sys.executable, *map(str, arguments)],
+                cwd=output.parent,
+                env={**os.environ, **environment},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def text(self) -> str:
+        return self.output.read_text()
+
+    def wait(self) -> int:
+        return self.popen.wait(PATIENCE)
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """To the process and all that it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.popen.pid, number)
+
+
+@contextmanager
+def ended(processes):
+    """None of them outlives the test."""
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.popen.wait()
+
+
+def until(condition, processes) -> None:
+    """Wait for a condition; fail if a process ends before."""
+    limit = time.monotonic() + PATIENCE
+    while not condition():
+        for process in processes:
+            assert process.popen.poll() is None, process.text()
+        assert time.monotonic() < limit, [process.text() for process in processes]
+        time.sleep(0.05)
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    return list(directory.glob("outputs/*/*/checkpoints/last.ckpt"))
+
+
+def images_seen(path: Path) -> int:
+    return torch.load(path, weights_only=True)["images_seen"]
+
+
+def two_nodes(data: Path) -> list[str]:
+    return [
+        str(PROJECT / "train.py"), *TINY, "resolution=16", f"data.dataset.path={data}", "trainer.max_images=1200",
+        "callbacks.checkpoints.every_n_images=40", "strategy=ddp_cpu", "trainer.devices=1", "trainer.num_nodes=2",
+    ]  # fmt: skip
+
+
+def slurm(directory: Path, data: Path, number: int, port: int) -> list[Process]:
+    """The two tasks that `srun` starts on two nodes for job `number`."""
+    tools = directory / "bin"
+    tools.mkdir(exist_ok=True)
+    (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {directory}/scontrol.txt\n')
+    (tools / "scontrol").chmod(0o755)
+    job = {
+        "SLURM_JOB_ID": str(number), "SLURM_JOB_NAME": "relay", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_NNODES": "2", "SLURM_NODELIST": "127.0.0.1", "SLURM_LOCALID": "0",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PATH": f"{tools}:{os.environ['PATH']}",
+    }  # fmt: skip
+    return [
+        Process(directory / f"task{rank}.txt", two_nodes(data), **job, SLURM_PROCID=str(rank), SLURM_NODEID=str(rank))
+        for rank in range(2)
+    ]
+
+
+def torchrun(directory: Path, data: Path, number: int, port: int) -> list[Process]:
+    """The two agents of `torchrun`, one a node."""
+    return [
+        Process(
+            directory / f"task{rank}.txt",
+            ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={rank}",
+             "--master-addr=127.0.0.1", f"--master-port={port}", f"--rdzv-id=job{number}", *two_nodes(data)],
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("launch", "number", "codes"),
+    [(slurm, signal.SIGUSR1, {0, 128 + signal.SIGUSR1}), (torchrun, signal.SIGTERM, None)],
+)
+def test_a_job_on_two_nodes_stops_at_a_signal_and_continues(tmp_path, small_zip, launch, number, codes):
+    with ended(launch(tmp_path, small_zip, 4711, free_port())) as tasks:
+        until(lambda: checkpoints(tmp_path), tasks)
+        for task in tasks:
+            task.popen.send_signal(number)
+        ends = {task.wait() for task in tasks}
+    assert codes is None or ends == codes, [task.text() for task in tasks]
+    (last,) = checkpoints(tmp_path)  # one directory for all ranks
+    stopped = images_seen(last)
+    assert 0 < stopped < 1200
+    text = tasks[0].text()
+    assert f"stopped by {number.name}: the same command continues" in text
+    assert "UserWarning" not in text
+    if launch is slurm:
+        assert (tmp_path / "scontrol.txt").read_text() == "requeue 4711\n"
+
+    with ended(launch(tmp_path, small_zip, 4711, free_port())) as tasks:
+        assert {task.wait() for task in tasks} == {0}, [task.text() for task in tasks]
+    assert checkpoints(tmp_path) == [last]
+    assert images_seen(last) == 1200
+    assert "continues" in tasks[0].text()
+    assert len(list(tmp_path.glob("outputs/*/*"))) == 1
+    assert not list(tmp_path.rglob(".hydra"))
+
+
+KILLS = int(os.environ.get("RELAY_DIFFUSION_KILLS", "3"))  # docs/robustness.md: 30
+
+
+def killed_sometime(process: Process, chance: random.Random, working: str, seconds: float) -> bool:
+    """kill -9 all processes at a random instant, mostly once they say that they work; False if they ended before."""
+    if chance.random() < 0.75:
+        while working not in process.text() and process.popen.poll() is None:
+            time.sleep(0.02)
+    try:
+        process.popen.wait(chance.uniform(0, seconds))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.popen.wait()
+        return True
+    return False
+
+
+def test_training_that_is_killed_ends_with_the_same_weights(tmp_path, small_zip):
+    """Two processes, killed and started again and again: to the last bit as if nothing had happened."""
+    chance, images = random.Random(0), 500 * KILLS
+    command = [
+        PROJECT / "train.py", *TINY, "resolution=16", f"data.dataset.path={small_zip}", "network.dropout=0.1",
+        "callbacks.checkpoints.every_n_images=20", f"trainer.max_images={images}", "strategy=ddp_cpu",
+    ]  # fmt: skip
+    with ended([Process(tmp_path / "whole.txt", [*command, f"run_dir={tmp_path / 'whole'}"])]) as (whole,):
+        assert whole.wait() == 0, whole.text()
+    last, instants = tmp_path / "parts/checkpoints/last.ckpt", []
+    for kill in range(KILLS + 1):
+        with ended([Process(tmp_path / f"part{kill}.txt", [*command, f"run_dir={tmp_path / 'parts'}"])]) as (part,):
+            if kill < KILLS:
+                assert killed_sometime(part, chance, "training:", 3), part.text()
+                instants.append(images_seen(last) if last.exists() else 0)
+            else:
+                assert part.wait() == 0, part.text()
+    assert instants == sorted(instants)  # never less than before
+    assert instants[-1] > 0
+    assert images_seen(last) == images
+    assert_same_weights(weights_of(tmp_path / "whole/checkpoints/last.ckpt"), weights_of(last))
+    print(f"killed after {instants} images")
+
+
+def test_sampling_that_is_killed_makes_the_same_files(tmp_path, relay_runs):
+    """Two processes, killed and started again; then one that was never disturbed, with the same batches."""
+    chance, seeds = random.Random(1), 500 if KILLS >= 10 else 60
+    relay = [
+        PROJECT / "sample.py", "relay=two_stages", f"seeds=0-{seeds - 1}", "batch_size=8", "trainer.accelerator=cpu",
+        *(f"relay.stages.{name}.path={relay_runs / name}" for name in ("base", "relay")),
+        "relay.stages.base.changes.sampler.steps=60", "picture=0",
+    ]  # fmt: skip
+    with ended([Process(tmp_path / "whole.txt", [*relay, f"output={tmp_path / 'whole'}"])]) as (whole,):
+        assert whole.wait() == 0, whole.text()
+    command, made, kill = [*relay, "strategy=ddp_cpu", f"output={tmp_path / 'parts'}"], [], 0
+    while True:
+        with ended([Process(tmp_path / f"part{kill}.txt", command)]) as (part,):
+            kill += 1
+            if kill > min(KILLS, 10):
+                assert part.wait() == 0, part.text()
+                break
+            if not killed_sometime(part, chance, "sampling:", 2):
+                assert part.popen.returncode == 0, part.text()
+                break
+        made.append(len(list((tmp_path / "parts").rglob("seed*.png"))))
+    files = [
+        {path.relative_to(tmp_path / name).as_posix(): path.read_bytes() for path in (tmp_path / name).rglob("*.png")}
+        for name in ("whole", "parts")
+    ]
+    assert len(files[0]) == seeds
+    assert files[0].keys() == files[1].keys()
+    assert files[0] == files[1]
+    assert made == sorted(made)
+    print(f"killed after {made} images")
