@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from relay_diffusion.errors import UserError
+from relay_diffusion.launch import rank
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # Hydra's own switch: set it to 1 to see tracebacks
 SHOW_TRACEBACK = "RELAY_DIFFUSION_TRACEBACK"  # the user's setting of it
@@ -99,16 +100,11 @@ def clear_errors() -> Iterator[None]:
     except Exception as error:
         if os.environ.get(SHOW_TRACEBACK) == "1" or not _caused_by_user(error):
             raise
-        if _rank() == 0 or _ranks_differ():
+        if rank() == 0 or _ranks_differ():
             _failures.append(error)
         else:
             raise SystemExit(2) from None  # the first rank says the same
         _remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
-
-
-def _rank() -> int:
-    """This process's number among those of its run."""
-    return next((int(os.environ[name]) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0)
 
 
 def _ranks_differ() -> bool:
@@ -143,7 +139,7 @@ def command_line(main: Callable[[], Any], config: Path) -> NoReturn:
         if os.environ[SHOW_TRACEBACK] == "1" or not _caused_by_user(error):
             raise
         _failures.append(error)
-    who = f"error on rank {_rank()}" if _rank() else "error"
+    who = f"error on rank {rank()}" if rank() else "error"
     for failure in _failures:
         print(f"{who}: {explain(failure, config)}", file=sys.stderr)
     sys.exit(2 if _failures else 0)

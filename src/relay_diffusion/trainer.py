@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 
+from relay_diffusion.launch import check_processes
 from relay_diffusion.stage import DiffusionStage
 
 
@@ -30,7 +31,11 @@ class StopAtImages(Callback):
 
 @contextmanager
 def children_end_too(trainer: L.Trainer) -> Iterator[None]:
-    """Processes that Lightning started for other devices end with this one, however that ends."""
+    """Processes that Lightning started for other devices end with this one, however that ends.
+
+    Raises UserError if a launcher started another number of them than there are devices.
+    """
+    check_processes(trainer.num_devices * trainer.num_nodes)
     try:
         yield
     except BaseException:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
+from relay_diffusion.launch import INTERACTIVE
 from relay_diffusion.stage import DiffusionStage
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -108,7 +109,7 @@ def leave_if_preempted(trainer: L.Trainer) -> None:
 def _requeue() -> None:
     """Put a SLURM job back into the queue; it continues its run, whose name is the job's."""
     job = os.environ.get("SLURM_JOB_ID")
-    if job is None or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+    if job is None or os.environ.get("SLURM_JOB_NAME") in INTERACTIVE:
         return
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
