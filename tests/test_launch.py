@@ -31,7 +31,7 @@ def test_a_launcher_with_another_number_of_processes_is_refused(monkeypatch, env
             check_processes(world)
 
 
-def test_the_launcher_of_sweeps_on_slurm(tmp_path):
+def test_the_launcher_of_sweeps_on_slurm():
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     result = run("train.py", "hydra/launcher=slurm", "--cfg", "hydra", "-p", "hydra.launcher")
     assert result.returncode == 0, result.stderr
