@@ -15,7 +15,7 @@ import torch
 
 from support import PROJECT, TINY, assert_same_weights, weights_of
 
-PATIENCE = 180  # seconds
+PATIENCE = 900  # seconds, on a machine that is busy
 
 
 def free_port() -> int:
@@ -164,7 +164,7 @@ def killed_sometime(process: Process, chance: random.Random, working: str, secon
 
 def test_training_that_is_killed_ends_with_the_same_weights(tmp_path, small_zip):
     """Two processes, killed and started again and again: to the last bit as if nothing had happened."""
-    chance, images = random.Random(0), 500 * KILLS
+    chance, images = random.Random(0), 400 * KILLS
     command = [
         PROJECT / "train.py", *TINY, "resolution=16", f"data.dataset.path={small_zip}", "network.dropout=0.1",
         "callbacks.checkpoints.every_n_images=20", f"trainer.max_images={images}", "strategy=ddp_cpu",
