@@ -1,6 +1,7 @@
 """The images of a run: one file each, packed on request, continued with their own settings only."""
 
 import json
+import resource
 import zipfile
 
 import pytest
@@ -112,3 +113,17 @@ def test_damaged_settings_are_named(tmp_path):
     (tmp_path / "settings.json").write_text("{")
     with pytest.raises(UserError, match=r"settings\.json is damaged"):
         ImageStore(tmp_path, SETTINGS)
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path):
+    store = ImageStore(tmp_path, {})
+    store.begin()
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # no file may be larger
+    try:
+        with pytest.raises(UserError, match=r"a\.png cannot be written: File too large"):
+            store.write("a", torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert not list(store.folder.iterdir())
+    assert "a" not in store

@@ -8,24 +8,32 @@ import math
 import os
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+from relay_diffusion.errors import UserError
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file for writing; it takes the name `path` once all is written, and goes away otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Open a temporary file for writing; it takes the name `path` once all is written, and goes away otherwise.
+
+    Raises UserError if the place cannot be written to, or is full.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # same folder: a rename, not a copy
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

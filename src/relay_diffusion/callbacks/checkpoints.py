@@ -33,12 +33,9 @@ class Checkpoints(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
         """Find out before the work whether the directory can be written to."""
         if trainer.is_global_zero:
-            try:
-                write_text(self.directory / ".probe", "")
-                (self.directory / ".probe").unlink()
-                (self.directory / f".{LAST}.writing").unlink(missing_ok=True)  # of a run that was killed
-            except OSError as error:
-                raise UserError(f"callbacks.checkpoints.directory={self.directory}: not writable ({error})") from None
+            write_text(self.directory / ".probe", "")
+            (self.directory / ".probe").unlink()
+            (self.directory / f".{LAST}.writing").unlink(missing_ok=True)  # of a run that was killed
 
     def on_save_checkpoint(
         self,
