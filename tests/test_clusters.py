@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -216,3 +217,17 @@ def test_sampling_that_is_killed_makes_the_same_files(tmp_path, relay_runs):
     assert files[0] == files[1]
     assert made == sorted(made)
     print(f"killed after {made} images")
+
+
+def test_an_error_of_one_rank_is_told_and_ends_all(tmp_path, small_zip):
+    """An image that one of two ranks meets while they train."""
+    images = tmp_path / "images"
+    with zipfile.ZipFile(small_zip) as archive:
+        archive.extractall(images)
+    damaged = sorted(images.rglob("*.png"))[7]
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    command = [PROJECT / "train.py", *TINY, "resolution=16", f"data.dataset.path={images}", "strategy=ddp_cpu"]
+    with ended([Process(tmp_path / "run.txt", [*command, f"run_dir={tmp_path / 'run'}"])]) as (process,):
+        assert process.wait() == 2, process.text()
+    assert f"'train/{damaged.name}' in {images} cannot be decoded" in process.text()
+    assert "Traceback" not in process.text()

@@ -98,8 +98,10 @@ def clear_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if os.environ.get(SHOW_TRACEBACK) == "1" or not _caused_by_user(error):
+        if os.environ.get(SHOW_TRACEBACK) == "1" or not (_caused_by_user(error) or _lost_a_rank(error)):
             raise
+        if _lost_a_rank(error):
+            error = UserError("another process of this run has failed, and says why")
         if rank() == 0 or _ranks_differ():
             _failures.append(error)
         else:
@@ -111,6 +113,11 @@ def _ranks_differ() -> bool:
     """Whether ranks work together already; before that they do the same, and meet the same errors."""
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def _lost_a_rank(error: Exception) -> bool:
+    """Whether a rank failed because another one had left."""
+    return _ranks_differ() and isinstance(error, RuntimeError) and "by peer" in str(error)
 
 
 def _leave_group() -> None:

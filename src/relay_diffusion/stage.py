@@ -68,6 +68,8 @@ class DiffusionStage(L.LightningModule):
             raise ValueError(
                 f"network.augment_labels={denoiser.network.augment_labels}, but the augmentation has {augment.labels}"
             )
+        # constants: DistributedDataParallel would send them around at every step
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self.label_dropout, self.guidance_scale = label_dropout, guidance_scale
         if not isinstance(guidance_scale, int | float):
             raise ValueError(f"guidance_scale is {guidance_scale!r}: give a number")
