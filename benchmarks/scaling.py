@@ -1,0 +1,89 @@
+"""Training on several devices against one, through train.py: `python benchmarks/scaling.py [key=value ...]`.
+
+Runs the same training with as many images a device on one device and on all of them, one after the other, twice;
+images/s are the medians of the log's windows after the first three. The efficiency is the speed of N devices over N times
+that of one.
+
+  experiment  of conf/experiment      (imagenet_64, on the emoji: the published network at 64x64)
+  devices     how many                (2)
+  batch       images on each device   (128)
+  windows     of 20 steps each        (10)
+  precision   of the training         (bf16-mixed)
+  accelerator gpu | cpu               (gpu)
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from timing import environment
+
+from relay_diffusion.data.arguments import run_tool
+from relay_diffusion.errors import UserError
+
+PROJECT = Path(__file__).resolve().parent.parent
+STEPS, FIRST = 20, 3  # steps of a window; windows that do not count
+
+
+@dataclass
+class Options:
+    """The command line; see above."""
+
+    experiment: str = "imagenet_64"
+    devices: int = 2
+    batch: int = 128
+    windows: int = 10
+    precision: str = "bf16-mixed"
+    accelerator: str = "gpu"
+
+
+def speeds(options: Options, devices: int) -> list[float]:
+    """Images/s of each window."""
+    batch = options.batch * devices
+    strategy = "single" if devices == 1 else "ddp" if options.accelerator == "gpu" else "ddp_cpu"
+    with tempfile.TemporaryDirectory() as run_dir:
+        settings = [
+            f"experiment={options.experiment}", "data=emoji", "data.dataset.cache=true", "network.num_classes=8",
+            f"data.batch_size={batch}", "data.accumulate=1", f"trainer.precision={options.precision}",
+            f"trainer.max_images={batch * STEPS * options.windows}", f"callbacks.log.every_n_images={batch * STEPS}",
+            "callbacks.grid.every_n_images=0", "callbacks.checkpoints.every_n_images=0", f"run_dir={run_dir}",
+            "logger=csv", f"strategy={strategy}",
+            f"trainer.devices={devices}", f"trainer.accelerator={options.accelerator}",
+        ]  # fmt: skip
+        result = subprocess.run(
+            [sys.executable, "train.py", *settings], cwd=PROJECT, capture_output=True, text=True, check=False
+        )
+        if result.returncode:
+            raise UserError(f"train.py failed: {result.stderr.strip()[-500:]}")
+        (log,) = Path(run_dir).glob("log/**/metrics.csv")
+        with log.open() as file:
+            return [float(row["train/images_per_second"]) for row in csv.DictReader(file)][FIRST:]
+
+
+def run(options: Options) -> None:
+    """Print one row for each run, then the efficiency."""
+    if options.windows <= FIRST:
+        raise UserError(f"windows={options.windows}: more than {FIRST} are needed")
+    print(environment())
+    medians: dict[int, list[float]] = {1: [], options.devices: []}
+    for _ in range(2):
+        for devices in (1, options.devices):
+            times = sorted(speeds(options, devices))
+            medians[devices].append(statistics.median(times))
+            print(
+                f"{options.experiment}, {devices} x {options.batch}: {medians[devices][-1]:9.1f} images/s "
+                f"({times[0]:.1f}-{times[-1]:.1f})",
+                flush=True,
+            )
+    efficiency = max(medians[options.devices]) / (options.devices * max(medians[1]))
+    print(f"efficiency of {options.devices} devices: {efficiency:.3f}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(sys.argv[1:] or ["devices=2"], __doc__ or "", Options, run))
