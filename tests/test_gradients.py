@@ -1,10 +1,14 @@
-"""Gradients that are not finite."""
+"""Gradients that are not finite, and the norm of those that are."""
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
+from torch.utils.data import DataLoader
 
-from relay_diffusion.gradients import _walkable, replace_nonfinite
-from support import TRITON
+from relay_diffusion.gradients import GradientNorm, _walkable, replace_nonfinite
+from relay_diffusion.training import quiet_lightning
+from support import TRITON, tiny_stage
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -50,3 +54,52 @@ def test_what_the_kernel_may_walk_over():
 
 def test_no_gradients_are_none_replaced():
     assert int(replace_nonfinite([torch.nn.Parameter(torch.zeros(2))])) == 0
+
+
+def parameters_with(*gradients):
+    parameters = [torch.nn.Parameter(torch.zeros(len(gradient))) for gradient in gradients]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = torch.tensor(gradient)
+    return [*parameters, torch.nn.Parameter(torch.zeros(3))]  # one without a gradient
+
+
+def test_the_norm_is_over_all_gradients_and_the_mean_over_steps():
+    norm = GradientNorm()
+    assert norm.take() is None
+    norm.add(parameters_with([3.0, 0.0], [4.0]))
+    norm.add(parameters_with([0.0, 5.0], [12.0]))
+    assert norm.take() == pytest.approx((5 + 13) / 2)
+    assert norm.take() is None
+    norm.add(parameters_with([1e5] * 4), taken=torch.tensor(False))
+    assert norm.take() is None
+    norm.add(parameters_with([2.0]), taken=torch.tensor(True))
+    norm.add(parameters_with([1e5]), taken=torch.tensor(False))
+    assert norm.take() == pytest.approx(2)
+
+
+def test_scaled_gradients_count_unscaled_and_steps_that_overflow_do_not(monkeypatch):
+    """As with fp16 on a GPU; in float32 here, so that both have the same gradients."""
+    monkeypatch.setattr(MixedPrecision, "autocast_context_manager", lambda _: torch.autocast("cpu", enabled=False))
+    quiet_lightning()
+    images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
+    batches = [(images[:4], torch.zeros(4, dtype=torch.int64)), (images[4:], torch.ones(4, dtype=torch.int64))]
+
+    def train(scale, first=0):
+        torch.manual_seed(0)
+        stage, plugins = tiny_stage(8), []
+        stage.images_seen = 4 * first
+        if scale is not None:
+            scaler = torch.amp.GradScaler("cpu", init_scale=scale, backoff_factor=2.0**-116)
+            plugins = [MixedPrecision("16-mixed", "cpu", scaler)]
+        trainer = L.Trainer(
+            max_steps=2 - first, accelerator="cpu", plugins=plugins, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(stage, DataLoader(batches[first:], batch_size=None))
+        return stage.gradient_norm.take(), int(stage.replaced_gradients) > 0
+
+    plain = train(None)
+    assert train(2.0**10) == (pytest.approx(plain[0], rel=1e-5), False)
+    second = train(None, first=1)[0]
+    assert second != pytest.approx(plain[0], rel=0.1)
+    assert train(2.0**126) == (pytest.approx(second, rel=1e-5), True)  # too much for the first step, then 2^10

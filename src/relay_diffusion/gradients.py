@@ -1,4 +1,4 @@
-"""Gradients that are not finite: replaced, as published, instead of spoiling the weights."""
+"""Gradients: those that are not finite are replaced, as published, instead of spoiling the weights; their norm."""
 
 from __future__ import annotations
 
@@ -28,6 +28,29 @@ def replace_nonfinite(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
     for gradient in gradients:
         torch.nan_to_num_(gradient, nan=0.0, posinf=GRADIENT_LIMIT, neginf=-GRADIENT_LIMIT)
     return torch.stack(counts).sum()
+
+
+class GradientNorm:
+    """Mean over optimizer steps of the L2 norm of all gradients; summed where they are, so no step waits for it."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None  # of the norms, and how many
+
+    def add(self, parameters: Iterable[torch.nn.Parameter], taken: Tensor | None = None) -> None:
+        """Count a step's gradients; `taken`, a bool on the device, says whether the step will take place."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not gradients:
+            return
+        norm = torch.nn.utils.get_total_norm(gradients).float()
+        step = torch.stack([norm, torch.ones_like(norm)])
+        step = step if taken is None else torch.where(taken.to(step.device), step, 0.0)
+        self._sums = step if self._sums is None else self._sums + step
+
+    def take(self) -> float | None:
+        """The mean since the last call; None if there was no step."""
+        total, steps = (0.0, 0.0) if self._sums is None else self._sums.tolist()
+        self._sums = None
+        return total / steps if steps else None
 
 
 def _walkable(gradient: Tensor) -> bool:

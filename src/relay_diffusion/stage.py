@@ -27,7 +27,7 @@ from relay_diffusion.diffusion import (
 from relay_diffusion.diffusion.noise import mix_seeds
 from relay_diffusion.errors import UserError
 from relay_diffusion.files import file_sha256
-from relay_diffusion.gradients import replace_nonfinite
+from relay_diffusion.gradients import GradientNorm, replace_nonfinite
 from relay_diffusion.networks import EDMPreconditioner, Graphed
 from relay_diffusion.samplers import Sampler
 
@@ -86,6 +86,7 @@ class DiffusionStage(L.LightningModule):
         self.warmup_images, self.seed = warmup_images, seed
         self.images_seen = 0  # images whose gradients the weights have seen
         self.replaced_gradients: Tensor | int = 0  # non-finite gradient elements replaced so far
+        self.gradient_norm = GradientNorm()  # of what the optimizer gets
         self.stage_config: dict[str, Any] | None = None  # what a checkpoint rebuilds the stage from
         self.class_names: list[str] = []
         self.origin: dict[str, Any] = {}  # which file and weights a loaded stage came from
@@ -143,11 +144,15 @@ class DiffusionStage(L.LightningModule):
         return optimizer
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Set the warmed-up learning rate, and replace gradients that are not finite."""
+        """Set the warmed-up learning rate, replace gradients that are not finite, and count their norm."""
         warmth = min(self.images_seen / self.warmup_images, 1.0) if self.warmup_images else 1.0
         for group, lr in zip(optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = lr * warmth
-        self.replaced_gradients = self.replaced_gradients + replace_nonfinite(self.denoiser.parameters())
+        replaced = replace_nonfinite(self.denoiser.parameters())
+        self.replaced_gradients = self.replaced_gradients + replaced
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # unscaled by now
+        taken = replaced == 0 if scaled else None  # with fp16, Lightning leaves a step with infinite gradients out
+        self.gradient_norm.add(self.denoiser.parameters(), taken)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then count the step's images."""
