@@ -26,8 +26,8 @@ def test_own_progress_comes_before_resume(fit, tmp_path):
     fit("first", 8)
     fit("second", 16, f"resume={tmp_path / 'first'}")
     assert fit("second", 20, f"resume={tmp_path / 'first'}", "callbacks.log.every_n_images=4").images_seen == 20
-    rows = (tmp_path / "second/log/version_1/metrics.csv").read_text().splitlines()
-    assert [row.split(",")[0] for row in rows[1:]] == ["20"]
+    rows = (tmp_path / "second/log/metrics.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows[1:]] == ["16", "20"]
 
 
 def test_a_finished_run_says_so(fit):

@@ -20,7 +20,7 @@ def test_a_run_leaves_config_log_checkpoint_and_pictures(relay_runs):
     for name, width in (("base", 4 * 8 + 3 * 2), ("relay", 3 * (4 * 16 + 3 * 2) + 2 * 12)):
         run_dir = relay_runs / name
         assert (run_dir / "config.yaml").exists()
-        assert (run_dir / "log/version_0/metrics.csv").exists()
+        assert (run_dir / "log/metrics.csv").exists()
         with Image.open(run_dir / "samples/images-000000008.png") as picture:
             assert picture.width == width
         assert not list(run_dir.rglob(".*"))  # no temporary files

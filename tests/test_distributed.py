@@ -24,7 +24,7 @@ def test_two_processes_train_and_sample(configuration, tmp_path, small_zip):
     contents = [torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True) for name in ("one", "two")]
     for content, name in zip(contents, ("one", "two"), strict=True):
         assert (content["images_seen"], content["global_step"]) == (16, 4)
-        rows = (tmp_path / name / "log/version_0/metrics.csv").read_text().splitlines()
+        rows = (tmp_path / name / "log/metrics.csv").read_text().splitlines()
         assert [row.split(",")[0] for row in rows[1:]] == ["8", "16"]
     for key, value in contents[0]["state_dict"].items():
         torch.testing.assert_close(contents[1]["state_dict"][key], value, rtol=0, atol=2e-5, msg=key)

@@ -19,6 +19,7 @@ from relay_diffusion.checkpoint import KEPT, LAST, find_checkpoint, read_checkpo
 from relay_diffusion.config import write_config
 from relay_diffusion.data import ImageDataModule
 from relay_diffusion.errors import UserError
+from relay_diffusion.revision import git_revision
 from relay_diffusion.stage import DiffusionStage
 from relay_diffusion.trainer import children_end_too
 
@@ -120,6 +121,9 @@ def train(cfg: DictConfig) -> DiffusionStage:
         changed = _changes(content.get("dealt", {}), dealt(trainer, data))
     if trainer.is_global_zero:
         write_config(cfg, cfg.run_dir)
+        settings, revision = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)), git_revision()
+        for logger in trainer.loggers:
+            logger.log_hyperparams(settings | ({"git": revision} if revision else {}))
         parameters = sum(p.numel() for p in stage.denoiser.parameters())
         where = f"continues {os.path.relpath(checkpoint)}{changed}" if checkpoint else "new run"
         images = len(data.dataset.names)

@@ -5,11 +5,12 @@ import csv
 import pytest
 
 from relay_diffusion.networks.flops import forward_flops
+from relay_diffusion.stage import DiffusionStage
 
 
 def rows_of(directory):
     """The log as numbers; a noise level that no image had is left out."""
-    with (directory / "log/version_0/metrics.csv").open() as file:
+    with (directory / "log/metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     return [{key.removeprefix("train/"): float(text) for key, text in row.items() if text} for row in rows]
 
@@ -17,6 +18,34 @@ def rows_of(directory):
 def test_a_short_run_is_logged_too(fit, tmp_path):
     fit("run", 8, "callbacks.log.every_n_images=1000")
     assert len(rows_of(tmp_path / "run")) == 1
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_gradient_norm_is_that_of_what_the_optimizer_gets(fit, tmp_path, monkeypatch, accumulate):
+    norms, step = [], DiffusionStage.optimizer_step
+
+    def spy(stage, epoch, batch, optimizer, closure):
+        def watched():
+            loss = closure()
+            norms.append(sum(float(p.grad.double().square().sum()) for p in stage.parameters()) ** 0.5)
+            return loss
+
+        step(stage, epoch, batch, optimizer, watched)
+
+    monkeypatch.setattr(DiffusionStage, "optimizer_step", spy)
+    fit("run", 24, "callbacks.log.every_n_images=8", f"data.accumulate={accumulate}")
+    pairs = [norms[i : i + 2] for i in (0, 2, 4)]
+    assert [row["gradient_norm"] for row in rows_of(tmp_path / "run")] == pytest.approx([sum(p) / 2 for p in pairs])
+    assert len(set(norms)) == 6
+
+
+def test_the_half_life_of_the_average_is_the_present_one(fit, tmp_path):
+    fit("run", 40, "callbacks.ema.half_life_images=1.5", "callbacks.ema.ramp_up=0.05")
+    assert [row["ema_half_life"] for row in rows_of(tmp_path / "run")] == pytest.approx([0.4, 0.8, 1.2, 1.5, 1.5])
+    fit("constant", 8, "callbacks.ema.ramp_up=null")
+    assert rows_of(tmp_path / "constant")[0]["ema_half_life"] == 500_000
+    fit("none", 8, "~callbacks.ema")
+    assert "ema_half_life" not in rows_of(tmp_path / "none")[0]
 
 
 def test_training_lowers_the_loss(fit, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -14,14 +14,17 @@ from torch import Tensor
 from relay_diffusion.stage import DiffusionStage
 
 
-def ema_beta(batch: int, seen: int, half_life: float, ramp_up: float | None) -> float:
-    """Weight of the old average after `batch` more images: 0.5 ** (batch / max(min(half_life, seen ramp_up), 1e-8)).
+def present_half_life(seen: int, half_life: float, ramp_up: float | None) -> float:
+    """min(half_life, seen ramp_up), in images: `ramp_up` shortens it early in training; None leaves it."""
+    return half_life if ramp_up is None else min(half_life, seen * ramp_up)
 
-    `seen`: images before this batch. `ramp_up` shortens the half-life early in training; None leaves it.
+
+def ema_beta(batch: int, seen: int, half_life: float, ramp_up: float | None) -> float:
+    """Weight of the old average after `batch` more images: 0.5 ** (batch / max(present half-life, 1e-8)).
+
+    `seen`: images before this batch.
     """
-    if ramp_up is not None:
-        half_life = min(half_life, seen * ramp_up)
-    return 0.5 ** (batch / max(half_life, 1e-8))
+    return 0.5 ** (batch / max(present_half_life(seen, half_life, ramp_up), 1e-8))
 
 
 class EMA(Callback):
@@ -55,6 +58,10 @@ class EMA(Callback):
             torch._foreach_lerp_(list(self.weights.values()), present, 1 - beta)
             self._seen = pl_module.images_seen
 
+    def half_life(self, images_seen: int) -> float:
+        """After so many images an old weight counts half by now."""
+        return present_half_life(images_seen, self.half_life_images, self.ramp_up)
+
     @contextmanager
     def applied(self, stage: DiffusionStage) -> Iterator[None]:
         """Within it, the stage carries the averaged weights; afterwards its own again, whatever happens."""
@@ -79,3 +86,14 @@ class EMA(Callback):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
         """Continue from the checkpoint's average; one trained without starts from its weights."""
         self.weights = dict(checkpoint.get("ema", {}).get("weights", {}))
+
+
+def find_ema(trainer: L.Trainer) -> EMA | None:
+    """The trainer's average, if it keeps one."""
+    return next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
+
+
+def averaged(trainer: L.Trainer, stage: DiffusionStage) -> AbstractContextManager[None]:
+    """Within it, the stage carries the averaged weights, if the trainer keeps an average."""
+    ema = find_ema(trainer)
+    return nullcontext() if ema is None else ema.applied(stage)

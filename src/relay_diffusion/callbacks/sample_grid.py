@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from torch import Tensor
 
-from relay_diffusion.callbacks.ema import EMA
+from relay_diffusion.callbacks.ema import averaged
 from relay_diffusion.callbacks.every import Every
 from relay_diffusion.callbacks.preemption import preempted
 from relay_diffusion.data.images import ImageDataset, to_float
@@ -20,12 +21,18 @@ from relay_diffusion.pictures import image_grid, save_png, side_by_side
 from relay_diffusion.stage import DiffusionStage
 
 
+def spread_images(dataset: ImageDataset, numbers: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
+    """Images (uint8 [B,C,H,W]) and labels [B] of some `numbers` out of `count`, spread evenly over the set."""
+    items = [dataset[number * len(dataset.names) // count] for number in numbers]
+    return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
+
+
 class SampleGrid(Callback):
     """Samples with fixed seeds and the averaged weights, every `every_n_images` and at the end.
 
-    Written to `directory`/images-<images seen>.png and sent to the loggers that take pictures. A relay stage
-    starts from block means of `count` training images, shown left of its output, the real images right of it;
-    a first stage takes their classes.
+    Written to `directory`/images-<images seen>.png and sent to the loggers that take pictures, as samples/base or
+    samples/relay; a picture that is there is not drawn again. A relay stage starts from block means of `count`
+    training images, shown left of its output, the real images right of it; a first stage takes their classes.
     """
 
     def __init__(self, directory: str, every_n_images: int, count: int = 16) -> None:
@@ -54,27 +61,23 @@ class SampleGrid(Callback):
 
     def _draw(self, trainer: L.Trainer, stage: DiffusionStage) -> None:
         self._shown = stage.images_seen
-        if not trainer.is_global_zero:
-            return
-        dataset = trainer.datamodule.dataset  # type: ignore[attr-defined]
-        ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
-        if ema is None:
-            picture = self.picture(stage, dataset)
-        else:
-            with ema.applied(stage):
-                picture = self.picture(stage, dataset)
         path = self.directory / f"images-{stage.images_seen:09d}.png"
+        if not trainer.is_global_zero or path.exists():
+            return
+        with averaged(trainer, stage):
+            picture = self.picture(stage, trainer.datamodule.dataset)  # type: ignore[attr-defined]
         save_png(picture, path)
+        name = "samples/base" if stage.corruption.block == 1 else "samples/relay"
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):
-                logger.log_image("samples", [picture], step=stage.images_seen)
+                logger.log_image(name, [picture], step=stage.images_seen)
 
     def picture(self, stage: DiffusionStage, dataset: ImageDataset) -> Image.Image:
         """Samples of the stage as one picture; for a relay stage between their start and the real images."""
         count = min(self.count, len(dataset.names))
-        items = [dataset[i * len(dataset.names) // count] for i in range(count)]  # from all over the set
-        real: Tensor = to_float(torch.stack([image for image, _ in items])).to(stage.device)
-        labels = torch.tensor([label for _, label in items]) if stage.num_classes else None
+        images, classes = spread_images(dataset, range(count), count)
+        real = to_float(images).to(stage.device)
+        labels = classes if stage.num_classes else None
         columns = max(1, round(count**0.5))
         seeds = range(count)
         if stage.corruption.block == 1:

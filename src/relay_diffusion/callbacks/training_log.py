@@ -1,4 +1,4 @@
-"""The numbers of training: loss, loss by noise level, learning rate, speed, memory."""
+"""The numbers of training: loss, loss by noise level, gradients, learning rate, average, speed, memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from relay_diffusion.callbacks.ema import find_ema
 from relay_diffusion.callbacks.every import Every
+from relay_diffusion.loggers import last_step, send_row
 from relay_diffusion.networks.flops import forward_flops, matrix_peak
 from relay_diffusion.stage import DiffusionStage
 
@@ -20,16 +22,18 @@ class TrainingLog(Callback):
     """Logs means over the last `every_n_images` images, with the images seen as the x-axis.
 
     loss: mean weighted squared error per element. loss_noise_K: the same for the K-th quarter of noise levels,
-    1 the smallest noise. images_per_second, lr, replaced_gradients (so far). tflops: of each device, in 10^12
-    operations of convolutions and matrix products a second; on a GPU also utilisation, their share of what a large
-    matrix product reaches on it, and memory_gib, the peak.
+    1 the smallest noise. gradient_norm: of all gradients as the optimizer gets them, L2, mean over its steps.
+    replaced_gradients (so far), lr, ema_half_life (at present, in images), images_per_second. tflops: of each device,
+    in 10^12 operations of convolutions and matrix products a second; on a GPU also utilisation, their share of what a
+    large matrix product reaches on it, and memory_gib, the peak.
+    A run that is continued repeats no row: up to the last one that a MetricsCSV has, nothing is logged.
     """
 
     def __init__(self, every_n_images: int, bins: int = 4) -> None:
         self.bins = bins
         self._every = Every(every_n_images)
         self._sums: Tensor | None = None
-        self._counted_from, self._clock = 0, 0.0
+        self._counted_from, self._clock, self._logged = 0, 0.0, -1
         self.latest: dict[str, float] = {}
         self._flops, self._peak = 0, 0.0
 
@@ -37,6 +41,7 @@ class TrainingLog(Callback):
         """Count what a step costs, measure what the device can do, start the sums and the clock."""
         assert isinstance(pl_module, DiffusionStage)
         self._every.start(pl_module.images_seen)
+        self._logged = last_step(trainer.loggers, "train")
         self._flops = 3 * forward_flops(pl_module.denoiser.network)  # backward costs twice as much as forward
         if pl_module.device.type == "cuda":
             half = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float16
@@ -83,10 +88,15 @@ class TrainingLog(Callback):
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "replaced_gradients": float(stage.replaced_gradients),
         }
+        ema, norm = find_ema(trainer), stage.gradient_norm.take()
+        if ema is not None:
+            values["ema_half_life"] = ema.half_life(stage.images_seen)
+        if norm is not None:
+            values["gradient_norm"] = norm
         if stage.device.type == "cuda":
             values["utilisation"] = values["tflops"] * 1e12 / self._peak
             values["memory_gib"] = torch.cuda.max_memory_allocated(stage.device) / 2**30
         self.latest = values
-        for logger in trainer.loggers:
-            logger.log_metrics({f"train/{key}": value for key, value in values.items()}, step=stage.images_seen)
+        if stage.images_seen > self._logged:
+            send_row(trainer.loggers, "train", values, stage.images_seen)
         self._restart(stage)

@@ -1,0 +1,22 @@
+"""Which revision of the code runs."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+
+def git_revision(file: Path = Path(__file__)) -> dict[str, Any]:
+    """{"commit", "uncommitted_changes"} of the git checkout that tracks `file`; empty without git or checkout."""
+    try:
+        _git(file.parent, "ls-files", "--error-unmatch", file.name)  # an installed copy may lie in anyone's checkout
+        commit, changes = _git(file.parent, "rev-parse", "HEAD"), _git(file.parent, "status", "--porcelain")
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"commit": commit, "uncommitted_changes": bool(changes)}
+
+
+def _git(directory: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(directory), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
