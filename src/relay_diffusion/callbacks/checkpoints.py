@@ -20,12 +20,13 @@ class Checkpoints(Callback):
     """Writes `directory`/last.ckpt every `every_n_images` and at the end; older ones are kept under their count.
 
     `keep`: how many earlier checkpoints (images-000128000.ckpt, ...) stay beside the last one; 0 keeps none.
+    `upload`: also hand each one to the loggers that take files, as a "model".
     A checkpoint is on the disk before it takes the place of the one before: whenever the machine fails, one is whole.
     Raises UserError if it cannot be written; the one before stays.
     """
 
-    def __init__(self, directory: str, every_n_images: int, keep: int = 0) -> None:
-        self.directory, self.keep = Path(directory), keep
+    def __init__(self, directory: str, every_n_images: int, keep: int = 0, upload: bool = False) -> None:
+        self.directory, self.keep, self.upload = Path(directory), keep, upload
         self._every = Every(every_n_images)
         self._saved = -1
         self._last_is_whole = False  # one that could not be read is not kept
@@ -85,6 +86,9 @@ class Checkpoints(Callback):
             temporary.unlink(missing_ok=True)
             intact = f"the checkpoint of {self._saved:,} images is intact" if last.exists() else "there is none yet"
             raise UserError(f"{last} cannot be written after {images_seen:,} images ({error}); {intact}") from None
+        for logger in trainer.loggers if self.upload and trainer.is_global_zero else []:
+            if hasattr(logger, "log_file"):
+                logger.log_file(last, "model", images_seen)
         self._saved = images_seen
 
 
