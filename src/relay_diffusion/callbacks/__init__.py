@@ -4,6 +4,7 @@ from relay_diffusion.callbacks.checkpoints import Checkpoints
 from relay_diffusion.callbacks.ema import EMA
 from relay_diffusion.callbacks.evaluator import Evaluator
 from relay_diffusion.callbacks.image_writer import ImageWriter
+from relay_diffusion.callbacks.periodic_evaluation import PeriodicEvaluation
 from relay_diffusion.callbacks.preemption import Preemption
 from relay_diffusion.callbacks.progress_bar import SamplingProgress, TrainingProgress
 from relay_diffusion.callbacks.relay_picture import RelayPicture
@@ -15,6 +16,7 @@ __all__ = [
     "Checkpoints",
     "Evaluator",
     "ImageWriter",
+    "PeriodicEvaluation",
     "Preemption",
     "RelayPicture",
     "SampleGrid",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 
 from relay_diffusion.batches import Samples
@@ -33,8 +34,11 @@ class Evaluator(Callback):
         self.evaluation: Evaluation | None = None
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The reference first: once, on rank 0."""
-        device = pl_module.device
+        """The reference first."""
+        self.prepare(trainer, pl_module.device)
+
+    def prepare(self, trainer: L.Trainer, device: torch.device) -> Evaluation:
+        """An evaluation on the device; what is not known of the reference is computed once, on rank 0."""
         self.inception.to(device)
         first = trainer.is_global_zero
         reference = self.reference.load(self.inception, device, self.batch_size) if first else None
@@ -42,6 +46,7 @@ class Evaluator(Callback):
         if reference is None:  # what the first device computed is in the cache now
             reference = self.reference.load(self.inception, device, self.batch_size, show_progress=False)
         self.evaluation = Evaluation(self.inception, reference, self.measures, self.protocol).to(device)
+        return self.evaluation
 
     def on_predict_batch_end(
         self,

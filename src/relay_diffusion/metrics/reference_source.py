@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class ReferenceSource:
         self,
         path: str | Path,
         cache: str | Path = "outputs/reference",
-        resolution: tuple[int, int] | None = None,
+        resolution: Sequence[int] | None = None,
         subset: str = "",
         max_features: int = 10_000,
         option: str = "reference",
@@ -59,7 +60,8 @@ class ReferenceSource:
                 if IMAGES_KEY in npz.keys and max_features:
                     self.images = ArraySet(npz, resolution=None)
         if self._statistics is None:
-            self.images = open_image_set(self.path, option, resolution, subset)
+            size = None if resolution is None else (resolution[0], resolution[1])
+            self.images = open_image_set(self.path, option, size, subset)
 
     def check(self) -> None:
         """Read a file of statistics, so that a damaged one is found before any work. Raises UserError."""

@@ -1,0 +1,97 @@
+"""How good the stage's samples are, while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from relay_diffusion.callbacks.ema import averaged
+from relay_diffusion.callbacks.evaluator import Evaluator
+from relay_diffusion.callbacks.every import Every
+from relay_diffusion.callbacks.sample_grid import spread_images
+from relay_diffusion.data.images import to_float, to_uint8
+from relay_diffusion.diffusion.corruption import block_mean
+from relay_diffusion.errors import UserError
+from relay_diffusion.loggers import last_step, send_row
+from relay_diffusion.metrics import Evaluation
+from relay_diffusion.stage import DiffusionStage
+
+
+class PeriodicEvaluation(Callback):
+    """Measures samples with the averaged weights, every `every_n_images` and at the end; logs eval/fid and so on.
+
+    `count` images from the seeds 0..count-1, dealt out to the devices, `batch_size` at once. A first stage takes the
+    classes in turn; a relay stage starts from block means of training images, spread over the set, with their
+    classes. Training goes on as if it were not there. An amount of images that was measured before the run was
+    continued is not measured again. Raises UserError where the numbers make no sense.
+    """
+
+    def __init__(self, evaluator: Evaluator, every_n_images: int, count: int = 5_000, batch_size: int = 64) -> None:
+        for name, value, least in (("count", count, 2), ("batch_size", batch_size, 1)):
+            if not isinstance(value, int) or value < least:
+                raise UserError(f"callbacks.evaluation.{name}={value}: must be a whole number, at least {least}")
+        self.evaluator, self.count, self.batch_size = evaluator, count, batch_size
+        self._every = Every(every_n_images)
+        self._measured = -1
+        self._evaluation: Evaluation | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Get the reference before training starts, so that nobody waits long for a mistake in it."""
+        if self._every.images <= 0:
+            return
+        self._evaluation = self.evaluator.prepare(trainer, pl_module.device)
+        for name, reason in self._evaluation.skipped.items():
+            rank_zero_warn(f"callbacks.evaluation does not measure {name}: {reason}")
+        self._evaluation.cpu()  # training needs the memory
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count from where training starts."""
+        assert isinstance(pl_module, DiffusionStage)
+        self._every.start(pl_module.images_seen)
+        self._measured = trainer.strategy.broadcast(last_step(trainer.loggers, "eval"))  # the same on all devices
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
+        """Measure when due."""
+        assert isinstance(pl_module, DiffusionStage)
+        if self._every(pl_module.images_seen):
+            self._measure(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the end of training, unless that was just done."""
+        assert isinstance(pl_module, DiffusionStage)
+        if self._every.images > 0:
+            self._measure(trainer, pl_module)
+
+    @torch.no_grad()
+    def _measure(self, trainer: L.Trainer, stage: DiffusionStage) -> None:
+        if stage.images_seen <= self._measured:
+            return
+        self._measured = stage.images_seen
+        assert self._evaluation is not None
+        evaluation = self._evaluation.to(stage.device)
+        evaluation.reset()
+        mine = range(self.count)[trainer.global_rank :: trainer.world_size]
+        with averaged(trainer, stage):
+            for first in range(0, len(mine), self.batch_size):
+                positions = mine[first : first + self.batch_size]
+                evaluation.update(to_uint8(self._sample(trainer, stage, positions)), torch.tensor(positions))
+        results = evaluation.compute()
+        evaluation.cpu()
+        del results["images"]
+        send_row(trainer.loggers, "eval", results, stage.images_seen)
+
+    def _sample(self, trainer: L.Trainer, stage: DiffusionStage, seeds: Sequence[int]) -> Tensor:
+        shape = (len(seeds), stage.image_channels, stage.resolution, stage.resolution)
+        labels, previous = torch.tensor(seeds) % max(stage.num_classes, 1), None
+        if stage.corruption.block > 1:
+            dataset = trainer.datamodule.dataset  # type: ignore[attr-defined]
+            images, labels = spread_images(dataset, seeds, self.count)
+            previous = block_mean(to_float(images).to(stage.device), stage.corruption.block)
+        with trainer.precision_plugin.predict_step_context():
+            return stage.sample(shape, seeds, labels if stage.num_classes else None, previous)
