@@ -1,9 +1,11 @@
 """What training logs."""
 
 import csv
+import time
 
 import pytest
 
+from relay_diffusion.callbacks import SampleGrid
 from relay_diffusion.networks.flops import forward_flops
 from relay_diffusion.stage import DiffusionStage
 
@@ -46,6 +48,13 @@ def test_the_half_life_of_the_average_is_the_present_one(fit, tmp_path):
     assert rows_of(tmp_path / "constant")[0]["ema_half_life"] == 500_000
     fit("none", 8, "~callbacks.ema")
     assert "ema_half_life" not in rows_of(tmp_path / "none")[0]
+
+
+def test_drawing_pictures_does_not_count_in_the_speed(fit, tmp_path, monkeypatch):
+    picture = SampleGrid.picture
+    monkeypatch.setattr(SampleGrid, "picture", lambda *args: time.sleep(2) or picture(*args))
+    fit("run", 16, "callbacks.log.every_n_images=8", "callbacks.grid.every_n_images=12")
+    assert rows_of(tmp_path / "run")[1]["images_per_second"] > 4  # otherwise 8 images in over 2 seconds
 
 
 def test_training_lowers_the_loss(fit, tmp_path):

@@ -15,6 +15,7 @@ from relay_diffusion.callbacks.ema import averaged
 from relay_diffusion.callbacks.evaluator import Evaluator
 from relay_diffusion.callbacks.every import Every
 from relay_diffusion.callbacks.sample_grid import spread_images
+from relay_diffusion.callbacks.training_log import not_training
 from relay_diffusion.data.images import to_float, to_uint8
 from relay_diffusion.diffusion.corruption import block_mean
 from relay_diffusion.errors import UserError
@@ -73,6 +74,11 @@ class PeriodicEvaluation(Callback):
         if stage.images_seen <= self._measured:
             return
         self._measured = stage.images_seen
+        with not_training(trainer):
+            results = self._results(trainer, stage)
+        send_row(trainer.loggers, "eval", results, stage.images_seen)
+
+    def _results(self, trainer: L.Trainer, stage: DiffusionStage) -> dict[str, float]:
         assert self._evaluation is not None
         evaluation = self._evaluation.to(stage.device)
         evaluation.reset()
@@ -83,8 +89,7 @@ class PeriodicEvaluation(Callback):
                 evaluation.update(to_uint8(self._sample(trainer, stage, positions)), torch.tensor(positions))
         results = evaluation.compute()
         evaluation.cpu()
-        del results["images"]
-        send_row(trainer.loggers, "eval", results, stage.images_seen)
+        return {key: value for key, value in results.items() if key != "images"}
 
     def _sample(self, trainer: L.Trainer, stage: DiffusionStage, seeds: Sequence[int]) -> Tensor:
         shape = (len(seeds), stage.image_channels, stage.resolution, stage.resolution)

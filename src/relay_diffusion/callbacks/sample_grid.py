@@ -15,6 +15,7 @@ from torch import Tensor
 from relay_diffusion.callbacks.ema import averaged
 from relay_diffusion.callbacks.every import Every
 from relay_diffusion.callbacks.preemption import preempted
+from relay_diffusion.callbacks.training_log import not_training
 from relay_diffusion.data.images import ImageDataset, to_float
 from relay_diffusion.diffusion.corruption import block_mean, upsample_blocks
 from relay_diffusion.pictures import image_grid, save_png, side_by_side
@@ -64,7 +65,7 @@ class SampleGrid(Callback):
         path = self.directory / f"images-{stage.images_seen:09d}.png"
         if not trainer.is_global_zero or path.exists():
             return
-        with averaged(trainer, stage):
+        with not_training(trainer), averaged(trainer, stage):
             picture = self.picture(stage, trainer.datamodule.dataset)  # type: ignore[attr-defined]
         save_png(picture, path)
         name = "samples/base" if stage.corruption.block == 1 else "samples/relay"

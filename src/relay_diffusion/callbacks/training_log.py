@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -23,9 +24,10 @@ class TrainingLog(Callback):
 
     loss: mean weighted squared error per element. loss_noise_K: the same for the K-th quarter of noise levels,
     1 the smallest noise. gradient_norm: of all gradients as the optimizer gets them, L2, mean over its steps.
-    replaced_gradients (so far), lr, ema_half_life (at present, in images), images_per_second. tflops: of each device,
-    in 10^12 operations of convolutions and matrix products a second; on a GPU also utilisation, their share of what a
-    large matrix product reaches on it, and memory_gib, the peak.
+    replaced_gradients (so far), lr, ema_half_life (at present, in images), images_per_second (without the time
+    that other callbacks spend in `not_training`). tflops: of each device, in 10^12 operations of convolutions and
+    matrix products a second; on a GPU also utilisation, their share of what a large matrix product reaches on it, and
+    memory_gib, the peak.
     A run that is continued repeats no row: up to the last one that a MetricsCSV has, nothing is logged.
     """
 
@@ -51,6 +53,10 @@ class TrainingLog(Callback):
     def _restart(self, stage: DiffusionStage) -> None:
         self._sums = torch.zeros(2, self.bins, device=stage.device, dtype=torch.float32)
         self._counted_from, self._clock = stage.images_seen, time.perf_counter()
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count so much of the present window's time."""
+        self._clock += seconds
 
     def on_train_batch_end(
         self,
@@ -100,3 +106,17 @@ class TrainingLog(Callback):
         if stage.images_seen > self._logged:
             send_row(trainer.loggers, "train", values, stage.images_seen)
         self._restart(stage)
+
+
+@contextmanager
+def not_training(trainer: L.Trainer) -> Iterator[None]:
+    """What is done within it does not slow down the training that is logged."""
+    if trainer.strategy.root_device.type == "cuda":
+        torch.cuda.synchronize()  # steps that are still running are training
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, TrainingLog):
+                callback.leave_out(time.perf_counter() - began)
