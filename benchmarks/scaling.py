@@ -1,8 +1,8 @@
 """Training on several devices against one, through train.py: `python benchmarks/scaling.py [key=value ...]`.
 
-Runs the same training with as many images a device on one device and on all of them, one after the other, twice;
-images/s are the medians of the windows of the log after the first three. The efficiency is the speed of N devices over N
-times that of one.
+Runs one training with as many images a device on one device and on all of them, one after the other, twice;
+images/s are the medians of the windows of the log after the first three; the efficiency is the speed of N devices over
+N times that of one.
 
   experiment  of conf/experiment      (imagenet_64, on the emoji: the published network at 64x64)
   devices     how many                (2)

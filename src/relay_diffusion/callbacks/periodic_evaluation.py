@@ -14,6 +14,7 @@ from torch import Tensor
 from relay_diffusion.callbacks.ema import averaged
 from relay_diffusion.callbacks.evaluator import Evaluator
 from relay_diffusion.callbacks.every import Every
+from relay_diffusion.callbacks.preemption import preempted
 from relay_diffusion.callbacks.sample_grid import spread_images
 from relay_diffusion.callbacks.training_log import not_training
 from relay_diffusion.data.images import to_float, to_uint8
@@ -66,7 +67,7 @@ class PeriodicEvaluation(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the end of training, unless that was just done."""
         assert isinstance(pl_module, DiffusionStage)
-        if self._every.images > 0:
+        if self._every.images > 0 and not preempted(trainer):
             self._measure(trainer, pl_module)
 
     @torch.no_grad()
