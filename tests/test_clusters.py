@@ -231,3 +231,21 @@ def test_an_error_of_one_rank_is_told_and_ends_all(tmp_path, small_zip):
         assert process.wait() == 2, process.text()
     assert f"'train/{damaged.name}' in {images} cannot be decoded" in process.text()
     assert "Traceback" not in process.text()
+
+
+def test_sampling_stops_at_a_signal_and_continues(tmp_path, relay_runs):
+    command = [
+        PROJECT / "sample.py", "relay=two_stages", "seeds=0-59", "batch_size=4", "trainer.accelerator=cpu", "picture=0",
+        *(f"relay.stages.{name}.path={relay_runs / name}" for name in ("base", "relay")),
+        "relay.stages.base.changes.sampler.steps=200", f"output={tmp_path / 'samples'}",
+    ]  # fmt: skip
+    images = tmp_path / "samples/images"
+    with ended([Process(tmp_path / "first.txt", command)]) as (process,):
+        until(lambda: list(images.rglob("seed*.png")), [process])
+        process.popen.terminate()
+        assert process.wait() == 128 + signal.SIGTERM, process.text()
+    assert "stopped by SIGTERM: the same command continues" in process.text()
+    assert 0 < len(list(images.rglob("*.png"))) < 60
+    with ended([Process(tmp_path / "second.txt", command)]) as (process,):
+        assert process.wait() == 0, process.text()
+    assert len(list(images.rglob("*.png"))) == 60

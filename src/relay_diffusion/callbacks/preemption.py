@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -36,8 +38,7 @@ class Preemption(Callback):
         """Listen, in the place of Lightning's own handlers, which save nothing."""
         if trainer.world_size > 1:
             self._reading = _Agreement(pl_module.device)
-        for number in SIGNALS:
-            signal.signal(number, self._note)
+        _listen(self._note)
 
     def _note(self, number: int, _: Any) -> None:
         self.received = number
@@ -53,8 +54,7 @@ class Preemption(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         """A signal that comes now changes nothing."""
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+        _listen(signal.SIG_IGN)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         """Leave at a signal."""
@@ -63,8 +63,13 @@ class Preemption(Callback):
             self.agreed = number
             leave_if_preempted(trainer)
 
+        _listen(leave)
+
+
+def _listen(handler: Callable[[int, Any], None] | signal.Handlers) -> None:
+    if threading.current_thread() is threading.main_thread():  # others get no signals
         for number in SIGNALS:
-            signal.signal(number, leave)
+            signal.signal(number, handler)
 
 
 class _Agreement:
