@@ -1,5 +1,7 @@
 """The log of a run in one CSV file, whatever happens to the run."""
 
+import resource
+
 import pytest
 
 from relay_diffusion.errors import UserError
@@ -82,3 +84,17 @@ def test_the_csv_comes_first(tmp_path):
     assert order == [({"train/loss": 1.5}, 8, "images_seen,train/loss\n8,1.5\n")]
     assert last_step(loggers, "train") == 8
     assert last_step([Other()], "train") == -1
+
+
+def test_a_full_disk_is_named(tmp_path):
+    log = MetricsCSV(tmp_path)
+    log.log_metrics({"train/loss": 1.0}, step=8)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (log.file.stat().st_size + 2, hard))  # no file may be larger
+    try:
+        with pytest.raises(UserError, match=r"metrics\.csv cannot be written: File too large"):
+            log.log_metrics({"train/loss": 2.0}, step=16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    again = MetricsCSV(tmp_path)
+    assert again.last_step("train") == 8

@@ -22,7 +22,7 @@ class MetricsCSV(Logger):
 
     The first column is images_seen, then come the metrics; one that is new gets a column. Each row is on the disk
     when `log_metrics` returns; half a row, left by a run that was killed, is dropped. Rank 0 writes.
-    Raises UserError for a file that is something else.
+    Raises UserError for a file that is something else, or cannot be written.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -81,8 +81,11 @@ class MetricsCSV(Logger):
         self._columns += new
         self._rows.setdefault(step, {}).update({key: str(value) for key, value in metrics.items()})
         if appends:
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(self._text([step]))
+            try:
+                with self.file.open("a", encoding="utf-8") as file:
+                    file.write(self._text([step]))
+            except OSError as error:
+                raise UserError(f"{self.file} cannot be written: {error.strerror or error}") from None
         else:
             write_text(self.file, self._text([], header=True) + self._text(sorted(self._rows)))
             self._whole = True
