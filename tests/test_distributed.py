@@ -32,6 +32,7 @@ def test_two_processes_train_and_sample(configuration, tmp_path, small_zip):
     # continuing with one process takes the same data position
     resumed = run("train.py", *options, "trainer.max_images=24", directories["two"])
     assert resumed.returncode == 0, resumed.stderr
+    assert "with devices 2 -> 1," in resumed.stdout
     assert torch.load(tmp_path / "two/checkpoints/last.ckpt", weights_only=True)["images_seen"] == 24
 
     relay = [
