@@ -13,8 +13,9 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from relay_diffusion.data.decode import decode_rgb
 from relay_diffusion.data.image_sets import ImageSet
-from relay_diffusion.data.sources import LABEL_FILE, decode_rgb, map_in_order
+from relay_diffusion.data.sources import LABEL_FILE, map_in_order
 from relay_diffusion.data.zip_writer import ImageZipWriter, encode_png
 from relay_diffusion.errors import UserError
 from relay_diffusion.files import json_text, whole_file, write_text

@@ -17,12 +17,11 @@ from omegaconf import MISSING
 from PIL import Image
 
 from relay_diffusion.data.arguments import run_tool
+from relay_diffusion.data.decode import box_average, decode_rgb
 from relay_diffusion.data.sources import (
     LABEL_FILE,
     Labels,
     Source,
-    box_average,
-    decode_rgb,
     map_in_order,
     open_source,
     read_labels,

@@ -21,7 +21,8 @@ from omegaconf import MISSING
 
 from relay_diffusion.data.arguments import run_tool
 from relay_diffusion.data.convert import Crop, fit
-from relay_diffusion.data.sources import decode_rgb, existing_path, map_in_order, open_source
+from relay_diffusion.data.decode import decode_rgb
+from relay_diffusion.data.sources import existing_path, map_in_order, open_source
 from relay_diffusion.data.zip_writer import ImageZipWriter, encode_png, encode_webp
 from relay_diffusion.errors import UserError
 from relay_diffusion.progress import progress

@@ -20,11 +20,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from relay_diffusion.data.decode import box_average, decode_rgb
+from relay_diffusion.data.members import check_size, check_zip_member, read_exactly
 from relay_diffusion.data.sources import (
     FolderSource,
     ZipSource,
-    box_average,
-    decode_rgb,
     existing_path,
     map_in_order,
     open_zip_or_folder,
@@ -33,7 +33,7 @@ from relay_diffusion.errors import UserError
 
 IMAGES_KEY = "arr_0"  # what numpy.savez calls its first array: ADM's samples are written so
 MAX_PIXELS = 2**27  # of one image; a file that claims more is damaged or hostile
-PIECE = 2**20  # bytes read at once, so that memory grows with what a file holds, not with what it claims
+MAX_ARRAY = 2**30  # bytes of one array of statistics or features, which are held in memory
 
 
 class ArrayHeader(NamedTuple):
@@ -75,12 +75,11 @@ class Npz:
 
     @contextmanager
     def _open(self, key: str) -> Iterator[tuple[ArrayHeader, IO[bytes]]]:
+        check_zip_member(self._infos[key])
         with zipfile.ZipFile(self.path) as archive, archive.open(self._infos[key]) as stream:
-            readers = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }
-            header = ArrayHeader(*readers[np.lib.format.read_magic(stream)](stream))
+            if (version := np.lib.format.read_magic(stream)) != (1, 0):
+                raise ValueError(f"a header of version {version}, which may be of any size")  # plain arrays have 1.0
+            header = ArrayHeader(*np.lib.format.read_array_header_1_0(stream))
             size = int(np.prod([int(side) for side in header.shape], dtype=object)) * header.dtype.itemsize
             if stream.tell() + size != self._infos[key].file_size:
                 raise ValueError(f"{header.dtype} of shape {list(header.shape)} is not what follows its header")
@@ -96,7 +95,8 @@ class Npz:
         with self._readable(f"{key!r} cannot be read"), self._open(key) as (header, stream):
             if header.dtype.hasobject:
                 raise ValueError("it holds pickled objects")
-            data = _exactly(stream, self._infos[key].file_size - stream.tell())
+            check_size(self._infos[key].file_size, MAX_ARRAY)
+            data = read_exactly(stream, self._infos[key].file_size - stream.tell())
             array = np.frombuffer(data, header.dtype).reshape(header.shape, order="F" if header.fortran_order else "C")
             return np.ascontiguousarray(array).reshape(header.shape)  # a scalar would become one-dimensional
 
@@ -108,17 +108,7 @@ class Npz:
             for index in indices:
                 stream.seek((index - at) * size, os.SEEK_CUR)
                 at = index + 1
-                yield np.frombuffer(_exactly(stream, size), header.dtype).reshape(shape)
-
-
-def _exactly(stream: IO[bytes], size: int) -> bytearray:
-    data = bytearray()
-    while len(data) < size:
-        piece = stream.read(min(size - len(data), PIECE))
-        if not piece:
-            raise EOFError("cut short")
-        data += piece
-    return data
+                yield np.frombuffer(read_exactly(stream, size), header.dtype).reshape(shape)
 
 
 class ImageSet(ABC):
@@ -270,4 +260,7 @@ def open_image_set(
         if subset:
             raise UserError(f"{option}={path}: an .npz has no folders; leave out subset={subset!r}")
         return ArraySet(Npz(expanded, option), resolution)
+    inside = [name for name in ("images.zip", "images") if (expanded / name).exists()]
+    if inside and (expanded / "settings.json").is_file():  # beside them lie pictures of other sizes
+        raise UserError(f"{option}={path}: is the directory of a run of sample.py; use {option}={expanded / inside[0]}")
     return PictureSet(open_zip_or_folder(expanded, option), option, resolution, subset)

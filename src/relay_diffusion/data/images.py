@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from relay_diffusion.data.sources import box_average, decode_rgb, map_in_order, open_zip_or_folder, read_labels
+from relay_diffusion.data.decode import box_average, decode_rgb
+from relay_diffusion.data.sources import map_in_order, open_zip_or_folder, read_labels
 from relay_diffusion.diffusion.guidance import NO_CLASS
 from relay_diffusion.errors import UserError
 from relay_diffusion.progress import progress

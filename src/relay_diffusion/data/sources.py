@@ -1,4 +1,4 @@
-"""Where image bytes come from (folder, zip, tar; always read in memory) and how they become RGB pixels.
+"""Where image bytes and class labels come from: a folder, a zip or a tar, always read in memory.
 
 Free of torch, so that the command line tools start quickly.
 """
@@ -7,28 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import lzma
 import os
 import re
+import reprlib
 import tarfile
 import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
-
+from relay_diffusion.data.members import BoundedTarInfo, file_bytes, is_link, tar_bytes, zip_bytes
 from relay_diffusion.errors import UserError
 
-IMAGE_FORMATS = ("PNG", "WEBP", "JPEG")
 IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 MAX_CLASSES = 1_000_000  # a larger label is a mistake, and would fill the memory with names
 LABEL_FILE = "dataset.json"
@@ -41,7 +36,7 @@ class Source(ABC):
     """Image files under one path: `names` in reading order, '/'-separated, hidden files left out.
 
     `option` is what the user calls this path ("data.dataset.path"); error messages begin with it.
-    Errors: UserError when a name is absolute or climbs with '..', or when there is no image.
+    Errors: UserError when a name is absolute, climbs with '..', is no UTF-8 or comes twice; when there is no image.
     """
 
     def __init__(self, path: Path, option: str, members: Iterable[str]) -> None:
@@ -51,22 +46,31 @@ class Source(ABC):
             if stored.startswith(("/", "\\")) or re.match("[A-Za-z]:", stored) or ".." in re.split(r"[/\\]", stored):
                 raise UserError(f"{option}={path}: the member name {stored!r} is absolute or leaves the archive")
             parts = PurePosixPath(stored).parts
-            if parts and not any(part.startswith(".") or part == "__MACOSX" for part in parts):
-                self.members["/".join(parts)] = stored
+            name = "/".join(parts)
+            if not parts or any(part.startswith(".") or part == "__MACOSX" for part in parts):
+                continue
+            if not _is_utf8(name):
+                raise UserError(f"{option}={path}: the name {name!r} is not UTF-8: rename it")
+            if name in self.members:
+                raise UserError(f"{option}={path}: holds {name!r} twice")
+            self.members[name] = stored
         self.names = [name for name in self.members if name.lower().endswith(IMAGE_SUFFIXES)]
         if not self.names:
             raise UserError(f"{option}={path}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
 
     def where(self, name: str) -> str:
         """What to call a member in a message."""
-        return f"'{name}' in {self.path}"
+        return f"{name!r} in {self.path}"
 
     def read(self, name: str) -> bytes:
         """Bytes of one member. Errors: UserError that names it when it cannot be read."""
         try:
             return self._read(self.members[name])
         except Exception as error:  # damaged archives raise a dozen types, and all mean this to the user
-            raise UserError(f"{self.where(name)} cannot be read: {error}") from error
+            raise self._unreadable(name, error) from error
+
+    def _unreadable(self, name: str, error: Exception) -> UserError:
+        return UserError(f"{self.where(name)} cannot be read: {_line(error)}")
 
     @abstractmethod
     def _read(self, stored: str) -> bytes: ...
@@ -78,14 +82,20 @@ class Source(ABC):
 
 
 class FolderSource(Source):
-    """Images in a folder and its sub-folders, sorted by name; links to folders are followed."""
+    """Images in a folder and its sub-folders, sorted by name; links to folders are followed, but not in circles."""
 
     def __init__(self, path: Path, option: str) -> None:
-        files = (Path(root) / file for root, _, names in os.walk(path, followlinks=True) for file in names)
-        super().__init__(path, option, sorted(file.relative_to(path).as_posix() for file in files))
+        files = []
+        for root, folders, names in os.walk(path, followlinks=True):
+            for folder in folders:
+                link = Path(root) / folder
+                if link.is_symlink() and Path(root).resolve().is_relative_to(link.resolve()):
+                    raise UserError(f"{option}={path}: the link {str(link)!r} leads back to a folder around it")
+            files += [(Path(root) / name).relative_to(path).as_posix() for name in names]
+        super().__init__(path, option, sorted(files))
 
     def _read(self, stored: str) -> bytes:
-        return (self.path / stored).read_bytes()
+        return file_bytes(self.path / stored)
 
     def fingerprint(self, name: str) -> str:
         """Identifies the content of one image; reads it."""
@@ -93,17 +103,20 @@ class FolderSource(Source):
 
 
 class ZipSource(Source):
-    """Images in a zip, sorted by name; safe to read from forked or spawned workers and from threads."""
+    """Images in a zip, sorted by name; safe to read from forked or spawned workers and from threads.
+
+    Symbolic links in it are left out.
+    """
 
     def __init__(self, path: Path, option: str) -> None:
         self._handle: zipfile.ZipFile | None = None
         self._owner = 0
         try:
             with zipfile.ZipFile(path) as archive:
-                members = sorted(info.filename for info in archive.infolist() if not info.is_dir())
-        except (zipfile.BadZipFile, OSError) as error:
+                members = sorted(i.filename for i in archive.infolist() if not (i.is_dir() or is_link(i)))
+        except Exception as error:  # foreign bytes: zipfile raises many types
             raise UserError(
-                f"{option}={path}: not a zip, or cut short ({error}); "
+                f"{option}={path}: not a zip, or cut short ({_line(error)}); "
                 f"`python -m relay_diffusion.data.convert` makes one from a folder, tar or zip"
             ) from error
         super().__init__(path, option, members)
@@ -120,7 +133,8 @@ class ZipSource(Source):
         return {**self.__dict__, "_handle": None}
 
     def _read(self, stored: str) -> bytes:
-        return self._archive().read(stored)
+        archive = self._archive()
+        return zip_bytes(archive, archive.getinfo(stored))
 
     def fingerprint(self, name: str) -> str:
         """Identifies the content of one image by the archive's directory; reads nothing else."""
@@ -129,41 +143,68 @@ class ZipSource(Source):
 
 
 class TarSource(Source):
-    """Images in a tar (plain or compressed), in the archive's order; links inside it are never followed."""
+    """Images in a tar (plain or compressed), in the archive's order; links inside it are left out."""
 
     def __init__(self, path: Path, option: str) -> None:
         try:
-            with tarfile.open(path) as archive:
+            with self._opened(path) as archive:
                 members = [info.name for info in archive if info.isfile()]
-        except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        except Exception as error:  # foreign bytes: tarfile and the decompressors raise many types
             # The error's own text lists every compression it tried, over many lines.
             raise UserError(f"{option}={path}: not a folder, zip or tar, or cut short") from error
         super().__init__(path, option, members)
 
+    @staticmethod
+    def _opened(path: Path) -> tarfile.TarFile:
+        return tarfile.open(path, tarinfo=BoundedTarInfo)
+
     def _read(self, stored: str) -> bytes:
-        with tarfile.open(self.path) as archive:
-            return _tar_bytes(archive, archive.getmember(stored))
+        with self._opened(self.path) as archive:
+            return tar_bytes(archive, archive.getmember(stored))
 
     def items(self) -> Iterator[tuple[str, Callable[[], bytes]]]:
         # One pass: a compressed tar cannot seek.
         tidy = {self.members[name]: name for name in self.names}
-        with tarfile.open(self.path) as archive:
+        with self._opened(self.path) as archive:
             for info in archive:
                 name = tidy.pop(info.name, None) if info.isfile() else None
                 if name is not None:
-                    yield name, partial(bytes, _tar_bytes(archive, info))
+                    yield name, self._content(archive, info, name)
+
+    def _content(self, archive: tarfile.TarFile, info: tarfile.TarInfo, name: str) -> Callable[[], bytes]:
+        """A function that returns what is read now, or raises why it cannot be."""
+        try:
+            return partial(bytes, tar_bytes(archive, info))
+        except Exception as error:  # as in `read`
+            return partial(_raise, self._unreadable(name, error))
 
 
-def _tar_bytes(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
-    stream = archive.extractfile(info)
-    assert stream is not None  # only regular files get here
-    return stream.read()
+def _raise(error: UserError) -> NoReturn:
+    raise error
+
+
+def _line(error: Exception) -> str:
+    """What a foreign error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _is_utf8(name: str) -> bool:
+    """Whether a name can be written as UTF-8; bytes that could not be read as it are kept as surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def existing_path(path: str | Path, option: str) -> Path:
     """The path with ~ expanded. Errors: UserError naming `option` when nothing is there."""
-    expanded = Path(path).expanduser()
-    if not expanded.exists():
+    try:
+        expanded = Path(path).expanduser()
+        there = expanded.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long; odd characters; no such user
+        raise UserError(f"{option}={path}: cannot be looked for ({_line(error)})") from None
+    if not there:
         raise UserError(f"{option}={path}: no such file or folder")
     return expanded
 
@@ -201,10 +242,10 @@ def read_labels(source: Source) -> Labels | None:
     where = f"{source.option}={source.path}: {LABEL_FILE}"
     try:
         content = json.loads(source.read(LABEL_FILE))
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{where} is not valid JSON ({error})") from error
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not valid JSON ({_line(error)})") from error
     if not isinstance(content, dict):
         raise UserError(f'{where} must be an object with the key "labels"')
     entries, classes = content.get("labels"), content.get("classes")
@@ -220,62 +261,20 @@ def read_labels(source: Source) -> Labels | None:
             case [str(name), int(label)] if not isinstance(label, bool):
                 pass
             case _:
-                raise UserError(f"{where}: labels[{index}] = {entry!r} must be [name, class index]")
+                raise UserError(f"{where}: labels[{index}] = {reprlib.repr(entry)} must be [name, class index]")
         if name not in images:
             raise UserError(f"{where}: labels[{index}] is for {name!r}, which is not among the images")
         if name in by_name:
             raise UserError(f"{where}: labels[{index}] labels {name!r} a second time")
         if not 0 <= label < MAX_CLASSES or (classes is not None and label >= len(classes)):
-            limit = f"0..{len(classes) - 1}" if classes else "0 or more"
-            raise UserError(f"{where}: labels[{index}], {name!r}: class {label} must be {limit}")
+            limit = f"0..{(MAX_CLASSES if classes is None else len(classes)) - 1}"
+            said = "no class is named" if classes == [] else f"class {reprlib.repr(label)} must be {limit}"
+            raise UserError(f"{where}: labels[{index}], {name!r}: {said}")
         by_name[name] = label
     for name in source.names:
         if name not in by_name:
             raise UserError(f'{where}: "labels" has no entry for {name!r}')
     return Labels(by_name, classes or [str(index) for index in range(max(by_name.values()) + 1)])
-
-
-def decode_rgb(data: bytes, where: str) -> Image.Image:
-    """Decode PNG, WebP or JPEG bytes to 8-bit RGB; `where` names the image in messages.
-
-    Transparency is composited on white, 16-bit samples keep their high byte, an animation gives its first frame,
-    EXIF orientation is ignored (as in the field's data sets). Errors: UserError.
-    """
-    try:
-        with Image.open(BytesIO(data), formats=IMAGE_FORMATS) as image:
-            image.load()
-            return _rgb(image)
-    except UnidentifiedImageError as error:
-        raise UserError(f"{where} is not a {', '.join(IMAGE_FORMATS)} image") from error
-    except Exception as error:  # foreign bytes: decoders raise many types, and all mean this to the user
-        raise UserError(f"{where} cannot be decoded: {error}") from error
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # Pillow clips 16-bit grey to 255 on conversion, but takes the high byte of 16-bit colour: do that here too.
-        high_byte = np.asarray(image).astype(np.uint32) >> 8
-        image = Image.fromarray(high_byte.astype(np.uint8))
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-def box_average(image: Image.Image, factor: int) -> Image.Image:
-    """Mean of every factor x factor block, rounded to the nearest integer (halves up); sides divisible by factor."""
-    if factor == 1:
-        return image
-    pixels = np.asarray(image)
-    # Sums of strided slices, not Pillow's reduce: that is off by one for some factors that are no power of two.
-    rows = pixels[::factor].astype(np.uint32)
-    for start in range(1, factor):
-        rows += pixels[start::factor]
-    blocks = rows[:, ::factor].copy()
-    for start in range(1, factor):
-        blocks += rows[:, start::factor]
-    area = factor * factor
-    return Image.fromarray(((blocks + area // 2) // area).astype(np.uint8))
 
 
 def map_in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

@@ -1,0 +1,83 @@
+"""Members of archives and files of folders, read within limits: what they claim of their size is not believed."""
+
+from __future__ import annotations
+
+import stat
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import IO
+
+MAX_MEMBER = 2**28  # bytes of one image or label file; a larger one is a mistake or hostile
+MAX_TAR_HEADER = 2**20  # bytes of a long name or of other extra headers, which tarfile holds in memory
+PIECE = 2**20  # bytes read at once, so that memory grows with what a file holds, not with what it claims
+
+
+def read_exactly(stream: IO[bytes], size: int) -> bytearray:
+    """The next `size` bytes, no more memory than there are of them. Raises EOFError if there are fewer."""
+    data = bytearray()
+    while len(data) < size:
+        piece = stream.read(min(size - len(data), PIECE))
+        if not piece:
+            raise EOFError("cut short")
+        data += piece
+    return data
+
+
+def check_size(size: int, most: int = MAX_MEMBER) -> None:
+    """Raise ValueError if a file claims to be larger than `most` bytes."""
+    if size > most:
+        raise ValueError(f"it claims {size:,} bytes, more than {most:,}")
+
+
+def check_zip_member(info: zipfile.ZipInfo) -> None:
+    """Raise ValueError for what cannot be read within limits: encrypted, or compressed otherwise than by deflate."""
+    if info.flag_bits & 0x1:
+        raise ValueError("it is encrypted")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        # zipfile inflates what it reads of bzip2 and LZMA as a whole: a few KiB would fill the memory
+        raise ValueError("it is neither stored nor deflated: other ways to compress are not read")
+
+
+def zip_bytes(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """One member of a zip; zipfile compares its checksum. Raises ValueError and zipfile's errors."""
+    check_zip_member(info)
+    check_size(info.file_size)
+    with archive.open(info) as stream:
+        data = read_exactly(stream, info.file_size)
+        stream.read(1)  # of an empty member the checksum is compared here
+        return bytes(data)
+
+
+def is_link(info: zipfile.ZipInfo) -> bool:
+    """Whether a member of a zip is a symbolic link."""
+    return stat.S_ISLNK(info.external_attr >> 16)
+
+
+class BoundedTarInfo(tarfile.TarInfo):
+    """Give it to tarfile.open: a header that would fill the memory is an error."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> BoundedTarInfo:
+        """One header; tarfile reads what follows a header of no file into memory."""
+        info = super().frombuf(buf, encoding, errors)
+        if not info.isreg() and info.size > MAX_TAR_HEADER:
+            raise tarfile.ReadError(f"a header of {info.size:,} bytes")
+        return info
+
+
+def tar_bytes(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+    """One regular file of a tar. Raises ValueError and tarfile's errors."""
+    check_size(info.size)
+    stream = archive.extractfile(info)
+    assert stream is not None  # only regular files get here
+    return bytes(read_exactly(stream, info.size))
+
+
+def file_bytes(path: Path) -> bytes:
+    """A file of a folder. Raises ValueError for a device or a pipe, which may never end."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is no regular file")
+    check_size(status.st_size)
+    return path.read_bytes()
