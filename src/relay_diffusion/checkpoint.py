@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from relay_diffusion.errors import UserError
 from relay_diffusion.files import file_sha256, parse_json
+from relay_diffusion.stored import check_changes, check_fits, check_resumable, check_stored
 
 LAST = "last.ckpt"
 KEPT = "images-*.ckpt"  # earlier ones, with the images they have seen in twelve digits
@@ -39,21 +36,45 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU, tensors and plain values only. Raises UserError naming the file."""
+    """The content of a checkpoint that training can continue from, on the CPU: tensors and plain values only.
+
+    Raises UserError naming the file, and the first key or tensor that is wrong.
+    """
     file = find_checkpoint(path)
+    content = _read(file)
+    check_resumable(content, file)
+    described = _described(content["stage_config"], file)
+    if described is not None:
+        check_fits(content["state_dict"], described, file)
+    return content
+
+
+def _described(config: Mapping[str, Any], file: Path) -> torch.nn.Module | None:
+    """The stage of a stored config without memory for its weights; None if it is of classes that are not trusted.
+
+    Training builds its own config, and compares the stored one with that.
+    """
+    try:
+        stage = build_empty({key: value for key, value in config.items() if key != "optimizer"}, file)
+    except UserError:
+        return None
+    if not isinstance(stage, torch.nn.Module):
+        raise UserError(f"{file} describes a {type(stage).__name__}, not a stage: it is damaged")
+    return stage
+
+
+def _read(file: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # said in our words below
+            warnings.simplefilter("ignore")  # of pickle protocols and of types that are refused below
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except Exception:  # foreign bytes: torch.load raises a dozen types
         raise UserError(
             f"{file} cannot be read as a checkpoint: it is damaged, no checkpoint, "
             "or holds more than tensors and plain values, which is refused (published .pkl and .pt files are converted "
             "first: python -m relay_diffusion.interop.convert)"
         ) from None
-    if not isinstance(content, dict) or not isinstance(content.get("stage_config"), dict):
-        raise UserError(f"{file} is not a checkpoint of a diffusion stage: it holds no stage_config")
-    return content
+    return check_stored(content, file)
 
 
 def find_stage(path: str | Path) -> Path:
@@ -71,7 +92,7 @@ def read_stage(file: Path) -> dict[str, Any]:
 
     Keys: stage_config; state_dict (of the stage), ema (a dictionary with weights) or both; class_names, images_seen.
     """
-    return _read_export(file) if file.name == EXPORT_STAGE else read_checkpoint(file)
+    return check_stored(_read_export(file), file) if file.name == EXPORT_STAGE else _read(file)
 
 
 def _read_export(file: Path) -> dict[str, Any]:
@@ -103,7 +124,9 @@ def _read_export_weights(file: Path, sha256: str) -> dict[str, Tensor]:
         return load_file(file)
     except FileNotFoundError:
         raise UserError(f"{file} is missing: it belongs to {EXPORT_STAGE} beside it") from None
-    except (OSError, SafetensorError):
+    except UserError:
+        raise
+    except Exception:  # foreign bytes
         raise UserError(f"{file} cannot be read: it is damaged; export again") from None
 
 
@@ -132,8 +155,10 @@ def _check_targets(node: Any, trusted: tuple[str, ...], file: Path) -> None:
 def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any] | None, file: Path) -> dict[str, Any]:
     """A stored config with some values replaced; nulls in `changes` change nothing.
 
-    `changes` has the shape of the config. Raises UserError if it names something that is not there.
+    `changes` has the shape of the config. Raises UserError if it names something that is not there, or gives it
+    another kind of value.
     """
+    check_changes(config, changes or {}, f"changes to the stage of {file}: ")
     stored = OmegaConf.create(dict(config))
     OmegaConf.set_struct(stored, True)
     try:
@@ -148,8 +173,15 @@ def build_stored(config: Mapping[str, Any], file: Path, trusted: tuple[str, ...]
     _check_targets(config, trusted, file)
     try:
         return instantiate(OmegaConf.create(dict(config)), _convert_="all")
-    except InstantiationException as error:
-        raise UserError(f"the stage of {file} cannot be built: {error.__cause__ or error}") from None
+    except Exception as error:  # foreign settings, and foreign ways to call a class
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise UserError(f"the stage of {file} cannot be built: {reason}") from None
+
+
+def build_empty(config: Mapping[str, Any], file: Path) -> Any:
+    """As build_stored, without memory for weights: what a file describes may be of any size."""
+    with torch.device("meta"):
+        return build_stored(config, file)
 
 
 def _without_nulls(changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -90,11 +90,13 @@ def _caused_by_user(error: Exception) -> bool:
 
 
 _failures: list[Exception] = []
+_begun: list[bool] = []  # not empty once Hydra has made the directory of the run
 
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """Inside a Hydra main function: keep a user's mistake for `command_line`, before Hydra reports on it."""
+    _begun.append(True)
     try:
         yield
     except Exception as error:
@@ -143,6 +145,8 @@ def command_line(main: Callable[[], Any], config: Path) -> NoReturn:
         main()
         _leave_group()
     except Exception as error:
+        if isinstance(error, OSError | ValueError) and not _begun and not _caused_by_user(error):
+            error = UserError(f"the directory of the run cannot be made ({error}): choose another output= or run_dir=")
         if os.environ[SHOW_TRACEBACK] == "1" or not _caused_by_user(error):
             raise
         _failures.append(error)

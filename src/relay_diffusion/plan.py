@@ -10,36 +10,9 @@ from relay_diffusion.data.images import ImageDataset
 from relay_diffusion.data.zip_writer import png_names
 from relay_diffusion.diffusion.guidance import NO_CLASS
 from relay_diffusion.errors import UserError
+from relay_diffusion.seeds import parse_seeds
 
 FOLDER_SIZE = 1000  # images in one sub-folder
-MAX_SEED = 2**63 - 1
-
-
-def parse_seeds(text: object) -> list[int]:
-    """Seeds named by a text: 0-3,7 is [0, 1, 2, 3, 7].
-
-    Raises UserError for anything else, and for seeds named twice.
-    """
-    parts = (
-        [str(seed) for seed in text]
-        if isinstance(text, Sequence) and not isinstance(text, str)
-        else str(text).split(",")
-    )
-    seeds: list[int] = []
-    for part in parts:
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UserError(f"seeds is {text!r}: give numbers and ranges, e.g. seeds=0-31 or seeds=[0-7,12]")
-        if max(int(first), int(last or 0)) > MAX_SEED:
-            raise UserError(f"seeds holds {part.strip()!r}: the largest seed is {MAX_SEED}")
-        if dash and int(last) < int(first):
-            raise UserError(f"seeds holds the range {part.strip()!r}, which runs backwards")
-        seeds.extend(range(int(first), int(last if dash else first) + 1))
-    if not seeds:
-        raise UserError("seeds names none: give numbers and ranges, e.g. seeds=0-31")
-    if len(set(seeds)) != len(seeds):
-        raise UserError(f"seeds is {text!r}: a seed is named twice")
-    return seeds
 
 
 def class_indices(chosen: object, num_classes: int, names: Sequence[str]) -> list[int]:
@@ -59,11 +32,11 @@ def class_indices(chosen: object, num_classes: int, names: Sequence[str]) -> lis
             raise UserError(f"class={entry} was given, but the model is unconditional: leave it out (class=null)")
         elif text in names:
             indices.append(list(names).index(text))
-        elif text.isdigit() and int(text) < num_classes:
+        elif text.isdecimal() and len(text) < 10 and int(text) < num_classes:
             indices.append(int(text))
         else:
             known = ", ".join(names) if names else f"0 to {num_classes - 1}"
-            raise UserError(f"class={entry} is not known to the model; it knows {known}")
+            raise UserError(f"class={text[:80]} is not known to the model; it knows {known}")
     if not indices:
         raise UserError("class=[] names no class: leave it out (class=null) for all in turn")
     return indices

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from relay_diffusion.checkpoint import build_stored, changed_config, find_stage, read_stage
+from relay_diffusion.checkpoint import build_empty, build_stored, changed_config, find_stage, read_stage
 from relay_diffusion.data.augment import Augmentation
 from relay_diffusion.data.images import to_float
 from relay_diffusion.diffusion import (
@@ -30,6 +30,7 @@ from relay_diffusion.files import file_sha256
 from relay_diffusion.gradients import GradientNorm, replace_nonfinite
 from relay_diffusion.networks import EDMPreconditioner, Graphed
 from relay_diffusion.samplers import Sampler
+from relay_diffusion.stored import check_finite, check_fits
 
 OptimizerFactory = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
 
@@ -280,10 +281,10 @@ def load_stage(
     checkpoint = read_stage(file)
     stored = {key: value for key, value in checkpoint["stage_config"].items() if key != "optimizer"}
     config = changed_config({"cuda_graphs": True} | stored, changes, file)  # which older files do not have
-    stage = build_stored(config, file)
-    if not isinstance(stage, DiffusionStage):
-        raise UserError(f"{file} describes a {type(stage).__name__}, not a DiffusionStage")
-    if not isinstance(stage.denoiser, torch.nn.Module):
+    empty = build_empty(config, file)
+    if not isinstance(empty, DiffusionStage):
+        raise UserError(f"{file} describes a {type(empty).__name__}, not a DiffusionStage")
+    if not isinstance(empty.denoiser, torch.nn.Module):
         raise UserError(f"{file} describes a stage without a network: it is damaged")
     states = {
         "raw": {k.removeprefix("denoiser."): v for k, v in checkpoint.get("state_dict", {}).items()},
@@ -294,10 +295,10 @@ def load_stage(
     state = states[weights]
     if not state:
         raise UserError(f"{file} holds no {weights} weights: use weights={'raw' if weights == 'ema' else 'ema'}")
-    try:
-        stage.denoiser.load_state_dict(state)
-    except RuntimeError:
-        raise UserError(f"the weights in {file} do not fit the network it describes") from None
+    check_fits(state, empty.denoiser, file)
+    check_finite(state, file)
+    stage = cast(DiffusionStage, build_stored(config, file))
+    stage.denoiser.load_state_dict(state)
     stage.stage_config = config
     stage.class_names = list(checkpoint.get("class_names", []))
     stage.images_seen = int(checkpoint.get("images_seen", 0))

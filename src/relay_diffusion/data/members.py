@@ -58,7 +58,7 @@ class BoundedTarInfo(tarfile.TarInfo):
     """Give it to tarfile.open: a header that would fill the memory is an error."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> BoundedTarInfo:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> BoundedTarInfo:
         """One header; tarfile reads what follows a header of no file into memory."""
         info = super().frombuf(buf, encoding, errors)
         if not info.isreg() and info.size > MAX_TAR_HEADER:

@@ -41,7 +41,7 @@ class Source(ABC):
 
     def __init__(self, path: Path, option: str, members: Iterable[str]) -> None:
         self.path, self.option = path, option
-        self.members = {}  # tidy name -> name as stored
+        self.members: dict[str, str] = {}  # tidy name -> name as stored
         for stored in members:
             if stored.startswith(("/", "\\")) or re.match("[A-Za-z]:", stored) or ".." in re.split(r"[/\\]", stored):
                 raise UserError(f"{option}={path}: the member name {stored!r} is absolute or leaves the archive")

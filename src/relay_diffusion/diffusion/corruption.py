@@ -85,8 +85,8 @@ class BlurringCorruption:
     ) -> None:
         if block < 2:
             raise ValueError(f"block is {block}: a relay stage enlarges its input at least twice")
-        if blur_sigma_max < 0 or not 0 <= min_gain <= 1 or block_strength < 0:
-            raise ValueError("need blur_sigma_max >= 0, 0 <= min_gain <= 1 and block_strength >= 0")
+        if not (0 <= blur_sigma_max < math.inf and 0 <= min_gain <= 1 and 0 <= block_strength < math.inf):
+            raise ValueError("need blur_sigma_max >= 0, 0 <= min_gain <= 1 and block_strength >= 0, all finite")
         self.schedule, self.block = schedule, block
         self.blur_sigma_max, self.min_gain = blur_sigma_max, min_gain
         self.block_strength = block_strength

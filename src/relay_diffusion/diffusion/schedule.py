@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+MAX_STEPS = 100_000  # of a sampler: more would only fill the memory
+
 
 class LogNormal:
     """ln sigma ~ N(p_mean, p_std): the level u in (0, 1) is the probability of a smaller sigma (Karras et al. 2022).
@@ -17,7 +19,7 @@ class LogNormal:
     prob_length: float = 1.0
 
     def __init__(self, p_mean: float = -1.2, p_std: float = 1.2) -> None:
-        if p_std <= 0:
+        if not 0 < p_std < math.inf:
             raise ValueError(f"p_std is {p_std}, must be positive")
         self.p_mean, self.p_std = float(p_mean), float(p_std)
 
@@ -52,9 +54,9 @@ class TruncatedLogNormal(LogNormal):
         self, p_mean: float = -1.2, p_std: float = 1.2, prob_length: float = 0.93, sigma_floor: float = 0.0075
     ) -> None:
         super().__init__(p_mean, p_std)
-        if prob_length <= 0:
+        if not 0 < prob_length < math.inf:
             raise ValueError(f"prob_length is {prob_length}, must be positive")
-        if sigma_floor <= 0:
+        if not 0 < sigma_floor < math.inf:
             raise ValueError(f"sigma_floor is {sigma_floor}, must be positive")
         self.prob_length = float(prob_length)
         below = 0.5 * (1 + math.erf((math.log(sigma_floor) - p_mean) / p_std / math.sqrt(2)))
@@ -78,9 +80,13 @@ def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float) ->
     """Noise levels [steps], float64, decreasing from sigma_max to sigma_min (Karras et al. 2022, eq. 5).
 
     sigma_i = (sigma_max^(1/rho) + i/(steps-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho.
-    Raises ValueError unless steps >= 2, rho > 0 and 0 < sigma_min < sigma_max.
+    Raises ValueError unless steps is whole and 2 to MAX_STEPS, rho > 0 and 0 < sigma_min < sigma_max, all finite.
     """
-    if steps < 2 or rho <= 0 or not 0 < sigma_min < sigma_max:
+    if not isinstance(steps, int):
+        raise ValueError(f"steps is {steps!r}: must be a whole number")
+    if steps > MAX_STEPS:
+        raise ValueError(f"steps is {steps:,}: at most {MAX_STEPS:,}")
+    if steps < 2 or not 0 < rho < math.inf or not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(
             f"steps={steps}, sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho}: "
             "need steps >= 2, rho > 0 and 0 < sigma_min < sigma_max"

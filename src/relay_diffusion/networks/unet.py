@@ -12,6 +12,8 @@ from relay_diffusion.networks.blocks import ResidualBlock, group_norm, zero
 from relay_diffusion.networks.embeddings import SinusoidalEmbedding
 from relay_diffusion.networks.ops import convolve_image, norm_act
 
+MAX_BLOCKS, MAX_LEVELS = 100, 14  # a file that asks for more would be at it for hours
+
 
 class UNet(nn.Module):
     """[B,C,R,R] -> [B,C,R,R], conditioned on noise level, class and augmentation.
@@ -43,6 +45,8 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         levels = len(channel_mult)
+        if not 1 <= blocks <= MAX_BLOCKS or not 1 <= levels <= MAX_LEVELS:
+            raise ValueError(f"blocks is {blocks}, levels are {levels}: at most {MAX_BLOCKS} and {MAX_LEVELS}")
         if resolution % 2 ** (levels - 1):
             raise ValueError(f"resolution {resolution} is not divisible by 2^{levels - 1} for {levels} levels")
         if not set(checkpoint_levels) <= set(range(levels)):

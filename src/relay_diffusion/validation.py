@@ -1,0 +1,211 @@
+"""Checks of a train configuration before anything is built. Imports neither torch nor lightning."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig, ListConfig
+
+from relay_diffusion.checks import (
+    HUGE,
+    INFINITY,
+    check_built,
+    check_complete,
+    check_devices,
+    check_directory,
+    check_file,
+    check_flag,
+    check_list,
+    check_mapping,
+    check_number,
+    check_text,
+    check_whole,
+    is_number,
+    require,
+    selected,
+    shown,
+    there,
+    world_size,
+)
+
+MANY = 10**15  # images
+WHOLE = {  # key: lowest, highest
+    "resolution": (1, 2**14),
+    "seed": (0, 2**32 - 1),
+    "network.resolution": (1, 2**14),
+    "data.dataset.resolution": (1, 2**14),
+    "data.batch_size": (1, 2**24),
+    "data.accumulate": (1, 2**24),
+    "data.num_workers": (0, 1024),
+    "data.seed": (0, 2**63 - 1),
+    "network.channels": (2, 2**14),
+    "network.blocks": (1, 100),
+    "network.num_classes": (0, 10**6),
+    "network.augment_labels": (0, 1024),
+    "stage.seed": (0, 2**63 - 1),
+    "stage.warmup_images": (0, MANY),
+    "trainer.max_images": (1, MANY),
+}
+NUMBERS = {
+    "network.dropout": (0, 1),
+    "stage.label_dropout": (0, 1),
+    "stage.guidance_scale": (-HUGE, HUGE),
+    "stage.optimizer.lr": (0, HUGE),
+}
+IF_THERE = {  # of classes that others may replace
+    "stage.denoiser.sigma_data": (1e-12, HUGE),
+    "stage.loss.sigma_data": (1e-12, HUGE),
+    "stage.loss.max_weight": (0, INFINITY),
+    "stage.corruption.schedule.p_mean": (-100, 100),
+    "stage.corruption.schedule.p_std": (1e-6, 100),
+    "stage.corruption.schedule.sigma_floor": (1e-12, HUGE),
+}
+CALLBACKS = {  # option of any callback: lowest, highest
+    "every_n_images": (0, MANY),
+    "half_life_images": (0, MANY),
+    "max_images": (1, MANY),
+    "bins": (1, 1000),
+    "keep": (0, 10**6),
+    "count": (1, 10**6),
+}
+FLAGS = (
+    "data.dataset.labels",
+    "data.dataset.x_flip",
+    "data.dataset.cache",
+    "network.channels_last",
+    "stage.cuda_graphs",
+)
+
+
+def fused_optimizer(precision: str) -> bool:
+    """False for fp16: its loss scaling finds infinite gradients before they are replaced, a fused step would after."""
+    return not str(precision).startswith("16")
+
+
+def validate_training(cfg: DictConfig) -> None:
+    """Raise UserError for the first thing in a train config that cannot work."""
+    check_mapping(cfg, "data", "data.dataset", "network", "stage", "stage.denoiser", "trainer", "callbacks", "logger")
+    check_complete(cfg)
+    check_text(cfg, "run_id")
+    check_directory(cfg, "run_dir")
+    for key in ("data", "data.dataset", "network", "stage", "stage.denoiser", "stage.denoiser.network"):
+        check_built(cfg, key)
+    for key in ("stage.corruption", "stage.loss", "stage.sampler", "stage.optimizer"):
+        check_built(cfg, key)
+    check_built(cfg, "stage.augment", null=True)
+    check_devices(cfg)
+    for key, (least, most) in WHOLE.items():
+        check_whole(cfg, key, least, most)
+    for key, (low, high) in NUMBERS.items():
+        check_number(cfg, key, low, high)
+    for key, (low, high) in IF_THERE.items():
+        if there(cfg, key):
+            check_number(cfg, key, low, high)
+    for key in FLAGS:
+        check_flag(cfg, key)
+    _check_callbacks(cfg)
+    fused = selected(cfg, "stage.optimizer.fused")
+    require(
+        not fused or fused_optimizer(cfg.trainer.precision),
+        f"stage.optimizer.fused={shown(fused)} does not go with trainer.precision={cfg.trainer.precision}, whose "
+        "infinite gradients are to be seen first: use stage.optimizer.fused=false or trainer.precision=bf16-mixed",
+    )
+    _check_network(cfg)
+    _check_stage(cfg)
+    check_text(cfg, "data.dataset.path")
+    check_file(cfg.data.dataset.path, "data.dataset.path")
+    require(isinstance(cfg.data.dataset.subset, str), f"data.dataset.subset={shown(cfg.data.dataset.subset)}: no text")
+    if cfg.resume is not None:
+        check_file(cfg.resume, "resume")
+    _check_batch(cfg)
+
+
+def _check_callbacks(cfg: DictConfig) -> None:
+    for group in ("callbacks", "logger"):
+        for name in cfg[group]:
+            require(selected(cfg, f"{group}.{name}") is not None, f"{group}.{name}=null: use ~{group}.{name}")
+            check_built(cfg, f"{group}.{name}")
+    for name, callback in cfg.callbacks.items():
+        for option, (least, most) in CALLBACKS.items():
+            if option in callback:
+                check_whole(cfg, f"callbacks.{name}.{option}", least, most)
+        if "ramp_up" in callback:
+            check_number(cfg, f"callbacks.{name}.ramp_up", 0, HUGE, null=True)
+        if "directory" in callback:
+            check_directory(cfg, f"callbacks.{name}.directory")
+
+
+def _check_network(cfg: DictConfig) -> None:
+    check_list(cfg, "network.channel_mult", 1, 64, "[1,2,2], one a level")
+    levels = len(cfg.network.channel_mult)
+    require(1 <= levels <= 14, f"network.channel_mult={shown(cfg.network.channel_mult)}: needs 1 to 14 levels")
+    require(
+        cfg.network.image_channels == 3, f"network.image_channels={shown(cfg.network.image_channels)}: images have 3"
+    )
+    require(
+        cfg.resolution % 2 ** (levels - 1) == 0,
+        f"resolution={cfg.resolution} is not divisible by 2^{levels - 1}, as network.channel_mult with {levels} levels "
+        "demands",
+    )
+    for key in ("network.resolution", "data.dataset.resolution"):
+        require(
+            selected(cfg, key) == cfg.resolution,
+            f"{key}={selected(cfg, key)} is not resolution={cfg.resolution}: leave {key} out",
+        )
+    check_list(cfg, "network.attention_resolutions", 1, 2**14, "[16,8]")
+    check_list(cfg, "network.checkpoint_levels", 0, levels - 1, "[0]")
+
+
+def _check_stage(cfg: DictConfig) -> None:
+    if there(cfg, "stage.corruption.block"):
+        check_whole(cfg, "stage.corruption.block", 1, 2**14)
+        require(
+            cfg.resolution % cfg.stage.corruption.block == 0,
+            f"resolution={cfg.resolution} is not divisible by stage.corruption.block={cfg.stage.corruption.block}",
+        )
+    if there(cfg, "stage.corruption.schedule.prob_length"):
+        check_number(cfg, "stage.corruption.schedule.prob_length", 0, HUGE)
+        length = cfg.stage.corruption.schedule.prob_length
+        require(0 < length <= 1, f"stage.corruption.schedule.prob_length={length}: training needs (0, 1]")
+    augmented, augment_labels = cfg.stage.augment is not None, cfg.network.augment_labels
+    require(
+        augmented == (augment_labels > 0),
+        f"network.augment_labels={augment_labels}, but stage.augment is {'set' if augmented else 'null'}: "
+        "use augment=edm, or augment=none",
+    )
+    mirrored = augmented and selected(cfg, "stage.augment.x_flip")
+    require(
+        not (mirrored and cfg.data.dataset.x_flip),
+        "data.dataset.x_flip=true mirrors images that stage.augment mirrors too: set one of them to false",
+    )
+    interval = cfg.stage.guidance_interval
+    if interval is not None:
+        pair = isinstance(interval, ListConfig) and len(interval) == 2 and all(is_number(sigma) for sigma in interval)
+        require(
+            pair and 0 <= interval[0] <= interval[1],
+            f"stage.guidance_interval={shown(interval)}: must be [lowest sigma, highest sigma], or null",
+        )
+    require(
+        interval is None or cfg.stage.guidance_scale != 1,
+        f"stage.guidance_interval={shown(interval)} has no use with stage.guidance_scale=1, which is no guidance",
+    )
+    for key, idle in (("guidance_scale", 1), ("label_dropout", 0)):
+        require(
+            cfg.network.num_classes > 0 or cfg.stage[key] == idle,
+            f"stage.{key}={cfg.stage[key]} needs classes, but network.num_classes is 0",
+        )
+
+
+def _check_batch(cfg: DictConfig) -> None:
+    accumulate = selected(cfg, "trainer.accumulate")
+    require(
+        accumulate is None or accumulate == cfg.data.accumulate,
+        f"trainer.accumulate={shown(accumulate)} is not data.accumulate={cfg.data.accumulate}: set that alone",
+    )
+    world = world_size(cfg.trainer.devices, cfg.trainer.num_nodes)
+    if world is not None:
+        parts = world * cfg.data.accumulate
+        fits = max(parts, cfg.data.batch_size // parts * parts)
+        require(
+            cfg.data.batch_size % parts == 0,
+            f"data.batch_size={cfg.data.batch_size} does not divide over {world} devices (trainer.devices x "
+            f"trainer.num_nodes) x data.accumulate={cfg.data.accumulate}: {fits} would",
+        )

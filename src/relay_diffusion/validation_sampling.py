@@ -1,0 +1,132 @@
+"""Checks of a sample configuration before anything is built. Imports neither torch nor lightning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from relay_diffusion.checks import (
+    HUGE,
+    check_built,
+    check_choice,
+    check_complete,
+    check_devices,
+    check_directory,
+    check_file,
+    check_flag,
+    check_mapping,
+    check_number,
+    check_text,
+    check_whole,
+    require,
+    selected,
+    shown,
+    there,
+)
+from relay_diffusion.seeds import parse_seeds
+
+
+def chosen_stages(relay: DictConfig) -> dict[str, DictConfig]:
+    """The stages to run, by name, in order: from `relay.first` to `relay.last`; with `relay.start` from the second.
+
+    Raises UserError for a name that is no stage, and where first, last and start contradict each other.
+    """
+    names = [str(name) for name in relay.stages]
+    require(len(names) > 0, "relay.stages is empty: a relay needs at least a first stage")
+    for key in ("first", "last"):
+        require(relay[key] is None or relay[key] in names, f"relay.{key}={shown(relay[key])}: the stages are {names}")
+    start, first, last = relay.start is not None, relay.first, relay.last
+    require(
+        start or first in (None, names[0]),
+        f"relay.first={first}: relay.start=FOLDER must give the images that it starts from",
+    )
+    require(not start or len(names) > 1 or first is not None, "relay.start: the relay has no second stage")
+    begin = names.index(first) if first is not None else int(start)
+    end = names.index(last) if last is not None else len(names) - 1
+    require(begin <= end, f"relay.last={last} comes before the first stage to run, {names[begin]}")
+    chosen = names[begin : end + 1]
+    for name in chosen:
+        require(not OmegaConf.is_missing(relay.stages, name), f"relay.stages.{name} has no value: it must be a stage")
+    return {name: relay.stages[name] for name in chosen}
+
+
+def _check_relay(cfg: DictConfig) -> None:
+    relay = cfg.relay
+    for name in chosen_stages(relay):
+        place = f"relay.stages.{name}"
+        check_mapping(cfg, place)
+        check_complete(relay.stages[name], prefix=f"{place}.")
+        check_built(cfg, place)
+        check_file(selected(cfg, f"{place}.path"), f"{place}.path")
+        check_choice(cfg, f"{place}.weights", ("ema", "raw"))
+        guide, changes = selected(cfg, f"{place}.guide"), selected(cfg, f"{place}.changes")
+        if guide is not None:
+            check_file(guide, f"{place}.guide")
+        if changes is not None:
+            check_mapping(cfg, f"{place}.changes")
+    if relay.start is not None:
+        check_file(relay.start, "relay.start")
+    check_choice(cfg, "relay.rounding", ("nearest", "floor"))
+    check_built(cfg, "relay.postprocess", null=True)
+    if relay.hand_over_sigma is not None:
+        check_number(cfg, "relay.hand_over_sigma", 0, HUGE)
+        require(relay.start is None, "relay.hand_over_sigma is for a stage that starts from noise, not for relay.start")
+    if cfg.seeds is not None:
+        parse_seeds(cfg.seeds)
+    elif relay.start is None:
+        parse_seeds(relay.seeds, "relay.seeds")
+
+
+def validate_sampling(cfg: DictConfig) -> None:
+    """Raise UserError for the first thing in a sample config that cannot work."""
+    check_mapping(cfg, "metrics", "trainer", "relay", "relay.reference", "relay.stages")
+    check_complete(cfg, besides="relay.stages.")
+    check_devices(cfg)
+    check_whole(cfg, "batch_size", 1, 2**24)
+    check_whole(cfg, "picture", 0, 10**6)
+    check_choice(cfg, "mode", ("sample", "evaluate"))
+    check_choice(cfg, "format", ("png", "zip"))
+    check_flag(cfg, "npz")
+    check_text(cfg, "run_id")
+    for key in ("run_dir", "output"):
+        check_directory(cfg, key)
+    if cfg.images is not None:
+        require(cfg.mode == "evaluate", f"images={shown(cfg.images)} are only measured: add mode=evaluate")
+        for key in ("seeds", "class"):
+            require(
+                cfg[key] is None,
+                f"{key}={shown(cfg[key])} is for sampling: images={shown(cfg.images)} are only measured",
+            )
+        require(cfg.format == "png" and not cfg.npz, f"images={shown(cfg.images)} are only measured: no format or npz")
+        require(cfg.reference is not None, f"images={shown(cfg.images)}: give reference=... to compare them with")
+        check_file(cfg.images, "images")
+    else:
+        _check_relay(cfg)
+    if cfg.mode == "evaluate":
+        _check_measuring(cfg)
+
+
+def _check_measuring(cfg: DictConfig) -> None:
+    reference, key = reference_of(cfg), "relay.reference.path" if cfg.reference is None else "reference"
+    require(
+        reference["path"] is not None,
+        "mode=evaluate compares with a reference, and relay.reference.path is null: give reference=FOLDER, ZIP or NPZ",
+    )
+    check_file(reference["path"], key)
+    subset = reference["subset"]
+    require(isinstance(subset, str), f"relay.reference.subset={shown(subset)}: must be the name of a folder inside it")
+    for key in ("metrics.reference", "metrics.evaluator"):
+        check_built(cfg, key)
+    check_directory(cfg, "metrics.reference.cache")
+    check_whole(cfg, "metrics.reference.max_features", 0, 10**9)
+    check_whole(cfg, "metrics.evaluator.batch_size", 1, 2**24)
+    if there(cfg, "metrics.evaluator.inception.weights") and cfg.metrics.evaluator.inception.weights is not None:
+        check_file(cfg.metrics.evaluator.inception.weights, "metrics.evaluator.inception.weights")
+
+
+def reference_of(cfg: DictConfig) -> dict[str, Any]:
+    """path and subset of what mode=evaluate compares with: `reference`, or else the relay's own."""
+    if cfg.reference is not None:
+        return {"path": cfg.reference, "subset": ""}
+    return {"path": selected(cfg, "relay.reference.path"), "subset": selected(cfg, "relay.reference.subset", "")}
