@@ -119,3 +119,25 @@ def test_offline_wandb_needs_no_account(tmp_path, small_zip):
     assert result.returncode == 0, result.stderr
     assert list((tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb"))
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["images_seen"] == 8
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        ("train.py", ["run_dir={file}"], ["directory of the run cannot be made", "{file}", "run_dir="]),
+        ("train.py", ["run_dir={file}/run"], ["directory of the run cannot be made", "{file}", "run_dir="]),
+        ("sample.py", ["output={file}"], ["directory of the run cannot be made", "{file}", "output="]),
+        ("sample.py", ["output={new}", "seeds=0-999999999999"], ["seeds is '0-999999999999'", "more than 10,000,000"]),
+    ],
+)
+def test_hostile_options_are_one_line(tmp_path, script, arguments, words):
+    places = {"file": str(tmp_path / "file"), "new": str(tmp_path / "new")}
+    (tmp_path / "file").write_text("mine")
+    paths = [f"relay.stages.{name}.path={PROJECT / 'conf'}" for name in ("base", "relay")]
+    result = run(script, *(a.format(**places) for a in arguments), *(paths if script == "sample.py" else []))
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    for word in words:
+        assert word.format(**places) in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "mine"

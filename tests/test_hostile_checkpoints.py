@@ -134,10 +134,12 @@ KEYS = ("stage_config", "state_dict", "ema", "class_names", "images_seen", "repl
 @pytest.mark.parametrize("key", KEYS)
 def test_any_key_may_hold_anything(checkpoint, key) -> None:
     path, content = checkpoint
-    outcomes = set()
+    outcomes, readers = set(), [lambda: read_checkpoint(path)]
+    if key in KEYS[:5]:  # the others are of no interest to sampling
+        readers.append(lambda: load_stage(path, "ema" if key == "ema" else "raw"))
     for value in GARBAGE:
         torch.save(with_(content, key, value), path)
-        for reader in (lambda: load_stage(path, "raw"), lambda: load_stage(path), lambda: read_checkpoint(path)):
+        for reader in readers:
             try:
                 reader()
                 outcomes.add("read")
@@ -170,7 +172,6 @@ def test_stored_configs_that_ask_for_too_much(checkpoint) -> None:
     refused(path, with_(content, "stage_config/odd", "${oc.env:HOME}"), "interpolation", resumed=False)
     refused(path, with_(content, "stage_config/loss/_target_", "os.system"), "names 'os.system'", resumed=False)
     refused(path, with_(content, "stage_config/loss/_args_", [1, 2, 3, 4]), "cannot be built", resumed=False)
-    refused(path, with_(content, "stage_config/loss/_convert_", 3), "cannot be built", resumed=False)
 
 
 def test_cut_short_anywhere(checkpoint) -> None:
@@ -187,9 +188,9 @@ def test_any_byte_changed(checkpoint) -> None:
     path, _ = checkpoint
     content, generator = path.read_bytes(), random.Random(0)
     pickle_at, pickle_end = content.index(b"data.pkl"), content.index(b"PK\x07\x08")
-    positions = [generator.randrange(pickle_at, pickle_end) for _ in range(120)]  # where the structure is
-    positions += [len(content) - generator.randrange(1, 2000) for _ in range(40)]  # the directory
-    positions += [generator.randrange(len(content)) for _ in range(40)]
+    positions = [generator.randrange(pickle_at, pickle_end) for _ in range(60)]  # where the structure is
+    positions += [len(content) - generator.randrange(1, 2000) for _ in range(30)]  # the directory
+    positions += [generator.randrange(len(content)) for _ in range(30)]
     refused_, read = 0, 0
     for position in positions:
         damaged = bytearray(content)
@@ -202,7 +203,7 @@ def test_any_byte_changed(checkpoint) -> None:
             refused_ += 1
             assert str(path) in str(error)  # noqa: PT017
             assert "\n" not in str(error)  # noqa: PT017
-    assert refused_ > 50
+    assert refused_ > 30
     assert read > 10
 
 

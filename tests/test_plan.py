@@ -1,5 +1,7 @@
 """Seeds, classes, and what a run is to make."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,17 @@ def test_seeds(text, seeds):
 def test_seeds_that_make_no_sense(text):
     with pytest.raises(UserError, match="seed"):
         parse_seeds(text)
+
+
+@pytest.mark.parametrize("text", ["0-999999999999", "0-9999999,10000001", "1" * 5000, "0-" + "9" * 30])
+def test_seeds_without_end_are_refused_at_once(text):
+    tracemalloc.start()
+    with pytest.raises(UserError, match="seed") as caught:
+        parse_seeds(text, "relay.seeds")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+    assert len(str(caught.value)) < 250
 
 
 @pytest.mark.parametrize(
