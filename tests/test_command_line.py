@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from support import TINY, run
+from support import PROJECT, TINY, run
 
 
 def assert_one_line(result, *parts):
