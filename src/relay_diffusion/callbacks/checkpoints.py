@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ class Checkpoints(Callback):
             write_text(self.directory / ".probe", "")
             (self.directory / ".probe").unlink()
             (self.directory / f".{LAST}.writing").unlink(missing_ok=True)  # of a run that was killed
+            with suppress(OSError):
+                self.directory.rmdir()  # an empty one is of no use if the run goes no further
 
     def on_save_checkpoint(
         self,
