@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.launch import rank
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # Hydra's own switch: set it to 1 to see tracebacks
+FIRST_RANK_SECONDS = 3
 SHOW_TRACEBACK = "RELAY_DIFFUSION_TRACEBACK"  # the user's setting of it
 
 
@@ -107,7 +109,8 @@ def clear_errors() -> Iterator[None]:
         if rank() == 0 or _ranks_differ():
             _failures.append(error)
         else:
-            raise SystemExit(2) from None  # the first rank says the same
+            time.sleep(FIRST_RANK_SECONDS)  # the first rank says the same, before a launcher ends all for this one
+            raise SystemExit(2) from None
         _remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
 
 
@@ -143,7 +146,8 @@ def command_line(main: Callable[[], Any], config: Path) -> NoReturn:
     os.environ[FULL_ERROR] = "1"  # let errors through to here
     try:
         main()
-        _leave_group()
+        if not _failures:
+            _leave_group()
     except Exception as error:
         if isinstance(error, OSError | ValueError) and not _begun and not _caused_by_user(error):
             error = UserError(f"the directory of the run cannot be made ({error}): choose another output= or run_dir=")
@@ -152,5 +156,7 @@ def command_line(main: Callable[[], Any], config: Path) -> NoReturn:
         _failures.append(error)
     who = f"error on rank {rank()}" if rank() else "error"
     for failure in _failures:
-        print(f"{who}: {explain(failure, config)}", file=sys.stderr)
+        print(f"{who}: {explain(failure, config)}", file=sys.stderr, flush=True)
+    if _failures and _ranks_differ():
+        os._exit(2)  # the way out in order would wait for ranks that may be gone
     sys.exit(2 if _failures else 0)
