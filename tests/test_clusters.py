@@ -146,7 +146,7 @@ def test_a_job_on_two_nodes_stops_at_a_signal_and_continues(tmp_path, small_zip,
     assert not list(tmp_path.rglob(".hydra"))
 
 
-KILLS = int(os.environ.get("RELAY_DIFFUSION_KILLS", "3"))  # docs/robustness.md: 30
+KILLS = int(os.environ.get("RELAY_DIFFUSION_KILLS", "2"))  # docs/robustness.md: 30
 
 
 def killed_sometime(process: Process, chance: random.Random, working: str, seconds: float) -> bool:
@@ -235,7 +235,7 @@ def test_an_error_of_one_rank_is_told_and_ends_all(tmp_path, small_zip):
 
 def test_sampling_stops_at_a_signal_and_continues(tmp_path, relay_runs):
     command = [
-        PROJECT / "sample.py", "relay=two_stages", "seeds=0-59", "batch_size=4", "trainer.accelerator=cpu", "picture=0",
+        PROJECT / "sample.py", "relay=two_stages", "seeds=0-23", "batch_size=4", "trainer.accelerator=cpu", "picture=0",
         *(f"relay.stages.{name}.path={relay_runs / name}" for name in ("base", "relay")),
         "relay.stages.base.changes.sampler.steps=200", f"output={tmp_path / 'samples'}",
     ]  # fmt: skip
@@ -245,7 +245,7 @@ def test_sampling_stops_at_a_signal_and_continues(tmp_path, relay_runs):
         process.popen.terminate()
         assert process.wait() == 128 + signal.SIGTERM, process.text()
     assert "stopped by SIGTERM: the same command continues" in process.text()
-    assert 0 < len(list(images.rglob("*.png"))) < 60
+    assert 0 < len(list(images.rglob("*.png"))) < 24
     with ended([Process(tmp_path / "second.txt", command)]) as (process,):
         assert process.wait() == 0, process.text()
-    assert len(list(images.rglob("*.png"))) == 60
+    assert len(list(images.rglob("*.png"))) == 24
