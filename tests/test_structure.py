@@ -1,6 +1,7 @@
 """The house: which way imports go, how large files are, how fast the door opens."""
 
 import ast
+import re
 import subprocess
 import sys
 import time
@@ -79,3 +80,14 @@ def test_the_door_opens_without_torch():
     program = "import sys, relay_diffusion, relay_diffusion.cli, relay_diffusion.config; print('torch' in sys.modules)"
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "False"
+
+
+def test_what_docs_say_of_tests_is_there():
+    """docs/robustness.md names a test for each of its rows."""
+    named = set(re.findall(r"\btest_[a-z0-9_]+\b", (PROJECT / "docs/robustness.md").read_text()))
+    tests = list((PROJECT / "tests").rglob("test_*.py"))
+    known = {path.stem for path in tests} | {
+        name for path in tests for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    assert len(named) > 40
+    assert named <= known, named - known
