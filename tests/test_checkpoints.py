@@ -78,6 +78,12 @@ def test_a_damaged_checkpoint_is_passed_over(fit, tmp_path, capsys):
     assert "last.ckpt cannot be read" in capsys.readouterr().err
     assert_same_weights(weights_of(last), whole)
     assert before.read_bytes() == good
+    spoilt = torch.load(last, weights_only=True)
+    next(iter(spoilt["state_dict"].values())).fill_(torch.nan)  # training diverged
+    torch.save(spoilt, last)
+    assert fit("run", 12, often).images_seen == 12
+    assert "not finite" in capsys.readouterr().err
+    assert_same_weights(weights_of(last), whole)
     for path in directory.iterdir():
         path.write_bytes(b"")
     with pytest.raises(UserError, match=r"no checkpoint in .* can be read: delete them to begin anew"):
