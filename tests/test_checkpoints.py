@@ -47,7 +47,8 @@ def test_what_changes_speed_and_memory_alone_may_change(fit, tmp_path):
     fit("run", 4, "stage.optimizer.fused=false")
     file = tmp_path / "run/checkpoints/last.ckpt"
     old = torch.load(file, weights_only=True)
-    del old["stage_config"]["denoiser"]["network"]["checkpoint_levels"]  # as before there was such an option
+    for option in ("checkpoint_levels", "condition_channels"):  # as before there were such options
+        del old["stage_config"]["denoiser"]["network"][option]
     del old["stage_config"]["optimizer"]["fused"], old["stage_config"]["cuda_graphs"]
     torch.save(old, file)
     assert load_stage(file).cuda_graphs

@@ -15,9 +15,9 @@ from support import assert_same_weights, tiny_stage, weights_of
 def test_the_network_is_told_how_images_were_augmented(fit, monkeypatch):
     told, forward = [], EDMPreconditioner.forward
 
-    def spy(self, x, sigma, labels=None, augment_labels=None):
+    def spy(self, x, sigma, labels=None, augment_labels=None, condition=None):
         told.append(augment_labels)
-        return forward(self, x, sigma, labels, augment_labels)
+        return forward(self, x, sigma, labels, augment_labels, condition)
 
     monkeypatch.setattr(EDMPreconditioner, "forward", spy)
     stage = fit("run", 32, "augment=edm", "stage.augment.probability=0.5")

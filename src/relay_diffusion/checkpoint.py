@@ -130,6 +130,20 @@ def _read_export_weights(file: Path, sha256: str) -> dict[str, Tensor]:
         raise UserError(f"{file} cannot be read: it is damaged; export again") from None
 
 
+def stored_weights(content: Mapping[str, Any], kind: str, file: Path) -> Mapping[str, Tensor]:
+    """The state dict of a stored stage's denoiser, of `kind` ema or raw. Raises UserError if it is not there."""
+    states = {
+        "raw": {k.removeprefix("denoiser."): v for k, v in content.get("state_dict", {}).items()},
+        "ema": content.get("ema", {}).get("weights"),
+    }
+    if kind not in states:
+        raise UserError(f"weights is {kind!r}: use ema or raw")
+    state = states[kind]
+    if not state:
+        raise UserError(f"{file} holds no {kind} weights: use weights={'raw' if kind == 'ema' else 'ema'}")
+    return cast(Mapping[str, Tensor], state)
+
+
 def _check_targets(node: Any, trusted: tuple[str, ...], file: Path) -> None:
     """Refuse a stored config that would call anything but a class of the trusted packages."""
     if isinstance(node, str) and "${" in node:

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from relay_diffusion.checkpoint import build_empty, build_stored, changed_config, find_stage, read_stage
+from relay_diffusion.checkpoint import (
+    build_empty,
+    build_stored,
+    changed_config,
+    find_stage,
+    read_stage,
+    stored_weights,
+)
 from relay_diffusion.data.augment import Augmentation
 from relay_diffusion.data.images import to_float
 from relay_diffusion.diffusion import (
@@ -22,13 +29,15 @@ from relay_diffusion.diffusion import (
     DenoisingLoss,
     GuidanceInterval,
     ImageSeeds,
+    RandnLike,
+    check_guidance,
     drop_labels,
 )
 from relay_diffusion.diffusion.noise import mix_seeds
 from relay_diffusion.errors import UserError
 from relay_diffusion.files import file_sha256
 from relay_diffusion.gradients import GradientNorm, replace_nonfinite
-from relay_diffusion.networks import EDMPreconditioner, Graphed
+from relay_diffusion.networks import Condition, Conditioned, EDMPreconditioner, Graphed
 from relay_diffusion.samplers import Sampler
 from relay_diffusion.stored import check_finite, check_fits
 
@@ -46,6 +55,8 @@ class DiffusionStage(L.LightningModule):
     `warmup_images`: the learning rate rises linearly over so many images. `seed` fixes the training noise:
     it is drawn anew from (seed, position in the data) at every step, so a resumed run repeats nothing.
     """
+
+    conditioned = False  # whether the network sees another image beside the noisy one
 
     def __init__(
         self,
@@ -69,17 +80,15 @@ class DiffusionStage(L.LightningModule):
             raise ValueError(
                 f"network.augment_labels={denoiser.network.augment_labels}, but the augmentation has {augment.labels}"
             )
+        seen, shown = denoiser.network.condition_channels, denoiser.network.image_channels if self.conditioned else 0
+        if seen != shown:
+            raise ValueError(
+                f"network.condition_channels={seen}, but a {type(self).__name__} shows it {shown} channels"
+            )
         # constants: DistributedDataParallel would send them around at every step
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self.label_dropout, self.guidance_scale = label_dropout, guidance_scale
-        if not isinstance(guidance_scale, int | float):
-            raise ValueError(f"guidance_scale is {guidance_scale!r}: give a number")
-        if guidance_interval is not None and not (
-            isinstance(guidance_interval, Sequence)
-            and len(guidance_interval) == 2
-            and 0 <= guidance_interval[0] <= guidance_interval[1]
-        ):
-            raise ValueError(f"guidance_interval is {guidance_interval}: give [lowest sigma, highest sigma]")
+        check_guidance(guidance_scale, guidance_interval)
         self.guidance_interval = guidance_interval
         self.guide: EDMPreconditioner | None = None
         self.cuda_graphs = cuda_graphs
@@ -126,11 +135,20 @@ class DiffusionStage(L.LightningModule):
             x0, augment_labels = self.augment(x0)
         sigma = self.corruption.schedule.draw(len(x0), "cpu")
         noisy = self.corruption.corrupt(x0, sigma, self.corruption.draw_noise(x0, torch.randn_like))
-        denoised = self.denoiser(noisy, sigma, drop_labels(labels, self.label_dropout), augment_labels)
+        labels = drop_labels(labels, self.label_dropout)
+        denoised = self.denoiser(noisy, sigma, labels, augment_labels, self.training_condition(x0))
         per_image = self.loss(denoised, x0, sigma).mean(dim=(1, 2, 3))
         self._pending += len(images) * self.trainer.world_size
         # as published, the sum over an image's elements: it keeps gradients far above Adam's epsilon
         return {"loss": per_image.mean() * x0[0].numel(), "per_image": per_image.detach(), "sigma": sigma}
+
+    def training_condition(self, x0: Tensor) -> Condition | None:  # noqa: ARG002
+        """What the network sees beside the noisy images of x0 [B,C,H,W]; here nothing."""
+        return None
+
+    def sampling_condition(self, previous: Tensor | None, randn_like: RandnLike) -> Condition | None:  # noqa: ARG002
+        """The same in sampling, from images [B,C,h,w] of the stage before; here nothing."""
+        return None
 
     def configure_optimizers(self) -> Optimizer:
         """The optimizer over the network's parameters."""
@@ -177,24 +195,24 @@ class DiffusionStage(L.LightningModule):
 
     def set_guide(self, weaker: DiffusionStage) -> None:
         """Guide away from the estimate of another stage. Raises UserError unless it has the same images and classes."""
-        mine = (self.resolution, self.image_channels, self.num_classes)
-        theirs = (weaker.resolution, weaker.image_channels, weaker.num_classes)
+        mine, theirs = (
+            (stage.resolution, stage.image_channels, stage.num_classes, stage.conditioned) for stage in (self, weaker)
+        )
         if mine != theirs:
-            raise UserError(
-                f"the guide {weaker.origin.get('file')} has (resolution, channels, classes) {theirs}, the stage {mine}"
-            )
+            what = "(resolution, channels, classes, conditioned)"
+            raise UserError(f"the guide {weaker.origin.get('file')} has {what} {theirs}, the stage {mine}")
         self.guide, self.origin["guide"] = weaker.denoiser, weaker.origin
 
-    def guided(self) -> Denoiser:
+    def guided(self, condition: Condition | None = None) -> Denoiser:
         """The denoiser with this stage's guidance around it. Raises UserError if there is nothing to guide with."""
-        denoise = self._evaluator(self.denoiser)
+        denoise = self._evaluator(self.denoiser, condition)
         if self.guidance_scale == 1:
             if self.guide is not None or self.guidance_interval is not None:
                 raise UserError("guidance_scale=1 is none: a guide or a guidance_interval needs another scale")
             return denoise
         guided: Denoiser
         if self.guide is not None:
-            guided = AutoGuidance(denoise, self._evaluator(self.guide), self.guidance_scale)
+            guided = AutoGuidance(denoise, self._evaluator(self.guide, condition), self.guidance_scale)
         elif self.num_classes:
             guided = ClassifierFreeGuidance(denoise, self.guidance_scale)
         else:
@@ -212,7 +230,9 @@ class DiffusionStage(L.LightningModule):
             self._graphed.clear()
         return super().train(mode)
 
-    def _evaluator(self, denoiser: EDMPreconditioner) -> Denoiser:
+    def _evaluator(self, denoiser: EDMPreconditioner, condition: Condition | None = None) -> Denoiser:
+        if condition is not None:  # a graph takes no condition
+            return Conditioned(denoiser, condition)
         if not self.cuda_graphs or self.training:  # amid training a graph would hold memory
             return denoiser
         return self._graphed.setdefault(id(denoiser), Graphed(denoiser))
@@ -237,7 +257,7 @@ class DiffusionStage(L.LightningModule):
         """Images of `shape` [B,C,H,W] in about [-1, 1], float32, one for each seed.
 
         labels: class indices [B], -1 or None for no class. previous: images [B,C,H/block,W/block] of the stage
-        before, for a relay stage. Equal seeds give equal images, however they are batched.
+        before, for a stage that enlarges. Equal seeds give equal images, however they are batched.
         Raises ValueError if the shapes do not fit, UserError for labels that the network does not know.
         """
         self.check_labels(labels)
@@ -246,7 +266,7 @@ class DiffusionStage(L.LightningModule):
         start = self.corruption.start(like, previous, noise.randn_like)
         if labels is not None:
             labels = labels.to(self.device)
-        denoise = self.guided()
+        denoise = self.guided(self.sampling_condition(previous, noise.randn_like))
         training = self.training
         self.eval()
         try:
@@ -286,15 +306,7 @@ def load_stage(
         raise UserError(f"{file} describes a {type(empty).__name__}, not a DiffusionStage")
     if not isinstance(empty.denoiser, torch.nn.Module):
         raise UserError(f"{file} describes a stage without a network: it is damaged")
-    states = {
-        "raw": {k.removeprefix("denoiser."): v for k, v in checkpoint.get("state_dict", {}).items()},
-        "ema": checkpoint.get("ema", {}).get("weights"),
-    }
-    if weights not in states:
-        raise UserError(f"weights is {weights!r}: use ema or raw")
-    state = states[weights]
-    if not state:
-        raise UserError(f"{file} holds no {weights} weights: use weights={'raw' if weights == 'ema' else 'ema'}")
+    state = stored_weights(checkpoint, weights, file)
     check_fits(state, empty.denoiser, file)
     check_finite(state, file)
     stage = cast(DiffusionStage, build_stored(config, file))

@@ -75,7 +75,8 @@ def _what_a_run_keeps(stage_config: dict[str, Any]) -> dict[str, Any]:
     parts: dict[str, dict[str, Any]] = {
         part: stage_config.get(part) or {} for part in ("denoiser", "corruption", "optimizer")
     }
-    network = _without(parts["denoiser"].get("network") or {}, "checkpoint_levels")
+    network = {"condition_channels": 0} | (parts["denoiser"].get("network") or {})  # which older files do not have
+    network = _without(network, "checkpoint_levels")
     return parts | {
         "denoiser": parts["denoiser"] | {"network": network},
         "optimizer": _without(parts["optimizer"], "lr", "fused"),

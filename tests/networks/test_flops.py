@@ -24,6 +24,12 @@ def test_the_published_networks_cost_what_was_counted_for_them(name, options, pu
     assert forward_flops(network) + saved == pytest.approx(published, rel=0.003)
 
 
+def test_a_condition_costs_input_channels_and_an_embedding():
+    plain, conditioned = (UNet(8, channels=16, channel_mult=(1, 2), blocks=1, condition_channels=k) for k in (0, 3))
+    first_convolution, embedding = 2 * 9 * 3 * 16 * 8**2, 2 * 16**2
+    assert forward_flops(conditioned) - forward_flops(plain) == first_convolution + embedding
+
+
 def test_counting_leaves_the_network_alone():
     network = UNet(8, channels=8, channel_mult=(1, 2), blocks=1, dropout=0.5)
     before = [parameter.clone() for parameter in network.parameters()]

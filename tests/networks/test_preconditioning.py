@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from relay_diffusion.networks import EDMPreconditioner
+from relay_diffusion.diffusion import ClassifierFreeGuidance
+from relay_diffusion.networks import Condition, Conditioned, EDMPreconditioner
 
 
 class Fake(nn.Module):
@@ -14,9 +15,9 @@ class Fake(nn.Module):
         super().__init__()
         self.value = value
 
-    def forward(self, x, noise, labels, augment_labels):
-        self.given = x, noise, labels, augment_labels
-        return torch.full_like(x, self.value)
+    def forward(self, x, noise, labels, augment_labels, condition_level=None):
+        self.given = x, noise, labels, augment_labels, condition_level
+        return torch.full_like(x[:, :3], self.value)
 
 
 SIGMA = torch.tensor([0.002, 0.5, 3.0, 80.0], dtype=torch.float64)
@@ -49,6 +50,30 @@ def test_labels_reach_the_network_in_their_places():
     EDMPreconditioner(network)(torch.zeros(4, 3, 2, 2), SIGMA, labels, augment)
     assert network.given[2] is labels
     assert network.given[3] is augment
+
+
+def test_a_condition_is_scaled_by_its_own_noise_and_that_is_told():
+    x, images, level = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2), torch.tensor([0.0, 0.1, 0.5, 2.0])
+    network = Fake()
+    EDMPreconditioner(network)(x, SIGMA, condition=Condition(images, level))
+    seen = network.given[0]
+    EDMPreconditioner(network)(x, SIGMA)
+    torch.testing.assert_close(seen[:, :3], network.given[0], rtol=0, atol=0)  # the noisy image is as without
+    torch.testing.assert_close(seen[:, 3:], images / (level**2 + 0.25).sqrt()[:, None, None, None])
+    EDMPreconditioner(network)(x, SIGMA, condition=Condition(images, level))
+    assert torch.equal(network.given[4], level)
+
+
+def test_one_condition_serves_a_batch_that_guidance_has_doubled():
+    def forward(x, sigma, labels, augment_labels, condition):
+        assert augment_labels is None
+        return x + 10 * condition.images + (condition.level + sigma + labels)[:, None, None, None]
+
+    condition = Condition(torch.randn(2, 3, 2, 2), torch.tensor([0.1, 0.3]))
+    x, sigma, labels = torch.randn(2, 3, 2, 2), torch.tensor([1.0, 2.0]), torch.tensor([4, 5])
+    guided = ClassifierFreeGuidance(Conditioned(forward, condition), 2.0)(x, sigma, labels)
+    with_class, without = (forward(x, sigma, given, None, condition) for given in (labels, torch.tensor([-1, -1])))
+    torch.testing.assert_close(guided, without + 2 * (with_class - without))
 
 
 def test_double_precision_images_are_estimated_in_single_precision():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from waking import awake
 
-from relay_diffusion.networks import EDMPreconditioner, UNet, blocks
+from relay_diffusion.networks import Condition, EDMPreconditioner, UNet, blocks, ops
 from relay_diffusion.networks.blocks import ResidualBlock, SelfAttention
 
 NOISE = torch.tensor([-0.7, 0.4])
@@ -122,6 +122,27 @@ def test_augmentation_labels_change_the_output_and_zeros_do_not():
 
 
 @torch.no_grad()
+def test_a_condition_and_its_level_change_the_output_of_their_image_alone():
+    denoise = EDMPreconditioner(awake(unet(condition_channels=3)))
+    x, sigma, images, level = x_of(denoise.network), torch.ones(2), torch.randn(2, 3, 8, 8), torch.tensor([0.1, 0.1])
+    before = denoise(x, sigma, condition=Condition(images, level))
+    first = torch.tensor([1.0, 0.0])
+    changed = Condition(images + first[:, None, None, None], level), Condition(images, level + 0.3 * first)
+    for condition in changed:
+        after = denoise(x, sigma, condition=condition)
+        assert (after[0] - before[0]).abs().max() > 1e-3
+        torch.testing.assert_close(after[1], before[1])
+
+
+@pytest.mark.parametrize("channels", [3, 6, 7])
+def test_the_first_convolution_of_eight_channels_is_that_of_fewer(monkeypatch, channels):
+    """What a GPU computes, here on the CPU."""
+    monkeypatch.setattr(ops, "fusible", lambda *_: True)
+    conv, x = torch.nn.Conv2d(channels, 4, 3, padding=1), torch.randn(2, channels, 8, 8)
+    torch.testing.assert_close(ops.convolve_image(conv, x), conv(x), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
 def test_images_of_a_batch_do_not_mix():
     network = awake(unet(num_classes=5, attention_resolutions=(8, 4)))
     x, labels = x_of(network), torch.tensor([1, 4])
@@ -164,9 +185,12 @@ def test_training_without_dropout_equals_evaluation():
 
 
 def test_gradients_reach_every_parameter():
-    network = awake(unet(channel_mult=(1, 2, 2), attention_resolutions=(4,), num_classes=2, augment_labels=9))
-    out = EDMPreconditioner(network)(x_of(network), torch.tensor([0.3, 1.0]), torch.tensor([0, 1]), torch.randn(2, 9))
-    out.square().sum().backward()
+    options = {"num_classes": 2, "augment_labels": 9, "condition_channels": 3}
+    network = awake(unet(channel_mult=(1, 2, 2), attention_resolutions=(4,), **options))
+    condition = Condition(torch.randn(2, 3, 8, 8, requires_grad=True), torch.tensor([0.1, 0.4]))
+    x, sigma, labels = x_of(network), torch.tensor([0.3, 1.0]), torch.tensor([0, 1])
+    EDMPreconditioner(network)(x, sigma, labels, torch.randn(2, 9), condition).square().sum().backward()
+    assert (condition.images.grad.flatten(1).abs().sum(1) > 0).all()
     silent = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
     assert silent == []
 

@@ -1,5 +1,6 @@
 """The mathematics of Relay Diffusion: torch only."""
 
+from relay_diffusion.diffusion.conditioning import ConditionedCorruption
 from relay_diffusion.diffusion.corruption import BlurringCorruption, Corruption, GaussianCorruption
 from relay_diffusion.diffusion.dct import block_dct, block_filter, block_idct
 from relay_diffusion.diffusion.guidance import (
@@ -7,6 +8,7 @@ from relay_diffusion.diffusion.guidance import (
     ClassifierFreeGuidance,
     Denoiser,
     GuidanceInterval,
+    check_guidance,
     drop_labels,
 )
 from relay_diffusion.diffusion.loss import DenoisingLoss
@@ -17,6 +19,7 @@ __all__ = [
     "AutoGuidance",
     "BlurringCorruption",
     "ClassifierFreeGuidance",
+    "ConditionedCorruption",
     "Corruption",
     "Denoiser",
     "DenoisingLoss",
@@ -30,6 +33,7 @@ __all__ = [
     "block_filter",
     "block_idct",
     "block_noise",
+    "check_guidance",
     "drop_labels",
     "karras_sigmas",
 ]

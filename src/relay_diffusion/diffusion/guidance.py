@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,16 @@ def drop_labels(labels: Tensor, probability: float) -> Tensor:
     """Replace each label [B] by "no class" with the given probability, so that the network learns both."""
     dropped = torch.rand(labels.shape, device=labels.device) < probability
     return labels.masked_fill(dropped, NO_CLASS)
+
+
+def check_guidance(scale: float, interval: Sequence[float] | None) -> None:
+    """Raise ValueError unless `scale` is a number, and `interval` None or [lowest sigma, highest sigma]."""
+    if not isinstance(scale, int | float):
+        raise ValueError(f"guidance_scale is {scale!r}: give a number")
+    if interval is not None and not (
+        isinstance(interval, Sequence) and len(interval) == 2 and 0 <= interval[0] <= interval[1]
+    ):
+        raise ValueError(f"guidance_interval is {interval}: give [lowest sigma, highest sigma]")
 
 
 class ClassifierFreeGuidance:

@@ -19,10 +19,11 @@ def forward_flops(network: UNet) -> int:
     """
     states = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     on_meta = {name: torch.empty_like(value, device="meta") for name, value in states.items()}
-    x = torch.empty(1, network.image_channels, network.resolution, network.resolution, device="meta")
+    channels = network.image_channels + network.condition_channels
+    x = torch.empty(1, channels, network.resolution, network.resolution, device="meta")
     noise, labels = torch.empty(1, device="meta"), torch.empty(1, device="meta", dtype=torch.long)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        functional_call(network, on_meta, (x, noise, labels))
+        functional_call(network, on_meta, (x, noise, labels, None, noise if network.condition_channels else None))
     return int(counter.get_total_flops())
 
 

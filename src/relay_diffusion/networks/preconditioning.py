@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from relay_diffusion.networks.unet import UNet
+
+
+class Condition(NamedTuple):
+    """Images [B,K,H,W] that a network sees beside the noisy ones, and the noise level in them, sigma [B]."""
+
+    images: Tensor
+    level: Tensor
 
 
 class EDMPreconditioner(nn.Module):
@@ -16,11 +25,16 @@ class EDMPreconditioner(nn.Module):
         self.network, self.sigma_data = network, sigma_data
 
     def forward(
-        self, x: Tensor, sigma: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        condition: Condition | None = None,
     ) -> Tensor:
         """x [B,C,H,W], sigma [B], labels [B] or None, augment_labels [B,A] or None -> estimate of x0, float32.
 
-        sigma may lie on the CPU, where a sampler keeps it.
+        sigma may lie on the CPU, where a sampler keeps it. A condition is scaled by c_in of its own level.
         """
         x, sigma = x.float(), sigma.float()
         total = sigma**2 + self.sigma_data**2
@@ -29,5 +43,27 @@ class EDMPreconditioner(nn.Module):
         scales = torch.stack([c_skip, c_out, 1 / total.sqrt(), sigma.log() / 4]).to(x.device, non_blocking=True)
         c_skip, c_out, c_in = scales[:3, :, None, None, None]
         with torch.cuda.device_of(x):  # where Triton launches its kernels
-            f = self.network(c_in * x, scales[3], labels, augment_labels)
+            if condition is None:
+                f = self.network(c_in * x, scales[3], labels, augment_labels)
+            else:
+                level = condition.level.float().to(x.device, non_blocking=True)
+                c_condition = (level**2 + self.sigma_data**2).rsqrt()[:, None, None, None]
+                seen = torch.cat([c_in * x, c_condition * condition.images.float()], dim=1)
+                f = self.network(seen, scales[3], labels, augment_labels, level)
         return torch.addcmul(c_skip * x, c_out, f.float())
+
+
+class Conditioned:
+    """A denoiser with one condition for each image of a batch; guidance may evaluate the batch several times at once.
+
+    Evaluations are not replayed from a CUDA graph: a graph would keep the condition that it was captured with.
+    """
+
+    def __init__(self, denoiser: EDMPreconditioner, condition: Condition) -> None:
+        self.denoiser, self.condition = denoiser, condition
+
+    def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+        """x [n B,C,H,W], sigma [n B], labels [n B] or None -> estimate of x0, float32, n times over the condition."""
+        images, level = self.condition
+        times = len(x) // len(images)
+        return self.denoiser(x, sigma, labels, None, Condition(images.repeat(times, 1, 1, 1), level.repeat(times)))

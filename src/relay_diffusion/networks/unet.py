@@ -16,11 +16,13 @@ MAX_BLOCKS, MAX_LEVELS = 100, 14  # a file that asks for more would be at it for
 
 
 class UNet(nn.Module):
-    """[B,C,R,R] -> [B,C,R,R], conditioned on noise level, class and augmentation.
+    """[B,C,R,R] -> [B,C,R,R], conditioned on noise level, class, augmentation and another image.
 
     `channels` x `channel_mult` are the channels of each level (each at half the resolution of the one before);
     `blocks` residual blocks a level; attention at the given `attention_resolutions` and at the lowest level.
     `num_classes` 0: unconditional. `augment_labels`: number of augmentation parameters, 0 for none.
+    `condition_channels`: channels that a condition adds to the input, 0 for none; its noise level is embedded as the
+    image's own is.
     `channels_last` keeps weights and activations in that memory format: the same numbers, faster; on a GPU the steps
     between convolutions are fused for it. `checkpoint_levels`: levels (0: full resolution) of which training keeps
     only the inputs of blocks and computes the rest again: less memory, more time.
@@ -42,6 +44,7 @@ class UNet(nn.Module):
         embedding_mult: int = 4,
         channels_last: bool = False,
         checkpoint_levels: Sequence[int] = (),
+        condition_channels: int = 0,
     ) -> None:
         super().__init__()
         levels = len(channel_mult)
@@ -56,11 +59,12 @@ class UNet(nn.Module):
         if channels % 2:
             raise ValueError(f"channels is {channels}, must be even")
         self.resolution, self.image_channels, self.num_classes = resolution, image_channels, num_classes
-        self.augment_labels = augment_labels
+        self.augment_labels, self.condition_channels = augment_labels, condition_channels
         width = channels * embedding_mult
 
         self.embed_noise = SinusoidalEmbedding(channels)
         self.embed_augment = nn.Linear(augment_labels, channels, bias=False) if augment_labels else None
+        self.embed_condition = nn.Linear(channels, channels, bias=False) if condition_channels else None
         self.embed0 = nn.Linear(channels, width)
         self.embed1 = nn.Linear(width, width)
         self.embed_class = nn.Embedding(num_classes, width) if num_classes else None
@@ -69,7 +73,7 @@ class UNet(nn.Module):
             checkpointed = level in checkpoint_levels
             return ResidualBlock(in_channels, out_channels, width, dropout, attention, checkpointed, **resample)
 
-        self.conv_in = nn.Conv2d(image_channels, channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(image_channels + condition_channels, channels, 3, padding=1)
         self.encoder = nn.ModuleList()
         skips, current = [channels], channels
         for level, mult in enumerate(channel_mult):
@@ -103,11 +107,15 @@ class UNet(nn.Module):
             if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):  # used as a matrix: its gradient is one
                 layer.weight.data = layer.weight.data.clone(memory_format=torch.contiguous_format)
 
-    def embed(self, noise: Tensor, labels: Tensor | None, augment: Tensor | None) -> Tensor:
-        """noise [B], labels [B] (-1: no class) or None, augment [B,A] or None -> conditioning [B,E]."""
+    def embed(
+        self, noise: Tensor, labels: Tensor | None, augment: Tensor | None, condition_level: Tensor | None = None
+    ) -> Tensor:
+        """noise [B], labels [B] (-1: no class), augment [B,A], condition_level [B], each or None -> [B,E]."""
         embedding = self.embed_noise(noise)
         if self.embed_augment is not None and augment is not None:
             embedding = embedding + self.embed_augment(augment.to(embedding.dtype))
+        if self.embed_condition is not None and condition_level is not None:
+            embedding = embedding + self.embed_condition(self.embed_noise(condition_level))
         embedding = self.embed1(F.silu(self.embed0(embedding)))
         if self.embed_class is not None and labels is not None:
             known = (labels >= 0)[:, None].to(embedding.dtype)
@@ -115,10 +123,18 @@ class UNet(nn.Module):
         return F.silu(embedding)
 
     def forward(
-        self, x: Tensor, noise: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
+        self,
+        x: Tensor,
+        noise: Tensor,
+        labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        condition_level: Tensor | None = None,
     ) -> Tensor:
-        """x [B,C,R,R], noise level c_noise [B], labels [B] or None, augment_labels [B,A] or None -> [B,C,R,R]."""
-        embedding = self.embed(noise, labels, augment_labels)
+        """x [B,C,R,R], noise level c_noise [B], labels [B] or None, augment_labels [B,A] or None -> [B,C,R,R].
+
+        A network with K condition_channels takes x [B,C+K,R,R], and condition_level [B] of the last K.
+        """
+        embedding = self.embed(noise, labels, augment_labels, condition_level)
         x = convolve_image(self.conv_in, x.contiguous(memory_format=self.memory_format))
         skips = [x]
         for block in self.encoder:
