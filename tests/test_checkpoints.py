@@ -10,7 +10,7 @@ from relay_diffusion.stage import load_stage
 from support import assert_same_weights, weights_of
 
 
-@pytest.mark.parametrize("stage", ["base", "relay"])
+@pytest.mark.parametrize("stage", ["base", "relay", "cascade"])
 def test_interrupted_and_resumed_training_equals_uninterrupted(fit, tmp_path, stage):
     dropout = ("network.dropout=0.2", "stage.label_dropout=0.3", "augment=edm", "stage.augment.probability=0.5")
     fit("whole", 40, *dropout, stage=stage)

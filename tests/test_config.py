@@ -136,10 +136,19 @@ def test_every_experiment_trains_a_step(configuration, large_zip, tmp_path, expe
         ("data.dataset.path=???", r"data\.dataset\.path has no value"),
         ("network.augment_labels=9", r"network\.augment_labels=9, but stage\.augment is null"),
         ("stage.guidance_interval=[1,2]", r"stage\.guidance_interval=\[1, 2\] has no use"),
+        ("network.condition_channels=3", r"network\.condition_channels=3, .* not conditioned: use stage=cascade, or"),
+        (
+            "stage=relay network.condition_channels=3",
+            r"network\.condition_channels=3, but the stage is not conditioned",
+        ),
+        (
+            "stage=cascade network.condition_channels=0",
+            r"but the stage is conditioned: use network\.condition_channels=3",
+        ),
     ],
 )
 def test_nonsense_is_named(configuration, small_zip, override, message):
-    cfg = configuration("train", *TINY, "resolution=16", f"data.dataset.path={small_zip}", override)
+    cfg = configuration("train", *TINY, "resolution=16", f"data.dataset.path={small_zip}", *override.split())
     with pytest.raises(UserError, match=message):
         validate_training(cfg)
 

@@ -40,6 +40,7 @@ WHOLE = {  # key: lowest, highest
     "network.blocks": (1, 100),
     "network.num_classes": (0, 10**6),
     "network.augment_labels": (0, 1024),
+    "network.condition_channels": (0, 1024),
     "stage.seed": (0, 2**63 - 1),
     "stage.warmup_images": (0, MANY),
     "trainer.max_images": (1, MANY),
@@ -170,6 +171,12 @@ def _check_stage(cfg: DictConfig) -> None:
         augmented == (augment_labels > 0),
         f"network.augment_labels={augment_labels}, but stage.augment is {'set' if augmented else 'null'}: "
         "use augment=edm, or augment=none",
+    )
+    conditioned, channels = there(cfg, "stage.corruption.condition_noise"), cfg.network.condition_channels
+    require(
+        channels == (cfg.network.image_channels if conditioned else 0),
+        f"network.condition_channels={channels}, but the stage is {'' if conditioned else 'not '}conditioned: "
+        + ("use network.condition_channels=3" if conditioned else "use stage=cascade, or network.condition_channels=0"),
     )
     mirrored = augmented and selected(cfg, "stage.augment.x_flip")
     require(
