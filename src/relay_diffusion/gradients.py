@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from relay_diffusion.kernels import HAVE_TRITON
 
@@ -28,6 +30,14 @@ def replace_nonfinite(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
     for gradient in gradients:
         torch.nan_to_num_(gradient, nan=0.0, posinf=GRADIENT_LIMIT, neginf=-GRADIENT_LIMIT)
     return torch.stack(counts).sum()
+
+
+def keep_fused(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """How an optimizer computes its step is this run's choice, not that of the run whose state is loaded."""
+    if "fused" not in optimizer.defaults:
+        return state
+    fused = optimizer.defaults["fused"]
+    return state | {"param_groups": [group | {"fused": fused} for group in state["param_groups"]]}
 
 
 class GradientNorm:

@@ -36,7 +36,7 @@ from relay_diffusion.diffusion import (
 from relay_diffusion.diffusion.noise import mix_seeds
 from relay_diffusion.errors import UserError
 from relay_diffusion.files import file_sha256
-from relay_diffusion.gradients import GradientNorm, replace_nonfinite
+from relay_diffusion.gradients import GradientNorm, keep_fused, replace_nonfinite
 from relay_diffusion.networks import Condition, Conditioned, EDMPreconditioner, Graphed
 from relay_diffusion.samplers import Sampler
 from relay_diffusion.stored import check_finite, check_fits
@@ -74,6 +74,8 @@ class DiffusionStage(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if not isinstance(denoiser, torch.nn.Module):
+            raise ValueError(f"a stage without a network: its denoiser is a {type(denoiser).__name__}")
         self.denoiser, self.corruption, self.loss, self.sampler = denoiser, corruption, loss, sampler
         self.optimizer_factory, self.augment = optimizer, augment
         if augment is not None and augment.labels != denoiser.network.augment_labels:
@@ -158,7 +160,7 @@ class DiffusionStage(L.LightningModule):
             optimizer = self.optimizer_factory(self.denoiser.parameters())
         except (TypeError, ValueError) as error:
             raise UserError(f"stage.optimizer: {error} (~stage.optimizer.NAME leaves an option out)") from None
-        optimizer.register_load_state_dict_pre_hook(_keep_fused)
+        optimizer.register_load_state_dict_pre_hook(keep_fused)
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
         return optimizer
 
@@ -275,14 +277,6 @@ class DiffusionStage(L.LightningModule):
             self.train(training)
 
 
-def _keep_fused(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """How an optimizer computes its step is this run's choice, not that of the run whose state is loaded."""
-    if "fused" not in optimizer.defaults:
-        return state
-    fused = optimizer.defaults["fused"]
-    return state | {"param_groups": [group | {"fused": fused} for group in state["param_groups"]]}
-
-
 def load_stage(
     path: str | Path,
     weights: str = "ema",
@@ -304,8 +298,6 @@ def load_stage(
     empty = build_empty(config, file)
     if not isinstance(empty, DiffusionStage):
         raise UserError(f"{file} describes a {type(empty).__name__}, not a DiffusionStage")
-    if not isinstance(empty.denoiser, torch.nn.Module):
-        raise UserError(f"{file} describes a stage without a network: it is damaged")
     state = stored_weights(checkpoint, weights, file)
     check_fits(state, empty.denoiser, file)
     check_finite(state, file)
