@@ -1,4 +1,4 @@
-"""Pictures of several images: rows and columns, written as PNG."""
+"""Pictures of several images: rows and columns, written as PNG; and moving ones, written as WebP."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from relay_diffusion.files import whole_file
 
 
 def image_grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
-    """Images [B,C,H,W] in [-1, 1] as one picture, row by row on white."""
-    pixels = to_uint8(images).cpu()
+    """Images [B,C,H,W], uint8 or in [-1, 1], as one picture, row by row on white."""
+    pixels = (images if images.dtype == torch.uint8 else to_uint8(images)).cpu()
     if pixels.shape[1] == 1:
         pixels = pixels.expand(-1, 3, -1, -1)
     count, _, height, width = pixels.shape
@@ -42,3 +42,18 @@ def save_png(picture: Image.Image, path: Path) -> None:
     """Write `path` whole or not at all."""
     with whole_file(path) as file:
         picture.save(file, format="PNG")
+
+
+def save_webp(frames: Sequence[Image.Image], milliseconds: Sequence[int], path: Path, quality: int = 50) -> None:
+    """Write `path`, frame after frame, each shown so long, over and over; whole or not at all."""
+    with whole_file(path) as file:
+        frames[0].save(
+            file,
+            format="WEBP",
+            save_all=True,
+            append_images=frames[1:],
+            duration=list(milliseconds),
+            loop=0,
+            quality=quality,
+            method=4,
+        )

@@ -10,6 +10,7 @@ from relay_diffusion.callbacks.progress_bar import SamplingProgress, TrainingPro
 from relay_diffusion.callbacks.relay_picture import RelayPicture
 from relay_diffusion.callbacks.sample_grid import SampleGrid
 from relay_diffusion.callbacks.training_log import TrainingLog
+from relay_diffusion.callbacks.trajectory_picture import TrajectoryPicture
 
 __all__ = [
     "EMA",
@@ -23,4 +24,5 @@ __all__ = [
     "SamplingProgress",
     "TrainingLog",
     "TrainingProgress",
+    "TrajectoryPicture",
 ]
