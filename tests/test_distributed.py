@@ -37,7 +37,7 @@ def test_two_processes_train_and_sample(configuration, tmp_path, small_zip):
 
     relay = [
         "relay=two_stages", "~relay.stages.relay", f"relay.stages.base.path={tmp_path / 'two'}", "seeds=0-6",
-        "picture=0", "trainer.accelerator=cpu", "batch_size=2",
+        "picture=0", "trainer.accelerator=cpu", "batch_size=2", "save_trajectory=3",
     ]  # fmt: skip
     evaluate = ["mode=evaluate", "metrics=adm", f"reference={small_zip}"]
     evaluate.append(f"metrics.reference.cache={tmp_path / 'reference'}")
@@ -53,6 +53,8 @@ def test_two_processes_train_and_sample(configuration, tmp_path, small_zip):
     for name in alone:
         assert np.array_equal(alone[name], together[name])  # also of the last batches, which hold fewer
     assert "FID" in result.stdout
+    drawn = [(tmp_path / name / "trajectory.png").read_bytes() for name in ("one_sampled", "two_sampled")]
+    assert drawn[0] == drawn[1]  # the first images, though two devices share them
 
     # an uneven number of images on two processes has the numbers of one
     options = [*evaluate, f"images={tmp_path / 'two_sampled/images'}", "trainer.accelerator=cpu", "batch_size=2"]

@@ -1,5 +1,6 @@
 """The way from noise to images: what is watched, what is drawn, and that nothing else changes."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,13 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from relay_diffusion.batches import SampleBatch
+from relay_diffusion.batches import SampleBatch, dealing_order
 from relay_diffusion.callbacks import TrajectoryPicture
 from relay_diffusion.callbacks.trajectory_picture import evenly, frame, strip
 from relay_diffusion.data.images import to_uint8
 from relay_diffusion.diffusion import BlurringCorruption, ImageSeeds, TruncatedLogNormal
 from relay_diffusion.relay import Relay
 from relay_diffusion.samplers import BlurringSampler, EDMSampler
+from relay_diffusion.sampling import sample
 from relay_diffusion.trajectory import Step, WatchedSampler, shown_state
 from samplers.recorder import Recorder
 from support import tiny_stage, toy_denoiser
@@ -96,6 +98,16 @@ def test_the_strip_has_two_rows_an_image_and_the_first_and_last_step_of_each_sta
     assert np.asarray(frame(stages[0][1], 4))[::6, ::6, 0].tolist() == [[10, 110], [15, 115]]
 
 
+def test_the_first_device_gets_the_shown_images_and_none_is_without():
+    assert dealing_order([3, 4, 5], 0, 1) == [3, 4, 5]
+    assert dealing_order([3], 0, 2) == [3, 3]
+    assert dealing_order(range(9), 3, 2)[::2] == [0, 1, 2, 6, 8]  # as many as without, in all
+    assert dealing_order(range(9), 3, 2)[1::2] == [3, 4, 5, 7]
+    few = dealing_order([0, 1], 2, 3)
+    assert few[::3] == [0, 1]
+    assert all(few[rank::3] for rank in range(3))
+
+
 def test_other_devices_watch_nothing_and_samplers_are_given_back():
     relay = Relay({"a": tiny_stage(4), "b": tiny_stage(8, 2)})
     own = [stage.sampler for stage in relay.chain().values()]
@@ -119,3 +131,62 @@ def test_fewer_images_than_asked_for_are_drawn_once_each(tmp_path):
     with Image.open(tmp_path / "trajectory.png") as picture:
         assert picture.size == (4 * 6 - 2, 2 * 6 - 2)  # three steps and the result
     assert not isinstance(relay.chain()["a"].sampler, WatchedSampler)
+
+
+def pngs(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).rglob("seed*.png")}
+
+
+def drawn(folder):
+    return [(folder / f"trajectory.{kind}").read_bytes() for kind in ("png", "webp")]
+
+
+def test_the_same_images_with_and_without_and_after_an_interruption(configuration, relay_overrides, tmp_path):
+    """With guidance and early hand-over; three of five images, in batches of two."""
+    first = "relay.stages.base.changes"
+    options = [
+        *relay_overrides, f"{first}.guidance_scale=2", f"{first}.guidance_interval=[0.1,9]",
+        "relay.hand_over_sigma=0.5", "batch_size=2",
+    ]  # fmt: skip
+    sample(configuration("sample", *options, "seeds=0-4", f"run_dir={tmp_path / 'plain'}"))
+    assert not list((tmp_path / "plain").glob("trajectory*"))
+    watched, parts = tmp_path / "samples", tmp_path / "parts"
+    results = sample(configuration("sample", *options, "seeds=0-4", "save_trajectory=3"))
+    assert results["trajectory"].endswith("samples/trajectory.png and .webp")
+    assert pngs(watched / "images") == pngs(tmp_path / "plain/images")
+    with Image.open(watched / "trajectory.png") as picture, Image.open(watched / "trajectory.webp") as animation:
+        assert picture.height == 2 * 3 * (16 + 2) - 2
+        assert animation.size == (3 * 18 - 2, 2 * 18 - 2)
+        assert animation.n_frames > 4
+
+    sample(configuration("sample", *options, "seeds=1-2", f"run_dir={parts}"))
+    again = [*options, "seeds=0-4", "save_trajectory=3", f"run_dir={parts}"]
+    for now in (3, 0):  # some are there, then all
+        times = {path: path.stat().st_mtime_ns for path in (parts / "images").rglob("*.png")}
+        assert sample(configuration("sample", *again))["sampled_now"] == now
+        assert times.items() <= {path: path.stat().st_mtime_ns for path in (parts / "images").rglob("*.png")}.items()
+        assert pngs(parts / "images") == pngs(watched / "images")
+        assert drawn(parts) == drawn(watched)
+        for kind in ("png", "webp"):
+            (parts / f"trajectory.{kind}").unlink()
+
+
+def test_true_is_four_images_or_as_many_as_there_are(configuration, relay_overrides, tmp_path):
+    for seeds, shown in (("0-4", 4), ("0-1", 2)):
+        folder = tmp_path / seeds
+        sample(configuration("sample", *relay_overrides, f"seeds={seeds}", "save_trajectory=true", f"run_dir={folder}"))
+        with Image.open(folder / "trajectory.png") as picture:
+            assert picture.height == 2 * shown * 18 - 2
+
+
+def test_the_way_from_given_images(configuration, relay_overrides, tmp_path):
+    sample(configuration("sample", *relay_overrides, "relay.last=base", "seeds=0-1", f"run_dir={tmp_path / 'small'}"))
+    start = [*relay_overrides, "relay.stages.base.path=nowhere", f"relay.start={tmp_path / 'small/images'}"]
+    sample(configuration("sample", *start, "save_trajectory=1", "format=zip"))
+    with Image.open(tmp_path / "samples/trajectory.png") as picture:
+        pixels = np.asarray(picture)
+    assert pixels.shape[0] == 2 * 18 - 2
+    with Image.open(next((tmp_path / "small/images").rglob("seed00000000.png"))) as small:
+        upsampled = np.asarray(small).repeat(2, 0).repeat(2, 1)
+    noisy = pixels[:16, :16].astype(float) - 127.5
+    assert np.corrcoef(noisy.ravel(), upsampled.ravel())[0, 1] > 0.3

@@ -7,6 +7,7 @@ batch leave early, and the others would wait for it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import cycle, islice
 from typing import NamedTuple
 
 import lightning as L
@@ -70,6 +71,18 @@ class PlanDataModule(L.LightningDataModule):
         if plan.start is not None:
             start = torch.stack([image for image, _ in plan.start.__getitems__(seeds)])
         return SampleBatch(torch.tensor(positions), torch.tensor(seeds), torch.tensor(labels), start)
+
+
+def dealing_order(todo: Sequence[int], shown: int, devices: int) -> list[int]:
+    """`todo` in an order in which every device gets an image, and the first device the first `shown` first.
+
+    Where there are too few, some come twice.
+    """
+    count = max(len(todo), devices, (shown - 1) * devices + 1)
+    repeated = list(islice(cycle(todo), count))
+    first, others = iter(repeated[:shown]), iter(repeated[shown:])
+    turns = (first if k % devices == 0 and k // devices < shown else others for k in range(count))
+    return [next(turn) for turn in turns]
 
 
 class StoredBatch(NamedTuple):

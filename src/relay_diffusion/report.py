@@ -19,6 +19,7 @@ ROWS = (
     ("folder", "images in", ""),
     ("npz", "for ADM's evaluator", ""),
     ("picture", "picture", ""),
+    ("trajectory", "trajectory", ""),
     ("numbers", "numbers in", ""),
 )
 

@@ -15,8 +15,15 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, ListConfig
 
 from relay_diffusion import __version__
-from relay_diffusion.batches import PlanDataModule, StoredDataModule, StoredImages
-from relay_diffusion.callbacks import Evaluator, ImageWriter, Preemption, RelayPicture, SamplingProgress
+from relay_diffusion.batches import PlanDataModule, StoredDataModule, StoredImages, dealing_order
+from relay_diffusion.callbacks import (
+    Evaluator,
+    ImageWriter,
+    Preemption,
+    RelayPicture,
+    SamplingProgress,
+    TrajectoryPicture,
+)
 from relay_diffusion.config import chosen_stages, reference_of, write_config
 from relay_diffusion.data.image_sets import ImageSet, open_image_set
 from relay_diffusion.data.images import ImageDataset
@@ -68,15 +75,20 @@ def sample_relay(cfg: DictConfig) -> dict[str, Any]:
         write_config(cfg, cfg.output)
 
     results: dict[str, Any] = {"images": len(plan.names), "sampled_now": len(missing)}
-    if missing:
-        todo = (missing * processes)[: max(len(missing), processes)]  # no device may be without an image
+    shown = range(len(plan.names))[: 4 if cfg.save_trajectory is True else int(cfg.save_trajectory)]
+    todo = sorted({*missing, *shown})
+    if todo:
         began, picture = time.perf_counter(), Path(cfg.output) / "relay.png"
-        callbacks: list[Callback] = [SamplingProgress("sampling", len(plan.names), done=len(plan.names) - len(missing))]
+        callbacks: list[Callback] = [SamplingProgress("sampling", len(plan.names), done=len(plan.names) - len(todo))]
         callbacks.append(ImageWriter(store, plan))
-        if cfg.picture:
+        if cfg.picture and missing:
             callbacks.append(RelayPicture(picture, count=cfg.picture))
             results["picture"] = os.path.relpath(picture)
-        _predict(trainer, relay, PlanDataModule(plan, todo, cfg.batch_size), callbacks)
+        if shown:
+            callbacks.append(TrajectoryPicture(cfg.output, len(shown)))
+            results["trajectory"] = os.path.relpath(Path(cfg.output) / "trajectory.png") + " and .webp"
+        order = dealing_order(todo, len(shown), processes)
+        _predict(trainer, relay, PlanDataModule(plan, order, cfg.batch_size), callbacks)
         results["seconds_sampling"] = round(time.perf_counter() - began, 1)
     if relay.hand_over_sigma is not None:
         results["saved_evaluations"] = relay.saved_evaluations

@@ -85,6 +85,11 @@ def validate_sampling(cfg: DictConfig) -> None:
     check_devices(cfg)
     check_whole(cfg, "batch_size", 1, 2**24)
     check_whole(cfg, "picture", 0, 10**6)
+    drawn = cfg.save_trajectory
+    require(
+        isinstance(drawn, int) and 0 <= drawn <= 10**6,
+        f"save_trajectory={shown(drawn)}: use true, false or a number of images",
+    )
     check_choice(cfg, "mode", ("sample", "evaluate"))
     check_choice(cfg, "format", ("png", "zip"))
     check_flag(cfg, "npz")
@@ -98,7 +103,10 @@ def validate_sampling(cfg: DictConfig) -> None:
                 cfg[key] is None,
                 f"{key}={shown(cfg[key])} is for sampling: images={shown(cfg.images)} are only measured",
             )
-        require(cfg.format == "png" and not cfg.npz, f"images={shown(cfg.images)} are only measured: no format or npz")
+        require(
+            cfg.format == "png" and not cfg.npz and not drawn,
+            f"images={shown(cfg.images)} are only measured: no format, npz or save_trajectory",
+        )
         require(cfg.reference is not None, f"images={shown(cfg.images)}: give reference=... to compare them with")
         check_file(cfg.images, "images")
     else:

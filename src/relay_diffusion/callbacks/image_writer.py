@@ -13,7 +13,7 @@ from relay_diffusion.plan import Plan
 
 
 class ImageWriter(Callback):
-    """Writes the final images of a plan to an ImageStore."""
+    """Writes the final images of a plan to an ImageStore; those that are there stay as they are."""
 
     def __init__(self, store: ImageStore, plan: Plan) -> None:
         self.store, self.plan = store, plan
@@ -33,7 +33,8 @@ class ImageWriter(Callback):
     ) -> None:
         """Write the batch."""
         for position, image in zip(outputs.positions.tolist(), outputs.images.cpu(), strict=True):
-            self.store.write(self.plan.names[position], image)
+            if self.plan.names[position] not in self.store:
+                self.store.write(self.plan.names[position], image)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         """Go on only when every device has written its images: they may be packed then."""
