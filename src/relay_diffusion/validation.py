@@ -58,6 +58,8 @@ IF_THERE = {  # of classes that others may replace
     "stage.corruption.schedule.p_mean": (-100, 100),
     "stage.corruption.schedule.p_std": (1e-6, 100),
     "stage.corruption.schedule.sigma_floor": (1e-12, HUGE),
+    "stage.corruption.condition_noise_max": (0, HUGE),
+    "stage.corruption.condition_noise": (0, HUGE),
 }
 CALLBACKS = {  # option of any callback: lowest, highest
     "every_n_images": (0, MANY),
