@@ -1,0 +1,1 @@
+"""Looking at images, noise and relays: tools that train nothing."""

@@ -1,0 +1,67 @@
+"""Power of images and of noise by frequency, in the orthonormal DCT-II of whole images.
+
+X = M x M^T of an R x R image x; the power of a coefficient is E[X_kl^2]. M is orthonormal, so the mean power over the
+coefficients is the mean squared pixel (Parseval), and white noise has the power sigma^2 everywhere. Index k is k/2
+cycles per image, at every resolution.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from relay_diffusion.diffusion.dct import block_dct, dct_matrix
+
+
+def summed_power(images: Tensor) -> Tensor:
+    """Squared DCT coefficients of whole images, summed over images and channels: [B,C,R,R] -> [R,R]."""
+    return block_dct(images, images.shape[-1]).square().sum((0, 1))
+
+
+def white_power(resolution: int) -> Tensor:
+    """E[X_kl^2] of white noise of standard deviation 1: 1 everywhere, float64 [R,R]."""
+    return torch.ones(resolution, resolution, dtype=torch.float64)
+
+
+def block_power(resolution: int, block: int) -> Tensor:
+    """E[X_kl^2] of block noise of standard deviation 1, exactly: float64 [R,R].
+
+    Block noise is B w B^T of white noise w, where B is the circular sum of `block` neighbours over sqrt(block), so
+    E[X_kl^2] = p_k p_l, p_k = (M B B^T M^T)_kk: the squared length of row k of M B. The DCT does not diagonalise B:
+    its coefficients of block noise correlate, but their power is p_k p_l all the same. For even k it is
+    p_k = sin^2(pi k s / 2R) / (s sin^2(pi k / 2R)), s = block, so p_0 = s.
+    Raises ValueError unless 1 <= block <= resolution.
+    """
+    if not 1 <= block <= resolution:
+        raise ValueError(f"block is {block}: need 1 to {resolution}, the side of the image")
+    identity = torch.eye(resolution, dtype=torch.float64)
+    box = sum((identity.roll(shift, 0) for shift in range(block)), torch.zeros_like(identity)) / block**0.5
+    power = (dct_matrix(resolution, torch.float64, torch.device("cpu")) @ box).square().sum(1)
+    return power[:, None] * power[None, :]
+
+
+def mixed_power(resolution: int, block: int, strength: float) -> Tensor:
+    """E[X_kl^2] of a relay stage's noise at sigma 1, eps + strength block(eps'): float64 [R,R].
+
+    The two are independent: 1 + strength^2 p_k p_l. As in `BlurringCorruption`, nothing is divided by
+    sqrt(1 + strength^2), so its variance is 1 + strength^2.
+    """
+    return white_power(resolution) + strength**2 * block_power(resolution, block)
+
+
+@lru_cache(maxsize=8)
+def rings(resolution: int) -> Tensor:
+    """The ring of each coefficient, round(sqrt(k^2 + l^2)): int64 [R,R]. Ring r is r/2 cycles per image.
+
+    Rings from R on are incomplete: only the corners of the square reach them.
+    """
+    squared = torch.arange(resolution, dtype=torch.float64) ** 2
+    return (squared[:, None] + squared[None, :]).sqrt().round().long()
+
+
+def ring_means(power: Tensor) -> Tensor:
+    """Mean power of each ring: [R,R] -> float64 [rings]."""
+    ring = rings(len(power)).flatten()
+    return torch.bincount(ring, power.double().flatten()) / torch.bincount(ring)
