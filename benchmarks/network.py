@@ -104,7 +104,7 @@ def training_step(stage: DiffusionStage, batch: int) -> Callable[[], None]:
             x0 = to_float(images)
             sigma = stage.corruption.schedule.draw(batch, "cpu")
             noisy = stage.corruption.corrupt(x0, sigma, stage.corruption.draw_noise(x0, torch.randn_like))
-            loss = stage.loss(stage.denoiser(noisy, sigma, labels), x0, sigma).mean()
+            loss = stage.loss(stage.training_denoiser(noisy, sigma, labels), x0, sigma).mean()
         loss.backward()
         replace_nonfinite(parameters)
         optimizer.step()

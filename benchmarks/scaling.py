@@ -1,13 +1,14 @@
 """Training on several devices against one, through train.py: `python benchmarks/scaling.py [key=value ...]`.
 
-Runs one training with as many images a device on one device and on all of them, one after the other, twice;
+Runs one training with as many images a device on one device and on all of them, one after the other, `repeats` times;
 images/s are the medians of the windows of the log after the first three; the efficiency is the speed of N devices over
 N times that of one.
 
-  experiment  of conf/experiment      (imagenet_64, on the emoji: the published network at 64x64)
+  experiment  of conf/experiment, 64x64; the images are the emoji   (imagenet_64: the published network)
   devices     how many                (2)
   batch       images on each device   (128)
   windows     of 20 steps each        (10)
+  repeats     of both                 (2)
   precision   of the training         (bf16-mixed)
   accelerator gpu | cpu               (gpu)
 """
@@ -39,6 +40,7 @@ class Options:
     devices: int = 2
     batch: int = 128
     windows: int = 10
+    repeats: int = 2
     precision: str = "bf16-mixed"
     accelerator: str = "gpu"
 
@@ -49,10 +51,11 @@ def speeds(options: Options, devices: int) -> list[float]:
     strategy = "single" if devices == 1 else "ddp" if options.accelerator == "gpu" else "ddp_cpu"
     with tempfile.TemporaryDirectory() as run_dir:
         settings = [
-            f"experiment={options.experiment}", "data=emoji", "data.dataset.cache=true", "network.num_classes=8",
+            f"experiment={options.experiment}", "data=emoji", "data.dataset.path=demo/emoji-64.zip",
+            "data.dataset.subset=train", "data.dataset.cache=true", "network.num_classes=8",
             f"data.batch_size={batch}", "data.accumulate=1", f"trainer.precision={options.precision}",
             f"trainer.max_images={batch * STEPS * options.windows}", f"callbacks.log.every_n_images={batch * STEPS}",
-            "callbacks.grid.every_n_images=0", "callbacks.checkpoints.every_n_images=0", f"run_dir={run_dir}",
+            "callbacks.grid.every_n_images=0", "~callbacks.checkpoints", f"run_dir={run_dir}",
             "logger=csv", f"strategy={strategy}",
             f"trainer.devices={devices}", f"trainer.accelerator={options.accelerator}",
         ]  # fmt: skip
@@ -70,9 +73,11 @@ def run(options: Options) -> None:
     """Print one row for each run, then the efficiency."""
     if options.windows <= FIRST:
         raise UserError(f"windows={options.windows}: more than {FIRST} are needed")
+    if options.repeats < 1:
+        raise UserError(f"repeats={options.repeats}: must be at least 1")
     print(environment())
     medians: dict[int, list[float]] = {1: [], options.devices: []}
-    for _ in range(2):
+    for _ in range(options.repeats):
         for devices in (1, options.devices):
             times = sorted(speeds(options, devices))
             medians[devices].append(statistics.median(times))

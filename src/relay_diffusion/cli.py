@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from relay_diffusion.errors import UserError
-from relay_diffusion.launch import rank
+from relay_diffusion.launch import leave_group, rank, ranks_differ
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # Hydra's own switch: set it to 1 to see tracebacks
 FIRST_RANK_SECONDS = 3
@@ -106,7 +106,7 @@ def clear_errors() -> Iterator[None]:
             raise
         if _lost_a_rank(error):
             error = UserError("another process of this run has failed, and says why")
-        if rank() == 0 or _ranks_differ():
+        if rank() == 0 or ranks_differ():
             _failures.append(error)
         else:
             time.sleep(FIRST_RANK_SECONDS)  # the first rank says the same, before a launcher ends all for this one
@@ -114,21 +114,9 @@ def clear_errors() -> Iterator[None]:
         _remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
 
 
-def _ranks_differ() -> bool:
-    """Whether ranks work together already; before that they do the same, and meet the same errors."""
-    distributed = sys.modules.get("torch.distributed")
-    return distributed is not None and distributed.is_available() and distributed.is_initialized()
-
-
 def _lost_a_rank(error: Exception) -> bool:
     """Whether a rank failed because another one had left."""
-    return _ranks_differ() and isinstance(error, RuntimeError) and "by peer" in str(error)
-
-
-def _leave_group() -> None:
-    """End the connection to the other ranks: left to the end of the process, its threads may abort it."""
-    if _ranks_differ():
-        sys.modules["torch.distributed"].destroy_process_group()
+    return ranks_differ() and isinstance(error, RuntimeError) and "by peer" in str(error)
 
 
 def _remove_if_empty(directory: Path) -> None:
@@ -147,7 +135,7 @@ def command_line(main: Callable[[], Any], config: Path) -> NoReturn:
     try:
         main()
         if not _failures:
-            _leave_group()
+            leave_group()
     except Exception as error:
         if isinstance(error, OSError | ValueError) and not _begun and not _caused_by_user(error):
             error = UserError(f"the directory of the run cannot be made ({error}): choose another output= or run_dir=")
@@ -157,6 +145,6 @@ def command_line(main: Callable[[], Any], config: Path) -> NoReturn:
     who = f"error on rank {rank()}" if rank() else "error"
     for failure in _failures:
         print(f"{who}: {explain(failure, config)}", file=sys.stderr, flush=True)
-    if _failures and _ranks_differ():
+    if _failures and ranks_differ():
         os._exit(2)  # the way out in order would wait for ranks that may be gone
     sys.exit(2 if _failures else 0)

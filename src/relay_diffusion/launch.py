@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from relay_diffusion.errors import UserError
 
@@ -12,6 +13,18 @@ INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs in which commands a
 def rank() -> int:
     """This process's number among those of its run."""
     return next((int(os.environ[name]) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0)
+
+
+def ranks_differ() -> bool:
+    """Whether ranks work together already; before that they do the same, and meet the same errors."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def leave_group() -> None:
+    """End the connection to the other ranks, which do it too: left to the end of the process, one may wait forever."""
+    if ranks_differ():
+        sys.modules["torch.distributed"].destroy_process_group()
 
 
 def check_processes(world: int) -> None:

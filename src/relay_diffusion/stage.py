@@ -37,7 +37,7 @@ from relay_diffusion.diffusion.noise import mix_seeds
 from relay_diffusion.errors import UserError
 from relay_diffusion.files import file_sha256
 from relay_diffusion.gradients import GradientNorm, keep_fused, replace_nonfinite
-from relay_diffusion.networks import Condition, Conditioned, EDMPreconditioner, Graphed
+from relay_diffusion.networks import Condition, Conditioned, EDMPreconditioner, Graphed, GraphedTraining
 from relay_diffusion.samplers import Sampler
 from relay_diffusion.stored import check_finite, check_fits
 
@@ -51,7 +51,7 @@ class DiffusionStage(L.LightningModule):
     `label_dropout`: share of labels hidden in training, for guidance. `guidance_scale` 1 is none; it is applied
     where sigma lies in `guidance_interval` (null: everywhere), away from the estimate without class, or from that
     of a weaker network if there is a `guide`.
-    `cuda_graphs`: on a GPU, sampling replays the network from a graph instead of launching its kernels one by one.
+    `cuda_graphs`: on a GPU, the network is replayed from graphs instead of launching its kernels one by one.
     `warmup_images`: the learning rate rises linearly over so many images. `seed` fixes the training noise:
     it is drawn anew from (seed, position in the data) at every step, so a resumed run repeats nothing.
     """
@@ -95,6 +95,7 @@ class DiffusionStage(L.LightningModule):
         self.guide: EDMPreconditioner | None = None
         self.cuda_graphs = cuda_graphs
         self._graphed: dict[int, Graphed] = {}
+        self._graphed_training = GraphedTraining(denoiser)
         self.warmup_images, self.seed = warmup_images, seed
         self.images_seen = 0  # images whose gradients the weights have seen
         self.replaced_gradients: Tensor | int = 0  # non-finite gradient elements replaced so far
@@ -138,11 +139,16 @@ class DiffusionStage(L.LightningModule):
         sigma = self.corruption.schedule.draw(len(x0), "cpu")
         noisy = self.corruption.corrupt(x0, sigma, self.corruption.draw_noise(x0, torch.randn_like))
         labels = drop_labels(labels, self.label_dropout)
-        denoised = self.denoiser(noisy, sigma, labels, augment_labels, self.training_condition(x0))
+        denoised = self.training_denoiser(noisy, sigma, labels, augment_labels, self.training_condition(x0))
         per_image = self.loss(denoised, x0, sigma).mean(dim=(1, 2, 3))
         self._pending += len(images) * self.trainer.world_size
         # as published, the sum over an image's elements: it keeps gradients far above Adam's epsilon
         return {"loss": per_image.mean() * x0[0].numel(), "per_image": per_image.detach(), "sigma": sigma}
+
+    @property
+    def training_denoiser(self) -> Callable[..., Tensor]:
+        """The denoiser as a training step calls it."""
+        return self._graphed_training if self.cuda_graphs else self.denoiser
 
     def training_condition(self, x0: Tensor) -> Condition | None:  # noqa: ARG002
         """What the network sees beside the noisy images of x0 [B,C,H,W]; here nothing."""
@@ -180,6 +186,10 @@ class DiffusionStage(L.LightningModule):
         super().optimizer_step(*args, **kwargs)
         self.images_seen += self._pending
         self._pending = 0
+
+    def on_fit_end(self) -> None:
+        """Give the memory of the graphs back."""
+        self._graphed_training = GraphedTraining(self.denoiser)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what rebuilds and continues this stage."""

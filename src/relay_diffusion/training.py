@@ -14,11 +14,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from relay_diffusion.callbacks.checkpoints import dealt
-from relay_diffusion.callbacks.preemption import leave_if_preempted
+from relay_diffusion.callbacks.preemption import leave_if_preempted, preempted
 from relay_diffusion.checkpoint import KEPT, LAST, find_checkpoint, read_checkpoint
 from relay_diffusion.config import write_config
 from relay_diffusion.data import ImageDataModule
 from relay_diffusion.errors import UserError
+from relay_diffusion.launch import leave_group
 from relay_diffusion.revision import git_revision
 from relay_diffusion.stage import DiffusionStage
 from relay_diffusion.trainer import children_end_too
@@ -131,7 +132,8 @@ def train(cfg: DictConfig) -> DiffusionStage:
         print(f"{os.path.relpath(cfg.run_dir)}: {where}, {parameters:,} parameters, {images:,} images", flush=True)
     with children_end_too(trainer):
         trainer.fit(stage, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    if stage.images_seen < cfg.trainer.max_images:
+    if stage.images_seen < cfg.trainer.max_images and preempted(trainer):
+        leave_group()  # all ranks are here
         leave_if_preempted(trainer)
     if trainer.is_global_zero:
         print(f"trained on {stage.images_seen:,} images; all is in {os.path.relpath(cfg.run_dir)}")

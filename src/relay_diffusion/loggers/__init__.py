@@ -1,7 +1,9 @@
-"""Where the numbers of a run go: a CSV file that grows over all its continuations, and Weights & Biases."""
+"""Where the numbers of a run go: a CSV file that grows over all its continuations.
+
+Weights & Biases is in wandb_run.py, which only `logger=wandb` imports: loading it takes seconds.
+"""
 
 from relay_diffusion.loggers.metrics_csv import MetricsCSV
 from relay_diffusion.loggers.rows import last_step, send_row
-from relay_diffusion.loggers.wandb_run import WandbRun
 
-__all__ = ["MetricsCSV", "WandbRun", "last_step", "send_row"]
+__all__ = ["MetricsCSV", "last_step", "send_row"]
