@@ -1,11 +1,14 @@
 """Checkpoints: written whole, kept, passed over when damaged; runs that continue from them."""
 
+import os
 import resource
 
 import pytest
 import torch
 
+from relay_diffusion.config import validate_training
 from relay_diffusion.errors import UserError
+from relay_diffusion.interop.export import export_stage
 from relay_diffusion.stage import load_stage
 from support import assert_same_weights, weights_of
 
@@ -116,3 +119,38 @@ def test_a_run_continued_in_another_way_says_so(fit, capsys):
     fit("run", 8)
     fit("run", 16, "data.batch_size=8", "data.accumulate=2")
     assert "with data.batch_size 4 -> 8, data.accumulate 1 -> 2," in capsys.readouterr().out
+
+
+def test_a_run_begins_with_the_weights_of_another(fit, tmp_path, capsys):
+    """The averaged ones; images are counted anew, and what the run has done itself comes first."""
+    trained = fit("trained", 16)
+    export_stage(
+        trained.stage_config,
+        load_stage(tmp_path / "trained").denoiser.state_dict(),
+        tmp_path / "export",
+        class_names=trained.class_names,
+    )
+    for source in ("trained", "export"):
+        still = fit(source + "-on", 4, f"init={tmp_path / source}", "stage.optimizer.lr=0")
+        assert still.images_seen == 4
+        assert f"with the weights of {os.path.relpath(tmp_path / source)}" in capsys.readouterr().out
+        assert_same_weights(still.state_dict(), load_stage(tmp_path / "trained").state_dict())
+    moved = fit("trained-on", 8, f"init={tmp_path / 'trained'}", "callbacks.log.every_n_images=4")
+    assert moved.images_seen == 8
+    assert "continues" in capsys.readouterr().out
+
+
+def test_raw_weights_begin_a_run_where_there_is_no_average(fit, tmp_path):
+    fit("trained", 16, "~callbacks.ema")
+    still = fit("on", 4, f"init={tmp_path / 'trained'}", "stage.optimizer.lr=0")
+    assert_same_weights(still.state_dict(), load_stage(tmp_path / "trained", "raw").state_dict())
+
+
+def test_weights_of_another_network_begin_nothing(fit, configuration, tmp_path):
+    fit("trained", 4)
+    with pytest.raises(UserError, match=r"trained.*do not fit the network: it lacks network"):
+        fit("on", 4, f"init={tmp_path / 'trained'}", "network.blocks=2")
+    with pytest.raises(UserError, match="give one of them"):
+        validate_training(configuration("train", "resume=conf", "init=conf"))
+    with pytest.raises(UserError, match="init=nowhere"):
+        validate_training(configuration("train", "init=nowhere"))

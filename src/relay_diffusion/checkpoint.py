@@ -16,7 +16,7 @@ from torch import Tensor
 
 from relay_diffusion.errors import UserError
 from relay_diffusion.files import file_sha256, parse_json
-from relay_diffusion.stored import check_changes, check_fits, check_resumable, check_stored
+from relay_diffusion.stored import check_changes, check_finite, check_fits, check_resumable, check_stored
 
 LAST = "last.ckpt"
 KEPT = "images-*.ckpt"  # earlier ones, with the images they have seen in twelve digits
@@ -130,8 +130,14 @@ def _read_export_weights(file: Path, sha256: str) -> dict[str, Tensor]:
         raise UserError(f"{file} cannot be read: it is damaged; export again") from None
 
 
-def stored_weights(content: Mapping[str, Any], kind: str, file: Path) -> Mapping[str, Tensor]:
-    """The state dict of a stored stage's denoiser, of `kind` ema or raw. Raises UserError if it is not there."""
+def stored_weights(
+    content: Mapping[str, Any], kind: str, denoiser: torch.nn.Module, file: Path
+) -> Mapping[str, Tensor]:
+    """The state dict of a stored stage's denoiser, of `kind` ema or raw.
+
+    `denoiser`: what it is for, which may lie on the meta device. Raises UserError if it is not there, does not fit or
+    is not finite.
+    """
     states = {
         "raw": {k.removeprefix("denoiser."): v for k, v in content.get("state_dict", {}).items()},
         "ema": content.get("ema", {}).get("weights"),
@@ -141,6 +147,8 @@ def stored_weights(content: Mapping[str, Any], kind: str, file: Path) -> Mapping
     state = states[kind]
     if not state:
         raise UserError(f"{file} holds no {kind} weights: use weights={'raw' if kind == 'ema' else 'ema'}")
+    check_fits(state, denoiser, file)
+    check_finite(state, file)
     return cast(Mapping[str, Tensor], state)
 
 

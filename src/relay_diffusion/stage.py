@@ -22,16 +22,14 @@ from relay_diffusion.checkpoint import (
 from relay_diffusion.data.augment import Augmentation
 from relay_diffusion.data.images import to_float
 from relay_diffusion.diffusion import (
-    AutoGuidance,
-    ClassifierFreeGuidance,
     Corruption,
     Denoiser,
     DenoisingLoss,
-    GuidanceInterval,
     ImageSeeds,
     RandnLike,
     check_guidance,
     drop_labels,
+    guided,
 )
 from relay_diffusion.diffusion.noise import mix_seeds
 from relay_diffusion.errors import UserError
@@ -39,7 +37,6 @@ from relay_diffusion.files import file_sha256
 from relay_diffusion.gradients import GradientNorm, keep_fused, replace_nonfinite
 from relay_diffusion.networks import Condition, Conditioned, EDMPreconditioner, Graphed, GraphedTraining
 from relay_diffusion.samplers import Sampler
-from relay_diffusion.stored import check_finite, check_fits
 
 OptimizerFactory = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
 
@@ -217,24 +214,12 @@ class DiffusionStage(L.LightningModule):
 
     def guided(self, condition: Condition | None = None) -> Denoiser:
         """The denoiser with this stage's guidance around it. Raises UserError if there is nothing to guide with."""
-        denoise = self._evaluator(self.denoiser, condition)
-        if self.guidance_scale == 1:
-            if self.guide is not None or self.guidance_interval is not None:
-                raise UserError("guidance_scale=1 is none: a guide or a guidance_interval needs another scale")
-            return denoise
-        guided: Denoiser
-        if self.guide is not None:
-            guided = AutoGuidance(denoise, self._evaluator(self.guide, condition), self.guidance_scale)
-        elif self.num_classes:
-            guided = ClassifierFreeGuidance(denoise, self.guidance_scale)
-        else:
-            raise UserError(
-                f"guidance_scale={self.guidance_scale}, but the network knows no classes and there is no guide: "
-                "use guidance_scale=1 or give a guide"
-            )
-        if self.guidance_interval is None:
-            return guided
-        return GuidanceInterval(denoise, guided, *self.guidance_interval)
+        guide = None if self.guide is None else self._evaluator(self.guide, condition)
+        plain, known = self._evaluator(self.denoiser, condition), self.num_classes > 0
+        try:
+            return guided(plain, self.guidance_scale, self.guidance_interval, guide, known)
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
     def train(self, mode: bool = True) -> DiffusionStage:
         """Set training or evaluation mode; graphs end with training, which changes the weights that they cast."""
@@ -308,9 +293,7 @@ def load_stage(
     empty = build_empty(config, file)
     if not isinstance(empty, DiffusionStage):
         raise UserError(f"{file} describes a {type(empty).__name__}, not a DiffusionStage")
-    state = stored_weights(checkpoint, weights, file)
-    check_fits(state, empty.denoiser, file)
-    check_finite(state, file)
+    state = stored_weights(checkpoint, weights, empty.denoiser, file)
     stage = cast(DiffusionStage, build_stored(config, file))
     stage.denoiser.load_state_dict(state)
     stage.stage_config = config

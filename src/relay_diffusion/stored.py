@@ -95,7 +95,7 @@ def check_fits(weights: Mapping[str, Tensor], network: torch.nn.Module, file: Pa
         if stored.get(name, shape) != shape
     ]
     if problems:
-        raise UserError(f"the weights in {file} do not fit the network it describes: {problems[0]}")
+        raise UserError(f"the weights in {file} do not fit the network: {problems[0]}")
 
 
 def check_changes(stored: Mapping[str, Any], changes: Mapping[str, Any], said: str, prefix: str = "") -> None:

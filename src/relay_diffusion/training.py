@@ -15,7 +15,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from relay_diffusion.callbacks.checkpoints import dealt
 from relay_diffusion.callbacks.preemption import leave_if_preempted, preempted
-from relay_diffusion.checkpoint import KEPT, LAST, find_checkpoint, read_checkpoint
+from relay_diffusion.checkpoint import (
+    KEPT,
+    LAST,
+    find_checkpoint,
+    find_stage,
+    read_checkpoint,
+    read_stage,
+    stored_weights,
+)
 from relay_diffusion.config import write_config
 from relay_diffusion.data import ImageDataModule
 from relay_diffusion.errors import UserError
@@ -88,6 +96,18 @@ def _without(options: dict[str, Any], *names: str) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key not in names}
 
 
+def begin_with(stage: DiffusionStage, path: str) -> Path:
+    """Give a stage the averaged weights that are stored at `path`, or the raw ones if it was trained without average.
+
+    Returns the file. Raises UserError naming it, if they are not there or those of another network.
+    """
+    file = find_stage(path)
+    content = read_stage(file)
+    kind = "ema" if content.get("ema", {}).get("weights") else "raw"
+    stage.denoiser.load_state_dict(stored_weights(content, kind, stage.denoiser, file))
+    return file
+
+
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     """What a continued run does in another way: " with devices 2 -> 1"."""
     changed = [f"{key} {before[key]} -> {value}" for key, value in now.items() if before.get(key, value) != value]
@@ -113,6 +133,7 @@ def train(cfg: DictConfig) -> DiffusionStage:
             )
     stage: DiffusionStage = instantiate(cfg.stage, _convert_="all")
     stage.stage_config, stage.class_names = stage_config, data.dataset.class_names
+    begun = begin_with(stage, cfg.init) if found is None and cfg.init is not None else None
     trainer: L.Trainer = instantiate(
         cfg.trainer,
         callbacks=list(instantiate(cfg.callbacks, _convert_="all").values()),
@@ -127,7 +148,8 @@ def train(cfg: DictConfig) -> DiffusionStage:
         for logger in trainer.loggers:
             logger.log_hyperparams(settings | ({"git": revision} if revision else {}))
         parameters = sum(p.numel() for p in stage.denoiser.parameters())
-        where = f"continues {os.path.relpath(checkpoint)}{changed}" if checkpoint else "new run"
+        where = "new run" if begun is None else f"new run with the weights of {os.path.relpath(begun)}"
+        where = f"continues {os.path.relpath(checkpoint)}{changed}" if checkpoint else where
         images = len(data.dataset.names)
         print(f"{os.path.relpath(cfg.run_dir)}: {where}, {parameters:,} parameters, {images:,} images", flush=True)
     with children_end_too(trainer):

@@ -116,8 +116,13 @@ def validate_training(cfg: DictConfig) -> None:
     check_text(cfg, "data.dataset.path")
     check_file(cfg.data.dataset.path, "data.dataset.path")
     require(isinstance(cfg.data.dataset.subset, str), f"data.dataset.subset={shown(cfg.data.dataset.subset)}: no text")
-    if cfg.resume is not None:
-        check_file(cfg.resume, "resume")
+    for key in ("resume", "init"):
+        if cfg[key] is not None:
+            check_file(cfg[key], key)
+    require(
+        cfg.resume is None or cfg.init is None,
+        "resume continues a run and init begins a new one with its weights: give one of them",
+    )
     _check_batch(cfg)
 
 

@@ -151,7 +151,7 @@ def test_damaged_exports(exported):
         refused(exported, "cannot be read: it is damaged")
     save_file({"network.other": torch.zeros(1)}, weights)
     file.write_text(text.replace(json.loads(text)["weights"]["sha256"], file_sha256(weights)))
-    refused(exported, "do not fit the network it describes")
+    refused(exported, "do not fit the network")
     weights.unlink()
     refused(exported, "weights.safetensors is missing")
 

@@ -10,6 +10,7 @@ from relay_diffusion.diffusion.guidance import (
     GuidanceInterval,
     check_guidance,
     drop_labels,
+    guided,
 )
 from relay_diffusion.diffusion.loss import DenoisingLoss
 from relay_diffusion.diffusion.noise import ImageSeeds, RandnLike, block_noise
@@ -35,5 +36,6 @@ __all__ = [
     "block_noise",
     "check_guidance",
     "drop_labels",
+    "guided",
     "karras_sigmas",
 ]

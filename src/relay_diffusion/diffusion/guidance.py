@@ -89,3 +89,28 @@ class GuidanceInterval:
         if not bool(inside.any()):
             return plain
         return torch.where(inside.to(x.device)[:, None, None, None], self.guided(x, sigma, labels), plain)
+
+
+def guided(
+    plain: Denoiser,
+    scale: float,
+    interval: Sequence[float] | None = None,
+    guide: Denoiser | None = None,
+    classes: bool = True,
+) -> Denoiser:
+    """`plain` with guidance: away from `guide` if there is one, else from its estimate without class; scale 1 is none.
+
+    `interval`: the sigmas where it is applied; None: all. `classes`: whether the network knows any.
+    Raises ValueError if there is nothing to guide with, or nothing that guidance would be for.
+    """
+    if scale == 1:
+        if guide is not None or interval is not None:
+            raise ValueError("guidance_scale=1 is none: a guide or a guidance_interval needs another scale")
+        return plain
+    if guide is None and not classes:
+        raise ValueError(
+            f"guidance_scale={scale}, but the network knows no classes and there is no guide: "
+            "use guidance_scale=1 or give a guide"
+        )
+    whole = ClassifierFreeGuidance(plain, scale) if guide is None else AutoGuidance(plain, guide, scale)
+    return whole if interval is None else GuidanceInterval(plain, whole, *interval)
