@@ -9,8 +9,9 @@ from PIL import Image
 
 from relay_diffusion.batches import PlanDataModule
 from relay_diffusion.data import ImageDataset
+from relay_diffusion.data.zip_writer import ImageZipWriter
 from relay_diffusion.errors import UserError
-from relay_diffusion.plan import Plan, class_indices, parse_seeds, plan_from_images, plan_from_noise
+from relay_diffusion.plan import Plan, class_indices, in_proportion, parse_seeds, plan_from_images, plan_from_noise
 
 
 @pytest.mark.parametrize(
@@ -119,3 +120,14 @@ def test_every_device_gets_its_share_with_the_images_to_start_from(small_images)
     noise.trainer = Device()
     (batch,) = noise.predict_dataloader()
     assert (batch.positions.tolist(), batch.seeds.tolist(), batch.start) == ([1], [4, 4], None)
+
+
+def test_any_stretch_has_the_classes_about_as_often_as_the_whole(tmp_path):
+    with ImageZipWriter(tmp_path / "set.zip", ["a", "b"]) as archive:
+        for i in range(400):
+            archive.add(f"{i:03d}.png", Image.new("RGB", (1, 1)), int(i >= 300))
+    labels = in_proportion(tmp_path / "set.zip", "", ["a", "b"], "reference")
+    assert labels == in_proportion(tmp_path / "set.zip", "", ["a", "b"], "reference")
+    assert sum(labels) == 100
+    for first in range(0, 400, 100):
+        assert 10 < sum(labels[first : first + 100]) < 40  # 25 expected, 4.3 the standard deviation

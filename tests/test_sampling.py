@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from relay_diffusion.data import ImageDataset
+from relay_diffusion.data.zip_writer import ImageZipWriter
 from relay_diffusion.errors import UserError
 from relay_diffusion.relay import Relay
 from relay_diffusion.sampling import sample
@@ -186,6 +187,33 @@ def test_one_class_in_other_words_continues(configuration, relay_overrides):
     for i, chosen in enumerate(["1", "light", "[1]"]):
         results = sample(configuration("sample", *relay_overrides, f"class={chosen}", f"seeds=0-{i}"))
         assert results["sampled_now"] == 1
+
+
+def test_classes_as_often_as_in_the_reference(configuration, relay_overrides, tmp_path, capsys):
+    with ImageZipWriter(tmp_path / "uneven.zip", ["dark", "light"]) as archive:
+        for i in range(8):
+            pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+            archive.add(f"{'train' if i < 4 else 'other'}/{i}.png", Image.fromarray(pixels), int(i == 1))
+    options = [*relay_overrides, "mode=evaluate", "seeds=0-7", f"reference={tmp_path / 'uneven.zip'}"]
+    sample(configuration("sample", *options))
+    assert "class=reference takes them as there" in capsys.readouterr().out
+    sample(configuration("sample", *options, "class=reference", f"run_dir={tmp_path / 'as-there'}"))
+    assert "class=reference" not in capsys.readouterr().out
+    made = ImageDataset(tmp_path / "as-there/images", 16)
+    assert sorted(made.labels) == [0] * 7 + [1]
+    train = [f"relay.reference.path={tmp_path / 'uneven.zip'}", "relay.reference.subset=train", "reference=null"]
+    options = [*relay_overrides, *train, "class=reference", "seeds=0-7", f"run_dir={tmp_path / 'part'}"]
+    sample(configuration("sample", *options))
+    assert sorted(ImageDataset(tmp_path / "part/images", 16).labels) == [0] * 6 + [1] * 2
+
+
+def test_classes_of_a_reference_that_has_none(configuration, relay_overrides, tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    for reference, words in ((tmp_path, "has no classes"), ("demo/emoji-64.zip", "other classes than the model")):
+        with pytest.raises(UserError, match=f"class=reference: reference=.*{words}"):
+            sample(configuration("sample", *relay_overrides, "class=reference", f"reference={reference}"))
+    with pytest.raises(UserError, match=r"there is no relay\.reference\.path"):
+        sample(configuration("sample", *relay_overrides, "class=reference", "reference=null"))
 
 
 def test_guidance_and_rounding_reach_the_relay(configuration, relay_overrides, monkeypatch):

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 
 from relay_diffusion.data.images import ImageDataset
+from relay_diffusion.data.sources import open_zip_or_folder, read_labels
 from relay_diffusion.data.zip_writer import png_names
 from relay_diffusion.diffusion.guidance import NO_CLASS
 from relay_diffusion.errors import UserError
 from relay_diffusion.seeds import parse_seeds
 
+AS_REFERENCE = "reference"  # class=reference: each class as often as in the reference
 FOLDER_SIZE = 1000  # images in one sub-folder
 
 
@@ -40,6 +45,22 @@ def class_indices(chosen: object, num_classes: int, names: Sequence[str]) -> lis
     if not indices:
         raise UserError("class=[] names no class: leave it out (class=null) for all in turn")
     return indices
+
+
+def in_proportion(path: str | Path, subset: str, names: Sequence[str], option: str) -> list[int]:
+    """The classes of an image set in an order in which any stretch holds them about as often as all of it.
+
+    Always the same order. Raises UserError for a set without classes, or with others than the model's `names`.
+    """
+    source = open_zip_or_folder(path, option)
+    labels = read_labels(source)
+    if labels is None or (names and labels.class_names != list(names)):
+        there = "has no classes (dataset.json)" if labels is None else "has other classes than the model"
+        raise UserError(f"class={AS_REFERENCE}: {option}={path} {there}: name classes instead")
+    found = [labels.by_name[name] for name in source.names if not subset or name.startswith(f"{subset.strip('/')}/")]
+    if not found:
+        raise UserError(f"class={AS_REFERENCE}: {option}={path} holds nothing in {subset}")
+    return [found[k] for k in np.random.default_rng(0).permutation(len(found))]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,14 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.files import json_text, write_text
 from relay_diffusion.image_store import ImageStore
 from relay_diffusion.interop.adm import write_adm_samples
-from relay_diffusion.plan import Plan, class_indices, plan_from_images, plan_from_noise
+from relay_diffusion.plan import AS_REFERENCE, Plan, class_indices, in_proportion, plan_from_images, plan_from_noise
 from relay_diffusion.relay import Relay
 from relay_diffusion.report import report
 from relay_diffusion.trainer import children_end_too
 from relay_diffusion.training import quiet_lightning
+
+MANY_CLASSES = 1000  # a longer list is no longer written out
+UNEVEN = 2  # how many times as often as another a class may come in the reference
 
 
 def sample(cfg: DictConfig) -> dict[str, Any]:
@@ -68,6 +73,8 @@ def sample_relay(cfg: DictConfig) -> dict[str, Any]:
     if cfg.mode == "evaluate":
         _check_count(f"seeds={cfg.seeds}", len(plan.names), processes)
         evaluator = build_evaluator(cfg, (relay.resolution, relay.resolution))
+        if trainer.is_global_zero and cfg["class"] is None and plan.start is None:
+            _say_if_uneven(cfg, relay)
     settings = run_settings(cfg, relay, plan, trainer.strategy.root_device.type)
     store = ImageStore(cfg.output, _without_places(settings))
     missing = [position for position, name in enumerate(plan.names) if name not in store]
@@ -109,13 +116,14 @@ def build_relay(cfg: DictConfig) -> Relay:
 
 def make_plan(cfg: DictConfig, relay: Relay) -> Plan:
     """Which images to make. Raises UserError where seeds, classes or starting images make no sense."""
-    size, path, chosen = relay.start_resolution, cfg.relay.start, _chosen_class(cfg)
+    size, path = relay.start_resolution, cfg.relay.start
     first = next(iter(relay.chain()))
-    indices = class_indices(chosen, relay.num_classes, relay.class_names)
+    chosen = chosen_classes(cfg, relay)
     if size is None:
         if path is not None:
             raise UserError(f"relay.start={path}: the stage {first} starts from noise")
-        return plan_from_noise(cfg.relay.seeds if cfg.seeds is None else cfg.seeds, indices)
+        every = class_indices(None, relay.num_classes, relay.class_names)
+        return plan_from_noise(cfg.relay.seeds if cfg.seeds is None else cfg.seeds, chosen or every)
     if path is None:
         raise UserError(f"relay.stages.{first} enlarges images of {size}x{size}: give them with relay.start=FOLDER")
     start = ImageDataset(
@@ -127,7 +135,21 @@ def make_plan(cfg: DictConfig, relay: Relay) -> Plan:
     )
     if chosen is None and relay.num_classes:
         _check_classes(start, relay)
-    return plan_from_images(start, cfg.seeds, indices if chosen is not None else None)
+    return plan_from_images(start, cfg.seeds, chosen)
+
+
+def chosen_classes(cfg: DictConfig, relay: Relay) -> list[int] | None:
+    """What `class` says, as classes to take in turn; None if it says nothing. Raises UserError for unknown ones."""
+    chosen = cfg["class"]
+    if chosen is None:
+        return None
+    if chosen != AS_REFERENCE or AS_REFERENCE in relay.class_names or not relay.num_classes:
+        chosen = list(chosen) if isinstance(chosen, ListConfig) else chosen
+        return class_indices(chosen, relay.num_classes, relay.class_names)
+    reference, option = reference_of(cfg), "relay.reference.path" if cfg.reference is None else "reference"
+    if reference["path"] is None:
+        raise UserError(f"class={AS_REFERENCE}: there is no {option}; give reference=FOLDER or ZIP")
+    return in_proportion(reference["path"], reference["subset"], relay.class_names, option)
 
 
 def _check_classes(start: ImageDataset, relay: Relay) -> None:
@@ -139,11 +161,22 @@ def _check_classes(start: ImageDataset, relay: Relay) -> None:
         raise UserError(f"relay.start={start.path} has other classes than the model: {wanted}")
 
 
+def _say_if_uneven(cfg: DictConfig, relay: Relay) -> None:
+    """Tell of classes that the reference holds in other numbers than the samples do: all distances grow by that."""
+    reference = reference_of(cfg)
+    with suppress(UserError):  # it has no classes, or is no set of images
+        counts = Counter(in_proportion(reference["path"], reference["subset"], relay.class_names, "reference"))
+        if relay.num_classes and max(counts.values()) > UNEVEN * min(counts[k] for k in range(relay.num_classes)):
+            print("note: classes come equally often, but not in the reference: class=reference takes them as there")
+
+
 def run_settings(cfg: DictConfig, relay: Relay, plan: Plan, device: str) -> dict[str, Any]:
     """Everything that determines the images of a plan, apart from its seeds."""
-    chosen = _chosen_class(cfg)
-    indices = None if chosen is None else class_indices(chosen, relay.num_classes, relay.class_names)
-    settings = relay.describe() | {"classes": indices, "precision": cfg.trainer.precision, "device": device}
+    settings = relay.describe() | {
+        "classes": _shown_classes(chosen_classes(cfg, relay)),
+        "precision": cfg.trainer.precision,
+        "device": device,
+    }
     if plan.start is not None:
         labels = hashlib.sha256(str(plan.start.labels).encode()).hexdigest()
         settings["start"] = {"path": str(plan.start.path), "hash": plan.start.source_hash, "labels": labels}
@@ -231,6 +264,9 @@ def _without_places(node: Any) -> Any:
     return {key: _without_places(value) for key, value in node.items() if key not in ("file", "path")}
 
 
-def _chosen_class(cfg: DictConfig) -> Any:
-    chosen = cfg["class"]
-    return list(chosen) if isinstance(chosen, ListConfig) else chosen
+def _shown_classes(classes: list[int] | None) -> Any:
+    """A list of classes as settings hold it: that of a whole reference by how often each comes, and a checksum."""
+    if classes is None or len(classes) <= MANY_CLASSES:
+        return classes
+    counts = {str(label): count for label, count in sorted(Counter(classes).items())}
+    return {"counts": counts, "sha256": hashlib.sha256(str(classes).encode()).hexdigest()}

@@ -15,7 +15,7 @@ from relay_diffusion.callbacks.ema import averaged
 from relay_diffusion.callbacks.evaluator import Evaluator
 from relay_diffusion.callbacks.every import Every
 from relay_diffusion.callbacks.preemption import preempted
-from relay_diffusion.callbacks.sample_grid import spread_images
+from relay_diffusion.callbacks.sample_grid import spread, spread_images
 from relay_diffusion.callbacks.training_log import not_training
 from relay_diffusion.data.images import to_float, to_uint8
 from relay_diffusion.diffusion.corruption import block_mean
@@ -28,10 +28,10 @@ from relay_diffusion.stage import DiffusionStage
 class PeriodicEvaluation(Callback):
     """Measures samples with the averaged weights, every `every_n_images` and at the end; logs eval/fid and so on.
 
-    `count` images from the seeds 0..count-1, dealt out to the devices, `batch_size` at once. A first stage takes the
-    classes in turn; a relay stage starts from block means of training images, spread over the set, with their
-    classes. Training goes on as if it were not there. An amount of images that was measured before the run was
-    continued is not measured again. Raises UserError where the numbers make no sense.
+    `count` images from the seeds 0..count-1, dealt out to the devices, `batch_size` at once, with the classes of
+    training images that are spread over the set; a relay stage starts from the block means of these images. Training
+    goes on as if it were not there. An amount of images that was measured before the run was continued is not measured
+    again. Raises UserError where the numbers make no sense.
     """
 
     def __init__(self, evaluator: Evaluator, every_n_images: int, count: int = 5_000, batch_size: int = 64) -> None:
@@ -94,10 +94,10 @@ class PeriodicEvaluation(Callback):
 
     def _sample(self, trainer: L.Trainer, stage: DiffusionStage, seeds: Sequence[int]) -> Tensor:
         shape = (len(seeds), stage.image_channels, stage.resolution, stage.resolution)
-        labels, previous = torch.tensor(seeds) % max(stage.num_classes, 1), None
+        dataset, previous = trainer.datamodule.dataset, None  # type: ignore[attr-defined]
+        labels = torch.tensor([dataset.labels[number] for number in spread(dataset, seeds, self.count)])
         if stage.corruption.block > 1:
-            dataset = trainer.datamodule.dataset  # type: ignore[attr-defined]
-            images, labels = spread_images(dataset, seeds, self.count)
+            images, _ = spread_images(dataset, seeds, self.count)
             previous = block_mean(to_float(images).to(stage.device), stage.corruption.block)
         with trainer.precision_plugin.predict_step_context():
             return stage.sample(shape, seeds, labels if stage.num_classes else None, previous)

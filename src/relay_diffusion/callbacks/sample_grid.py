@@ -22,9 +22,14 @@ from relay_diffusion.pictures import image_grid, save_png, side_by_side
 from relay_diffusion.stage import DiffusionStage
 
 
+def spread(dataset: ImageDataset, numbers: Sequence[int], count: int) -> list[int]:
+    """Which images of the set some `numbers` out of `count` are, spread evenly over it."""
+    return [number * len(dataset.names) // count for number in numbers]
+
+
 def spread_images(dataset: ImageDataset, numbers: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
-    """Images (uint8 [B,C,H,W]) and labels [B] of some `numbers` out of `count`, spread evenly over the set."""
-    items = [dataset[number * len(dataset.names) // count] for number in numbers]
+    """Images (uint8 [B,C,H,W]) and labels [B] of what `spread` chooses."""
+    items = [dataset[number] for number in spread(dataset, numbers, count)]
     return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
 
 
