@@ -6,8 +6,6 @@ signal-to-noise ratio that white noise, block noise and the noise of a relay sta
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import sys
 from collections.abc import Iterable, Sequence
@@ -22,11 +20,11 @@ from relay_diffusion.analysis.power import ring_means, summed_power
 from relay_diffusion.analysis.snr import Curve, Settings, matching_factors, snr_curves
 from relay_diffusion.analysis.spectrum_plots import plot
 from relay_diffusion.data.arguments import run_tool
-from relay_diffusion.data.image_sets import ImageSet, open_image_set
+from relay_diffusion.data.image_sets import ImageSet, open_image_set, spread
 from relay_diffusion.data.images import to_float
 from relay_diffusion.diffusion.corruption import block_mean
 from relay_diffusion.errors import UserError
-from relay_diffusion.files import write_text
+from relay_diffusion.files import csv_text, write_text
 from relay_diffusion.progress import progress
 
 USAGE = """\
@@ -93,23 +91,14 @@ def image_powers(images: ImageSet, count: int, resolutions: Sequence[int]) -> di
 
     The set's images are square, their side a multiple of every resolution; box averages are not rounded to 8 bits.
     """
-    indices = [index * len(images) // count for index in range(count)]
     totals = {side: torch.zeros(side, side, dtype=torch.float64) for side in resolutions}
     with progress("transforming", count) as advance:
-        for batch in images.batches(BATCH, indices):
+        for batch in images.batches(BATCH, spread(count, len(images))):
             pixels = to_float(batch).double()
             for side, total in totals.items():
                 total += summed_power(block_mean(pixels, images.resolution[0] // side))
             advance(len(batch))
     return {side: total / (3 * count) for side, total in totals.items()}
-
-
-def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows([f"{cell:.9g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
-    return text.getvalue()
 
 
 def spectrum_csv(powers: dict[int, Tensor], settings: Settings) -> str:
@@ -118,14 +107,14 @@ def spectrum_csv(powers: dict[int, Tensor], settings: Settings) -> str:
     columns = [small.tolist(), large.tolist(), matching_factors(small, large).tolist()]
     rows = ([ring / 2, *(c[ring] if ring < len(c) else "" for c in columns)] for ring in range(len(large)))
     header = ["frequency", f"power_{settings.small}", f"power_{settings.large}", "matching_factor"]
-    return _csv(header, rows)
+    return csv_text(header, rows)
 
 
 def snr_csv(curves: Iterable[Curve]) -> str:
     """resolution, noise, sigma, frequency (cycles per image) and snr, one row a ring; no curve twice."""
     distinct = {(curve.resolution, curve.noise, curve.sigma): curve for curve in curves}
     rows = ([*key, ring / 2, snr] for key, curve in distinct.items() for ring, snr in enumerate(curve.snr.tolist()))
-    return _csv(["resolution", "noise", "sigma", "frequency", "snr"], rows)
+    return csv_text(["resolution", "noise", "sigma", "frequency", "snr"], rows)
 
 
 def _report(powers: dict[int, Tensor], settings: Settings, curves: Sequence[Curve]) -> None:

@@ -15,8 +15,9 @@ from relay_diffusion.callbacks.ema import averaged
 from relay_diffusion.callbacks.evaluator import Evaluator
 from relay_diffusion.callbacks.every import Every
 from relay_diffusion.callbacks.preemption import preempted
-from relay_diffusion.callbacks.sample_grid import spread, spread_images
+from relay_diffusion.callbacks.sample_grid import spread_images
 from relay_diffusion.callbacks.training_log import not_training
+from relay_diffusion.data.image_sets import spread
 from relay_diffusion.data.images import to_float, to_uint8
 from relay_diffusion.diffusion.corruption import block_mean
 from relay_diffusion.errors import UserError
@@ -95,7 +96,8 @@ class PeriodicEvaluation(Callback):
     def _sample(self, trainer: L.Trainer, stage: DiffusionStage, seeds: Sequence[int]) -> Tensor:
         shape = (len(seeds), stage.image_channels, stage.resolution, stage.resolution)
         dataset, previous = trainer.datamodule.dataset, None  # type: ignore[attr-defined]
-        labels = torch.tensor([dataset.labels[number] for number in spread(dataset, seeds, self.count)])
+        chosen = spread(self.count, len(dataset.names))
+        labels = torch.tensor([dataset.labels[chosen[seed]] for seed in seeds])
         if stage.corruption.block > 1:
             images, _ = spread_images(dataset, seeds, self.count)
             previous = block_mean(to_float(images).to(stage.device), stage.corruption.block)

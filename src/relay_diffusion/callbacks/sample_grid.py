@@ -16,20 +16,17 @@ from relay_diffusion.callbacks.ema import averaged
 from relay_diffusion.callbacks.every import Every
 from relay_diffusion.callbacks.preemption import preempted
 from relay_diffusion.callbacks.training_log import not_training
+from relay_diffusion.data.image_sets import spread
 from relay_diffusion.data.images import ImageDataset, to_float
 from relay_diffusion.diffusion.corruption import block_mean, upsample_blocks
 from relay_diffusion.pictures import image_grid, save_png, side_by_side
 from relay_diffusion.stage import DiffusionStage
 
 
-def spread(dataset: ImageDataset, numbers: Sequence[int], count: int) -> list[int]:
-    """Which images of the set some `numbers` out of `count` are, spread evenly over it."""
-    return [number * len(dataset.names) // count for number in numbers]
-
-
 def spread_images(dataset: ImageDataset, numbers: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
-    """Images (uint8 [B,C,H,W]) and labels [B] of what `spread` chooses."""
-    items = [dataset[number] for number in spread(dataset, numbers, count)]
+    """Images (uint8 [B,C,H,W]) and labels [B] of some `numbers` out of `count`, spread evenly over the set."""
+    chosen = spread(count, len(dataset.names))
+    items = [dataset[chosen[number]] for number in numbers]
     return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
 
 

