@@ -5,72 +5,21 @@ import random
 import signal
 import socket
 import subprocess
-import sys
 import time
 import zipfile
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import torch
 
+from processes import Process, ended, until
 from support import PROJECT, TINY, assert_same_weights, weights_of
-
-PATIENCE = 900  # seconds, on a machine that is busy
 
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-class Process:
-    """A command of the project in a session of its own, its output in a file."""
-
-    def __init__(self, output: Path, arguments, **environment: str) -> None:
-        self.output = output
-        with output.open("ab") as file:
-            self.popen = subprocess.Popen(
-                [sys.executable, *map(str, arguments)],
-                cwd=output.parent,
-                env={**os.environ, **environment},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def text(self) -> str:
-        return self.output.read_text()
-
-    def wait(self) -> int:
-        return self.popen.wait(PATIENCE)
-
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        """To the process and all that it started."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.popen.pid, number)
-
-
-@contextmanager
-def ended(processes):
-    """None of them outlives the test."""
-    try:
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.popen.wait()
-
-
-def until(condition, processes) -> None:
-    """Wait for a condition; fail if a process ends before."""
-    limit = time.monotonic() + PATIENCE
-    while not condition():
-        for process in processes:
-            assert process.popen.poll() is None, process.text()
-        assert time.monotonic() < limit, [process.text() for process in processes]
-        time.sleep(0.05)
 
 
 def checkpoints(directory: Path) -> list[Path]:

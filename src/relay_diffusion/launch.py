@@ -22,7 +22,7 @@ def ranks_differ() -> bool:
 
 
 def leave_group() -> None:
-    """End the connection to the other ranks, which do it too: left to the end of the process, one may wait forever."""
+    """End the connection to the other ranks, which do it too: left to the end of the process, threads may abort it."""
     if ranks_differ():
         sys.modules["torch.distributed"].destroy_process_group()
 

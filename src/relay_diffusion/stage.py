@@ -181,6 +181,7 @@ class DiffusionStage(L.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then count the step's images."""
         super().optimizer_step(*args, **kwargs)
+        self.denoiser.zero_grad()  # now, before a replay would keep them
         self.images_seen += self._pending
         self._pending = 0
 

@@ -63,7 +63,7 @@ def build_trainer(
     Each step is `accumulate` micro-batches. Epochs, validation loops and Lightning's own progress and
     checkpoint callbacks are off: the data is one endless stream, and ours count in images.
     """
-    return L.Trainer(
+    trainer = L.Trainer(
         max_steps=-1,
         max_epochs=-1,
         accumulate_grad_batches=accumulate,
@@ -83,3 +83,10 @@ def build_trainer(
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
+    # at every step Lightning would wait for the device to ask all ranks for a SIGTERM: Preemption does without waiting
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+    return trainer
+
+
+def _nothing() -> None:
+    pass

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from relay_diffusion.callbacks import preemption
-from relay_diffusion.trainer import StopAtImages
+from relay_diffusion.trainer import StopAtImages, build_trainer
 from support import assert_same_weights, weights_of
 
 
@@ -104,3 +104,11 @@ def test_training_in_a_thread_does_without_signals(fit):
     thread.start()
     thread.join()
     assert ended == [8]
+
+
+def test_lightning_asks_no_device_for_signals_at_every_step():
+    """What the trainer takes away is there to be taken away."""
+    trainer = build_trainer(8, accelerator="cpu")
+    loop = trainer.fit_loop.epoch_loop
+    assert callable(type(loop)._broadcast_sigterm_tensor)
+    assert loop._broadcast_sigterm_tensor() is None  # without a group of processes the original would fail or wait

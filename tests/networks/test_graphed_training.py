@@ -5,6 +5,7 @@ import torch
 from waking import awake
 
 from relay_diffusion.networks import Condition, EDMPreconditioner, GraphedTraining, UNet
+from relay_diffusion.networks.graphed_training import _apart
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
 BATCH = 4
@@ -124,3 +125,31 @@ def test_a_gradient_after_another_evaluation_is_refused():
     graphed(**step_inputs("cuda"))
     with pytest.raises(RuntimeError, match=r"stage\.cuda_graphs=false"):
         first.sum().backward()
+
+
+@needs_gpu
+def test_a_second_gradient_is_refused():
+    graphed = GraphedTraining(denoiser().cuda())
+    output = graphed(**step_inputs("cuda")).sum()
+    output.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="or gradient"):
+        output.backward()
+
+
+@needs_gpu
+def test_no_two_weights_share_the_memory_of_their_gradients():
+    """As a loss scaler divides each of them in place."""
+    plain = denoiser(channels_last=True).cuda()
+    GraphedTraining(plain)(**step_inputs("cuda")).sum().backward()
+    places = [p.grad.data_ptr() for p in plain.parameters()]
+    assert len(set(places)) == len(places)
+
+
+def test_gradients_that_share_memory_are_taken_apart():
+    a, b = torch.zeros(3, requires_grad=True), torch.zeros(3, requires_grad=True)
+    shared = torch.autograd.grad((a + b).sum(), [a, b])
+    assert len({gradient.data_ptr() for gradient in shared}) == 1  # or there would be nothing to do
+    apart = _apart([*shared, None])
+    assert len({gradient.data_ptr() for gradient in apart[:2]}) == 2
+    assert apart[2] is None
+    assert all(torch.equal(gradient, torch.ones(3)) for gradient in apart[:2])

@@ -34,8 +34,13 @@ class Preemption(Callback):
         self.agreed = 0  # the signal that stops all of them
         self._reading: _Agreement | None = None
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Listen while all is prepared for training, which then stops after its first step."""
+        if stage == "fit":
+            _listen(self._note)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen, in the place of Lightning's own handlers, which save nothing."""
+        """Listen on, in the place of Lightning's own handlers, which save nothing."""
         if trainer.world_size > 1:
             self._reading = _Agreement(pl_module.device)
         _listen(self._note)
@@ -119,7 +124,7 @@ def _requeue() -> None:
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
-        subprocess.run(["scontrol", "requeue", job], check=True)
+        subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
         print(f"requeued job {job}", flush=True)
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, subprocess.SubprocessError) as error:
         print(f"job {job} could not be requeued: {error}", flush=True)

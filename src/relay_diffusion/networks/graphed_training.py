@@ -27,7 +27,7 @@ class _Captured:
     output: Tensor
     output_gradient: Tensor
     gradients: list[Tensor | None]
-    replays: int = 0  # forward
+    replays: int = 0
 
 
 class GraphedTraining:
@@ -35,8 +35,8 @@ class GraphedTraining:
 
     Captured at the first evaluation of a shape, which leaves no trace: neither in gradients nor in the state of the
     generator. One shape is kept. Without a GPU, without gradients, or where blocks are computed again in the backward
-    pass, it is the denoiser itself. Raises RuntimeError for a network that a graph cannot hold, and for a gradient of
-    any evaluation but the last.
+    pass, it is the denoiser itself. Raises RuntimeError for a network that a graph cannot hold, for a gradient of any
+    evaluation but the last, and for a second one.
     """
 
     def __init__(self, denoiser: EDMPreconditioner) -> None:
@@ -61,7 +61,8 @@ class GraphedTraining:
             weights = {name: weight for name, weight in self.denoiser.named_parameters() if weight.requires_grad}
             precision = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
             where = hash(tuple(weight.data_ptr() for weight in weights.values()))
-            key = ([None if value is None else value.shape for value in given], precision, where)
+            shapes = [None if value is None else value.shape for value in given]
+            key = (shapes, self.denoiser.training, precision, where)
             if self._captured is None or self._captured[0] != key:
                 self._captured = None  # its memory first
                 self._captured = key, _capture(self.denoiser, given, weights, precision)
@@ -91,7 +92,10 @@ class _Replayed(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         captured: _Captured = ctx.captured
         if ctx.replay != captured.replays:
-            raise RuntimeError("another evaluation came before this gradient: stage.cuda_graphs=false allows it")
+            raise RuntimeError(
+                "another evaluation, or gradient, came before this one: stage.cuda_graphs=false allows it"
+            )
+        captured.replays += 1  # what this one needs is gone then
         captured.output_gradient.copy_(gradient)
         captured.backward.replay()
         return None, None, *(None if place is None else place.detach() for place in captured.gradients)
@@ -119,7 +123,7 @@ def _capture(
 
     def differentiate(output: Tensor, gradient: Tensor) -> list[Tensor | None]:
         with torch.autocast("cuda", enabled=False):  # as a backward pass is run
-            return list(torch.autograd.grad(output, list(leaves.values()), gradient, allow_unused=True))
+            return _apart(torch.autograd.grad(output, list(leaves.values()), gradient, allow_unused=True))
 
     state = torch.cuda.get_rng_state(device)
     side = torch.cuda.Stream()
@@ -140,6 +144,17 @@ def _capture(
     torch.cuda.set_rng_state(state, device)
     inputs = [place for place in places if place is not None]
     return _Captured(forward, backward, inputs, output.detach(), output_gradient, gradients)
+
+
+def _apart(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients that share memory, as those of two terms of a sum do, each in memory of its own."""
+    kept: list[Tensor | None] = []
+    seen: set[int] = set()
+    for gradient in gradients:
+        shared = gradient is not None and gradient.data_ptr() in seen
+        kept.append(gradient.clone() if gradient is not None and shared else gradient)
+        seen |= set() if gradient is None else {gradient.data_ptr()}
+    return kept
 
 
 def _place(value: Tensor, device: torch.device) -> Tensor:
