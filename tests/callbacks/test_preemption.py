@@ -2,11 +2,13 @@
 
 import os
 import signal
+import subprocess
 import threading
 
 import pytest
+import torch
 
-from relay_diffusion.callbacks import preemption
+from relay_diffusion.callbacks import EMA, preemption
 from relay_diffusion.trainer import StopAtImages, build_trainer
 from support import assert_same_weights, weights_of
 
@@ -49,6 +51,29 @@ def test_training_saves_stops_and_continues(fit, tmp_path, signal_at, monkeypatc
     assert_same_weights(*weights)
 
 
+def test_a_signal_that_comes_before_the_first_step(fit, tmp_path, monkeypatch):
+    """It is noted, and training saves and stops after that step."""
+    begin = EMA.on_fit_start
+    monkeypatch.setattr(EMA, "on_fit_start", lambda *args: os.kill(os.getpid(), signal.SIGUSR1) or begin(*args))
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        fit("run", 24)
+    assert ended.value.code == 128 + signal.SIGUSR1
+    content = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert content["images_seen"] == 4
+
+
+def test_a_queue_that_does_not_answer(monkeypatch, capsys):
+    def never(command, timeout, **_):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(preemption.subprocess, "run", never)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_JOB_NAME", raising=False)
+    preemption._requeue()
+    assert "job 7 could not be requeued" in capsys.readouterr().out
+
+
 def test_a_signal_amid_a_step_waits_for_its_end(fit, tmp_path, monkeypatch):
     """Of four parts of a batch the first is done: the others follow."""
     plain = StopAtImages.on_train_batch_end
@@ -86,7 +111,7 @@ def test_the_job_that_is_requeued(monkeypatch, environment, called):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     calls = []
-    monkeypatch.setattr(preemption.subprocess, "run", lambda command, check: calls.append(command))  # noqa: ARG005
+    monkeypatch.setattr(preemption.subprocess, "run", lambda command, **_: calls.append(command))
     preemption._requeue()
     assert calls == ([called] if called else [])
 

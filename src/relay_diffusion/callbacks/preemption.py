@@ -33,11 +33,19 @@ class Preemption(Callback):
         self.received = 0  # the signal that this process got
         self.agreed = 0  # the signal that stops all of them
         self._reading: _Agreement | None = None
+        self._before: dict[int, Any] = {}  # handlers
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
         """Listen while all is prepared for training, which then stops after its first step."""
         if stage == "fit":
+            self._before = {number: signal.getsignal(number) for number in SIGNALS}
             _listen(self._note)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Leave signals to whom they were left before."""
+        if stage == "fit" and threading.current_thread() is threading.main_thread():
+            for number, handler in self._before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listen on, in the place of Lightning's own handlers, which save nothing."""
