@@ -60,3 +60,11 @@ def until(condition: Callable[[], object], processes: Sequence[Process]) -> None
             assert process.popen.poll() is None, process.text()
         assert time.monotonic() < limit, [process.text() for process in processes]
         time.sleep(0.05)
+
+
+def child_of(pid: int) -> int:
+    """The process of the second device, which the first started."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    commands = (b"train.py", b"sample.py")
+    found = {int(child): Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
+    return next(child for child, line in found.items() if any(command in line for command in commands))

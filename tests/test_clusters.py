@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from processes import Process, ended, until
+from processes import Process, child_of, ended, until
 from support import PROJECT, TINY, assert_same_weights, weights_of
 
 
@@ -166,6 +166,19 @@ def test_sampling_that_is_killed_makes_the_same_files(tmp_path, relay_runs):
     assert files[0] == files[1]
     assert made == sorted(made)
     print(f"killed after {made} images")
+
+
+def test_a_signal_to_one_of_two_that_sample_ends_both(tmp_path, relay_runs):
+    command = [
+        PROJECT / "sample.py", "relay=two_stages", "seeds=0-999", "batch_size=4", "strategy=ddp_cpu", "picture=0",
+        *(f"relay.stages.{name}.path={relay_runs / name}" for name in ("base", "relay")), f"output={tmp_path / 'made'}",
+        "relay.stages.base.changes.sampler.steps=60",
+    ]  # fmt: skip
+    with ended([Process(tmp_path / "output.txt", command)]) as (process,):
+        until(lambda: list((tmp_path / "made").rglob("seed*.png")), [process])
+        os.kill(child_of(process.popen.pid), signal.SIGTERM)
+        assert process.wait() == 128 + signal.SIGTERM, process.text()
+    assert process.text().count("stopped by SIGTERM") == 1
 
 
 def test_an_error_of_one_rank_is_told_and_ends_all(tmp_path, small_zip):

@@ -5,13 +5,12 @@ import io
 import os
 import signal
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from processes import Process, ended, until
+from processes import Process, child_of, ended, until
 from relay_diffusion.data.zip_writer import ImageZipWriter
 from support import PROJECT, run
 
@@ -48,12 +47,6 @@ def options(stage, data, steps, directory):
 def rows(directory):
     log = directory / "log/metrics.csv"
     return list(csv.DictReader(log.read_text().splitlines())) if log.exists() else []
-
-
-def child_of(pid):
-    """The process of the second device, which the first started."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return next(int(child) for child in children if b"train.py" in Path(f"/proc/{child}/cmdline").read_bytes())
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,12 @@ def rank() -> int:
     return next((int(os.environ[name]) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0)
 
 
+def first_process() -> int | None:
+    """The process of the first rank of this host, if that started this one; None under SLURM and torchrun."""
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_PROCID" in os.environ
+    return None if launched or "LOCAL_RANK" not in os.environ else os.getppid()
+
+
 def ranks_differ() -> bool:
     """Whether ranks work together already; before that they do the same, and meet the same errors."""
     distributed = sys.modules.get("torch.distributed")

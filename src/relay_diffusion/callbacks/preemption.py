@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
-from relay_diffusion.launch import INTERACTIVE
+from relay_diffusion.launch import INTERACTIVE, first_process
 from relay_diffusion.stage import DiffusionStage
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -70,10 +70,15 @@ class Preemption(Callback):
         _listen(signal.SIG_IGN)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-        """Leave at a signal."""
+        """Leave at a signal, and have the others leave."""
 
         def leave(number: int, _: Any) -> None:
+            if self.agreed:
+                return  # on the way out
             self.agreed = number
+            first = first_process()
+            if first is not None and not trainer.is_global_zero:
+                os.kill(first, number)  # which ends the others, and says so
             leave_if_preempted(trainer)
 
         _listen(leave)
