@@ -5,6 +5,7 @@ curves  a yaml: a name for each curve, and under it its points, each the overrid
 output  the CSV to which a row is added for each point and repeat; rows that are there are not made again
                                                       (outputs/comparison/points.csv)
 only    names of curves, with commas between them     (all)
+points  only so many of each curve, from its beginning     (all)
 count   images of a point, with classes as often as in the reference     (3121)
 repeats of each point, with other seeds               (3)
 batch   images at once                                (256)
@@ -48,6 +49,7 @@ class Options:
     curves: str = "benchmarks/emoji.yaml"
     output: str = "outputs/comparison/points.csv"
     only: str = ""
+    points: int | None = None
     count: int = 3121
     repeats: int = 3
     batch: int = 256
@@ -66,7 +68,7 @@ def points(options: Options) -> list[tuple[str, str]]:
     chosen = options.only.split(",") if options.only else list(curves)
     if unknown := [name for name in chosen if name not in curves]:
         raise UserError(f"only={unknown[0]} is not in {options.curves}: it has {', '.join(curves)}")
-    return [(name, str(overrides)) for name in chosen for overrides in curves[name]]
+    return [(name, str(overrides)) for name in chosen for overrides in curves[name][: options.points]]
 
 
 def settings(options: Options, overrides: str, repeat: int) -> DictConfig:
@@ -142,8 +144,8 @@ def measured(options: Options, cfg: DictConfig, device: torch.device, kept: dict
 def run(options: Options) -> None:
     """Print and keep a row for each point and repeat."""
     register_resolvers()
-    for name in ("count", "repeats", "batch"):
-        if getattr(options, name) < 1:
+    for name in ("count", "repeats", "batch", "points"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"{name}={getattr(options, name)}: must be at least 1")
     todo = [(curve, overrides, repeat) for repeat in range(options.repeats) for curve, overrides in points(options)]
     configs = [settings(options, overrides, repeat) for _, overrides, repeat in todo]  # mistakes show before the work

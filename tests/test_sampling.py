@@ -105,6 +105,18 @@ def test_given_images_are_enlarged_under_their_names(configuration, relay_overri
     assert pngs(tmp_path / "one/images").items() <= pngs(tmp_path / "large/images").items()
 
 
+def test_a_part_of_the_given_images(configuration, relay_overrides, tmp_path):
+    for name in ("a/1.png", "b/1.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    start = [*relay_overrides, f"relay.start={tmp_path}", "class=-1"]
+    sample(configuration("sample", *start, "relay.start_subset=b", f"run_dir={tmp_path / 'run'}"))
+    images = tmp_path / "run/images"
+    assert [path.relative_to(images).as_posix() for path in images.rglob("*.png")] == ["b/1.png"]
+    with pytest.raises(UserError, match=r"relay\.start_subset=c: not in .*; subsets there: a, b"):
+        sample(configuration("sample", *start, "relay.start_subset=c"))
+
+
 def test_given_images_without_classes_need_one(configuration, relay_overrides, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     start = [*relay_overrides, f"relay.start={tmp_path}"]

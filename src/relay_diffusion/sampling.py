@@ -129,9 +129,11 @@ def make_plan(cfg: DictConfig, relay: Relay) -> Plan:
     start = ImageDataset(
         path,
         size,
+        subset=cfg.relay.start_subset,
         labels=bool(relay.num_classes) and chosen is None,
         path_option="relay.start",
         resolution_option=f"relay.stages.{first} starts from resolution",
+        subset_option="relay.start_subset",
     )
     if chosen is None and relay.num_classes:
         _check_classes(start, relay)

@@ -54,7 +54,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     x_flip: indices N..2N-1 are the mirrored images 0..N-1, so mirroring is part of the data order.
     cache: decode everything once, at the first access, and keep it as one uint8 tensor in memory.
     Attributes: `names` [N] and their `labels` [N], `class_names`, `num_classes`, `source_hash`, `path`, `subset`.
-    path_option, resolution_option: what the user calls these, for messages.
+    path_option, resolution_option, subset_option: what the user calls these, for messages.
     Errors: UserError that names the option (data.dataset.path, .subset, .resolution), dataset.json or the image.
     """
 
@@ -68,6 +68,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         cache: bool = False,
         path_option: str = "data.dataset.path",
         resolution_option: str = "data.dataset.resolution",
+        subset_option: str = "data.dataset.subset",
     ) -> None:
         self.resolution, self.subset, self.x_flip, self.cache = resolution, subset.strip("/"), x_flip, cache
         if resolution < 1:
@@ -79,7 +80,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         if not self.names:
             subsets = sorted({name.split("/")[0] for name in self._source.names if "/" in name})
             there = ", ".join(subsets) if subsets else "none (the images are not in folders)"
-            raise UserError(f"data.dataset.subset={subset}: not in {path}; subsets there: {there}")
+            raise UserError(f"{subset_option}={subset}: not in {path}; subsets there: {there}")
         found = read_labels(self._source) if labels else None
         self.class_names: list[str] = found.class_names if found else []
         self.labels = [found.by_name[name] if found else NO_CLASS for name in self.names]

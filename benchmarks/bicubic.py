@@ -1,0 +1,56 @@
+"""What a relay stage has to beat: small images enlarged bicubically. `python benchmarks/bicubic.py [key=value ...]`.
+
+  source       folder or zip of images                       (a relay.last=base run's images, or the real ones)
+  destination  the zip to write, for `sample.py mode=evaluate images=...`
+  small        side of the small images in pixels; larger ones are box-averaged first   (64)
+  factor       of the enlargement                            (4)
+  subset       only what this folder inside the source holds (all)
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+from omegaconf import MISSING
+from PIL import Image
+
+from relay_diffusion.data.arguments import run_tool
+from relay_diffusion.data.image_sets import open_image_set
+from relay_diffusion.data.sources import map_in_order
+from relay_diffusion.data.zip_writer import ImageZipWriter, encode_png
+from relay_diffusion.errors import UserError
+
+
+@dataclass
+class Options:
+    """The command line; see above."""
+
+    source: str = MISSING
+    destination: str = MISSING
+    small: int = 64
+    factor: int = 4
+    subset: str = ""
+
+
+def run(options: Options) -> None:
+    """Write the zip."""
+    for name in ("small", "factor"):
+        if getattr(options, name) < 1:
+            raise UserError(f"{name}={getattr(options, name)}: must be at least 1")
+    images = open_image_set(options.source, "source", (options.small, options.small), options.subset)
+    size = (options.small * options.factor,) * 2
+
+    def encoded(pixels: np.ndarray) -> bytes:
+        return encode_png(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+
+    arrays = (batch[0].permute(1, 2, 0).numpy() for batch in images.batches(1))
+    with ImageZipWriter(options.destination) as target:
+        for number, content in enumerate(map_in_order(encoded, arrays)):
+            target.add_encoded(f"{number:06d}.png", content)
+    print(f"{options.destination}: {len(images):,} images of {size[0]}x{size[1]}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(sys.argv[1:], __doc__ or "", Options, run))
