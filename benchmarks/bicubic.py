@@ -1,10 +1,10 @@
 """What a relay stage has to beat: small images enlarged bicubically. `python benchmarks/bicubic.py [key=value ...]`.
 
-  source       folder or zip of images                       (a relay.last=base run's images, or the real ones)
-  destination  the zip to write, for `sample.py mode=evaluate images=...`
-  small        side of the small images in pixels; larger ones are box-averaged first   (64)
-  factor       of the enlargement                            (4)
-  subset       only what this folder inside the source holds (all)
+source       folder or zip of images                       (a relay.last=base run's images, or the real ones)
+destination  the zip to write, for `sample.py mode=evaluate images=...`
+small        side of the small images in pixels; larger ones are box-averaged first   (64)
+factor       of the enlargement                            (4)
+subset       only what this folder inside the source holds (all)
 """
 
 from __future__ import annotations

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 
 from relay_diffusion.launch import check_processes
 from relay_diffusion.stage import DiffusionStage
+
+THREADS, THREADS_KEY = 4, "OMP_NUM_THREADS"  # of torch on the CPU, beside a GPU
 
 
 class StopAtImages(Callback):
@@ -27,6 +31,16 @@ class StopAtImages(Callback):
         assert isinstance(pl_module, DiffusionStage)
         if pl_module.images_seen >= self.max_images:
             trainer.should_stop = True
+
+
+def spare_threads(device: torch.device) -> None:
+    """Beside a GPU the CPU only copies batches; a thread for each of many cores does it far slower than a few.
+
+    The more so with several runs or ranks on a host. OMP_NUM_THREADS, where the user has set it, is left as it is.
+    """
+    if device.type != "cpu" and THREADS_KEY not in os.environ:
+        torch.set_num_threads(min(THREADS, torch.get_num_threads()))
+        os.environ[THREADS_KEY] = str(torch.get_num_threads())  # for other ranks, and so that Lightning keeps it
 
 
 @contextmanager
