@@ -37,6 +37,7 @@ from relay_diffusion.networks.flops import forward_flops
 from relay_diffusion.progress import progress
 from relay_diffusion.relay import Relay
 from relay_diffusion.sampling import build_evaluator, build_relay, make_plan
+from relay_diffusion.trainer import prepare_host
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 COLUMNS = ["curve", "overrides", "repeat", "images", "evaluations", "tflop", "seconds", "fid", "sfid", "device"]
@@ -155,6 +156,7 @@ def run(options: Options) -> None:
             rows = list(csv.DictReader(file))
     done = {(row["curve"], row["overrides"], row["repeat"], row["images"]) for row in rows}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    prepare_host(device)
     print(environment())
     kept: dict[str, Any] = {}
     for (curve, overrides, repeat), cfg in zip(todo, configs, strict=True):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from relay_diffusion.data.arguments import run_tool
 from relay_diffusion.errors import UserError
@@ -56,7 +57,8 @@ def table(groups: dict[tuple[str, str], Rows]) -> str:
     for (curve, overrides), rows in groups.items():
         changed = " ".join(part.split("changes.")[-1] for part in overrides.split()[1:])
         times = [float(row["seconds"]) for row in rows if row["seconds"]]
-        fid, sfid = ("{:.1f} ({:.1f}-{:.1f})".format(*spread(rows, column)) for column in ("fid", "sfid"))
+        shown = "{:.1f} ({:.1f}-{:.1f})" if len(rows) > 1 else "{:.1f}"
+        fid, sfid = (shown.format(*spread(rows, column)) for column in ("fid", "sfid"))
         seconds = f"{statistics.median(times):.4f}" if times else ""
         cells = [
             curve,
@@ -83,7 +85,10 @@ def draw(groups: dict[tuple[str, str], Rows], curves: list[str], path: Path) -> 
             tflop, mean, low, high = zip(*points, strict=True)
             below, above = ([abs(a - b) for a, b in zip(mean, ends, strict=True)] for ends in (low, high))
             axes.errorbar(tflop, mean, yerr=[below, above], marker="o", markersize=4, capsize=2, label=curve)
-        axes.set(xlabel="TFLOP an image, all stages", ylabel={"fid": "FID", "sfid": "sFID"}[column], xscale="log")
+        axes.set(xlabel="TFLOP an image, all stages", ylabel={"fid": "FID", "sfid": "sFID"}[column], xscale="log", yscale="log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(ScalarFormatter())
+            axis.set_minor_formatter(ScalarFormatter())
         axes.grid(alpha=0.3, which="both")
         axes.legend()
     with whole_file(path) as file:

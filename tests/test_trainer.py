@@ -1,9 +1,10 @@
 import os
+import resource
 
 import pytest
 import torch
 
-from relay_diffusion.trainer import THREADS_KEY, spare_threads
+from relay_diffusion.trainer import THREADS_KEY, prepare_host
 
 
 @pytest.fixture(autouse=True)
@@ -18,18 +19,30 @@ def many(monkeypatch):
 
 
 def test_few_threads_beside_a_gpu():
-    spare_threads(torch.device("cuda", 0))
+    prepare_host(torch.device("cuda", 0))
     assert torch.get_num_threads() == 4
     assert os.environ[THREADS_KEY] == "4"
 
 
 def test_all_threads_on_a_cpu():
-    spare_threads(torch.device("cpu"))
+    prepare_host(torch.device("cpu"))
     assert torch.get_num_threads() == 6
     assert THREADS_KEY not in os.environ
 
 
+def test_freed_memory_is_kept_on_a_cpu():
+    """The same large tensor again costs no new pages."""
+    torch.set_num_threads(1)
+    prepare_host(torch.device("cpu"))
+    for _ in range(3):
+        torch.ones(2**24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        torch.ones(2**24)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 2**24 * 4 / 4096
+
+
 def test_the_users_choice_of_threads_holds(monkeypatch):
     monkeypatch.setenv(THREADS_KEY, "6")
-    spare_threads(torch.device("cuda", 0))
+    prepare_host(torch.device("cuda", 0))
     assert torch.get_num_threads() == 6

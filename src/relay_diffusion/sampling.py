@@ -36,7 +36,7 @@ from relay_diffusion.interop.adm import write_adm_samples
 from relay_diffusion.plan import AS_REFERENCE, Plan, class_indices, in_proportion, plan_from_images, plan_from_noise
 from relay_diffusion.relay import Relay
 from relay_diffusion.report import report
-from relay_diffusion.trainer import children_end_too, spare_threads
+from relay_diffusion.trainer import children_end_too, prepare_host
 from relay_diffusion.training import quiet_lightning
 
 MANY_CLASSES = 1000  # a longer list is no longer written out
@@ -228,7 +228,7 @@ def _predict(trainer: L.Trainer, model: L.LightningModule, data: L.LightningData
     """One pass with these callbacks."""
     before = list(trainer.callbacks)  # type: ignore[attr-defined]
     trainer.callbacks = [*before, *own, Preemption()]  # type: ignore[attr-defined]
-    spare_threads(trainer.strategy.root_device)
+    prepare_host(trainer.strategy.root_device)
     try:
         with children_end_too(trainer):
             trainer.predict(model, datamodule=data, return_predictions=False)

@@ -30,7 +30,7 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.launch import leave_group
 from relay_diffusion.revision import git_revision
 from relay_diffusion.stage import DiffusionStage
-from relay_diffusion.trainer import children_end_too, spare_threads
+from relay_diffusion.trainer import children_end_too, prepare_host
 
 
 def quiet_lightning() -> None:
@@ -152,7 +152,7 @@ def train(cfg: DictConfig) -> DiffusionStage:
         where = f"continues {os.path.relpath(checkpoint)}{changed}" if checkpoint else where
         images = len(data.dataset.names)
         print(f"{os.path.relpath(cfg.run_dir)}: {where}, {parameters:,} parameters, {images:,} images", flush=True)
-    spare_threads(trainer.strategy.root_device)
+    prepare_host(trainer.strategy.root_device)
     with children_end_too(trainer):
         trainer.fit(stage, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     if stage.images_seen < cfg.trainer.max_images and preempted(trainer):
