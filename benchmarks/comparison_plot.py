@@ -85,7 +85,12 @@ def draw(groups: dict[tuple[str, str], Rows], curves: list[str], path: Path) -> 
             tflop, mean, low, high = zip(*points, strict=True)
             below, above = ([abs(a - b) for a, b in zip(mean, ends, strict=True)] for ends in (low, high))
             axes.errorbar(tflop, mean, yerr=[below, above], marker="o", markersize=4, capsize=2, label=curve)
-        axes.set(xlabel="TFLOP an image, all stages", ylabel={"fid": "FID", "sfid": "sFID"}[column], xscale="log", yscale="log")
+        axes.set(
+            xlabel="TFLOP an image, all stages",
+            ylabel={"fid": "FID", "sfid": "sFID"}[column],
+            xscale="log",
+            yscale="log",
+        )
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(ScalarFormatter())
             axis.set_minor_formatter(ScalarFormatter())

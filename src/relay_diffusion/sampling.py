@@ -31,12 +31,13 @@ from relay_diffusion.data.image_sets import ImageSet, open_image_set
 from relay_diffusion.data.images import ImageDataset
 from relay_diffusion.errors import UserError
 from relay_diffusion.files import json_text, write_text
+from relay_diffusion.host import prepare_host
 from relay_diffusion.image_store import ImageStore
 from relay_diffusion.interop.adm import write_adm_samples
 from relay_diffusion.plan import AS_REFERENCE, Plan, class_indices, in_proportion, plan_from_images, plan_from_noise
 from relay_diffusion.relay import Relay
 from relay_diffusion.report import report
-from relay_diffusion.trainer import children_end_too, prepare_host
+from relay_diffusion.trainer import children_end_too
 from relay_diffusion.training import quiet_lightning
 
 MANY_CLASSES = 1000  # a longer list is no longer written out

@@ -27,10 +27,11 @@ from relay_diffusion.checkpoint import (
 from relay_diffusion.config import write_config
 from relay_diffusion.data import ImageDataModule
 from relay_diffusion.errors import UserError
+from relay_diffusion.host import prepare_host
 from relay_diffusion.launch import leave_group
 from relay_diffusion.revision import git_revision
 from relay_diffusion.stage import DiffusionStage
-from relay_diffusion.trainer import children_end_too, prepare_host
+from relay_diffusion.trainer import children_end_too
 
 
 def quiet_lightning() -> None:

@@ -23,6 +23,7 @@ from relay_diffusion.data.arguments import run_tool
 from relay_diffusion.data.image_sets import ImageSet, open_image_set, spread
 from relay_diffusion.errors import UserError
 from relay_diffusion.files import csv_text, write_text
+from relay_diffusion.host import prepare_host
 from relay_diffusion.metrics.inception import Inception
 from relay_diffusion.pictures import image_grid, save_png, side_by_side
 from relay_diffusion.progress import progress
@@ -103,6 +104,7 @@ def compare(
     features of the reference, and the pixels of the images and of at most MAX_SCALE reference images.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    prepare_host(device)
     inception.to(device)
     scale = spread(min(MAX_SCALE, len(reference)), len(reference))
     own = torch.tensor([-1] * len(images) + scale)

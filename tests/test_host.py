@@ -4,7 +4,7 @@ import resource
 import pytest
 import torch
 
-from relay_diffusion.trainer import THREADS_KEY, prepare_host
+from relay_diffusion.host import THREADS_KEY, prepare_host
 
 
 @pytest.fixture(autouse=True)
