@@ -31,7 +31,7 @@ from timing import environment
 from relay_diffusion.config import register_resolvers, validate_sampling
 from relay_diffusion.data.arguments import run_tool
 from relay_diffusion.errors import UserError
-from relay_diffusion.files import write_text
+from relay_diffusion.files import CONF, write_text
 from relay_diffusion.host import prepare_host
 from relay_diffusion.metrics import Evaluation
 from relay_diffusion.networks.flops import forward_flops
@@ -39,7 +39,6 @@ from relay_diffusion.progress import progress
 from relay_diffusion.relay import Relay
 from relay_diffusion.sampling import build_evaluator, build_relay, make_plan
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 COLUMNS = ["curve", "overrides", "repeat", "images", "evaluations", "tflop", "seconds", "fid", "sfid", "device"]
 
 

@@ -20,7 +20,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -31,12 +30,12 @@ from torch.profiler import ProfilerActivity, profile
 from relay_diffusion.config import register_resolvers
 from relay_diffusion.data.arguments import run_tool
 from relay_diffusion.data.images import to_float
+from relay_diffusion.files import CONF
 from relay_diffusion.gradients import replace_nonfinite
 from relay_diffusion.networks import ops
 from relay_diffusion.networks.flops import forward_flops, matrix_peak
 from relay_diffusion.stage import DiffusionStage
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 EXPERIMENT = {"adm_64": "imagenet_64", "adm_256": "imagenet_256"}
 # images/s of the authors' code on one H200, by batch
 AUTHORS = {

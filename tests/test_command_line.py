@@ -26,6 +26,12 @@ def test_a_run_leaves_config_log_checkpoint_and_pictures(relay_runs):
         assert not list(run_dir.rglob(".*"))  # no temporary files
 
 
+def test_sampling_without_a_word_says_what_it_can_do():
+    result = run("sample.py")
+    assert result.returncode == 0
+    assert "python sample.py relay=emoji" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 PLAIN_SECONDS = 10.0  # a log gets one line in this many seconds
+QUIET = "RELAY_DIFFUSION_QUIET"  # 1: no progress at all
 
 
 class Advance:
@@ -60,9 +62,10 @@ def progress(
 ) -> Iterator[Advance]:
     """Show progress towards `total` units; yields an `Advance` to call with each finished count.
 
-    `done` units are counted as finished already (a continued run). Disabled (ranks above 0) it shows nothing.
+    `done` units are counted as finished already (a continued run). Disabled (ranks above 0), or with
+    RELAY_DIFFUSION_QUIET=1, it shows nothing.
     """
-    if not enabled:
+    if not enabled or os.environ.get(QUIET) == "1":
         yield Advance(description, total, unit, done)
         return
     if not sys.stdout.isatty():

@@ -31,7 +31,6 @@ WHOLE = {  # key: lowest, highest
     "resolution": (1, 2**14),
     "seed": (0, 2**32 - 1),
     "network.resolution": (1, 2**14),
-    "data.dataset.resolution": (1, 2**14),
     "data.batch_size": (1, 2**24),
     "data.accumulate": (1, 2**24),
     "data.num_workers": (0, 1024),
@@ -69,13 +68,7 @@ CALLBACKS = {  # option of any callback: lowest, highest
     "keep": (0, 10**6),
     "count": (1, 10**6),
 }
-FLAGS = (
-    "data.dataset.labels",
-    "data.dataset.x_flip",
-    "data.dataset.cache",
-    "network.channels_last",
-    "stage.cuda_graphs",
-)
+FLAGS = ("network.channels_last", "stage.cuda_graphs")
 
 
 def fused_optimizer(precision: str) -> bool:
@@ -113,9 +106,7 @@ def validate_training(cfg: DictConfig) -> None:
     )
     _check_network(cfg)
     _check_stage(cfg)
-    check_text(cfg, "data.dataset.path")
-    check_file(cfg.data.dataset.path, "data.dataset.path")
-    require(isinstance(cfg.data.dataset.subset, str), f"data.dataset.subset={shown(cfg.data.dataset.subset)}: no text")
+    _check_dataset(cfg)
     for key in ("resume", "init"):
         if cfg[key] is not None:
             check_file(cfg[key], key)
@@ -141,6 +132,27 @@ def _check_callbacks(cfg: DictConfig) -> None:
             check_directory(cfg, f"callbacks.{name}.directory")
 
 
+def _check_resolution(cfg: DictConfig, key: str) -> None:
+    value = selected(cfg, key)
+    require(value == cfg.resolution, f"{key}={shown(value)} is not resolution={cfg.resolution}: leave {key} out")
+
+
+def _check_dataset(cfg: DictConfig) -> None:
+    """A dataset of another kind has options of its own; what it shares with ours means the same."""
+    dataset = cfg.data.dataset
+    for flag in ("labels", "x_flip", "cache"):
+        if flag in dataset:
+            check_flag(cfg, f"data.dataset.{flag}")
+    if "resolution" in dataset:
+        check_whole(cfg, "data.dataset.resolution", 1, 2**14)
+        _check_resolution(cfg, "data.dataset.resolution")
+    if "path" in dataset:
+        check_text(cfg, "data.dataset.path")
+        check_file(dataset.path, "data.dataset.path")
+    if "subset" in dataset:
+        require(isinstance(dataset.subset, str), f"data.dataset.subset={shown(dataset.subset)}: no text")
+
+
 def _check_network(cfg: DictConfig) -> None:
     check_list(cfg, "network.channel_mult", 1, 64, "[1,2,2], one a level")
     levels = len(cfg.network.channel_mult)
@@ -153,11 +165,7 @@ def _check_network(cfg: DictConfig) -> None:
         f"resolution={cfg.resolution} is not divisible by 2^{levels - 1}, as network.channel_mult with {levels} levels "
         "demands",
     )
-    for key in ("network.resolution", "data.dataset.resolution"):
-        require(
-            selected(cfg, key) == cfg.resolution,
-            f"{key}={selected(cfg, key)} is not resolution={cfg.resolution}: leave {key} out",
-        )
+    _check_resolution(cfg, "network.resolution")
     check_list(cfg, "network.attention_resolutions", 1, 2**14, "[16,8]")
     check_list(cfg, "network.checkpoint_levels", 0, levels - 1, "[0]")
 
@@ -187,7 +195,7 @@ def _check_stage(cfg: DictConfig) -> None:
     )
     mirrored = augmented and selected(cfg, "stage.augment.x_flip")
     require(
-        not (mirrored and cfg.data.dataset.x_flip),
+        not (mirrored and selected(cfg, "data.dataset.x_flip", False)),
         "data.dataset.x_flip=true mirrors images that stage.augment mirrors too: set one of them to false",
     )
     interval = cfg.stage.guidance_interval

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from relay_diffusion.checkpoint import build_stored
 from relay_diffusion.data.arguments import run_tool
 from relay_diffusion.errors import UserError
-from relay_diffusion.files import file_sha256
+from relay_diffusion.files import CONF, file_sha256
 from relay_diffusion.interop.export import export_stage
 from relay_diffusion.interop.official import OfficialCheckpoint, from_official, read_official
 from relay_diffusion.stage import DiffusionStage, load_stage
@@ -30,7 +30,6 @@ python -m relay_diffusion.interop.convert source=FILE destination=FOLDER [key=va
   dtype        of the stored weights: float32 (default) | float16 | bfloat16
 """
 PUBLISHED = (".pkl", ".pt")
-CONF = Path("conf")
 _SAME = ("resolution", "image_channels", "channels", "channel_mult", "blocks", "num_classes")
 
 
@@ -112,8 +111,6 @@ def published_stage(path: Path, experiment: str | None = None) -> DiffusionStage
 def _compose(experiment: str | None) -> dict[str, Any]:
     """The stage of an experiment as train.py would build it, without its optimizer."""
     main = CONF / "train.yaml"
-    if not main.is_file():
-        raise UserError(f"no {main} in {Path.cwd()}: run this in the project's folder, which says what a stage is")
     from hydra import compose, initialize_config_dir  # not needed for this project's own checkpoints
     from hydra.errors import HydraException
 
@@ -122,7 +119,7 @@ def _compose(experiment: str | None) -> dict[str, Any]:
 
     register_resolvers()
     try:
-        with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose(main.stem, overrides=[] if experiment is None else [f"experiment={experiment}"])
         config = cast(dict[str, Any], OmegaConf.to_container(cfg.stage, resolve=True, throw_on_missing=True))
     except (HydraException, OmegaConfBaseException) as error:

@@ -1,0 +1,44 @@
+"""The commands: `train.py` and `sample.py` here, `relay-train` and `relay-sample` of an installed package."""
+
+import sys
+from typing import NoReturn
+
+import hydra
+from omegaconf import DictConfig
+
+from relay_diffusion.cli import clear_errors, command_line
+from relay_diffusion.config import register_resolvers, validate_sampling, validate_training
+from relay_diffusion.files import CONF
+
+register_resolvers()
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
+def _train(cfg: DictConfig) -> None:
+    with clear_errors():
+        validate_training(cfg)
+
+        from relay_diffusion import training  # torch and lightning: only once the settings are sound
+
+        training.train(cfg)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="sample")
+def _sample(cfg: DictConfig) -> None:
+    with clear_errors():
+        validate_sampling(cfg)
+
+        from relay_diffusion import sampling
+
+        sampling.sample(cfg)
+
+
+def train() -> NoReturn:
+    """Compose, validate, build, fit."""
+    command_line(_train, CONF / "train.yaml")
+
+
+def sample() -> NoReturn:
+    """Compose, validate, build, predict or evaluate; without anything said it prints what it can do."""
+    sys.argv += [] if len(sys.argv) > 1 else ["--help"]
+    command_line(_sample, CONF / "sample.yaml")
