@@ -28,10 +28,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from timing import environment
 
-from relay_diffusion.config import register_resolvers, validate_sampling
+from relay_diffusion.config import CONF, register_resolvers, validate_sampling
 from relay_diffusion.data.arguments import run_tool
 from relay_diffusion.errors import UserError
-from relay_diffusion.files import CONF, write_text
+from relay_diffusion.files import write_text
 from relay_diffusion.host import prepare_host
 from relay_diffusion.metrics import Evaluation
 from relay_diffusion.networks.flops import forward_flops

@@ -27,10 +27,9 @@ from hydra.utils import instantiate
 from timing import environment, line, seconds, seconds_once
 from torch.profiler import ProfilerActivity, profile
 
-from relay_diffusion.config import register_resolvers
+from relay_diffusion.config import CONF, register_resolvers
 from relay_diffusion.data.arguments import run_tool
 from relay_diffusion.data.images import to_float
-from relay_diffusion.files import CONF
 from relay_diffusion.gradients import replace_nonfinite
 from relay_diffusion.networks import ops
 from relay_diffusion.networks.flops import forward_flops, matrix_peak

@@ -190,7 +190,7 @@ def test_a_block_that_does_not_divide_is_named(configuration, small_zip):
         ("relay.last=third", r"relay\.last=third: the stages are \['base', 'relay'\]"),
         ("relay.last=base relay.start=conf", r"relay\.last=base comes before"),
         ("relay.start=missing", r"relay\.start=missing: no such"),
-        ("relay.start_subset=train", r"relay\.start_subset=train is for relay\.start, which is null"),
+        ("relay.start_subset=train", r"relay\.start_subset=train: give relay\.start=FOLDER"),
         ("relay.start=conf relay.start_subset=null", r"relay\.start_subset=None: must be the name of a folder"),
         ("relay.start=conf relay.hand_over_sigma=1", r"relay\.hand_over_sigma .* starts from noise"),
         ("relay.hand_over_sigma=a", r"relay\.hand_over_sigma=a: must be a number"),

@@ -32,6 +32,9 @@ def test_the_configuration_is_listed():
     generator = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generator)
     assert (PROJECT / "docs/configuration.md").read_text() == generator.document(), "run python docs/configuration.py"
+    files = (PROJECT / "conf").rglob("*.yaml")
+    groups = {path.relative_to(PROJECT / "conf").parent.as_posix().removesuffix("/parts") for path in files}
+    assert groups == {".", *generator.GROUPS}
 
 
 def test_there_is_one_version():
@@ -128,5 +131,6 @@ def test_commands_run(page, project):
         if kind == "python":
             exec(compile(text, page.name, "exec"), {})
             continue
+        assert commands(text), f"{page}: a mark with nothing to run"
         for words in commands(text):
             call(project, words, SMALL[argument].get(words[1], []))

@@ -1,10 +1,29 @@
 import os
-import resource
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from relay_diffusion.host import THREADS_KEY, prepare_host
+
+PAGES = """
+import resource, sys, torch
+from relay_diffusion.host import prepare_host
+
+def pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+pages()
+given_back = pages()
+prepare_host(torch.device("cpu"))
+for _ in range(8):  # the heap grows first
+    pages()
+print(given_back, pages())
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -30,19 +49,15 @@ def test_all_threads_on_a_cpu():
     assert THREADS_KEY not in os.environ
 
 
-def test_freed_memory_is_kept_on_a_cpu():
-    """The same large tensor again costs no new pages."""
-    torch.set_num_threads(1)
-    prepare_host(torch.device("cpu"))
-    for _ in range(3):
-        torch.ones(2**24)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(3):
-        torch.ones(2**24)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 2**24 * 4 / 4096
-
-
 def test_the_users_choice_of_threads_holds(monkeypatch):
     monkeypatch.setenv(THREADS_KEY, "6")
     prepare_host(torch.device("cuda", 0))
     assert torch.get_num_threads() == 6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_freed_memory_is_kept_on_a_cpu():
+    """The same large tensors again cost next to no new pages."""
+    result = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=True)
+    given_back, kept = map(int, result.stdout.split())
+    assert kept < given_back / 10

@@ -24,6 +24,13 @@ def imports(path):
             yield node.module or ""
 
 
+def test_no_function_is_long():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
+
+
 @pytest.mark.parametrize("package", PURE)
 def test_the_mathematics_imports_no_framework(package):
     for path in (PACKAGE / package).rglob("*.py"):

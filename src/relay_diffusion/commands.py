@@ -7,8 +7,7 @@ import hydra
 from omegaconf import DictConfig
 
 from relay_diffusion.cli import clear_errors, command_line
-from relay_diffusion.config import register_resolvers, validate_sampling, validate_training
-from relay_diffusion.files import CONF
+from relay_diffusion.config import CONF, register_resolvers, validate_sampling, validate_training
 
 register_resolvers()
 

@@ -24,6 +24,7 @@ from relay_diffusion.validation import fused_optimizer, validate_training
 from relay_diffusion.validation_sampling import chosen_stages, reference_of, validate_sampling
 
 __all__ = [
+    "CONF",
     "check_file",
     "chosen_stages",
     "reference_of",
@@ -34,6 +35,9 @@ __all__ = [
     "write_config",
 ]
 
+_PACKAGE = Path(__file__).resolve().parent
+_INSTALLED = _PACKAGE / "conf"
+CONF = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parents[1] / "conf"  # of an installed package, or the project
 RUN_ID = "RELAY_DIFFUSION_RUN_ID"  # hands rank 0's choice to the processes that it starts
 
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and their fingerprints; where the configuration lies."""
+"""Files that appear whole or not at all, and their fingerprints."""
 
 from __future__ import annotations
 
@@ -15,10 +15,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from relay_diffusion.errors import UserError
-
-_PACKAGE = Path(__file__).resolve().parent
-_INSTALLED = _PACKAGE / "conf"
-CONF = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parents[1] / "conf"  # of an installed package, or the project
 
 
 @contextmanager

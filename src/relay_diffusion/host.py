@@ -17,7 +17,8 @@ def prepare_host(device: torch.device) -> None:
 
     Beside a GPU the CPU only copies batches; a thread for each of many cores does it far slower than a few, the more
     so with several runs or ranks on a host. OMP_NUM_THREADS, where the user has set it, is left as it is. On the CPU
-    glibc gives large tensors back to the system, which clears their pages anew for the next: half of a network's time.
+    glibc gives large tensors back to the system, which clears their pages anew for the next: measured, 44 % of an
+    evaluation of emoji_256.
     """
     if device.type == "cpu":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

@@ -182,7 +182,12 @@ def run_settings(cfg: DictConfig, relay: Relay, plan: Plan, device: str) -> dict
     }
     if plan.start is not None:
         labels = hashlib.sha256(str(plan.start.labels).encode()).hexdigest()
-        settings["start"] = {"path": str(plan.start.path), "hash": plan.start.source_hash, "labels": labels}
+        settings["start"] = {
+            "path": str(plan.start.path),
+            "subset": plan.start.subset,
+            "hash": plan.start.source_hash,
+            "labels": labels,
+        }
     return settings
 
 
@@ -214,7 +219,8 @@ def measure(
         "not_measured": evaluator.skipped,
         "departures": evaluator.departures(rounding),
         "seconds_measuring": round(time.perf_counter() - began, 1),
-        "seeds": str(cfg.relay.seeds if cfg.seeds is None else cfg.seeds) if cfg.images is None else None,
+        "seeds": _seeds(cfg),
+        "reference": reference_of(cfg),
         "evaluation": evaluator.describe(),
         "version": __version__,
         "torch": torch.__version__,
@@ -223,6 +229,14 @@ def measure(
     file = Path(cfg.output) / "metrics.json"
     write_text(file, json_text(results))
     return results | {"numbers": os.path.relpath(file)}
+
+
+def _seeds(cfg: DictConfig) -> str | None:
+    """What was asked for: the seeds, or all of the images that were enlarged; None for images that were there."""
+    if cfg.images is not None:
+        return None
+    every = cfg.relay.seeds if cfg.relay.start is None else "all"
+    return str(every if cfg.seeds is None else cfg.seeds)
 
 
 def _predict(trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModule, own: list[Callback]) -> None:

@@ -150,7 +150,9 @@ def _check_dataset(cfg: DictConfig) -> None:
         check_text(cfg, "data.dataset.path")
         check_file(dataset.path, "data.dataset.path")
     if "subset" in dataset:
-        require(isinstance(dataset.subset, str), f"data.dataset.subset={shown(dataset.subset)}: no text")
+        require(
+            isinstance(dataset.subset, str), f"data.dataset.subset={shown(dataset.subset)}: must be a folder's name"
+        )
 
 
 def _check_network(cfg: DictConfig) -> None:

@@ -145,6 +145,13 @@ def test_bad_images_stop_or_are_left_out(tmp_path: Path, broken: bytes, message:
     assert "cat/bad.png" in result.left_out[0]
 
 
+def test_folders_of_which_nothing_is_left_are_no_classes(tmp_path: Path) -> None:
+    source = write_zip(tmp_path / "in.zip", {"bird/bad.png": b"no image", **pngs(NAMES)})
+    assert convert(options(source, tmp_path / "out.zip", skip_bad=True)).class_names == ["cat", "dog"]
+    written = ImageDataset(tmp_path / "out.zip", 8)
+    assert (written.class_names, written.labels) == (["cat", "dog"], [0, 0, 1])
+
+
 def test_failure_keeps_the_former_zip(tmp_path: Path) -> None:
     destination = write_zip(tmp_path / "out.zip", pngs(["old.png"]))
     before = destination.read_bytes()

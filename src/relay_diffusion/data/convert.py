@@ -39,7 +39,8 @@ python -m relay_diffusion.data.convert source=FOLDER|ZIP|TAR destination=OUT.zip
                lower stages average its blocks while loading
   crop         center: cut the middle square out (default) | none: refuse images that are not square
   classes      folders: an image's class is its first folder (default) | keep: the source's dataset.json | none
-  skip_bad     false: stop at the first unusable image (default) | true: leave such images out and name them
+  skip_bad     false: stop at the first unusable image (default) | true: leave such images out and name them;
+               folders of which nothing is left are no classes
 """
 
 
@@ -119,10 +120,9 @@ def convert(options: ConvertOptions) -> Converted:
         return name, encode_png(image)
 
     left_out: list[str] = []
-    class_names = labels.class_names if labels else None
     with (
         progress("converting", len(source.names)) as advance,
-        ImageZipWriter(destination, class_names) as writer,
+        ImageZipWriter(destination, labels.class_names if labels else None) as writer,
     ):
         for name, result in map_in_order(encode, source.items()):
             if isinstance(result, bytes):
@@ -134,7 +134,9 @@ def convert(options: ConvertOptions) -> Converted:
             advance()
         if not writer.labels:
             raise UserError(f"source={options.source}: none of {len(left_out)} images is usable; {left_out[0]}")
-    return Converted(len(writer.labels), class_names, left_out)
+        if options.classes is Classes.folders:
+            writer.drop_empty_classes()
+    return Converted(len(writer.labels), writer.class_names, left_out)
 
 
 def _labels(source: Source, classes: Classes) -> Labels | None:

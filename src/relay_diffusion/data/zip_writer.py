@@ -51,6 +51,13 @@ class ImageZipWriter:
         self.labels[name] = label
         self._write(name, content)
 
+    def drop_empty_classes(self) -> None:
+        """Forget the classes that no image has so far; the others keep their order."""
+        if self.class_names is not None:
+            used = sorted({label for label in self.labels.values() if label is not None})
+            self.class_names = [self.class_names[label] for label in used]
+            self.labels = {name: used.index(label) for name, label in self.labels.items() if label is not None}
+
     def _write(self, name: str, data: bytes) -> None:
         info = zipfile.ZipInfo(name, EPOCH)
         info.create_system, info.external_attr = 3, 0o644 << 16  # the same on every operating system

@@ -8,13 +8,17 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, cast
 
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from relay_diffusion.checkpoint import build_stored
+from relay_diffusion.cli import explain
+from relay_diffusion.config import CONF, register_resolvers
 from relay_diffusion.data.arguments import run_tool
 from relay_diffusion.errors import UserError
-from relay_diffusion.files import CONF, file_sha256
+from relay_diffusion.files import file_sha256
 from relay_diffusion.interop.export import export_stage
 from relay_diffusion.interop.official import OfficialCheckpoint, from_official, read_official
 from relay_diffusion.stage import DiffusionStage, load_stage
@@ -111,12 +115,6 @@ def published_stage(path: Path, experiment: str | None = None) -> DiffusionStage
 def _compose(experiment: str | None) -> dict[str, Any]:
     """The stage of an experiment as train.py would build it, without its optimizer."""
     main = CONF / "train.yaml"
-    from hydra import compose, initialize_config_dir  # not needed for this project's own checkpoints
-    from hydra.errors import HydraException
-
-    from relay_diffusion.cli import explain
-    from relay_diffusion.config import register_resolvers
-
     register_resolvers()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):

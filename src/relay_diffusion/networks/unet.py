@@ -15,6 +15,21 @@ from relay_diffusion.networks.ops import convolve_image, norm_act
 MAX_BLOCKS, MAX_LEVELS = 100, 14  # a file that asks for more would be at it for hours
 
 
+def _check_sizes(
+    resolution: int, channels: int, levels: int, blocks: int, dropout: float, checkpoint_levels: Sequence[int]
+) -> None:
+    if not 1 <= blocks <= MAX_BLOCKS or not 1 <= levels <= MAX_LEVELS:
+        raise ValueError(f"blocks is {blocks}, levels are {levels}: at most {MAX_BLOCKS} and {MAX_LEVELS}")
+    if resolution % 2 ** (levels - 1):
+        raise ValueError(f"resolution {resolution} is not divisible by 2^{levels - 1} for {levels} levels")
+    if not set(checkpoint_levels) <= set(range(levels)):
+        raise ValueError(f"checkpoint_levels is {list(checkpoint_levels)}, but the levels are 0 to {levels - 1}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}, must be at least 0 and below 1")
+    if channels % 2:
+        raise ValueError(f"channels is {channels}, must be even")
+
+
 class UNet(nn.Module):
     """[B,C,R,R] -> [B,C,R,R], conditioned on noise level, class, augmentation and another image.
 
@@ -48,26 +63,12 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         levels = len(channel_mult)
-        if not 1 <= blocks <= MAX_BLOCKS or not 1 <= levels <= MAX_LEVELS:
-            raise ValueError(f"blocks is {blocks}, levels are {levels}: at most {MAX_BLOCKS} and {MAX_LEVELS}")
-        if resolution % 2 ** (levels - 1):
-            raise ValueError(f"resolution {resolution} is not divisible by 2^{levels - 1} for {levels} levels")
-        if not set(checkpoint_levels) <= set(range(levels)):
-            raise ValueError(f"checkpoint_levels is {list(checkpoint_levels)}, but the levels are 0 to {levels - 1}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout}, must be at least 0 and below 1")
-        if channels % 2:
-            raise ValueError(f"channels is {channels}, must be even")
+        _check_sizes(resolution, channels, levels, blocks, dropout, checkpoint_levels)
         self.resolution, self.image_channels, self.num_classes = resolution, image_channels, num_classes
         self.augment_labels, self.condition_channels = augment_labels, condition_channels
         width = channels * embedding_mult
 
-        self.embed_noise = SinusoidalEmbedding(channels)
-        self.embed_augment = nn.Linear(augment_labels, channels, bias=False) if augment_labels else None
-        self.embed_condition = nn.Linear(channels, channels, bias=False) if condition_channels else None
-        self.embed0 = nn.Linear(channels, width)
-        self.embed1 = nn.Linear(width, width)
-        self.embed_class = nn.Embedding(num_classes, width) if num_classes else None
+        self._build_embeddings(channels, width)
 
         def block(level: int, in_channels: int, out_channels: int, attention: bool, **resample: bool) -> ResidualBlock:
             checkpointed = level in checkpoint_levels
@@ -102,6 +103,18 @@ class UNet(nn.Module):
         self.norm_out = group_norm(current)
         self.conv_out = zero(nn.Conv2d(current, image_channels, 3, padding=1))
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._lay_out_weights()
+
+    def _build_embeddings(self, channels: int, width: int) -> None:
+        self.embed_noise = SinusoidalEmbedding(channels)
+        self.embed_augment = nn.Linear(self.augment_labels, channels, bias=False) if self.augment_labels else None
+        self.embed_condition = nn.Linear(channels, channels, bias=False) if self.condition_channels else None
+        self.embed0 = nn.Linear(channels, width)
+        self.embed1 = nn.Linear(width, width)
+        self.embed_class = nn.Embedding(self.num_classes, width) if self.num_classes else None
+
+    def _lay_out_weights(self) -> None:
+        """Weights in the memory format of the activations."""
         self.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):  # used as a matrix: its gradient is one
