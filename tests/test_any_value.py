@@ -54,7 +54,9 @@ def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 DATA = "data.dataset.path=demo/emoji-64.zip"
 TRAIN = _compose("train", *TINY, "stage=relay", "augment=edm", "resolution=16", DATA, "data.batch_size=4")
-SAMPLE = _compose("sample", "mode=evaluate", *(f"relay.stages.{name}.path=conf" for name in ("base", "relay")))
+SAMPLE = _compose(
+    "sample", "relay=quickstart", "mode=evaluate", *(f"relay.stages.{name}.path=conf" for name in ("base", "relay"))
+)
 TRAIN_KEYS, SAMPLE_KEYS = list(_keys(TRAIN)), list(_keys(SAMPLE))
 BOUNDED = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 

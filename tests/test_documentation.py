@@ -1,6 +1,7 @@
 """What README.md and docs/ say is so: commands run, files and links are there, the configuration is listed."""
 
 import importlib.util
+import os
 import re
 import runpy
 import shlex
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from PIL import Image
 
 import relay_diffusion
 from relay_diffusion import sampling, training
-from relay_diffusion.config import validate_sampling, validate_training
+from relay_diffusion.config import RUN_ID, validate_sampling, validate_training
 from support import PROJECT, TINY
 
 PAGES = [*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md"), *(PROJECT / "demo").glob("*.md")]
@@ -75,6 +77,7 @@ SMALL = {  # what a mark adds to commands, so that they take seconds
             *FEW, "seeds=0", "relay.stages.base.changes.sampler.steps=2", "relay.stages.relay.changes.sampler.steps=4",
         ]
     },
+    "own": {"train.py": TINY_TRAINING, "sample.py": [*FEW, "seeds=0-3", "picture=0"]},
     "tool": {},
 }  # fmt: skip
 
@@ -98,9 +101,18 @@ def project(tmp_path, monkeypatch):
 
 
 def call(project, words, more):
-    """Run a command of the documentation in this process."""
+    """Run a command of the documentation in this process; FOLDER and N are those of some pictures."""
+    if "source=FOLDER" in words:
+        for number, kind in enumerate(["cat", "dog", "cat", "dog"]):
+            (project / "FOLDER" / kind).mkdir(parents=True, exist_ok=True)
+            Image.effect_noise((300, 260), 40 + 40 * number).convert("RGB").save(
+                project / f"FOLDER/{kind}/{number}.png"
+            )
+    words = [word.replace("num_classes=N", "num_classes=2") for word in words]
+    more = [*more, "resolution=64"] if "stage=relay" in words else more
     assert words[0] == "python", words
     script, arguments = words[1], [*words[2:], *more]
+    os.environ.pop(RUN_ID, None)  # each command is a run of its own
     if script in ("train.py", "sample.py"):
         with initialize_config_dir(str(project / "conf"), version_base="1.3"):
             cfg = compose(Path(script).stem, overrides=arguments)

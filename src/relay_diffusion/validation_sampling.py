@@ -67,7 +67,9 @@ def _check_relay(cfg: DictConfig) -> None:
             check_mapping(cfg, f"{place}.changes")
     subset = relay.start_subset
     require(isinstance(subset, str), f"relay.start_subset={shown(subset)}: must be the name of a folder inside it")
-    require(relay.start is not None or not subset, f"relay.start_subset={subset}: give relay.start=FOLDER or ZIP")
+    require(
+        relay.start is not None or not subset, f"relay.start_subset={shown(subset)}: give relay.start=FOLDER or ZIP"
+    )
     if relay.start is not None:
         check_file(relay.start, "relay.start")
     check_choice(cfg, "relay.rounding", ("nearest", "floor"))

@@ -209,6 +209,7 @@ def test_the_rest_of_a_stage_is_that_of_an_experiment(tmp_path, monkeypatch):
     network = "network: {channels: 8, channel_mult: [1, 2], blocks: 1, dropout: 0.7}\n"
     (tmp_path / "conf/experiment/mine.yaml").write_text(header + network + "stage: {denoiser: {sigma_data: 0.4}}")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(convert, "CONF", tmp_path / "conf")
     assert tool(f"source={TRAINING_STATE}", "destination=relay", "experiment=mine", "dtype=bfloat16") == 0
     stage = load_stage("relay")
     assert stage.corruption.block == 4
@@ -270,10 +271,10 @@ def test_mistakes_are_one_line(arguments, words, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_published_files_need_the_configuration(tmp_path, monkeypatch, capsys):
+def test_published_files_are_converted_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert tool(f"source={EDM}", "destination=out") == 2
-    assert "no conf/train.yaml in" in capsys.readouterr().err
+    assert tool(f"source={EDM}", "destination=out") == 0
+    assert load_stage("out").sampler.evaluations == 47
 
 
 def test_the_command(tmp_path):
