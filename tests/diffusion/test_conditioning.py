@@ -65,3 +65,8 @@ def test_sampling_starts_from_noise_and_wants_the_image_of_the_stage_before():
 def test_settings_that_make_no_sense_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         corruption(**options)
+
+
+@pytest.mark.parametrize("level", [0.0, 0.5])
+def test_noise_of_the_condition_may_lie_at_either_end(level):
+    assert corruption(condition_noise=level, condition_noise_max=0.5).condition_noise == level

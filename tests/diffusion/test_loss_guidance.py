@@ -12,6 +12,7 @@ from relay_diffusion.diffusion import (
     GuidanceInterval,
     drop_labels,
 )
+from relay_diffusion.diffusion.guidance import check_guidance, guided
 
 SIGMAS = torch.tensor([0.002, 0.1, 0.5, 3.0, 80.0], dtype=torch.float64)
 LABELS = torch.tensor([3, 1])
@@ -155,3 +156,33 @@ def test_dropping_leaves_its_argument_alone():
     labels = torch.arange(10)
     drop_labels(labels, 1.0)
     assert labels.tolist() == list(range(10))
+
+
+def test_an_interval_without_ends_holds_every_noise_level():
+    whole = GuidanceInterval(lambda *_: "plain", lambda *_: "guided")
+    for sigma in (1e-6, 0.002, 80.0, 1e6):
+        assert whole(X, torch.tensor([sigma, sigma]), LABELS) == "guided"
+
+
+@pytest.mark.parametrize("interval", [[], [1.0], [0.0, 1.0, 2.0], [2.0, 1.0], [-1.0, 1.0], 3.0])
+def test_what_is_no_guidance_interval_is_refused(interval):
+    with pytest.raises(ValueError, match="guidance_interval is"):
+        check_guidance(2.0, interval)
+
+
+def test_guidance_intervals_may_begin_at_zero_and_hold_one_level():
+    for interval in (None, [0.0, 1.0], [1.0, 1.0]):
+        check_guidance(2.0, interval)
+
+
+def test_scale_one_is_the_plain_denoiser_itself():
+    def plain(*_):
+        raise AssertionError
+
+    assert guided(plain, 1.0) is plain
+    assert isinstance(guided(plain, 2.0), ClassifierFreeGuidance)
+    assert isinstance(guided(plain, 2.0, [0.0, 1.0]), GuidanceInterval)
+    with pytest.raises(ValueError, match="knows no classes"):
+        guided(plain, 2.0, classes=False)
+    with pytest.raises(ValueError, match="needs another scale"):
+        guided(plain, 1.0, [0.0, 1.0])

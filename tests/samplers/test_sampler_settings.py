@@ -202,6 +202,12 @@ def test_a_sampler_that_stops_early_returns_its_estimate_from_there():
     assert sampler.evaluations == 2 * 9 - 1  # the sampler itself is as it was
 
 
+@pytest.mark.parametrize("level", range(1, 9))
+def test_stopping_at_a_level_of_the_grid_does_not_walk_it_twice(level):
+    sampler = EDMSampler(steps=9)
+    assert sampler.stopping_at(sampler.sigmas[level]).sigmas == [*sampler.sigmas[: level + 1], 0.0]
+
+
 def test_stopping_at_the_last_level_changes_nothing():
     sampler, start = EDMSampler(steps=5), images()
     whole = sampler(toy_denoiser, start, torch.randn_like)
