@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import yaml
 
+from relay_diffusion.config import CONF
+
 DOCS = Path(__file__).resolve().parent
-CONF = DOCS.parent / "conf"
 GROUPS = {
     "data": "Images to train on.",
     "network": "The UNet.",

@@ -1,25 +1,13 @@
 """The tools in benchmarks/ whose numbers the documentation relies on."""
 
-import runpy
-import sys
-
 import numpy as np
-import pytest
 from PIL import Image
 
 from relay_diffusion.data.image_sets import open_image_set
-from support import PROJECT
+from support import run
 
 
-def call(monkeypatch, name, *arguments):
-    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(PROJECT / "benchmarks" / name), run_name="__main__")
-    return ended.value.code
-
-
-def test_bicubic_enlarges_block_means_in_order(monkeypatch, tmp_path):
+def test_bicubic_enlarges_block_means_in_order(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     for number, image in enumerate(pixels):
         folder = tmp_path / "real" / ("b" if number else "a")
@@ -32,7 +20,7 @@ def test_bicubic_enlarges_block_means_in_order(monkeypatch, tmp_path):
         "subset=b",
         "factor=4",
     ]
-    assert call(monkeypatch, "bicubic.py", *options) == 0
+    assert run("benchmarks/bicubic.py", *options).returncode == 0
     (made,) = open_image_set(tmp_path / "large.zip", "images").batches(9)
     assert made.shape == (2, 3, 32, 32)
     for image, original in zip(made, pixels[1:], strict=True):
@@ -42,6 +30,7 @@ def test_bicubic_enlarges_block_means_in_order(monkeypatch, tmp_path):
         assert np.abs(difference).max() <= 2  # halves may be rounded either way
 
 
-def test_bicubic_names_a_wrong_factor(monkeypatch, tmp_path, capsys):
-    assert call(monkeypatch, "bicubic.py", "source=demo", f"destination={tmp_path / 'a.zip'}", "factor=0") == 2
-    assert capsys.readouterr().err == "error: factor=0: must be at least 1\n"
+def test_bicubic_names_a_wrong_factor(tmp_path):
+    result = run("benchmarks/bicubic.py", "source=demo", f"destination={tmp_path / 'a.zip'}", "factor=0")
+    assert result.returncode == 2
+    assert result.stderr == "error: factor=0: must be at least 1\n"

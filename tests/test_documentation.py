@@ -91,10 +91,8 @@ def project(tmp_path, monkeypatch):
     package = tmp_path / "src/relay_diffusion"
     for part in ("diffusion", "samplers"):
         (package / part).mkdir(parents=True)
-        __import__(f"relay_diffusion.{part}")
-        monkeypatch.setattr(
-            getattr(relay_diffusion, part), "__path__", [*getattr(relay_diffusion, part).__path__, str(package / part)]
-        )
+        module = getattr(relay_diffusion, part)
+        monkeypatch.setattr(module, "__path__", [*module.__path__, str(package / part)])
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
     return tmp_path

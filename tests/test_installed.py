@@ -21,7 +21,7 @@ def installed(tmp_path_factory):
     venv.create(folder / "env", with_pip=False)
     (site,) = (folder / "env").glob("lib/python*/site-packages")
     python = folder / "env/bin/python"
-    install = [*pip[:3], "--python", str(python), "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    install = [*pip, "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     return site

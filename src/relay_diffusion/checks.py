@@ -88,6 +88,12 @@ def check_text(cfg: DictConfig, key: str, null: bool = False) -> None:
     _require_kind(key, value, isinstance(value, str | int | float) and str(value) != "", "a text", null)
 
 
+def check_subset(cfg: DictConfig, key: str) -> None:
+    """The name of a folder inside an image set; "" is all of it."""
+    value = selected(cfg, key)
+    require(isinstance(value, str), f"{key}={shown(value)}: must be the name of a folder inside it")
+
+
 def check_list(cfg: DictConfig, key: str, low: int, high: int, example: str) -> None:
     """A list of whole numbers from low to high."""
     value = selected(cfg, key)

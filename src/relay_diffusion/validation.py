@@ -16,6 +16,7 @@ from relay_diffusion.checks import (
     check_list,
     check_mapping,
     check_number,
+    check_subset,
     check_text,
     check_whole,
     is_number,
@@ -150,9 +151,7 @@ def _check_dataset(cfg: DictConfig) -> None:
         check_text(cfg, "data.dataset.path")
         check_file(dataset.path, "data.dataset.path")
     if "subset" in dataset:
-        require(
-            isinstance(dataset.subset, str), f"data.dataset.subset={shown(dataset.subset)}: must be a folder's name"
-        )
+        check_subset(cfg, "data.dataset.subset")
 
 
 def _check_network(cfg: DictConfig) -> None:

@@ -17,6 +17,7 @@ from relay_diffusion.checks import (
     check_flag,
     check_mapping,
     check_number,
+    check_subset,
     check_text,
     check_whole,
     require,
@@ -65,13 +66,12 @@ def _check_relay(cfg: DictConfig) -> None:
             check_file(guide, f"{place}.guide")
         if changes is not None:
             check_mapping(cfg, f"{place}.changes")
-    subset = relay.start_subset
-    require(isinstance(subset, str), f"relay.start_subset={shown(subset)}: must be the name of a folder inside it")
-    require(
-        relay.start is not None or not subset, f"relay.start_subset={shown(subset)}: give relay.start=FOLDER or ZIP"
-    )
+    check_subset(cfg, "relay.start_subset")
     if relay.start is not None:
         check_file(relay.start, "relay.start")
+    else:
+        subset = relay.start_subset
+        require(subset == "", f"relay.start_subset={shown(subset)}: give relay.start=FOLDER or ZIP")
     check_choice(cfg, "relay.rounding", ("nearest", "floor"))
     check_built(cfg, "relay.postprocess", null=True)
     if relay.hand_over_sigma is not None:
@@ -127,8 +127,8 @@ def _check_measuring(cfg: DictConfig) -> None:
         "mode=evaluate compares with a reference, and relay.reference.path is null: give reference=FOLDER, ZIP or NPZ",
     )
     check_file(reference["path"], key)
-    subset = reference["subset"]
-    require(isinstance(subset, str), f"relay.reference.subset={shown(subset)}: must be the name of a folder inside it")
+    if cfg.reference is None and there(cfg, "relay.reference.subset"):
+        check_subset(cfg, "relay.reference.subset")
     for key in ("metrics.reference", "metrics.evaluator"):
         check_built(cfg, key)
     check_directory(cfg, "metrics.reference.cache")
