@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 from relay_diffusion.data.arguments import run_tool
 from relay_diffusion.errors import UserError
@@ -92,8 +92,9 @@ def draw(groups: dict[tuple[str, str], Rows], curves: list[str], path: Path) -> 
             yscale="log",
         )
         for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            axis.set_minor_locator(NullLocator())
             axis.set_major_formatter(ScalarFormatter())
-            axis.set_minor_formatter(ScalarFormatter())
         axes.grid(alpha=0.3, which="both")
         axes.legend()
     with whole_file(path) as file:
