@@ -10,6 +10,11 @@ def corruption(**options):
     return ConditionedCorruption(LogNormal(), **{"block": 2, **options})
 
 
+def test_defaults():
+    default = ConditionedCorruption(LogNormal())
+    assert (default.block, default.condition_noise_max, default.condition_noise) == (4, 0.5, 0.1)
+
+
 def test_images_are_corrupted_as_in_a_first_stage():
     x0, sigma = torch.randn(2, 3, 8, 8), torch.tensor([0.1, 3.0])
     noise = corruption().draw_noise(x0, torch.randn_like)

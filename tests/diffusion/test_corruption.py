@@ -224,6 +224,16 @@ def test_blurring_start_refuses_an_image_that_does_not_fit():
         BlurringCorruption(SCHEDULE, block=4).start(images(), torch.zeros(2, 3, 2, 2), torch.randn_like)
 
 
+def test_published_defaults():
+    corruption = BlurringCorruption(SCHEDULE)
+    assert (corruption.block, corruption.blur_sigma_max, corruption.min_gain) == (4, 3.0, 0.001)
+    assert corruption.block_strength == 0.15
+
+
+def test_a_first_stage_enlarges_nothing():
+    assert GaussianCorruption(LogNormal()).block == 1
+
+
 @pytest.mark.parametrize("block", [0, 1])
 def test_a_block_that_enlarges_nothing_is_refused(block):
     with pytest.raises(ValueError, match="block is"):

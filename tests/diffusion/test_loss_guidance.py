@@ -84,6 +84,14 @@ def test_guidance_is_one_forward_of_twice_the_batch():
     assert labels.tolist() == [3, 1, -1, -1]
 
 
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_guidance_of_any_batch(batch):
+    x, sigma, labels = torch.randn(batch, 3, 4, 4).double(), torch.rand(batch).double(), torch.arange(batch)
+    guided = ClassifierFreeGuidance(LabelDenoiser(), 2.0)(x, sigma, labels)
+    expected = x / (1 + sigma[:, None, None, None]) + 2 * (labels + 1)[:, None, None, None] ** 2
+    torch.testing.assert_close(guided, expected, atol=1e-12, rtol=0)
+
+
 def test_guidance_of_images_without_a_class_changes_nothing():
     none = torch.tensor([-1, -1])
     guided = ClassifierFreeGuidance(LabelDenoiser(), 3.0)(X, SIGMA, none)
@@ -164,7 +172,13 @@ def test_an_interval_without_ends_holds_every_noise_level():
         assert whole(X, torch.tensor([sigma, sigma]), LABELS) == "guided"
 
 
-@pytest.mark.parametrize("interval", [[], [1.0], [0.0, 1.0, 2.0], [2.0, 1.0], [-1.0, 1.0], 3.0])
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf, "2", None])
+def test_what_is_no_guidance_scale_is_refused(scale):
+    with pytest.raises(ValueError, match="guidance_scale is"):
+        check_guidance(scale, None)
+
+
+@pytest.mark.parametrize("interval", [["a", "b"], [math.nan, 1.0], [0.0, None], [], [1.0], [0.0, 1.0, 2.0], [2.0, 1.0], [-1.0, 1.0], 3.0])
 def test_what_is_no_guidance_interval_is_refused(interval):
     with pytest.raises(ValueError, match="guidance_interval is"):
         check_guidance(2.0, interval)

@@ -82,9 +82,9 @@ def test_no_draw_lies_outside_the_floor_and_level_one():
 
 
 def test_floor_is_the_published_product():
-    schedule = TruncatedLogNormal(-1.2, 1.2, 0.5, sigma_floor=math.exp(-1.2))  # the median: Phi = 1/2
-    assert schedule.level_floor == pytest.approx(0.25, rel=1e-12)
-    assert schedule.level(schedule.from_uniform(torch.zeros(1).double())).item() == pytest.approx(0.25, rel=1e-12)
+    schedule = TruncatedLogNormal(-1.2, 1.2, 0.6, sigma_floor=math.exp(-1.2))  # the median: Phi = 1/2
+    assert schedule.level_floor == pytest.approx(0.3, rel=1e-12)
+    assert schedule.level(schedule.from_uniform(torch.zeros(1).double())).item() == pytest.approx(0.3, rel=1e-12)
 
 
 @pytest.mark.parametrize("schedule", [LogNormal(), TruncatedLogNormal()])
@@ -143,3 +143,23 @@ def test_a_schedule_beyond_the_distribution_is_for_sampling_only():
         schedule.draw(4, "cpu")
     with pytest.raises(ValueError, match="sigma_floor"):
         TruncatedLogNormal(sigma_floor=0)
+    assert TruncatedLogNormal(prob_length=1.0).draw(4, "cpu").shape == (4,)
+
+
+@pytest.mark.parametrize("schedule", [LogNormal, TruncatedLogNormal])
+@pytest.mark.parametrize("settings", [{"p_mean": math.nan}, {"p_mean": math.inf}, {"p_std": math.inf}])
+def test_a_distribution_without_numbers_is_refused(schedule, settings):
+    with pytest.raises(ValueError, match="p_mean"):
+        schedule(**settings)
+
+
+@pytest.mark.parametrize(("prob_length", "sigma_floor"), [(0.2, 0.2), (0.93, 2.0), (1.0, 1e9), (1.5, 1e9)])
+def test_a_floor_above_all_noise_is_refused(prob_length, sigma_floor):
+    with pytest.raises(ValueError, match=f"sigma_floor is {sigma_floor}: there is no noise above it"):
+        TruncatedLogNormal(prob_length=prob_length, sigma_floor=sigma_floor)
+
+
+def test_a_grid_has_at_most_so_many_levels():
+    assert len(karras_sigmas(100_000, 0.1, 1.0, 7.0)) == 100_000
+    with pytest.raises(ValueError, match="at most 100,000"):
+        karras_sigmas(100_001, 0.1, 1.0, 7.0)

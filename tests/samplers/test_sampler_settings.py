@@ -155,6 +155,35 @@ def test_a_truncation_that_leaves_fewer_than_two_levels_is_refused(steps, trunca
         BlurringSampler(SHARP, steps=steps, truncation_sigma=truncation_sigma)
 
 
+def test_published_defaults():
+    assert EDMSampler().sigmas == [*karras_sigmas(18, 0.002, 80.0, 7.0).tolist(), 0.0]
+    relay = BlurringSampler(BlurringCorruption(SCHEDULE))
+    assert relay.sigmas == [sigma for sigma in karras_sigmas(40, 0.008, 80.0, 7.0).tolist() if sigma < 0.9]
+    assert relay.s_noise == 0.2
+
+
+def test_two_levels_below_the_truncation_are_enough():
+    grid = karras_sigmas(40, 0.008, 80.0, 7.0).tolist()
+    assert BlurringSampler(SHARP, truncation_sigma=grid[-3]).sigmas == grid[-2:]
+
+
+@pytest.mark.parametrize("settings", [{"churn_min": -0.1}, {"churn_max": -0.1}, {"churn_noise": math.nan}])
+def test_churn_that_is_no_range_is_refused(settings):
+    with pytest.raises(ValueError, match="need numbers"):
+        EDMSampler(**settings)
+
+
+def test_a_range_of_churn_may_begin_and_end_at_zero():
+    sampler = EDMSampler(steps=6, churn=2.0, churn_min=0.0, churn_max=0.0)
+    assert levels_seen(sampler)[::2] == pytest.approx(sampler.sigmas[:-1])
+
+
+def test_churn_acts_at_both_ends_of_its_range():
+    grid = karras_sigmas(8, 0.002, 80.0, 7.0).tolist()
+    begin = levels_seen(EDMSampler(steps=8, churn=2.0, churn_min=grid[5], churn_max=grid[2]))[::2]
+    assert begin == pytest.approx([s * (1.25 if 2 <= i <= 5 else 1) for i, s in enumerate(grid)], rel=1e-12)
+
+
 @pytest.mark.parametrize("settings", [{"churn": -1.0}, {"sde_scale": -0.1}, {"sde_scale": 1.1}])
 def test_impossible_edm_settings_are_refused(settings):
     with pytest.raises(ValueError, match="need churn >= 0 and 0 <= sde_scale <= 1"):
@@ -189,6 +218,14 @@ def test_a_start_beyond_the_schedule_is_refused():
         BlurringSampler(corruption, truncation_sigma=0.9)
 
 
+def test_the_first_level_decides_whether_a_start_lies_beyond_the_schedule():
+    grid = [sigma for sigma in karras_sigmas(40, 0.008, 80.0, 7.0).tolist() if sigma < 0.9]
+    first, second = (SCHEDULE.level(torch.tensor(sigma).double()).item() * 0.93 for sigma in grid[:2])
+    corruption = BlurringCorruption(TruncatedLogNormal(prob_length=(first + second) / 2))
+    with pytest.raises(ValueError, match="beyond the end"):
+        BlurringSampler(corruption)
+
+
 def test_a_sampler_that_stops_early_returns_its_estimate_from_there():
     """It walks the same levels down to the given one, and what it returns is the denoiser's answer at that level."""
     sampler = EDMSampler(steps=9)
@@ -208,6 +245,12 @@ def test_stopping_at_a_level_of_the_grid_does_not_walk_it_twice(level):
     assert sampler.stopping_at(sampler.sigmas[level]).sigmas == [*sampler.sigmas[: level + 1], 0.0]
 
 
+def test_stopping_just_below_a_level_walks_it_first():
+    sampler = EDMSampler(steps=9)
+    stop = sampler.sigmas[3] * 0.995
+    assert sampler.stopping_at(stop).sigmas == [*sampler.sigmas[:4], stop, 0.0]
+
+
 def test_stopping_at_the_last_level_changes_nothing():
     sampler, start = EDMSampler(steps=5), images()
     whole = sampler(toy_denoiser, start, torch.randn_like)
@@ -222,7 +265,7 @@ def test_an_early_stop_adds_no_noise_before_its_estimate():
     assert levels[:-1:2] == pytest.approx(raised)
 
 
-@pytest.mark.parametrize("sigma", [0.0, 0.001, 80.0, 100.0])
+@pytest.mark.parametrize("sigma", [0.0, 0.001, 0.00199, 79.9999999999, 80.0, 100.0])
 def test_a_level_outside_the_walk_is_refused(sigma):
     with pytest.raises(ValueError, match="cannot stop"):
         EDMSampler(steps=5).stopping_at(sigma)

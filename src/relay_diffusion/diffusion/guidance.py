@@ -22,10 +22,13 @@ def drop_labels(labels: Tensor, probability: float) -> Tensor:
 
 def check_guidance(scale: float, interval: Sequence[float] | None) -> None:
     """Raise ValueError unless `scale` is a number, and `interval` None or [lowest sigma, highest sigma]."""
-    if not isinstance(scale, int | float):
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
         raise ValueError(f"guidance_scale is {scale!r}: give a number")
     if interval is not None and not (
-        isinstance(interval, Sequence) and len(interval) == 2 and 0 <= interval[0] <= interval[1]
+        isinstance(interval, Sequence)
+        and len(interval) == 2
+        and all(isinstance(sigma, int | float) for sigma in interval)
+        and 0 <= interval[0] <= interval[1]
     ):
         raise ValueError(f"guidance_interval is {interval}: give [lowest sigma, highest sigma]")
 

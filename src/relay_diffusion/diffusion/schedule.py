@@ -19,8 +19,8 @@ class LogNormal:
     prob_length: float = 1.0
 
     def __init__(self, p_mean: float = -1.2, p_std: float = 1.2) -> None:
-        if not 0 < p_std < math.inf:
-            raise ValueError(f"p_std is {p_std}, must be positive")
+        if not 0 < p_std < math.inf or not math.isfinite(p_mean):
+            raise ValueError(f"p_mean={p_mean}, p_std={p_std}: need numbers, and p_std > 0")
         self.p_mean, self.p_std = float(p_mean), float(p_std)
 
     def sigma(self, level: Tensor) -> Tensor:
@@ -60,6 +60,8 @@ class TruncatedLogNormal(LogNormal):
             raise ValueError(f"sigma_floor is {sigma_floor}, must be positive")
         self.prob_length = float(prob_length)
         below = 0.5 * (1 + math.erf((math.log(sigma_floor) - p_mean) / p_std / math.sqrt(2)))
+        if below >= min(self.prob_length, 1.0):
+            raise ValueError(f"sigma_floor is {sigma_floor}: there is no noise above it, lower it or raise prob_length")
         self.level_floor = below * self.prob_length
 
     def draw(self, size: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
