@@ -1,12 +1,17 @@
 """Checkpoints: written whole, kept, passed over when damaged; runs that continue from them."""
 
+import errno
 import os
 import resource
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from relay_diffusion.config import validate_training
+from relay_diffusion.data.zip_writer import ImageZipWriter
 from relay_diffusion.errors import UserError
 from relay_diffusion.interop.export import export_stage
 from relay_diffusion.stage import load_stage
@@ -118,7 +123,41 @@ def test_a_full_disk_leaves_the_checkpoint_before(fit, tmp_path):
 def test_a_run_continued_in_another_way_says_so(fit, capsys):
     fit("run", 8)
     fit("run", 16, "data.batch_size=8", "data.accumulate=2")
-    assert "with data.batch_size 4 -> 8, data.accumulate 1 -> 2," in capsys.readouterr().out
+    assert "with data.accumulate 1 -> 2, data.batch_size 4 -> 8," in capsys.readouterr().out
+    lr = fit("run", 20, "data.batch_size=8", "data.accumulate=2").stage_config["optimizer"]["lr"]
+    assert "with" not in capsys.readouterr().out.splitlines()[0].rpartition("last.ckpt")[2]
+    fit("run", 32, "data.batch_size=8", "data.accumulate=2", "stage.optimizer.lr=5e-5", "data.seed=3")
+    assert f"with data.seed 0 -> 3, stage.optimizer.lr {lr} -> 5e-05," in capsys.readouterr().out
+
+
+def test_a_run_continued_on_other_images_says_so(fit, small_zip, tmp_path, capsys):
+    with zipfile.ZipFile(small_zip) as archive:
+        archive.extractall(tmp_path / "images")
+    once = len(fit("run", 8, "data.dataset.x_flip=false").trainer.datamodule.dataset)
+    fit("run", 16, f"data.dataset.path={tmp_path / 'images'}", "data.dataset.x_flip=true")
+    said = capsys.readouterr().out
+    assert f"with data.dataset.path {small_zip} -> {tmp_path / 'images'}, images {once} -> {2 * once}," in said
+
+
+def test_a_run_is_not_continued_on_other_classes(fit, tmp_path):
+    fit("run", 8)
+    other = tmp_path / "other.zip"
+    with ImageZipWriter(other, ["light", "dark"]) as archive:
+        for number in range(4):
+            archive.add(f"{number}.png", Image.new("RGB", (16, 16)), number % 2)
+    with pytest.raises(UserError, match=r"other classes .*class 0 is dark there, light here\): choose another run_dir"):
+        fit("run", 16, f"data.dataset.path={other}", "data.dataset.subset=''")
+
+
+def test_checkpoints_where_files_cannot_be_linked(fit, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    fit("run", 8, "callbacks.checkpoints.every_n_images=4", "callbacks.checkpoints.keep=1")
+    kept, last = sorted((tmp_path / "run/checkpoints").iterdir())
+    assert (kept.name, last.name) == ("images-000000000004.ckpt", "last.ckpt")
+    assert torch.load(kept, weights_only=True)["images_seen"] == 4
 
 
 def test_a_run_begins_with_the_weights_of_another(fit, tmp_path, capsys):

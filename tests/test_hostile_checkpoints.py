@@ -115,6 +115,18 @@ def test_tensors_of_the_wrong_kind(checkpoint, tensor, words) -> None:
     refused(path, with_(content, f"state_dict/{NAME}", tensor), *words)
 
 
+def test_averaged_weights_that_do_not_fit(checkpoint) -> None:
+    path, content = checkpoint
+    name = next(iter(content["ema"]["weights"]))
+    for wrong in (with_, torch.zeros(3)):
+        changed = copy.deepcopy(content)
+        if wrong is with_:
+            del changed["ema"]["weights"][name]
+        else:
+            changed["ema"]["weights"][name] = wrong
+        refused(path, changed, "the averaged (ema) weights in", name, sampled=False)
+
+
 def test_names_of_tensors(checkpoint) -> None:
     path, content = checkpoint
     refused(path, with_(content, f"state_dict/{NAME}", with_), "it lacks", "network.conv_in.weight")

@@ -42,6 +42,10 @@ def test_other_settings_are_refused_and_the_first_is_named(tmp_path):
     assert "0/a" in ImageStore(tmp_path, {"sampler": {"steps": 5, "churn": 0.0}})
     with pytest.raises(UserError, match=r"other settings \(sampler\.steps is 5 there, 6 here\)"):
         ImageStore(tmp_path, {"sampler": {"steps": 6, "churn": 0.0}})
+    with pytest.raises(UserError, match=r"other settings \(sampler is there, but not here\)"):
+        ImageStore(tmp_path, {})
+    with pytest.raises(UserError, match=r"other settings \(relay is missing there\)"):
+        ImageStore(tmp_path, {"relay": {"steps": 5}})
 
 
 def test_images_with_classes_are_a_data_set(store, tmp_path):

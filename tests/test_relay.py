@@ -120,6 +120,20 @@ def test_early_hand_over_stops_the_first_stage_and_says_what_that_saves():
     assert Relay({"a": first}, hand_over_sigma=10.0).saved_evaluations == 2
 
 
+def test_a_sampler_that_cannot_stop_early_is_named():
+    first = tiny_stage(4)
+    first.sampler = lambda denoise, start, randn_like, labels=None: start  # noqa: ARG005
+    with pytest.raises(UserError, match=r"the function of relay\.stages\.a cannot stop early"):
+        Relay({"a": first}, hand_over_sigma=1.0)
+
+
+@pytest.mark.parametrize("name", ["pop", "keys", "training", "a.b"])
+def test_a_stage_may_have_any_name(name):
+    relay = Relay({name: tiny_stage(4), "next": tiny_stage(8, 2)})
+    assert list(relay.chain()) == [name, "next"]
+    assert list(relay.sample_stages([0], torch.tensor([1]))) == [name, "next"]
+
+
 @pytest.mark.parametrize(("stage", "sigma"), [((4, 1), 100.0), ((8, 2), 1.0)])
 def test_a_hand_over_that_makes_no_sense_is_refused(stage, sigma):
     with pytest.raises(UserError, match="hand_over_sigma"):

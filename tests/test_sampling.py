@@ -128,6 +128,20 @@ def test_given_images_without_classes_need_one(configuration, relay_overrides, t
     assert sample(configuration("sample", *start, "class=-1"))["images"] == 1
 
 
+def test_a_damaged_image_among_the_given_ones_shows_before_anything_is_made(configuration, relay_overrides, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    for number in range(3):
+        Image.effect_noise((8, 8), 50).convert("RGB").save(small / f"{number}.png")
+    whole = (small / "2.png").read_bytes()
+    (small / "2.png").write_bytes(whole[: len(whole) * 2 // 3])
+    start = [*relay_overrides, f"relay.start={small}", "class=-1", "batch_size=1", f"run_dir={tmp_path / 'made'}"]
+    with pytest.raises(UserError, match=r"'2\.png' in .* cannot be decoded"):
+        sample(configuration("sample", *start))
+    assert not (tmp_path / "made").exists()
+    assert sample(configuration("sample", *start, "seeds=0-1"))["images"] == 2  # those are whole
+
+
 def test_given_images_of_another_size_are_named(configuration, relay_overrides, tmp_path):
     Image.new("RGB", (12, 12)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match=r"relay\.stages\.relay starts from resolution=8: 'a.png' .* is 12x12"):

@@ -165,8 +165,25 @@ def test_changes_replace_stored_settings(fit, tmp_path):
         load_stage(tmp_path / "run", weights="best")
 
 
+def test_a_change_of_the_corruption_is_one_of_the_samplers_too(fit, tmp_path):
+    """The sampler holds a copy of it, which may also be changed alone, as the published settings do."""
+    fit("run", 4, stage="relay")
+    stored = load_stage(tmp_path / "run")
+    both = load_stage(tmp_path / "run", changes={"corruption": {"blur_sigma_max": 0.5}})
+    assert both.corruption.blur_sigma_max == both.sampler.corruption.blur_sigma_max == 0.5
+    alone = load_stage(tmp_path / "run", changes={"sampler": {"corruption": {"blur_sigma_max": 0.5}}})
+    assert alone.corruption.blur_sigma_max == stored.corruption.blur_sigma_max
+    assert alone.sampler.corruption.blur_sigma_max == 0.5
+    apart = {"corruption": {"min_gain": 0.1, "blur_sigma_max": 0.5}, "sampler": {"corruption": {"min_gain": 0.2}}}
+    changed = load_stage(tmp_path / "run", changes=apart)
+    assert (changed.corruption.min_gain, changed.sampler.corruption.min_gain) == (0.1, 0.2)
+    assert changed.sampler.corruption.blur_sigma_max == 0.5
+
+
 def test_a_checkpoint_of_another_stage_is_not_continued(fit):
     fit("run", 4)
+    with pytest.raises(UserError, match=r"another stage \(denoiser\.network\.channels is 8 there, 16 here\)"):
+        fit("run", 8, "network.channels=16")
     with pytest.raises(UserError, match="another stage"):
         fit("run", 8, stage="relay")
 

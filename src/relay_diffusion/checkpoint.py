@@ -46,6 +46,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     described = _described(content["stage_config"], file)
     if described is not None:
         check_fits(content["state_dict"], described, file)
+        if averaged := (content.get("ema") or {}).get("weights"):
+            check_fits(averaged, cast(torch.nn.Module, described.denoiser), file, "averaged (ema) ")
     return content
 
 
@@ -177,14 +179,18 @@ def _check_targets(node: Any, trusted: tuple[str, ...], file: Path) -> None:
 def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any] | None, file: Path) -> dict[str, Any]:
     """A stored config with some values replaced; nulls in `changes` change nothing.
 
-    `changes` has the shape of the config. Raises UserError if it names something that is not there, or gives it
+    `changes` has the shape of the config; what it says of the corruption holds for the sampler too, unless it says
+    something else of the sampler's. Raises UserError if it names something that is not there, or gives it
     another kind of value.
     """
     check_changes(config, changes or {}, f"changes to the stage of {file}: ")
-    stored = OmegaConf.create(dict(config))
+    stored, given = OmegaConf.create(dict(config)), _without_nulls(changes or {})
     OmegaConf.set_struct(stored, True)
+    copied = {}
+    if "corruption" in given and "corruption" in (config.get("sampler") or {}):
+        copied = {"sampler": {"corruption": given["corruption"]}}  # it has a copy, with settings for sampling alone
     try:
-        merged = OmegaConf.merge(stored, _without_nulls(changes or {}))
+        merged = OmegaConf.merge(stored, copied, given)
     except OmegaConfBaseException as error:
         raise UserError(f"changes to the stage of {file}: {str(error).splitlines()[0]}") from None
     return cast(dict[str, Any], OmegaConf.to_container(merged))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -136,6 +137,9 @@ def command_line(main: Callable[[], Any], config: Path) -> NoReturn:
         main()
         if not _failures:
             leave_group()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)  # threads and other processes may wait for this one
     except Exception as error:
         if isinstance(error, OSError | ValueError) and not _begun and not _caused_by_user(error):
             error = UserError(f"the directory of the run cannot be made ({error}): choose another output= or run_dir=")

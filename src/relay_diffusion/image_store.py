@@ -17,6 +17,7 @@ from relay_diffusion.data.decode import decode_rgb
 from relay_diffusion.data.image_sets import ImageSet
 from relay_diffusion.data.sources import LABEL_FILE, map_in_order
 from relay_diffusion.data.zip_writer import ImageZipWriter, encode_png
+from relay_diffusion.differences import first_difference
 from relay_diffusion.errors import UserError
 from relay_diffusion.files import json_text, whole_file, write_text
 
@@ -36,11 +37,8 @@ class ImageStore:
         if self._settings_file.exists() and (self.archive.exists() or self._loose()):
             known = _read_json(self._settings_file)
             if known != self._settings:
-                key, there, here = _difference(known, self._settings)
-                raise UserError(
-                    f"{directory} holds images of other settings ({key} is {there} there, {here} here): "
-                    "choose another output"
-                )
+                difference = first_difference(known, self._settings)
+                raise UserError(f"{directory} holds images of other settings ({difference}): choose another output")
         self._packed: set[str] = set()
         if self.archive.exists():
             with self._open() as archive:
@@ -173,12 +171,3 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except ValueError:
         raise UserError(f"{path} is damaged: delete it or choose another output") from None
-
-
-def _difference(known: Any, here: Any, key: str = "") -> tuple[str, Any, Any]:
-    """The first key whose values differ, and both values."""
-    if isinstance(known, dict) and isinstance(here, dict):
-        for part in sorted({*known, *here}):
-            if known.get(part) != here.get(part):
-                return _difference(known.get(part), here.get(part), f"{key}.{part}" if key else part)
-    return key, known, here

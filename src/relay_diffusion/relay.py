@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from relay_diffusion.batches import SampleBatch, Samples
 from relay_diffusion.data.images import to_float, to_uint8
 from relay_diffusion.errors import UserError
-from relay_diffusion.samplers import EDMSampler
 from relay_diffusion.stage import DiffusionStage
 
 
@@ -59,7 +58,8 @@ class Relay(L.LightningModule):
     ) -> None:
         super().__init__()
         _check_chain(stages)
-        self.stages = nn.ModuleDict(dict(stages))
+        self._names = list(stages)  # a ModuleDict would refuse some that users may give ("keys", "pop")
+        self.stages = nn.ModuleList(stages.values())
         self.rounding, self.postprocess = rounding, postprocess
         self.hand_over_sigma, self.saved_evaluations = hand_over_sigma, 0
         if hand_over_sigma is not None:
@@ -67,8 +67,11 @@ class Relay(L.LightningModule):
 
     def _stop_first_stage(self, sigma: float) -> None:
         name, first = next(iter(self.chain().items()))
-        if not isinstance(first.sampler, EDMSampler):
+        if first.corruption.block != 1:
             raise UserError(f"relay.hand_over_sigma={sigma}: relay.stages.{name} does not start from noise")
+        if not hasattr(first.sampler, "stopping_at"):
+            kind = type(first.sampler).__name__
+            raise UserError(f"relay.hand_over_sigma={sigma}: the {kind} of relay.stages.{name} cannot stop early")
         try:
             stopped = first.sampler.stopping_at(sigma)
         except ValueError as error:
@@ -78,7 +81,7 @@ class Relay(L.LightningModule):
 
     def chain(self) -> dict[str, DiffusionStage]:
         """The stages by name, in order."""
-        return {name: cast(DiffusionStage, stage) for name, stage in self.stages.items()}
+        return {name: cast(DiffusionStage, stage) for name, stage in zip(self._names, self.stages, strict=True)}
 
     @property
     def num_classes(self) -> int:

@@ -80,6 +80,7 @@ def sample_relay(cfg: DictConfig) -> dict[str, Any]:
     store = ImageStore(cfg.output, _without_places(settings))
     missing = [position for position, name in enumerate(plan.names) if name not in store]
     if trainer.is_global_zero:
+        _read_start(plan, missing)
         write_config(cfg, cfg.output)
 
     results: dict[str, Any] = {"images": len(plan.names), "sampled_now": len(missing)}
@@ -111,6 +112,11 @@ def sample_relay(cfg: DictConfig) -> dict[str, Any]:
 def build_relay(cfg: DictConfig) -> Relay:
     """The stages that the config chooses, as one relay."""
     stages = {name: instantiate(stage, _convert_="all") for name, stage in chosen_stages(cfg.relay).items()}
+    for name, stage in stages.items():
+        if stage.image_channels != 3:
+            raise UserError(
+                f"relay.stages.{name} makes images of {stage.image_channels} channels: only 3 are drawn here"
+            )
     postprocess = instantiate(cfg.relay.postprocess)
     return Relay(stages, cfg.relay.hand_over_sigma, cfg.relay.rounding, postprocess)
 
@@ -139,6 +145,13 @@ def make_plan(cfg: DictConfig, relay: Relay) -> Plan:
     if chosen is None and relay.num_classes:
         _check_classes(start, relay)
     return plan_from_images(start, cfg.seeds, chosen)
+
+
+def _read_start(plan: Plan, positions: list[int]) -> None:
+    """Read the images to start from once: one that cannot be decoded shows before hours of work."""
+    if plan.start is not None:
+        for position in positions:
+            plan.start[plan.seeds[position]]
 
 
 def chosen_classes(cfg: DictConfig, relay: Relay) -> list[int] | None:

@@ -83,7 +83,7 @@ def check_finite(weights: Mapping[str, Tensor], file: Path, what: str = "") -> N
             )
 
 
-def check_fits(weights: Mapping[str, Tensor], network: torch.nn.Module, file: Path) -> None:
+def check_fits(weights: Mapping[str, Tensor], network: torch.nn.Module, file: Path, what: str = "") -> None:
     """Raise UserError unless names and shapes are those of a network, which may lie on the meta device."""
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     stored = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -95,7 +95,7 @@ def check_fits(weights: Mapping[str, Tensor], network: torch.nn.Module, file: Pa
         if stored.get(name, shape) != shape
     ]
     if problems:
-        raise UserError(f"the weights in {file} do not fit the network: {problems[0]}")
+        raise UserError(f"the {what}weights in {file} do not fit the network: {problems[0]}")
 
 
 def check_changes(stored: Mapping[str, Any], changes: Mapping[str, Any], said: str, prefix: str = "") -> None:

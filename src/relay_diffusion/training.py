@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from relay_diffusion.checkpoint import (
 )
 from relay_diffusion.config import write_config
 from relay_diffusion.data import ImageDataModule
+from relay_diffusion.differences import differences, first_difference
 from relay_diffusion.errors import UserError
 from relay_diffusion.host import prepare_host
 from relay_diffusion.launch import leave_group
@@ -76,9 +78,20 @@ def check_same_stage(path: Path, checkpoint: dict[str, Any], stage_config: dict[
     The learning rate may change, and what changes speed and memory alone.
     """
     stored, present = _what_a_run_keeps(checkpoint["stage_config"]), _what_a_run_keeps(stage_config)
-    for part, mine in present.items():
-        if stored[part] != mine:
-            raise UserError(f"{path} holds another stage: its {part} is {stored[part]}, this run's is {mine}")
+    if stored != present:
+        difference = first_difference(stored, present)
+        raise UserError(f"{path} holds another stage ({difference}): choose another run_dir, or options as there")
+
+
+def check_same_classes(path: Path, checkpoint: dict[str, Any], data: ImageDataModule) -> None:
+    """Refuse to continue with classes of other names or order: the network would take one for another."""
+    there, here = checkpoint.get("class_names", []), data.dataset.class_names
+    if there and here and there != here:
+        number, before, now = next((i, *pair) for i, pair in enumerate(zip_longest(there, here)) if len({*pair}) > 1)
+        raise UserError(
+            f"{path} was trained on other classes than data.dataset.path={data.dataset.path} has (class {number} is "
+            f"{before} there, {now} here): choose another run_dir; init={path} begins there with its weights"
+        )
 
 
 def _what_a_run_keeps(stage_config: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +124,8 @@ def begin_with(stage: DiffusionStage, path: str) -> Path:
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     """What a continued run does in another way: " with devices 2 -> 1"."""
-    changed = [f"{key} {before[key]} -> {value}" for key, value in now.items() if before.get(key, value) != value]
+    # what an older checkpoint does not know is no change
+    changed = [f"{key} {there} -> {here}" for key, there, here in differences(before, now) if there is not None]
     return f" with {', '.join(changed)}" if changed else ""
 
 
@@ -127,6 +141,7 @@ def train(cfg: DictConfig) -> DiffusionStage:
     if found is not None:
         checkpoint, content = found
         check_same_stage(checkpoint, content, stage_config)
+        check_same_classes(checkpoint, content, data)
         if content["images_seen"] >= cfg.trainer.max_images:
             raise UserError(
                 f"{os.path.relpath(checkpoint)} has seen {content['images_seen']:,} images already: nothing to do "
@@ -142,7 +157,8 @@ def train(cfg: DictConfig) -> DiffusionStage:
         _convert_="all",
     )
     if found is not None:
-        changed = _changes(content.get("dealt", {}), dealt(trainer, data))
+        before = {"stage": content["stage_config"]} | content.get("dealt", {})
+        changed = _changes(before, {"stage": stage_config} | dealt(trainer, data))
     if trainer.is_global_zero:
         write_config(cfg, cfg.run_dir)
         settings, revision = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)), git_revision()

@@ -13,6 +13,14 @@ from relay_diffusion.trainer import StopAtImages, build_trainer
 from support import assert_same_weights, weights_of
 
 
+@pytest.fixture(autouse=True)
+def _in_the_foreground():
+    """Ctrl-C is not ignored, as it is in a shell's background jobs."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def signal_at(monkeypatch):
     """Send this process a signal after so many images."""
@@ -49,6 +57,27 @@ def test_training_saves_stops_and_continues(fit, tmp_path, signal_at, monkeypatc
     assert stage.images_seen == 24
     weights = [weights_of(tmp_path / name / "checkpoints/last.ckpt") for name in ("whole", "parts")]
     assert_same_weights(*weights)
+
+
+def test_a_second_interrupt_stops_at_once(fit, tmp_path, monkeypatch, capsys):
+    def on_train_batch_end(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(StopAtImages, "on_train_batch_end", on_train_batch_end)
+    with pytest.raises(SystemExit) as ended:
+        fit("run", 24)
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert said.index("finishing this step and saving; Ctrl-C again stops at once") < said.index("stopped at once")
+    assert not (tmp_path / "run/checkpoints/last.ckpt").exists()
+
+
+def test_an_interrupt_that_was_ignored_stays_so(fit):
+    """As a shell leaves it to its jobs in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert fit("run", 8).images_seen == 8
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_a_signal_that_comes_before_the_first_step(fit, tmp_path, monkeypatch):

@@ -178,7 +178,9 @@ def test_what_is_no_guidance_scale_is_refused(scale):
         check_guidance(scale, None)
 
 
-@pytest.mark.parametrize("interval", [["a", "b"], [math.nan, 1.0], [0.0, None], [], [1.0], [0.0, 1.0, 2.0], [2.0, 1.0], [-1.0, 1.0], 3.0])
+@pytest.mark.parametrize(
+    "interval", [["a", "b"], [math.nan, 1.0], [0.0, None], [], [1.0], [0.0, 1.0, 2.0], [2.0, 1.0], [-1.0, 1.0], 3.0]
+)
 def test_what_is_no_guidance_interval_is_refused(interval):
     with pytest.raises(ValueError, match="guidance_interval is"):
         check_guidance(2.0, interval)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from relay_diffusion.callbacks.every import Every
 from relay_diffusion.checkpoint import KEPT, LAST
 from relay_diffusion.data.datamodule import ImageDataModule
 from relay_diffusion.errors import UserError
-from relay_diffusion.files import sync, write_text
+from relay_diffusion.files import sync, whole_file, write_text
 from relay_diffusion.stage import DiffusionStage
 
 
@@ -47,7 +48,7 @@ class Checkpoints(Callback):
         pl_module: L.LightningModule,  # noqa: ARG002
         checkpoint: dict[str, Any],
     ) -> None:
-        """Note how the images were dealt out: a run may continue in another way, and says so."""
+        """Note what the images are and how they were dealt out: a run may continue in another way, and says so."""
         checkpoint["dealt"] = dealt(trainer, trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -78,14 +79,13 @@ class Checkpoints(Callback):
                 sync(temporary)
                 if self._last_is_whole and self.keep:
                     kept = self.directory / f"images-{self._saved:012d}.ckpt"
-                    kept.unlink(missing_ok=True)
-                    kept.hardlink_to(last)  # there is a last.ckpt at every instant
+                    _keep(last, kept)
                     for old in sorted(self.directory.glob(KEPT))[: -self.keep]:
                         old.unlink()
                 temporary.replace(last)
                 sync(self.directory)
                 self._last_is_whole = True
-        except OSError as error:
+        except (OSError, UserError) as error:
             temporary.unlink(missing_ok=True)
             intact = f"the checkpoint of {self._saved:,} images is intact" if last.exists() else "there is none yet"
             raise UserError(f"{last} cannot be written after {images_seen:,} images ({error}); {intact}") from None
@@ -95,6 +95,23 @@ class Checkpoints(Callback):
         self._saved = images_seen
 
 
-def dealt(trainer: L.Trainer, data: ImageDataModule) -> dict[str, int]:
-    """How a step's images are dealt out, in the words of the options."""
-    return {"devices": trainer.world_size, "data.batch_size": data.batch_size, "data.accumulate": data.accumulate}
+def _keep(last: Path, kept: Path) -> None:
+    """Give a file a second name, so that there is a last.ckpt at every instant."""
+    kept.unlink(missing_ok=True)
+    try:
+        kept.hardlink_to(last)
+    except OSError:  # some file systems have no links
+        with whole_file(kept) as copy, last.open("rb") as file:
+            shutil.copyfileobj(file, copy)
+
+
+def dealt(trainer: L.Trainer, data: ImageDataModule) -> dict[str, int | str]:
+    """What a step's images are and how they are dealt out, in the words of the options."""
+    return {
+        "devices": trainer.world_size,
+        "data.batch_size": data.batch_size,
+        "data.accumulate": data.accumulate,
+        "data.dataset.path": str(data.dataset.path),
+        "data.seed": data.seed,
+        "images": len(data.dataset),  # mirrored ones too
+    }

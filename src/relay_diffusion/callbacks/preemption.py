@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -17,26 +18,29 @@ from lightning.pytorch.callbacks import Callback
 from relay_diffusion.launch import INTERACTIVE, first_process
 from relay_diffusion.stage import DiffusionStage
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+REQUEUED = (signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *REQUEUED)
 
 
 class Preemption(Callback):
-    """On SIGTERM, SIGUSR1 or SIGUSR2 training finishes its step, saves and stops; sampling, which keeps every image
-    that it finished, stops at once.
+    """Training finishes its step, saves and stops at SIGINT (Ctrl-C), SIGTERM, SIGUSR1 or SIGUSR2; sampling stops at once.
 
-    A signal to one process stops all. Under SLURM, SIGUSR1 and SIGUSR2 (sent before the time limit, with
-    `--signal=USR1@300`) also put the job back into the queue. SIGTERM does not: SLURM requeues the jobs that it
-    preempts, and one that was cancelled shall stay so. The exit code is 128 + the signal's number.
+    Sampling keeps every image that it finished. A signal to one process stops all; a second SIGINT stops training at
+    once, and saves nothing. Under SLURM, SIGUSR1 and SIGUSR2 (sent before the time limit, with `--signal=USR1@300`)
+    also put the job back into the queue. SIGTERM does not: SLURM requeues the jobs that it preempts, and one that was
+    cancelled shall stay so. The exit code is 128 + the signal's number.
     """
 
     def __init__(self) -> None:
         self.received = 0  # the signal that this process got
         self.agreed = 0  # the signal that stops all of them
+        self._first = True  # whether this process speaks for all
         self._reading: _Agreement | None = None
         self._before: dict[int, Any] = {}  # handlers
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
         """Listen while all is prepared for training, which then stops after its first step."""
+        self._first = trainer.is_global_zero
         if stage == "fit":
             self._before = {number: signal.getsignal(number) for number in SIGNALS}
             _listen(self._note)
@@ -54,6 +58,13 @@ class Preemption(Callback):
         _listen(self._note)
 
     def _note(self, number: int, _: Any) -> None:
+        if number == signal.SIGINT:
+            again = self.received == number
+            if self._first:
+                said = "stopped at once" if again else "finishing this step and saving; Ctrl-C again stops at once"
+                print(f"\n{said}", file=sys.stderr, flush=True)
+            if again:
+                raise KeyboardInterrupt
         self.received = number
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
@@ -87,7 +98,10 @@ class Preemption(Callback):
 def _listen(handler: Callable[[int, Any], None] | signal.Handlers) -> None:
     if threading.current_thread() is threading.main_thread():  # others get no signals
         for number in SIGNALS:
-            signal.signal(number, handler)
+            if (
+                number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN
+            ):  # a shell's job in the background
+                signal.signal(number, handler)
 
 
 class _Agreement:
@@ -124,7 +138,7 @@ def leave_if_preempted(trainer: L.Trainer) -> None:
     if not trainer.is_global_zero:
         raise SystemExit(0)  # one process tells how it ended
     print(f"stopped by {signal.Signals(number).name}: the same command continues", flush=True)
-    if number != signal.SIGTERM:
+    if number in REQUEUED:
         _requeue()
     raise SystemExit(128 + number)
 

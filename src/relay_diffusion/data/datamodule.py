@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from typing import cast
@@ -123,9 +124,15 @@ class ImageDataModule(LightningDataModule):
             batch_sampler=sampler,
             collate_fn=collate,
             num_workers=num_workers,
+            worker_init_fn=_leave_interrupts_to_the_trainer,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def _leave_interrupts_to_the_trainer(worker: int) -> None:  # noqa: ARG001
+    """Ctrl-C reaches every process of a terminal; a step that is to be finished still wants its images."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def collate(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
