@@ -23,7 +23,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, *REQUEUED)
 
 
 class Preemption(Callback):
-    """At SIGINT (Ctrl-C), SIGTERM, SIGUSR1, SIGUSR2 training finishes its step, saves and stops; sampling stops at once.
+    """At SIGINT (Ctrl-C), SIGTERM, SIGUSR1, SIGUSR2 training finishes its step, saves and stops; sampling stops now.
 
     Sampling keeps every image that it finished. A signal to one process stops all; a second SIGINT stops training at
     once, and saves nothing. Under SLURM, SIGUSR1 and SIGUSR2 (sent before the time limit, with `--signal=USR1@300`)
