@@ -10,11 +10,12 @@ from relay_diffusion.cascade import CascadeStage
 from relay_diffusion.data.images import to_float
 from relay_diffusion.diffusion import ConditionedCorruption, DenoisingLoss, LogNormal
 from relay_diffusion.errors import UserError
+from relay_diffusion.loading import load_stage
 from relay_diffusion.networks import EDMPreconditioner, UNet
 from relay_diffusion.relay import Relay
 from relay_diffusion.samplers import EDMSampler
 from relay_diffusion.sampling import sample
-from relay_diffusion.stage import DiffusionStage, load_stage
+from relay_diffusion.stage import DiffusionStage
 from support import run, tiny_stage
 
 SHAPE = (3, 3, 8, 8)

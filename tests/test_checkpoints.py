@@ -14,7 +14,7 @@ from relay_diffusion.config import validate_training
 from relay_diffusion.data.zip_writer import ImageZipWriter
 from relay_diffusion.errors import UserError
 from relay_diffusion.interop.export import export_stage
-from relay_diffusion.stage import load_stage
+from relay_diffusion.loading import load_stage
 from support import assert_same_weights, weights_of
 
 

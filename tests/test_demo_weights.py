@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from relay_diffusion.data.images import ImageDataset, to_float
-from relay_diffusion.stage import load_stage
+from relay_diffusion.loading import load_stage
 from support import PROJECT
 
 

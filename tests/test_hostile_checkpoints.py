@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from relay_diffusion.checkpoint import read_checkpoint
-from relay_diffusion.data.image_sets import Npz
+from relay_diffusion.data.npz import Npz
 from relay_diffusion.errors import UserError
 from relay_diffusion.files import file_sha256
 from relay_diffusion.interop.export import export_stage
+from relay_diffusion.loading import load_stage
 from relay_diffusion.metrics.reference import read_reference
-from relay_diffusion.stage import load_stage
 
 TRAINED: list[bytes] = []  # once for all tests
 NAME = "denoiser.network.conv_in.weight"

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from relay_diffusion.errors import UserError
+from relay_diffusion.loading import load_stage
 from relay_diffusion.networks import EDMPreconditioner, Graphed
-from relay_diffusion.stage import load_stage
 from support import assert_same_weights, tiny_stage, weights_of
 
 
@@ -220,7 +220,7 @@ def test_hostile_and_damaged_checkpoints_are_refused(fit, tmp_path):
 
 @pytest.mark.parametrize(
     "target",
-    ["os.system", "relay_diffusion.stage.torch.nn.Linear", "relay_diffusion.stage.load_stage", "builtins.eval"],
+    ["os.system", "relay_diffusion.stage.torch.nn.Linear", "relay_diffusion.loading.load_stage", "builtins.eval"],
 )
 def test_a_stored_config_may_only_name_classes_of_the_project(fit, tmp_path, target):
     fit("run", 4)

@@ -11,8 +11,8 @@ from relay_diffusion.callbacks import PeriodicEvaluation
 from relay_diffusion.data.images import to_float, to_uint8
 from relay_diffusion.diffusion.corruption import block_mean
 from relay_diffusion.errors import UserError
+from relay_diffusion.loading import load_stage
 from relay_diffusion.metrics import Evaluation, FIDMeasure, SFIDMeasure
-from relay_diffusion.stage import load_stage
 from support import PROJECT, TINY, run
 
 INCEPTION = "callbacks.evaluation.evaluator.inception._target_"
@@ -116,7 +116,7 @@ def test_numbers_that_make_no_sense_are_named(configuration, small_zip, quick, s
 def test_a_measure_without_what_it_needs_is_left_out_with_a_word(fit, tmp_path, quick):
     fit("first", 8, *quick)
     callback = next(iter((tmp_path / "reference").glob("*.npz")))
-    from relay_diffusion.data.image_sets import Npz
+    from relay_diffusion.data.npz import Npz
     from relay_diffusion.metrics.reference import read_reference
 
     read_reference(Npz(callback, "reference")).save_edm(tmp_path / "edm.npz")

@@ -17,7 +17,7 @@ from relay_diffusion.files import file_sha256
 from relay_diffusion.interop import convert, export
 from relay_diffusion.interop.convert import USAGE, ConvertOptions
 from relay_diffusion.interop.export import export_stage
-from relay_diffusion.stage import load_stage
+from relay_diffusion.loading import load_stage
 from support import PROJECT, TINY, class_indices, run
 
 

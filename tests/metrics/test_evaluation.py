@@ -14,7 +14,8 @@ from fake_inception import PixelFeatures, pixel_reference, random_images
 from torch import Tensor
 from torchmetrics import Metric
 
-from relay_diffusion.data.image_sets import Npz, open_image_set
+from relay_diffusion.data.image_sets import open_image_set
+from relay_diffusion.data.npz import Npz
 from relay_diffusion.errors import UserError
 from relay_diffusion.interop.adm import write_adm_samples
 from relay_diffusion.metrics import (

@@ -11,7 +11,7 @@ import torch
 from fake_inception import CHANNELS, POOL, SIZE, SPATIAL, PixelFeatures, pixel_reference, random_images, statistics
 from torch import Tensor
 
-from relay_diffusion.data.image_sets import Npz
+from relay_diffusion.data.npz import Npz
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import Reference
 from relay_diffusion.metrics.reference import read_reference

@@ -6,14 +6,10 @@ Everything streams: no set is ever held in memory.
 from __future__ import annotations
 
 import hashlib
-import os
-import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from relay_diffusion.data.decode import box_average, decode_rgb
-from relay_diffusion.data.members import check_size, check_zip_member, read_exactly
+from relay_diffusion.data.npz import Npz
 from relay_diffusion.data.sources import (
     FolderSource,
     ZipSource,
@@ -33,82 +29,6 @@ from relay_diffusion.errors import UserError
 
 IMAGES_KEY = "arr_0"  # what numpy.savez calls its first array: ADM's samples are written so
 MAX_PIXELS = 2**27  # of one image; a file that claims more is damaged or hostile
-MAX_ARRAY = 2**30  # bytes of one array of statistics or features, which are held in memory
-
-
-class ArrayHeader(NamedTuple):
-    """What the header of an .npy claims."""
-
-    shape: tuple[int, ...]
-    fortran_order: bool
-    dtype: np.dtype[Any]
-
-
-class Npz:
-    """An .npz whose arrays are read one at a time, and of which nothing is believed or unpickled.
-
-    Errors: UserError, one line with the option and the file, for a file that is no .npz, is damaged or cut short, or
-    whose arrays are not of the announced size.
-    """
-
-    def __init__(self, path: Path, option: str) -> None:
-        self.path, self.where = path, f"{option}={path}"
-        with self._readable("not a readable .npz"), zipfile.ZipFile(path) as archive:
-            arrays = [info for info in archive.infolist() if info.filename.endswith(".npy")]
-        self._infos = {info.filename.removesuffix(".npy"): info for info in arrays}
-        self.keys = list(self._infos)
-
-    @contextmanager
-    def _readable(self, problem: str) -> Iterator[None]:
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:  # foreign bytes: zipfile, zlib and numpy raise a dozen types
-            text = " ".join(str(error).split())
-            raise UserError(f"{self.where}: {problem} ({text or type(error).__name__})") from error
-
-    def fingerprint(self) -> str:
-        """Identifies the content by the archive's directory, which has a checksum of every array; reads nothing."""
-        lines = (f"{key} {self._infos[key].CRC:08x} {self._infos[key].file_size}" for key in sorted(self.keys))
-        return "\n".join(lines)
-
-    @contextmanager
-    def _open(self, key: str) -> Iterator[tuple[ArrayHeader, IO[bytes]]]:
-        check_zip_member(self._infos[key])
-        with zipfile.ZipFile(self.path) as archive, archive.open(self._infos[key]) as stream:
-            if (version := np.lib.format.read_magic(stream)) != (1, 0):
-                raise ValueError(f"a header of version {version}, which may be of any size")  # plain arrays have 1.0
-            header = ArrayHeader(*np.lib.format.read_array_header_1_0(stream))
-            size = int(np.prod([int(side) for side in header.shape], dtype=object)) * header.dtype.itemsize
-            if stream.tell() + size != self._infos[key].file_size:
-                raise ValueError(f"{header.dtype} of shape {list(header.shape)} is not what follows its header")
-            yield header, stream
-
-    def header(self, key: str) -> ArrayHeader:
-        """Shape, order and type of an array."""
-        with self._readable(f"{key!r} cannot be read"), self._open(key) as (header, _):
-            return header
-
-    def read(self, key: str) -> np.ndarray:
-        """One whole array of numbers or text; look at its header first."""
-        with self._readable(f"{key!r} cannot be read"), self._open(key) as (header, stream):
-            if header.dtype.hasobject:
-                raise ValueError("it holds pickled objects")
-            check_size(self._infos[key].file_size, MAX_ARRAY)
-            data = read_exactly(stream, self._infos[key].file_size - stream.tell())
-            array = np.frombuffer(data, header.dtype).reshape(header.shape, order="F" if header.fortran_order else "C")
-            return np.ascontiguousarray(array).reshape(header.shape)  # a scalar would become one-dimensional
-
-    def rows(self, key: str, indices: Iterable[int]) -> Iterator[np.ndarray]:
-        """Rows array[i] of a C-ordered array, for ascending indices; what lies between them is skipped."""
-        with self._readable(f"{key!r} cannot be read"), self._open(key) as (header, stream):
-            shape, at = header.shape[1:], 0
-            size = int(np.prod(shape)) * header.dtype.itemsize
-            for index in indices:
-                stream.seek((index - at) * size, os.SEEK_CUR)
-                at = index + 1
-                yield np.frombuffer(read_exactly(stream, size), header.dtype).reshape(shape)
 
 
 class ImageSet(ABC):

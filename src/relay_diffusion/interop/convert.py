@@ -21,7 +21,8 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.files import file_sha256
 from relay_diffusion.interop.export import export_stage
 from relay_diffusion.interop.official import OfficialCheckpoint, from_official, read_official
-from relay_diffusion.stage import DiffusionStage, load_stage
+from relay_diffusion.loading import load_stage
+from relay_diffusion.stage import DiffusionStage
 
 USAGE = """\
 python -m relay_diffusion.interop.convert source=FILE destination=FOLDER [key=value ...]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relay_diffusion.data.image_sets import Npz
+from relay_diffusion.data.npz import Npz
 from relay_diffusion.errors import UserError
 from relay_diffusion.files import whole_file
 from relay_diffusion.metrics.frechet import FeatureStatistics

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from relay_diffusion.data.image_sets import IMAGES_KEY, ArraySet, ImageSet, Npz, open_image_set
+from relay_diffusion.data.image_sets import IMAGES_KEY, ArraySet, ImageSet, open_image_set
+from relay_diffusion.data.npz import Npz
 from relay_diffusion.data.sources import existing_path
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics.frechet import FeatureStatistics, FrechetDistance
