@@ -259,6 +259,11 @@ def test_pipes_devices_and_circles_in_folders(tmp_path: Path) -> None:
     circle = write_folder(tmp_path / "circle", {"x/b.png": PICTURE})
     (circle / "x/again").symlink_to(circle)
     refused(circle, "leads back to a folder around it")
+    both = write_folder(tmp_path / "both", {"a/b.png": PICTURE, "c/b.png": PICTURE})
+    (both / "a/toc").symlink_to("../c")
+    assert len(ImageDataset(both, SIDE)) == 3  # no circle yet
+    (both / "c/toa").symlink_to("../a")
+    refused(both, "leads back to a folder around it")
 
 
 @pytest.mark.parametrize("path", ["a" * 5000, "\0", "~nobody-of-this-name/x.zip", "\ud800"])

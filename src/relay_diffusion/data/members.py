@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -81,3 +83,23 @@ def file_bytes(path: Path) -> bytes:
         raise ValueError("it is no regular file")
     check_size(status.st_size)
     return path.read_bytes()
+
+
+def files_below(folder: Path) -> Iterator[str]:
+    """Names of the files in a folder and its sub-folders; links are followed. Raises ValueError for a circle."""
+    # The folders on the way down, by what they are and not by name: a circle may go through any number of links.
+    above = {os.fspath(folder): {_identity(folder)}}
+    for root, folders, names in os.walk(folder, followlinks=True):
+        way = above.pop(root)
+        for name in folders:
+            path = os.path.join(root, name)  # noqa: PTH118
+            identity = _identity(path)
+            if identity in way:
+                raise ValueError(f"the link {path!r} leads back to a folder around it")
+            above[path] = way | {identity}
+        yield from ((Path(root) / name).relative_to(folder).as_posix() for name in names)
+
+
+def _identity(path: str | Path) -> tuple[int, int]:
+    status = os.stat(path)  # noqa: PTH116
+    return status.st_dev, status.st_ino

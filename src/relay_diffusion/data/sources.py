@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NoReturn, TypeVar
 
-from relay_diffusion.data.members import BoundedTarInfo, file_bytes, is_link, tar_bytes, zip_bytes
+from relay_diffusion.data.members import BoundedTarInfo, file_bytes, files_below, is_link, tar_bytes, zip_bytes
 from relay_diffusion.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
@@ -85,14 +85,11 @@ class FolderSource(Source):
     """Images in a folder and its sub-folders, sorted by name; links to folders are followed, but not in circles."""
 
     def __init__(self, path: Path, option: str) -> None:
-        files = []
-        for root, folders, names in os.walk(path, followlinks=True):
-            for folder in folders:
-                link = Path(root) / folder
-                if link.is_symlink() and Path(root).resolve().is_relative_to(link.resolve()):
-                    raise UserError(f"{option}={path}: the link {str(link)!r} leads back to a folder around it")
-            files += [(Path(root) / name).relative_to(path).as_posix() for name in names]
-        super().__init__(path, option, sorted(files))
+        try:
+            files = sorted(files_below(path))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{option}={path}: {_line(error)}") from None
+        super().__init__(path, option, files)
 
     def _read(self, stored: str) -> bytes:
         return file_bytes(self.path / stored)
