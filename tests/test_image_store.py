@@ -3,11 +3,12 @@
 import json
 import resource
 import zipfile
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from relay_diffusion.data import ImageDataset
+from relay_diffusion.data import ImageDataset, zip_writer
 from relay_diffusion.errors import UserError
 from relay_diffusion.image_store import ImageStore
 
@@ -119,15 +120,41 @@ def test_damaged_settings_are_named(tmp_path):
         ImageStore(tmp_path, SETTINGS)
 
 
+@contextmanager
+def full_disk(room):
+    """No file may be larger than `room` bytes."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
 def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path):
     store = ImageStore(tmp_path, {})
     store.begin()
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # no file may be larger
-    try:
-        with pytest.raises(UserError, match=r"a\.png cannot be written: File too large"):
-            store.write("a", torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    with full_disk(1000), pytest.raises(UserError, match=r"a\.png cannot be written: File too large"):
+        store.write("a", torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8))
     assert not list(store.folder.iterdir())
     assert "a" not in store
+
+
+def test_a_disk_too_full_for_the_zip_keeps_the_images(store, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    with full_disk(300), pytest.raises(UserError, match=r"^output=.*images\.zip cannot be written: File too large$"):
+        store.pack()
+    assert sorted(tmp_path.rglob("*")) == before
+    assert torch.equal(torch.cat(batches(store, NAMES[:3], 3)), PIXELS[:3])
+
+
+def test_the_zip_is_on_the_disk_before_the_images_go(store, monkeypatch):
+    synced = []
+
+    def sync(path):
+        assert len(list(store.folder.rglob("*.png"))) == 3
+        synced.append(path)
+
+    monkeypatch.setattr(zip_writer, "sync", sync)
+    store.pack()
+    assert [synced[0].suffix, synced[1]] == [".tmp", store.archive.parent]

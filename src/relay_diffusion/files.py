@@ -17,22 +17,35 @@ from typing import IO, Any
 from relay_diffusion.errors import UserError
 
 
+def temporary_name(path: Path) -> Path:
+    """Where to write what takes the name `path` once all is written: the same folder, so a rename and no copy."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+@contextmanager
+def writing(what: object) -> Iterator[None]:
+    """Raise UserError that names `what` if it cannot be written, or the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} cannot be written: {error.strerror or error}") from None
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a temporary file for writing; it takes the name `path` once all is written, and goes away otherwise.
 
     Raises UserError if the place cannot be written to, or is full.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # same folder: a rename, not a copy
+    temporary = temporary_name(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -103,7 +103,10 @@ class ImageStore:
         labels, class_names = self._labels(), self._class_names()
         members = sorted({*self._packed, *loose})
         classed = class_names is not None and all(labels.get(member, -1) >= 0 for member in members)
-        with self.reading() as archive, ImageZipWriter(self.archive, class_names if classed else None) as writer:
+        with (
+            self.reading() as archive,
+            ImageZipWriter(self.archive, class_names if classed else None, option="output") as writer,
+        ):
             for member in members:
                 content = self.encoded(member.removesuffix(".png"), archive)
                 writer.add_encoded(member, content, labels[member] if classed else None)

@@ -180,6 +180,8 @@ def test_wrong_sources_and_destinations(tmp_path: Path) -> None:
         (options(source, tmp_path / "out.zip"), r"'a\.png' in .* is in no folder; use classes=none"),
         (options(source, tmp_path / "out.zip", classes=Classes.keep), "has no labels"),
         (options(source, tmp_path / "out.zip", 0), "resolution=0"),
+        (options(source, Path("/proc/x.zip"), classes=Classes.none), "^destination=/proc/x.zip cannot be written: "),
+        (options(source, tmp_path / "text.txt/x.zip", classes=Classes.none), "^destination=.* cannot be written: "),
     ]:
         with pytest.raises(UserError, match=message) as caught:
             convert(wrong)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections import Counter
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -14,6 +14,7 @@ from PIL import Image
 
 from relay_diffusion.data.sources import LABEL_FILE
 from relay_diffusion.errors import UserError
+from relay_diffusion.files import sync, temporary_name, writing
 
 EPOCH = (1980, 1, 1, 0, 0, 0)  # one time stamp for all members, so that the same images give the same bytes
 
@@ -22,20 +23,25 @@ class ImageZipWriter:
     """Writes an image zip: uncompressed PNG members and dataset.json; a context manager.
 
     The zip appears at `destination` when the block ends well and not at all otherwise. The same images in the same
-    order give the same bytes. Errors: UserError when `destination` is no .zip name or a name comes twice.
+    order give the same bytes. `option` is what the user calls the destination. Errors: UserError that names it when it
+    is no .zip name, cannot be written or is on a full disk, and when a name comes twice.
     """
 
-    def __init__(self, destination: str | Path, class_names: list[str] | None = None) -> None:
+    def __init__(
+        self, destination: str | Path, class_names: list[str] | None = None, option: str = "destination"
+    ) -> None:
         self.destination = Path(destination).expanduser()
+        self._called = f"{option}={destination}"
         if self.destination.suffix != ".zip":
-            raise UserError(f"destination={destination}: the name must end in .zip")
+            raise UserError(f"{self._called}: the name must end in .zip")
         self.class_names = class_names
         self.labels: dict[str, int | None] = {}  # of every image written, in order
-        self._temporary = self.destination.with_name(f".{self.destination.name}.{os.getpid()}.partial")
+        self._temporary = temporary_name(self.destination)
 
     def __enter__(self) -> ImageZipWriter:
-        self.destination.parent.mkdir(parents=True, exist_ok=True)
-        self._zip = zipfile.ZipFile(self._temporary, "w", zipfile.ZIP_STORED)
+        with writing(self._called):
+            self.destination.parent.mkdir(parents=True, exist_ok=True)
+            self._zip = zipfile.ZipFile(self._temporary, "w", zipfile.ZIP_STORED)
         return self
 
     def add(self, name: str, image: Image.Image, label: int | None = None) -> None:
@@ -45,7 +51,7 @@ class ImageZipWriter:
     def add_encoded(self, name: str, content: bytes, label: int | None = None) -> None:
         """Add one picture that is encoded already (encoding can run in threads, this cannot)."""
         if name in self.labels:
-            raise UserError(f"destination={self.destination}: two images would be named {name!r}")
+            raise UserError(f"{self._called}: two images would be named {name!r}")
         assert (label is None) == (self.class_names is None), "all images have a label, or none has"
         assert label is None or 0 <= label < len(self.class_names or ()), f"no class {label}"
         self.labels[name] = label
@@ -61,7 +67,8 @@ class ImageZipWriter:
     def _write(self, name: str, data: bytes) -> None:
         info = zipfile.ZipInfo(name, EPOCH)
         info.create_system, info.external_attr = 3, 0o644 << 16  # the same on every operating system
-        self._zip.writestr(info, data)
+        with writing(self._called):
+            self._zip.writestr(info, data)
 
     def _dataset_json(self) -> str:
         if self.class_names is None:
@@ -72,13 +79,17 @@ class ImageZipWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            with self._zip:
+            with writing(self._called):
+                with self._zip:
+                    if kind is None:
+                        self._write(LABEL_FILE, self._dataset_json().encode())
                 if kind is None:
-                    self._write(LABEL_FILE, self._dataset_json().encode())
-            if kind is None:
-                self._temporary.replace(self.destination)
+                    sync(self._temporary)  # what it was made of may be deleted after this
+                    self._temporary.replace(self.destination)
+                    sync(self.destination.parent)
         finally:
-            self._temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                self._temporary.unlink(missing_ok=True)
 
 
 def encode_webp(image: Image.Image) -> bytes:
