@@ -11,7 +11,7 @@ from pictures_on_disk import encoded, write_tar
 from PIL import Image
 
 from relay_diffusion.data import ImageDataset
-from relay_diffusion.data.emoji import GROUPS_MEMBER, EmojiOptions, base_emoji, build, subset_of
+from relay_diffusion.data.emoji import GROUPS_MEMBER, EmojiOptions, base_emoji, build, read_groups, subset_of
 from relay_diffusion.errors import UserError
 
 DEMO = Path(__file__).parents[2] / "demo" / "emoji-64.zip"
@@ -72,6 +72,23 @@ def test_wrong_tarball_is_named(tmp_path: Path, swap: str) -> None:
         options.images = options.groups
     with pytest.raises(UserError, match=f"{swap}="):
         build(options)
+
+
+def test_a_damaged_groups_tarball_is_named(tmp_path: Path) -> None:
+    path = Path(tarballs(tmp_path).groups)
+    whole, messages = path.read_bytes(), []
+    for position in range(len(whole)):
+        for bit in (0, 5):
+            path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << bit]) + whole[position + 1 :])
+            try:
+                read_groups(path)  # a bit that says nothing, such as of the time
+            except UserError as error:
+                messages.append(str(error))
+    assert set(messages) == {f"groups={path}: damaged, or not the npm tarball with {GROUPS_MEMBER}"}
+    assert len(messages) > len(whole)
+    write_tar(path, {GROUPS_MEMBER: json.dumps({"🐷": {"group": 3}}).encode()}, "w:gz")
+    with pytest.raises(UserError, match="groups="):
+        read_groups(path)
 
 
 def test_variants_share_base_and_subset() -> None:

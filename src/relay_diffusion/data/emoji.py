@@ -22,6 +22,7 @@ from omegaconf import MISSING
 from relay_diffusion.data.arguments import run_tool
 from relay_diffusion.data.convert import Crop, fit
 from relay_diffusion.data.decode import decode_rgb
+from relay_diffusion.data.members import BoundedTarInfo, tar_bytes
 from relay_diffusion.data.sources import existing_path, map_in_order, open_source
 from relay_diffusion.data.zip_writer import ImageZipWriter, encode_png, encode_webp
 from relay_diffusion.errors import UserError
@@ -91,16 +92,19 @@ def subset_of(code_points: str) -> str:
 
 def read_groups(path: str | Path) -> dict[str, str]:
     """Group of every emoji by its code points without selectors. Errors: UserError naming `groups`."""
+    file = existing_path(path, "groups")
     try:
-        with tarfile.open(existing_path(path, "groups")) as archive:
-            stream = archive.extractfile(GROUPS_MEMBER)
-            content = json.load(stream) if stream else {}
-        return {
+        with tarfile.open(file, tarinfo=BoundedTarInfo) as archive:
+            content = json.loads(tar_bytes(archive, archive.getmember(GROUPS_MEMBER)))
+        groups = {
             without("-".join(f"{ord(character):x}" for character in emoji), VARIATION_SELECTOR): entry["group"]
             for emoji, entry in content.items()
         }
-    except (tarfile.TarError, KeyError, TypeError, AttributeError, EOFError, json.JSONDecodeError) as error:
-        raise UserError(f"groups={path}: expected the npm tarball with {GROUPS_MEMBER}") from error
+        if not all(isinstance(group, str) for group in groups.values()):
+            raise ValueError("a group is no text")
+    except Exception as error:  # foreign bytes: tarfile, the decompressors and json raise many types
+        raise UserError(f"groups={path}: damaged, or not the npm tarball with {GROUPS_MEMBER}") from error
+    return groups
 
 
 def group_of(code_points: str, groups: dict[str, str]) -> str | None:
