@@ -120,6 +120,29 @@ def test_damaged_settings_are_named(tmp_path):
         ImageStore(tmp_path, SETTINGS)
 
 
+def test_what_killed_writers_left_goes(store, tmp_path):
+    """A kill during an image, and one during the zip, after which no image is missing; others' files stay."""
+    code = "fd5d0b6e5a1c4f0f9f1b2c3d4e5f6a7b"
+
+    def leave():
+        left = [store.folder / f"0/.a.png.{code}.tmp", tmp_path / f".images.zip.{code}.tmp"]
+        for path in left:
+            path.write_bytes(b"half")
+        return left
+
+    left = leave()
+    (tmp_path / ".mine.tmp").write_text("keep me")
+    store.begin()
+    assert not any(path.exists() for path in left)
+    left = leave()
+    store.pack()
+    assert not store.folder.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.tmp", "images.zip", "settings.json"]
+    (store.folder / "0").mkdir(parents=True)  # killed after the last image was deleted
+    store.pack()
+    assert not store.folder.exists()
+
+
 @contextmanager
 def full_disk(room):
     """No file may be larger than `room` bytes."""

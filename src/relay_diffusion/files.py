@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,6 +21,13 @@ from relay_diffusion.errors import UserError
 def temporary_name(path: Path) -> Path:
     """Where to write what takes the name `path` once all is written: the same folder, so a rename and no copy."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def remove_temporaries(names: Iterable[Path]) -> None:
+    """Delete those that writers left when they were killed; only where nobody writes now."""
+    for path in names:
+        if re.fullmatch(r"\..+\.[0-9a-f]+\.tmp", path.name):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from relay_diffusion.data.sources import LABEL_FILE, map_in_order
 from relay_diffusion.data.zip_writer import ImageZipWriter, encode_png
 from relay_diffusion.differences import first_difference
 from relay_diffusion.errors import UserError
-from relay_diffusion.files import json_text, whole_file, write_text
+from relay_diffusion.files import json_text, remove_temporaries, whole_file, write_text
 
 
 class ImageStore:
@@ -45,8 +45,9 @@ class ImageStore:
                 self._packed = set(archive.namelist()) - {LABEL_FILE}
 
     def begin(self) -> None:
-        """Create the folder and note the settings."""
+        """Create the folder and note the settings; what a killed run left half-written goes. Before anybody writes."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._clear()
         write_text(self._settings_file, json_text(self._settings))
 
     def path(self, name: str) -> Path:
@@ -96,10 +97,22 @@ class ImageStore:
         write_text(self.folder / LABEL_FILE, json.dumps(content))
 
     def pack(self) -> None:
-        """Move all images into one zip, with their classes if all have one; what was packed before stays in it."""
+        """Move all images into one zip, with their classes if all have one; what was packed before stays in it.
+
+        After everybody has written.
+        """
+        self._clear()
         loose = self._loose()
-        if not loose:
-            return
+        if loose:
+            self._add_to_zip(loose)
+        for member in loose:
+            (self.folder / member).unlink()
+        (self.folder / LABEL_FILE).unlink(missing_ok=True)
+        for root, _, _ in os.walk(self.folder, topdown=False):
+            if not os.listdir(root):  # noqa: PTH208
+                Path(root).rmdir()
+
+    def _add_to_zip(self, loose: list[str]) -> None:
         labels, class_names = self._labels(), self._class_names()
         members = sorted({*self._packed, *loose})
         classed = class_names is not None and all(labels.get(member, -1) >= 0 for member in members)
@@ -111,12 +124,9 @@ class ImageStore:
                 content = self.encoded(member.removesuffix(".png"), archive)
                 writer.add_encoded(member, content, labels[member] if classed else None)
         self._packed = set(members)
-        for member in loose:
-            (self.folder / member).unlink()
-        (self.folder / LABEL_FILE).unlink(missing_ok=True)
-        for root, _, _ in os.walk(self.folder, topdown=False):
-            if not os.listdir(root):  # noqa: PTH208
-                Path(root).rmdir()
+
+    def _clear(self) -> None:
+        remove_temporaries([*self.folder.rglob(".*"), *self.folder.parent.glob(".*")])
 
     def _open(self) -> zipfile.ZipFile:
         try:
