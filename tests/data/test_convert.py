@@ -247,6 +247,25 @@ def test_command_line(tmp_path: Path) -> None:
     assert done.stderr.startswith("left out: 'cat/bad.png' in ")
 
 
+def test_files_of_other_types_are_told(tmp_path: Path) -> None:
+    others = dict.fromkeys(["cat/x.BMP", "dog/y.tiff", "dog/sub/z.gif", "w.gif"], b"?")
+    hidden = dict.fromkeys(["cat/._b.bmp", ".DS_Store", "dog/Thumbs.db", ".git/x.bmp"], b"?")
+    for source in (
+        write_folder(tmp_path / "folder", pngs(NAMES) | others | hidden),
+        write_zip(tmp_path / "in.zip", pngs(NAMES) | others | hidden),
+    ):
+        done = run(f"source={source}", f"destination={tmp_path / 'out.zip'}", "resolution=8")
+        assert (done.returncode, done.stderr) == (0, "ignored: 4 files of other types (.bmp, .gif, .tiff)\n")
+    labels = {"labels": [[name, 0] for name in NAMES]}
+    clean = write_zip(tmp_path / "clean.zip", pngs(NAMES) | hidden, labels)
+    assert convert(options(clean, tmp_path / "out.zip", classes=Classes.keep)).ignored == []
+    odd = dict.fromkeys([*(f"a.{number}" for number in range(10)), "README"], b"")
+    many = write_zip(tmp_path / "many.zip", pngs(NAMES) | odd)
+    told = run(f"source={many}", f"destination={tmp_path / 'out.zip'}", "resolution=8").stderr
+    assert told.startswith("ignored: 11 files of other types (.0, ")
+    assert told.endswith(", ...)\n")
+
+
 def test_tools_start_without_torch() -> None:
     code = "import sys, relay_diffusion.data.emoji; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,10 +8,11 @@ would not match.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from omegaconf import MISSING
 from PIL import Image
@@ -30,6 +31,7 @@ from relay_diffusion.data.zip_writer import ImageZipWriter, encode_png, png_name
 from relay_diffusion.errors import UserError
 from relay_diffusion.progress import progress
 
+MAX_ENDINGS = 8  # named in the line about files of other types
 USAGE = """\
 python -m relay_diffusion.data.convert source=FOLDER|ZIP|TAR destination=OUT.zip [key=value ...]
 
@@ -40,7 +42,7 @@ python -m relay_diffusion.data.convert source=FOLDER|ZIP|TAR destination=OUT.zip
   crop         center: cut the middle square out (default) | none: refuse images that are not square
   classes      folders: an image's class is its first folder (default) | keep: the source's dataset.json | none
   skip_bad     false: stop at the first unusable image (default) | true: leave such images out and name them;
-               folders of which nothing is left are no classes
+               folders of which nothing is left are no classes; files of other types are counted in one line
 """
 
 
@@ -73,11 +75,15 @@ class ConvertOptions:
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion wrote: image count, class names (None without classes), why images were left out."""
+    """What a conversion wrote: image count, class names (None without classes), why images were left out.
+
+    ignored: names of the files that are of other types, by their endings.
+    """
 
     images: int
     class_names: list[str] | None
     left_out: list[str]
+    ignored: list[str]
 
 
 def fit(image: Image.Image, resolution: int, crop: Crop, where: str) -> Image.Image:
@@ -136,7 +142,7 @@ def convert(options: ConvertOptions) -> Converted:
             raise UserError(f"source={options.source}: none of {len(left_out)} images is usable; {left_out[0]}")
         if options.classes is Classes.folders:
             writer.drop_empty_classes()
-    return Converted(len(writer.labels), writer.class_names, left_out)
+    return Converted(len(writer.labels), writer.class_names, left_out, source.ignored())
 
 
 def _labels(source: Source, classes: Classes) -> Labels | None:
@@ -163,10 +169,20 @@ def _labels(source: Source, classes: Classes) -> Labels | None:
     return Labels({name: index[folder] for name, folder in folders.items()}, class_names)
 
 
+def _by_type(names: list[str]) -> str:
+    """How many files of which endings, the most frequent ones named."""
+    endings = Counter(PurePosixPath(name).suffix.lower() or "no ending" for name in names)
+    shown = sorted(ending for ending, _ in endings.most_common(MAX_ENDINGS))
+    more = ", ..." if len(endings) > len(shown) else ""
+    return f"{len(names):,} file{'s' * (len(names) > 1)} of other types ({', '.join(shown)}{more})"
+
+
 def _convert_and_report(options: ConvertOptions) -> None:
     result = convert(options)
     for line in result.left_out:
         print(f"left out: {line}", file=sys.stderr)
+    if result.ignored:
+        print(f"ignored: {_by_type(result.ignored)}", file=sys.stderr)
     classes = f"{len(result.class_names)} classes" if result.class_names else "no classes"
     print(
         f"{options.destination}: {result.images:,} images of {options.resolution}x{options.resolution}, {classes}, "

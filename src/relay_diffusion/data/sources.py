@@ -27,6 +27,7 @@ from relay_diffusion.errors import UserError
 IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 MAX_CLASSES = 1_000_000  # a larger label is a mistake, and would fill the memory with names
 LABEL_FILE = "dataset.json"
+HIDDEN_FILES = ("Thumbs.db", "desktop.ini")  # of Windows, which marks them otherwise than by a dot
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -57,6 +58,11 @@ class Source(ABC):
         self.names = [name for name in self.members if name.lower().endswith(IMAGE_SUFFIXES)]
         if not self.names:
             raise UserError(f"{option}={path}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
+
+    def ignored(self) -> list[str]:
+        """Names of the files that are neither images nor labels, by their endings."""
+        known = {*self.names, LABEL_FILE}
+        return [name for name in self.members if name not in known and name.rpartition("/")[2] not in HIDDEN_FILES]
 
     def where(self, name: str) -> str:
         """What to call a member in a message."""
