@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from relay_diffusion.data.decode import box_average, decode_rgb
+from relay_diffusion.data.decode import box_average
 from relay_diffusion.data.npz import Npz
 from relay_diffusion.data.sources import (
     FolderSource,
@@ -97,7 +97,7 @@ class PictureSet(ImageSet):
         return _digest(self.resolution, [f"{self._subset}\n", *lines])
 
     def _decode(self, name: str) -> Image.Image:
-        return decode_rgb(self._source.read(name), self._source.where(name))
+        return self._source.image(name)
 
     def _fit(self, image: Image.Image, name: str) -> Image.Image:
         factor = _factor((image.height, image.width), self.resolution) if self._reduces else 1

@@ -140,7 +140,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return [self._decode(self.names[position]) for position in positions]
 
     def _decode(self, name: str) -> Tensor:
-        image = decode_rgb(self._source.read(name), self._source.where(name))
+        image = self._source.image(name)
         return _tensor(self._fit(image, name))
 
     def _fit(self, image: Image.Image, name: str) -> Image.Image:

@@ -21,6 +21,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NoReturn, TypeVar
 
+from PIL import Image
+
+from relay_diffusion.data.decode import decode_rgb
 from relay_diffusion.data.members import BoundedTarInfo, file_bytes, files_below, is_link, tar_bytes, zip_bytes
 from relay_diffusion.errors import UserError
 
@@ -28,6 +31,7 @@ IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 MAX_CLASSES = 1_000_000  # a larger label is a mistake, and would fill the memory with names
 LABEL_FILE = "dataset.json"
 HIDDEN_FILES = ("Thumbs.db", "desktop.ini")  # of Windows, which marks them otherwise than by a dot
+REMEDY = "leave it out, or convert with skip_bad=true (python -m relay_diffusion.data.convert)"
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -74,6 +78,13 @@ class Source(ABC):
             return self._read(self.members[name])
         except Exception as error:  # damaged archives raise a dozen types, and all mean this to the user
             raise self._unreadable(name, error) from error
+
+    def image(self, name: str) -> Image.Image:
+        """One image, decoded to 8-bit RGB. Errors: UserError that names the option, the image and what to do."""
+        try:
+            return decode_rgb(self.read(name), self.where(name))
+        except UserError as error:
+            raise UserError(f"{self.option}: {error}: {REMEDY}") from error
 
     def _unreadable(self, name: str, error: Exception) -> UserError:
         return UserError(f"{self.where(name)} cannot be read: {_line(error)}")
