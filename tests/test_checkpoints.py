@@ -1,5 +1,6 @@
 """Checkpoints: written whole, kept, passed over when damaged; runs that continue from them."""
 
+import copy
 import errno
 import os
 import resource
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 from relay_diffusion.config import validate_training
@@ -15,6 +17,7 @@ from relay_diffusion.data.zip_writer import ImageZipWriter
 from relay_diffusion.errors import UserError
 from relay_diffusion.interop.export import export_stage
 from relay_diffusion.loading import load_stage
+from relay_diffusion.training import check_same_stage
 from support import assert_same_weights, weights_of
 
 
@@ -66,6 +69,17 @@ def test_what_changes_speed_and_memory_alone_may_change(fit, tmp_path):
     optimizer = stage.trainer.optimizers[0]
     assert all(group["fused"] for group in optimizer.param_groups)
     assert torch.load(file, weights_only=True)["stage_config"]["denoiser"]["network"]["checkpoint_levels"] == [0]
+
+
+def test_older_relay_runs_have_the_log_normal_of_today(configuration):
+    """They do not hold p_mean and p_std of their schedule."""
+    mine = OmegaConf.to_container(configuration("train", "stage=relay", "resolution=64").stage, resolve=True)
+    old = copy.deepcopy(mine)
+    del old["corruption"]["schedule"]["p_mean"], old["corruption"]["schedule"]["p_std"]
+    check_same_stage(Path("old.ckpt"), {"stage_config": old}, mine)
+    mine["corruption"]["schedule"]["p_std"] = 1.0
+    with pytest.raises(UserError, match="corruption"):
+        check_same_stage(Path("old.ckpt"), {"stage_config": old}, mine)
 
 
 def test_kept_checkpoints(fit, tmp_path):

@@ -38,6 +38,16 @@ def test_every_stage_with_every_network(configuration, network, stage):
     assert built.resolution == 128
 
 
+@pytest.mark.parametrize("stage", choices("stage"))
+def test_the_schedule_of_every_stage_can_be_set(configuration, stage):
+    overrides = [f"stage.corruption.schedule.{key}" for key in ("p_mean=0.5", "p_std=1.5")]
+    schedule = instantiate(configuration("train", f"stage={stage}", *overrides).stage.corruption.schedule)
+    assert (schedule.p_mean, schedule.p_std) == (0.5, 1.5)
+    written = instantiate(configuration("train", f"stage={stage}").stage.corruption.schedule)
+    default = type(written)()  # of older runs, whose config does not have them
+    assert (written.p_mean, written.p_std) == (default.p_mean, default.p_std)
+
+
 @pytest.mark.parametrize("group", ["data", "trainer", "strategy", "callbacks", "logger", "metrics", "relay", "augment"])
 def test_every_choice_of_the_other_groups(configuration, small_zip, tmp_path, group):
     name = "sample" if group in ("metrics", "relay") else "train"

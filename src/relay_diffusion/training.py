@@ -98,10 +98,13 @@ def _what_a_run_keeps(stage_config: dict[str, Any]) -> dict[str, Any]:
     parts: dict[str, dict[str, Any]] = {
         part: stage_config.get(part) or {} for part in ("denoiser", "corruption", "optimizer")
     }
-    network = {"condition_channels": 0} | (parts["denoiser"].get("network") or {})  # which older files do not have
+    # What older files do not have: condition_channels, and the log-normal of a relay stage.
+    network = {"condition_channels": 0} | (parts["denoiser"].get("network") or {})
+    schedule = {"p_mean": -1.2, "p_std": 1.2} | (parts["corruption"].get("schedule") or {})
     network = _without(network, "checkpoint_levels")
     return parts | {
         "denoiser": parts["denoiser"] | {"network": network},
+        "corruption": parts["corruption"] | {"schedule": schedule},
         "optimizer": _without(parts["optimizer"], "lr", "fused"),
     }
 
