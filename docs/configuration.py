@@ -36,7 +36,8 @@ HEAD = """\
 Every group and key, written by `python docs/configuration.py` from the yaml files in `conf/`. `GROUP=CHOICE` chooses a
 file, `KEY=VALUE` sets a key, both for `train.py` or `sample.py`; `--cfg job` after them prints what they make. `${...}`
 takes the value of another key. What an experiment sets is in its file. `sample.py` changes trained stages by
-`relay.stages.NAME.changes.KEY=VALUE`.
+`relay.stages.NAME.changes.KEY=VALUE`. A key that is not listed, such as another of a class or of Lightning's Trainer,
+is added by `+KEY=VALUE`.
 """
 
 
