@@ -36,8 +36,8 @@ class UNet(nn.Module):
     `channels` x `channel_mult` are the channels of each level (each at half the resolution of the one before);
     `blocks` residual blocks a level; attention at the given `attention_resolutions` and at the lowest level.
     `num_classes` 0: unconditional. `augment_labels`: number of augmentation parameters, 0 for none.
-    `condition_channels`: channels that a condition adds to the input, 0 for none; its noise level is embedded as the
-    image's own is.
+    `condition_channels`: channels that a condition adds to the input, 0 for none; its noise level enters through the
+    same embedding as the image's own, but as sigma itself, not as ln(sigma)/4.
     `channels_last` keeps weights and activations in that memory format: the same numbers, faster; on a GPU the steps
     between convolutions are fused for it. `checkpoint_levels`: levels (0: full resolution) of which training keeps
     only the inputs of blocks and computes the rest again: less memory, more time.
