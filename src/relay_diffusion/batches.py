@@ -1,7 +1,8 @@
 """What a prediction runs through: batches of a plan or of images that exist, dealt out to the devices; and its results.
 
-Every image is dealt to one device, none to two. Every device needs at least one: Lightning lets a device without a
-batch leave early, and the others would wait for it.
+Every image is dealt to one device. Every device needs at least one: Lightning lets a device without a batch leave
+early, and the others would wait for it. So where there are too few images, some are dealt to several devices, which
+make the same.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class PlanDataModule(L.LightningDataModule):
 def dealing_order(todo: Sequence[int], shown: int, devices: int) -> list[int]:
     """`todo` in an order in which every device gets an image, and the first device the first `shown` first.
 
-    Where there are too few, some come twice.
+    Where there are too few, some come again.
     """
     count = max(len(todo), devices, (shown - 1) * devices + 1)
     repeated = list(islice(cycle(todo), count))
