@@ -15,13 +15,14 @@ PURE = ("diffusion", "kernels", "networks", "samplers")
 
 
 def imports(path):
-    """Modules imported anywhere in a file."""
+    """Modules imported anywhere in a file, and for `from package import name` also package.name."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def test_no_function_is_long():
@@ -36,7 +37,7 @@ def test_the_mathematics_imports_no_framework(package):
     for path in (PACKAGE / package).rglob("*.py"):
         for module in imports(path):
             assert not module.startswith(("lightning", "hydra", "omegaconf", "torchmetrics")), f"{path}: {module}"
-            if module.startswith("relay_diffusion"):
+            if module.startswith("relay_diffusion."):
                 assert module.split(".")[1] in PURE, f"{path}: {module}"
 
 
@@ -49,22 +50,35 @@ def test_the_mathematics_loads_no_framework():
     assert printed.strip() == "[]"
 
 
-def test_no_import_circle():
-    edges = {}
-    for path in PACKAGE.rglob("*.py"):
-        name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
-        edges[name] = {m for m in imports(path) if m.startswith("relay_diffusion") and m != name}
+def circle(package):
+    """Modules of a package that import each other in a circle; none if there is no circle."""
+    files = {
+        ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in package.rglob("*.py")
+    }
+    edges = {name: {m for m in imports(path) if m in files and m != name} for name, path in files.items()}
 
     def visit(name, trail):
-        assert name not in trail, " -> ".join([*trail[trail.index(name) :], name])
-        for target in edges.get(name, ()):
-            if target not in done:
-                visit(target, [*trail, name])
+        if name in trail:
+            return [*trail[trail.index(name) :], name]
+        found = next(filter(None, (visit(target, [*trail, name]) for target in edges[name] if target not in done)), [])
         done.add(name)
+        return found
 
     done: set[str] = set()
-    for name in edges:
-        visit(name, [])
+    return next(filter(None, (visit(name, []) for name in files)), [])
+
+
+def test_no_import_circle():
+    assert circle(PACKAGE) == []
+
+
+@pytest.mark.parametrize("line", ["import toy.{}", "from toy import {}", "from toy.{} import name"])
+def test_an_import_circle_is_found(tmp_path, line):
+    (tmp_path / "toy").mkdir()
+    for name, other in (("a", "b"), ("b", "c"), ("c", "a")):
+        (tmp_path / f"toy/{name}.py").write_text(line.format(other))
+    assert set(circle(tmp_path / "toy")) == {"toy.a", "toy.b", "toy.c"}
 
 
 def test_files_are_short():
