@@ -56,6 +56,16 @@ def test_links_lead_somewhere(page):
     assert not missing
 
 
+def test_the_map_of_the_code_names_every_module():
+    text = (PROJECT / "README.md").read_text()
+    code_map = text[text.index("## Map of the code") : text.index("## Results")]
+    package = PROJECT / "src/relay_diffusion"
+    parts = [path.name for path in package.glob("[a-z]*.py")]
+    parts += [f"{path.parent.name}/" for path in package.glob("*/__init__.py")]
+    missing = [part for part in parts if not re.search(rf"(?<![\w/]){re.escape(part)}", code_map)]
+    assert not missing
+
+
 def blocks(page):
     """(kind, argument, text) of every marked block: files to write, commands to run."""
     marked = re.finditer(
