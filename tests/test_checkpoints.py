@@ -201,7 +201,9 @@ def test_raw_weights_begin_a_run_where_there_is_no_average(fit, tmp_path):
 
 def test_weights_of_another_network_begin_nothing(fit, configuration, tmp_path):
     fit("trained", 4)
-    with pytest.raises(UserError, match=r"trained.*do not fit the network: it lacks network"):
+    with pytest.raises(
+        UserError, match=r"^init takes .* network of this run: .*trained.*do not fit the network: it lacks network"
+    ):
         fit("on", 4, f"init={tmp_path / 'trained'}", "network.blocks=2")
     with pytest.raises(UserError, match="give one of them"):
         validate_training(configuration("train", "resume=conf", "init=conf"))

@@ -65,6 +65,13 @@ def test_data_that_cannot_be_used(tmp_path, small_zip):
         ([f"data.dataset.path={corrupt}"], ["corrupt.zip"]),
         ([f"data.dataset.path={small_zip}", "resolution=32"], ["train/000.png", "16x16"]),
         ([f"data.dataset.path={folder}", "network.num_classes=0", "data.batch_size=6"], [".png", str(folder)]),
+        ([f"data.dataset.path={folder}"], ["0 classes: use network.num_classes=0", "relay_diffusion.data.convert"]),
+        ([f"data.dataset.path={small_zip}", "network.num_classes=3"], ["2 classes: use network.num_classes=2"]),
+        (
+            [f"data.dataset.path={small_zip}", f"resume={corrupt}"],
+            ["error: resume: ", "cannot be read as a checkpoint"],
+        ),
+        ([f"data.dataset.path={small_zip}", f"init={corrupt}"], ["error: init: ", "cannot be read as a checkpoint"]),
     ]:
         options = [*TINY, "data.dataset.subset=''", "resolution=16", *arguments, f"run_dir={tmp_path / 'run'}"]
         assert_one_line(run("train.py", *options), *parts)
@@ -101,7 +108,10 @@ def test_mistakes_that_need_the_checkpoints(relay_overrides, relay_runs, tmp_pat
     text.write_text("hello")
     for arguments, parts in [
         ([f"relay.stages.relay.path={relay_runs / 'base'}"], ["relay.stages.relay starts from noise"]),
-        ([f"relay.stages.base.path={text}"], ["text.ckpt cannot be read as a checkpoint"]),
+        (
+            [f"relay.stages.base.path={text}"],
+            ["error: relay.stages.base: ", "text.ckpt cannot be read as a checkpoint"],
+        ),
         (["class=green"], ["class=green", "dark, light"]),
         (["seeds=9-1"], ["runs backwards"]),
         (["mode=evaluate", f"metrics.evaluator.inception.weights={text}"], ["text.ckpt"]),

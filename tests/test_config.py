@@ -128,7 +128,8 @@ def test_every_experiment_trains_a_step(configuration, large_zip, tmp_path, expe
         ("network.blocks=abc", r"network\.blocks=abc"),
         ("network.image_channels=1", r"network\.image_channels=1"),
         ("trainer.devices=[]", r"trainer\.devices=\[\]"),
-        ("resolution=16.0", r"resolution=16\.0: must be a whole number"),
+        ("resolution=16.0", r"resolution=16\.0: must be a whole number, at least 1: write 16$"),
+        ("trainer.max_images=1e3", r"trainer\.max_images=1000\.0: must be a whole number, at least 1: write 1000$"),
         ("+stage.corruption.block=0", r"stage\.corruption\.block=0"),
         ("callbacks.log.every_n_images=abc", r"callbacks\.log\.every_n_images=abc"),
         ("data.accumulate=3", r"data\.batch_size=4 does not divide .* 3 would"),
@@ -224,6 +225,13 @@ def test_nonsense_in_sampling_is_named(configuration, small_zip, override, messa
     cfg = configuration("sample", "relay=two_stages", *paths, *override.split())
     with pytest.raises(UserError, match=message):
         validate_sampling(cfg)
+
+
+def test_the_weights_of_a_stage_may_be_left_out(configuration, small_zip):
+    paths = [f"relay.stages.{name}.path={small_zip}" for name in ("base", "relay")]
+    left_out = ["~relay.stages.base.weights", "relay.stages.relay.weights=both"]
+    with pytest.raises(UserError, match=r"^relay\.stages\.relay\.weights=both: use ema or raw"):
+        validate_sampling(configuration("sample", "relay=two_stages", *paths, *left_out))
 
 
 def test_stages_that_do_not_run_need_no_checkpoint(configuration, small_zip):

@@ -57,8 +57,11 @@ def test_classes_by_name_or_number(chosen, classes, names, indices):
     ("chosen", "classes", "names", "message"),
     [
         ("cat", 0, [], "unconditional"),
-        ("cow", 2, ["dog", "cat"], "dog, cat"),
-        (["dog", "cow"], 2, ["dog", "cat"], "class=cow"),
+        ("bird", 2, ["dog", "cat"], r"dog, cat \(or as numbers 0 to 1\)"),
+        (2, 2, ["dog", "cat"], r"dog, cat \(or as numbers 0 to 1\)"),
+        (["dog", "bird"], 2, ["dog", "cat"], "class=bird"),
+        ("Animals-Nature", 2, ["flags", "animals-nature"], r"did you mean animals-nature\?$"),
+        ("flag", 2, ["Flags", "animals-nature"], r"did you mean Flags\?$"),
         (2, 2, [], "0 to 1"),
         ([], 2, [], "names no class"),
     ],

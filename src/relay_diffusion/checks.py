@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import stat
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ def require(condition: bool, message: str) -> None:
     """Raise UserError with `message` unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+@contextmanager
+def naming(option: str) -> Iterator[None]:
+    """What is wrong with a file, a UserError from within, is said with the option that gave the file."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from None
 
 
 def shown(value: Any) -> str:
@@ -73,6 +83,7 @@ def check_whole(cfg: DictConfig, key: str, low: int, high: int, null: bool = Fal
     """A whole number from low to high."""
     value = selected(cfg, key)
     bounds = f"between {low} and {high}" if is_whole(value) and value > high else f"at least {low}"
+    bounds += f": write {value:.0f}" if isinstance(value, float) and value.is_integer() and low <= value <= high else ""
     _require_kind(key, value, is_whole(value) and low <= value <= high, f"a whole number, {bounds}", null)
 
 

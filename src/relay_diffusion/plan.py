@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,11 +41,20 @@ def class_indices(chosen: object, num_classes: int, names: Sequence[str]) -> lis
         elif text.isdecimal() and len(text) < 10 and int(text) < num_classes:
             indices.append(int(text))
         else:
-            known = ", ".join(names) if names else f"0 to {num_classes - 1}"
-            raise UserError(f"class={text[:80]} is not known to the model; it knows {known}")
+            raise UserError(f"class={text[:80]} is not known to the model; {_known(text[:80], num_classes, names)}")
     if not indices:
         raise UserError("class=[] names no class: leave it out (class=null) for all in turn")
     return indices
+
+
+def _known(text: str, num_classes: int, names: Sequence[str]) -> str:
+    """The class that may have been meant, or else all that there are."""
+    spelt = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(text.lower(), list(spelt), n=1)
+    if close:
+        return f"did you mean {spelt[close[0]]}?"
+    numbers = f"0 to {num_classes - 1}"
+    return f"it knows {', '.join(names)} (or as numbers {numbers})" if names else f"it knows {numbers}"
 
 
 def in_proportion(path: str | Path, subset: str, names: Sequence[str], option: str) -> list[int]:

@@ -8,10 +8,11 @@ import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, ListConfig
@@ -37,6 +38,7 @@ from relay_diffusion.interop.adm import write_adm_samples
 from relay_diffusion.plan import AS_REFERENCE, Plan, class_indices, in_proportion, plan_from_images, plan_from_noise
 from relay_diffusion.relay import Relay
 from relay_diffusion.report import report
+from relay_diffusion.stage import DiffusionStage
 from relay_diffusion.trainer import children_end_too
 from relay_diffusion.training import quiet_lightning
 
@@ -111,7 +113,7 @@ def sample_relay(cfg: DictConfig) -> dict[str, Any]:
 
 def build_relay(cfg: DictConfig) -> Relay:
     """The stages that the config chooses, as one relay."""
-    stages = {name: instantiate(stage, _convert_="all") for name, stage in chosen_stages(cfg.relay).items()}
+    stages = {name: _build_stage(name, stage) for name, stage in chosen_stages(cfg.relay).items()}
     for name, stage in stages.items():
         if stage.image_channels != 3:
             raise UserError(
@@ -119,6 +121,16 @@ def build_relay(cfg: DictConfig) -> Relay:
             )
     postprocess = instantiate(cfg.relay.postprocess)
     return Relay(stages, cfg.relay.hand_over_sigma, cfg.relay.rounding, postprocess)
+
+
+def _build_stage(name: str, stage: DictConfig) -> DiffusionStage:
+    """A stage of the relay. Raises UserError naming it for files that it cannot be built from."""
+    try:
+        return cast(DiffusionStage, instantiate(stage, _convert_="all"))
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise UserError(f"relay.stages.{name}: {error.__cause__}") from None
+        raise
 
 
 def make_plan(cfg: DictConfig, relay: Relay) -> Plan:

@@ -25,6 +25,7 @@ from relay_diffusion.checkpoint import (
     read_stage,
     stored_weights,
 )
+from relay_diffusion.checks import naming
 from relay_diffusion.config import write_config
 from relay_diffusion.data import ImageDataModule
 from relay_diffusion.differences import differences, first_difference
@@ -48,7 +49,11 @@ def check_classes(data: ImageDataModule, num_classes: int) -> None:
     """Refuse a network whose classes are not those of the data."""
     there = data.dataset.num_classes
     if num_classes and num_classes != there:
-        raise UserError(f"network.num_classes={num_classes}, but {data.dataset.path} has {there} classes")
+        otherwise = "" if there else " (folders become classes by python -m relay_diffusion.data.convert)"
+        raise UserError(
+            f"network.num_classes={num_classes}, but {data.dataset.path} has {there} classes: use "
+            f"network.num_classes={there}{otherwise}"
+        )
 
 
 def last_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any]] | None:
@@ -69,7 +74,10 @@ def last_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any]] | None:
                 print(f"warning: {error}; trying the checkpoint before", file=sys.stderr, flush=True)
     if failures:
         raise UserError(f"no checkpoint in {directory} can be read: delete them to begin anew ({failures[0]})")
-    return (find_checkpoint(cfg.resume), read_checkpoint(cfg.resume)) if cfg.resume is not None else None
+    if cfg.resume is None:
+        return None
+    with naming("resume"):
+        return find_checkpoint(cfg.resume), read_checkpoint(cfg.resume)
 
 
 def check_same_stage(path: Path, checkpoint: dict[str, Any], stage_config: dict[str, Any]) -> None:
@@ -118,10 +126,13 @@ def begin_with(stage: DiffusionStage, path: str) -> Path:
 
     Returns the file. Raises UserError naming it, if they are not there or those of another network.
     """
-    file = find_stage(path)
-    content = read_stage(file)
+    with naming("init"):
+        file = find_stage(path)
+        content = read_stage(file)
     kind = "ema" if content.get("ema", {}).get("weights") else "raw"
-    stage.denoiser.load_state_dict(stored_weights(content, kind, stage.denoiser, file))
+    with naming("init takes the weights of a stage that has the network of this run"):
+        weights = stored_weights(content, kind, stage.denoiser, file)
+    stage.denoiser.load_state_dict(weights)
     return file
 
 

@@ -60,7 +60,8 @@ def _check_relay(cfg: DictConfig) -> None:
         check_complete(relay.stages[name], prefix=f"{place}.")
         check_built(cfg, place)
         check_file(selected(cfg, f"{place}.path"), f"{place}.path")
-        check_choice(cfg, f"{place}.weights", ("ema", "raw"))
+        if there(cfg, f"{place}.weights"):  # load_stage has a default
+            check_choice(cfg, f"{place}.weights", ("ema", "raw"))
         guide, changes = selected(cfg, f"{place}.guide"), selected(cfg, f"{place}.changes")
         if guide is not None:
             check_file(guide, f"{place}.guide")
