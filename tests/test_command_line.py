@@ -42,7 +42,6 @@ def test_sampling_without_a_word_says_what_it_can_do():
         (["data.dataset.path=nowhere.zip"], ["data.dataset.path=nowhere.zip: no such file"]),
         (["data.batch_size=7", "trainer.devices=2"], ["data.batch_size=7", "2 devices"]),
         (["trainer.max_images=[1"], ["[1"]),
-        (["strategy=ddp"], ["trainer", "gpu"]),
         (["+network.foo=1"], ["foo"]),
         (["stage.corruption.schedule.p_std=a"], ["stage.corruption.schedule"]),
     ],
@@ -50,6 +49,20 @@ def test_sampling_without_a_word_says_what_it_can_do():
 def test_mistakes_in_training_options(arguments, parts, tmp_path):
     result = run("train.py", *arguments, f"run_dir={tmp_path / 'run'}")
     assert_one_line(result, *parts)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+@pytest.mark.parametrize(
+    ("asked", "option", "instead"),
+    [
+        (["strategy=ddp", "trainer.devices=2"], "strategy=ddp", "strategy=ddp_cpu"),
+        (["trainer.accelerator=cuda"], "trainer.accelerator=cuda", "trainer.accelerator=cpu"),
+    ],
+)
+def test_gpus_that_are_not_there(script, asked, option, instead, tmp_path):
+    result = run(script, *asked, f"run_dir={tmp_path / 'run'}", CUDA_VISIBLE_DEVICES="")
+    assert_one_line(result, f"error: {option} needs GPUs, and there are none here: use {instead}, or leave it out")
     assert not (tmp_path / "run").exists()
 
 

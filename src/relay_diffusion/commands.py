@@ -17,8 +17,9 @@ def _train(cfg: DictConfig) -> None:
     with clear_errors():
         validate_training(cfg)
 
-        from relay_diffusion import training  # torch and lightning: only once the settings are sound
+        from relay_diffusion import host, training  # torch and lightning: only once the settings are sound
 
+        host.check_gpus(cfg.trainer)
         training.train(cfg)
 
 
@@ -27,8 +28,9 @@ def _sample(cfg: DictConfig) -> None:
     with clear_errors():
         validate_sampling(cfg)
 
-        from relay_diffusion import sampling
+        from relay_diffusion import host, sampling
 
+        host.check_gpus(cfg.trainer)
         sampling.sample(cfg)
 
 

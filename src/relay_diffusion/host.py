@@ -1,4 +1,4 @@
-"""How torch uses the CPU and the memory of this host."""
+"""Whether this host has GPUs, and how torch uses its CPU and memory."""
 
 from __future__ import annotations
 
@@ -7,9 +7,25 @@ import os
 import sys
 
 import torch
+from omegaconf import DictConfig
+
+from relay_diffusion.errors import UserError
 
 THREADS, THREADS_KEY = 4, "OMP_NUM_THREADS"  # of torch on the CPU, beside a GPU
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+
+
+def check_gpus(trainer: DictConfig) -> None:
+    """Raise UserError naming the option, if a run asks for GPUs on a host without any; `trainer`: its options."""
+    accelerator = trainer.accelerator
+    missing = accelerator in ("gpu", "cuda") and not torch.cuda.is_available()
+    if not missing or (accelerator == "gpu" and torch.backends.mps.is_available()):
+        return
+    if accelerator == "gpu" and not isinstance(trainer.strategy, str):  # as conf/strategy/ddp.yaml has it
+        option, instead = "strategy=ddp", "use strategy=ddp_cpu"
+    else:
+        option, instead = f"trainer.accelerator={accelerator}", "use trainer.accelerator=cpu"
+    raise UserError(f"{option} needs GPUs, and there are none here: {instead}, or leave it out")
 
 
 def prepare_host(device: torch.device) -> None:
