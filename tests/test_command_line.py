@@ -26,10 +26,14 @@ def test_a_run_leaves_config_log_checkpoint_and_pictures(relay_runs):
         assert not list(run_dir.rglob(".*"))  # no temporary files
 
 
-def test_sampling_without_a_word_says_what_it_can_do():
-    result = run("sample.py")
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [("train.py", "python train.py experiment=quickstart_base"), ("sample.py", "python sample.py relay=emoji")],
+)
+def test_without_a_word_they_say_what_they_can_do(script, said):
+    result = run(script)
     assert result.returncode == 0
-    assert "python sample.py relay=emoji" in result.stdout
+    assert said in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -42,6 +46,8 @@ def test_sampling_without_a_word_says_what_it_can_do():
         (["data.dataset.path=nowhere.zip"], ["data.dataset.path=nowhere.zip: no such file"]),
         (["data.batch_size=7", "trainer.devices=2"], ["data.batch_size=7", "2 devices"]),
         (["trainer.max_images=[1"], ["[1"]),
+        (["--batch", "7"], ["--batch: options are KEY=VALUE, as batch=7"]),
+        (["stage.optimizer.lr=1", "-m", "seed=1,2"], ["run_dir=", "jobs of the sweep would share it"]),
         (["+network.foo=1"], ["foo"]),
         (["stage.corruption.schedule.p_std=a"], ["stage.corruption.schedule"]),
     ],

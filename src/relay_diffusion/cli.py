@@ -21,6 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from relay_diffusion.errors import UserError
 from relay_diffusion.launch import leave_group, rank, ranks_differ
+from relay_diffusion.overrides import arranged, parse, unreadable, versions
+from relay_diffusion.sweep import check_sweep
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # Hydra's own switch: set it to 1 to see tracebacks
 FIRST_RANK_SECONDS = 3
@@ -82,7 +84,7 @@ def explain(error: Exception, config: Path) -> str:
         text = f"{key[1]}: {cause}" if cause and key and not isinstance(cause, UserError) else str(cause or text)
         return " ".join(text.split())
     if isinstance(error, HydraException):
-        text = _unknown_override(text, config) or text
+        text = unreadable(error) or _unknown_override(text, config) or text
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         text = f"{error.full_key}: {text.splitlines()[0]}"
     return " ".join(text.split())
@@ -126,14 +128,20 @@ def _remove_if_empty(directory: Path) -> None:
         directory.rmdir()
 
 
-def command_line(main: Callable[[], Any], config: Path) -> NoReturn:
+def command_line(main: Callable[[], Any], config: Path, validate: Callable[[DictConfig], None]) -> NoReturn:
     """Run a Hydra main function; the user's mistakes become one line on standard error and exit code 2.
 
-    `config`: the yaml that the function composes. With HYDRA_FULL_ERROR=1 every error keeps its traceback.
+    `config`: the yaml that the function composes; `validate` is its check, here for the jobs of a sweep. With
+    HYDRA_FULL_ERROR=1 every error keeps its traceback. Without a word it prints what it can do.
     """
+    sys.argv[1:] = arranged(sys.argv[1:] or ["--help"])
+    if "--version" in sys.argv:
+        print(versions())
+        sys.exit(0)
     os.environ.setdefault(SHOW_TRACEBACK, os.environ.get(FULL_ERROR, "0"))  # processes that this one starts inherit it
     os.environ[FULL_ERROR] = "1"  # let errors through to here
     try:
+        check_sweep(parse(sys.argv[1:]), config, validate)
         main()
         if not _failures:
             leave_group()

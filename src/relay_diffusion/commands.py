@@ -1,6 +1,5 @@
 """The commands: `train.py` and `sample.py` here, `relay-train` and `relay-sample` of an installed package."""
 
-import sys
 from typing import NoReturn
 
 import hydra
@@ -36,10 +35,9 @@ def _sample(cfg: DictConfig) -> None:
 
 def train() -> NoReturn:
     """Compose, validate, build, fit."""
-    command_line(_train, CONF / "train.yaml")
+    command_line(_train, CONF / "train.yaml", validate_training)
 
 
 def sample() -> NoReturn:
-    """Compose, validate, build, predict or evaluate; without anything said it prints what it can do."""
-    sys.argv += [] if len(sys.argv) > 1 else ["--help"]
-    command_line(_sample, CONF / "sample.yaml")
+    """Compose, validate, build, predict or evaluate."""
+    command_line(_sample, CONF / "sample.yaml", validate_sampling)
