@@ -1,5 +1,10 @@
 """The command line as users meet it: one clear line and exit code 2, never a traceback, nothing half-written."""
 
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 import torch
 from PIL import Image
@@ -138,6 +143,17 @@ def test_mistakes_that_need_the_checkpoints(relay_overrides, relay_runs, tmp_pat
     ]:
         assert_one_line(run("sample.py", *relay_overrides, *arguments), *parts)
         assert not (tmp_path / "samples/images").exists()
+
+
+def test_help_that_nobody_reads():
+    """As in `--help | head`: no word about it."""
+    nobody, pipe = os.pipe()
+    os.close(nobody)
+    command = [sys.executable, PROJECT / "train.py", "--help"]
+    ended = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(pipe)
+    assert ended.stderr == ""
+    assert ended.returncode == 128 + signal.SIGPIPE
 
 
 def test_a_user_who_asks_for_a_traceback_gets_it():

@@ -143,11 +143,15 @@ def command_line(main: Callable[[], Any], config: Path, validate: Callable[[Dict
     try:
         check_sweep(parse(sys.argv[1:]), config, validate)
         main()
+        sys.stdout.flush()
         if not _failures:
             leave_group()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         os._exit(128 + signal.SIGINT)  # threads and other processes may wait for this one
+    except BrokenPipeError:  # `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains on its way out
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         if isinstance(error, OSError | ValueError) and not _begun and not _caused_by_user(error):
             error = UserError(f"the directory of the run cannot be made ({error}): choose another output= or run_dir=")
