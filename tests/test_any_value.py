@@ -171,3 +171,10 @@ def test_what_classes_check_themselves_is_one_line(key: str, value: Any) -> None
     line = explain(caught.value, PROJECT / "conf/train.yaml")
     assert "\n" not in line
     assert key.rpartition(".")[0] in line
+
+
+@pytest.mark.parametrize("flag", ["_target_", "_partial_", "_recursive_"])
+@pytest.mark.parametrize("value", [[], [True], {}, {"a": True}, 3])
+def test_what_hydra_reads_itself(flag: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"stage\.optimizer\.{flag}"):
+        validate_training(_changed(TRAIN, f"stage.optimizer.{flag}", value))

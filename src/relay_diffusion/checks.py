@@ -18,6 +18,7 @@ INFINITY = math.inf
 HUGE = 1e12  # larger numbers are slips of the hand
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 _ABSENT = object()
+HYDRAS = ("_target_", "_partial_", "_recursive_")
 
 
 def require(condition: bool, message: str) -> None:
@@ -181,10 +182,11 @@ def check_complete(cfg: DictConfig, prefix: str = "", besides: str = "-") -> Non
                 require(abs(value) < 10**100, f"{key}: holds a number of more than a hundred digits")
             if isinstance(value, str):
                 require(_writable(value), f"{key}={shown(ascii(value))}: holds characters that no file can hold")
-            if key.rpartition(".")[2] == "_target_":
+            name = key.rpartition(".")[2]
+            if name == "_target_":
                 named = isinstance(value, str) and all(part.isidentifier() for part in value.split("."))
                 require(named and "." in value, f"{key}={shown(value)}: must be the full name of a class or function")
-            if key.rpartition(".")[2] in ("_partial_", "_recursive_"):
+            if name in ("_partial_", "_recursive_"):
                 require(isinstance(value, bool), f"{key}={shown(value)}: use true or false")
 
 
@@ -197,6 +199,8 @@ def _writable(text: str) -> bool:
 
 def _leaves(node: DictConfig | ListConfig, prefix: str, copied: bool) -> Iterator[tuple[str, Any]]:
     """(key, value) of all that is no mapping or list, `_ABSENT` for ???: what is written there, or what is `copied`.
+
+    What Hydra reads itself is a leaf whatever it is.
 
     Raises UserError for an interpolation that leads nowhere.
     """
@@ -214,7 +218,7 @@ def _leaves(node: DictConfig | ListConfig, prefix: str, copied: bool) -> Iterato
             raise UserError(f"{key}: {shown(str(error).partition(chr(10))[0])}") from None
         if OmegaConf.is_interpolation(node, part):
             yield key, value
-        elif isinstance(value, DictConfig | ListConfig):
+        elif isinstance(value, DictConfig | ListConfig) and part not in HYDRAS:
             yield from _leaves(value, f"{key}.", copied)
         elif not copied:
             yield key, value
