@@ -12,7 +12,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from relay_diffusion.data import ImageDataset
-from relay_diffusion.data.images import decode_bytes, to_float, to_uint8
+from relay_diffusion.data.decode import decode_rgb
+from relay_diffusion.data.images import to_float, to_uint8
 from relay_diffusion.errors import UserError
 
 NAMES = ["heldout/d.png", "train/a.png", "train/b.png", "train/c.png"]
@@ -220,10 +221,10 @@ def test_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
         ImageDataset(path, 8)
 
 
-def test_decode_bytes() -> None:
-    np.testing.assert_array_equal(decode_bytes(encoded(pixels(3)), "a.png").permute(1, 2, 0).numpy(), pixels(3))
+def test_decoding_keeps_every_pixel() -> None:
+    np.testing.assert_array_equal(np.array(decode_rgb(encoded(pixels(3)), "a.png")), pixels(3))
     with pytest.raises(UserError, match=r"^gone\.png is not a PNG"):
-        decode_bytes(b"hello", "gone.png")
+        decode_rgb(b"hello", "gone.png")
 
 
 # --- paths

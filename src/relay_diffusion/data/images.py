@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from relay_diffusion.data.decode import box_average, decode_rgb
+from relay_diffusion.data.decode import box_average
 from relay_diffusion.data.sources import map_in_order, open_zip_or_folder, read_labels
 from relay_diffusion.diffusion.guidance import NO_CLASS
 from relay_diffusion.errors import UserError
@@ -33,11 +33,6 @@ ROUNDING = {"nearest": 128.0, "floor": 127.5}
 def to_uint8(images: Tensor, rounding: str = "nearest") -> Tensor:
     """Float [-1, 1] -> uint8, any shape, same device: 127.5 x + ROUNDING, clamped to 0..255, then truncated."""
     return (images.to(torch.float32) * 127.5).add_(ROUNDING[rounding]).clip_(0, 255).to(torch.uint8)
-
-
-def decode_bytes(data: bytes, where: str) -> Tensor:
-    """One encoded image -> uint8 [3, H, W]; `where` names it in messages. Errors: UserError."""
-    return _tensor(decode_rgb(data, where))
 
 
 def _tensor(image: Image.Image) -> Tensor:
