@@ -33,7 +33,7 @@ quickstart: $(READY) ## train a small 16 -> 64 relay on emoji, sample it, measur
 	$(BIN)/python sample.py relay=quickstart mode=evaluate run_dir=$(RUN)/samples
 
 test: $(READY) ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # slow files have few tests: not last
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check .
