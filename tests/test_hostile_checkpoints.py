@@ -136,7 +136,7 @@ GARBAGE = [
     torch.zeros(2), with_,
 ]  # fmt: skip
 KEYS = ("stage_config", "state_dict", "ema", "class_names", "images_seen", "replaced_gradients", "optimizer_states",
-        "loops", "epoch", "global_step", "pytorch-lightning_version")  # fmt: skip
+        "loops", "dealt", "epoch", "global_step", "pytorch-lightning_version")  # fmt: skip
 
 
 @pytest.mark.parametrize("key", KEYS)

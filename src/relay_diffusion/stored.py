@@ -21,6 +21,7 @@ KINDS = {  # of what only training reads
     "lr_schedulers": list,
     "loops": dict,
     "callbacks": dict,
+    "dealt": dict,
     "epoch": int,
     "global_step": int,
     "pytorch-lightning_version": str,
@@ -59,6 +60,7 @@ def check_resumable(content: dict[str, Any], file: Path) -> None:
         value = content.get(key)
         if key in content and (not isinstance(value, kind) or isinstance(value, bool)):
             _wrong(file, key, value, f"a {kind.__name__}")
+    _check_plain(content.get("dealt", {}), "dealt", file)
     states = content["optimizer_states"]
     if len(states) != 1 or not isinstance(states[0], dict) or {"state", "param_groups"} - states[0].keys():
         raise UserError(f"{file} holds no state of one optimizer: training cannot continue from it")

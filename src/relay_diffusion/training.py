@@ -138,9 +138,18 @@ def begin_with(stage: DiffusionStage, path: str) -> Path:
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     """What a continued run does in another way: " with devices 2 -> 1"."""
-    # what an older checkpoint does not know is no change
-    changed = [f"{key} {there} -> {here}" for key, there, here in differences(before, now) if there is not None]
+    # what an older checkpoint does not know is no change, nor is what it knows beyond
+    changed = [
+        f"{key} {_printable(there)} -> {_printable(here)}"
+        for key, there, here in differences(before, now)
+        if there is not None and here is not None
+    ]
     return f" with {', '.join(changed)}" if changed else ""
+
+
+def _printable(value: Any) -> str:
+    text = str(value)
+    return text if text.isprintable() else ascii(text)  # what comes from a file may hold anything
 
 
 def train(cfg: DictConfig) -> DiffusionStage:
