@@ -18,7 +18,7 @@ INFINITY = math.inf
 HUGE = 1e12  # larger numbers are slips of the hand
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 _ABSENT = object()
-HYDRAS = ("_target_", "_partial_", "_recursive_")
+READ_BY_HYDRA = ("_target_", "_partial_", "_recursive_")
 
 
 def require(condition: bool, message: str) -> None:
@@ -186,7 +186,7 @@ def check_complete(cfg: DictConfig, prefix: str = "", besides: str = "-") -> Non
             if name == "_target_":
                 named = isinstance(value, str) and all(part.isidentifier() for part in value.split("."))
                 require(named and "." in value, f"{key}={shown(value)}: must be the full name of a class or function")
-            if name in ("_partial_", "_recursive_"):
+            elif name in READ_BY_HYDRA:
                 require(isinstance(value, bool), f"{key}={shown(value)}: use true or false")
 
 
@@ -200,9 +200,7 @@ def _writable(text: str) -> bool:
 def _leaves(node: DictConfig | ListConfig, prefix: str, copied: bool) -> Iterator[tuple[str, Any]]:
     """(key, value) of all that is no mapping or list, `_ABSENT` for ???: what is written there, or what is `copied`.
 
-    What Hydra reads itself is a leaf whatever it is.
-
-    Raises UserError for an interpolation that leads nowhere.
+    What Hydra reads itself is a leaf whatever it is. Raises UserError for an interpolation that leads nowhere.
     """
     parts: list[Any] = list(node) if isinstance(node, DictConfig) else list(range(len(node)))
     for part in parts:
@@ -218,7 +216,7 @@ def _leaves(node: DictConfig | ListConfig, prefix: str, copied: bool) -> Iterato
             raise UserError(f"{key}: {shown(str(error).partition(chr(10))[0])}") from None
         if OmegaConf.is_interpolation(node, part):
             yield key, value
-        elif isinstance(value, DictConfig | ListConfig) and part not in HYDRAS:
+        elif isinstance(value, DictConfig | ListConfig) and part not in READ_BY_HYDRA:
             yield from _leaves(value, f"{key}.", copied)
         elif not copied:
             yield key, value

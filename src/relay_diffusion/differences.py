@@ -22,4 +22,10 @@ def first_difference(there: Any, here: Any) -> str:
         return f"{key} is missing there"
     if isinstance(before, Mapping):
         return f"{key} is there, but not here"
-    return f"{key} is {before} there, {now} here"
+    return f"{key} is {printable(before)} there, {printable(now)} here"
+
+
+def printable(value: Any) -> str:
+    """A value as text that a screen can show: what comes from a file may hold anything."""
+    text = str(value)
+    return text if text.isprintable() else ascii(text)

@@ -23,9 +23,9 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
-def remove_temporaries(names: Iterable[Path]) -> None:
-    """Delete those that writers left when they were killed; only where nobody writes now."""
-    for path in names:
+def remove_temporaries(paths: Iterable[Path]) -> None:
+    """Delete those of the files that writers left when they were killed; only where nobody writes now."""
+    for path in paths:
         if re.fullmatch(r"\..+\.[0-9a-f]+\.tmp", path.name):
             path.unlink(missing_ok=True)
 

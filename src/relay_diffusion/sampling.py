@@ -30,6 +30,7 @@ from relay_diffusion.callbacks import (
 from relay_diffusion.config import chosen_stages, reference_of, write_config
 from relay_diffusion.data.image_sets import ImageSet, open_image_set
 from relay_diffusion.data.images import ImageDataset
+from relay_diffusion.data.sources import map_in_order
 from relay_diffusion.errors import UserError
 from relay_diffusion.files import json_text, write_text
 from relay_diffusion.host import prepare_host
@@ -162,8 +163,8 @@ def make_plan(cfg: DictConfig, relay: Relay) -> Plan:
 def _read_start(plan: Plan, positions: list[int]) -> None:
     """Read the images to start from once: one that cannot be decoded shows before hours of work."""
     if plan.start is not None:
-        for position in positions:
-            plan.start[plan.seeds[position]]
+        for _ in map_in_order(plan.start.__getitem__, (plan.seeds[position] for position in positions)):
+            pass
 
 
 def chosen_classes(cfg: DictConfig, relay: Relay) -> list[int] | None:

@@ -28,7 +28,7 @@ from relay_diffusion.checkpoint import (
 from relay_diffusion.checks import naming
 from relay_diffusion.config import write_config
 from relay_diffusion.data import ImageDataModule
-from relay_diffusion.differences import differences, first_difference
+from relay_diffusion.differences import differences, first_difference, printable
 from relay_diffusion.errors import UserError
 from relay_diffusion.host import prepare_host
 from relay_diffusion.launch import leave_group
@@ -140,16 +140,11 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     """What a continued run does in another way: " with devices 2 -> 1"."""
     # what an older checkpoint does not know is no change, nor is what it knows beyond
     changed = [
-        f"{key} {_printable(there)} -> {_printable(here)}"
+        f"{key} {printable(there)} -> {printable(here)}"
         for key, there, here in differences(before, now)
         if there is not None and here is not None
     ]
     return f" with {', '.join(changed)}" if changed else ""
-
-
-def _printable(value: Any) -> str:
-    text = str(value)
-    return text if text.isprintable() else ascii(text)  # what comes from a file may hold anything
 
 
 def train(cfg: DictConfig) -> DiffusionStage:

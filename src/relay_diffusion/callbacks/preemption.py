@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
-from relay_diffusion.launch import INTERACTIVE, first_process
+from relay_diffusion.launch import INTERACTIVE, first_process, rank
 from relay_diffusion.stage import DiffusionStage
 
 REQUEUED = (signal.SIGUSR1, signal.SIGUSR2)
@@ -34,13 +34,11 @@ class Preemption(Callback):
     def __init__(self) -> None:
         self.received = 0  # the signal that this process got
         self.agreed = 0  # the signal that stops all of them
-        self._first = True  # whether this process speaks for all
         self._reading: _Agreement | None = None
         self._before: dict[int, Any] = {}  # handlers
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
         """Listen while all is prepared for training, which then stops after its first step."""
-        self._first = trainer.is_global_zero
         if stage == "fit":
             self._before = {number: signal.getsignal(number) for number in SIGNALS}
             _listen(self._note)
@@ -60,7 +58,7 @@ class Preemption(Callback):
     def _note(self, number: int, _: Any) -> None:
         if number == signal.SIGINT:
             again = self.received == number
-            if self._first:
+            if rank() == 0:
                 said = "stopped at once" if again else "finishing this step and saving; Ctrl-C again stops at once"
                 print(f"\n{said}", file=sys.stderr, flush=True)
             if again:
@@ -96,12 +94,12 @@ class Preemption(Callback):
 
 
 def _listen(handler: Callable[[int, Any], None] | signal.Handlers) -> None:
-    if threading.current_thread() is threading.main_thread():  # others get no signals
-        for number in SIGNALS:
-            if (
-                number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN
-            ):  # a shell's job in the background
-                signal.signal(number, handler)
+    if threading.current_thread() is not threading.main_thread():
+        return  # others get no signals
+    for number in SIGNALS:
+        if number == signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN:
+            continue  # a shell's job in the background, which Ctrl-C is not meant for
+        signal.signal(number, handler)
 
 
 class _Agreement:
