@@ -1,6 +1,7 @@
 """Two processes on the CPU do what many GPUs do."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from relay_diffusion.sampling import sample
+from relay_diffusion.training import quiet_lightning
 from support import TINY, run
 
 
@@ -72,3 +74,12 @@ def test_two_processes_train_and_sample(configuration, tmp_path, small_zip):
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "one_sampled/metrics.json").read_text())["sampled_now"] == 1
     assert len(list((tmp_path / "one_sampled/images").rglob("*.png"))) == 8
+
+
+def test_a_warning_that_no_user_can_act_on_stays_away():
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        quiet_lightning()
+        warnings.warn("The AccumulateGrad node's stream does not match the stream of the node that ...", stacklevel=1)
+        warnings.warn("Grad strides do not match bucket view strides", stacklevel=1)
+    assert [str(warning.message)[:12] for warning in seen] == ["Grad strides"]

@@ -38,10 +38,14 @@ from relay_diffusion.trainer import children_end_too
 
 
 def quiet_lightning() -> None:
-    """Keep Lightning's advertisements and its advice on epochs and loaders off the screen; warnings stay."""
+    """Keep Lightning's advertisements and its advice on epochs and loaders off the screen; warnings stay.
+
+    One goes that no user can act on: Lightning (2.6) builds DDP on a stream of its own, and gradients come from
+    another; they are waited for.
+    """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*treespec, LeafSpec.*"):
+    for message in (".*does not have many workers.*", ".*treespec, LeafSpec.*", "The AccumulateGrad node's stream"):
         warnings.filterwarnings("ignore", message=message)
 
 
