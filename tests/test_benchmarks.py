@@ -1,10 +1,14 @@
 """The tools in benchmarks/ whose numbers the documentation relies on."""
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 
 from relay_diffusion.data.image_sets import open_image_set
-from support import run
+from relay_diffusion.data.images import ImageDataset, to_float
+from relay_diffusion.loading import load_stage
+from support import PROJECT, run
 
 
 def test_bicubic_enlarges_block_means_in_order(tmp_path):
@@ -34,3 +38,26 @@ def test_bicubic_names_a_wrong_factor(tmp_path):
     result = run("benchmarks/bicubic.py", "source=demo", f"destination={tmp_path / 'a.zip'}", "factor=0")
     assert result.returncode == 2
     assert result.stderr == "error: factor=0: must be at least 1\n"
+
+
+@torch.no_grad()
+def test_denoising_prints_the_error_of_the_estimates():
+    result = run("benchmarks/denoising.py", "count=3", "batch=2", "sigmas=0.5,2")
+    assert result.returncode == 0, result.stderr
+    images = ImageDataset(PROJECT / "demo/emoji-64.zip", 64, subset="heldout")
+    chosen = images.__getitems__(range(0, len(images), len(images) // 3))
+    x, labels = to_float(torch.stack([image for image, _ in chosen])), torch.tensor([label for _, label in chosen])
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    stage = load_stage(PROJECT / "demo/emoji_64").eval()
+    printed = result.stdout.split("heldout")[1].replace(":", " ").split()
+    for sigma, error in zip(printed[0::2], printed[1::2], strict=True):
+        level = torch.full((len(x),), float(sigma))
+        expected = (stage.denoiser(x + float(sigma) * noise, level, labels) - x).square().mean().sqrt()
+        assert float(error) == pytest.approx(float(expected), abs=1e-4)
+    assert printed[0::2] == ["0.5", "2"]
+
+
+def test_denoising_names_wrong_sigmas():
+    result = run("benchmarks/denoising.py", "sigmas=much")
+    assert result.returncode == 2
+    assert result.stderr == "error: sigmas=much: numbers with commas between them, e.g. 0.1,0.5\n"
