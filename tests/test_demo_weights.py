@@ -17,9 +17,9 @@ def heldout():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("sigma", "error"), [(0.1, 0.025), (0.5, 0.06), (2.0, 0.125)])
+@pytest.mark.parametrize(("sigma", "error"), [(0.1, 0.023), (0.5, 0.056), (2.0, 0.115)])
 def test_the_first_stage_removes_noise(heldout, sigma, error):
-    """Measured: 0.021, 0.052 and 0.109. The best multiple of the noisy image has 0.099, 0.43 and 0.77."""
+    """Measured: 0.020, 0.049 and 0.098. The best multiple of the noisy image has 0.099, 0.43 and 0.77."""
     stage = load_stage(PROJECT / "demo/emoji_64").eval()
     images, labels = heldout
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
