@@ -4,14 +4,16 @@ stage   a run, a .ckpt file or an export                        (demo/emoji_64)
 images  folder or zip with classes, as the stage was trained on (demo/emoji-64.zip)
 subset  train or heldout                                        (heldout)
 sigmas  standard deviations of the noise                        (0.1,0.5,2,5)
-count   about so many images: every n-th one                      (160)
+count   about this many images, evenly spaced                   (160)
 batch   images at once                                          (32)
 
-Prints the root mean square of estimate minus image, which lies in [-1, 1], for each sigma. Without augmentation labels.
+Prints the root mean square of estimate minus image, which lies in [-1, 1], for each sigma: one draw of
+noise, no augmentation labels.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 
@@ -43,7 +45,9 @@ def run(options: Options) -> None:
     try:
         sigmas = [float(part) for part in options.sigmas.split(",")]
     except ValueError:
-        raise UserError(f"sigmas={options.sigmas}: numbers with commas between them, e.g. 0.1,0.5") from None
+        sigmas = [0.0]
+    if not all(0 < sigma < math.inf for sigma in sigmas):
+        raise UserError(f"sigmas={options.sigmas}: need numbers above 0 with commas between them, e.g. 0.1,0.5")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stage = load_stage(options.stage).eval().to(device)
     dataset = ImageDataset(options.images, stage.denoiser.network.resolution, subset=options.subset)

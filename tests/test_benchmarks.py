@@ -57,7 +57,8 @@ def test_denoising_prints_the_error_of_the_estimates():
     assert printed[0::2] == ["0.5", "2"]
 
 
-def test_denoising_names_wrong_sigmas():
-    result = run("benchmarks/denoising.py", "sigmas=much")
+@pytest.mark.parametrize("sigmas", ["much", "1,0", "nan"])
+def test_denoising_names_wrong_sigmas(sigmas):
+    result = run("benchmarks/denoising.py", f"sigmas={sigmas}")
     assert result.returncode == 2
-    assert result.stderr == "error: sigmas=much: numbers with commas between them, e.g. 0.1,0.5\n"
+    assert result.stderr == f"error: sigmas={sigmas}: need numbers above 0 with commas between them, e.g. 0.1,0.5\n"
