@@ -8,13 +8,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-ROWS = (
+MEASURES = (
     ("fid", "FID", ".2f"),
     ("sfid", "sFID", ".2f"),
     ("inception_score", "Inception Score", ".2f"),
     ("precision", "precision", ".3f"),
     ("recall", "recall", ".3f"),
     ("kid", "KID", ".5f"),
+)
+OTHERS = (
     ("images", "images", ","),
     ("folder", "images in", ""),
     ("npz", "for ADM's evaluator", ""),
@@ -25,9 +27,14 @@ ROWS = (
 
 
 def report(results: Mapping[str, Any]) -> None:
-    """The results as a table, where everything lies, and what could not be measured."""
+    """The results as a table, where everything lies, and what could not be measured.
+
+    "names" in the results are those of the numbers that were measured: measures of one's own are shown too.
+    """
     table = Table(show_header=False, box=None)
-    for key, label, form in ROWS:
+    listed = {key for key, _, _ in (*MEASURES, *OTHERS)}
+    own = [(name, name, ".6g") for name in results.get("names", ()) if name not in listed]
+    for key, label, form in (*MEASURES, *own, *OTHERS):
         if key in results:
             table.add_row(label, format(results[key], form))
     for name, reason in results.get("not_measured", {}).items():

@@ -254,7 +254,7 @@ def measure(
     }
     file = Path(cfg.output) / "metrics.json"
     write_text(file, json_text(results))
-    return results | {"numbers": os.path.relpath(file)}
+    return results | {"numbers": os.path.relpath(file), "names": list(evaluator.results)}
 
 
 def _seeds(cfg: DictConfig) -> str | None:
