@@ -4,7 +4,7 @@ stage   a run, a .ckpt file or an export                        (demo/emoji_64)
 images  folder or zip with classes, as the stage was trained on (demo/emoji-64.zip)
 subset  train or heldout                                        (heldout)
 sigmas  standard deviations of the noise                        (0.1,0.5,2,5)
-count   about this many images, evenly spaced                   (160)
+count   images, evenly over the set                             (160)
 batch   images at once                                          (32)
 
 Prints the root mean square of estimate minus image, which lies in [-1, 1], for each sigma: one draw of
@@ -13,13 +13,13 @@ noise, no augmentation labels.
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass
 
 import torch
 
-from relay_diffusion.data.arguments import run_tool
+from relay_diffusion.data.arguments import positive_numbers, run_tool
+from relay_diffusion.data.image_sets import spread
 from relay_diffusion.data.images import ImageDataset, to_float
 from relay_diffusion.errors import UserError
 from relay_diffusion.loading import load_stage
@@ -42,16 +42,12 @@ def run(options: Options) -> None:
     """Print one line."""
     if options.count < 1 or options.batch < 1:
         raise UserError(f"count={options.count} batch={options.batch}: must be at least 1")
-    try:
-        sigmas = [float(part) for part in options.sigmas.split(",")]
-    except ValueError:
-        sigmas = [0.0]
-    if not all(0 < sigma < math.inf for sigma in sigmas):
-        raise UserError(f"sigmas={options.sigmas}: need numbers above 0 with commas between them, e.g. 0.1,0.5")
+    remedy = "need numbers above 0 with commas between them, e.g. 0.1,0.5"
+    sigmas = positive_numbers("sigmas", options.sigmas, remedy)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stage = load_stage(options.stage).eval().to(device)
     dataset = ImageDataset(options.images, stage.denoiser.network.resolution, subset=options.subset)
-    chosen = dataset.__getitems__(range(0, len(dataset), max(1, len(dataset) // options.count)))
+    chosen = dataset.__getitems__(spread(min(options.count, len(dataset)), len(dataset)))
     images = to_float(torch.stack([image for image, _ in chosen]))
     labels = torch.tensor([label for _, label in chosen])
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))

@@ -45,7 +45,7 @@ def test_denoising_prints_the_error_of_the_estimates():
     result = run("benchmarks/denoising.py", "count=3", "batch=2", "sigmas=0.5,2")
     assert result.returncode == 0, result.stderr
     images = ImageDataset(PROJECT / "demo/emoji-64.zip", 64, subset="heldout")
-    chosen = images.__getitems__(range(0, len(images), len(images) // 3))
+    chosen = images.__getitems__([0, 108, 217])  # of 326
     x, labels = to_float(torch.stack([image for image, _ in chosen])), torch.tensor([label for _, label in chosen])
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     stage = load_stage(PROJECT / "demo/emoji_64").eval()

@@ -42,12 +42,14 @@ def test_counting_leaves_the_network_alone():
 def test_matrix_products_are_timed_in_the_precision_of_convolutions():
     matmul, seen = torch.backends.cuda.matmul, []
     before = matmul.fp32_precision
-    try:
+
+    def fail() -> None:
         with _products_as_convolutions():
             seen.append(matmul.fp32_precision)
             raise KeyError
-    except KeyError:
-        pass
+
+    with pytest.raises(KeyError):
+        fail()
     assert seen == [torch.backends.cudnn.conv.fp32_precision]
     assert matmul.fp32_precision == before
 

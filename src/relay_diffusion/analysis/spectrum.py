@@ -19,7 +19,7 @@ from torch import Tensor
 from relay_diffusion.analysis.power import ring_means, summed_power
 from relay_diffusion.analysis.snr import Curve, Settings, matching_factors, snr_curves
 from relay_diffusion.analysis.spectrum_plots import plot
-from relay_diffusion.data.arguments import run_tool
+from relay_diffusion.data.arguments import positive_numbers, run_tool
 from relay_diffusion.data.image_sets import ImageSet, open_image_set, spread
 from relay_diffusion.data.images import to_float
 from relay_diffusion.diffusion.corruption import block_mean
@@ -58,24 +58,14 @@ class SpectrumOptions:
     plots: bool = True
 
 
-def _numbers(option: str, text: str, remedy: str) -> tuple[float, ...]:
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        values = ()
-    if not values or not all(0 < value < math.inf for value in values):
-        raise UserError(f"{option}={text}: {remedy}")
-    return values
-
-
 def checked(options: SpectrumOptions) -> Settings:
     """Options -> settings. Errors: UserError that names the option."""
     remedy = "give the small and the large resolution, such as 16,64; the large one must be a whole multiple"
-    sides = _numbers("resolutions", options.resolutions, remedy)
+    sides = positive_numbers("resolutions", options.resolutions, remedy)
     if len(sides) != 2 or any(side % 1 for side in sides) or sides[0] >= sides[1] or sides[1] % sides[0]:
         raise UserError(f"resolutions={options.resolutions}: {remedy}")
     small, large = (int(side) for side in sides)
-    sigmas = _numbers("sigmas", options.sigmas, "give positive numbers, such as 0.5,1,2")
+    sigmas = positive_numbers("sigmas", options.sigmas, "give positive numbers, such as 0.5,1,2")
     block = options.block or large // small
     if not 1 <= block <= large:
         raise UserError(f"block={options.block}: must be 1 to {large}, the large resolution (0: large / small)")

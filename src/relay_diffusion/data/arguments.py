@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -42,6 +43,17 @@ def parse_arguments(schema: type[Options], arguments: Sequence[str]) -> Options:
     if missing:
         raise UserError(f"missing: {', '.join(f'{key}=...' for key in missing)}")
     return cast(Options, OmegaConf.to_object(config))
+
+
+def positive_numbers(option: str, text: str, remedy: str) -> tuple[float, ...]:
+    """ "0.5,1,2" -> (0.5, 1.0, 2.0). Errors: UserError that names the option where one is not above 0 and finite."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or not all(0 < value < math.inf for value in values):
+        raise UserError(f"{option}={text}: {remedy}")
+    return values
 
 
 def run_tool(arguments: Sequence[str], usage: str, schema: type[Options], action: Callable[[Options], None]) -> int:
