@@ -1,10 +1,9 @@
-"""The house: which way imports go, how large files are, how fast the door opens."""
+"""Which way imports go, and which commands start without torch."""
 
 import ast
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -23,13 +22,6 @@ def imports(path):
             assert node.level == 0, f"{path}: relative import"
             yield node.module or ""
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def test_no_function_is_long():
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
 
 
 @pytest.mark.parametrize("package", PURE)
@@ -81,19 +73,13 @@ def test_an_import_circle_is_found(tmp_path, line):
     assert set(circle(tmp_path / "toy")) == {"toy.a", "toy.b", "toy.c"}
 
 
-def test_files_are_short():
-    for path in [*PACKAGE.rglob("*.py"), *(PROJECT / "tests").rglob("*.py")]:
-        assert len(path.read_text().splitlines()) <= 320, path
-    for script in ("train.py", "sample.py"):
-        assert len((PROJECT / script).read_text().splitlines()) < 80
-
-
 @pytest.mark.parametrize("arguments", [("train.py", "--help"), ("sample.py", "--help")])
-def test_help_answers_quickly_and_names_the_groups(arguments):
-    began = time.perf_counter()
-    result = run(*arguments)
-    assert time.perf_counter() - began < 10  # under 3 s on a quiet machine
+def test_help_names_the_groups_without_loading_torch(arguments):
+    result = run(*arguments, PYTHONPROFILEIMPORTTIME="1")
     assert result.returncode == 0
+    loaded = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if "import time:" in line}
+    assert "hydra" in loaded
+    assert not loaded & {"torch", "lightning", "torchmetrics", "wandb"}
     assert "strategy: ddp, ddp_cpu, single" in result.stdout
 
 
