@@ -43,6 +43,13 @@ def test_evaluation_measures_all_images_also_after_an_interruption(configuration
     assert stored["images"] == 8
     assert stored["evaluation"]["reference"]["images"] == 24
     assert stored["settings"]["stages"]["relay"]["network_evaluations"] > 1
+    assert stored["image_size"] == stored["evaluation"]["reference"]["resolution"] == [16, 16]
+    assert stored["evaluation"]["reference"]["averaging"] == [1]
+    assert [line.partition(", as ")[0] for line in stored["warnings"]] == [
+        f"{name}: the covariance of {count} {side} images is singular"
+        for name in ("FID", "sFID")
+        for count, side in ((8, "generated"), (24, "reference"))
+    ]
     other = [f"run_dir={tmp_path / 'other'}"]
     sample(configuration("sample", *relay_overrides, *other, "seeds=0-4"))
     parts = sample(configuration("sample", *options, *other, "seeds=0-7"))
@@ -187,6 +194,19 @@ def test_anyones_images_are_measured(configuration, relay_overrides, small_zip):
     assert "class layer" in results["not_measured"]["inception_score"]
     assert results["evaluation"]["protocol"]["name"] == "adm"
     assert results["departures"] == []
+
+
+def test_an_averaged_reference_is_reported(configuration, relay_overrides, tmp_path, capsys):
+    with ImageZipWriter(tmp_path / "small.zip") as archive:
+        for i in range(3):
+            archive.add(f"{i}.png", Image.new("RGB", (4, 4), (40 * i, 90, 10)))
+    options = [*relay_overrides, "mode=evaluate", "metrics=fid", f"images={tmp_path / 'small.zip'}"]
+    results = sample(configuration("sample", *options))
+    assert results["image_size"] == results["evaluation"]["reference"]["resolution"] == (4, 4)
+    assert results["evaluation"]["reference"]["averaging"] == (4,)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "warning the reference images were averaged over blocks of side 4 to the size of the samples" in printed
+    assert "warning FID: the covariance of 3 generated images is singular" in printed
 
 
 def test_samples_measured_from_files_are_those_measured_on_the_way(configuration, relay_overrides, tmp_path):

@@ -27,7 +27,7 @@ OTHERS = (
 
 
 def report(results: Mapping[str, Any]) -> None:
-    """The results as a table, where everything lies, and what could not be measured.
+    """The results as a table, where everything lies, what could not be measured and what limits the numbers.
 
     "names" in the results are those of the numbers that were measured: measures of one's own are shown too.
     """
@@ -39,6 +39,8 @@ def report(results: Mapping[str, Any]) -> None:
             table.add_row(label, format(results[key], form))
     for name, reason in results.get("not_measured", {}).items():
         table.add_row(name, f"not measured: {reason}")
+    for warning in results.get("warnings", []):
+        table.add_row("warning", warning)
     for departure in results.get("departures", []):
         table.add_row("not as published", departure)
     if "saved_evaluations" in results:

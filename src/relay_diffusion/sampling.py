@@ -243,6 +243,8 @@ def measure(
     results = how | evaluator.results
     results |= {
         "not_measured": evaluator.skipped,
+        "warnings": evaluator.warnings(images.resolution),
+        "image_size": images.resolution,
         "departures": evaluator.departures(rounding),
         "seconds_measuring": round(time.perf_counter() - began, 1),
         "seeds": _seeds(cfg),

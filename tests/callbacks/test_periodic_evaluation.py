@@ -128,6 +128,15 @@ def test_a_measure_without_what_it_needs_is_left_out_with_a_word(fit, tmp_path, 
     assert "eval/sfid" not in row
 
 
+def test_a_singular_covariance_is_reported_before_training(fit, quick, capsys):
+    fit("run", 8, *quick)
+    lines = [line.partition(" images is singular")[0] for line in capsys.readouterr().err.splitlines()]
+    assert [line for line in lines if "covariance" in line] == [
+        f"warning: callbacks.evaluation.count=10: sFID: the covariance of {side}"
+        for side in ("10 generated", "24 reference")
+    ]
+
+
 def test_two_processes_measure_together(fit, tmp_path, small_zip, quick):
     """An uneven share each, then fewer images than processes at the last batch; both go on training afterwards."""
     options = [*TINY, *quick, "resolution=16", f"data.dataset.path={small_zip}", "callbacks.evaluation.count=7"]

@@ -110,13 +110,13 @@ def test_only_features_that_are_compared_stay_in_memory(reference: Reference) ->
         return total
 
     everything = all_measures(split_size=10_000)
-    for names, grows in (({"fid", "sfid", "inception_score"}, 0), ({"precision_recall", "kid"}, (6 * 4 + 8) * 400)):
+    for names, grows in (({"fid", "sfid", "inception_score"}, 0), ({"precision_recall", "kid"}, 6 * 4 + 8)):
         evaluation = Evaluation(PixelFeatures(), reference, {name: everything[name] for name in names})
         feed(evaluation, random_images(8, 2), range(8))
         before = state_bytes(evaluation)
         assert before > 0
         feed(evaluation, random_images(408, 2), range(8, 408))
-        assert state_bytes(evaluation) - before == grows, "features are kept once for both"
+        assert state_bytes(evaluation) - before == (grows + 8) * 400, "features are kept once, a position is 8 bytes"
 
 
 def test_what_cannot_be_measured_and_why(reference: Reference) -> None:
@@ -163,12 +163,49 @@ def test_too_few_images_lose_only_the_measures_that_need_more(reference: Referen
     assert evaluation.skipped == {}
 
 
-@pytest.mark.parametrize("positions", [[0, 1, 1], [0, 1, 3], [1, 2, 3], [0, 0, 3], [-1, 1, 3]])
+@pytest.mark.parametrize(
+    "positions",
+    [[0, 1, 1], [0, 1, 3], [1, 2, 3], [0, 0, 3], [-1, 1, 3], [1, 1, 2, 2, 3, 6, 6]],  # the last: sums as of 0..6
+)
 def test_every_position_comes_once(reference: Reference, positions: list[int]) -> None:
-    evaluation = Evaluation(PixelFeatures(), reference, all_measures())
-    evaluation.update(random_images(3, 4), torch.tensor(positions))
-    with pytest.raises(ValueError, match=r"the positions of 3 images are not 0\.\.2, each once"):
+    evaluation, count = Evaluation(PixelFeatures(), reference, all_measures()), len(positions)
+    evaluation.update(random_images(count, 4), torch.tensor(positions))
+    with pytest.raises(ValueError, match=rf"the positions of {count} images are not 0\.\.{count - 1}, each once"):
         evaluation.compute()
+
+
+def test_a_singular_covariance_is_reported(reference: Reference) -> None:
+    """FID has 6 features here, sFID 28: n images give a covariance of rank n - 1 at most."""
+    few = replace(reference, pool=reference.pool._replace(n=6))
+    for generated, expected in (
+        (
+            6,
+            ["FID: the covariance of 6 generated", "FID: the covariance of 6 reference", "sFID: the covariance of 6"],
+        ),
+        (7, ["FID: the covariance of 6 reference", "sFID: the covariance of 7 generated"]),
+        (29, ["FID: the covariance of 6 reference"]),
+    ):
+        evaluation = Evaluation(PixelFeatures(), few, {"fid": FIDMeasure(), "sfid": SFIDMeasure()})
+        feed(evaluation, random_images(generated, 4), range(generated))
+        evaluation.compute()
+        assert len(evaluation.warnings) == len(expected)
+        for line, start in zip(evaluation.warnings, expected, strict=True):
+            assert line.startswith(start)
+            assert "use 10,000 or more" in line
+        evaluation.reset()
+        assert evaluation.warnings == []
+    unknown = replace(reference, pool=reference.pool._replace(n=None))
+    evaluation = Evaluation(PixelFeatures(), unknown, {"fid": FIDMeasure()})
+    feed(evaluation, random_images(7, 4), range(7))
+    evaluation.compute()
+    assert evaluation.warnings == []
+
+
+def test_2049_images_give_a_covariance_of_full_rank() -> None:
+    distance = FrechetDistance(2048)
+    assert distance.singular("FID", 2049) == []
+    (line,) = distance.singular("FID", 2048)
+    assert "2,048 features need at least 2,049" in line
 
 
 def test_wrong_calls(reference: Reference) -> None:

@@ -163,6 +163,40 @@ def test_wrong_paths_are_found_at_once(tmp_path: Path) -> None:
         load(tmp_path / "mu.npz")
 
 
+def test_sizes_and_averaging_are_recorded(tmp_path: Path) -> None:
+    images = random_images(20, 1, 16)
+    path = write_zip(tmp_path / "set.zip", images)
+    for resolution, averaging in ((None, (1,)), ((8, 8), (2,))):
+        for _ in range(2):  # the second time from the cache
+            reference = load(path, resolution=resolution)
+            assert reference.resolution == (resolution or (16, 16))
+            assert reference.averaging == averaging
+    write_adm_samples(tmp_path / "set.npz", [images], 20, (16, 16))
+    assert load(tmp_path / "set.npz", resolution=(4, 4)).describe()["averaging"] == (4,)
+    pixel_reference(images).save_edm(tmp_path / "edm.npz")
+    assert load(tmp_path / "edm.npz").describe()["resolution"] is None
+
+
+def test_a_cached_reference_without_its_averaging_is_computed_again(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "set.zip", random_images(9, 1, 16))
+    load(path)
+    (cached,) = (tmp_path / "cache").iterdir()
+    np.savez(cached, **{key: value for key, value in np.load(cached).items() if key not in ("resolution", "averaging")})
+    inception = PixelFeatures()
+    assert load(path, inception).averaging == (1,)
+    assert inception.seen == 9
+
+
+@pytest.mark.parametrize("damage", [np.zeros((1, 2), np.int64), np.zeros(0, np.int64), np.ones(1), np.ones(2000, int)])
+def test_a_size_that_is_none_is_refused(tmp_path: Path, damage: np.ndarray) -> None:
+    path = write_zip(tmp_path / "set.zip", random_images(9, 1, 16))
+    load(path)
+    (cached,) = (tmp_path / "cache").iterdir()
+    np.savez(cached, **dict(np.load(cached)) | {"averaging": damage})
+    with pytest.raises(UserError, match="'averaging' must be a list of integers"):
+        load(path)
+
+
 def test_a_damaged_cache_says_what_to_do(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "set.zip", random_images(3, 1))
     load(path)

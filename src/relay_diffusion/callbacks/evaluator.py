@@ -69,6 +69,18 @@ class Evaluator(Callback):
         """What could not be measured, and why."""
         return self.evaluation.skipped if self.evaluation is not None else {}
 
+    def warnings(self, resolution: tuple[int, int]) -> list[str]:
+        """What limits the numbers of images [height, width], one line each."""
+        assert self.evaluation is not None
+        reference, lines = self.evaluation.reference, list(self.evaluation.warnings)
+        if reference.averaging not in (None, (1,)):
+            factors = ", ".join(str(factor) for factor in reference.averaging)
+            lines.append(f"the reference images were averaged over blocks of side {factors} to the size of the samples")
+        if reference.resolution not in (None, resolution):
+            sizes = [f"{height}x{width}" for height, width in (resolution, reference.resolution)]
+            lines.append(f"the images are {sizes[0]}, those of the reference {sizes[1]} (height x width)")
+        return lines
+
     def departures(self, rounding: str | None) -> list[str]:
         """Where images rounded so, or this reference, depart from the protocol; None: rounded elsewhere."""
         kept = self.reference.max_features

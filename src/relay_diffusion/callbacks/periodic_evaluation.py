@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,6 +52,9 @@ class PeriodicEvaluation(Callback):
         self._evaluation = self.evaluator.prepare(trainer, pl_module.device)
         for name, reason in self._evaluation.skipped.items():
             rank_zero_warn(f"callbacks.evaluation does not measure {name}: {reason}")
+        limits = [line for measure in self._evaluation.measures.values() for line in measure.warnings(self.count)]
+        for line in limits if trainer.is_global_zero else []:
+            print(f"warning: callbacks.evaluation.count={self.count}: {line}", file=sys.stderr, flush=True)
         self._evaluation.cpu()  # training needs the memory
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -35,12 +35,16 @@ class ImageSet(ABC):
     """Images of one size in a fixed order.
 
     `kind` is "folder", "zip" or "npz"; `names` [N] what messages and files call the images; `resolution` (H, W).
+    `averaging` holds the factors by which the images read so far were box-averaged; 1: as stored.
     """
 
     kind: str
     path: Path
     names: Sequence[str]
     resolution: tuple[int, int]
+
+    def __init__(self) -> None:
+        self.averaging: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -80,6 +84,7 @@ class PictureSet(ImageSet):
     def __init__(
         self, source: FolderSource | ZipSource, option: str, resolution: tuple[int, int] | None, subset: str
     ) -> None:
+        super().__init__()
         self.kind = "folder" if isinstance(source, FolderSource) else "zip"
         self.path, self._source, self._option, self._subset = source.path, source, option, subset.strip("/")
         self.names = [name for name in source.names if not self._subset or name.startswith(f"{self._subset}/")]
@@ -109,6 +114,7 @@ class PictureSet(ImageSet):
                 else f"{self.names[0]!r} is {width}x{height}, and all images must have one size"
             )
             raise UserError(f"{self._option}: {self._source.where(name)} is {image.width}x{image.height}; {wanted}")
+        self.averaging.add(factor)
         return box_average(image, factor)
 
     def _images(self, indices: Sequence[int]) -> Iterator[Image.Image]:
@@ -122,6 +128,7 @@ class ArraySet(ImageSet):
     kind = "npz"
 
     def __init__(self, npz: Npz, resolution: tuple[int, int] | None) -> None:
+        super().__init__()
         self.path, self._npz = npz.path, npz
         if IMAGES_KEY not in npz.keys:
             found = ", ".join(npz.keys) or "nothing"
@@ -141,6 +148,7 @@ class ArraySet(ImageSet):
                 f"{'x'.join(str(side) for side in reversed(resolution or stored))} or a whole multiple"
             )
         self._factor = factor
+        self.averaging.add(factor)
         self.resolution = resolution or stored
         self.names = [f"{IMAGES_KEY}[{index}]" for index in range(shape[0])]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchmetrics.utilities.data import dim_zero_cat
 
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics.features import FeatureBank
@@ -21,8 +22,9 @@ class Evaluation(nn.Module):
     """Measures generated uint8 images [B,3,H,W] against a reference; `measures` are by name.
 
     On several ranks each one feeds its own images; `compute` then answers for all of them, on every rank, and the same
-    whatever the ranks, the batches and the order of arrival. `skipped` says by name why a measure has no number. Raises
-    UserError for a setting that contradicts the protocol, and ValueError for two measures of one number.
+    whatever the ranks, the batches and the order of arrival. `skipped` says by name why a measure has no number, and
+    `warnings` what limits the numbers that there are. Raises UserError for a setting that contradicts the protocol, and
+    ValueError for two measures of one number.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Evaluation(nn.Module):
             else:
                 self._unprepared[name] = reason
         self.skipped = dict(self._unprepared)
+        self.warnings: list[str] = []
         self._names = list(ready)
         self._measures = nn.ModuleList(ready.values())  # not a ModuleDict: its keys could not be any name
         self._count = _Positions()
@@ -81,7 +84,7 @@ class Evaluation(nn.Module):
         device = self._count.device
         # So that a rank without images has states of the right shapes, and takes part in every sum.
         self.update(torch.zeros(0, 3, 32, 32, dtype=torch.uint8, device=device), torch.zeros(0, dtype=torch.int64))
-        images = int(self._count.compute())
+        images = self._count.compute()
         features = self._bank.compute() if self._bank is not None else torch.empty(0, 0)
         self.skipped = dict(self._unprepared)
         results: dict[str, float | int] = {}
@@ -90,11 +93,13 @@ class Evaluation(nn.Module):
                 results |= measure.compute(features)
             except UserError as error:
                 self.skipped[name] = str(error)
+        measured = [measure for name, measure in self.measures.items() if name not in self.skipped]
+        self.warnings = [line for measure in measured for line in measure.warnings(images)]
         return results | {"images": images}
 
     def reset(self) -> None:
         """Forget the generated images; the reference stays."""
-        self.skipped = dict(self._unprepared)
+        self.skipped, self.warnings = dict(self._unprepared), []
         for part in (*self.measures.values(), self._count, self._bank):
             if part is not None:
                 part.reset()
@@ -111,21 +116,20 @@ class Evaluation(nn.Module):
 
 
 class _Positions(ExactMetric):
-    """Counts the images, and sees that their positions are 0..N-1."""
+    """Counts the images and proves that each was counted once: 8 bytes an image."""
 
-    seen: Tensor
+    positions: list[Tensor]
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("seen", torch.zeros(3, dtype=torch.int64), "sum")
+        self.add_state("positions", default=[], dist_reduce_fx="cat")
 
     def update(self, positions: Tensor) -> None:
-        at = positions.to(self.device)
-        self.seen = self.seen + torch.stack([torch.tensor(len(at), device=self.device), at.sum(), at.square().sum()])
+        self.positions.append(positions.to(self.device).clone())
 
-    def compute(self) -> Tensor:
-        count, total, squares = self.seen.tolist()
-        expected = count * (count - 1) * (2 * count - 1) // 6
-        if total != count * (count - 1) // 2 or (squares - expected) % 2**64:  # past 3 million images it wraps round
+    def compute(self) -> int:
+        found = dim_zero_cat(self.positions).sort().values
+        count = len(found)
+        if not torch.equal(found, torch.arange(count, device=found.device)):
             raise ValueError(f"the positions of {count} images are not 0..{count - 1}, each once")
-        return self.seen[0]
+        return count

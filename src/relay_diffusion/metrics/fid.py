@@ -28,3 +28,7 @@ class FIDMeasure(Measure):
     def compute(self, features: Tensor) -> dict[str, float]:  # noqa: ARG002
         """{"fid"}; UserError for fewer than 2 images."""
         return {"fid": float(self.distance.compute())}
+
+    def warnings(self, images: int) -> list[str]:
+        """Too few images for a covariance of full rank."""
+        return self.distance.singular("FID", images)

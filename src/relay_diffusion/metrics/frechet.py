@@ -10,6 +10,8 @@ from torch import Tensor
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics.states import ExactMetric
 
+RECOMMENDED_IMAGES = 10_000  # the bias of a Fréchet distance falls with 1/n; papers use 50,000
+
 
 class FeatureStatistics(NamedTuple):
     """Gaussian fit of a feature set, float64: mean [D], covariance [D,D] (divided by n - 1), n samples if known."""
@@ -86,6 +88,21 @@ class FrechetDistance(ExactMetric):
         _require_two(count, side)
         mean = total / count
         return FeatureStatistics(mean, (outer - count * torch.outer(mean, mean)) / (count - 1), count)
+
+    def singular(self, name: str, images: int) -> list[str]:
+        """One line for each side whose covariance is singular: n images have at most rank n - 1.
+
+        name: of the distance. images: how many generated ones there are. A reference of unknown size gives no line.
+        """
+        known = None if self._reference is None else self._reference.n
+        sides = (("generated", images), ("reference", known))
+        return [
+            f"{name}: the covariance of {count:,} {side} images is singular, as {self.features:,} features need at "
+            f"least {self.features + 1:,}; use {RECOMMENDED_IMAGES:,} or more (papers use 50,000), and compare only "
+            "distances of equal numbers"
+            for side, count in sides
+            if count is not None and count <= self.features
+        ]
 
     def compute(self) -> Tensor:
         """The distance over all ranks, a float64 scalar; raises UserError for fewer than 2 samples on a side."""

@@ -36,6 +36,10 @@ class Measure(nn.Module, ABC):
         features: pool features [N,D] of all generated images in order, if it keeps_features.
         """
 
+    def warnings(self, images: int) -> list[str]:  # noqa: ARG002
+        """One line for each limit of the numbers of so many generated images."""
+        return []
+
     def reset(self) -> None:
         """Forget the generated images; the reference stays."""
         for module in self.modules():

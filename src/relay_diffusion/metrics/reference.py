@@ -23,6 +23,7 @@ SHAPES = {
     "mu_s": (SPATIAL_FEATURES,),
     "sigma_s": (SPATIAL_FEATURES, SPATIAL_FEATURES),
 }
+MAX_WHOLE_NUMBERS = 1000  # in a list of a file
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,8 @@ class Reference:
     NCHW order; None where a file has none. features [K,2048], float32: of all images or a fixed choice of them, for
     precision, recall and KID; None where there are no images. path, kind: where it comes from, and what that is.
     layout: the spatial order of that file. source_hash: which images or numbers, and which Inception weights.
+    resolution: (H, W) of the images as they were compared; averaging: the factors by which they were box-averaged to
+    it (1: as stored). Both are None where a file holds statistics alone.
     """
 
     pool: FeatureStatistics
@@ -42,6 +45,8 @@ class Reference:
     kind: str = "statistics"
     layout: str | None = "NCHW"
     source_hash: str = ""
+    resolution: tuple[int, ...] | None = None
+    averaging: tuple[int, ...] | None = None
 
     @property
     def images(self) -> int | None:
@@ -57,6 +62,8 @@ class Reference:
             "features_kept": 0 if self.features is None else len(self.features),
             "spatial_layout": self.layout,
             "source_hash": self.source_hash,
+            "resolution": self.resolution,
+            "averaging": self.averaging,
         }
 
     def save(self, path: str | Path) -> None:
@@ -67,6 +74,9 @@ class Reference:
         if self.features is not None:
             arrays["features"] = self.features.cpu().float().numpy()
         arrays["n"] = np.int64(self.pool.n or 0)
+        for key in ("resolution", "averaging"):
+            if getattr(self, key) is not None:
+                arrays[key] = np.array(getattr(self, key), dtype=np.int64)
         _write(path, arrays | {"layout": np.str_("NCHW"), "source_hash": np.str_(self.source_hash)})
 
     def save_edm(self, path: str | Path) -> None:
@@ -114,7 +124,15 @@ def read_reference(npz: Npz) -> Reference:
         features = _numbers(npz, "features", (*rows, *SHAPES["mu"])).float()
     kind = "statistics" if "layout" in npz.keys else "edm_statistics" if spatial is None else "adm_reference"
     return Reference(
-        pool, spatial, features, npz.path, kind, layout if spatial is not None else None, _text(npz, "source_hash", "")
+        pool,
+        spatial,
+        features,
+        npz.path,
+        kind,
+        layout if spatial is not None else None,
+        _text(npz, "source_hash", ""),
+        _whole_numbers(npz, "resolution"),
+        _whole_numbers(npz, "averaging"),
     )
 
 
@@ -138,6 +156,15 @@ def _text(npz: Npz, key: str, default: str) -> str:
     if header.shape != () or header.dtype.kind != "U":
         raise UserError(f"{npz.where}: {key!r} must be a text, not {header.dtype} of shape {list(header.shape)}")
     return str(npz.read(key))
+
+
+def _whole_numbers(npz: Npz, key: str) -> tuple[int, ...] | None:
+    if key not in npz.keys:
+        return None
+    header = npz.header(key)
+    if len(header.shape) != 1 or not 0 < header.shape[0] <= MAX_WHOLE_NUMBERS or header.dtype.kind != "i":
+        raise UserError(f"{npz.where}: {key!r} must be a list of integers, not {header.dtype} {list(header.shape)}")
+    return tuple(npz.read(key).tolist())
 
 
 def _count(npz: Npz) -> int | None:

@@ -84,12 +84,15 @@ class ReferenceSource:
         wanted = _digest(self.images.source_hash, inception.weights_hash, str(self.max_features))
         file = self.cache / f"reference-{wanted[:16]}.npz"
         kept = self._cached(file) if file.exists() else None
-        if kept is None or kept.source_hash != wanted:
+        if kept is None or kept.source_hash != wanted or kept.averaging is None:  # older files lack the last
             kept = self._compute(stored, inception, device, batch_size, show_progress)
             kept = replace(kept, source_hash=wanted)
             kept.save(file)
         if stored is not None:
-            return replace(stored, features=kept.features, source_hash=wanted)
+            features = kept.features
+            return replace(
+                stored, features=features, source_hash=wanted, resolution=kept.resolution, averaging=kept.averaging
+            )
         return replace(kept, path=self.path, kind="adm_samples" if self.images.kind == "npz" else self.images.kind)
 
     def _of_file(self, stored: Reference) -> Reference:
@@ -124,7 +127,12 @@ class ReferenceSource:
                 for batch in self.images.batches(batch_size, chosen.tolist()):
                     rows.append(inception(batch.to(device)).pool.cpu())
                     advance(len(batch))
-            return replace(stored, features=torch.cat(rows))
+            return replace(
+                stored,
+                features=torch.cat(rows),
+                resolution=self.images.resolution,
+                averaging=tuple(sorted(self.images.averaging)),
+            )
         is_chosen = torch.zeros(len(self.images), dtype=torch.bool).index_fill_(0, chosen, True)
         pool: FrechetDistance | None = None
         kept, done = [], 0
@@ -144,6 +152,8 @@ class ReferenceSource:
             _on_cpu(pool.statistics(real=True)),
             _on_cpu(spatial.statistics(real=True)),
             torch.cat(kept) if self.max_features else None,
+            resolution=self.images.resolution,
+            averaging=tuple(sorted(self.images.averaging)),
         )
 
 

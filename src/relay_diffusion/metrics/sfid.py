@@ -30,3 +30,7 @@ class SFIDMeasure(Measure):
     def compute(self, features: Tensor) -> dict[str, float]:  # noqa: ARG002
         """{"sfid"}; UserError for fewer than 2 images."""
         return {"sfid": float(self.distance.compute())}
+
+    def warnings(self, images: int) -> list[str]:
+        """Too few images for a covariance of full rank."""
+        return self.distance.singular("sFID", images)
