@@ -300,17 +300,16 @@ def _warnings(result: Converted, options: ConvertOptions) -> list[str]:
         for split in folders.splits:
             there = {label for name, label in result.labels.items() if name.startswith(f"{split}/")}
             missing = [name for label, name in enumerate(names) if label not in there]
-            if there and missing:
+            if missing:
                 lines.append(
                     f"warning: {_shown(split)} has no image of {len(missing):,} of {len(names):,} classes: "
                     f"{_some(missing)}"
                 )
-    if len(names) == 1:
-        lines.append(f"warning: {_shown(names[0])} is the only class: classes=none if it is none, or class_level=N")
+        if len(names) == 1:
+            lines.append(f"warning: {_shown(names[0])} is the only class: classes=none if it is none, or class_level=N")
     if result.exif_damaged:
-        lines.append(
-            f"warning: the EXIF block of {_counted(result.exif_damaged, 'image')} is damaged: pixels as stored"
-        )
+        images = _counted(result.exif_damaged, "image")
+        lines.append(f"warning: {images} with a damaged EXIF block: the pixels are taken as stored")
     if result.deep_images and result.bits <= options.bit_depth - UNUSED_BITS:
         lines.append(
             f"warning: {_counted(result.deep_images, '16-bit image')} with values below {2**result.bits:,} of "
