@@ -172,7 +172,8 @@ def _read_start(plan: Plan, positions: list[int]) -> None:
             pass
         if turned := len(plan.start.turned & {plan.start.names[index] for index in chosen}):
             images = "1 image" if turned == 1 else f"{turned:,} images"
-            print(f"note: EXIF orientation applied to {images} of relay.start; relay.start_exif=ignore keeps them")
+            remedy = "relay.start_exif=ignore keeps them as stored"
+            print(f"note: EXIF orientation applied to {images} of relay.start; {remedy}")
 
 
 def chosen_classes(cfg: DictConfig, relay: Relay) -> list[int] | None:

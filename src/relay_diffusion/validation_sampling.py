@@ -74,7 +74,8 @@ def _check_relay(cfg: DictConfig) -> None:
     else:
         subset = relay.start_subset
         require(subset == "", f"relay.start_subset={shown(subset)}: give relay.start=FOLDER or ZIP")
-        require(relay.start_exif == "apply", f"relay.start_exif={shown(relay.start_exif)}: give relay.start=IMAGES")
+        exif = relay.start_exif
+        require(exif == "apply", f"relay.start_exif={shown(exif)}: give relay.start=FOLDER, ZIP or FILE")
     check_choice(cfg, "relay.rounding", ("nearest", "floor"))
     check_built(cfg, "relay.postprocess", null=True)
     if relay.hand_over_sigma is not None:
