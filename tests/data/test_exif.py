@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import struct
@@ -157,6 +158,14 @@ def test_folders_zips_and_image_sets_are_read_alike_and_hashed_by_their_pixels(t
     assert (applied.turned, ignored.turned) == ({"a.png"}, set())
     assert applied.source_hash != ignored.source_hash
     assert torch.equal(next(open_image_set(folder, "images").batches(1))[0], expected)
+
+
+def test_statistics_of_the_pixels_as_stored_are_not_taken_for_those_of_turned_images(tmp_path: Path) -> None:
+    """Reference statistics are cached by this hash; before orientations were applied it was the second one."""
+    data = photo("PNG", 3, photograph(32, 32))
+    folder = write_folder(tmp_path / "in", {"a.png": data})
+    former = hashlib.sha256(f"32x32\n\na.png\n{hashlib.sha256(data).hexdigest()}\n".encode()).hexdigest()
+    assert open_image_set(folder, "reference").source_hash != former
 
 
 def test_another_word_than_apply_and_ignore_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from relay_diffusion.data import ImageDataset
 from relay_diffusion.data.convert import ConvertOptions, convert
+from relay_diffusion.data.image_sets import open_image_set
 from relay_diffusion.errors import UserError
 
 SIDE = 8
@@ -72,6 +73,7 @@ def test_eight_bit_images_beside_them_stay_as_they_are(tmp_path: Path) -> None:
         (png(samples(1, 12)), 7, "bit_depth=7: must be 8 to 16"),
         (png(samples(1, 12)), 17, "bit_depth=17: must be 8 to 16"),
     ],
+    ids=["grey", "colour", "colour and alpha", "grey and alpha", "8 bits", "too few", "too many"],
 )
 def test_what_bit_depth_does_not_fit_is_refused(tmp_path: Path, content: bytes, depth: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -102,3 +104,23 @@ def test_an_alpha_channel_does_not_count_as_brightness(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "in", {"cat/a.png": png(values)})
     result = convert(ConvertOptions(str(source), str(tmp_path / "out.zip"), SIDE))
     assert (result.deep_images, result.bits) == (1, 12)
+
+
+@pytest.mark.parametrize("bits", [12, 15])
+@pytest.mark.parametrize("option", ["data.dataset.path", "relay.start", "images", "reference"])
+def test_sets_read_directly_are_warned_about_too(
+    tmp_path: Path, option: str, bits: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_folder(tmp_path / "in", {f"{k:02d}.png": png(samples(1, bits if k == 21 else 9)) for k in range(40)})
+    if option in ("images", "reference"):
+        open_image_set(folder, option)
+    else:
+        ImageDataset(folder, SIDE, path_option=option)
+    said = capsys.readouterr().err
+    if bits == 12:
+        assert said == (
+            f"warning: {option}={folder}: 16-bit images with values below 4,096 of 65,536 become dark; "
+            "`python -m relay_diffusion.data.convert` with bit_depth=12 rescales them\n"
+        )
+    else:
+        assert said == ""

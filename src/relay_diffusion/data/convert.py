@@ -21,7 +21,7 @@ from PIL import Image
 from relay_diffusion.checks import naming
 from relay_diffusion.data.arguments import refuse_existing, run_tool
 from relay_diffusion.data.class_folders import ClassFolders, find_class_folders
-from relay_diffusion.data.decode import FULL_DEPTH, box_average, decode
+from relay_diffusion.data.decode import FULL_DEPTH, UNUSED_BITS, box_average, decode
 from relay_diffusion.data.sources import (
     LABEL_FILE,
     Labels,
@@ -38,7 +38,6 @@ MAX_ENDINGS = 8  # named in the line about files of other types
 MAX_CLASSES_SHOWN = 20
 MAX_NAMES_SHOWN = 5  # of classes, in a warning
 MAX_NAME_LENGTH = 60  # shown of a class name
-UNUSED_BITS = 2  # a set of 16-bit images that needs these fewer uses less than a quarter of its range
 USAGE = """\
 python -m relay_diffusion.data.convert source=FOLDER|ZIP|TAR destination=OUT.zip [key=value ...]
 

@@ -16,6 +16,7 @@ from relay_diffusion.errors import UserError
 IMAGE_FORMATS = ("PNG", "WEBP", "JPEG")
 EXIF_APPLIED = "exif\n"  # in hashes of sets whose images are turned: their pixels may differ from those stored
 FULL_DEPTH = 16  # bits that a 16-bit sample has unless bit_depth says fewer
+UNUSED_BITS = 2  # a set of 16-bit images that needs these fewer uses a quarter of its range or less
 
 # Pillow warns of images above its limit and refuses those above twice that; one limit is easier to tell.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from relay_diffusion.data.decode import EXIF_APPLIED, box_average
+from relay_diffusion.data.depth import warn_of_unused_range
 from relay_diffusion.data.npz import Npz
 from relay_diffusion.data.sources import (
     ImageSource,
@@ -86,6 +87,7 @@ class PictureSet(ImageSet):
         self._reduces = resolution is not None
         self.resolution = resolution or (first.height, first.width)
         self._fit(first, self.names[0])  # a wrong resolution shows here, before anything is built
+        warn_of_unused_range(source, self.names)
 
     @cached_property
     def source_hash(self) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from relay_diffusion.data.decode import EXIF_APPLIED, box_average
+from relay_diffusion.data.depth import warn_of_unused_range
 from relay_diffusion.data.sources import map_in_order, open_images, read_labels
 from relay_diffusion.diffusion.guidance import NO_CLASS
 from relay_diffusion.errors import UserError
@@ -88,6 +89,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         self.labels = [found.by_name[name] if found else NO_CLASS for name in self.names]
         self._cached: Tensor | None = None
         self._decode(self.names[0])  # a wrong resolution shows here, before anything is built
+        warn_of_unused_range(self._source, self.names)
 
     def _in_subset(self, name: str) -> bool:
         return not self.subset or name.startswith(f"{self.subset}/")
