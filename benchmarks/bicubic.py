@@ -5,18 +5,20 @@ destination  the zip to write, for `sample.py mode=evaluate images=...`
 small        side of the small images in pixels; larger ones are box-averaged first   (64)
 factor       of the enlargement                            (4)
 subset       only what this folder inside the source holds (all)
+overwrite    true: replace a destination that exists       (false)
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from omegaconf import MISSING
 from PIL import Image
 
-from relay_diffusion.data.arguments import run_tool
+from relay_diffusion.data.arguments import refuse_existing, run_tool
 from relay_diffusion.data.image_sets import open_image_set
 from relay_diffusion.data.sources import map_in_order
 from relay_diffusion.data.zip_writer import ImageZipWriter, encode_png
@@ -32,6 +34,7 @@ class Options:
     small: int = 64
     factor: int = 4
     subset: str = ""
+    overwrite: bool = False
 
 
 def run(options: Options) -> None:
@@ -39,6 +42,7 @@ def run(options: Options) -> None:
     for name in ("small", "factor"):
         if getattr(options, name) < 1:
             raise UserError(f"{name}={getattr(options, name)}: must be at least 1")
+    refuse_existing(Path(options.destination).expanduser(), "destination", options.overwrite)
     images = open_image_set(options.source, "source", (options.small, options.small), options.subset)
     size = (options.small * options.factor,) * 2
 

@@ -203,6 +203,8 @@ def test_a_block_that_does_not_divide_is_named(configuration, small_zip):
         ("relay.start=missing", r"relay\.start=missing: no such"),
         ("relay.start_subset=train", r"relay\.start_subset=train: give relay\.start=FOLDER"),
         ("relay.start=conf relay.start_subset=null", r"relay\.start_subset=None: must be the name of a folder"),
+        ("relay.start=conf relay.start_exif=off", r"relay\.start_exif=off: use apply or ignore"),
+        ("relay.start_exif=ignore", r"relay\.start_exif=ignore: give relay\.start=FOLDER"),
         ("relay.start=conf relay.hand_over_sigma=1", r"relay\.hand_over_sigma .* starts from noise"),
         ("relay.hand_over_sigma=a", r"relay\.hand_over_sigma=a: must be a number"),
         ("relay.rounding=up", r"relay\.rounding=up: use nearest or floor"),

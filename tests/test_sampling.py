@@ -124,6 +124,47 @@ def test_a_part_of_the_given_images(configuration, relay_overrides, tmp_path):
         sample(configuration("sample", *start, "relay.start_subset=c"))
 
 
+def test_a_single_image_is_enlarged_under_its_name(configuration, relay_overrides, tmp_path):
+    Image.effect_noise((16, 16), 60).convert("RGB").save(tmp_path / "photo.PNG")
+    (tmp_path / "beside.png").write_bytes(b"not looked at")
+    start = [*relay_overrides, f"relay.start={tmp_path / 'photo.PNG'}", "class=-1"]
+    assert sample(configuration("sample", *start, f"run_dir={tmp_path / 'run'}"))["images"] == 1
+    assert [path.name for path in (tmp_path / "run/images").iterdir()] == ["photo.png"]
+    with pytest.raises(UserError, match=r"relay\.start_subset=a: not in .*photo\.PNG; subsets there: none"):
+        sample(configuration("sample", *start, "relay.start_subset=a"))
+    with pytest.raises(UserError, match=r"seeds=1: relay\.start=.*photo\.PNG holds 1 images, numbers 0 to 0"):
+        sample(configuration("sample", *start, "seeds=1"))
+    (tmp_path / "text.jpg").write_text("no image")
+    with pytest.raises(UserError, match=r"^relay\.start: '.*text\.jpg' is not a PNG, WEBP, JPEG image"):
+        sample(configuration("sample", *relay_overrides, f"relay.start={tmp_path / 'text.jpg'}", "class=-1"))
+    Image.new("RGB", (12, 8)).save(tmp_path / "wide.png")
+    with pytest.raises(UserError, match=r"resolution=8: '.*wide\.png' is 12x8; it is not square.*data\.convert"):
+        sample(configuration("sample", *relay_overrides, f"relay.start={tmp_path / 'wide.png'}", "class=-1"))
+
+
+def test_given_photographs_are_turned_upright(configuration, relay_overrides, tmp_path, capsys):
+    upright, stored = tmp_path / "upright", tmp_path / "stored"
+    for number in range(3):
+        image = Image.effect_noise((8, 8), 80).convert("RGB")
+        exif = Image.Exif()
+        exif[0x0112] = 6 if number else 1
+        for folder, turn, options in [(upright, None, {}), (stored, Image.Transpose.ROTATE_90, {"exif": exif})]:
+            folder.mkdir(exist_ok=True)
+            turned = image.transpose(turn) if turn is not None and number else image
+            turned.save(folder / f"{number}.png", **options)
+    for name, start, more in [("a", upright, []), ("b", stored, []), ("c", stored, ["relay.start_exif=ignore"])]:
+        options = [f"relay.start={start}", "class=-1", f"run_dir={tmp_path / name}", *more]
+        sample(configuration("sample", *relay_overrides, *options))
+        said = "EXIF orientation applied to 2 images of relay.start; relay.start_exif=ignore keeps them as stored"
+        assert (said in " ".join(capsys.readouterr().out.split())) == (name == "b")
+    made = {name: [(tmp_path / name / f"images/{k}.png").read_bytes() for k in range(3)] for name in "abc"}
+    assert made["a"] == made["b"]
+    assert [one == other for one, other in zip(made["a"], made["c"], strict=True)] == [True, False, False]
+    options = [f"relay.start={stored}", "class=-1", f"run_dir={tmp_path / 'c'}"]
+    with pytest.raises(UserError, match=r"holds images of other settings \(start\.hash"):
+        sample(configuration("sample", *relay_overrides, *options))
+
+
 def test_given_images_without_classes_need_one(configuration, relay_overrides, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     start = [*relay_overrides, f"relay.start={tmp_path}"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from relay_diffusion.data.images import ImageDataset
-from relay_diffusion.data.sources import open_zip_or_folder, read_labels
+from relay_diffusion.data.sources import open_images, read_labels
 from relay_diffusion.data.zip_writer import png_names
 from relay_diffusion.diffusion.guidance import NO_CLASS
 from relay_diffusion.errors import UserError
@@ -62,7 +62,7 @@ def in_proportion(path: str | Path, subset: str, names: Sequence[str], option: s
 
     Always the same order. Raises UserError for a set without classes, or with others than the model's `names`.
     """
-    source = open_zip_or_folder(path, option)
+    source = open_images(path, option)
     labels = read_labels(source)
     if labels is None or (names and labels.class_names != list(names)):
         there = "has no classes (dataset.json)" if labels is None else "has other classes than the model"

@@ -145,15 +145,19 @@ def make_plan(cfg: DictConfig, relay: Relay) -> Plan:
         every = class_indices(None, relay.num_classes, relay.class_names)
         return plan_from_noise(cfg.relay.seeds if cfg.seeds is None else cfg.seeds, chosen or every)
     if path is None:
-        raise UserError(f"relay.stages.{first} enlarges images of {size}x{size}: give them with relay.start=FOLDER")
+        raise UserError(
+            f"relay.stages.{first} enlarges images of {size}x{size}: give them with relay.start=FOLDER, ZIP or FILE"
+        )
     start = ImageDataset(
         path,
         size,
         subset=cfg.relay.start_subset,
         labels=bool(relay.num_classes) and chosen is None,
+        exif=cfg.relay.start_exif,
         path_option="relay.start",
         resolution_option=f"relay.stages.{first} starts from resolution",
         subset_option="relay.start_subset",
+        exif_option="relay.start_exif",
     )
     if chosen is None and relay.num_classes:
         _check_classes(start, relay)
@@ -163,8 +167,13 @@ def make_plan(cfg: DictConfig, relay: Relay) -> Plan:
 def _read_start(plan: Plan, positions: list[int]) -> None:
     """Read the images to start from once: one that cannot be decoded shows before hours of work."""
     if plan.start is not None:
-        for _ in map_in_order(plan.start.__getitem__, (plan.seeds[position] for position in positions)):
+        chosen = [plan.seeds[position] for position in positions]
+        for _ in map_in_order(plan.start.__getitem__, chosen):
             pass
+        if turned := len(plan.start.turned & {plan.start.names[index] for index in chosen}):
+            images = "1 image" if turned == 1 else f"{turned:,} images"
+            remedy = "relay.start_exif=ignore keeps them as stored"
+            print(f"note: EXIF orientation applied to {images} of relay.start; {remedy}")
 
 
 def chosen_classes(cfg: DictConfig, relay: Relay) -> list[int] | None:

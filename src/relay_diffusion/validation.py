@@ -8,6 +8,7 @@ from relay_diffusion.checks import (
     HUGE,
     INFINITY,
     check_built,
+    check_choice,
     check_complete,
     check_devices,
     check_directory,
@@ -152,6 +153,8 @@ def _check_dataset(cfg: DictConfig) -> None:
         check_file(dataset.path, "data.dataset.path")
     if "subset" in dataset:
         check_subset(cfg, "data.dataset.subset")
+    if "exif" in dataset:
+        check_choice(cfg, "data.dataset.exif", ("apply", "ignore"))
 
 
 def _check_network(cfg: DictConfig) -> None:

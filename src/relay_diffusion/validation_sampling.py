@@ -68,11 +68,14 @@ def _check_relay(cfg: DictConfig) -> None:
         if changes is not None:
             check_mapping(cfg, f"{place}.changes")
     check_subset(cfg, "relay.start_subset")
+    check_choice(cfg, "relay.start_exif", ("apply", "ignore"))
     if relay.start is not None:
         check_file(relay.start, "relay.start")
     else:
         subset = relay.start_subset
         require(subset == "", f"relay.start_subset={shown(subset)}: give relay.start=FOLDER or ZIP")
+        exif = relay.start_exif
+        require(exif == "apply", f"relay.start_exif={shown(exif)}: give relay.start=FOLDER, ZIP or FILE")
     check_choice(cfg, "relay.rounding", ("nearest", "floor"))
     check_built(cfg, "relay.postprocess", null=True)
     if relay.hand_over_sigma is not None:

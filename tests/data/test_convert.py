@@ -94,10 +94,10 @@ def test_classes_none_and_keep(tmp_path: Path) -> None:
     source = write_zip(tmp_path / "in.zip", pngs(NAMES), labels)
     convert(options(source, tmp_path / "out.zip", classes=Classes.none))
     assert json.loads(members(tmp_path / "out.zip")["dataset.json"]) == {"labels": None}
-    convert(options(source, tmp_path / "out.zip", classes=Classes.keep))
+    convert(options(source, tmp_path / "out.zip", classes=Classes.keep, overwrite=True))
     assert json.loads(members(tmp_path / "out.zip")["dataset.json"]) == labels
     with pytest.raises(UserError, match=r"classes=folders: .*labels of its own.*classes=keep"):
-        convert(options(source, tmp_path / "out.zip"))
+        convert(options(source, tmp_path / "new.zip"))
 
 
 # --- what is refused
@@ -157,7 +157,7 @@ def test_failure_keeps_the_former_zip(tmp_path: Path) -> None:
     before = destination.read_bytes()
     source = write_zip(tmp_path / "in.zip", {"cat/a.png": b"broken"})
     with pytest.raises(UserError, match="none of 1 images is usable"):
-        convert(options(source, destination, skip_bad=True))
+        convert(options(source, destination, skip_bad=True, overwrite=True))
     assert destination.read_bytes() == before
 
 
@@ -254,14 +254,14 @@ def test_files_of_other_types_are_told(tmp_path: Path) -> None:
         write_folder(tmp_path / "folder", pngs(NAMES) | others | hidden),
         write_zip(tmp_path / "in.zip", pngs(NAMES) | others | hidden),
     ):
-        done = run(f"source={source}", f"destination={tmp_path / 'out.zip'}", "resolution=8")
+        done = run(f"source={source}", f"destination={source}-out.zip", "resolution=8")
         assert (done.returncode, done.stderr) == (0, "ignored: 4 files of other types (.bmp, .gif, .tiff)\n")
     labels = {"labels": [[name, 0] for name in NAMES]}
     clean = write_zip(tmp_path / "clean.zip", pngs(NAMES) | hidden, labels)
     assert convert(options(clean, tmp_path / "out.zip", classes=Classes.keep)).ignored == []
     odd = dict.fromkeys([*(f"a.{number}" for number in range(10)), "README"], b"")
     many = write_zip(tmp_path / "many.zip", pngs(NAMES) | odd)
-    told = run(f"source={many}", f"destination={tmp_path / 'out.zip'}", "resolution=8").stderr
+    told = run(f"source={many}", f"destination={tmp_path / 'many-out.zip'}", "resolution=8").stderr
     assert told.startswith("ignored: 11 files of other types (.0, ")
     assert told.endswith(", ...)\n")
 

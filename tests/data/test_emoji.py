@@ -59,6 +59,9 @@ def test_same_tarballs_same_bytes(tmp_path: Path) -> None:
     options = tarballs(tmp_path)
     build(options)
     first = Path(options.destination).read_bytes()
+    with pytest.raises(UserError, match=r"destination=.*emoji\.zip: exists already; .* overwrite=true"):
+        build(options)
+    options.overwrite = True
     build(options)
     assert Path(options.destination).read_bytes() == first
 

@@ -51,12 +51,12 @@ def palette(**options: object) -> bytes:
     return encoded(image, **options)
 
 
-def rotated() -> bytes:
+def rotated(kind: str = "PNG") -> bytes:
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned by a quarter
+    exif[0x0112] = 6  # a quarter turn clockwise brings it upright: the bottom left comes to the top left
     image = Image.new("RGB", (SIDE, SIDE))
-    image.putpixel((0, 0), (255, 255, 255))
-    return encoded(image, exif=exif)
+    image.putpixel((0, SIDE - 1), (255, 255, 255))
+    return encoded(image, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
 
 
 READ = {  # what is given: the colour of its first pixel
@@ -74,7 +74,8 @@ READ = {  # what is given: the colour of its first pixel
     "16-bit RGBA": (png(6, [0x4D12, 0x10FF, 0x00FF, 0xFFFF]), (0x4D, 0x10, 0x00)),
     "animated PNG": (frames("PNG"), (200, 0, 0)),
     "animated WebP": (frames("WEBP"), (200, 0, 0)),
-    "JPEG with EXIF rotation": (rotated(), (255, 255, 255)),  # as stored: the white pixel stays at the top left
+    "PNG with EXIF rotation": (rotated(), (255, 255, 255)),
+    "WebP with EXIF rotation": (rotated("WEBP"), (255, 255, 255)),
 }
 REFUSED = {
     "no bytes": (b"", "is not a PNG"),

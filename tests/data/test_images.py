@@ -12,7 +12,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from relay_diffusion.data import ImageDataset
+from relay_diffusion.data.convert import Classes, ConvertOptions, convert
 from relay_diffusion.data.decode import decode_rgb
+from relay_diffusion.data.image_sets import open_image_set
 from relay_diffusion.data.images import to_float, to_uint8
 from relay_diffusion.errors import UserError
 
@@ -233,6 +235,25 @@ def test_decoding_keeps_every_pixel() -> None:
 def test_missing_path(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.dataset\.path=.*gone\.zip: no such file or folder"):
         ImageDataset(tmp_path / "gone.zip", 8)
+
+
+def test_one_image_file_is_a_set(archive: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.JPEG").write_bytes(encoded(pixels(5)))  # the content counts
+    dataset = ImageDataset(tmp_path / "one.JPEG", 8)
+    assert (dataset.names, dataset.labels, dataset.num_classes) == (["one.JPEG"], [-1], 0)
+    np.testing.assert_array_equal(dataset[0][0].permute(1, 2, 0).numpy(), pixels(5))
+    before = dataset.source_hash
+    (tmp_path / "one.JPEG").write_bytes(encoded(pixels(6)))
+    assert ImageDataset(tmp_path / "one.JPEG", 8).source_hash != before
+    assert next(open_image_set(tmp_path / "one.JPEG", "images").batches(2)).shape == (1, 3, 8, 8)
+    options = ConvertOptions(str(tmp_path / "one.JPEG"), str(tmp_path / "out.zip"), 8, classes=Classes.none)
+    assert convert(options).images == 1
+    archive.rename(tmp_path / "images.png")  # a zip, whatever its name
+    assert ImageDataset(tmp_path / "images.png", 8).names == NAMES
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"^data\.dataset\.path: '/.*bad\.png' is not a PNG") as caught:
+        ImageDataset(tmp_path / "bad.png", 8)
+    assert "\n" not in str(caught.value)
 
 
 def test_tar_and_cut_zip_point_to_the_converter(archive: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from relay_diffusion.analysis.nearest import NearestSearch, Neighbours
-from relay_diffusion.data.arguments import run_tool
+from relay_diffusion.data.arguments import refuse_existing, run_tool
 from relay_diffusion.data.image_sets import ImageSet, open_image_set, spread
 from relay_diffusion.errors import UserError
 from relay_diffusion.files import csv_text, write_text
@@ -39,11 +39,13 @@ python -m relay_diffusion.analysis.neighbours images=FOLDER|ZIP|NPZ reference=FO
   mirrored     true: reference images are compared mirrored too, as training mirrors images (default)
   destination  folder for neighbours.png and neighbours.csv (outputs/neighbours)
   weights      Inception weights, a pt_inception-2015-12-05-*.pth (default: those installed)
+  overwrite    false: refuse a destination that holds these files (default) | true: replace them
 
 neighbours.png has a row for each image: the image, its nearest by features, its nearest by pixels; mirrored where that
 is nearer. neighbours.csv has the distances: Euclidean of the pool features, root mean square of pixel values 0..255.
 """
 
+FILES = ("neighbours.png", "neighbours.csv")
 BATCH = 64
 MAX_SCALE = 1000  # reference images whose distance to their nearest other one is the scale
 QUANTILE = 0.01  # of these distances; nearer than that is suspicious
@@ -62,6 +64,7 @@ class NeighboursOptions:
     mirrored: bool = True
     destination: str = "outputs/neighbours"
     weights: str | None = None
+    overwrite: bool = False
 
 
 class Comparison(NamedTuple):
@@ -191,9 +194,11 @@ def report(comparisons: Mapping[str, Comparison]) -> None:
 
 def analyse(options: NeighboursOptions) -> None:
     """Write neighbours.png and neighbours.csv, print the table. Errors: UserError that names the option."""
+    destination = Path(options.destination).expanduser()
+    for file in FILES:
+        refuse_existing(destination / file, "destination", options.overwrite)
     images, reference = opened(options)
     inception = Inception(options.weights, "weights")
-    destination = Path(options.destination).expanduser()
     try:
         destination.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -204,9 +209,9 @@ def analyse(options: NeighboursOptions) -> None:
     pixels = read(images, chosen, "reading images")
     comparisons = compare(pixels, reference, inception, options.nearest, options.mirrored)
     drawn = picture(pixels, reference, [comparison.found for comparison in comparisons.values()])
-    save_png(drawn, destination / "neighbours.png")
+    save_png(drawn, destination / FILES[0])
     names = [images.names[index] for index in chosen]
-    write_text(destination / "neighbours.csv", neighbours_csv(names, reference.names, comparisons))
+    write_text(destination / FILES[1], neighbours_csv(names, reference.names, comparisons))
     report(comparisons)
     scale = len(comparisons["pixels"].scale)
     print(

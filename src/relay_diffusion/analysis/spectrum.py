@@ -19,7 +19,7 @@ from torch import Tensor
 from relay_diffusion.analysis.power import ring_means, summed_power
 from relay_diffusion.analysis.snr import Curve, Settings, matching_factors, snr_curves
 from relay_diffusion.analysis.spectrum_plots import plot
-from relay_diffusion.data.arguments import positive_numbers, run_tool
+from relay_diffusion.data.arguments import positive_numbers, refuse_existing, run_tool
 from relay_diffusion.data.image_sets import ImageSet, open_image_set, spread
 from relay_diffusion.data.images import to_float
 from relay_diffusion.diffusion.corruption import block_mean
@@ -38,8 +38,10 @@ python -m relay_diffusion.analysis.spectrum images=FOLDER|ZIP|NPZ [key=value ...
   block_strength  share of block noise in a relay stage's noise (0.15)
   output          folder for spectrum.csv, snr.csv and the plots (outputs/spectrum)
   plots           true: also spectrum.png and snr.png, which needs matplotlib, `pip install -e '.[analysis]'` (default)
+  overwrite       false: refuse an output that holds these files (default) | true: replace them
 """
 
+FILES = ("spectrum.csv", "snr.csv", "spectrum.png", "snr.png")
 BATCH = 32
 SHOWN = (0, 1, 2, 4, 8, 16, 32)  # cycles per image whose numbers are printed
 
@@ -56,6 +58,7 @@ class SpectrumOptions:
     block_strength: float = 0.15
     output: str = "outputs/spectrum"
     plots: bool = True
+    overwrite: bool = False
 
 
 def checked(options: SpectrumOptions) -> Settings:
@@ -126,6 +129,8 @@ def _report(powers: dict[int, Tensor], settings: Settings, curves: Sequence[Curv
 def analyse(options: SpectrumOptions) -> None:
     """Write spectrum.csv, snr.csv and the plots of them. Errors: UserError that names the option."""
     settings, output = checked(options), Path(options.output).expanduser()
+    for file in FILES:
+        refuse_existing(output / file, "output", options.overwrite)
     images = open_image_set(options.images, "images", (settings.large, settings.large))
     count = min(options.count, len(images))
     powers = image_powers(images, count, (settings.small, settings.large))

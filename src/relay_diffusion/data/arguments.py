@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from omegaconf import OmegaConf
@@ -43,6 +44,12 @@ def parse_arguments(schema: type[Options], arguments: Sequence[str]) -> Options:
     if missing:
         raise UserError(f"missing: {', '.join(f'{key}=...' for key in missing)}")
     return cast(Options, OmegaConf.to_object(config))
+
+
+def refuse_existing(path: Path, option: str, overwrite: bool) -> None:
+    """Raise UserError if a file is there that would be replaced, unless `overwrite`."""
+    if not overwrite and path.exists():
+        raise UserError(f"{option}={path}: exists already; choose another name, or overwrite=true to replace it")
 
 
 def positive_numbers(option: str, text: str, remedy: str) -> tuple[float, ...]:

@@ -5,31 +5,52 @@ from __future__ import annotations
 import warnings
 import zlib
 from io import BytesIO
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from relay_diffusion.data.exif import TURNS, hide_jpeg_exif, orientation
 from relay_diffusion.errors import UserError
 
 IMAGE_FORMATS = ("PNG", "WEBP", "JPEG")
+EXIF_APPLIED = "exif\n"  # in hashes of sets whose images are turned: their pixels may differ from those stored
+FULL_DEPTH = 16  # bits that a 16-bit sample has unless bit_depth says fewer
+UNUSED_BITS = 2  # a set of 16-bit images that needs these fewer uses a quarter of its range or less
 
 # Pillow warns of images above its limit and refuses those above twice that; one limit is easier to tell.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
-def decode_rgb(data: bytes, where: str) -> Image.Image:
+class Decoded(NamedTuple):
+    """An image and what was done to its samples."""
+
+    image: Image.Image  # 8-bit RGB, without metadata
+    turned: bool  # by its EXIF orientation
+    exif_damaged: bool  # the EXIF block cannot be read: the pixels are as stored
+    bits: int  # that the brightest 16-bit sample needs, at least 8; 0 for an image of 8 bits
+
+
+def decode(data: bytes, where: str, apply_exif: bool = True, bit_depth: int = FULL_DEPTH) -> Decoded:
     """Decode PNG, WebP or JPEG bytes to 8-bit RGB; `where` names the image in messages.
 
-    The content tells the format, not the name. Transparency is composited on white, 16-bit samples keep their high
-    byte, an animation gives its first frame, CMYK is converted without its profile, EXIF orientation is ignored (as in
-    the field's data sets). Errors: UserError for anything else, damage, and more than Image.MAX_IMAGE_PIXELS pixels.
+    The content tells the format, not the name. Transparency is composited on white, an animation gives its first frame,
+    CMYK is converted without its profile. apply_exif: turn the pixels as the EXIF orientation says; a damaged block
+    counts as none. bit_depth: bits that 16-bit samples use; their highest 8 are kept. Errors: UserError for anything
+    else, damage, more than Image.MAX_IMAGE_PIXELS pixels, and 16-bit samples above 2^bit_depth - 1.
     """
+    data, exif = hide_jpeg_exif(data)
     try:
         with Image.open(BytesIO(data), formats=IMAGE_FORMATS) as image:
+            deep = image.format == "PNG" and data[24] == FULL_DEPTH
             if image.format == "PNG":
                 _check_png(data, image)
             image.load()
-            return _rgb(image)
+            exif = exif or _exif_block(image)
+            bits = _bits(image) if deep else 0
+            rgb = _rgb(_rescaled(data, image, bit_depth, where) if deep and bit_depth < FULL_DEPTH else image)
+    except UserError:
+        raise
     except UnidentifiedImageError as error:
         raise UserError(f"{where} is not a {', '.join(IMAGE_FORMATS)} image") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -37,6 +58,51 @@ def decode_rgb(data: bytes, where: str) -> Image.Image:
         raise UserError(f"{where} claims more than {most:,} pixels: a decompression bomb, or too large") from error
     except Exception as error:  # foreign bytes: decoders raise many types, and all mean this to the user
         raise UserError(f"{where} cannot be decoded: {' '.join(str(error).split())}") from error
+    rgb.info.clear()  # a copy that is written must not carry an orientation that is applied already
+    turn, damaged = _turn(exif) if apply_exif else (None, False)
+    return Decoded(rgb if turn is None else rgb.transpose(turn), turn is not None, damaged, bits)
+
+
+def decode_rgb(data: bytes, where: str) -> Image.Image:
+    """The image of `decode` with its default options."""
+    return decode(data, where).image
+
+
+def _exif_block(image: Image.Image) -> bytes:
+    block = image.info.get("exif")
+    return block if isinstance(block, bytes) else b""
+
+
+def _turn(exif: bytes) -> tuple[Image.Transpose | None, bool]:
+    """What brings the pixels upright, and whether the block is damaged."""
+    try:
+        return TURNS.get(orientation(exif)) if exif else None, False
+    except ValueError:
+        return None, True
+
+
+def _bits(image: Image.Image) -> int:
+    """Bits that the brightest sample of a loaded 16-bit PNG needs, alpha aside; at least 8."""
+    if image.mode.startswith("I"):
+        return max(8, int(np.asarray(image).max()).bit_length())
+    return 8 + int(np.asarray(image.convert("RGB")).max()).bit_length()  # Pillow keeps the high bytes of colour
+
+
+def _rescaled(data: bytes, image: Image.Image, bit_depth: int, where: str) -> Image.Image:
+    """The highest 8 of the `bit_depth` bits of a loaded 16-bit PNG."""
+    if image.mode == "RGB":
+        with Image.open(BytesIO(data), formats=("PNG",)) as low:
+            # Pillow keeps the first byte of each sample, as "RGB;16B" tells it; read as little-endian, the second.
+            low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
+            samples = np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)
+    elif image.mode.startswith("I"):
+        samples = np.asarray(image)
+    else:
+        raise UserError(f"{where} has 16 bits and an alpha channel, which bit_depth={bit_depth} does not rescale")
+    most = 2**bit_depth - 1
+    if samples.max() > most:
+        raise UserError(f"{where} holds the value {samples.max()}, but bit_depth={bit_depth} allows {most} at most")
+    return Image.fromarray((samples >> (bit_depth - 8)).astype(np.uint8))
 
 
 def _check_png(data: bytes, image: Image.Image) -> None:

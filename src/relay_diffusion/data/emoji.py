@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from omegaconf import MISSING
 
-from relay_diffusion.data.arguments import run_tool
+from relay_diffusion.data.arguments import refuse_existing, run_tool
 from relay_diffusion.data.convert import Crop, fit
 from relay_diffusion.data.decode import decode_rgb
 from relay_diffusion.data.members import BoundedTarInfo, tar_bytes
@@ -29,13 +29,14 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.progress import progress
 
 USAGE = """\
-python -m relay_diffusion.data.emoji images=TGZ groups=TGZ destination=OUT.zip [resolution=256] [format=png]
+python -m relay_diffusion.data.emoji images=TGZ groups=TGZ destination=OUT.zip [key=value ...]
 
   images       lobehub-fluent-emoji-3d-1.1.0.tgz    } both from:
   groups       unicode-emoji-json-0.9.0.tgz         } npm pack @lobehub/fluent-emoji-3d@1.1.0 unicode-emoji-json@0.9.0
   destination  the zip to write: train/*.png, heldout/*.png and dataset.json
   resolution   side of the written images in pixels (256, as drawn; smaller: block means)
   format       png, or webp: lossless too, a fifth smaller, minutes to write
+  overwrite    false: refuse a destination that exists (default) | true: replace it once all is converted
 """
 GROUPS_MEMBER = "package/data-by-emoji.json"
 LEFT_OUT_GROUP = "Flags"  # text and heraldry: nothing to learn at this size
@@ -60,6 +61,7 @@ class EmojiOptions:
     destination: str = MISSING
     resolution: int = 256
     format: Format = Format.png
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,10 @@ def group_of(code_points: str, groups: dict[str, str]) -> str | None:
 
 
 def build(options: EmojiOptions) -> EmojiSet:
-    """Write the emoji zip that `options` describe. Errors: UserError; nothing is left at the destination then."""
+    """Write the emoji zip that `options` describe. Errors: UserError; the destination is as before then."""
     if options.resolution < 1:
         raise UserError(f"resolution={options.resolution}: must be at least 1")
+    refuse_existing(Path(options.destination).expanduser(), "destination", options.overwrite)
     groups = read_groups(options.groups)
     source = open_source(options.images, option="images")
     code_points = {name: PurePosixPath(name).stem for name in source.names}

@@ -16,14 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from relay_diffusion.data.decode import box_average
+from relay_diffusion.data.decode import EXIF_APPLIED, box_average
+from relay_diffusion.data.depth import warn_of_unused_range
 from relay_diffusion.data.npz import Npz
 from relay_diffusion.data.sources import (
-    FolderSource,
-    ZipSource,
+    ImageSource,
     existing_path,
     map_in_order,
-    open_zip_or_folder,
+    open_images,
 )
 from relay_diffusion.errors import UserError
 
@@ -34,8 +34,8 @@ MAX_PIXELS = 2**27  # of one image; a file that claims more is damaged or hostil
 class ImageSet(ABC):
     """Images of one size in a fixed order.
 
-    `kind` is "folder", "zip" or "npz"; `names` [N] what messages and files call the images; `resolution` (H, W).
-    `averaging` holds the factors by which the images read so far were box-averaged; 1: as stored.
+    kind: "folder", "zip", "file" or "npz". names [N]: what messages and files call the images. resolution: (H, W).
+    averaging: the factors by which the images read so far were box-averaged; 1: as stored.
     """
 
     kind: str
@@ -79,13 +79,11 @@ class ImageSet(ABC):
 
 
 class PictureSet(ImageSet):
-    """Image files of a folder or zip, see `open_image_set`."""
+    """Image files, turned as their EXIF orientation says, see `open_image_set`."""
 
-    def __init__(
-        self, source: FolderSource | ZipSource, option: str, resolution: tuple[int, int] | None, subset: str
-    ) -> None:
+    def __init__(self, source: ImageSource, option: str, resolution: tuple[int, int] | None, subset: str) -> None:
         super().__init__()
-        self.kind = "folder" if isinstance(source, FolderSource) else "zip"
+        self.kind = source.kind
         self.path, self._source, self._option, self._subset = source.path, source, option, subset.strip("/")
         self.names = [name for name in source.names if not self._subset or name.startswith(f"{self._subset}/")]
         if not self.names:
@@ -94,15 +92,16 @@ class PictureSet(ImageSet):
         self._reduces = resolution is not None
         self.resolution = resolution or (first.height, first.width)
         self._fit(first, self.names[0])  # a wrong resolution shows here, before anything is built
+        warn_of_unused_range(source, self.names)
 
     @cached_property
     def source_hash(self) -> str:
         """Hex digest: of the directory of a zip; a folder is read once."""
         lines = (f"{name}\n{self._source.fingerprint(name)}\n" for name in self.names)
-        return _digest(self.resolution, [f"{self._subset}\n", *lines])
+        return _digest(self.resolution, [f"{self._subset}\n", EXIF_APPLIED, *lines])
 
     def _decode(self, name: str) -> Image.Image:
-        return self._source.image(name)
+        return self._source.decoded(name).image
 
     def _fit(self, image: Image.Image, name: str) -> Image.Image:
         factor = _factor((image.height, image.width), self.resolution) if self._reduces else 1
@@ -183,10 +182,11 @@ def spread(count: int, size: int) -> list[int]:
 def open_image_set(
     path: str | Path, option: str, resolution: tuple[int, int] | None = None, subset: str = ""
 ) -> ImageSet:
-    """Open a folder, an image zip or an ADM sample .npz (`arr_0`, uint8 [N,H,W,3]); `option` is its name in messages.
+    """Open a folder, an image zip, an image or an ADM sample .npz (`arr_0`, uint8 [N,H,W,3]).
 
-    resolution: (H, W) wanted; larger images are box-averaged if they are a whole multiple. None: the first image's,
-    and all must have it. subset: a folder inside a folder or zip. Errors: UserError naming the option and the file.
+    option: its name in messages. resolution: (H, W) wanted; larger images are box-averaged if they are a multiple.
+    None: the first image's, and all must have it. subset: a folder inside a folder or zip. Errors: UserError naming the
+    option and the file.
     """
     expanded = existing_path(path, option)
     if expanded.suffix == ".npz" and expanded.is_file():
@@ -196,4 +196,4 @@ def open_image_set(
     inside = [name for name in ("images.zip", "images") if (expanded / name).exists()]
     if inside and (expanded / "settings.json").is_file():  # beside them lie pictures of other sizes
         raise UserError(f"{option}={path}: is the directory of a run of sample.py; use {option}={expanded / inside[0]}")
-    return PictureSet(open_zip_or_folder(expanded, option), option, resolution, subset)
+    return PictureSet(open_images(expanded, option), option, resolution, subset)

@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from relay_diffusion.data.decode import box_average
-from relay_diffusion.data.sources import map_in_order, open_zip_or_folder, read_labels
+from relay_diffusion.data.decode import EXIF_APPLIED, box_average
+from relay_diffusion.data.depth import warn_of_unused_range
+from relay_diffusion.data.sources import map_in_order, open_images, read_labels
 from relay_diffusion.diffusion.guidance import NO_CLASS
 from relay_diffusion.errors import UserError
 from relay_diffusion.progress import progress
@@ -42,14 +43,16 @@ def _tensor(image: Image.Image) -> Tensor:
 class ImageDataset(Dataset[tuple[Tensor, int]]):
     """Images of a zip or folder as (uint8 [3, R, R], class index or -1), in the order of their names.
 
-    path: an image zip or a folder (searched recursively) of PNG, WebP and JPEG files.
+    path: an image zip, a folder (searched recursively) of PNG, WebP and JPEG files, or one such file.
     resolution: R; larger images whose side is a multiple of R are box-averaged, others are an error.
     subset: a top-level folder inside `path` ("train"); "" takes everything.
     labels: read classes from `dataset.json` if it is there.
     x_flip: indices N..2N-1 are the mirrored images 0..N-1, so mirroring is part of the data order.
     cache: decode everything once, at the first access, and keep it as one uint8 tensor in memory.
-    Attributes: `names` [N] and their `labels` [N], `class_names`, `num_classes`, `source_hash`, `path`, `subset`.
-    path_option, resolution_option, subset_option: what the user calls these, for messages.
+    exif: "apply" turns images as their EXIF orientation says, "ignore" takes the pixels as stored.
+    Attributes: `names` [N] and their `labels` [N]; `class_names` and `num_classes` of the whole set, not of the subset;
+    `source_hash`, `path`, `subset`; `turned`, the names of images that this process has turned so far.
+    path_option, resolution_option, subset_option, exif_option: what the user calls these, for messages.
     Errors: UserError that names the option (data.dataset.path, .subset, .resolution), dataset.json or the image.
     """
 
@@ -61,15 +64,20 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         labels: bool = True,
         x_flip: bool = False,
         cache: bool = False,
+        exif: str = "apply",
         path_option: str = "data.dataset.path",
         resolution_option: str = "data.dataset.resolution",
         subset_option: str = "data.dataset.subset",
+        exif_option: str = "data.dataset.exif",
     ) -> None:
         self.resolution, self.subset, self.x_flip, self.cache = resolution, subset.strip("/"), x_flip, cache
         if resolution < 1:
             raise UserError(f"{resolution_option}={resolution}: must be at least 1")
-        self.path, self._resolution_option = Path(path), resolution_option
-        self._source = open_zip_or_folder(path, option=path_option)
+        if exif not in ("apply", "ignore"):
+            raise UserError(f"{exif_option}={exif}: use apply or ignore")
+        self._apply_exif, self.turned = exif == "apply", set[str]()
+        self._resolution_option = resolution_option
+        self._source = open_images(path, option=path_option)
         self.path = self._source.path
         self.names = [name for name in self._source.names if self._in_subset(name)]
         if not self.names:
@@ -81,6 +89,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         self.labels = [found.by_name[name] if found else NO_CLASS for name in self.names]
         self._cached: Tensor | None = None
         self._decode(self.names[0])  # a wrong resolution shows here, before anything is built
+        warn_of_unused_range(self._source, self.names)
 
     def _in_subset(self, name: str) -> bool:
         return not self.subset or name.startswith(f"{self.subset}/")
@@ -92,11 +101,12 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
     @cached_property
     def source_hash(self) -> str:
-        """Hex digest of names, contents, subset and resolution (not of x_flip): the key of reference statistics.
+        """Hex digest of names, contents, subset, resolution and exif (not of x_flip).
 
         Cheap for a zip (its directory has a checksum of every file); a folder is read once.
         """
-        digest = hashlib.sha256(f"{self.subset}\n{self.resolution}\n".encode())
+        exif = EXIF_APPLIED if self._apply_exif else ""
+        digest = hashlib.sha256(f"{self.subset}\n{self.resolution}\n{exif}".encode())
         for name in self.names:
             digest.update(f"{name}\n{self._source.fingerprint(name)}\n".encode())
         return digest.hexdigest()
@@ -135,8 +145,10 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return [self._decode(self.names[position]) for position in positions]
 
     def _decode(self, name: str) -> Tensor:
-        image = self._source.image(name)
-        return _tensor(self._fit(image, name))
+        decoded = self._source.decoded(name, self._apply_exif)
+        if decoded.turned:
+            self.turned.add(name)
+        return _tensor(self._fit(decoded.image, name))
 
     def _fit(self, image: Image.Image, name: str) -> Image.Image:
         width, height = image.size

@@ -1,4 +1,4 @@
-"""Where image bytes and class labels come from: a folder, a zip or a tar, always read in memory.
+"""Where image bytes and class labels come from: a folder, a zip, a tar or one file, always read in memory.
 
 Free of torch, so that the command line tools start quickly.
 """
@@ -21,9 +21,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NoReturn, TypeVar
 
-from PIL import Image
-
-from relay_diffusion.data.decode import decode_rgb
+from relay_diffusion.data.decode import Decoded, decode
 from relay_diffusion.data.members import BoundedTarInfo, file_bytes, files_below, is_link, tar_bytes, zip_bytes
 from relay_diffusion.errors import UserError
 
@@ -79,10 +77,10 @@ class Source(ABC):
         except Exception as error:  # damaged archives raise a dozen types, and all mean this to the user
             raise self._unreadable(name, error) from error
 
-    def image(self, name: str) -> Image.Image:
-        """One image, decoded to 8-bit RGB. Errors: UserError that names the option, the image and what to do."""
+    def decoded(self, name: str, apply_exif: bool = True) -> Decoded:
+        """One image as 8-bit RGB. Errors: UserError that names the option, the image and what to do."""
         try:
-            return decode_rgb(self.read(name), self.where(name))
+            return decode(self.read(name), self.where(name), apply_exif)
         except UserError as error:
             raise UserError(f"{self.option}: {error}: {REMEDY}") from error
 
@@ -101,6 +99,8 @@ class Source(ABC):
 class FolderSource(Source):
     """Images in a folder and its sub-folders, sorted by name; links to folders are followed, but not in circles."""
 
+    kind = "folder"
+
     def __init__(self, path: Path, option: str) -> None:
         try:
             files = sorted(files_below(path))
@@ -116,11 +116,33 @@ class FolderSource(Source):
         return hashlib.sha256(self.read(name)).hexdigest()
 
 
+class FileSource(Source):
+    """One image file, named as it is without its folder."""
+
+    kind = "file"
+
+    def __init__(self, path: Path, option: str) -> None:
+        super().__init__(path, option, [path.name])
+
+    def where(self, name: str) -> str:  # noqa: ARG002
+        """What to call the image in a message."""
+        return repr(str(self.path))
+
+    def _read(self, stored: str) -> bytes:  # noqa: ARG002
+        return file_bytes(self.path)
+
+    def fingerprint(self, name: str) -> str:
+        """Identifies the content of the image; reads it."""
+        return hashlib.sha256(self.read(name)).hexdigest()
+
+
 class ZipSource(Source):
     """Images in a zip, sorted by name; safe to read from forked or spawned workers and from threads.
 
     Symbolic links in it are left out.
     """
+
+    kind = "zip"
 
     def __init__(self, path: Path, option: str) -> None:
         self._handle: zipfile.ZipFile | None = None
@@ -223,18 +245,30 @@ def existing_path(path: str | Path, option: str) -> Path:
     return expanded
 
 
-def open_zip_or_folder(path: str | Path, option: str) -> ZipSource | FolderSource:
-    """Open a folder or an image zip. Errors: UserError naming `option` when it is neither, or has no image."""
+ImageSource = FolderSource | ZipSource | FileSource
+"""What images are read from by name, in any order."""
+
+
+def open_images(path: str | Path, option: str) -> ImageSource:
+    """Open a folder, an image zip or one image file. Errors: UserError naming `option` when it is none of them."""
     expanded = existing_path(path, option)
-    return FolderSource(expanded, option) if expanded.is_dir() else ZipSource(expanded, option)
+    if expanded.is_dir():
+        return FolderSource(expanded, option)
+    if _is_image_file(expanded):
+        return FileSource(expanded, option)
+    return ZipSource(expanded, option)
 
 
 def open_source(path: str | Path, option: str) -> Source:
-    """Open a folder, zip or tar, told apart by content. Errors: UserError naming `option`."""
+    """Open a folder, zip, tar or image file; archives are told apart by content. Errors: UserError naming `option`."""
     expanded = existing_path(path, option)
-    if expanded.is_dir() or zipfile.is_zipfile(expanded):
-        return open_zip_or_folder(expanded, option)
+    if expanded.is_dir() or zipfile.is_zipfile(expanded) or _is_image_file(expanded):
+        return open_images(expanded, option)
     return TarSource(expanded, option)
+
+
+def _is_image_file(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not zipfile.is_zipfile(path)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from relay_diffusion.checkpoint import build_stored
+from relay_diffusion.checkpoint import EXPORT_STAGE, EXPORT_WEIGHTS, build_stored
 from relay_diffusion.cli import explain
 from relay_diffusion.config import CONF, register_resolvers
-from relay_diffusion.data.arguments import run_tool
+from relay_diffusion.data.arguments import refuse_existing, run_tool
 from relay_diffusion.errors import UserError
 from relay_diffusion.files import file_sha256
 from relay_diffusion.interop.export import export_stage
@@ -33,6 +33,7 @@ python -m relay_diffusion.interop.convert source=FILE destination=FOLDER [key=va
   experiment   published files hold the network alone: take corruption, loss and sampler from conf/experiment/NAME.yaml;
                without it, those of a first stage (conf/stage/base.yaml)
   dtype        of the stored weights: float32 (default) | float16 | bfloat16
+  overwrite    false: refuse a folder that holds an export (default) | true: replace that
 """
 PUBLISHED = (".pkl", ".pt")
 _SAME = ("resolution", "image_channels", "channels", "channel_mult", "blocks", "num_classes")
@@ -54,6 +55,7 @@ class ConvertOptions:
     destination: str = MISSING
     experiment: str | None = None
     dtype: Dtype = Dtype.float32
+    overwrite: bool = False
 
 
 def convert(options: ConvertOptions) -> DiffusionStage:
@@ -62,6 +64,8 @@ def convert(options: ConvertOptions) -> DiffusionStage:
     destination = Path(options.destination).expanduser()
     if destination.exists() and source.exists() and destination.samefile(source):
         raise UserError(f"destination={options.destination}: is the source itself; choose another name")
+    for file in (EXPORT_STAGE, EXPORT_WEIGHTS):
+        refuse_existing(destination / file, "destination", options.overwrite)
     if source.suffix in PUBLISHED:
         stage = published_stage(source, options.experiment)
         origin = {"file": source.name, "sha256": file_sha256(source)}
