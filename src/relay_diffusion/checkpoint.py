@@ -195,8 +195,16 @@ def check_loadable(stage_config: Mapping[str, Any], trusted: Sequence[str], file
     The optimizer may be of any package: loading leaves it out. Leaves the global random state as it is.
     """
     check_stored({"stage_config": dict(stage_config)}, file)
-    with torch.random.fork_rng(devices=[]):
-        build_empty({key: value for key, value in stage_config.items() if key != "optimizer"}, file, trusted)
+    config = {key: value for key, value in stage_config.items() if key != "optimizer"}
+    _check_targets(config, (OWN_PACKAGE, *package_names(trusted)), file)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            build_empty(config, file, trusted)
+    except UserError as error:
+        raise UserError(
+            f"{error}; loading first builds stages on the meta device, so a constructor that reads numbers of a tensor "
+            "must make it with device='cpu'"
+        ) from None
 
 
 def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any] | None, file: Path) -> dict[str, Any]:
