@@ -213,7 +213,8 @@ class DiffusionStage(L.LightningModule):
             raise UserError(
                 f"guidance_scale={self.guidance_scale:g} needs a network that was trained without labels as well, and "
                 "this one was not (label_dropout=0): train with stage.label_dropout=0.1, or give a weaker checkpoint "
-                "as guide, which needs no label dropout; changes.label_dropout=0.1 says that it had some"
+                "as guide, which needs no label dropout; if it had some elsewhere, set changes.label_dropout=0.1 "
+                "(sample.py: +relay.stages.NAME.changes.label_dropout=0.1)"
             )
         guide = None if self.guide is None else self._evaluator(self.guide, condition)
         plain = self._evaluator(self.denoiser, condition)
