@@ -85,12 +85,12 @@ def settings(options: Options, overrides: str, repeat: int) -> DictConfig:
 
 def cost(relay: Relay) -> tuple[str, float]:
     """Network evaluations of each stage ("47+27"), and TFLOP an image."""
-    stages = relay.chain().values()
+    evaluations = {name: sampler.evaluations for name, sampler in relay.samplers.items()}
     operations = sum(
-        forward_flops(stage.denoiser.network) * stage.sampler.evaluations * (1 if stage.guidance_scale == 1 else 2)
-        for stage in stages
+        forward_flops(stage.denoiser.network) * evaluations[name] * (1 if stage.guidance_scale == 1 else 2)
+        for name, stage in relay.chain().items()
     )
-    return "+".join(str(stage.sampler.evaluations) for stage in stages), operations / 1e12
+    return "+".join(map(str, evaluations.values())), operations / 1e12
 
 
 def batches(relay: Relay, cfg: DictConfig, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

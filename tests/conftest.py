@@ -114,6 +114,7 @@ def relay_runs(tmp_path_factory, small_zip):
         result = run(
             "train.py", *TINY, f"stage={stage}", f"resolution={resolution}", f"data.dataset.path={small_zip}",
             "trainer.max_images=8", f"run_dir={root / stage}", "callbacks.grid.every_n_images=8",
+            "stage.label_dropout=0.1",
             *(["stage.corruption.block=2"] if stage == "relay" else []),
         )  # fmt: skip
         assert result.returncode == 0, result.stderr

@@ -68,7 +68,7 @@ def test_the_noise_in_the_small_image_is_not_that_of_the_large_one():
 
 
 def test_guidance_is_applied_with_the_condition():
-    stage, small, labels = cascade(), torch.randn(3, 3, 4, 4), torch.tensor([0, 1, 0])
+    stage, small, labels = cascade(label_dropout=0.1), torch.randn(3, 3, 4, 4), torch.tensor([0, 1, 0])
     condition = stage.sampling_condition(small, torch.randn_like)
     x, sigma = torch.randn(SHAPE), torch.tensor([0.3, 1.0, 5.0])
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_training_lowers_the_loss_and_uses_the_condition(fit, tmp_path):
 
 
 def test_a_cascade_is_sampled_from_its_checkpoints(fit, relay_runs, configuration, tmp_path):
-    fit("cascade", 8, "stage.corruption.block=2", stage="cascade")
+    fit("cascade", 8, "stage.corruption.block=2", "stage.label_dropout=0.1", stage="cascade")
     options = [
         "relay=cascade", f"relay.stages.base.path={relay_runs / 'base'}", "trainer.accelerator=cpu",
         f"relay.stages.cascade.path={tmp_path / 'cascade'}", f"run_dir={tmp_path / 'samples'}",

@@ -111,13 +111,26 @@ def test_early_hand_over_stops_the_first_stage_and_says_what_that_saves():
     first = tiny_stage(4)
     whole = first.sampler
     relay = Relay({"a": first, "b": tiny_stage(8, 2)}, hand_over_sigma=1.0)
-    assert first.sampler.sigmas[-2] == 1.0
+    assert relay.samplers["a"].sigmas[-2] == 1.0
     described = relay.describe()
     assert described["hand_over_sigma"] == 1.0
-    assert relay.saved_evaluations == whole.evaluations - first.sampler.evaluations == 0
+    assert relay.saved_evaluations == whole.evaluations - relay.samplers["a"].evaluations == 0
     assert described["stages"]["a"]["network_evaluations"] == 5
-    first = tiny_stage(4)
-    assert Relay({"a": first}, hand_over_sigma=10.0).saved_evaluations == 2
+    early = Relay({"a": first}, hand_over_sigma=10.0)
+    assert early.saved_evaluations == 2
+    assert early.describe()["stages"]["a"]["network_evaluations"] == 3
+
+
+def test_a_relay_leaves_its_stages_as_they_are():
+    first, second = tiny_stage(4), tiny_stage(8, 2)
+    own = [(stage, stage.sampler, stage.training) for stage in (first, second)]
+    before, given = first.sample((1, 3, 4, 4), [7]), {"a": first, "b": second}
+    early = Relay(given, hand_over_sigma=10.0)
+    assert not torch.equal(early.sample_stages([7])["a"], before)  # stopped at sigma 10
+    assert torch.equal(Relay(given).sample_stages([7])["a"], before)  # another relay of the same stages is not
+    assert torch.equal(first.sample((1, 3, 4, 4), [7]), before)
+    assert [(stage, stage.sampler, stage.training) for stage in (first, second)] == own
+    assert given == {"a": first, "b": second}
 
 
 def test_a_sampler_that_cannot_stop_early_is_named():

@@ -9,6 +9,7 @@ import torch
 from relay_diffusion.errors import UserError
 from relay_diffusion.loading import load_stage
 from relay_diffusion.networks import EDMPreconditioner, Graphed
+from relay_diffusion.relay import Relay
 from support import assert_same_weights, tiny_stage, weights_of
 
 
@@ -48,7 +49,7 @@ def test_a_guide_is_a_weaker_checkpoint(fit, tmp_path):
 
 
 def test_guidance_outside_its_interval_is_none(fit, tmp_path):
-    fit("run", 40)
+    fit("run", 40, "stage.label_dropout=0.1")
     plain = load_stage(tmp_path / "run")
     shape, labels = (1, 3, 16, 16), torch.tensor([1])
     never = {"guidance_scale": 9.0, "guidance_interval": [1000.0, 2000.0]}
@@ -65,6 +66,43 @@ def test_an_interval_that_makes_no_sense_is_refused(fit, tmp_path, interval):
     fit("run", 4)
     with pytest.raises(UserError, match="guidance_interval"):
         load_stage(tmp_path / "run", changes={"guidance_interval": interval})
+
+
+def test_guidance_is_disabled_by_scale_one_whatever_interval_is_stored(fit, tmp_path):
+    trained = ("stage.label_dropout=0.1", "stage.guidance_scale=3", "stage.guidance_interval=[0.1,2]")
+    fit("run", 8, *trained)
+    shape, labels, run = (1, 3, 16, 16), torch.tensor([1]), tmp_path / "run"
+    stored, disabled = load_stage(run), load_stage(run, changes={"guidance_scale": 1, "guidance_interval": None})
+    assert (stored.guidance_scale, list(stored.guidance_interval)) == (3, [0.1, 2])
+    assert disabled.guided() is disabled._evaluator(disabled.denoiser)
+    everywhere = load_stage(run, changes={"guidance_interval": [0.0, float("inf")]})
+    no_interval = load_stage(run)
+    no_interval.guidance_interval = None
+    expected = no_interval.sample(shape, [0], labels)
+    assert torch.equal(everywhere.sample(shape, [0], labels), expected)
+    assert not torch.equal(stored.sample(shape, [0], labels), expected)
+    assert not torch.equal(disabled.sample(shape, [0], labels), expected)
+    assert Relay({"a": disabled}).describe()["stages"]["a"]["guidance_interval"] is None
+    with pytest.raises(UserError, match="guidance_interval needs a guidance_scale other than 1"):
+        load_stage(run, changes={"guidance_scale": 1, "guidance_interval": [0.1, 2.0]})
+    with pytest.raises(UserError, match="guidance_scale=1 disables guidance: remove guide"):
+        load_stage(run, changes={"guidance_scale": 1}, guide=run)
+
+
+def test_guidance_needs_a_stage_trained_with_label_dropout(fit, tmp_path):
+    fit("run", 4)
+    with pytest.raises(UserError, match=r"last\.ckpt: guidance_scale=2 needs .*train with stage\.label_dropout=0\.1"):
+        load_stage(tmp_path / "run", changes={"guidance_scale": 2.0})
+    assert load_stage(tmp_path / "run", changes={"guidance_scale": 2.0}, guide=tmp_path / "run").guidance_scale == 2
+    known = {"guidance_scale": 2.0, "label_dropout": 0.1}
+    assert load_stage(tmp_path / "run", changes=known).guidance_scale == 2  # trained elsewhere, it says
+    content = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    del content["stage_config"]["label_dropout"]
+    torch.save(content, tmp_path / "old.ckpt")
+    with pytest.raises(UserError, match="label_dropout=0"):
+        load_stage(tmp_path / "old.ckpt", changes={"guidance_scale": 2.0})
+    assert load_stage(tmp_path / "old.ckpt", changes=known).label_dropout == 0.1
+    assert load_stage(tmp_path / "old.ckpt").guidance_scale == 1
 
 
 def test_guidance_without_classes_or_guide_is_refused():
@@ -153,7 +191,7 @@ def test_load_stage_needs_nothing_but_the_file(fit, tmp_path):
 
 
 def test_changes_replace_stored_settings(fit, tmp_path):
-    fit("run", 4)
+    fit("run", 4, "stage.label_dropout=0.1")
     changed = load_stage(tmp_path / "run", changes={"guidance_scale": 2.0, "sampler": {"steps": 7, "churn": None}})
     assert changed.sampler.evaluations == 13
     assert changed.guidance_scale == 2.0

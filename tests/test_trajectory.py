@@ -110,13 +110,14 @@ def test_the_first_device_gets_the_shown_images_and_none_is_without():
 
 def test_other_devices_watch_nothing_and_samplers_are_given_back():
     relay = Relay({"a": tiny_stage(4), "b": tiny_stage(8, 2)})
-    own = [stage.sampler for stage in relay.chain().values()]
+    own, relays = [stage.sampler for stage in relay.chain().values()], dict(relay.samplers)
     for first, watching in ((False, [False] * 2), (True, [True] * 2)):
         callback = TrajectoryPicture("nowhere")
         callback.on_predict_start(SimpleNamespace(is_global_zero=first), relay)
-        assert [isinstance(stage.sampler, WatchedSampler) for stage in relay.chain().values()] == watching
-        callback.on_exception(None, relay, KeyboardInterrupt())
+        assert [isinstance(sampler, WatchedSampler) for sampler in relay.samplers.values()] == watching
         assert [stage.sampler for stage in relay.chain().values()] == own
+        callback.on_exception(None, relay, KeyboardInterrupt())
+        assert relay.samplers == relays
 
 
 def test_fewer_images_than_asked_for_are_drawn_once_each(tmp_path):
@@ -130,7 +131,7 @@ def test_fewer_images_than_asked_for_are_drawn_once_each(tmp_path):
     callback.on_predict_end(trainer, relay)
     with Image.open(tmp_path / "trajectory.png") as picture:
         assert picture.size == (4 * 6 - 2, 2 * 6 - 2)  # three steps and the result
-    assert not isinstance(relay.chain()["a"].sampler, WatchedSampler)
+    assert not isinstance(relay.samplers["a"], WatchedSampler)
 
 
 def pngs(folder):

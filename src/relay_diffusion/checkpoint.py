@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,15 +14,15 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import load_file
 from torch import Tensor
 
+from relay_diffusion.checks import OWN_PACKAGE, package_names
 from relay_diffusion.errors import UserError
 from relay_diffusion.files import file_sha256, parse_json
-from relay_diffusion.stored import check_changes, check_finite, check_fits, check_resumable, check_stored
+from relay_diffusion.stored import check_changes, check_finite, check_fits, check_resumable, check_stored, short
 
 LAST = "last.ckpt"
 KEPT = "images-*.ckpt"  # earlier ones, with the images they have seen in twelve digits
 EXPORT_STAGE, EXPORT_WEIGHTS = "stage.json", "weights.safetensors"  # the files of an exported stage
 EXPORT_FORMAT = 1
-TRUSTED = ("relay_diffusion.",)  # the packages whose classes a checkpoint may name
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -35,15 +35,15 @@ def find_checkpoint(path: str | Path) -> Path:
     raise UserError(f"no checkpoint at {path}: give a .ckpt file or the directory of a training run")
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
     """The content of a checkpoint that training can continue from, on the CPU: tensors and plain values only.
 
-    Raises UserError naming the file, and the first key or tensor that is wrong.
+    trusted: as for load_stage. Raises UserError naming the file, and the first key or tensor that is wrong.
     """
     file = find_checkpoint(path)
     content = _read(file)
     check_resumable(content, file)
-    described = _described(content["stage_config"], file)
+    described = _described(content["stage_config"], file, trusted)
     if described is not None:
         check_fits(content["state_dict"], described, file)
         if averaged := (content.get("ema") or {}).get("weights"):
@@ -51,13 +51,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _described(config: Mapping[str, Any], file: Path) -> torch.nn.Module | None:
+def _described(config: Mapping[str, Any], file: Path, trusted: Sequence[str]) -> torch.nn.Module | None:
     """The stage of a stored config without memory for its weights; None if it is of classes that are not trusted.
 
     Training builds its own config, and compares the stored one with that.
     """
     try:
-        stage = build_empty({key: value for key, value in config.items() if key != "optimizer"}, file)
+        stage = build_empty({key: value for key, value in config.items() if key != "optimizer"}, file, trusted)
     except UserError:
         return None
     if not isinstance(stage, torch.nn.Module):
@@ -154,26 +154,57 @@ def stored_weights(
     return cast(Mapping[str, Tensor], state)
 
 
-def _check_targets(node: Any, trusted: tuple[str, ...], file: Path) -> None:
+def _inside(name: str, packages: Sequence[str]) -> bool:
+    """Whether a dotted name lies in one of the packages: my_package does not contain my_package_2."""
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def _check_targets(node: Any, packages: Sequence[str], file: Path) -> None:
     """Refuse a stored config that would call anything but a class of the trusted packages."""
     if isinstance(node, str) and "${" in node:
         raise UserError(f"{file} holds a config with an interpolation ({node[:60]}): refused")
     if isinstance(node, Mapping):
-        target = node.get("_target_")
-        if target is not None:
-            if not (isinstance(target, str) and target.startswith(trusted)):
-                raise UserError(f"{file} names {target!r}, which is not a class of {' or '.join(trusted)}: refused")
-            try:
-                found = get_class(target)
-            except Exception:
-                raise UserError(f"{file} names the class {target}, which does not exist here") from None
-            if not found.__module__.startswith(tuple(t.rstrip(".") for t in trusted)):
-                raise UserError(f"{file} names {target}, which leads outside {' or '.join(trusted)}: refused")
+        if node.get("_target_") is not None:
+            _check_target(node["_target_"], packages, file)
         for value in node.values():
-            _check_targets(value, trusted, file)
+            _check_targets(value, packages, file)
     elif isinstance(node, list | tuple):
         for value in node:
-            _check_targets(value, trusted, file)
+            _check_targets(value, packages, file)
+
+
+def _check_target(target: Any, packages: Sequence[str], file: Path) -> None:
+    if not (isinstance(target, str) and _inside(target, packages)):
+        package = target.partition(".")[0] if isinstance(target, str) else ""
+        remedy = f"refused; if you trust it, add trusted=[{short(package)}]" if package.isidentifier() else "refused"
+        raise UserError(f"{file} names '{short(target)}', which is not a class of {' or '.join(packages)}: {remedy}")
+    try:
+        found = get_class(target)
+    except Exception:
+        raise UserError(f"{file} names {short(target)}, which is not a class that can be imported here") from None
+    if not _inside(found.__module__, packages):
+        raise UserError(
+            f"{file} names {short(target)}, which comes from {short(found.__module__)}, outside "
+            f"{' or '.join(packages)}: refused"
+        )
+
+
+def check_loadable(stage_config: Mapping[str, Any], trusted: Sequence[str], file: Path) -> None:
+    """Raise UserError unless a stage with this config could be loaded from its checkpoint, whose name is `file`.
+
+    The optimizer may be of any package: loading leaves it out. Leaves the global random state as it is.
+    """
+    check_stored({"stage_config": dict(stage_config)}, file)
+    config = {key: value for key, value in stage_config.items() if key != "optimizer"}
+    _check_targets(config, (OWN_PACKAGE, *package_names(trusted)), file)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            build_empty(config, file, trusted)
+    except UserError as error:
+        raise UserError(
+            f"{error}; loading first builds stages on the meta device, so a constructor that reads numbers of a tensor "
+            "must make it with device='cpu'"
+        ) from None
 
 
 def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any] | None, file: Path) -> dict[str, Any]:
@@ -196,9 +227,13 @@ def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any] | None,
     return cast(dict[str, Any], OmegaConf.to_container(merged))
 
 
-def build_stored(config: Mapping[str, Any], file: Path, trusted: tuple[str, ...] = TRUSTED) -> Any:
-    """Build the object of a stored config. Raises UserError for a class that is not trusted or that refuses."""
-    _check_targets(config, trusted, file)
+def build_stored(config: Mapping[str, Any], file: Path, trusted: Sequence[str] = ()) -> Any:
+    """Build the object of a stored config.
+
+    trusted: packages besides this one whose classes it may name. Raises UserError for a class of another package, and
+    for one that refuses its settings.
+    """
+    _check_targets(config, (OWN_PACKAGE, *package_names(trusted)), file)
     try:
         return instantiate(OmegaConf.create(dict(config)), _convert_="all")
     except Exception as error:  # foreign settings, and foreign ways to call a class
@@ -206,10 +241,10 @@ def build_stored(config: Mapping[str, Any], file: Path, trusted: tuple[str, ...]
         raise UserError(f"the stage of {file} cannot be built: {reason}") from None
 
 
-def build_empty(config: Mapping[str, Any], file: Path) -> Any:
+def build_empty(config: Mapping[str, Any], file: Path, trusted: Sequence[str] = ()) -> Any:
     """As build_stored, without memory for weights: what a file describes may be of any size."""
     with torch.device("meta"):
-        return build_stored(config, file)
+        return build_stored(config, file, trusted)
 
 
 def _without_nulls(changes: Mapping[str, Any]) -> dict[str, Any]:

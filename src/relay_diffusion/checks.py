@@ -19,6 +19,7 @@ HUGE = 1e12  # larger numbers are slips of the hand
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 _ABSENT = object()
 READ_BY_HYDRA = ("_target_", "_partial_", "_recursive_")
+OWN_PACKAGE = "relay_diffusion"  # whose classes every stored config may name
 
 
 def require(condition: bool, message: str) -> None:
@@ -111,6 +112,19 @@ def check_list(cfg: DictConfig, key: str, low: int, high: int, example: str) -> 
     value = selected(cfg, key)
     valid = isinstance(value, ListConfig) and all(is_whole(item) and low <= item <= high for item in value)
     require(valid, f"{key}={shown(value)}: must be a list of whole numbers, {low} to {high}, e.g. {example}")
+
+
+def package_names(trusted: Any) -> tuple[str, ...]:
+    """Names of packages whose classes a stored config may instantiate, such as my_package or my_package.samplers.
+
+    Raises UserError for anything but a list of such names.
+    """
+    listed = isinstance(trusted, Sequence) and not isinstance(trusted, str)
+    require(listed, f"trusted={shown(trusted)}: must be a list of packages, e.g. [my_package]")
+    for name in trusted:
+        named = isinstance(name, str) and all(part.isidentifier() for part in name.split("."))
+        require(named, f"trusted holds {shown(name)}: must be names of packages, e.g. my_package.samplers")
+    return tuple(trusted)
 
 
 def check_choice(cfg: DictConfig, key: str, choices: tuple[str, ...]) -> None:

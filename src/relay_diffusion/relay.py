@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import lightning as L
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from relay_diffusion.batches import SampleBatch, Samples
 from relay_diffusion.data.images import to_float, to_uint8
 from relay_diffusion.errors import UserError
+from relay_diffusion.finite_samples import finite, nonfinite_samples
+from relay_diffusion.sample_arguments import Integers, image_batch, label_tensor, seed_list
+from relay_diffusion.samplers import Sampler
 from relay_diffusion.stage import DiffusionStage
 
 
@@ -40,12 +44,18 @@ def _check_chain(stages: Mapping[str, DiffusionStage]) -> None:
             raise UserError(f"relay.stages.{name} and {before} were trained on classes of other names or order")
 
 
+def _handed_over(images: Tensor) -> Tensor:
+    """What the next stage starts from: it was trained to start from means of real images."""
+    return images.clamp(-1, 1)
+
+
 class Relay(L.LightningModule):
     """Chains any number of stages, of any integer factors; predicts images from (seeds, labels).
 
     A first stage that enlarges starts from images that are given (`start`), others from noise.
     `hand_over_sigma`: the first stage stops at that noise level and hands over its estimate. `rounding` to 8 bits
-    is "nearest" or "floor"; `postprocess` changes the 8-bit images [B,C,H,W].
+    is "nearest" or "floor"; `postprocess` changes the 8-bit images [B,C,H,W]. `samplers`: those of the stages, by name;
+    replacing one here leaves the stage as it is.
     Raises UserError if a stage's output is not what the next one starts from.
     """
 
@@ -61,23 +71,25 @@ class Relay(L.LightningModule):
         self._names = list(stages)  # a ModuleDict would refuse some that users may give ("keys", "pop")
         self.stages = nn.ModuleList(stages.values())
         self.rounding, self.postprocess = rounding, postprocess
+        self.samplers = {name: stage.sampler for name, stage in stages.items()}
         self.hand_over_sigma, self.saved_evaluations = hand_over_sigma, 0
         if hand_over_sigma is not None:
-            self._stop_first_stage(hand_over_sigma)
+            name, first = next(iter(stages.items()))
+            self.samplers[name] = self._stopped(name, first, hand_over_sigma)
+            self.saved_evaluations = first.sampler.evaluations - self.samplers[name].evaluations
 
-    def _stop_first_stage(self, sigma: float) -> None:
-        name, first = next(iter(self.chain().items()))
+    @staticmethod
+    def _stopped(name: str, first: DiffusionStage, sigma: float) -> Sampler:
+        """The sampler of the first stage, stopped at a noise level."""
         if first.corruption.block != 1:
             raise UserError(f"relay.hand_over_sigma={sigma}: relay.stages.{name} does not start from noise")
         if not hasattr(first.sampler, "stopping_at"):
             kind = type(first.sampler).__name__
             raise UserError(f"relay.hand_over_sigma={sigma}: the {kind} of relay.stages.{name} cannot stop early")
         try:
-            stopped = first.sampler.stopping_at(sigma)
+            return cast(Sampler, first.sampler.stopping_at(sigma))
         except ValueError as error:
             raise UserError(f"relay.hand_over_sigma={sigma}: {error}") from None
-        self.saved_evaluations = first.sampler.evaluations - stopped.evaluations
-        first.sampler = stopped
 
     def chain(self) -> dict[str, DiffusionStage]:
         """The stages by name, in order."""
@@ -111,9 +123,9 @@ class Relay(L.LightningModule):
                 **stage.origin,
                 **{part: (stage.stage_config or {}).get(part) for part in ("corruption", "sampler")},
                 "resolution": stage.resolution,
-                "network_evaluations": stage.sampler.evaluations,
+                "network_evaluations": self.samplers[name].evaluations,
                 "guidance_scale": stage.guidance_scale,
-                "guidance_interval": stage.guidance_interval,
+                "guidance_interval": None if stage.guidance_scale == 1 else stage.guidance_interval,
             }
             for name, stage in self.chain().items()
         }
@@ -126,28 +138,63 @@ class Relay(L.LightningModule):
 
     @torch.no_grad()
     def sample_stages(
-        self, seeds: Sequence[int], labels: Tensor | None = None, start: Tensor | None = None
+        self, seeds: Integers, labels: Integers | None = None, start: Tensor | None = None
     ) -> dict[str, Tensor]:
         """The images [B,C,H,W] of every stage by name, in about [-1, 1]; see `sample`."""
-        if labels is not None and not self.num_classes:
-            next(iter(self.chain().values())).check_labels(labels)
-        images: dict[str, Tensor] = {}
-        previous = start
-        for name, stage in self.chain().items():
-            shape = (len(seeds), stage.image_channels, stage.resolution, stage.resolution)
-            known = labels if stage.num_classes else None
-            images[name] = stage.sample(shape, seeds, known, previous)
-            previous = images[name].clamp(-1, 1)  # the next stage was trained to start from means of real images
+        seeds = seed_list(seeds)
+        labels = label_tensor(labels, len(seeds), self.num_classes)
+        size, channels = self.start_resolution, next(iter(self.chain().values())).image_channels
+        if (start is None) != (size is None):
+            wanted = (
+                "starts from noise: leave it out" if size is None else f"enlarges images of {size}x{size}: give them"
+            )
+            raise ValueError(f"start: the first stage of this relay {wanted}")
+        if start is not None and size is not None:
+            start = image_batch("start", start, (len(seeds), channels, size, size))
+        images, fine = self._draw(seeds, labels, start)
+        self._check_finite(fine.cpu(), images, seeds, labels, start)
         return images
 
-    def sample(self, seeds: Sequence[int], labels: Tensor | None = None, start: Tensor | None = None) -> Tensor:
+    def sample(self, seeds: Integers, labels: Integers | None = None, start: Tensor | None = None) -> Tensor:
         """Final images [B,C,H,W] in about [-1, 1], one for each seed.
 
-        labels: class indices [B], -1 or None for no class; a stage that knows no classes ignores them.
-        start: images [B,C,h,w] in [-1, 1] for a relay whose first stage enlarges.
-        Raises UserError for classes that no stage knows.
+        seeds: integers of 0..2^63-1 as a range, list, array or tensor [B], or one integer. labels: class indices [B],
+        -1 or None for no class, or one integer for all; a stage that knows no classes ignores them.
+        start: images [B,C,h,w], uint8 or in [-1, 1], for a relay whose first stage enlarges.
+        Waits for the device. Raises ValueError if an argument does not fit, UserError for classes that no stage knows,
+        NonFiniteSamplesError (a UserError) if a stage's samples hold nan or infinity.
         """
         return list(self.sample_stages(seeds, labels, start).values())[-1]
+
+    def _draw(
+        self, seeds: Sequence[int], labels: Tensor | None, start: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The images of every stage by name, and bool [stages,B] on the device: which of them are finite."""
+        images: dict[str, Tensor] = {}
+        fine, previous = [], start
+        for name, stage in self.chain().items():
+            images[name] = stage.draw(seeds, labels if stage.num_classes else None, previous, self.samplers[name])
+            fine.append(finite(images[name]))  # before an infinity is clamped
+            previous = _handed_over(images[name])
+        return images, torch.stack(fine)
+
+    def _check_finite(
+        self,
+        fine: Tensor,
+        images: Mapping[str, Tensor],
+        seeds: Sequence[int],
+        labels: Tensor | None,
+        start: Tensor | None,
+    ) -> None:
+        """Raise NonFiniteSamplesError naming the first stage whose images [B,C,H,W] are not `fine` [stages,B]."""
+        if bool(fine.all()):
+            return
+        previous = start
+        for (name, stage), whole in zip(self.chain().items(), fine.tolist(), strict=True):
+            if not all(whole):
+                draw = partial(stage.draw, seeds, labels if stage.num_classes else None, previous)
+                raise nonfinite_samples(f"relay.stages.{name}", seeds, whole, self.samplers[name], draw)
+            previous = _handed_over(images[name])
 
     def finish(self, images: Tensor) -> Tensor:
         """Images [B,C,H,W] in [-1, 1] as the 8-bit images that are written and measured."""
@@ -155,10 +202,18 @@ class Relay(L.LightningModule):
         return pixels if self.postprocess is None else self.postprocess(pixels)
 
     def predict_step(self, batch: SampleBatch, batch_idx: int) -> Samples:  # noqa: ARG002
-        """A SampleBatch -> Samples of the positions that it wants."""
+        """A SampleBatch -> Samples of the positions that it wants, their final images on the CPU.
+
+        Raises NonFiniteSamplesError, so that no image of the batch is written.
+        """
         labels = batch.labels if self.num_classes else None
         start = None if batch.start is None else to_float(batch.start)
         stages = {} if start is None else {"start": start}
-        stages |= self.sample_stages(batch.seeds.tolist(), labels, start)
+        seeds = batch.seeds.tolist()
+        images, fine = self._draw(seeds, labels, start)
+        stages |= images
         wanted = {name: images[: len(batch.positions)] for name, images in stages.items()}
-        return Samples(batch.positions, self.finish(list(wanted.values())[-1]), wanted)
+        fine = fine.to("cpu", non_blocking=True)
+        pixels = self.finish(list(wanted.values())[-1]).cpu()  # the one wait for the device: `fine` has come before
+        self._check_finite(fine, images, seeds, labels, start)
+        return Samples(batch.positions, pixels, wanted)

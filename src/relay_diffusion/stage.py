@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -24,8 +25,10 @@ from relay_diffusion.diffusion import (
 )
 from relay_diffusion.diffusion.noise import mix_seeds
 from relay_diffusion.errors import UserError
+from relay_diffusion.finite_samples import finite, nonfinite_samples
 from relay_diffusion.gradients import GradientNorm, keep_fused, replace_nonfinite
 from relay_diffusion.networks import Condition, Conditioned, EDMPreconditioner, Graphed, GraphedTraining
+from relay_diffusion.sample_arguments import Integers, image_batch, label_tensor, seed_list
 from relay_diffusion.samplers import Sampler
 
 OptimizerFactory = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
@@ -35,9 +38,9 @@ class DiffusionStage(L.LightningModule):
     """A denoiser that learns to undo a corruption, and the sampler that turns it into images.
 
     `augment`: changes training images and tells the network how; sampling asks for unchanged ones.
-    `label_dropout`: share of labels hidden in training, for guidance. `guidance_scale` 1 is none; it is applied
-    where sigma lies in `guidance_interval` (null: everywhere), away from the estimate without class, or from that
-    of a weaker network if there is a `guide`.
+    `label_dropout`: share of labels hidden in training, which guidance away from the estimate without class needs.
+    `guidance_scale` 1 disables guidance; any other is applied where sigma lies in `guidance_interval` (null:
+    everywhere), away from the estimate without class, or from that of a weaker network if there is a `guide`.
     `cuda_graphs`: on a GPU, the network is replayed from graphs instead of launching its kernels one by one.
     `warmup_images`: the learning rate rises linearly over so many images. `seed` fixes the training noise:
     it is drawn anew from (seed, position in the data) at every step, so a resumed run repeats nothing.
@@ -205,8 +208,16 @@ class DiffusionStage(L.LightningModule):
 
     def guided(self, condition: Condition | None = None) -> Denoiser:
         """The denoiser with this stage's guidance around it. Raises UserError if there is nothing to guide with."""
+        known = self.num_classes > 0
+        if self.guidance_scale != 1 and self.guide is None and known and not self.label_dropout:
+            raise UserError(
+                f"guidance_scale={self.guidance_scale:g} needs a network that was trained without labels as well, and "
+                "this one was not (label_dropout=0): train with stage.label_dropout=0.1, or give a weaker checkpoint "
+                "as guide, which needs no label dropout; if it had some elsewhere, set changes.label_dropout=0.1 "
+                "(sample.py: +relay.stages.NAME.changes.label_dropout=0.1)"
+            )
         guide = None if self.guide is None else self._evaluator(self.guide, condition)
-        plain, known = self._evaluator(self.denoiser, condition), self.num_classes > 0
+        plain = self._evaluator(self.denoiser, condition)
         try:
             return guided(plain, self.guidance_scale, self.guidance_interval, guide, known)
         except ValueError as error:
@@ -225,32 +236,54 @@ class DiffusionStage(L.LightningModule):
             return denoiser
         return self._graphed.setdefault(id(denoiser), Graphed(denoiser))
 
-    def check_labels(self, labels: Tensor | None) -> None:
-        """Raise UserError if labels [B] are given that the network does not know."""
-        if labels is None or bool((labels < 0).all()):
-            return
-        if not self.num_classes:
-            raise UserError("class was given, but the model is unconditional: leave it out (class=null)")
-        if int(labels.max()) >= self.num_classes:
-            raise UserError(f"class {int(labels.max())} was asked for, but the model knows 0..{self.num_classes - 1}")
-
     @torch.no_grad()
     def sample(
         self,
         shape: Sequence[int],
-        seeds: Sequence[int],
-        labels: Tensor | None = None,
+        seeds: Integers,
+        labels: Integers | None = None,
         previous: Tensor | None = None,
     ) -> Tensor:
         """Images of `shape` [B,C,H,W] in about [-1, 1], float32, one for each seed.
 
-        labels: class indices [B], -1 or None for no class. previous: images [B,C,H/block,W/block] of the stage
-        before, for a stage that enlarges. Equal seeds give equal images, however they are batched.
-        Raises ValueError if the shapes do not fit, UserError for labels that the network does not know.
+        seeds: B integers of 0..2^63-1 as a range, list, array or tensor, or one integer. labels: class indices [B], -1
+        or None for no class, or one integer for all. previous: images [B,C,H/block,W/block] of the stage before, uint8
+        or in [-1, 1], for a stage that enlarges. Equal seeds give equal images, however they are batched.
+        Waits for the device. Raises ValueError if an argument does not fit, UserError for labels that the network does
+        not know, NonFiniteSamplesError (a UserError) if a sample holds nan or infinity.
         """
-        self.check_labels(labels)
-        noise = ImageSeeds(seeds, self.device, stream=shape[-1])  # stages must not share their noise
-        like = torch.empty(tuple(shape), device=self.device)
+        seeds = seed_list(seeds)
+        labels = label_tensor(labels, len(seeds), self.num_classes)
+        channels, size, block = self.image_channels, self.resolution, self.corruption.block
+        if tuple(shape) != (len(seeds), channels, size, size):
+            raise ValueError(
+                f"shape is {tuple(shape)}: must be {(len(seeds), channels, size, size)}, an image of this stage for "
+                "each of the seeds"
+            )
+        if previous is not None and block > 1:
+            previous = image_batch("previous", previous, (len(seeds), channels, size // block, size // block))
+        images = self.draw(seeds, labels, previous)
+        fine = finite(images).tolist()
+        if not all(fine):
+            who = str(self.origin.get("file", "this stage"))
+            draw = partial(self.draw, seeds, labels, previous)
+            raise nonfinite_samples(who, seeds, fine, self.sampler, draw)
+        return images
+
+    @torch.no_grad()
+    def draw(
+        self,
+        seeds: Sequence[int],
+        labels: Tensor | None = None,
+        previous: Tensor | None = None,
+        sampler: Sampler | None = None,
+    ) -> Tensor:
+        """As `sample`, for arguments known to fit, without waiting for the device: samples may be non-finite.
+
+        sampler: used instead of the stage's own.
+        """
+        noise = ImageSeeds(seeds, self.device, stream=self.resolution)  # stages must not share their noise
+        like = torch.empty(len(seeds), self.image_channels, self.resolution, self.resolution, device=self.device)
         start = self.corruption.start(like, previous, noise.randn_like)
         if labels is not None:
             labels = labels.to(self.device)
@@ -258,6 +291,6 @@ class DiffusionStage(L.LightningModule):
         training = self.training
         self.eval()
         try:
-            return self.sampler(denoise, start, noise.randn_like, labels).float()
+            return (sampler or self.sampler)(denoise, start, noise.randn_like, labels).float()
         finally:
             self.train(training)

@@ -80,7 +80,7 @@ def check_finite(weights: Mapping[str, Tensor], file: Path, what: str = "") -> N
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise UserError(
-                f"{file} holds weights that are not finite, first in {what}{_short(name)}: its training has failed, "
+                f"{file} holds weights that are not finite, first in {what}{short(name)}: its training has failed, "
                 "use an earlier checkpoint"
             )
 
@@ -90,7 +90,7 @@ def check_fits(weights: Mapping[str, Tensor], network: torch.nn.Module, file: Pa
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     stored = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     problems = [f"it lacks {name}" for name in expected if name not in stored]
-    problems += [f"it also holds {_short(name)}" for name in stored if name not in expected]
+    problems += [f"it also holds {short(name)}" for name in stored if name not in expected]
     problems += [
         f"{name} is {list(stored[name])}, not {list(shape)}"
         for name, shape in expected.items()
@@ -112,7 +112,7 @@ def check_changes(stored: Mapping[str, Any], changes: Mapping[str, Any], said: s
         if isinstance(before, Mapping) and isinstance(value, Mapping):
             check_changes(before, value, said, f"{key}.")
         elif _kind(before) != _kind(value):
-            raise UserError(f"{said}{key}={_short(value)} must be {_kind(before)}; stored is {_short(before)}")
+            raise UserError(f"{said}{key}={short(value)} must be {_kind(before)}; stored is {short(before)}")
 
 
 def _kind(value: Any) -> str:
@@ -126,13 +126,13 @@ def _check_tensors(weights: Any, key: str, file: Path) -> None:
         _wrong(file, key, weights, "a dictionary of tensors")
     for name, tensor in weights.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            _wrong(file, f"{key}[{_short(name)}]", tensor, "a tensor")
+            _wrong(file, f"{key}[{short(name)}]", tensor, "a tensor")
         if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise UserError(
-                f"{file} is damaged: {key}.{_short(name)} must hold float numbers, not {tensor.dtype} {tensor.layout}"
+                f"{file} is damaged: {key}.{short(name)} must hold float numbers, not {tensor.dtype} {tensor.layout}"
             )
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # expanded: of any size
-            raise UserError(f"{file} is damaged: {key}.{_short(name)} claims more numbers than it stores")
+            raise UserError(f"{file} is damaged: {key}.{short(name)} claims more numbers than it stores")
 
 
 def _check_plain(node: Any, key: str, file: Path, depth: int = 0) -> None:
@@ -142,8 +142,8 @@ def _check_plain(node: Any, key: str, file: Path, depth: int = 0) -> None:
     if isinstance(node, dict):
         for name, value in node.items():
             if not isinstance(name, str):
-                _wrong(file, f"{key}[{_short(name)}]", value, "under a name")
-            _check_plain(value, f"{key}.{_short(name)}", file, depth + 1)
+                _wrong(file, f"{key}[{short(name)}]", value, "under a name")
+            _check_plain(value, f"{key}.{short(name)}", file, depth + 1)
     elif isinstance(node, list | tuple):
         for index, value in enumerate(node):
             _check_plain(value, f"{key}[{index}]", file, depth + 1)
@@ -152,10 +152,10 @@ def _check_plain(node: Any, key: str, file: Path, depth: int = 0) -> None:
 
 
 def _wrong(file: Path, key: str, value: Any, wanted: str) -> NoReturn:
-    raise UserError(f"{file} is damaged: {key} must be {wanted}, not {type(value).__name__} {_short(value)}")
+    raise UserError(f"{file} is damaged: {key} must be {wanted}, not {type(value).__name__} {short(value)}")
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """A foreign value in one short line of ASCII."""
     try:
         said = str(tuple(value.shape)) if isinstance(value, Tensor) else ascii(value)

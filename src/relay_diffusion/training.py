@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +20,7 @@ from relay_diffusion.callbacks.preemption import leave_if_preempted, preempted
 from relay_diffusion.checkpoint import (
     KEPT,
     LAST,
+    check_loadable,
     find_checkpoint,
     find_stage,
     read_checkpoint,
@@ -60,6 +62,14 @@ def check_classes(data: ImageDataModule, num_classes: int) -> None:
         )
 
 
+def check_can_be_loaded(stage_config: dict[str, Any], trusted: Sequence[str]) -> None:
+    """Refuse a stage that could be trained, but not loaded from its checkpoint."""
+    try:
+        check_loadable(stage_config, trusted, Path(LAST))
+    except UserError as error:
+        raise UserError(f"stage: its checkpoint could not be loaded: {error}") from None
+
+
 def last_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint to continue from, and its content: this run's last, or else `resume`; None for a new run.
 
@@ -72,7 +82,7 @@ def last_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any]] | None:
     for path in own:
         if path.exists():
             try:
-                return path, read_checkpoint(path)
+                return path, read_checkpoint(path, cfg.trusted)
             except UserError as error:
                 failures.append(str(error))
                 print(f"warning: {error}; trying the checkpoint before", file=sys.stderr, flush=True)
@@ -81,7 +91,7 @@ def last_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any]] | None:
     if cfg.resume is None:
         return None
     with naming("resume"):
-        return find_checkpoint(cfg.resume), read_checkpoint(cfg.resume)
+        return find_checkpoint(cfg.resume), read_checkpoint(cfg.resume, cfg.trusted)
 
 
 def check_same_stage(path: Path, checkpoint: dict[str, Any], stage_config: dict[str, Any]) -> None:
@@ -170,6 +180,7 @@ def train(cfg: DictConfig) -> DiffusionStage:
                 f"unless trainer.max_images={cfg.trainer.max_images} grows"
             )
     stage: DiffusionStage = instantiate(cfg.stage, _convert_="all")
+    check_can_be_loaded(stage_config, cfg.trusted)
     stage.stage_config, stage.class_names = stage_config, data.dataset.class_names
     begun = begin_with(stage, cfg.init) if found is None and cfg.init is not None else None
     trainer: L.Trainer = instantiate(

@@ -21,6 +21,7 @@ from relay_diffusion.checks import (
     check_text,
     check_whole,
     is_number,
+    package_names,
     require,
     selected,
     shown,
@@ -84,6 +85,7 @@ def validate_training(cfg: DictConfig) -> None:
     check_complete(cfg)
     check_text(cfg, "run_id")
     check_directory(cfg, "run_dir")
+    package_names(cfg.trusted)
     for key in ("data", "data.dataset", "network", "stage", "stage.denoiser", "stage.denoiser.network"):
         check_built(cfg, key)
     for key in ("stage.corruption", "stage.loss", "stage.sampler", "stage.optimizer"):
@@ -212,6 +214,11 @@ def _check_stage(cfg: DictConfig) -> None:
     require(
         interval is None or cfg.stage.guidance_scale != 1,
         f"stage.guidance_interval={shown(interval)} has no use with stage.guidance_scale=1, which is no guidance",
+    )
+    require(
+        cfg.network.num_classes == 0 or cfg.stage.guidance_scale == 1 or cfg.stage.label_dropout > 0,
+        f"stage.guidance_scale={cfg.stage.guidance_scale} needs stage.label_dropout above 0, e.g. 0.1: the network "
+        "must also learn the estimate without class",
     )
     for key, idle in (("guidance_scale", 1), ("label_dropout", 0)):
         require(

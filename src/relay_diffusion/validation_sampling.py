@@ -20,6 +20,7 @@ from relay_diffusion.checks import (
     check_subset,
     check_text,
     check_whole,
+    package_names,
     require,
     selected,
     shown,
@@ -103,6 +104,7 @@ def validate_sampling(cfg: DictConfig) -> None:
     check_choice(cfg, "format", ("png", "zip"))
     check_flag(cfg, "npz")
     check_text(cfg, "run_id")
+    package_names(cfg.trusted)
     for key in ("run_dir", "output"):
         check_directory(cfg, key)
     if cfg.images is not None:

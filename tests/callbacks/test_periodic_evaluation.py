@@ -1,6 +1,7 @@
 """FID and sFID while a stage trains."""
 
 import csv
+import math
 import os
 
 import pytest
@@ -13,6 +14,7 @@ from relay_diffusion.diffusion.corruption import block_mean
 from relay_diffusion.errors import UserError
 from relay_diffusion.loading import load_stage
 from relay_diffusion.metrics import Evaluation, FIDMeasure, SFIDMeasure
+from relay_diffusion.stage import DiffusionStage
 from support import PROJECT, TINY, run
 
 INCEPTION = "callbacks.evaluation.evaluator.inception._target_"
@@ -153,3 +155,17 @@ def test_two_processes_measure_together(fit, tmp_path, small_zip, quick):
     for images, row in one.items():
         for key in ("eval/fid", "eval/sfid", "train/gradient_norm"):
             assert float(two[images][key]) == pytest.approx(float(row[key]), rel=1e-2), (images, key)
+
+
+def test_samples_that_are_not_finite_are_reported_and_not_logged(fit, tmp_path, quick, monkeypatch, capsys):
+    draw = DiffusionStage.draw
+
+    def poisoned(stage, seeds, *given):
+        return draw(stage, seeds, *given) * (math.nan if stage.images_seen == 8 else 1)
+
+    monkeypatch.setattr(DiffusionStage, "draw", poisoned)
+    assert fit("run", 16, *quick).images_seen == 16
+    assert [images for images, row in rows_of(tmp_path / "run").items() if row["eval/fid"]] == [16]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("warning: no evaluation at 8 images, this stage: the samples of seeds 0, 1, 2, 3 are")

@@ -1,5 +1,6 @@
 """Exported stages: what is written is what is loaded, and half an export is none."""
 
+import dataclasses
 import json
 import shutil
 
@@ -228,6 +229,16 @@ def test_the_loss_of_a_file_sets_the_noise(tmp_path, monkeypatch):
     rewritten(EDM, path, EDMLoss="VELoss")
     with pytest.raises(UserError, match="was trained with VELoss: give experiment=NAME"):
         convert.published_stage(path)
+
+
+def test_the_label_dropout_of_a_published_file_is_kept(monkeypatch):
+    monkeypatch.chdir(PROJECT)
+    official = convert.read_official(EDM)
+    assert official.label_dropout == convert.published_stage(EDM).label_dropout == 0
+    monkeypatch.setattr(
+        convert, "read_official", lambda path: dataclasses.replace(official, path=path, label_dropout=0.1)
+    )
+    assert convert.published_stage(EDM).label_dropout == 0.1  # so that guidance is accepted
 
 
 def test_own_checkpoints(stage, tmp_path, capsys):

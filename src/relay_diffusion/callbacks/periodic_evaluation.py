@@ -22,6 +22,7 @@ from relay_diffusion.data.image_sets import spread
 from relay_diffusion.data.images import to_float, to_uint8
 from relay_diffusion.diffusion.corruption import block_mean
 from relay_diffusion.errors import UserError
+from relay_diffusion.finite_samples import NonFiniteSamplesError
 from relay_diffusion.loggers import last_step, send_row
 from relay_diffusion.metrics import Evaluation
 from relay_diffusion.stage import DiffusionStage
@@ -32,8 +33,9 @@ class PeriodicEvaluation(Callback):
 
     `count` images from the seeds 0..count-1, dealt out to the devices, `batch_size` at once, with the classes of
     training images that are spread over the set; a relay stage starts from the block means of these images. Training
-    goes on as if it were not there. An amount of images that was measured before the run was continued is not measured
-    again. Raises UserError where the numbers make no sense.
+    goes on as if it were not there. If samples are not finite, that is reported and nothing is logged. An amount of
+    images that was measured before the run was continued is not measured again. Raises UserError where the numbers make
+    no sense.
     """
 
     def __init__(self, evaluator: Evaluator, every_n_images: int, count: int = 5_000, batch_size: int = 64) -> None:
@@ -82,19 +84,29 @@ class PeriodicEvaluation(Callback):
         self._measured = stage.images_seen
         with not_training(trainer):
             results = self._results(trainer, stage)
-        send_row(trainer.loggers, "eval", results, stage.images_seen)
+        if results is not None:
+            send_row(trainer.loggers, "eval", results, stage.images_seen)
 
-    def _results(self, trainer: L.Trainer, stage: DiffusionStage) -> dict[str, float]:
+    def _results(self, trainer: L.Trainer, stage: DiffusionStage) -> dict[str, float] | None:
+        """The numbers; None, and a warning, if the samples of any device are not finite. Collective."""
         assert self._evaluation is not None
         evaluation = self._evaluation.to(stage.device)
         evaluation.reset()
         mine = range(self.count)[trainer.global_rank :: trainer.world_size]
-        with averaged(trainer, stage):
-            for first in range(0, len(mine), self.batch_size):
-                positions = mine[first : first + self.batch_size]
-                evaluation.update(to_uint8(self._sample(trainer, stage, positions)), torch.tensor(positions))
-        results = evaluation.compute()
+        failure = None
+        try:
+            with averaged(trainer, stage):
+                for first in range(0, len(mine), self.batch_size):
+                    positions = mine[first : first + self.batch_size]
+                    evaluation.update(to_uint8(self._sample(trainer, stage, positions)), torch.tensor(positions))
+        except NonFiniteSamplesError as error:  # training goes on: its own checks decide whether it has diverged
+            failure = error
+            print(f"warning: no evaluation at {stage.images_seen:,} images, {error}", file=sys.stderr, flush=True)
+        all_finite = trainer.strategy.reduce_boolean_decision(failure is None, all=True)
+        results = evaluation.compute() if all_finite else None
         evaluation.cpu()
+        if results is None:
+            return None
         return {key: value for key, value in results.items() if key != "images"}
 
     def _sample(self, trainer: L.Trainer, stage: DiffusionStage, seeds: Sequence[int]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from relay_diffusion.callbacks.training_log import not_training
 from relay_diffusion.data.image_sets import spread
 from relay_diffusion.data.images import ImageDataset, to_float
 from relay_diffusion.diffusion.corruption import block_mean, upsample_blocks
+from relay_diffusion.finite_samples import NonFiniteSamplesError
 from relay_diffusion.pictures import image_grid, save_png, side_by_side
 from relay_diffusion.stage import DiffusionStage
 
@@ -34,8 +36,9 @@ class SampleGrid(Callback):
     """Samples with fixed seeds and the averaged weights, every `every_n_images` and at the end.
 
     Written to `directory`/images-<images seen>.png and sent to the loggers that take pictures, as samples/base or
-    samples/relay; a picture that is there is not drawn again. A relay stage starts from block means of `count`
-    training images, shown left of its output, the real images right of it; a first stage takes their classes.
+    samples/relay; a picture that is there is not drawn again. Samples that are not finite are reported instead. A relay
+    stage starts from block means of `count` training images, shown left of its output, the real images right of it; a
+    first stage takes their classes.
     """
 
     def __init__(self, directory: str, every_n_images: int, count: int = 16) -> None:
@@ -67,8 +70,12 @@ class SampleGrid(Callback):
         path = self.directory / f"images-{stage.images_seen:09d}.png"
         if not trainer.is_global_zero or path.exists():
             return
-        with not_training(trainer), averaged(trainer, stage):
-            picture = self.picture(stage, trainer.datamodule.dataset)  # type: ignore[attr-defined]
+        try:
+            with not_training(trainer), averaged(trainer, stage):
+                picture = self.picture(stage, trainer.datamodule.dataset)  # type: ignore[attr-defined]
+        except NonFiniteSamplesError as error:  # training goes on: its own checks decide whether it has diverged
+            print(f"warning: no {path.name}, {error}", file=sys.stderr, flush=True)
+            return
         save_png(picture, path)
         name = "samples/base" if stage.corruption.block == 1 else "samples/relay"
         for logger in trainer.loggers:

@@ -24,7 +24,7 @@ STEP, STAGE_END, END = 100, 800, 2500  # milliseconds
 
 
 class TrajectoryPicture(Callback):
-    """Watches the samplers make the first `count` images of the first device, then leaves them alone.
+    """Watches the samplers of a relay make the first `count` images of the first device, then leaves them alone.
 
     Written into `folder` as soon as those are made: trajectory.png, two rows an image (noisy states above the
     estimates of the clean image), some steps of each stage; trajectory.webp, all steps, one column an image.
@@ -42,8 +42,9 @@ class TrajectoryPicture(Callback):
             return
         assert isinstance(pl_module, Relay)
         self._side = min(pl_module.resolution, MAX_SIDE)
-        for name, stage in pl_module.chain().items():
-            self._watched[name] = stage.sampler = WatchedSampler(stage.sampler, self.count, self._side)
+        for name, sampler in pl_module.samplers.items():
+            self._watched[name] = WatchedSampler(sampler, self.count, self._side)
+        pl_module.samplers |= self._watched
 
     def on_predict_batch_end(
         self,
@@ -81,8 +82,7 @@ class TrajectoryPicture(Callback):
     def _stop_watching(self, pl_module: L.LightningModule) -> None:
         if self._watched:
             assert isinstance(pl_module, Relay)
-            for name, sampler in self._watched.items():
-                pl_module.chain()[name].sampler = sampler.sampler
+            pl_module.samplers |= {name: watched.sampler for name, watched in self._watched.items()}
         self._watched = {}
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from relay_diffusion.diffusion.corruption import GaussianCorruption, block_mean, expand
+from relay_diffusion.diffusion.corruption import GaussianCorruption, block_mean, check_images, expand
 from relay_diffusion.diffusion.noise import RandnLike
 from relay_diffusion.diffusion.schedule import LogNormal
 
@@ -40,6 +40,7 @@ class ConditionedCorruption(GaussianCorruption):
         """
         if previous is None:
             raise ValueError("a conditioned stage sees the images of the stage before: give `previous`")
+        check_images("previous", previous)
         height, width = (size * self.block for size in previous.shape[2:])
         if (*previous.shape[:2], height, width) != tuple(like.shape):
             raise ValueError(

@@ -24,6 +24,38 @@ def expand(sigma: Tensor, like: Tensor) -> Tensor:
     return sigma.view(-1, 1, 1, 1).to(like.device, non_blocking=True)
 
 
+def noise_levels(sigma: Tensor | float, count: int) -> Tensor:
+    """Noise levels of `count` images: one number or tensor [] for all, or a tensor [B] -> [B]; not copied.
+
+    Raises ValueError for another type, dtype or shape, and for a number that is not above 0 and finite. Values of
+    tensors are not looked at, which would wait for the device.
+    """
+    if not isinstance(sigma, Tensor):
+        if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not 0 < sigma < math.inf:
+            raise ValueError(f"sigma is {sigma!r}: must be a number above 0, or a tensor of floats [{count}]")
+        return torch.full((count,), float(sigma), device="cpu")
+    levels = sigma.expand(count) if sigma.ndim == 0 else sigma
+    if levels.shape != (count,) or not levels.is_floating_point():
+        raise ValueError(f"sigma is {sigma.dtype} of shape {tuple(sigma.shape)}: must be floats, one or [{count}]")
+    return levels
+
+
+def check_images(name: str, images: Tensor) -> None:
+    """Raise ValueError naming the argument unless images are floats [B,C,H,W]; values are not looked at."""
+    if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4:
+        given = (
+            f"{images.dtype} of shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        )
+        raise ValueError(f"{name} is {given}: must be floats [B,C,H,W]; uint8 images become such by pixels / 127.5 - 1")
+
+
+def _check_corrupted(x0: Tensor, noise: Tensor) -> None:
+    check_images("x0", x0)
+    check_images("noise", noise)
+    if noise.shape != x0.shape:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}: must be that of x0, {tuple(x0.shape)}")
+
+
 def upsample_blocks(images: Tensor, block: int) -> Tensor:
     """Repeat every pixel block x block times: [B,C,H,W] -> [B,C,H*block,W*block]; the end state of blurring."""
     return images.repeat_interleave(block, dim=-2).repeat_interleave(block, dim=-1)
@@ -52,9 +84,10 @@ class GaussianCorruption:
         """Noise of the forward process at sigma 1, like `like` [B,C,H,W]."""
         return randn_like(like)
 
-    def corrupt(self, x0: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-        """x0 [B,C,H,W], sigma [B] (may lie on the CPU), noise of `draw_noise` -> noisy images [B,C,H,W]."""
-        return torch.addcmul(x0, expand(sigma, x0), noise)
+    def corrupt(self, x0: Tensor, sigma: Tensor | float, noise: Tensor) -> Tensor:
+        """x0 [B,C,H,W], sigma [B] (may lie on the CPU) or a number, noise of `draw_noise` -> noisy images [B,C,H,W]."""
+        _check_corrupted(x0, noise)
+        return torch.addcmul(x0, expand(noise_levels(sigma, len(x0)), x0), noise)
 
 
 @lru_cache(maxsize=64)
@@ -98,6 +131,7 @@ class BlurringCorruption:
         """
         if previous is None:
             raise ValueError("a relay stage starts from the images of the stage before: give `previous`")
+        check_images("previous", previous)
         upsampled = upsample_blocks(previous.to(like), self.block)
         if upsampled.shape != like.shape:
             raise ValueError(
@@ -105,8 +139,9 @@ class BlurringCorruption:
             )
         return upsampled
 
-    def gains(self, sigma: Tensor) -> Tensor:
-        """Gain of each DCT coefficient at noise sigma: [B] -> [B,1,block,block]; the mean's is 1."""
+    def gains(self, sigma: Tensor | float) -> Tensor:
+        """Gain of each DCT coefficient at noise sigma: [B] -> [B,1,block,block], or one number; the mean's is 1."""
+        sigma = noise_levels(sigma, len(sigma) if isinstance(sigma, Tensor) and sigma.ndim else 1)
         widest = _widest_exponents(self.block, self.blur_sigma_max, sigma.dtype, sigma.device)
         share = torch.sin(self.schedule.level(sigma) * (math.pi / 2)) ** 4  # of the exponents: (b(u) / b_max)^2
         decay = torch.exp(share.view(-1, 1, 1, 1) * widest)
@@ -119,8 +154,10 @@ class BlurringCorruption:
             return white
         return add_block_noise(white, randn_like(like), self.block, self.block_strength)
 
-    def corrupt(self, x0: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-        """x0 [B,C,H,W], sigma [B] (may lie on the CPU), noise of `draw_noise` -> blurred and noisy images [B,C,H,W]."""
+    def corrupt(self, x0: Tensor, sigma: Tensor | float, noise: Tensor) -> Tensor:
+        """x0 [B,C,H,W], sigma [B] (may lie on the CPU) or a number, noise of `draw_noise` -> blurred, noisy images."""
+        _check_corrupted(x0, noise)
+        sigma = noise_levels(sigma, len(x0))
         return filter_and_add(x0, self.gains(sigma), sigma, noise)
 
 
@@ -136,5 +173,5 @@ class Corruption(Protocol):
     def draw_noise(self, like: Tensor, randn_like: RandnLike) -> Tensor:
         """Noise of the forward process at sigma 1, like `like` [B,C,H,W]."""
 
-    def corrupt(self, x0: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-        """x0 [B,C,H,W], sigma [B] (may lie on the CPU), noise of `draw_noise` -> noisy images [B,C,H,W]."""
+    def corrupt(self, x0: Tensor, sigma: Tensor | float, noise: Tensor) -> Tensor:
+        """x0 [B,C,H,W], sigma [B] (may lie on the CPU) or a number, noise of `draw_noise` -> noisy images [B,C,H,W]."""

@@ -20,6 +20,19 @@ def drop_labels(labels: Tensor, probability: float) -> Tensor:
     return labels.masked_fill(dropped, NO_CLASS)
 
 
+def check_label_tensor(labels: Tensor | None, count: int) -> None:
+    """Raise ValueError unless labels are None or integers [count]; values are not looked at."""
+    if labels is None:
+        return
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels is {type(labels).__name__}: must be a tensor of class indices [{count}], or None")
+    whole = not labels.is_floating_point() and labels.dtype != torch.bool
+    if labels.shape != (count,) or not whole:
+        raise ValueError(
+            f"labels is {labels.dtype} of shape {tuple(labels.shape)}: must be integers [{count}], one for each image"
+        )
+
+
 def check_guidance(scale: float, interval: Sequence[float] | None) -> None:
     """Raise ValueError unless `scale` is a number, and `interval` None or [lowest sigma, highest sigma]."""
     if not isinstance(scale, int | float) or not math.isfinite(scale):
@@ -101,14 +114,15 @@ def guided(
     guide: Denoiser | None = None,
     classes: bool = True,
 ) -> Denoiser:
-    """`plain` with guidance: away from `guide` if there is one, else from its estimate without class; scale 1 is none.
+    """`plain` with guidance: away from `guide` if there is one, else from its estimate without class.
 
-    `interval`: the sigmas where it is applied; None: all. `classes`: whether the network knows any.
-    Raises ValueError if there is nothing to guide with, or nothing that guidance would be for.
+    Scale 1 disables guidance, whatever the interval. `interval`: the sigmas where it is applied; None: all.
+    `classes`: whether the network knows any.
+    Raises ValueError if there is nothing to guide with, or a guide at scale 1.
     """
     if scale == 1:
-        if guide is not None or interval is not None:
-            raise ValueError("guidance_scale=1 is none: a guide or a guidance_interval needs another scale")
+        if guide is not None:
+            raise ValueError("guidance_scale=1 disables guidance: remove guide, or choose another scale, e.g. 2")
         return plain
     if guide is None and not classes:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -34,6 +35,7 @@ python -m relay_diffusion.interop.convert source=FILE destination=FOLDER [key=va
                without it, those of a first stage (conf/stage/base.yaml)
   dtype        of the stored weights: float32 (default) | float16 | bfloat16
   overwrite    false: refuse a folder that holds an export (default) | true: replace that
+  trusted      packages besides relay_diffusion whose classes the source or the experiment may name: my_package,other
 """
 PUBLISHED = (".pkl", ".pt")
 _SAME = ("resolution", "image_channels", "channels", "channel_mult", "blocks", "num_classes")
@@ -56,6 +58,7 @@ class ConvertOptions:
     experiment: str | None = None
     dtype: Dtype = Dtype.float32
     overwrite: bool = False
+    trusted: str = ""
 
 
 def convert(options: ConvertOptions) -> DiffusionStage:
@@ -66,13 +69,14 @@ def convert(options: ConvertOptions) -> DiffusionStage:
         raise UserError(f"destination={options.destination}: is the source itself; choose another name")
     for file in (EXPORT_STAGE, EXPORT_WEIGHTS):
         refuse_existing(destination / file, "destination", options.overwrite)
+    trusted = [name.strip() for name in options.trusted.strip("[]").split(",") if name.strip()]
     if source.suffix in PUBLISHED:
-        stage = published_stage(source, options.experiment)
+        stage = published_stage(source, options.experiment, trusted)
         origin = {"file": source.name, "sha256": file_sha256(source)}
     elif options.experiment is not None:
         raise UserError(f"experiment={options.experiment}: {source} says itself what stage it holds; leave it out")
     else:
-        stage = load_stage(source)
+        stage = load_stage(source, trusted=trusted)
         origin = {"file": Path(stage.origin["file"]).name, "sha256": stage.origin["sha256"]}
     assert stage.stage_config is not None
     export_stage(
@@ -87,11 +91,12 @@ def convert(options: ConvertOptions) -> DiffusionStage:
     return stage
 
 
-def published_stage(path: Path, experiment: str | None = None) -> DiffusionStage:
+def published_stage(path: Path, experiment: str | None = None, trusted: Sequence[str] = ()) -> DiffusionStage:
     """A stage around the network of a published checkpoint; the rest of it is that of `experiment`.
 
-    Without one it is a first stage, with the noise levels that the file was trained at, if it says so. Raises UserError
-    naming the file, or what disagrees.
+    Without one it is a first stage, with the noise levels that the file was trained at, if it says so. The share of
+    labels hidden in training is that of the file, if it says more than 0. `trusted`: as for load_stage. Raises
+    UserError naming the file, or what disagrees.
     """
     official = read_official(path)
     config = _compose(experiment)
@@ -109,7 +114,9 @@ def published_stage(path: Path, experiment: str | None = None) -> DiffusionStage
     }
     for part in ("denoiser", "loss"):
         config[part]["sigma_data"] = official.sigma_data
-    stage = build_stored(config, CONF / "train.yaml" if experiment is None else CONF / f"experiment/{experiment}.yaml")
+    config["label_dropout"] = official.label_dropout or config["label_dropout"]
+    source = CONF / "train.yaml" if experiment is None else CONF / f"experiment/{experiment}.yaml"
+    stage = build_stored(config, source, trusted)
     if not isinstance(stage, DiffusionStage):
         raise UserError(f"experiment={experiment} describes a {type(stage).__name__}, not a DiffusionStage")
     stage.denoiser.network.load_state_dict(from_official(official.weights, stage.denoiser.network))

@@ -167,6 +167,7 @@ class OfficialCheckpoint:
     """The averaged network of a published file; settings and weights fit.
 
     `settings`: constructor settings of our UNet. `weights`: by published name. `loss`: what the file says of its loss.
+    `label_dropout`: share of labels hidden in training, as far as the file knows.
     """
 
     path: Path
@@ -174,6 +175,7 @@ class OfficialCheckpoint:
     sigma_data: float
     weights: dict[str, Tensor]
     loss: PersistentObject | None
+    label_dropout: float = 0.0
 
     def denoiser(self) -> EDMPreconditioner:
         """The network with its weights, in eval mode."""
@@ -228,10 +230,13 @@ def read_official(path: str | Path) -> OfficialCheckpoint:
         outer = constructor_arguments(ema, EDM_PRECOND)
         network = ema.state["_modules"]["model"]
         _check_class(network, "DhariwalUNet", path)
-        settings = unet_settings(constructor_arguments(network, DHARIWAL_UNET))
+        arguments = constructor_arguments(network, DHARIWAL_UNET)
+        settings, label_dropout = unet_settings(arguments), arguments["label_dropout"]
         sigma_data = outer["sigma_data"]
         if not (isinstance(sigma_data, int | float) and 0 < sigma_data < 1e3):
             raise ValueError("its sigma_data makes no sense")
+        if not (isinstance(label_dropout, int | float) and 0 <= label_dropout <= 1):
+            raise ValueError("its label_dropout makes no sense")
         weights = _idle_attention(settings) | dict(_parameters(ema, "", set()))
     except UserError:
         raise
@@ -239,7 +244,7 @@ def read_official(path: str | Path) -> OfficialCheckpoint:
         detail = ascii(str(error))[1:-1][:120]
         raise UserError(f"{path} is not put together as a published checkpoint is ({detail})") from None
     stored_loss = loss if isinstance(loss, PersistentObject) else None
-    checkpoint = OfficialCheckpoint(path, settings, float(sigma_data), weights, stored_loss)
+    checkpoint = OfficialCheckpoint(path, settings, float(sigma_data), weights, stored_loss, float(label_dropout))
     checkpoint.check()
     return checkpoint
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from relay_diffusion.diffusion.corruption import check_images, noise_levels
+from relay_diffusion.diffusion.guidance import check_label_tensor
 from relay_diffusion.networks.unet import UNet
 
 
@@ -27,16 +29,19 @@ class EDMPreconditioner(nn.Module):
     def forward(
         self,
         x: Tensor,
-        sigma: Tensor,
+        sigma: Tensor | float,
         labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
         condition: Condition | None = None,
     ) -> Tensor:
         """x [B,C,H,W], sigma [B], labels [B] or None, augment_labels [B,A] or None -> estimate of x0, float32.
 
-        sigma may lie on the CPU, where a sampler keeps it. A condition is scaled by c_in of its own level.
+        sigma may lie on the CPU, where a sampler keeps it, or be one number. A condition is scaled by c_in of its own
+        level. Raises ValueError for integer images, and for another number of noise levels or labels than of images.
         """
-        x, sigma = x.float(), sigma.float()
+        check_images("x", x)
+        check_label_tensor(labels, len(x))
+        x, sigma = x.float(), noise_levels(sigma, len(x)).float()
         total = sigma**2 + self.sigma_data**2
         c_skip = self.sigma_data**2 / total
         c_out = sigma * self.sigma_data / total.sqrt()

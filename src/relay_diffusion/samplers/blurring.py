@@ -13,7 +13,7 @@ from relay_diffusion.diffusion.dct import block_filter
 from relay_diffusion.diffusion.guidance import Denoiser
 from relay_diffusion.diffusion.noise import RandnLike
 from relay_diffusion.diffusion.schedule import karras_sigmas
-from relay_diffusion.samplers.state import second_order, state_dtype
+from relay_diffusion.samplers.state import initial_state, second_order
 
 
 class BlurringSampler:
@@ -59,7 +59,7 @@ class BlurringSampler:
     @torch.no_grad()
     def __call__(self, denoise: Denoiser, start: Tensor, randn_like: RandnLike, labels: Tensor | None = None) -> Tensor:
         """start: upsampled images [B,C,H,W] in [-1, 1]; labels [B] or None -> images [B,C,H,W], state's dtype."""
-        x = start.to(state_dtype(start.device))
+        x = initial_state(start, labels)
         x = torch.add(x, self.corruption.draw_noise(x, randn_like), alpha=self.sigmas[0])
         ones = torch.ones(len(x), dtype=torch.float64, device="cpu")  # wrappers may look at sigma without waiting
         gains = self.corruption.gains(x.new_tensor(self.sigmas))[:, None]  # of all levels at once: [levels,1,1,s,s]

@@ -11,7 +11,7 @@ from torch import Tensor
 from relay_diffusion.diffusion.guidance import Denoiser
 from relay_diffusion.diffusion.noise import RandnLike
 from relay_diffusion.diffusion.schedule import karras_sigmas
-from relay_diffusion.samplers.state import second_order, state_dtype
+from relay_diffusion.samplers.state import initial_state, second_order
 
 
 class EDMSampler:
@@ -69,7 +69,7 @@ class EDMSampler:
     @torch.no_grad()
     def __call__(self, denoise: Denoiser, start: Tensor, randn_like: RandnLike, labels: Tensor | None = None) -> Tensor:
         """start: unit-variance noise [B,C,H,W]; labels [B] or None -> images [B,C,H,W] in the state's dtype."""
-        x = start.to(state_dtype(start.device)) * self.sigmas[0]
+        x = initial_state(start, labels) * self.sigmas[0]
         ones = torch.ones(len(x), dtype=torch.float64, device="cpu")  # wrappers may look at sigma without waiting
         for sigma, sigma_next in zip(self.sigmas, self.sigmas[1:], strict=False):
             gamma = self._gamma(sigma)

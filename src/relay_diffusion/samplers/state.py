@@ -5,10 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from relay_diffusion.diffusion.corruption import check_images
+from relay_diffusion.diffusion.guidance import check_label_tensor
+
 
 def state_dtype(device: torch.device) -> torch.dtype:
     """float64, where the device has it: hundreds of small steps add up (Apple's GPUs have none)."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def initial_state(start: Tensor, labels: Tensor | None) -> Tensor:
+    """What a sampler starts from [B,C,H,W], in the precision of its state.
+
+    Raises ValueError unless `start` are floats, and `labels` None or integers [B].
+    """
+    check_images("start", start)
+    check_label_tensor(labels, len(start))
+    return start.to(state_dtype(start.device))
 
 
 def second_order(both: Tensor, residual: Tensor, ratio: float) -> Tensor:
