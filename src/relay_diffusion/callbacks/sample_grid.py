@@ -49,16 +49,18 @@ class SampleGrid(Callback):
         self._every.start(pl_module.images_seen)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
-        """Draw when due."""
+        """Draw when due; the end of training in on_train_epoch_end, after it is saved."""
         assert isinstance(pl_module, DiffusionStage)
-        if self._every(pl_module.images_seen):
+        if self._every(pl_module.images_seen) and not trainer.should_stop:
             self._draw(trainer, pl_module)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the end of training, unless that was just done."""
         assert isinstance(pl_module, DiffusionStage)
         if preempted(trainer):
             return  # what is left of the time is for the checkpoint
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         if self._every.images > 0 and self._shown != pl_module.images_seen:
             self._draw(trainer, pl_module)
 
