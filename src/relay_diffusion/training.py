@@ -220,5 +220,5 @@ def _how_it_ended(cfg: DictConfig, trainer: L.Trainer, stage: DiffusionStage) ->
         where += ", times in fit-profile*.txt"
     reason = why_stopped(trainer) if stage.images_seen < cfg.trainer.max_images else ""
     if reason:
-        return f"stopped early by {reason}: trained on {done} of {cfg.trainer.max_images:,} images; all is in {where}"
+        return f"stopped early ({reason}): trained on {done} of {cfg.trainer.max_images:,} images; all is in {where}"
     return f"trained on {done} images; all is in {where}"

@@ -152,7 +152,8 @@ class Checkpoints(Checkpoint):
         last = self.directory / LAST
         kept = self.directory / f"images-{self._saved:012d}.ckpt" if self._last_is_whole and self.keep else None
         self._write(trainer, stage, last, kept)
-        self._due, self._last_is_whole, self._saved = False, True, stage.images_seen
+        self._due, self._last_is_whole = False, True
+        self._saved, self._refused = stage.images_seen, -1
         for logger in trainer.loggers if self.upload and trainer.is_global_zero else []:
             if hasattr(logger, "log_file"):
                 logger.log_file(last, "model", stage.images_seen)

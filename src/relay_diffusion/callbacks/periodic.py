@@ -59,12 +59,12 @@ class PeriodicMeasurement(Callback, ABC):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the end of training, unless that was just done."""
         assert isinstance(pl_module, DiffusionStage)
-        if self._every.images > 0 and not preempted(trainer) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self._every.images > 0 and not preempted(trainer):
             self._log(trainer, pl_module)
 
     @torch.no_grad()
     def _log(self, trainer: L.Trainer, stage: DiffusionStage) -> None:
-        if stage.images_seen == self._measured:
+        if stage.images_seen == self._measured or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._measured = stage.images_seen
         if stage.images_seen <= self._before:

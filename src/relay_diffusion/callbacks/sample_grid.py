@@ -59,15 +59,13 @@ class SampleGrid(Callback):
         assert isinstance(pl_module, DiffusionStage)
         if preempted(trainer):
             return  # what is left of the time is for the checkpoint
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
         if self._every.images > 0 and self._shown != pl_module.images_seen:
             self._draw(trainer, pl_module)
 
     def _draw(self, trainer: L.Trainer, stage: DiffusionStage) -> None:
         self._shown = stage.images_seen
         path = self.directory / f"images-{stage.images_seen:09d}.png"
-        if not trainer.is_global_zero or path.exists():
+        if not trainer.is_global_zero or path.exists() or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         with not_training(trainer), averaged(trainer, stage):
             picture = self.picture(stage, trainer.datamodule.dataset)  # type: ignore[attr-defined]
