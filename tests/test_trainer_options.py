@@ -91,7 +91,7 @@ def clock(monkeypatch):
 
     monkeypatch.setattr(TimeLimit, "on_train_batch_end", on_train_batch_end)
     monkeypatch.setattr(TimeLimit, "load_state_dict", load_state_dict)
-    monkeypatch.setattr(TimeLimit, "time_elapsed", lambda self, stage="train": seconds[0] + self._offset)
+    monkeypatch.setattr(TimeLimit, "time_elapsed", lambda self, *_: seconds[0] + self._offset)
     return seconds
 
 

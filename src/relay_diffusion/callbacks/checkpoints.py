@@ -77,12 +77,13 @@ class Checkpoints(Checkpoint):
     def on_save_checkpoint(
         self,
         trainer: L.Trainer,
-        pl_module: L.LightningModule,  # noqa: ARG002
+        pl_module: L.LightningModule,
         checkpoint: dict[str, Any],
     ) -> None:
-        """Note what the images are and how they were dealt out: a run may continue in another way, and says so."""
+        """Note what the images are and how they were dealt out, and whether the state is the best so far."""
+        assert isinstance(pl_module, DiffusionStage)
         checkpoint["dealt"] = dealt(trainer, trainer.datamodule)  # type: ignore[attr-defined]
-        if self._best is not None:
+        if self._best is not None and self._best["images_seen"] == pl_module.images_seen:
             checkpoint["best"] = dict(self._best)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -137,20 +138,24 @@ class Checkpoints(Checkpoint):
         assert isinstance(pl_module, DiffusionStage)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self._save_last(trainer, pl_module)
+        # what was measured after the last save has changed the state of callbacks that monitor it
+        others = [c for c in trainer.callbacks if getattr(c, "monitor", None) is not None and c is not self]  # type: ignore[attr-defined]
+        self._save_last(trainer, pl_module, again=bool(others) and not preempted(trainer))
         self._save_best(trainer, pl_module)
         if self.monitor is not None and not self._measured and trainer.is_global_zero and not preempted(trainer):
             _warn(f"{self.monitor_option}={self.monitor} was never logged: {self.directory / BEST} was not written")
 
-    def _save_last(self, trainer: L.Trainer, stage: DiffusionStage) -> None:
-        if stage.images_seen in (self._saved, self._refused):
-            self._due = False
+    def _save_last(self, trainer: L.Trainer, stage: DiffusionStage, again: bool = False) -> None:
+        saved = stage.images_seen == self._saved
+        if stage.images_seen == self._refused or (saved and not again):
+            self._due = self._due and not saved
             return
         if not self._good(trainer, stage):
             self._refused = stage.images_seen
             return
         last = self.directory / LAST
-        kept = self.directory / f"images-{self._saved:012d}.ckpt" if self._last_is_whole and self.keep else None
+        keeps = self._last_is_whole and self.keep and not saved
+        kept = self.directory / f"images-{self._saved:012d}.ckpt" if keeps else None
         self._write(trainer, stage, last, kept)
         self._due, self._last_is_whole = False, True
         self._saved, self._refused = stage.images_seen, -1

@@ -106,5 +106,9 @@ def why_stopped(trainer: L.Trainer) -> str:
     """What ended training before it had seen all images, in the words of the options; "" if nothing did."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     own = [c.stopped for c in callbacks if isinstance(c, StopAfterBatches | TimeLimit)]
-    early = [(c.stopping_reason_message or "").removesuffix(" Signaling Trainer to stop.") for c in callbacks if isinstance(c, EarlyStopping)]
+    early = [
+        (c.stopping_reason_message or "").removesuffix(" Signaling Trainer to stop.")
+        for c in callbacks
+        if isinstance(c, EarlyStopping)
+    ]
     return next(filter(None, own + early), "")
