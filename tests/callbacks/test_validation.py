@@ -123,7 +123,7 @@ def test_images_that_are_trained_on_are_refused(fit, data):
         fit("run", 8, *data, *OFTEN, "data.dataset.subset=''")
 
 
-def test_images_that_are_not_there_are_named(fit, small_zip):
+def test_images_that_are_not_there_are_named(fit):
     with pytest.raises(Exception, match=r"callbacks\.validation\.dataset\.subset=heldout: not in") as caught:
         fit("run", 8, *OFTEN)
     assert isinstance(caught.value.__cause__, UserError)
@@ -138,3 +138,9 @@ def test_other_classes_are_refused(fit, data):
 def test_numbers_that_make_no_sense_are_named(split_zip, setting):
     with pytest.raises(ValueError, match=f"{setting}=0"):
         Validation(ImageDataset(split_zip, 16, "heldout"), 8, **{setting: 0})
+
+
+def test_it_goes_with_the_evaluation_of_samples(configuration):
+    callbacks = configuration("train", "callbacks=evaluated", "+callbacks/parts@callbacks=validation").callbacks
+    assert {"evaluation", "validation", "ema"} < set(callbacks)
+    assert callbacks.validation == configuration("train", "callbacks=validation").callbacks.validation
