@@ -101,7 +101,7 @@ class NonfiniteSteps:
         after = torch.where(good_loss & good_gradient, 0, self.count + 1)
         if taken is not None:  # skipped with a finite loss: the scale was too large, which says nothing of the weights
             after = torch.where(good_loss & ~taken.to(after.device), self.count, after)
-        self.count, self._finite_loss = after.to(torch.int32), None
+        self.count, self._finite_loss = after, None
 
     def now(self) -> int:
         """The present count; waits for the device."""

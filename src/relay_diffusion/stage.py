@@ -202,13 +202,15 @@ class DiffusionStage(L.LightningModule):
         for update in self.after_step:
             update()
 
-    def on_fit_start(self) -> None:
-        """Count non-finite steps anew."""
+    def setup(self, stage: str) -> None:  # noqa: ARG002
+        """Count non-finite steps anew, and forget what a fit that failed has left."""
         self.nonfinite_steps = NonfiniteSteps()
+        self.after_step.clear()
 
     def on_fit_end(self) -> None:
-        """Give the memory of the graphs back."""
+        """Give the memory of the graphs and of what followed the steps back."""
         self._graphed_training = GraphedTraining(self.denoiser)
+        self.after_step.clear()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what rebuilds and continues this stage."""

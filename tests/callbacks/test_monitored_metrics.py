@@ -12,7 +12,7 @@ from relay_diffusion.config import validate_training
 from relay_diffusion.diffusion import DenoisingLoss
 from relay_diffusion.errors import UserError
 from relay_diffusion.loading import load_stage
-from support import assert_same_weights, weights_of
+from support import TINY, assert_same_weights, run, weights_of
 
 STOPPING = "+callbacks.stopping._target_=lightning.pytorch.callbacks.EarlyStopping"
 MEASURED = ("+callbacks.measured._target_=test_monitored_metrics.Measured", "+callbacks.measured.every_n_images=4")
@@ -104,6 +104,17 @@ def test_the_best_checkpoint_is_kept(fit, tmp_path):
 def test_higher_can_be_better(fit, tmp_path):
     fit("run", 20, *MEASURED, "callbacks.checkpoints.best=eval/fid", "callbacks.checkpoints.best_mode=max")
     assert best_of(tmp_path / "run")["best"]["value"] == 5.0
+
+
+def test_two_processes_agree_on_the_best(tmp_path, small_zip):
+    """Each of them measures another speed."""
+    result = run(
+        "train.py", *TINY, "resolution=16", f"data.dataset.path={small_zip}", f"run_dir={tmp_path / 'run'}",
+        "strategy=ddp_cpu", "trainer.max_images=40", "callbacks.checkpoints.best=train/images_per_second",
+        "callbacks.checkpoints.best_mode=max",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert best_of(tmp_path / "run")["best"]["metric"] == "train/images_per_second"
 
 
 def test_the_best_of_the_end_is_kept_too(fit, tmp_path):

@@ -117,7 +117,8 @@ class Checkpoints(Checkpoint):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         """Compare the monitored metric, which was just logged, with its best value."""
         assert self.monitor is not None
-        value = float(trainer.callback_metrics[self.monitor])
+        # of rank 0 on all of them: speeds differ
+        value: float = trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]))
         self._measured = True
         sign = 1 if self.best_mode == "min" else -1
         if math.isfinite(value) and (self._best is None or sign * value < sign * self._best["value"]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -40,7 +40,6 @@ class EMA(Callback):
         self.half_life_images, self.ramp_up = half_life_images, ramp_up
         self.weights: dict[str, Tensor] = {}
         self._seen = 0
-        self._update: Callable[[], None] | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         """Start from the present weights, or bring loaded ones to the device."""
@@ -49,14 +48,7 @@ class EMA(Callback):
         source = self.weights or present
         self.weights = {k: source[k].detach().to(p.device, torch.float32, copy=True) for k, p in present.items()}
         self._seen = pl_module.images_seen
-        self._update = partial(self._move, pl_module)
-        pl_module.after_step.append(self._update)
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Stop averaging with the end of training."""
-        assert isinstance(pl_module, DiffusionStage)
-        if self._update in pl_module.after_step:
-            pl_module.after_step.remove(self._update)
+        pl_module.after_step.append(partial(self._move, pl_module))
 
     @torch.no_grad()
     def _move(self, stage: DiffusionStage) -> None:
