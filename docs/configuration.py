@@ -13,6 +13,7 @@ from typing import NamedTuple
 import yaml
 
 from relay_diffusion.config import CONF
+from relay_diffusion.validation import UNSUPPORTED
 
 DOCS = Path(__file__).resolve().parent
 GROUPS = {
@@ -36,8 +37,8 @@ HEAD = """\
 Every group and key, written by `python docs/configuration.py` from the yaml files in `conf/`. `GROUP=CHOICE` chooses a
 file, `KEY=VALUE` sets a key, both for `train.py` or `sample.py`; `--cfg job` after them prints what they make. `${...}`
 takes the value of another key. What an experiment sets is in its file. `sample.py` changes trained stages by
-`relay.stages.NAME.changes.KEY=VALUE`. A key that is not listed, such as another of a class or of Lightning's Trainer,
-is added by `+KEY=VALUE`.
+`relay.stages.NAME.changes.KEY=VALUE`. A key of a class that is not listed is added by `+KEY=VALUE`. Training takes the
+options of Lightning's Trainer that are listed under `trainer` and `strategy`; the last section says why not the others.
 """
 
 
@@ -136,6 +137,8 @@ def document() -> str:
             lines += [f"### {heading}", "", introduction(text) + _defaults(text), ""]
             lines += table(rows(text, _prefix(group, text)))
         lines += [""] if group == "experiment" else []
+    lines += ["## Options of Lightning's Trainer that training does not take", "", "| option | why, or what to use |"]
+    lines += ["| --- | --- |", *(f"| `{option}` | {reason} |" for option, reason in UNSUPPORTED.items())]
     return "\n".join(lines).rstrip() + "\n"
 
 

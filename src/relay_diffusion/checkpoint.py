@@ -19,7 +19,7 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.files import file_sha256, parse_json
 from relay_diffusion.stored import check_changes, check_finite, check_fits, check_resumable, check_stored, short
 
-LAST = "last.ckpt"
+LAST, BEST = "last.ckpt", "best.ckpt"
 KEPT = "images-*.ckpt"  # earlier ones, with the images they have seen in twelve digits
 EXPORT_STAGE, EXPORT_WEIGHTS = "stage.json", "weights.safetensors"  # the files of an exported stage
 EXPORT_FORMAT = 1

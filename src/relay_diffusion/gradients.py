@@ -1,4 +1,4 @@
-"""Gradients: those that are not finite are replaced, as published, instead of spoiling the weights; their norm."""
+"""Gradients: non-finite ones are replaced, as published; their norm; steps without anything finite."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -46,21 +47,65 @@ class GradientNorm:
     def __init__(self) -> None:
         self._sums: Tensor | None = None  # of the norms, and how many
 
-    def add(self, parameters: Iterable[torch.nn.Parameter], taken: Tensor | None = None) -> None:
-        """Count a step's gradients; `taken`, a bool on the device, says whether the step will take place."""
+    def add(self, parameters: Iterable[torch.nn.Parameter], taken: Tensor | None = None) -> Tensor:
+        """Count the norm of a step's gradients, and return it.
+
+        `taken`, a bool on the device, says whether the step will take place.
+        """
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients:
-            return
+            return torch.zeros(())
         norm = torch.nn.utils.get_total_norm(gradients).float()
         step = torch.stack([norm, torch.ones_like(norm)])
         step = step if taken is None else torch.where(taken.to(step.device), step, 0.0)
         self._sums = step if self._sums is None else self._sums + step
+        return norm
 
     def take(self) -> float | None:
         """The mean since the last call; None if there was no step."""
         total, steps = (0.0, 0.0) if self._sums is None else self._sums.tolist()
         self._sums = None
         return total / steps if steps else None
+
+
+class NonfiniteSteps:
+    """Count consecutive optimizer steps without a finite loss or without a finite gradient, on the device.
+
+    A step counts if the loss of every image (of all micro-batches and ranks), or every gradient element, is not
+    finite; a step with a finite loss and a finite gradient sets the count back to 0. Steps that the fp16 loss scaler
+    skips because of their gradients change nothing; losses are not scaled, so a non-finite one always counts.
+    """
+
+    def __init__(self) -> None:
+        self.count: Tensor | None = None  # int32 scalar; None before the first step
+        self._finite_loss: Tensor | None = None
+
+    def add_losses(self, per_image: Tensor) -> None:
+        """Note the losses [B] of a micro-batch."""
+        finite = per_image.isfinite().any()
+        self._finite_loss = finite if self._finite_loss is None else self._finite_loss | finite
+
+    def end_step(self, finite_gradient: Tensor, taken: Tensor | None = None, world_size: int = 1) -> None:
+        """Count an optimizer step. Every rank must call.
+
+        finite_gradient: bool on the device, whether any gradient element was finite; equal on all ranks.
+        taken: bool on the device, whether the loss scaler lets the step take place; None without one.
+        """
+        assert self._finite_loss is not None, "no losses were added"
+        finite_loss = self._finite_loss.to(torch.int32)
+        if world_size > 1:
+            dist.all_reduce(finite_loss, dist.ReduceOp.MAX)
+        good_loss, good_gradient = finite_loss.bool(), finite_gradient.to(finite_loss.device)
+        if self.count is None:
+            self.count = torch.zeros((), dtype=torch.int32, device=finite_loss.device)
+        after = torch.where(good_loss & good_gradient, 0, self.count + 1)
+        if taken is not None:  # skipped with a finite loss: the scale was too large, which says nothing of the weights
+            after = torch.where(good_loss & ~taken.to(after.device), self.count, after)
+        self.count, self._finite_loss = after, None
+
+    def now(self) -> int:
+        """The present count; waits for the device."""
+        return 0 if self.count is None else int(self.count)
 
 
 def _walkable(gradient: Tensor) -> bool:

@@ -26,7 +26,7 @@ from relay_diffusion.diffusion import (
 from relay_diffusion.diffusion.noise import mix_seeds
 from relay_diffusion.errors import UserError
 from relay_diffusion.finite_samples import finite, nonfinite_samples
-from relay_diffusion.gradients import GradientNorm, keep_fused, replace_nonfinite
+from relay_diffusion.gradients import GradientNorm, NonfiniteSteps, keep_fused, replace_nonfinite
 from relay_diffusion.networks import Condition, Conditioned, EDMPreconditioner, Graphed, GraphedTraining
 from relay_diffusion.sample_arguments import Integers, image_batch, label_tensor, seed_list
 from relay_diffusion.samplers import Sampler
@@ -89,11 +89,14 @@ class DiffusionStage(L.LightningModule):
         self.warmup_images, self.seed = warmup_images, seed
         self.images_seen = 0  # images whose gradients the weights have seen
         self.replaced_gradients: Tensor | int = 0  # non-finite gradient elements replaced so far
-        self.gradient_norm = GradientNorm()  # of what the optimizer gets
+        self.gradient_norm = GradientNorm()  # non-finite elements replaced, before clipping
+        self.nonfinite_steps = NonfiniteSteps()
+        self.after_step: list[Callable[[], None]] = []  # called after each optimizer step, before any callback's hook
         self.stage_config: dict[str, Any] | None = None  # what a checkpoint rebuilds the stage from
         self.class_names: list[str] = []
         self.origin: dict[str, Any] = {}  # which file and weights a loaded stage came from
         self._pending = 0  # images of the present step
+        self._norm: Tensor | None = None  # of the present step's gradients
         self._base_lrs: list[float] = []
 
     @property
@@ -132,6 +135,7 @@ class DiffusionStage(L.LightningModule):
         denoised = self.training_denoiser(noisy, sigma, labels, augment_labels, self.training_condition(x0))
         per_image = self.loss(denoised, x0, sigma).mean(dim=(1, 2, 3))
         self._pending += len(images) * self.trainer.world_size
+        self.nonfinite_steps.add_losses(per_image.detach())
         # as published, the sum over an image's elements: it keeps gradients far above Adam's epsilon
         return {"loss": per_image.mean() * x0[0].numel(), "per_image": per_image.detach(), "sigma": sigma}
 
@@ -161,26 +165,55 @@ class DiffusionStage(L.LightningModule):
         return optimizer
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Set the warmed-up learning rate, replace gradients that are not finite, and count their norm."""
+        """Set the warmed-up learning rate, replace and count non-finite gradients, and note their norm."""
         warmth = min(self.images_seen / self.warmup_images, 1.0) if self.warmup_images else 1.0
         for group, lr in zip(optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = lr * warmth
         replaced = replace_nonfinite(self.denoiser.parameters())
+        elements = sum(p.grad.numel() for p in self.denoiser.parameters() if p.grad is not None)
         self.replaced_gradients = self.replaced_gradients + replaced
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # unscaled by now
         taken = replaced == 0 if scaled else None  # with fp16, Lightning leaves a step with infinite gradients out
-        self.gradient_norm.add(self.denoiser.parameters(), taken)
+        self.nonfinite_steps.end_step(replaced < elements, taken, self.trainer.world_size)
+        self._norm = self.gradient_norm.add(self.denoiser.parameters(), taken)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,  # noqa: ARG002
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradients, after non-finite ones were replaced: their L2 norm, or each element.
+
+        Lightning's own clipping refuses a fused optimizer under mixed precision, where it is sound: gradients are
+        unscaled by now.
+        """
+        if not gradient_clip_val:
+            return
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(self.denoiser.parameters(), gradient_clip_val)
+        else:
+            assert self._norm is not None  # noted just before
+            torch.nn.utils.clip_grads_with_norm_(self.denoiser.parameters(), gradient_clip_val, self._norm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then count the step's images."""
+        """Step, count the step's images, then call `after_step`."""
         super().optimizer_step(*args, **kwargs)
         self.denoiser.zero_grad()  # now, before a replay would keep them
         self.images_seen += self._pending
         self._pending = 0
+        for update in self.after_step:
+            update()
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002
+        """Count non-finite steps anew, and forget what a fit that failed has left."""
+        self.nonfinite_steps = NonfiniteSteps()
+        self.after_step.clear()
 
     def on_fit_end(self) -> None:
-        """Give the memory of the graphs back."""
+        """Give the memory of the graphs and of what followed the steps back."""
         self._graphed_training = GraphedTraining(self.denoiser)
+        self.after_step.clear()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what rebuilds and continues this stage."""

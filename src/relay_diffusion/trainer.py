@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import Strategy
 
+from relay_diffusion.callbacks.rows import check_monitors
+from relay_diffusion.callbacks.stopping import StopAfterBatches, StopIfDiverged, TimeLimit
 from relay_diffusion.launch import check_processes
 from relay_diffusion.stage import DiffusionStage
 
@@ -45,6 +48,13 @@ def children_end_too(trainer: L.Trainer) -> Iterator[None]:
         raise
 
 
+PROFILERS: dict[str, type[Profiler]] = {
+    "simple": SimpleProfiler,
+    "advanced": AdvancedProfiler,
+    "pytorch": PyTorchProfiler,
+}
+
+
 def build_trainer(
     max_images: int,
     accumulate: int = 1,
@@ -57,12 +67,29 @@ def build_trainer(
     callbacks: Sequence[Callback] = (),
     logger: Sequence[Logger] = (),
     default_root_dir: str | None = None,
+    max_nonfinite_steps: int = 20,
+    gradient_clip_val: float | None = None,
+    gradient_clip_algorithm: str = "norm",
+    max_time: str | dict[str, int] | None = None,
+    limit_train_batches: int | None = None,
+    fast_dev_run: bool | int = False,
+    profiler: str | None = None,
 ) -> L.Trainer:
-    """A Trainer that stops once the stage has seen `max_images` images.
+    """Build a Trainer that stops once the stage has seen `max_images` images.
 
     Each step is `accumulate` micro-batches. Epochs, validation loops and Lightning's own progress and
     checkpoint callbacks are off: the data is one endless stream, and ours count in images.
+    max_nonfinite_steps: see StopIfDiverged. max_time: see TimeLimit. limit_train_batches: optimizer steps after which
+    training ends. fast_dev_run: so many steps, without checkpoints and loggers. profiler: simple, advanced or
+    pytorch; its report is written to `default_root_dir`.
     """
+    limits: list[Callback] = [StopIfDiverged(max_nonfinite_steps), StopAtImages(max_images)]
+    if max_time is not None:
+        limits.append(TimeLimit(max_time))
+    if limit_train_batches is not None:
+        limits.append(StopAfterBatches(limit_train_batches))
+    callbacks = [*limits, *callbacks]  # first, so that the others know whether training goes on
+    check_monitors(callbacks)
     trainer = L.Trainer(
         max_steps=-1,
         max_epochs=-1,
@@ -74,14 +101,21 @@ def build_trainer(
         precision=precision,  # type: ignore[arg-type]  # Lightning names its choices and says so when wrong
         deterministic=deterministic,
         benchmark=not deterministic,
-        callbacks=[*callbacks, StopAtImages(max_images)],
+        callbacks=callbacks,
         logger=list(logger),
         default_root_dir=default_root_dir,
+        gradient_clip_val=gradient_clip_val,
+        gradient_clip_algorithm=gradient_clip_algorithm,
+        fast_dev_run=int(fast_dev_run) * accumulate,  # Lightning counts micro-batches
+        profiler=None if profiler is None else PROFILERS[profiler](dirpath=default_root_dir, filename="profile"),
         use_distributed_sampler=False,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        # callbacks that monitor a metric look where it is logged, not at the end of the only epoch
+        check_val_every_n_epoch=None,
+        val_check_interval=1,
     )
     # at every step Lightning would wait for the device to ask all ranks for a SIGTERM: Preemption does without waiting
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]

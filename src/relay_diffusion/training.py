@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from relay_diffusion.callbacks.checkpoints import dealt
 from relay_diffusion.callbacks.preemption import leave_if_preempted, preempted
+from relay_diffusion.callbacks.stopping import why_stopped
 from relay_diffusion.checkpoint import (
     KEPT,
     LAST,
@@ -168,7 +170,8 @@ def train(cfg: DictConfig) -> DiffusionStage:
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     data: ImageDataModule = instantiate(cfg.data, _convert_="all")
     check_classes(data, cfg.network.num_classes)
-    found = last_checkpoint(cfg)
+    test_steps = int(cfg.trainer.get("fast_dev_run", False))
+    found = None if test_steps else last_checkpoint(cfg)
     checkpoint, changed = None, ""
     if found is not None:
         checkpoint, content = found
@@ -186,14 +189,15 @@ def train(cfg: DictConfig) -> DiffusionStage:
     trainer: L.Trainer = instantiate(
         cfg.trainer,
         callbacks=list(instantiate(cfg.callbacks, _convert_="all").values()),
-        logger=list(instantiate(cfg.logger, _convert_="all").values()),
+        logger=[] if test_steps else list(instantiate(cfg.logger, _convert_="all").values()),
         _convert_="all",
     )
     if found is not None:
         before = {"stage": content["stage_config"]} | content.get("dealt", {})
         changed = _changes(before, {"stage": stage_config} | dealt(trainer, data))
     if trainer.is_global_zero:
-        write_config(cfg, cfg.run_dir)
+        if not test_steps:
+            write_config(cfg, cfg.run_dir)
         settings, revision = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)), git_revision()
         for logger in trainer.loggers:
             logger.log_hyperparams(settings | ({"git": revision} if revision else {}))
@@ -208,6 +212,24 @@ def train(cfg: DictConfig) -> DiffusionStage:
     if stage.images_seen < cfg.trainer.max_images and preempted(trainer):
         leave_group()  # all ranks are here
         leave_if_preempted(trainer)
+    if test_steps and stage.nonfinite_steps.now():
+        raise UserError("trainer.fast_dev_run: the last step had no finite loss, or no finite gradient")
     if trainer.is_global_zero:
-        print(f"trained on {stage.images_seen:,} images; all is in {os.path.relpath(cfg.run_dir)}")
+        print(_how_it_ended(cfg, trainer, stage))
+        if test_steps:
+            with suppress(OSError):
+                Path(cfg.run_dir).rmdir()  # empty: the command line has made it
     return stage
+
+
+def _how_it_ended(cfg: DictConfig, trainer: L.Trainer, stage: DiffusionStage) -> str:
+    """The last line of a run."""
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return f"trainer.fast_dev_run: trained on {stage.images_seen:,} images as a test, without checkpoint and log"
+    done, where = f"{stage.images_seen:,}", os.path.relpath(cfg.run_dir)
+    if cfg.trainer.get("profiler"):
+        where += ", times in fit-profile*.txt"
+    reason = why_stopped(trainer) if stage.images_seen < cfg.trainer.max_images else ""
+    if reason:
+        return f"stopped early ({reason}): trained on {done} of {cfg.trainer.max_images:,} images; all is in {where}"
+    return f"trained on {done} images; all is in {where}"

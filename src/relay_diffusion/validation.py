@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from omegaconf import DictConfig, ListConfig
 
 from relay_diffusion.checks import (
@@ -21,6 +23,7 @@ from relay_diffusion.checks import (
     check_text,
     check_whole,
     is_number,
+    is_whole,
     package_names,
     require,
     selected,
@@ -47,6 +50,10 @@ WHOLE = {  # key: lowest, highest
     "stage.warmup_images": (0, MANY),
     "trainer.max_images": (1, MANY),
 }
+TRAINER = {  # options of our trainer, which others may lack
+    "max_nonfinite_steps": (1, 10**9),
+    "limit_train_batches": (1, MANY),
+}
 NUMBERS = {
     "network.dropout": (0, 1),
     "stage.label_dropout": (0, 1),
@@ -70,7 +77,42 @@ CALLBACKS = {  # option of any callback: lowest, highest
     "bins": (1, 1000),
     "keep": (0, 10**6),
     "count": (1, 10**6),
+    "batch_size": (1, 10**6),
 }
+NO_EPOCHS = "training is one endless stream of images, without epochs"
+NO_LOOP = "there is no validation loop: callbacks=validation and callbacks=evaluated measure while training"
+UNSUPPORTED = {  # options of Lightning's Trainer that do not apply, and why
+    "accumulate_grad_batches": "set data.accumulate",
+    "barebones": "it would turn off logs and checkpoints",
+    "benchmark": "it is on unless trainer.deterministic=true",
+    "callbacks": "callbacks are a group of their own: callbacks.NAME.OPTION=..., +callbacks.NAME._target_=...",
+    "check_val_every_n_epoch": NO_LOOP,
+    "detect_anomaly": "it does not go with CUDA graphs; train/replaced_gradients counts non-finite gradients",
+    "enable_autolog_hparams": "the run's resolved configuration is always logged",
+    "enable_checkpointing": "use ~callbacks.checkpoints to write none",
+    "enable_model_summary": "the number of parameters is on the first line of every run",
+    "enable_progress_bar": "RELAY_DIFFUSION_QUIET=1 turns progress off",
+    "inference_mode": "it is about validation and prediction; training does neither",
+    "limit_predict_batches": "training predicts nothing",
+    "limit_test_batches": "training tests nothing",
+    "limit_val_batches": NO_LOOP,
+    "log_every_n_steps": "set callbacks.log.every_n_images",
+    "logger": "loggers are a group of their own: logger=wandb",
+    "max_epochs": f"{NO_EPOCHS}: set trainer.max_images",
+    "max_steps": "amounts are in images: set trainer.max_images, or trainer.limit_train_batches for this start alone",
+    "min_epochs": NO_EPOCHS,
+    "min_steps": "amounts are in images, and only trainer.max_images ends a run unasked",
+    "model_registry": "callbacks.checkpoints.upload=true hands checkpoints to the loggers",
+    "num_sanity_val_steps": NO_LOOP,
+    "overfit_batches": "train on a folder of a few images instead: data.dataset.subset",
+    "plugins": "precision and strategy are set by trainer.precision and strategy=",
+    "reload_dataloaders_every_n_epochs": NO_EPOCHS,
+    "sync_batchnorm": "the networks have no batch normalisation",
+    "use_distributed_sampler": "the data module deals the stream out to the devices itself",
+    "val_check_interval": NO_LOOP,
+}
+BUILT_BY = "relay_diffusion.trainer.build_trainer"
+UNITS = ("weeks", "days", "hours", "minutes", "seconds")
 FLAGS = ("network.channels_last", "stage.cuda_graphs")
 
 
@@ -92,6 +134,8 @@ def validate_training(cfg: DictConfig) -> None:
         check_built(cfg, key)
     check_built(cfg, "stage.augment", null=True)
     check_devices(cfg)
+    if selected(cfg, "trainer._target_") == BUILT_BY:
+        _check_trainer(cfg)
     for key, (least, most) in WHOLE.items():
         check_whole(cfg, key, least, most)
     for key, (low, high) in NUMBERS.items():
@@ -121,6 +165,30 @@ def validate_training(cfg: DictConfig) -> None:
     _check_batch(cfg)
 
 
+def _check_trainer(cfg: DictConfig) -> None:
+    """Lightning's options that we take, and those that we do not."""
+    for option in cfg.trainer:
+        require(str(option) not in UNSUPPORTED, f"trainer.{option} is not supported: {UNSUPPORTED.get(str(option))}")
+    for option, (least, most) in TRAINER.items():
+        check_whole(cfg, f"trainer.{option}", least, most, null=option == "limit_train_batches")
+    check_number(cfg, "trainer.gradient_clip_val", 0, HUGE, null=True)
+    check_choice(cfg, "trainer.gradient_clip_algorithm", ("norm", "value"))
+    steps = selected(cfg, "trainer.fast_dev_run")
+    require(
+        isinstance(steps, bool) or (is_whole(steps) and 0 <= steps <= MANY),
+        f"trainer.fast_dev_run={shown(steps)}: use true, false or a number of batches",
+    )
+    profiler = selected(cfg, "trainer.profiler")
+    if profiler is not None:
+        check_choice(cfg, "trainer.profiler", ("simple", "advanced", "pytorch"))
+    time = selected(cfg, "trainer.max_time")
+    if isinstance(time, DictConfig):
+        valid = len(time) > 0 and all(unit in UNITS and is_number(n) and 0 <= n < 10**6 for unit, n in time.items())
+    else:
+        valid = time is None or (isinstance(time, str) and re.fullmatch(r"\d{1,6}:\d\d:\d\d:\d\d", time) is not None)
+    require(valid, f"trainer.max_time={shown(time)}: write DD:HH:MM:SS, or {{hours: 8}} ({', '.join(UNITS)})")
+
+
 def _check_callbacks(cfg: DictConfig) -> None:
     for group in ("callbacks", "logger"):
         for name in cfg[group]:
@@ -130,6 +198,15 @@ def _check_callbacks(cfg: DictConfig) -> None:
         for option, (least, most) in CALLBACKS.items():
             if option in callback:
                 check_whole(cfg, f"callbacks.{name}.{option}", least, most)
+        if "best" in callback:
+            check_text(cfg, f"callbacks.{name}.best", null=True)
+        if "best_mode" in callback:
+            check_choice(cfg, f"callbacks.{name}.best_mode", ("min", "max"))
+        require(
+            callback.get("check_on_train_epoch_end") is not True,
+            f"callbacks.{name}.check_on_train_epoch_end=true: {NO_EPOCHS}; without it, the metric is checked where it "
+            "is logged",
+        )
         if "ramp_up" in callback:
             check_number(cfg, f"callbacks.{name}.ramp_up", 0, HUGE, null=True)
         if "directory" in callback:

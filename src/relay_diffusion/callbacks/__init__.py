@@ -4,13 +4,16 @@ from relay_diffusion.callbacks.checkpoints import Checkpoints
 from relay_diffusion.callbacks.ema import EMA
 from relay_diffusion.callbacks.evaluator import Evaluator
 from relay_diffusion.callbacks.image_writer import ImageWriter
+from relay_diffusion.callbacks.periodic import PeriodicMeasurement
 from relay_diffusion.callbacks.periodic_evaluation import PeriodicEvaluation
 from relay_diffusion.callbacks.preemption import Preemption
 from relay_diffusion.callbacks.progress_bar import SamplingProgress, TrainingProgress
 from relay_diffusion.callbacks.relay_picture import RelayPicture
+from relay_diffusion.callbacks.rows import log_row
 from relay_diffusion.callbacks.sample_grid import SampleGrid
 from relay_diffusion.callbacks.training_log import TrainingLog
 from relay_diffusion.callbacks.trajectory_picture import TrajectoryPicture
+from relay_diffusion.callbacks.validation import Validation
 
 __all__ = [
     "EMA",
@@ -18,6 +21,7 @@ __all__ = [
     "Evaluator",
     "ImageWriter",
     "PeriodicEvaluation",
+    "PeriodicMeasurement",
     "Preemption",
     "RelayPicture",
     "SampleGrid",
@@ -25,4 +29,6 @@ __all__ = [
     "TrainingLog",
     "TrainingProgress",
     "TrajectoryPicture",
+    "Validation",
+    "log_row",
 ]

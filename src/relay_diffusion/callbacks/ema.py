@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -30,6 +31,7 @@ def ema_beta(batch: int, seen: int, half_life: float, ramp_up: float | None) -> 
 class EMA(Callback):
     """Averages the stage's network after every optimizer step, in float32; a checkpoint's key "ema" holds it.
 
+    The stage calls the update in its optimizer step, so every callback sees the present average in any order.
     `half_life_images`: after so many images an old weight counts half. `ramp_up`: share of the images seen
     that the half-life may not exceed (0.05 as published; null: no limit).
     """
@@ -46,17 +48,15 @@ class EMA(Callback):
         source = self.weights or present
         self.weights = {k: source[k].detach().to(p.device, torch.float32, copy=True) for k, p in present.items()}
         self._seen = pl_module.images_seen
+        pl_module.after_step.append(partial(self._move, pl_module))
 
     @torch.no_grad()
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
-        """Move the average by the images of the step, if this batch finished one."""
-        assert isinstance(pl_module, DiffusionStage)
-        batch = pl_module.images_seen - self._seen
-        if batch:
-            beta = ema_beta(batch, self._seen, self.half_life_images, self.ramp_up)
-            present = [p.detach().float() for p in pl_module.denoiser.parameters()]
-            torch._foreach_lerp_(list(self.weights.values()), present, 1 - beta)
-            self._seen = pl_module.images_seen
+    def _move(self, stage: DiffusionStage) -> None:
+        """Move the average by the images of the step."""
+        beta = ema_beta(stage.images_seen - self._seen, self._seen, self.half_life_images, self.ramp_up)
+        present = [p.detach().float() for p in stage.denoiser.parameters()]
+        torch._foreach_lerp_(list(self.weights.values()), present, 1 - beta)
+        self._seen = stage.images_seen
 
     def half_life(self, images_seen: int) -> float:
         """After so many images an old weight counts half by now."""

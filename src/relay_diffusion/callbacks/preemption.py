@@ -11,10 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
-import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
+from relay_diffusion.callbacks.agreement import Agreement
 from relay_diffusion.launch import INTERACTIVE, first_process, rank
 from relay_diffusion.stage import DiffusionStage
 
@@ -34,7 +33,7 @@ class Preemption(Callback):
     def __init__(self) -> None:
         self.received = 0  # the signal that this process got
         self.agreed = 0  # the signal that stops all of them
-        self._reading: _Agreement | None = None
+        self._reading: Agreement | None = None
         self._before: dict[int, Any] = {}  # handlers
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
@@ -52,7 +51,7 @@ class Preemption(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listen on, in the place of Lightning's own handlers, which save nothing."""
         if trainer.world_size > 1:
-            self._reading = _Agreement(pl_module.device)
+            self._reading = Agreement(pl_module.device)
         _listen(self._note)
 
     def _note(self, number: int, _: Any) -> None:
@@ -100,27 +99,6 @@ def _listen(handler: Callable[[int, Any], None] | signal.Handlers) -> None:
         if number == signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN:
             continue  # a shell's job in the background, which Ctrl-C is not meant for
         signal.signal(number, handler)
-
-
-class _Agreement:
-    """The largest of a number over all ranks, as it was one call ago: so nobody waits for anybody."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._sum = torch.zeros(1, dtype=torch.int32, device=device)
-        self._seen = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._ready = torch.cuda.Event() if device.type == "cuda" else None
-
-    def largest(self, mine: int) -> int:
-        """Hand in `mine`; get what was agreed on at the call before. Every rank must call."""
-        if self._ready is not None:
-            self._ready.synchronize()  # of the step before: the device is busy with this one
-        before = int(self._seen)
-        self._sum.fill_(mine)
-        dist.all_reduce(self._sum, dist.ReduceOp.MAX)
-        self._seen.copy_(self._sum, non_blocking=True)
-        if self._ready is not None:
-            self._ready.record()
-        return before
 
 
 def preempted(trainer: L.Trainer) -> int:

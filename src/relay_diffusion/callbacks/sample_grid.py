@@ -52,12 +52,12 @@ class SampleGrid(Callback):
         self._every.start(pl_module.images_seen)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
-        """Draw when due."""
+        """Draw when due; the end of training in on_train_epoch_end, after it is saved."""
         assert isinstance(pl_module, DiffusionStage)
-        if self._every(pl_module.images_seen):
+        if self._every(pl_module.images_seen) and not trainer.should_stop:
             self._draw(trainer, pl_module)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the end of training, unless that was just done."""
         assert isinstance(pl_module, DiffusionStage)
         if preempted(trainer):
@@ -68,7 +68,7 @@ class SampleGrid(Callback):
     def _draw(self, trainer: L.Trainer, stage: DiffusionStage) -> None:
         self._shown = stage.images_seen
         path = self.directory / f"images-{stage.images_seen:09d}.png"
-        if not trainer.is_global_zero or path.exists():
+        if not trainer.is_global_zero or path.exists() or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         try:
             with not_training(trainer), averaged(trainer, stage):

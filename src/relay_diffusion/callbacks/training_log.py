@@ -14,7 +14,8 @@ from torch import Tensor
 
 from relay_diffusion.callbacks.ema import find_ema
 from relay_diffusion.callbacks.every import Every
-from relay_diffusion.loggers import last_step, send_row
+from relay_diffusion.callbacks.rows import log_row
+from relay_diffusion.loggers import last_step
 from relay_diffusion.networks.flops import forward_flops, matrix_peak
 from relay_diffusion.stage import DiffusionStage
 
@@ -23,12 +24,13 @@ class TrainingLog(Callback):
     """Logs means over the last `every_n_images` images, with the images seen as the x-axis.
 
     loss: mean weighted squared error per element. loss_noise_K: the same for the K-th quarter of noise levels,
-    1 the smallest noise. gradient_norm: of all gradients as the optimizer gets them, L2, mean over its steps.
+    1 the smallest noise. gradient_norm: L2 norm of all gradients, non-finite ones replaced, before they are clipped;
+    mean over the optimizer's steps.
     replaced_gradients (so far), lr, ema_half_life (at present, in images), images_per_second (without the time
     that other callbacks spend in `not_training`). tflops: of each device, in 10^12 operations of convolutions and
     matrix products a second; on a GPU also utilisation, their share of what a large matrix product reaches on it, and
     memory_gib, the peak.
-    A run that is continued repeats no row: up to the last one that a MetricsCSV has, nothing is logged.
+    A run that is continued repeats no row: up to the last one that a MetricsCSV has, loggers get nothing.
     """
 
     def __init__(self, every_n_images: int, bins: int = 4) -> None:
@@ -54,6 +56,13 @@ class TrainingLog(Callback):
         self._sums = torch.zeros(2, self.bins, device=stage.device, dtype=torch.float32)
         self._counted_from, self._clock = stage.images_seen, time.perf_counter()
 
+    @property
+    def logged(self) -> list[str]:
+        """The metrics that callbacks can monitor."""
+        bins = [f"loss_noise_{i + 1}" for i in range(self.bins)]
+        others = ["loss", "gradient_norm", "replaced_gradients", "lr", "ema_half_life", "images_per_second", "tflops"]
+        return [f"train/{name}" for name in (*others, *bins, "utilisation", "memory_gib")]
+
     def leave_out(self, seconds: float) -> None:
         """Do not count so much of the present window's time."""
         self._clock += seconds
@@ -76,7 +85,7 @@ class TrainingLog(Callback):
         if self._every(pl_module.images_seen):
             self._log(trainer, pl_module)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log what came after the last multiple."""
         assert isinstance(pl_module, DiffusionStage)
         if pl_module.images_seen > self._counted_from:
@@ -103,8 +112,7 @@ class TrainingLog(Callback):
             values["utilisation"] = values["tflops"] * 1e12 / self._peak
             values["memory_gib"] = torch.cuda.max_memory_allocated(stage.device) / 2**30
         self.latest = values
-        if stage.images_seen > self._logged:
-            send_row(trainer.loggers, "train", values, stage.images_seen)
+        log_row(trainer, stage, "train", values, again=stage.images_seen <= self._logged)
         self._restart(stage)
 
 

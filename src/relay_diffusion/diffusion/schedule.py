@@ -17,6 +17,7 @@ class LogNormal:
     """
 
     prob_length: float = 1.0
+    level_floor: float = 0.0  # the smallest level in training
 
     def __init__(self, p_mean: float = -1.2, p_std: float = 1.2) -> None:
         if not 0 < p_std < math.inf or not math.isfinite(p_mean):

@@ -4,6 +4,6 @@ Weights & Biases is in wandb_run.py, which only `logger=wandb` imports: loading 
 """
 
 from relay_diffusion.loggers.metrics_csv import MetricsCSV
-from relay_diffusion.loggers.rows import last_step, send_row
+from relay_diffusion.loggers.rows import last_step, logged_row, send_row
 
-__all__ = ["MetricsCSV", "last_step", "send_row"]
+__all__ = ["MetricsCSV", "last_step", "logged_row", "send_row"]

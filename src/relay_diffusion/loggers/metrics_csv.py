@@ -71,6 +71,12 @@ class MetricsCSV(Logger):
         self._load()
         return max((s for s, row in self._rows.items() if any(k.startswith(f"{group}/") for k in row)), default=-1)
 
+    def values(self, group: str, step: int) -> dict[str, float]:
+        """The metrics `group`/... of the row of `step` images, without the group's name; empty if there are none."""
+        self._load()
+        row = self._rows.get(step, {})
+        return {key.removeprefix(f"{group}/"): float(v) for key, v in row.items() if key.startswith(f"{group}/")}
+
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Add the metrics to the row of `step` images."""
