@@ -100,6 +100,17 @@ def check_text(cfg: DictConfig, key: str, null: bool = False) -> None:
     _require_kind(key, value, isinstance(value, str | int | float) and str(value) != "", "a text", null)
 
 
+def check_run_id(run_id: Any) -> None:
+    """A literal name of one directory; Hydra quotes it on the command lines of other ranks."""
+    text = str(run_id)
+    valid = isinstance(run_id, str | int | float) and text not in ("", ".", "..") and text.isprintable()
+    require(
+        valid and not set(text) & set("/\\\"'") and len(text.encode()) <= 200,
+        f"run_id={shown(ascii(run_id))}: must be the name of one directory, of at most 200 bytes and without / \\ and "
+        "quotes",
+    )
+
+
 def check_subset(cfg: DictConfig, key: str) -> None:
     """The name of a folder inside an image set; "" is all of it."""
     value = selected(cfg, key)

@@ -17,8 +17,8 @@ from relay_diffusion.checks import (
     check_flag,
     check_mapping,
     check_number,
+    check_run_id,
     check_subset,
-    check_text,
     check_whole,
     require,
     selected,
@@ -99,7 +99,7 @@ def validate_sampling(cfg: DictConfig) -> None:
     check_choice(cfg, "mode", ("sample", "evaluate"))
     check_choice(cfg, "format", ("png", "zip"))
     check_flag(cfg, "npz")
-    check_text(cfg, "run_id")
+    check_run_id(selected(cfg, "run_id"))
     for key in ("run_dir", "output"):
         check_directory(cfg, key)
     if cfg.images is not None:

@@ -12,7 +12,6 @@ from lightning.pytorch.callbacks import Callback
 
 from relay_diffusion.callbacks.every import Every
 from relay_diffusion.checkpoint import KEPT, LAST
-from relay_diffusion.data.datamodule import ImageDataModule
 from relay_diffusion.errors import UserError
 from relay_diffusion.files import sync, whole_file, write_text
 from relay_diffusion.stage import DiffusionStage
@@ -41,15 +40,6 @@ class Checkpoints(Callback):
             (self.directory / f".{LAST}.writing").unlink(missing_ok=True)  # of a run that was killed
             with suppress(OSError):
                 self.directory.rmdir()  # an empty one is of no use if the run goes no further
-
-    def on_save_checkpoint(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,  # noqa: ARG002
-        checkpoint: dict[str, Any],
-    ) -> None:
-        """Note what the images are and how they were dealt out: a run may continue in another way, and says so."""
-        checkpoint["dealt"] = dealt(trainer, trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count from where training starts."""
@@ -103,15 +93,3 @@ def _keep(last: Path, kept: Path) -> None:
     except OSError:  # some file systems have no links
         with whole_file(kept) as copy, last.open("rb") as file:
             shutil.copyfileobj(file, copy)
-
-
-def dealt(trainer: L.Trainer, data: ImageDataModule) -> dict[str, int | str]:
-    """What a step's images are and how they are dealt out, in the words of the options."""
-    return {
-        "devices": trainer.world_size,
-        "data.batch_size": data.batch_size,
-        "data.accumulate": data.accumulate,
-        "data.dataset.path": str(data.dataset.path),
-        "data.seed": data.seed,
-        "images": len(data.dataset),  # mirrored ones too
-    }
