@@ -54,12 +54,18 @@ def processes_of(session):
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
-@pytest.mark.parametrize("strategy", [[], ["strategy=ddp_cpu"]], ids=["one process", "two ranks"])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_signal_to_the_process_group_saves_and_stops(tmp_path, small_zip, strategy, workers, number):
-    if (number, strategy) == (signal.SIGUSR1, []) or (number, workers) == (signal.SIGHUP, 0):
-        pytest.skip("the others show it")
+@pytest.mark.parametrize(
+    ("number", "workers", "strategy"),
+    [
+        (signal.SIGTERM, 0, []),
+        (signal.SIGTERM, 2, []),
+        (signal.SIGHUP, 2, []),
+        (signal.SIGTERM, 0, ["strategy=ddp_cpu"]),
+        (signal.SIGTERM, 2, ["strategy=ddp_cpu"]),
+        (signal.SIGUSR1, 2, ["strategy=ddp_cpu"]),
+    ],
+)
+def test_a_signal_to_the_process_group_saves_and_stops(tmp_path, small_zip, number, workers, strategy):
     arguments = command(tmp_path, small_zip, f"data.num_workers={workers}", *strategy)
     with ended([Process(tmp_path / "run.txt", arguments)]) as (process,):
         until(lambda: trains(tmp_path), [process])

@@ -102,12 +102,12 @@ def check_text(cfg: DictConfig, key: str, null: bool = False) -> None:
 
 def check_run_id(run_id: Any) -> None:
     """A literal name of one directory; Hydra quotes it on the command lines of other ranks."""
-    text = str(run_id)
-    valid = isinstance(run_id, str | int | float) and text not in ("", ".", "..") and text.isprintable()
+    named = isinstance(run_id, str | float) or (isinstance(run_id, int) and abs(run_id) < 10**100)
+    text = str(run_id) if named else ""
+    valid = text.isprintable() and text not in ("", ".", "..") and not set(text) & set("/\\\"'")
     require(
-        valid and not set(text) & set("/\\\"'") and len(text.encode()) <= 200,
-        f"run_id={shown(ascii(run_id))}: must be the name of one directory, of at most 200 bytes and without / \\ and "
-        "quotes",
+        valid and len(text.encode()) <= 200,
+        f"run_id={shown(run_id)!a}: must be the name of one directory: at most 200 bytes, no slashes, no quotes",
     )
 
 

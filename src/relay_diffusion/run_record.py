@@ -9,13 +9,13 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from relay_diffusion.checks import shown
 from relay_diffusion.data import ImageDataModule
 from relay_diffusion.differences import differences, printable
 
 KEY = "run"  # of a checkpoint
 LEGACY_KEY = "dealt"  # what older checkpoints have in its place
 ABSENT = "not set"
+LONGEST = 200  # characters of a value in messages
 WITHOUT_EFFECT = (  # on what is trained; the number of devices is recorded as such
     "run_id", "run_dir", "resume", "init", "trainer.max_images", "trainer.devices", "trainer.num_nodes",
     "data.num_workers", "data.dataset.cache",
@@ -106,4 +106,5 @@ def _derived(node: Any, prefix: str = "") -> Iterator[str]:
 def _shown(value: Any) -> str:
     """A value on one line; of a component its class."""
     target = value.get("_target_") if isinstance(value, Mapping) else None
-    return shown(printable(target.rpartition(".")[2] if isinstance(target, str) else value))
+    text = printable(target.rpartition(".")[2] if isinstance(target, str) else value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

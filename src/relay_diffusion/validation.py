@@ -81,8 +81,8 @@ def fused_optimizer(precision: str) -> bool:
 def validate_training(cfg: DictConfig) -> None:
     """Raise UserError for the first thing in a train config that cannot work."""
     check_mapping(cfg, "data", "data.dataset", "network", "stage", "stage.denoiser", "trainer", "callbacks", "logger")
-    check_complete(cfg)
     check_run_id(selected(cfg, "run_id"))
+    check_complete(cfg)
     check_directory(cfg, "run_dir")
     for key in ("data", "data.dataset", "network", "stage", "stage.denoiser", "stage.denoiser.network"):
         check_built(cfg, key)

@@ -87,6 +87,7 @@ def _check_relay(cfg: DictConfig) -> None:
 def validate_sampling(cfg: DictConfig) -> None:
     """Raise UserError for the first thing in a sample config that cannot work."""
     check_mapping(cfg, "metrics", "trainer", "relay", "relay.reference", "relay.stages")
+    check_run_id(selected(cfg, "run_id"))
     check_complete(cfg, besides="relay.stages.")
     check_devices(cfg)
     check_whole(cfg, "batch_size", 1, 2**24)
@@ -99,7 +100,6 @@ def validate_sampling(cfg: DictConfig) -> None:
     check_choice(cfg, "mode", ("sample", "evaluate"))
     check_choice(cfg, "format", ("png", "zip"))
     check_flag(cfg, "npz")
-    check_run_id(selected(cfg, "run_id"))
     for key in ("run_dir", "output"):
         check_directory(cfg, key)
     if cfg.images is not None:
