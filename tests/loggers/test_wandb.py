@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from relay_diffusion import training
+from relay_diffusion.errors import UserError
 from relay_diffusion.loggers.wandb_run import WandbRun
 from relay_diffusion.stage import DiffusionStage
 from support import TINY, run
@@ -134,6 +135,13 @@ def test_which_wandb_run_a_directory_continues(fit, tmp_path):
     fit("other", 20, "logger=wandb", f"resume={tmp_path / 'moved'}")
     (resumed,) = ids(tmp_path / "other")
     assert len({original, copied, resumed}) == 3
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"id": 1}'])
+def test_a_damaged_note_of_the_wandb_run_is_named(tmp_path, content):
+    (tmp_path / "wandb_run.json").write_text(content)
+    with pytest.raises(UserError, match=r"wandb_run\.json cannot be read: delete it for a new W&B run"):
+        WandbRun("project", "mine", tmp_path).continue_run()
 
 
 @pytest.mark.parametrize(("run_id", "valid"), [("mine", True), ("a/b", False), ("a*[1]", False), ("x" * 200, False)])

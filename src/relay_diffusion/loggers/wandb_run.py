@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import wandb
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -21,8 +21,6 @@ from relay_diffusion.files import json_text, write_text
 from relay_diffusion.loggers.metrics_csv import STEP
 
 LONGEST = 64  # characters of an id
-
-
 FILE = "wandb_run.json"  # in the run's directory: what the W&B run continues from
 
 
@@ -48,11 +46,14 @@ class WandbRun(Logger):
 
     def _noted(self) -> Mapping[str, str] | None:
         try:
-            return cast(Mapping[str, str], json.loads((self.directory / FILE).read_text(encoding="utf-8")))
+            record = json.loads((self.directory / FILE).read_text(encoding="utf-8"))
+            if not isinstance(record, dict) or not all(isinstance(value, str) for value in record.values()):
+                raise TypeError
         except FileNotFoundError:
             return None
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):
             raise UserError(f"{self.directory / FILE} cannot be read: delete it for a new W&B run") from None
+        return record
 
     def _continued(self, record: Mapping[str, str] | None) -> str | None:
         """The id of a record, unless its run has another directory: then this one is a copy, a run of its own."""
