@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
-from relay_diffusion.config import RUN_ID, register_resolvers
+from relay_diffusion.config import register_resolvers
 from relay_diffusion.data.zip_writer import ImageZipWriter
 from relay_diffusion.stage import DiffusionStage
 from relay_diffusion.training import train
@@ -36,11 +36,10 @@ def pytest_configure() -> None:
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every test starts from the same random state, and chooses its own run id."""
+    """Every test starts from the same random state."""
     torch.manual_seed(0)
     yield
     monkeypatch.undo()
-    os.environ.pop(RUN_ID, None)
 
 
 @pytest.fixture(scope="session")

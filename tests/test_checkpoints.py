@@ -3,6 +3,7 @@
 import copy
 import errno
 import os
+import re
 import resource
 import zipfile
 from pathlib import Path
@@ -17,8 +18,9 @@ from relay_diffusion.data.zip_writer import ImageZipWriter
 from relay_diffusion.errors import UserError
 from relay_diffusion.interop.export import export_stage
 from relay_diffusion.loading import load_stage
+from relay_diffusion.trainer import StopAtImages
 from relay_diffusion.training import check_same_stage
-from support import assert_same_weights, weights_of
+from support import TINY, assert_same_weights, run, weights_of
 
 
 @pytest.mark.parametrize("stage", ["base", "relay", "cascade"])
@@ -41,10 +43,87 @@ def test_own_progress_comes_before_resume(fit, tmp_path):
     assert [row.split(",")[0] for row in rows[1:]] == ["16", "20"]
 
 
-def test_a_finished_run_says_so(fit):
+def test_a_completed_run_says_so_and_changes_nothing(fit, tmp_path, capsys):
     fit("run", 8)
-    with pytest.raises(UserError, match=r"seen 8 images already"):
-        fit("run", 8)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert fit("run", 8) is None
+    said = "training is complete (8 images seen); raise trainer.max_images to continue"
+    assert said in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()} == files
+    assert fit("run", 12).images_seen == 12
+
+
+def test_a_new_run_that_would_train_nothing_is_refused(fit, tmp_path):
+    """It has no checkpoint of its own: it is not complete."""
+    fit("first", 8)
+    with pytest.raises(UserError, match=r"^resume=.*first.* has seen 8 images already: raise trainer\.max_images=8"):
+        fit("second", 8, f"resume={tmp_path / 'first'}")
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_completed_run_ends_without_an_error(tmp_path, small_zip):
+    """As scripts with `set -e` and job arrays depend on."""
+    command = [*TINY, "resolution=16", f"data.dataset.path={small_zip}", f"run_dir={tmp_path / 'run'}"]
+    for expected in ("trained on 8 images", "training is complete (8 images seen); raise trainer.max_images"):
+        result = run("train.py", *command, "trainer.max_images=8")
+        assert result.returncode == 0, result.stderr
+        assert expected in result.stdout.splitlines()[-1]
+
+
+def test_the_old_checkpoint_is_released_before_training_continues(fit, tmp_path, monkeypatch):
+    fit("run", 8)
+    last, mapped = tmp_path / "run/checkpoints/last.ckpt", []
+    plain = StopAtImages.on_train_batch_end
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        mapped.append([line for line in Path("/proc/self/maps").read_text().splitlines() if str(last) in line])
+        plain(self, trainer, pl_module, *args)
+
+    monkeypatch.setattr(StopAtImages, "on_train_batch_end", on_train_batch_end)
+    with last.open("rb") as file:
+        content = torch.load(file.name, weights_only=True, mmap=True)
+        assert str(last) in Path("/proc/self/maps").read_text()  # that is where it would show
+    del content
+    fit("run", 16)
+    assert mapped == [[], []]
+    fit("on", 8, f"init={tmp_path / 'run'}")
+    fit("on", 12, f"resume={tmp_path / 'run'}")
+    assert mapped == [[]] * 5
+
+
+def test_every_changed_setting_is_reported(fit, capsys):
+    fit("run", 8)
+    changed = ["trainer.precision=bf16-mixed", "callbacks.ema.half_life_images=1000", "callbacks.ema.ramp_up=null"]
+    capsys.readouterr()
+    fit("run", 12, *changed, "data.num_workers=1", "data.dataset.cache=true")
+    said = capsys.readouterr().out
+    assert (
+        " with callbacks.ema.half_life_images 500000 -> 1000, callbacks.ema.ramp_up 0.05 -> None, "
+        "trainer.precision 32-true -> bf16-mixed, "
+    ) in said
+    assert "note:" not in said
+    fit("run", 16, "~callbacks.ema", "data.dataset.x_flip=false")
+    said = capsys.readouterr().out
+    assert "callbacks.ema EMA -> not set, data.dataset.x_flip True -> False, trainer.precision bf16-mixed" in said
+    assert "note: data.dataset.x_flip changed, so images come in another order than before" in said
+
+
+def test_an_older_checkpoint_reports_what_it_knows(fit, tmp_path, capsys):
+    fit("run", 8)
+    file = tmp_path / "run/checkpoints/last.ckpt"
+    old = torch.load(file, weights_only=True)
+    del old["run"]
+    old["dealt"] = {
+        "devices": 1, "data.batch_size": 4, "data.accumulate": 1, "data.dataset.path": "elsewhere.zip", "data.seed": 0,
+        "images": 48,
+    }  # fmt: skip
+    torch.save(old, file)
+    capsys.readouterr()
+    fit("run", 12, "data.batch_size=2", "trainer.precision=bf16-mixed")
+    said = capsys.readouterr().out
+    assert " with data.batch_size 4 -> 2, data.dataset.path elsewhere.zip -> " in said
+    assert "images" not in said.partition(" with ")[2].partition(" parameters, ")[0]
 
 
 def test_another_optimizer_is_not_continued_but_another_lr_is(fit):
@@ -147,10 +226,12 @@ def test_a_run_continued_in_another_way_says_so(fit, capsys):
 def test_a_run_continued_on_other_images_says_so(fit, small_zip, tmp_path, capsys):
     with zipfile.ZipFile(small_zip) as archive:
         archive.extractall(tmp_path / "images")
-    once = len(fit("run", 8, "data.dataset.x_flip=false").trainer.datamodule.dataset)
+    fit("run", 8, "data.dataset.x_flip=false")
     fit("run", 16, f"data.dataset.path={tmp_path / 'images'}", "data.dataset.x_flip=true")
     said = capsys.readouterr().out
-    assert f"with data.dataset.path {small_zip} -> {tmp_path / 'images'}, images {once} -> {2 * once}," in said
+    changed = f"with data.dataset.path {small_zip} -> {tmp_path / 'images'}, data.dataset.x_flip False -> True, "
+    assert re.search(re.escape(changed) + "[0-9,]+ parameters, 24 images", said)  # mirrored ones do not count
+    assert "note: data.dataset.x_flip changed, so images come in another order than before" in said
 
 
 def test_a_run_is_not_continued_on_other_classes(fit, tmp_path):

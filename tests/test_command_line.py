@@ -77,6 +77,12 @@ def test_gpus_that_are_not_there(script, asked, option, instead, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_a_run_id_that_leaves_the_outputs(script):
+    result = run(script, "run_id=../../elsewhere")
+    assert_one_line(result, "error: run_id='../../elsewhere': must be the name of one directory")
+
+
 def test_data_that_cannot_be_used(tmp_path, small_zip):
     corrupt = tmp_path / "corrupt.zip"
     corrupt.write_bytes(small_zip.read_bytes()[:3000])

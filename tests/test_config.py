@@ -1,5 +1,9 @@
 """Configurations: every one composes and builds, and nonsense is refused before anything is built."""
 
+import copy
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -264,6 +268,37 @@ def test_a_run_of_another_day_is_found_by_its_id(tmp_path):
     assert _run_dir(str(tmp_path), "mine") == str(tmp_path / "2020-01-01/mine")
 
 
+@pytest.mark.parametrize("name", ["a*", "[1]", "a?b", "run.1 (x)"])
+def test_a_run_id_is_a_literal_name(tmp_path, name):
+    for other in ("2020-01-01/ab", "2020-01-01/1", "2020-01-01/axb"):
+        (tmp_path / other).mkdir(parents=True)
+    assert Path(_run_dir(str(tmp_path), name)).parts[-1] == name
+    assert not Path(_run_dir(str(tmp_path), name)).exists()  # nobody else's
+    (tmp_path / "2020-01-02" / name).mkdir(parents=True)
+    assert _run_dir(str(tmp_path), name) == str(tmp_path / "2020-01-02" / name)
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ".", "/a", "a" * 201, "'a'", 'a"b', "a\\\\b"])
+@pytest.mark.parametrize("command", ["train", "sample"])
+def test_a_run_id_that_is_no_name_of_a_directory(configuration, small_zip, command, name):
+    cfg = configuration(command, f"data.dataset.path={small_zip}" if command == "train" else "relay=quickstart")
+    cfg.run_id = name
+    with pytest.raises(UserError, match=r"run_id=.*: must be the name of one directory"):
+        (validate_training if command == "train" else validate_sampling)(cfg)
+    with pytest.raises(UserError, match=r"run_id=.*: must be the name of one directory"):
+        _run_dir("outputs", name)
+
+
+def test_two_runs_of_one_process_have_two_directories(configuration):
+    """And all settings of one run the same."""
+    first, second = (configuration("train", "logger=wandb") for _ in range(2))
+    assert first.run_dir != second.run_dir
+    assert first.run_dir.endswith(f"/{first.run_id}")
+    assert first.logger.wandb.run_id == first.run_id
+    assert OmegaConf.to_container(copy.deepcopy(first), resolve=True)["run_id"] == first.run_id
+    assert RUN_ID not in os.environ
+
+
 def test_ranks_of_one_job_share_a_run_id(monkeypatch):
     def ids(command, **environment):
         for key, value in environment.items():
@@ -271,9 +306,9 @@ def test_ranks_of_one_job_share_a_run_id(monkeypatch):
         monkeypatch.setattr("sys.argv", command)
         found = set()
         for rank in ("0", "1"):
-            monkeypatch.delenv(RUN_ID, raising=False)
             monkeypatch.setenv("RANK", rank)
             found.add(_new_run_id())
+        assert RUN_ID not in os.environ
         return found
 
     ranks = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
@@ -283,7 +318,6 @@ def test_ranks_of_one_job_share_a_run_id(monkeypatch):
     assert len(train) == len(other) == 1
     assert train != other  # two commands of one job do not share a directory
     monkeypatch.delenv("SLURM_JOB_ID")
-    monkeypatch.delenv(RUN_ID)
     with pytest.raises(UserError, match="run_id=NAME"):
         ids(["train.py"], TORCHELASTIC_RUN_ID="none", LOCAL_WORLD_SIZE="1")
 

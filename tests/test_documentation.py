@@ -1,7 +1,6 @@
 """What README.md and docs/ say is so: commands run, files and links are there, the configuration is listed."""
 
 import importlib.util
-import os
 import re
 import runpy
 import shlex
@@ -16,7 +15,7 @@ from PIL import Image
 
 import relay_diffusion
 from relay_diffusion import sampling, training
-from relay_diffusion.config import RUN_ID, validate_sampling, validate_training
+from relay_diffusion.config import validate_sampling, validate_training
 from support import PROJECT, TINY
 
 PAGES = [*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md"), *(PROJECT / "demo").glob("*.md")]
@@ -120,7 +119,6 @@ def call(project, words, more):
     more = [*more, "resolution=64"] if "stage=relay" in words else more
     assert words[0] == "python", words
     script, arguments = words[1], [*words[2:], *more]
-    os.environ.pop(RUN_ID, None)  # each command is a run of its own
     if script in ("train.py", "sample.py"):
         with initialize_config_dir(str(project / "conf"), version_base="1.3"):
             cfg = compose(Path(script).stem, overrides=arguments)

@@ -101,6 +101,17 @@ def check_text(cfg: DictConfig, key: str, null: bool = False) -> None:
     _require_kind(key, value, isinstance(value, str | int | float) and str(value) != "", "a text", null)
 
 
+def check_run_id(run_id: Any) -> None:
+    """A literal name of one directory; Hydra quotes it on the command lines of other ranks."""
+    named = isinstance(run_id, str | float) or (isinstance(run_id, int) and abs(run_id) < 10**100)
+    text = str(run_id) if named else ""
+    valid = text.isprintable() and text not in ("", ".", "..") and not set(text) & set("/\\\"'")
+    require(
+        valid and len(text.encode()) <= 200,
+        f"run_id={shown(run_id)!a}: must be the name of one directory: at most 200 bytes, no slashes, no quotes",
+    )
+
+
 def check_subset(cfg: DictConfig, key: str) -> None:
     """The name of a folder inside an image set; "" is all of it."""
     value = selected(cfg, key)

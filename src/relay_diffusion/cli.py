@@ -85,7 +85,10 @@ def explain(error: Exception, config: Path) -> str:
         return " ".join(text.split())
     if isinstance(error, HydraException):
         text = unreadable(error) or _unknown_override(text, config) or text
-    if isinstance(error, OmegaConfBaseException) and error.full_key:
+    refused = re.search("UserError raised while resolving interpolation: (.*)", text)
+    if refused:
+        text = refused[1]
+    elif isinstance(error, OmegaConfBaseException) and error.full_key:
         text = f"{error.full_key}: {text.splitlines()[0]}"
     return " ".join(text.split())
 

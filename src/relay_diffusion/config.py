@@ -17,9 +17,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from relay_diffusion.checks import check_file, world_size
+from relay_diffusion.checks import check_file, check_run_id, world_size
 from relay_diffusion.errors import UserError
 from relay_diffusion.files import write_text
+from relay_diffusion.launch import RUN_ID
 from relay_diffusion.validation import fused_optimizer, validate_training
 from relay_diffusion.validation_sampling import chosen_stages, reference_of, validate_sampling
 
@@ -38,7 +39,6 @@ __all__ = [
 _PACKAGE = Path(__file__).resolve().parent
 _INSTALLED = _PACKAGE / "conf"
 CONF = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parents[1] / "conf"  # of an installed package, or the project
-RUN_ID = "RELAY_DIFFUSION_RUN_ID"  # hands rank 0's choice to the processes that it starts
 
 
 def _sweep_job() -> Any:
@@ -65,11 +65,10 @@ def _launcher_id() -> str | None:
 
 
 def _new_run_id() -> str:
-    """One id for all ranks: from the process that started this one, the launcher, or else the time."""
-    given = os.environ.get(RUN_ID) or _launcher_id()
-    os.environ[RUN_ID] = given or f"{time.strftime('%H%M%S')}-{secrets.token_hex(2)}"
+    """One id for all ranks of a run: from rank 0 that started this one, the launcher, or else the time."""
+    run_id = os.environ.get(RUN_ID) or _launcher_id() or f"{time.strftime('%H%M%S')}-{secrets.token_hex(2)}"
     job = _sweep_job()
-    return os.environ[RUN_ID] if job is None else f"{os.environ[RUN_ID]}-{job.job.num}"
+    return run_id if job is None or RUN_ID in os.environ else f"{run_id}-{job.job.num}"
 
 
 def _run_dir(root: str, run_id: str) -> str:
@@ -77,7 +76,8 @@ def _run_dir(root: str, run_id: str) -> str:
     job = _sweep_job()
     if job is not None:
         return str(job.runtime.output_dir)
-    earlier = sorted(Path(root).glob(f"*/{run_id}"))
+    check_run_id(run_id)
+    earlier = sorted(day / str(run_id) for day in Path(root).glob("*/") if (day / str(run_id)).is_dir())
     return str(earlier[-1] if earlier else Path(root) / time.strftime("%Y-%m-%d") / str(run_id))
 
 
@@ -95,7 +95,6 @@ def _wandb_offline() -> bool:
 def register_resolvers() -> None:
     """Make the project's resolvers known to OmegaConf; calling it again changes nothing."""
     resolvers: dict[str, Callable[..., Any]] = {
-        "new_run_id": _new_run_id,
         "run_dir": _run_dir,
         "wandb_offline": _wandb_offline,
         "text": str,
@@ -103,6 +102,8 @@ def register_resolvers() -> None:
     }
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
+    # kept in the config that asks for it: the same for all of a run's settings, another for the next run
+    OmegaConf.register_new_resolver("new_run_id", _new_run_id, replace=True, use_cache=True)
 
 
 def write_config(cfg: DictConfig, directory: str) -> None:

@@ -6,11 +6,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 
-def differences(there: Any, here: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(key, value there, value here) of each leaf that differs; a part that only one side has is one leaf."""
+def differences(there: Any, here: Any, key: str = "", absent: Any = None) -> Iterator[tuple[str, Any, Any]]:
+    """(key, value there, value here) of each leaf that differs; a part that only one side has is one leaf.
+
+    `absent` stands for the value of a key that one side lacks.
+    """
     if isinstance(there, Mapping) and isinstance(here, Mapping):
         for part in sorted({*there, *here}):
-            yield from differences(there.get(part), here.get(part), f"{key}.{part}" if key else str(part))
+            name = f"{key}.{part}" if key else str(part)
+            yield from differences(there.get(part, absent), here.get(part, absent), name, absent)
     elif there != here:
         yield key, there, here
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 from relay_diffusion.errors import UserError
 
+RUN_ID = "RELAY_DIFFUSION_RUN_ID"  # gives rank 0's run id to the ranks that it starts, in their environment alone
+REQUEUED = (signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, *REQUEUED)  # ask a run to stop
 INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs in which commands are started by hand
 
 

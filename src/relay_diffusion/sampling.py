@@ -33,14 +33,13 @@ from relay_diffusion.data.images import ImageDataset
 from relay_diffusion.data.sources import map_in_order
 from relay_diffusion.errors import UserError
 from relay_diffusion.files import json_text, write_text
-from relay_diffusion.host import prepare_host
 from relay_diffusion.image_store import ImageStore
 from relay_diffusion.interop.adm import write_adm_samples
 from relay_diffusion.plan import AS_REFERENCE, Plan, class_indices, in_proportion, plan_from_images, plan_from_noise
+from relay_diffusion.ranks import on_rank_zero, started_ranks
 from relay_diffusion.relay import Relay
 from relay_diffusion.report import report
 from relay_diffusion.stage import DiffusionStage
-from relay_diffusion.trainer import children_end_too
 from relay_diffusion.training import quiet_lightning
 
 MANY_CLASSES = 1000  # a longer list is no longer written out
@@ -59,10 +58,11 @@ def measure_stored(cfg: DictConfig) -> dict[str, Any]:
     evaluator = build_evaluator(cfg, images.resolution)
     trainer: L.Trainer = instantiate(cfg.trainer, _convert_="all")
     _check_count(f"images={cfg.images}", len(images), trainer.num_devices * trainer.num_nodes)
-    if trainer.is_global_zero:
-        write_config(cfg, cfg.output)
-    how = {"measured": {"path": str(images.path), "kind": images.kind, "hash": images.source_hash}}
-    results = measure(cfg, trainer, evaluator, images, how, rounding=None)
+    with started_ranks(trainer, str(cfg.run_id), cfg.output, "output"):
+        if trainer.is_global_zero:
+            write_config(cfg, cfg.output)
+        how = {"measured": {"path": str(images.path), "kind": images.kind, "hash": images.source_hash}}
+        results = measure(cfg, trainer, evaluator, images, how, rounding=None)
     if trainer.is_global_zero:
         report(results)
     return results
@@ -79,27 +79,40 @@ def sample_relay(cfg: DictConfig) -> dict[str, Any]:
         evaluator = build_evaluator(cfg, (relay.resolution, relay.resolution))
         if trainer.is_global_zero and cfg["class"] is None and plan.start is None:
             _say_if_uneven(cfg, relay)
-    settings = run_settings(cfg, relay, plan, trainer.strategy.root_device.type)
-    store = ImageStore(cfg.output, _without_places(settings))
-    missing = [position for position, name in enumerate(plan.names) if name not in store]
+    with started_ranks(trainer, str(cfg.run_id), cfg.output, "output"):
+        results = _make_and_measure(cfg, trainer, relay, plan, evaluator)
     if trainer.is_global_zero:
+        report(results)
+    return results
+
+
+def _make_and_measure(
+    cfg: DictConfig, trainer: L.Trainer, relay: Relay, plan: Plan, evaluator: Evaluator | None
+) -> dict[str, Any]:
+    settings = run_settings(cfg, relay, plan, trainer.strategy.root_device.type)
+
+    def look() -> tuple[ImageStore, list[int]]:
+        store = ImageStore(cfg.output, _without_places(settings))
+        missing = [position for position, name in enumerate(plan.names) if name not in store]
         _read_start(plan, missing)
         write_config(cfg, cfg.output)
+        return store, missing
 
+    store, missing = on_rank_zero(trainer, look)
     results: dict[str, Any] = {"images": len(plan.names), "sampled_now": len(missing)}
     shown = range(len(plan.names))[: 4 if cfg.save_trajectory is True else int(cfg.save_trajectory)]
     todo = sorted({*missing, *shown})
     if todo:
         began, picture = time.perf_counter(), Path(cfg.output) / "relay.png"
         callbacks: list[Callback] = [SamplingProgress("sampling", len(plan.names), done=len(plan.names) - len(todo))]
-        callbacks.append(ImageWriter(store, plan))
+        callbacks.append(ImageWriter(store, plan, missing))
         if cfg.picture and missing:
             callbacks.append(RelayPicture(picture, count=cfg.picture))
             results["picture"] = os.path.relpath(picture)
         if shown:
             callbacks.append(TrajectoryPicture(cfg.output, len(shown)))
             results["trajectory"] = os.path.relpath(Path(cfg.output) / "trajectory.png") + " and .webp"
-        order = dealing_order(todo, len(shown), processes)
+        order = dealing_order(todo, len(shown), trainer.num_devices * trainer.num_nodes)
         _predict(trainer, relay, PlanDataModule(plan, order, cfg.batch_size), callbacks)
         results["seconds_sampling"] = round(time.perf_counter() - began, 1)
     if relay.hand_over_sigma is not None:
@@ -107,9 +120,7 @@ def sample_relay(cfg: DictConfig) -> dict[str, Any]:
     if evaluator is not None:
         images = store.images(plan.names, (relay.resolution, relay.resolution))
         results |= measure(cfg, trainer, evaluator, images, {"settings": settings} | results, relay.rounding)
-    if trainer.is_global_zero:
-        report(results | _keep(cfg, relay, plan, store))
-    return results
+    return results | (_keep(cfg, relay, plan, store) if trainer.is_global_zero else {})
 
 
 def build_relay(cfg: DictConfig) -> Relay:
@@ -280,10 +291,8 @@ def _predict(trainer: L.Trainer, model: L.LightningModule, data: L.LightningData
     """One pass with these callbacks."""
     before = list(trainer.callbacks)  # type: ignore[attr-defined]
     trainer.callbacks = [*before, *own, Preemption()]  # type: ignore[attr-defined]
-    prepare_host(trainer.strategy.root_device)
     try:
-        with children_end_too(trainer):
-            trainer.predict(model, datamodule=data, return_predictions=False)
+        trainer.predict(model, datamodule=data, return_predictions=False)
     finally:
         trainer.callbacks = before  # type: ignore[attr-defined]
 

@@ -22,10 +22,12 @@ KINDS = {  # of what only training reads
     "loops": dict,
     "callbacks": dict,
     "dealt": dict,
+    "run": dict,
     "epoch": int,
     "global_step": int,
     "pytorch-lightning_version": str,
 }
+RUN_KINDS = {"config": dict, "derived": list, "devices": int, "images": int, "wandb": dict}  # of its key "run"
 
 
 def check_stored(content: Any, file: Path) -> dict[str, Any]:
@@ -61,6 +63,7 @@ def check_resumable(content: dict[str, Any], file: Path) -> None:
         if key in content and (not isinstance(value, kind) or isinstance(value, bool)):
             _wrong(file, key, value, f"a {kind.__name__}")
     _check_plain(content.get("dealt", {}), "dealt", file)
+    _check_run(content.get("run", {}), file)
     states = content["optimizer_states"]
     if len(states) != 1 or not isinstance(states[0], dict) or {"state", "param_groups"} - states[0].keys():
         raise UserError(f"{file} holds no state of one optimizer: training cannot continue from it")
@@ -73,6 +76,19 @@ def check_resumable(content: dict[str, Any], file: Path) -> None:
         tensors = {f"{number}.{name}": value for name, value in state.items() if isinstance(value, Tensor)}
         _check_tensors(tensors, "optimizer_states", file)
         check_finite(tensors, file, "optimizer state ")
+
+
+def _check_run(run: dict[str, Any], file: Path) -> None:
+    _check_plain(run, "run", file)
+    for key, value in run.items():
+        kind = RUN_KINDS.get(key, object)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            _wrong(file, f"run.{short(key)}", value, f"a {kind.__name__}")
+    for key in ("derived", "wandb"):
+        part = run.get(key, {})
+        for value in part.values() if isinstance(part, dict) else part:
+            if not isinstance(value, str):
+                _wrong(file, f"run.{key}", value, "text")
 
 
 def check_finite(weights: Mapping[str, Tensor], file: Path, what: str = "") -> None:

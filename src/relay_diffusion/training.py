@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,6 @@ import lightning as L
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from relay_diffusion.callbacks.checkpoints import dealt
 from relay_diffusion.callbacks.preemption import leave_if_preempted, preempted
 from relay_diffusion.callbacks.stopping import why_stopped
 from relay_diffusion.checkpoint import (
@@ -32,13 +31,13 @@ from relay_diffusion.checkpoint import (
 from relay_diffusion.checks import naming
 from relay_diffusion.config import write_config
 from relay_diffusion.data import ImageDataModule
-from relay_diffusion.differences import differences, first_difference, printable
+from relay_diffusion.differences import first_difference
 from relay_diffusion.errors import UserError
-from relay_diffusion.host import prepare_host
 from relay_diffusion.launch import leave_group
+from relay_diffusion.ranks import on_rank_zero, started_ranks
 from relay_diffusion.revision import git_revision
+from relay_diffusion.run_record import KEY, RunRecord, changes, changes_data_order
 from relay_diffusion.stage import DiffusionStage
-from relay_diffusion.trainer import children_end_too
 
 
 def quiet_lightning() -> None:
@@ -72,8 +71,25 @@ def check_can_be_loaded(stage_config: dict[str, Any], trusted: Sequence[str]) ->
         raise UserError(f"stage: its checkpoint could not be loaded: {error}") from None
 
 
-def last_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to continue from, and its content: this run's last, or else `resume`; None for a new run.
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts, as rank 0 decides it.
+
+    checkpoint: the file to continue from; None for a new run. own: it is of this run, and not `resume`. wandb: what
+    its W&B run continues from.
+    """
+
+    checkpoint: Path | None = None
+    own: bool = False
+    images_seen: int = 0
+    changed: list[tuple[str, str, str]] = field(default_factory=list)
+    wandb: dict[str, str] | None = None
+
+
+def last_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any], bool] | None:
+    """The checkpoint to continue from, its content, and whether it is this run's own; None for a new run.
+
+    It is the last one of this run, or else `resume`.
 
     One of this run that is damaged is passed over, with a warning, for the one before.
     Raises UserError if none of those that are there can be read.
@@ -84,7 +100,7 @@ def last_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any]] | None:
     for path in own:
         if path.exists():
             try:
-                return path, read_checkpoint(path, cfg.trusted)
+                return path, read_checkpoint(path, cfg.trusted), True
             except UserError as error:
                 failures.append(str(error))
                 print(f"warning: {error}; trying the checkpoint before", file=sys.stderr, flush=True)
@@ -93,7 +109,7 @@ def last_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any]] | None:
     if cfg.resume is None:
         return None
     with naming("resume"):
-        return find_checkpoint(cfg.resume), read_checkpoint(cfg.resume, cfg.trusted)
+        return find_checkpoint(cfg.resume), read_checkpoint(cfg.resume, cfg.trusted), False
 
 
 def check_same_stage(path: Path, checkpoint: dict[str, Any], stage_config: dict[str, Any]) -> None:
@@ -152,63 +168,63 @@ def begin_with(stage: DiffusionStage, path: str) -> Path:
     return file
 
 
-def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What a continued run does in another way: " with devices 2 -> 1"."""
-    # what an older checkpoint does not know is no change, nor is what it knows beyond
-    changed = [
-        f"{key} {printable(there)} -> {printable(here)}"
-        for key, there, here in differences(before, now)
-        if there is not None and here is not None
-    ]
-    return f" with {', '.join(changed)}" if changed else ""
+def find_start(cfg: DictConfig, data: ImageDataModule, record: dict[str, Any]) -> Start:
+    """Decide where the run starts, on one rank.
+
+    `record`: of this run, to compare with. Of the checkpoint nothing stays in memory: Lightning reads it again.
+    Raises UserError for a checkpoint that this run cannot continue.
+    """
+    found = last_checkpoint(cfg)
+    if found is None:
+        return Start()
+    path, content, own = found
+    check_same_stage(path, content, record["config"]["stage"])
+    check_same_classes(path, content, data)
+    seen = content["images_seen"]
+    if not own and seen >= cfg.trainer.max_images:
+        raise UserError(
+            f"resume={os.path.relpath(path)} has seen {seen:,} images already: raise "
+            f"trainer.max_images={cfg.trainer.max_images} to continue it"
+        )
+    stored = content.get(KEY, {}).get("wandb") if own else None
+    return Start(path, own, seen, changes(content, record, data), stored)
 
 
-def train(cfg: DictConfig) -> DiffusionStage:
-    """Build everything, continue from a checkpoint if there is one, and fit."""
+def train(cfg: DictConfig) -> DiffusionStage | None:
+    """Build everything, continue from a checkpoint if there is one, and fit; None if nothing is left to train."""
     stage_config = cast(dict[str, Any], OmegaConf.to_container(cfg.stage, resolve=True))
     quiet_lightning()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     data: ImageDataModule = instantiate(cfg.data, _convert_="all")
     check_classes(data, cfg.network.num_classes)
     test_steps = int(cfg.trainer.get("fast_dev_run", False))
-    found = None if test_steps else last_checkpoint(cfg)
-    checkpoint, changed = None, ""
-    if found is not None:
-        checkpoint, content = found
-        check_same_stage(checkpoint, content, stage_config)
-        check_same_classes(checkpoint, content, data)
-        if content["images_seen"] >= cfg.trainer.max_images:
-            raise UserError(
-                f"{os.path.relpath(checkpoint)} has seen {content['images_seen']:,} images already: nothing to do "
-                f"unless trainer.max_images={cfg.trainer.max_images} grows"
-            )
     stage: DiffusionStage = instantiate(cfg.stage, _convert_="all")
     check_can_be_loaded(stage_config, cfg.trusted)
     stage.stage_config, stage.class_names = stage_config, data.dataset.class_names
-    begun = begin_with(stage, cfg.init) if found is None and cfg.init is not None else None
+    record = RunRecord(cfg)
     trainer: L.Trainer = instantiate(
         cfg.trainer,
-        callbacks=list(instantiate(cfg.callbacks, _convert_="all").values()),
+        callbacks=[*instantiate(cfg.callbacks, _convert_="all").values(), record],
         logger=[] if test_steps else list(instantiate(cfg.logger, _convert_="all").values()),
         _convert_="all",
     )
-    if found is not None:
-        before = {"stage": content["stage_config"]} | content.get("dealt", {})
-        changed = _changes(before, {"stage": stage_config} | dealt(trainer, data))
-    if trainer.is_global_zero:
+    with started_ranks(trainer, str(cfg.run_id), cfg.run_dir, "run_dir"):
+        start = Start()
         if not test_steps:
-            write_config(cfg, cfg.run_dir)
-        settings, revision = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)), git_revision()
-        for logger in trainer.loggers:
-            logger.log_hyperparams(settings | ({"git": revision} if revision else {}))
-        parameters = sum(p.numel() for p in stage.denoiser.parameters())
-        where = "new run" if begun is None else f"new run with the weights of {os.path.relpath(begun)}"
-        where = f"continues {os.path.relpath(checkpoint)}{changed}" if checkpoint else where
-        images = len(data.dataset.names)
-        print(f"{os.path.relpath(cfg.run_dir)}: {where}, {parameters:,} parameters, {images:,} images", flush=True)
-    prepare_host(trainer.strategy.root_device)
-    with children_end_too(trainer):
-        trainer.fit(stage, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+            start = on_rank_zero(trainer, lambda: find_start(cfg, data, record.of(trainer, data)))
+        if start.own and start.images_seen >= cfg.trainer.max_images:
+            if trainer.is_global_zero:
+                print(
+                    f"{os.path.relpath(cfg.run_dir)}: training is complete ({start.images_seen:,} images seen); "
+                    "raise trainer.max_images to continue"
+                )
+            return None
+        if start.checkpoint is not None and not start.checkpoint.is_file():
+            raise UserError(f"{start.checkpoint} is not on this host: run_dir must be on a file system of all hosts")
+        begun = begin_with(stage, cfg.init) if start.checkpoint is None and cfg.init is not None else None
+        if trainer.is_global_zero:
+            _announce(cfg, trainer, stage, data, start, begun)
+        trainer.fit(stage, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
     if stage.images_seen < cfg.trainer.max_images and preempted(trainer):
         leave_group()  # all ranks are here
         leave_if_preempted(trainer)
@@ -216,9 +232,6 @@ def train(cfg: DictConfig) -> DiffusionStage:
         raise UserError("trainer.fast_dev_run: the last step had no finite loss, or no finite gradient")
     if trainer.is_global_zero:
         print(_how_it_ended(cfg, trainer, stage))
-        if test_steps:
-            with suppress(OSError):
-                Path(cfg.run_dir).rmdir()  # empty: the command line has made it
     return stage
 
 
@@ -233,3 +246,30 @@ def _how_it_ended(cfg: DictConfig, trainer: L.Trainer, stage: DiffusionStage) ->
     if reason:
         return f"stopped early ({reason}): trained on {done} of {cfg.trainer.max_images:,} images; all is in {where}"
     return f"trained on {done} images; all is in {where}"
+
+
+def _announce(
+    cfg: DictConfig,
+    trainer: L.Trainer,
+    stage: DiffusionStage,
+    data: ImageDataModule,
+    start: Start,
+    begun: Path | None,
+) -> None:
+    """Record the run in its directory and loggers, and print how it starts."""
+    if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        write_config(cfg, cfg.run_dir)
+    settings, revision = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)), git_revision()
+    for logger in trainer.loggers:
+        if hasattr(logger, "continue_run"):
+            logger.continue_run(start.wandb)
+        logger.log_hyperparams(settings | ({"git": revision} if revision else {}))
+    parameters = sum(p.numel() for p in stage.denoiser.parameters())
+    how = "new run" if begun is None else f"new run with the weights of {os.path.relpath(begun)}"
+    if start.checkpoint is not None:
+        changed = ", ".join(f"{key} {before} -> {now}" for key, before, now in start.changed)
+        how = f"continues {os.path.relpath(start.checkpoint)}{f' with {changed}' if changed else ''}"
+    images = len(data.dataset.names)
+    print(f"{os.path.relpath(cfg.run_dir)}: {how}, {parameters:,} parameters, {images:,} images", flush=True)
+    if order := changes_data_order(start.changed):
+        print(f"note: {', '.join(order)} changed, so images come in another order than before", flush=True)

@@ -19,6 +19,7 @@ from relay_diffusion.checks import (
     check_list,
     check_mapping,
     check_number,
+    check_run_id,
     check_subset,
     check_text,
     check_whole,
@@ -124,8 +125,8 @@ def fused_optimizer(precision: str) -> bool:
 def validate_training(cfg: DictConfig) -> None:
     """Raise UserError for the first thing in a train config that cannot work."""
     check_mapping(cfg, "data", "data.dataset", "network", "stage", "stage.denoiser", "trainer", "callbacks", "logger")
+    check_run_id(selected(cfg, "run_id"))
     check_complete(cfg)
-    check_text(cfg, "run_id")
     check_directory(cfg, "run_dir")
     package_names(cfg.trusted)
     for key in ("data", "data.dataset", "network", "stage", "stage.denoiser", "stage.denoiser.network"):

@@ -17,8 +17,8 @@ from relay_diffusion.checks import (
     check_flag,
     check_mapping,
     check_number,
+    check_run_id,
     check_subset,
-    check_text,
     check_whole,
     package_names,
     require,
@@ -91,6 +91,7 @@ def _check_relay(cfg: DictConfig) -> None:
 def validate_sampling(cfg: DictConfig) -> None:
     """Raise UserError for the first thing in a sample config that cannot work."""
     check_mapping(cfg, "metrics", "trainer", "relay", "relay.reference", "relay.stages")
+    check_run_id(selected(cfg, "run_id"))
     check_complete(cfg, besides="relay.stages.")
     check_devices(cfg)
     check_whole(cfg, "batch_size", 1, 2**24)
@@ -103,7 +104,6 @@ def validate_sampling(cfg: DictConfig) -> None:
     check_choice(cfg, "mode", ("sample", "evaluate"))
     check_choice(cfg, "format", ("png", "zip"))
     check_flag(cfg, "npz")
-    check_text(cfg, "run_id")
     package_names(cfg.trusted)
     for key in ("run_dir", "output"):
         check_directory(cfg, key)

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,10 @@ import pytest
 import torch
 
 from relay_diffusion import training
+from relay_diffusion.errors import UserError
+from relay_diffusion.loggers.wandb_run import WandbRun
 from relay_diffusion.stage import DiffusionStage
+from support import TINY, run
 
 PANELS = {
     "train/loss", "train/gradient_norm", "train/replaced_gradients", "train/lr", "train/images_per_second",
@@ -97,6 +102,54 @@ def test_a_crash_and_a_continuation_are_one_run_without_doubled_rows(fit, tmp_pa
     for here, there in zip(logged, rows, strict=True):
         for key, text in here.items():
             assert float(text or "nan") == pytest.approx(there.get(key, float("nan")), nan_ok=True), key
+
+
+def ids(run_dir):
+    return [of_type(part, "run")[0]["run_id"] for part in records(run_dir)]
+
+
+def test_the_same_run_dir_is_the_same_wandb_run(tmp_path, small_zip):
+    """Also without a run_id, which is another at each start."""
+    command = [*TINY, "logger=wandb", "resolution=16", f"data.dataset.path={small_zip}", f"run_dir={tmp_path / 'run'}"]
+    for images in (8, 16):
+        result = run("train.py", *command, f"trainer.max_images={images}")
+        assert result.returncode == 0, result.stderr
+    first, second = ids(tmp_path / "run")
+    assert first == second
+    stored = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["run"]["wandb"]
+    assert stored == {"id": first, "directory": str(tmp_path / "run")}
+
+
+def test_which_wandb_run_a_directory_continues(fit, tmp_path):
+    fit("run", 8, "logger=wandb")
+    (original,) = ids(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    fit("moved", 12, "logger=wandb")
+    (tmp_path / "moved/wandb_run.json").unlink()
+    fit("moved", 16, "logger=wandb")  # the checkpoint has it too
+    assert set(ids(tmp_path / "moved")) == {original}
+    shutil.copytree(tmp_path / "moved", tmp_path / "copy", ignore=shutil.ignore_patterns("wandb"))
+    fit("copy", 20, "logger=wandb")
+    fit("copy", 24, "logger=wandb")
+    (copied,) = set(ids(tmp_path / "copy"))
+    fit("other", 20, "logger=wandb", f"resume={tmp_path / 'moved'}")
+    (resumed,) = ids(tmp_path / "other")
+    assert len({original, copied, resumed}) == 3
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"id": 1}'])
+def test_a_damaged_note_of_the_wandb_run_is_named(tmp_path, content):
+    (tmp_path / "wandb_run.json").write_text(content)
+    with pytest.raises(UserError, match=r"wandb_run\.json cannot be read: delete it for a new W&B run"):
+        WandbRun("project", "mine", tmp_path).continue_run()
+
+
+@pytest.mark.parametrize(("run_id", "valid"), [("mine", True), ("a/b", False), ("a*[1]", False), ("x" * 200, False)])
+def test_wandb_gets_a_valid_id(tmp_path, run_id, valid):
+    version = WandbRun("project", run_id, tmp_path).version
+    assert (version == run_id) is valid
+    assert re.fullmatch(r"[\w.-]{1,64}", version)
+    assert version != WandbRun("project", f"{run_id}?", tmp_path).version
 
 
 def test_pictures_of_a_relay_stage_and_checkpoints_on_request(fit, tmp_path):

@@ -19,7 +19,6 @@ from relay_diffusion.callbacks.ema import find_ema
 from relay_diffusion.callbacks.every import Every
 from relay_diffusion.callbacks.preemption import preempted
 from relay_diffusion.checkpoint import BEST, KEPT, LAST, read_stage
-from relay_diffusion.data.datamodule import ImageDataModule
 from relay_diffusion.errors import UserError
 from relay_diffusion.files import sync, whole_file, write_text
 from relay_diffusion.stage import DiffusionStage
@@ -76,13 +75,12 @@ class Checkpoints(Checkpoint):
 
     def on_save_checkpoint(
         self,
-        trainer: L.Trainer,
+        trainer: L.Trainer,  # noqa: ARG002
         pl_module: L.LightningModule,
         checkpoint: dict[str, Any],
     ) -> None:
-        """Note what the images are and how they were dealt out, and whether the state is the best so far."""
+        """Note whether the state is the best so far."""
         assert isinstance(pl_module, DiffusionStage)
-        checkpoint["dealt"] = dealt(trainer, trainer.datamodule)  # type: ignore[attr-defined]
         if self._best is not None and self._best["images_seen"] == pl_module.images_seen:
             checkpoint["best"] = dict(self._best)
 
@@ -267,15 +265,3 @@ def _state(trainer: L.Trainer, stage: DiffusionStage) -> Iterator[tuple[str, Ten
             for key, value in state.items():
                 if isinstance(value, Tensor):
                     yield f"optimizer state {key} of {names.get(parameter, 'a parameter')}", value
-
-
-def dealt(trainer: L.Trainer, data: ImageDataModule) -> dict[str, int | str]:
-    """What a step's images are and how they are dealt out, in the words of the options."""
-    return {
-        "devices": trainer.world_size,
-        "data.batch_size": data.batch_size,
-        "data.accumulate": data.accumulate,
-        "data.dataset.path": str(data.dataset.path),
-        "data.seed": data.seed,
-        "images": len(data.dataset),  # mirrored ones too
-    }

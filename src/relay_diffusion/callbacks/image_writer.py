@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
@@ -13,10 +14,13 @@ from relay_diffusion.plan import Plan
 
 
 class ImageWriter(Callback):
-    """Writes the final images of a plan to an ImageStore; those that are there stay as they are."""
+    """Writes the final images of a plan to an ImageStore; those that it holds stay as they are.
 
-    def __init__(self, store: ImageStore, plan: Plan) -> None:
-        self.store, self.plan = store, plan
+    missing: positions in the plan of the images to write, as rank 0 has found them.
+    """
+
+    def __init__(self, store: ImageStore, plan: Plan, missing: Iterable[int]) -> None:
+        self.store, self.plan, self.missing = store, plan, frozenset(missing)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
         """Prepare the folder once."""
@@ -33,7 +37,7 @@ class ImageWriter(Callback):
     ) -> None:
         """Write the batch."""
         for position, image in zip(outputs.positions.tolist(), outputs.images.cpu(), strict=True):
-            if self.plan.names[position] not in self.store:
+            if position in self.missing:
                 self.store.write(self.plan.names[position], image)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002

@@ -14,16 +14,16 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from relay_diffusion.callbacks.agreement import Agreement
-from relay_diffusion.launch import INTERACTIVE, first_process, rank
+from relay_diffusion.launch import INTERACTIVE, REQUEUED, SIGNALS, first_process, rank
 from relay_diffusion.stage import DiffusionStage
 
-REQUEUED = (signal.SIGUSR1, signal.SIGUSR2)
-SIGNALS = (signal.SIGINT, signal.SIGTERM, *REQUEUED)
+IGNORABLE = (signal.SIGINT, signal.SIGHUP)  # a shell's job in the background and nohup are to ignore them
 
 
 class Preemption(Callback):
-    """At SIGINT (Ctrl-C), SIGTERM, SIGUSR1, SIGUSR2 training finishes its step, saves and stops; sampling stops now.
+    """At a signal training finishes its step, saves and stops; sampling stops at once.
 
+    Signals: SIGINT (Ctrl-C), SIGHUP (the terminal was closed), SIGTERM, SIGUSR1 and SIGUSR2.
     Sampling keeps every image that it finished. A signal to one process stops all; a second SIGINT stops training at
     once, and saves nothing. Under SLURM, SIGUSR1 and SIGUSR2 (sent before the time limit, with `--signal=USR1@300`)
     also put the job back into the queue. SIGTERM does not: SLURM requeues the jobs that it preempts, and one that was
@@ -35,6 +35,7 @@ class Preemption(Callback):
         self.agreed = 0  # the signal that stops all of them
         self._reading: Agreement | None = None
         self._before: dict[int, Any] = {}  # handlers
+        self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]  # a closed one no longer tells
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
         """Listen while all is prepared for training, which then stops after its first step."""
@@ -55,6 +56,7 @@ class Preemption(Callback):
         _listen(self._note)
 
     def _note(self, number: int, _: Any) -> None:
+        self._leave_closed_terminal(number)
         if number == signal.SIGINT:
             again = self.received == number
             if rank() == 0:
@@ -84,6 +86,7 @@ class Preemption(Callback):
             if self.agreed:
                 return  # on the way out
             self.agreed = number
+            self._leave_closed_terminal(number)
             first = first_process()
             if first is not None and not trainer.is_global_zero:
                 os.kill(first, number)  # which ends the others, and says so
@@ -91,13 +94,21 @@ class Preemption(Callback):
 
         _listen(leave)
 
+    def _leave_closed_terminal(self, number: int) -> None:
+        """After SIGHUP write to nowhere: to write to a closed terminal is an error, which would end the run."""
+        if number == signal.SIGHUP and self._terminals:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in self._terminals:
+                os.dup2(nowhere, stream)
+            os.close(nowhere)
+
 
 def _listen(handler: Callable[[int, Any], None] | signal.Handlers) -> None:
     if threading.current_thread() is not threading.main_thread():
         return  # others get no signals
     for number in SIGNALS:
-        if number == signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN:
-            continue  # a shell's job in the background, which Ctrl-C is not meant for
+        if number in IGNORABLE and signal.getsignal(number) is signal.SIG_IGN:
+            continue
         signal.signal(number, handler)
 
 

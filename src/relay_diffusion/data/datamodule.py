@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 
 from relay_diffusion.data.images import ImageDataset
 from relay_diffusion.errors import UserError
+from relay_diffusion.launch import SIGNALS
 
 
 def micro_batch_size(batch_size: int, world_size: int, accumulate: int = 1) -> int:
@@ -119,20 +122,43 @@ class ImageDataModule(LightningDataModule):
             accumulate=self.accumulate,
             start=lambda: cast(int, trainer.lightning_module.images_seen),
         )
-        return DataLoader(
+        return _TrainingLoader(
             self.dataset,
             batch_sampler=sampler,
             collate_fn=collate,
             num_workers=num_workers,
-            worker_init_fn=_leave_interrupts_to_the_trainer,
+            worker_init_fn=_end_with_the_trainer,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
 
 
-def _leave_interrupts_to_the_trainer(worker: int) -> None:  # noqa: ARG001
-    """Ctrl-C reaches every process of a terminal; a step that is to be finished still wants its images."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+class _TrainingLoader(DataLoader[tuple[Tensor, int]]):
+    """A loader whose workers ignore the signals that ask a run to stop.
+
+    A closed terminal, `timeout` and `scancel` signal every process of a run, and the step that training then finishes
+    still needs its images. Workers inherit a blocked signal, so it cannot reach them while they start either.
+    """
+
+    def __iter__(self) -> Any:
+        """Start the workers; signals wait for this process meanwhile."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_the_trainer(worker: int) -> None:  # noqa: ARG001
+    """Let the main process, and no other, end a worker by SIGTERM: so it does with one that hangs."""
+    trainer = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != trainer:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def collate(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
