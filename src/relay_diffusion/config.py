@@ -29,6 +29,7 @@ __all__ = [
     "chosen_stages",
     "reference_of",
     "register_resolvers",
+    "sweep_job",
     "validate_sampling",
     "validate_training",
     "world_size",
@@ -41,7 +42,7 @@ CONF = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parents[1] / "conf"  # of
 RUN_ID = "RELAY_DIFFUSION_RUN_ID"  # hands rank 0's choice to the processes that it starts
 
 
-def _sweep_job() -> Any:
+def sweep_job() -> Any:
     """Hydra's settings of this job, if it is one of a sweep (--multirun)."""
     if not HydraConfig.initialized():
         return None
@@ -68,13 +69,13 @@ def _new_run_id() -> str:
     """One id for all ranks: from the process that started this one, the launcher, or else the time."""
     given = os.environ.get(RUN_ID) or _launcher_id()
     os.environ[RUN_ID] = given or f"{time.strftime('%H%M%S')}-{secrets.token_hex(2)}"
-    job = _sweep_job()
+    job = sweep_job()
     return os.environ[RUN_ID] if job is None else f"{os.environ[RUN_ID]}-{job.job.num}"
 
 
 def _run_dir(root: str, run_id: str) -> str:
     """`root`/<date>/<run id>; the directory of an earlier day, if the run began then; a sweep's own directory."""
-    job = _sweep_job()
+    job = sweep_job()
     if job is not None:
         return str(job.runtime.output_dir)
     earlier = sorted(Path(root).glob(f"*/{run_id}"))
