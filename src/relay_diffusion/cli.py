@@ -26,7 +26,7 @@ from relay_diffusion.config import sweep_job
 from relay_diffusion.errors import UserError
 from relay_diffusion.files import write_text
 from relay_diffusion.launch import first_failure, leave_group, rank, ranks_differ
-from relay_diffusion.overrides import arranged, parse, unreadable, versions
+from relay_diffusion.overrides import arranged, check_added, not_an_option, parse, unreadable, versions
 from relay_diffusion.sweep import JobError, check_sweep
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # Hydra's own switch: set it to 1 to see tracebacks
@@ -69,13 +69,15 @@ def _unknown_override(message: str, config: Path) -> str | None:
     found = re.search(r"Could not override '([^']+)'", message)
     if found:
         name = found[1].lstrip("+~")
-        return f"{name} is not an option{nearest(name, _known_keys(config, name))}"
+        return f"{not_an_option(name, config)}{nearest(name, _known_keys(config, name))}"
     found = re.search(r"Could not find '([^']+)'", message)
     if found:
         group, _, name = found[1].rpartition("/")
         listed = message.partition("Available options in")[2]
         choices = [line.strip() for line in listed.splitlines()[1:] if line.strip() and " " not in line.strip()]
         options = f"; it can be {', '.join(choices)}" if choices else ""
+        if group == "hydra/launcher" and name.startswith("submitit"):
+            options = "; pip install -e '.[slurm]' brings it"
         return f"{group}={name} is not there{nearest(name, choices) or options}"
     return None
 
@@ -196,7 +198,10 @@ def command_line(task: Callable[[DictConfig], None], config: Path, validate: Cal
     os.environ.setdefault(SHOW_TRACEBACK, os.environ.get(FULL_ERROR, "0"))  # processes that this one starts inherit it
     os.environ[FULL_ERROR] = "1"  # let errors through to here
     try:
-        check_sweep(parse(sys.argv[1:]), config, validate)
+        arguments = parse(sys.argv[1:])
+        if arguments.config_name is None:
+            check_added(arguments.overrides, config)
+        check_sweep(arguments, config, validate)
         hydra.main(version_base="1.3", config_path=str(config.parent), config_name=config.stem)(task)()
         sys.stdout.flush()
         leave_group()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -93,12 +94,20 @@ def _wandb_offline() -> bool:
         return True
 
 
+def _group_choices() -> str:
+    """The config groups that this command accepts with their choices, one group a line."""
+    loader = GlobalHydra.instance().config_loader()
+    groups = sorted(group for group in HydraConfig.get().runtime.choices if "/" not in group)
+    return "\n".join(f"{group}: {', '.join(loader.get_group_options(group))}" for group in groups)
+
+
 def register_resolvers() -> None:
     """Make the project's resolvers known to OmegaConf; calling it again changes nothing."""
     resolvers: dict[str, Callable[..., Any]] = {
         "new_run_id": _new_run_id,
         "run_dir": _run_dir,
         "wandb_offline": _wandb_offline,
+        "group_choices": _group_choices,
         "text": str,
         "fused_optimizer": fused_optimizer,
     }
