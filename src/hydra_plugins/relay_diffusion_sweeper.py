@@ -29,6 +29,8 @@ class ReportingSweeper(BasicSweeper):
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         """Run a job for each combination of values. Ends the process with 2, or 1 for a bug, if any job fails."""
+        assert self.hydra_context is not None
+        assert self.config is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
         values = {override.key_or_group: override for override in overrides}  # the last one counts
@@ -55,6 +57,7 @@ class ReportingSweeper(BasicSweeper):
         return results
 
     def _launch(self, jobs: list[list[str]], first: int) -> Sequence[JobReturn]:
+        assert self.launcher is not None
         try:
             return self.launcher.launch(jobs, initial_job_idx=first)
         except RuntimeError as error:
@@ -62,8 +65,8 @@ class ReportingSweeper(BasicSweeper):
                 raise
             reason = " ".join(str(error).splitlines()[:2])
             raise UserError(
-                f"a job of the sweep ended early, by a signal or out of memory: {reason}. Its output is beside that path; "
-                "the other jobs go on, and their output says how they end"
+                f"a job of the sweep ended early, by a signal or out of memory: {reason}. Its output is beside that "
+                "path; the other jobs go on, and their output says how they end"
             ) from None
 
 

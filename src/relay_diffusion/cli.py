@@ -123,7 +123,8 @@ def report_errors(config: Path) -> Iterator[None]:
         expected = _caused_by_user(error) and not _shows_traceback()
         first, code = first_failure(2 if expected else 1)
         if first != rank() and not expected and not _shows_traceback():
-            error, expected = UserError(f"rank {first} has failed, and says why"), True  # what broke off here is no news
+            error = UserError(f"rank {first} has failed, and says why")  # here only the connection broke
+            expected = True
         if expected and rank() > 0 and not ranks_differ():
             time.sleep(FIRST_RANK_SECONDS)  # the first rank says the same, before a launcher ends all for this one
             raise SystemExit(code) from None

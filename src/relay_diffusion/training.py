@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
@@ -30,23 +28,12 @@ from relay_diffusion.config import write_config
 from relay_diffusion.data import ImageDataModule
 from relay_diffusion.differences import differences, first_difference, printable
 from relay_diffusion.errors import UserError
-from relay_diffusion.host import prepare_host
+from relay_diffusion.host import prepare_host, report_slow_settings
 from relay_diffusion.launch import leave_group
+from relay_diffusion.quiet import quiet_libraries
 from relay_diffusion.revision import git_revision
 from relay_diffusion.stage import DiffusionStage
 from relay_diffusion.trainer import children_end_too
-
-
-def quiet_lightning() -> None:
-    """Keep Lightning's advertisements and its advice on epochs and loaders off the screen; warnings stay.
-
-    One goes that no user can act on: Lightning (2.6) builds DDP on a stream of its own, and gradients come from
-    another; they are waited for.
-    """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*treespec, LeafSpec.*", "The AccumulateGrad node's stream"):
-        warnings.filterwarnings("ignore", message=message)
 
 
 def check_classes(data: ImageDataModule, num_classes: int) -> None:
@@ -151,10 +138,10 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     return f" with {', '.join(changed)}" if changed else ""
 
 
+@quiet_libraries()
 def train(cfg: DictConfig) -> DiffusionStage:
     """Build everything, continue from a checkpoint if there is one, and fit."""
     stage_config = cast(dict[str, Any], OmegaConf.to_container(cfg.stage, resolve=True))
-    quiet_lightning()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     data: ImageDataModule = instantiate(cfg.data, _convert_="all")
     check_classes(data, cfg.network.num_classes)
@@ -191,6 +178,7 @@ def train(cfg: DictConfig) -> DiffusionStage:
         where = f"continues {os.path.relpath(checkpoint)}{changed}" if checkpoint else where
         images = len(data.dataset.names)
         print(f"{os.path.relpath(cfg.run_dir)}: {where}, {parameters:,} parameters, {images:,} images", flush=True)
+        report_slow_settings(trainer.strategy.root_device, {"network.channels_last": stage.denoiser.network})
     prepare_host(trainer.strategy.root_device)
     with children_end_too(trainer):
         trainer.fit(stage, datamodule=data, ckpt_path=checkpoint, weights_only=True)

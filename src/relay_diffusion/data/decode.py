@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import warnings
+import struct
 import zlib
+from collections.abc import Callable
 from io import BytesIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from relay_diffusion.errors import UserError
 
 IMAGE_FORMATS = ("PNG", "WEBP", "JPEG")
-
-# Pillow warns of images above its limit and refuses those above twice that; one limit is easier to tell.
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+OPENERS: dict[bytes, Callable[[BytesIO], ImageFile]] = {
+    b"\x89PNG\r\n\x1a\n": PngImageFile,
+    b"RIFF": WebPImageFile,
+    b"\xff\xd8\xff": JpegImageFile,
+}
 
 
 def decode_rgb(data: bytes, where: str) -> Image.Image:
@@ -25,18 +32,35 @@ def decode_rgb(data: bytes, where: str) -> Image.Image:
     the field's data sets). Errors: UserError for anything else, damage, and more than Image.MAX_IMAGE_PIXELS pixels.
     """
     try:
-        with Image.open(BytesIO(data), formats=IMAGE_FORMATS) as image:
+        with _open(data, where) as image:
             if image.format == "PNG":
                 _check_png(data, image)
             image.load()
             return _rgb(image)
+    except UserError:
+        raise
     except UnidentifiedImageError as error:
         raise UserError(f"{where} is not a {', '.join(IMAGE_FORMATS)} image") from error
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        most = Image.MAX_IMAGE_PIXELS
-        raise UserError(f"{where} claims more than {most:,} pixels: a decompression bomb, or too large") from error
     except Exception as error:  # foreign bytes: decoders raise many types, and all mean this to the user
         raise UserError(f"{where} cannot be decoded: {' '.join(str(error).split())}") from error
+
+
+def _open(data: bytes, where: str) -> ImageFile:
+    """Read the header of an image. Raises UserError if it has more pixels than Pillow's limit.
+
+    Image.open only warns between once and twice the limit, and filters of warnings belong to the whole process.
+    """
+    opener = next((opener for start, opener in OPENERS.items() if data.startswith(start)), None)
+    try:
+        image = opener(BytesIO(data)) if opener is not None else None
+    except (SyntaxError, IndexError, TypeError, struct.error):  # how plugins say that it is not theirs
+        image = None
+    if image is None:
+        raise UnidentifiedImageError
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and image.width * image.height > most:
+        raise UserError(f"{where} claims more than {most:,} pixels: a decompression bomb, or too large")
+    return image
 
 
 def _check_png(data: bytes, image: Image.Image) -> None:
