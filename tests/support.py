@@ -106,6 +106,11 @@ def run(script: str, *arguments: str, timeout: int = 240, **environment: str) ->
     )
 
 
+def pythonpath(folder: Path) -> str:
+    """PYTHONPATH with the modules of `folder` too."""
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def weights_of(path: Path) -> dict[str, Tensor]:
     """Raw and averaged weights of a checkpoint."""
     content = torch.load(path, weights_only=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from processes import Process, child_of, ended, until
-from support import PROJECT, TINY, assert_same_weights, weights_of
+from support import PROJECT, TINY, assert_same_weights, pythonpath, weights_of
 
 
 def free_port() -> int:
@@ -193,6 +193,27 @@ def test_an_error_of_one_rank_is_told_and_ends_all(tmp_path, small_zip):
         assert process.wait() == 2, process.text()
     assert f"'train/{damaged.name}' in {images} cannot be decoded" in process.text()
     assert "Traceback" not in process.text()
+
+
+def test_a_bug_of_one_rank_is_shown_once_and_ends_all(tmp_path, small_zip):
+    """The other rank loses the connection only: its traceback would hide the one that matters."""
+    (tmp_path / "broken.py").write_text(
+        "from lightning.pytorch.callbacks import Callback\n"
+        "class Broken(Callback):\n"
+        "    def on_train_start(self, trainer, module):\n"
+        "        if trainer.global_rank == 1:\n"
+        "            raise ZeroDivisionError('a bug')\n"
+    )
+    command = [
+        PROJECT / "train.py", *TINY, "resolution=16", f"data.dataset.path={small_zip}", "strategy=ddp_cpu",
+        "+callbacks.broken._target_=broken.Broken", f"run_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    with ended([Process(tmp_path / "run.txt", command, PYTHONPATH=pythonpath(tmp_path))]) as (process,):
+        assert process.wait() == 1, process.text()
+    text = process.text()
+    assert text.count("ZeroDivisionError: a bug") == 1
+    assert "error: rank 1 has failed, and says why" in text
+    assert "RuntimeError" not in text
 
 
 def test_sampling_stops_at_a_signal_and_continues(tmp_path, relay_runs):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from relay_diffusion import COMMANDS
 from support import PROJECT, TINY, run
 
 
@@ -54,6 +55,10 @@ def test_without_a_word_they_say_what_they_can_do(script, said):
         (["--batch", "7"], ["--batch: options are KEY=VALUE, as batch=7"]),
         (["stage.optimizer.lr=1", "-m", "seed=1,2"], ["run_dir=", "jobs of the sweep would share it"]),
         (["+network.foo=1"], ["foo"]),
+        (["+foo=1"], ["foo is not an option"]),
+        (["relay=emoji"], ["relay is no group of train.py; its groups are augment, callbacks, data, experiment,"]),
+        (["+relay=emoji"], ["relay is no group of train.py"]),
+        (["++metrics=fid"], ["metrics is no group of train.py"]),
         (["stage.corruption.schedule.p_std=a"], ["stage.corruption.schedule"]),
     ],
 )
@@ -81,6 +86,66 @@ def test_gpus_that_are_not_there(script, asked, option, instead, tmp_path):
 def test_a_run_id_that_leaves_the_outputs(script):
     result = run(script, "run_id=../../elsewhere")
     assert_one_line(result, "error: run_id='../../elsewhere': must be the name of one directory")
+
+
+@pytest.mark.parametrize(
+    ("script", "groups"),
+    [
+        (
+            "train.py",
+            ["augment", "callbacks", "data", "experiment", "logger", "network", "stage", "strategy", "trainer"],
+        ),
+        ("sample.py", ["metrics", "relay", "strategy", "trainer"]),
+    ],
+)
+def test_help_lists_the_groups_that_the_script_accepts(script, groups):
+    listed = run(script, "--help").stdout.partition("Groups (GROUP=CHOICE)")[2].partition("Overrides people use")[0]
+    lines = [line.partition(": ") for line in listed.splitlines()[1:] if line]
+    assert [group for group, _, _ in lines] == groups
+    for group, _, choices in lines:
+        files = sorted(path.stem for path in (PROJECT / "conf" / group).glob("*.yaml"))
+        assert choices.split(", ") == files
+
+
+ONE_RANK, TWO_RANKS = [sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+
+
+@pytest.mark.parametrize(
+    ("start", "arguments"),
+    [
+        (ONE_RANK, ["train.py", "trainer.max_images=0"]),  # found by the checks of the settings
+        (ONE_RANK, ["train.py", "data.dataset.path=corrupt.zip"]),  # found when the run is built
+        (ONE_RANK, ["train.py", "data.dataset.path=corrupt.zip", "run_dir=mine/a/b"]),
+        (ONE_RANK, ["sample.py", "relay=one_stage", "relay.stages.base.path=corrupt.zip"]),
+        (ONE_RANK, ["train.py", "-m", "seed=1,fast"]),
+        (TWO_RANKS, ["train.py", "data.dataset.path=corrupt.zip", "strategy=ddp_cpu"]),
+    ],
+)
+def test_a_failed_command_leaves_no_directories(start, arguments, tmp_path, small_zip):
+    (tmp_path / "corrupt.zip").write_bytes(small_zip.read_bytes()[:3000])
+    (tmp_path / "mine").mkdir()
+    command = [*start, PROJECT / arguments[0], *arguments[1:]]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "error: " in result.stderr
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["corrupt.zip", "mine"]
+
+
+@pytest.mark.parametrize(
+    "module", ["relay_diffusion", "relay_diffusion.training", "relay_diffusion.data", "relay_diffusion.nothing"]
+)
+def test_a_module_that_is_no_command_says_so(module):
+    result = run(f"-m {module}", "a=1")
+    assert_one_line(result, f"{module} is not a command", "train.py", "-m relay_diffusion.data.convert")
+    assert result.stdout == ""
+
+
+def test_the_commands_are_those_modules_that_run_something():
+    package = PROJECT / "src/relay_diffusion"
+    runnable = [path for path in package.rglob("*.py") if 'if __name__ == "__main__":' in path.read_text()]
+    assert sorted(COMMANDS) == sorted(".".join(path.relative_to(package).with_suffix("").parts) for path in runnable)
+    for command in COMMANDS:
+        assert run(f"-m relay_diffusion.{command}", "--help").returncode == 0
 
 
 def test_data_that_cannot_be_used(tmp_path, small_zip):
@@ -124,6 +189,7 @@ def test_bad_images_in_worker_processes_are_named_too(tmp_path):
         (["relay=quickstrt"], ["did you mean quickstart?"]),
         (["relay=two_stages"], ["relay.stages.base.path has no value"]),
         (["relay=quickstart", "relay.stages.base.path=nowhere"], ["relay.stages.base.path=nowhere"]),
+        (["network=tiny"], ["network is no group of sample.py; its groups are metrics, relay, strategy, trainer"]),
         (["relay=quickstart", "seedz=3"], ["seedz is not an option", "did you mean seeds?"]),
     ],
 )
@@ -149,6 +215,11 @@ def test_mistakes_that_need_the_checkpoints(relay_overrides, relay_runs, tmp_pat
     ]:
         assert_one_line(run("sample.py", *relay_overrides, *arguments), *parts)
         assert not (tmp_path / "samples/images").exists()
+
+
+def test_a_directory_that_cannot_be_made_is_one_line():
+    result = run("sample.py", "relay=emoji", "output=/proc/samples")
+    assert_one_line(result, "the directory of the run cannot be made", "/proc/samples", "choose another output=")
 
 
 def test_help_that_nobody_reads():
@@ -181,9 +252,9 @@ def test_offline_wandb_needs_no_account(tmp_path, small_zip):
 @pytest.mark.parametrize(
     ("script", "arguments", "words"),
     [
-        ("train.py", ["run_dir={file}"], ["directory of the run cannot be made", "{file}", "run_dir="]),
-        ("train.py", ["run_dir={file}/run"], ["directory of the run cannot be made", "{file}", "run_dir="]),
-        ("sample.py", ["output={file}"], ["directory of the run cannot be made", "{file}", "output="]),
+        ("train.py", ["run_dir={file}"], ["run_dir={file}", "{file} is a file: choose another directory"]),
+        ("train.py", ["run_dir={file}/run"], ["run_dir={file}", "{file} is a file: choose another directory"]),
+        ("sample.py", ["output={file}"], ["output={file}", "{file} is a file: choose another directory"]),
         ("sample.py", ["output={new}", "seeds=0-999999999999"], ["seeds is '0-999999999999'", "more than 10,000,000"]),
     ],
 )

@@ -7,7 +7,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
 from relay_diffusion.gradients import GradientNorm, _walkable, replace_nonfinite
-from relay_diffusion.training import quiet_lightning
+from relay_diffusion.quiet import quiet_libraries
 from support import TRITON, tiny_stage
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -77,10 +77,10 @@ def test_the_norm_is_over_all_gradients_and_the_mean_over_steps():
     assert norm.take() == pytest.approx(2)
 
 
+@quiet_libraries()
 def test_scaled_gradients_count_unscaled_and_steps_that_overflow_do_not(monkeypatch):
     """As with fp16 on a GPU; in float32 here, so that both have the same gradients."""
     monkeypatch.setattr(MixedPrecision, "autocast_context_manager", lambda _: torch.autocast("cpu", enabled=False))
-    quiet_lightning()
     images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
     batches = [(images[:4], torch.zeros(4, dtype=torch.int64)), (images[4:], torch.ones(4, dtype=torch.int64))]
 

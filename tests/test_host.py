@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-from relay_diffusion.host import THREADS_KEY, prepare_host
+from relay_diffusion.host import THREADS_KEY, prepare_host, report_slow_settings, slow_settings
+from relay_diffusion.networks import UNet
 
 PAGES = """
 import resource, sys, torch
@@ -61,3 +62,29 @@ def test_freed_memory_is_kept_on_a_cpu():
     result = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=True)
     given_back, kept = map(int, result.stdout.split())
     assert kept < given_back / 10
+
+
+@pytest.mark.parametrize(
+    ("device", "have_triton", "channels_last", "reported"),
+    [
+        ("cpu", False, False, []),
+        ("cuda", True, True, []),
+        ("cuda", False, True, ["Triton is not installed"]),
+        ("cuda", True, False, ["network.channels_last=false is slow on a GPU"]),
+        ("cuda", False, False, ["Triton is not installed", "network.channels_last=false is slow on a GPU"]),
+    ],
+)
+def test_what_is_slow_on_a_gpu_is_reported(device, have_triton, channels_last, reported):
+    lines = slow_settings(device, have_triton, {"network.channels_last": channels_last})
+    assert len(lines) == len(reported)
+    for line, part in zip(lines, reported, strict=True):
+        assert part in line
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_format_of_a_network_is_recognised(capsys, channels_last):
+    network = UNet(8, channels=8, channel_mult=[1], blocks=1, attention_resolutions=[], channels_last=channels_last)
+    report_slow_settings(torch.device("cuda", 0), {"network.channels_last": network, "of another kind": object()})
+    printed = capsys.readouterr().out
+    assert ("network.channels_last=false" in printed) is not channels_last
+    assert "of another kind" not in printed

@@ -8,21 +8,26 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from relay_diffusion.checks import require
+from relay_diffusion.config import sweep_job
 from relay_diffusion.errors import UserError
-from relay_diffusion.launch import leave_group, rank, ranks_differ
-from relay_diffusion.overrides import arranged, parse, unreadable, versions
-from relay_diffusion.sweep import check_sweep
+from relay_diffusion.files import write_text
+from relay_diffusion.launch import first_failure, leave_group, rank, ranks_differ
+from relay_diffusion.overrides import arranged, check_added, not_an_option, parse, unreadable, versions
+from relay_diffusion.sweep import JobError, check_sweep
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # Hydra's own switch: set it to 1 to see tracebacks
 FIRST_RANK_SECONDS = 3
@@ -64,13 +69,15 @@ def _unknown_override(message: str, config: Path) -> str | None:
     found = re.search(r"Could not override '([^']+)'", message)
     if found:
         name = found[1].lstrip("+~")
-        return f"{name} is not an option{nearest(name, _known_keys(config, name))}"
+        return f"{not_an_option(name, config)}{nearest(name, _known_keys(config, name))}"
     found = re.search(r"Could not find '([^']+)'", message)
     if found:
         group, _, name = found[1].rpartition("/")
         listed = message.partition("Available options in")[2]
         choices = [line.strip() for line in listed.splitlines()[1:] if line.strip() and " " not in line.strip()]
         options = f"; it can be {', '.join(choices)}" if choices else ""
+        if group == "hydra/launcher" and name.startswith("submitit"):
+            options = "; pip install -e '.[slurm]' brings it"
         return f"{group}={name} is not there{nearest(name, choices) or options}"
     return None
 
@@ -97,45 +104,96 @@ def _caused_by_user(error: Exception) -> bool:
     return isinstance(error, UserError | HydraException | OmegaConfBaseException)  # among them: a class refused
 
 
-_failures: list[Exception] = []
-_begun: list[bool] = []  # not empty once Hydra has made the directory of the run
+def _shows_traceback() -> bool:
+    return os.environ.get(SHOW_TRACEBACK) == "1"
 
 
 @contextmanager
-def clear_errors() -> Iterator[None]:
-    """Inside a Hydra main function: keep a user's mistake for `command_line`, before Hydra reports on it."""
-    _begun.append(True)
+def report_errors(config: Path) -> Iterator[None]:
+    """Report errors inside a Hydra main function, before Hydra does.
+
+    A mistake of the user is one line and exit code 2; anything else keeps its traceback and exit code 1. In a job of a
+    sweep both become a JobError, and the other jobs go on. config: the yaml that the function composes.
+    """
+    job = sweep_job()
     try:
+        if job is not None and rank() == 0:
+            print(f"job {job.job.num}: {' '.join(job.overrides.task)}", flush=True)
+        if job is None:
+            _check_no_launcher()
         yield
     except Exception as error:
-        if os.environ.get(SHOW_TRACEBACK) == "1" or not (_caused_by_user(error) or _lost_a_rank(error)):
-            raise
-        if _lost_a_rank(error):
-            error = UserError("another process of this run has failed, and says why")
-        if rank() == 0 or ranks_differ():
-            _failures.append(error)
-        else:
+        expected = _caused_by_user(error) and not _shows_traceback()
+        first, code = first_failure(2 if expected else 1)
+        if first != rank() and not expected and not _shows_traceback():
+            error = UserError(f"rank {first} has failed, and says why")  # here only the connection broke
+            expected = True
+        if expected and rank() > 0 and not ranks_differ():
             time.sleep(FIRST_RANK_SECONDS)  # the first rank says the same, before a launcher ends all for this one
-            raise SystemExit(2) from None
-        _remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
+            raise SystemExit(code) from None
+        if job is not None:
+            text = explain(error, config) if expected else f"\n{traceback.format_exc()}"
+            failure = JobError(f"job {job.job.num} ({job.job.override_dirname})", text, code)
+            failure.show()  # at once, and in the output of the job
+            raise failure from None
+        if not expected:
+            raise
+        _print_error(error, config)
+        if ranks_differ():
+            os._exit(code)  # the way out in order would wait for ranks that may be gone
+        raise SystemExit(code) from None
+    finally:
+        if job is not None:
+            _remove_if_empty(Path(job.runtime.output_dir))  # Hydra's, where run_dir= names another one
 
 
-def _lost_a_rank(error: Exception) -> bool:
-    """Whether a rank failed because another one had left."""
-    return ranks_differ() and isinstance(error, RuntimeError) and "by peer" in str(error)
+def _check_no_launcher() -> None:
+    launcher = HydraConfig.get().runtime.choices.get("hydra/launcher", "basic")
+    require(
+        launcher == "basic",
+        f"hydra/launcher={launcher} starts the jobs of a sweep: add --multirun, or leave the launcher out",
+    )
+
+
+def _print_error(error: Exception, config: Path) -> None:
+    who = f"error on rank {rank()}" if rank() else "error"
+    print(f"{who}: {explain(error, config)}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def run_directory(path: str) -> Iterator[None]:
+    """Create the directory of a run; remove what stays empty of it, because the run failed early.
+
+    A job of a sweep stores its overrides there. Raises UserError if the directory cannot be created.
+    """
+    directory = Path(path)
+    try:
+        created = [place for place in (directory, *directory.parents) if not place.exists()]
+        directory.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the directory of the run cannot be made ({error}): choose another output= or run_dir="
+        ) from None
+    job = sweep_job()
+    if job is not None and rank() == 0:
+        write_text(directory / "overrides.yaml", OmegaConf.to_yaml(job.overrides.task))
+    try:
+        yield
+    finally:
+        for place in created:
+            _remove_if_empty(place)
 
 
 def _remove_if_empty(directory: Path) -> None:
-    """Take away the directory that Hydra made for a run that did not begin."""
     with suppress(OSError):  # another rank may be quicker; a directory with files stays
         directory.rmdir()
 
 
-def command_line(main: Callable[[], Any], config: Path, validate: Callable[[DictConfig], None]) -> NoReturn:
-    """Run a Hydra main function; the user's mistakes become one line on standard error and exit code 2.
+def command_line(task: Callable[[DictConfig], None], config: Path, validate: Callable[[DictConfig], None]) -> NoReturn:
+    """Run `task` with the settings that Hydra composes from the yaml `config` and the command line.
 
-    `config`: the yaml that the function composes; `validate` is its check, here for the jobs of a sweep. With
-    HYDRA_FULL_ERROR=1 every error keeps its traceback. Without a word it prints what it can do.
+    The user's mistakes become one line on standard error and exit code 2; `validate` checks the settings, here those of
+    the jobs of a sweep. With HYDRA_FULL_ERROR=1 every error keeps its traceback. Without arguments it prints the help.
     """
     sys.argv[1:] = arranged(sys.argv[1:] or ["--help"])
     if "--version" in sys.argv:
@@ -144,11 +202,13 @@ def command_line(main: Callable[[], Any], config: Path, validate: Callable[[Dict
     os.environ.setdefault(SHOW_TRACEBACK, os.environ.get(FULL_ERROR, "0"))  # processes that this one starts inherit it
     os.environ[FULL_ERROR] = "1"  # let errors through to here
     try:
-        check_sweep(parse(sys.argv[1:]), config, validate)
-        main()
+        arguments = parse(sys.argv[1:])
+        if arguments.config_name is None:
+            check_added(arguments.overrides, config)
+        check_sweep(arguments, config, validate)
+        hydra.main(version_base="1.3", config_path=str(config.parent), config_name=config.stem)(task)()
         sys.stdout.flush()
-        if not _failures:
-            leave_group()
+        leave_group()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         os._exit(128 + signal.SIGINT)  # threads and other processes may wait for this one
@@ -156,14 +216,8 @@ def command_line(main: Callable[[], Any], config: Path, validate: Callable[[Dict
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains on its way out
         sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
-        if isinstance(error, OSError | ValueError) and not _begun and not _caused_by_user(error):
-            error = UserError(f"the directory of the run cannot be made ({error}): choose another output= or run_dir=")
-        if os.environ[SHOW_TRACEBACK] == "1" or not _caused_by_user(error):
+        if _shows_traceback() or not _caused_by_user(error):
             raise
-        _failures.append(error)
-    who = f"error on rank {rank()}" if rank() else "error"
-    for failure in _failures:
-        print(f"{who}: {explain(failure, config)}", file=sys.stderr, flush=True)
-    if _failures and ranks_differ():
-        os._exit(2)  # the way out in order would wait for ranks that may be gone
-    sys.exit(2 if _failures else 0)
+        _print_error(error, config)
+        sys.exit(2)
+    sys.exit(0)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -30,6 +31,7 @@ __all__ = [
     "chosen_stages",
     "reference_of",
     "register_resolvers",
+    "sweep_job",
     "validate_sampling",
     "validate_training",
     "world_size",
@@ -41,7 +43,7 @@ _INSTALLED = _PACKAGE / "conf"
 CONF = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parents[1] / "conf"  # of an installed package, or the project
 
 
-def _sweep_job() -> Any:
+def sweep_job() -> Any:
     """Hydra's settings of this job, if it is one of a sweep (--multirun)."""
     if not HydraConfig.initialized():
         return None
@@ -67,13 +69,13 @@ def _launcher_id() -> str | None:
 def _new_run_id() -> str:
     """One id for all ranks of a run: from rank 0 that started this one, the launcher, or else the time."""
     run_id = os.environ.get(RUN_ID) or _launcher_id() or f"{time.strftime('%H%M%S')}-{secrets.token_hex(2)}"
-    job = _sweep_job()
+    job = sweep_job()
     return run_id if job is None or RUN_ID in os.environ else f"{run_id}-{job.job.num}"
 
 
 def _run_dir(root: str, run_id: str) -> str:
     """`root`/<date>/<run id>; the directory of an earlier day, if the run began then; a sweep's own directory."""
-    job = _sweep_job()
+    job = sweep_job()
     if job is not None:
         return str(job.runtime.output_dir)
     check_run_id(run_id)
@@ -92,11 +94,19 @@ def _wandb_offline() -> bool:
         return True
 
 
+def _group_choices() -> str:
+    """The config groups that this command accepts with their choices, one group a line."""
+    loader = GlobalHydra.instance().config_loader()
+    groups = sorted(group for group in HydraConfig.get().runtime.choices if "/" not in group)
+    return "\n".join(f"{group}: {', '.join(loader.get_group_options(group))}" for group in groups)
+
+
 def register_resolvers() -> None:
     """Make the project's resolvers known to OmegaConf; calling it again changes nothing."""
     resolvers: dict[str, Callable[..., Any]] = {
         "run_dir": _run_dir,
         "wandb_offline": _wandb_offline,
+        "group_choices": _group_choices,
         "text": str,
         "fused_optimizer": fused_optimizer,
     }

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Mapping
 
 import torch
 from omegaconf import DictConfig
 
 from relay_diffusion.errors import UserError
+from relay_diffusion.kernels import HAVE_TRITON
 
 THREADS, THREADS_KEY = 4, "OMP_NUM_THREADS"  # of torch on the CPU, beside a GPU
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
@@ -26,6 +28,35 @@ def check_gpus(trainer: DictConfig) -> None:
     else:
         option, instead = f"trainer.accelerator={accelerator}", "use trainer.accelerator=cpu"
     raise UserError(f"{option} needs GPUs, and there are none here: {instead}, or leave it out")
+
+
+def slow_settings(device: str, have_triton: bool, channels_last: Mapping[str, bool]) -> list[str]:
+    """What makes a run on a GPU slower than it need be, a line each.
+
+    device: its type, as "cuda"; channels_last: whether each network has that memory format, by its option.
+    """
+    if device != "cuda":
+        return []
+    missing = [
+        "note: Triton is not installed, so the fused kernels are not used: slower, the same images; pip install triton"
+    ]
+    contiguous = [
+        f"note: {option}=false is slow on a GPU, and the fused kernels are not used: the same numbers with true"
+        for option, is_last in channels_last.items()
+        if not is_last
+    ]
+    return ([] if have_triton else missing) + contiguous
+
+
+def report_slow_settings(device: torch.device, networks: Mapping[str, object]) -> None:
+    """Print what makes a run slower than it need be; `networks`: each with the option that sets its channels_last."""
+    formats = {
+        option: network.memory_format is torch.channels_last
+        for option, network in networks.items()
+        if hasattr(network, "memory_format")  # the UNet of this package; another has options of its own
+    }
+    for line in slow_settings(device.type, HAVE_TRITON, formats):
+        print(line, flush=True)
 
 
 def prepare_host(device: torch.device) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from datetime import timedelta
 
 from relay_diffusion.errors import UserError
 
 RUN_ID = "RELAY_DIFFUSION_RUN_ID"  # gives rank 0's run id to the ranks that it starts, in their environment alone
 REQUEUED = (signal.SIGUSR1, signal.SIGUSR2)
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, *REQUEUED)  # ask a run to stop
+FAILED = "relay_diffusion/failed"  # key of the store that says which rank failed first
+STORE_SECONDS = 3  # until rank 0 counts as gone
 INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs in which commands are started by hand
 
 
@@ -35,6 +38,25 @@ def leave_group() -> None:
     """End the connection to the other ranks, which do it too: left to the end of the process, threads may abort it."""
     if ranks_differ():
         sys.modules["torch.distributed"].destroy_process_group()
+
+
+def first_failure(code: int) -> tuple[int, int]:
+    """Rank and exit code of the rank that failed first; this one and `code`, if no other has failed before.
+
+    Every rank that fails calls it once, before it closes its connections: the others meet errors of the network then,
+    of types and texts that differ between backends. The ranks agree in the store of their process group.
+    """
+    if not ranks_differ():
+        return rank(), code
+    distributed = sys.modules["torch.distributed"]
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = distributed.TCPStore(host, port, timeout=timedelta(seconds=STORE_SECONDS), wait_for_workers=False)
+        said = store.compare_set(FAILED, "", f"{rank()} {code}").decode()
+    except distributed.DistError:  # the store is a part of rank 0, which has left
+        return 0, code
+    first, its_code = map(int, said.split())
+    return first, its_code
 
 
 def check_processes(world: int) -> None:

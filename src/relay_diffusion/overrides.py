@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 from importlib.metadata import version
+from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
 
 from relay_diffusion import __version__
 from relay_diffusion.errors import UserError
@@ -35,6 +37,28 @@ def parse(words: list[str]) -> argparse.Namespace:
         value = value or next((word for word in following if not word.startswith("-") and "=" not in word), "VALUE")
         raise UserError(f"{unknown[0]}: options are KEY=VALUE, as {name or 'KEY'}={value}")
     return arguments
+
+
+def accepted_groups(config: Path) -> list[str]:
+    """The config groups of a command: those of the defaults list of its yaml."""
+    entries = [entry for entry in OmegaConf.load(config).defaults if isinstance(entry, DictConfig)]
+    return sorted(str(group) for entry in entries for group in entry if not str(group).startswith("override "))
+
+
+def check_added(words: list[str], config: Path) -> None:
+    """Raise UserError for +KEY=VALUE with a new KEY of no group: nothing would read it."""
+    known = {*map(str, OmegaConf.load(config)), *accepted_groups(config)}
+    for word in words:
+        key = re.match(r"\++(\w+)", word)
+        if key and key[1] not in known:
+            raise UserError(not_an_option(key[1], config))
+
+
+def not_an_option(key: str, config: Path) -> str:
+    """Say that a command has no such option; for a group of another command with the groups of this one."""
+    if (config.parent / key).is_dir():
+        return f"{key} is no group of {config.stem}.py; its groups are {', '.join(accepted_groups(config))}"
+    return f"{key} is not an option"
 
 
 def versions() -> str:

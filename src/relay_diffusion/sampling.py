@@ -33,22 +33,23 @@ from relay_diffusion.data.images import ImageDataset
 from relay_diffusion.data.sources import map_in_order
 from relay_diffusion.errors import UserError
 from relay_diffusion.files import json_text, write_text
+from relay_diffusion.host import report_slow_settings
 from relay_diffusion.image_store import ImageStore
 from relay_diffusion.interop.adm import write_adm_samples
 from relay_diffusion.plan import AS_REFERENCE, Plan, class_indices, in_proportion, plan_from_images, plan_from_noise
+from relay_diffusion.quiet import quiet_libraries
 from relay_diffusion.ranks import on_rank_zero, started_ranks
 from relay_diffusion.relay import Relay
 from relay_diffusion.report import report
 from relay_diffusion.stage import DiffusionStage
-from relay_diffusion.training import quiet_lightning
 
 MANY_CLASSES = 1000  # a longer list is no longer written out
 UNEVEN = 2  # how many times as often as another a class may come in the reference
 
 
+@quiet_libraries()
 def sample(cfg: DictConfig) -> dict[str, Any]:
     """Make the images that are not there yet, measure all of them if mode=evaluate; returns the results."""
-    quiet_lightning()
     return sample_relay(cfg) if cfg.images is None else measure_stored(cfg)
 
 
@@ -96,6 +97,9 @@ def _make_and_measure(
         missing = [position for position, name in enumerate(plan.names) if name not in store]
         _read_start(plan, missing)
         write_config(cfg, cfg.output)
+        option = "relay.stages.{}.changes.denoiser.network.channels_last"
+        networks = {option.format(name): stage.denoiser.network for name, stage in relay.chain().items()}
+        report_slow_settings(trainer.strategy.root_device, networks)
         return store, missing
 
     store, missing = on_rank_zero(trainer, look)

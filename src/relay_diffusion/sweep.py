@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -14,7 +17,38 @@ from omegaconf import DictConfig
 
 from relay_diffusion.checks import require, shown
 
+SLURM = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
 PLACES = ("output", "run_dir", "run_id")  # what two jobs cannot share
+
+
+class JobError(Exception):
+    """What went wrong in a job of a sweep, as text that other processes can show.
+
+    job: "job 3 (seed=2)". text: one line for a mistake of the user (code 2), a traceback for a bug (code 1).
+    """
+
+    def __init__(self, job: str, text: str, code: int) -> None:
+        super().__init__(job, text, code)
+        self.job, self.text, self.code = job, text, code
+        self.shown = False  # in this process: a copy that comes from another one has to be shown here too
+
+    def __reduce__(self) -> tuple[type[JobError], tuple[Any, ...]]:
+        return JobError, self.args
+
+    def show(self) -> None:
+        """Print the error, once."""
+        if not self.shown:
+            print(f"error in {self.job}: {self.text}".rstrip(), file=sys.stderr, flush=True)
+        self.shown = True
+
+
+def check_launcher(target: str) -> None:
+    """Raise UserError if the launcher of a sweep cannot work on this host; `target`: its class."""
+    require(
+        target != SLURM or shutil.which("sbatch") is not None,
+        "hydra/launcher: the jobs go to SLURM, but there is no sbatch on this host: start the sweep where SLURM is, or "
+        "use hydra/launcher=submitit_local or basic",
+    )
 
 
 def check_sweep(arguments: Namespace, config: Path, validate: Callable[[DictConfig], None]) -> None:

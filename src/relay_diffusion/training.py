@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -33,23 +31,13 @@ from relay_diffusion.config import write_config
 from relay_diffusion.data import ImageDataModule
 from relay_diffusion.differences import first_difference
 from relay_diffusion.errors import UserError
+from relay_diffusion.host import report_slow_settings
 from relay_diffusion.launch import leave_group
+from relay_diffusion.quiet import quiet_libraries
 from relay_diffusion.ranks import on_rank_zero, started_ranks
 from relay_diffusion.revision import git_revision
 from relay_diffusion.run_record import KEY, RunRecord, changes, changes_data_order
 from relay_diffusion.stage import DiffusionStage
-
-
-def quiet_lightning() -> None:
-    """Keep Lightning's advertisements and its advice on epochs and loaders off the screen; warnings stay.
-
-    One goes that no user can act on: Lightning (2.6) builds DDP on a stream of its own, and gradients come from
-    another; they are waited for.
-    """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*treespec, LeafSpec.*", "The AccumulateGrad node's stream"):
-        warnings.filterwarnings("ignore", message=message)
 
 
 def check_classes(data: ImageDataModule, num_classes: int) -> None:
@@ -190,10 +178,10 @@ def find_start(cfg: DictConfig, data: ImageDataModule, record: dict[str, Any]) -
     return Start(path, own, seen, changes(content, record, data), stored)
 
 
+@quiet_libraries()
 def train(cfg: DictConfig) -> DiffusionStage | None:
     """Build everything, continue from a checkpoint if there is one, and fit; None if nothing is left to train."""
     stage_config = cast(dict[str, Any], OmegaConf.to_container(cfg.stage, resolve=True))
-    quiet_lightning()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     data: ImageDataModule = instantiate(cfg.data, _convert_="all")
     check_classes(data, cfg.network.num_classes)
@@ -273,3 +261,4 @@ def _announce(
     print(f"{os.path.relpath(cfg.run_dir)}: {how}, {parameters:,} parameters, {images:,} images", flush=True)
     if order := changes_data_order(start.changed):
         print(f"note: {', '.join(order)} changed, so images come in another order than before", flush=True)
+    report_slow_settings(trainer.strategy.root_device, {"network.channels_last": stage.denoiser.network})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -110,9 +109,6 @@ class ImageDataModule(LightningDataModule):
         assert trainer is not None, "train_dataloader needs an attached Trainer"
         self.dataset.load(show_progress=trainer.global_rank == 0)
         num_workers = 0 if self.dataset.cache else self.num_workers
-        if self.dataset.cache:
-            # Lightning advises more workers, but for images in memory they would only copy.
-            warnings.filterwarnings("ignore", message=".*does not have many workers")
         sampler = InfiniteSampler(
             len(self.dataset),
             self.batch_size,

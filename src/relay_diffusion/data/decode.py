@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import zlib
 from io import BytesIO
 from typing import NamedTuple
@@ -17,9 +16,6 @@ IMAGE_FORMATS = ("PNG", "WEBP", "JPEG")
 EXIF_APPLIED = "exif\n"  # in hashes of sets whose images are turned: their pixels may differ from those stored
 FULL_DEPTH = 16  # bits that a 16-bit sample has unless bit_depth says fewer
 UNUSED_BITS = 2  # a set of 16-bit images that needs these fewer uses a quarter of its range or less
-
-# Pillow warns of images above its limit and refuses those above twice that; one limit is easier to tell.
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
 class Decoded(NamedTuple):
@@ -42,6 +38,9 @@ def decode(data: bytes, where: str, apply_exif: bool = True, bit_depth: int = FU
     data, exif = hide_jpeg_exif(data)
     try:
         with Image.open(BytesIO(data), formats=IMAGE_FORMATS) as image:
+            most = Image.MAX_IMAGE_PIXELS  # Pillow refuses images of twice that, and only warns of these
+            if most is not None and image.width * image.height > most:
+                raise Image.DecompressionBombError
             deep = image.format == "PNG" and data[24] == FULL_DEPTH
             if image.format == "PNG":
                 _check_png(data, image)

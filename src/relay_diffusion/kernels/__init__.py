@@ -6,7 +6,6 @@ torch what it computes.
 """
 
 import importlib.util
-import os
 
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # its present default, of which newer versions warn
 HAVE_TRITON = importlib.util.find_spec("triton") is not None  # it comes with torch where torch can use a GPU
+FUSION = {"enable_fp_fusion": True}  # of multiply and add; every launch says so: the default changes between versions

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from relay_diffusion.kernels import FUSION
+
 PIECES = 64  # of one program
 
 
@@ -51,6 +53,6 @@ def filter_and_add(x: Tensor, matrix: Tensor, factors: Tensor, noise: Tensor) ->
     size = max(16, triton.next_power_of_2(block**2))
     with torch.cuda.device_of(x):  # Triton launches on the current device
         filter_pieces[grid](
-            x, matrix, factors, noise, out, height, width, channels, BLOCK=block, SIZE=size, PIECES=PIECES
+            x, matrix, factors, noise, out, height, width, channels, BLOCK=block, SIZE=size, PIECES=PIECES, **FUSION
         )
     return out

@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from relay_diffusion.kernels import FUSION
 from relay_diffusion.kernels.add import add, sum_quads
 from relay_diffusion.kernels.normalise import coefficients, moments, normalise
 from relay_diffusion.kernels.normalise_backward import gradient_coefficients, gradient_of_input, gradient_sums
@@ -31,14 +32,15 @@ def _map(channels: int, pixels: int, samples: int) -> Launch:
     """For a kernel that writes every pixel: small tiles, many threads."""
     block_c = 128 if channels % 128 == 0 else min(64, triton.next_power_of_2(channels))
     grid = (triton.cdiv(channels, block_c), triton.cdiv(pixels, ROWS), samples)
-    return grid, {"BLOCK_R": max(2048 // block_c, 16) if block_c >= 64 else 32, "BLOCK_C": block_c, "num_warps": 8}
+    rows = max(2048 // block_c, 16) if block_c >= 64 else 32
+    return grid, {"BLOCK_R": rows, "BLOCK_C": block_c, "num_warps": 8} | FUSION
 
 
 def _sum(channels: int, pixels: int, samples: int) -> Launch:
     """For a kernel that sums over pixels."""
     block_c = min(64, triton.next_power_of_2(channels))
     grid = (triton.cdiv(channels, block_c), triton.cdiv(pixels, _sum_rows(pixels)), samples)
-    return grid, {"BLOCK_R": 64, "BLOCK_C": block_c, "num_warps": 4}
+    return grid, {"BLOCK_R": 64, "BLOCK_C": block_c, "num_warps": 4} | FUSION
 
 
 def _sum_rows(pixels: int) -> int:
@@ -107,7 +109,7 @@ class Norm(torch.autograd.Function):
             x_moments, skip_moments, weight, shift, bias, modulation, coefs,
             pixels, rows, chunks, x.shape[1], total, options.eps,
             GROUP=group, BLOCK_G=triton.next_power_of_2(group), BLOCK_S=triton.next_power_of_2(chunks),
-            BIAS=bias is not None, MODULATION=modulation is not None, SKIP=skip is not None,
+            BIAS=bias is not None, MODULATION=modulation is not None, SKIP=skip is not None, **FUSION,
         )  # fmt: skip
 
         if options.down:
@@ -156,7 +158,7 @@ class Norm(torch.autograd.Function):
         gradient_coefficients[(total // ctx.group, samples)](
             sums, coefs, weight, shift, modulation, slopes, dmodulation, small, pixels, chunks, total,
             GROUP=ctx.group, BLOCK_G=triton.next_power_of_2(ctx.group), BLOCK_S=triton.next_power_of_2(chunks),
-            MODULATION=modulation is not None,
+            MODULATION=modulation is not None, **FUSION,
         )  # fmt: skip
         dweight, dshift, dbias = small.sum(1).unbind()
 

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from relay_diffusion.kernels import FUSION
+
 TILE = 1024
 
 
@@ -33,5 +35,5 @@ def add_block_noise(white: Tensor, other: Tensor, block: int, scale: float) -> T
     out = torch.empty_like(white)
     grid = (triton.cdiv(height * width, TILE), batch * channels)
     with torch.cuda.device_of(white):  # Triton launches on the current device
-        add_shifts[grid](white, other, out, height, width, BLOCK=block, SCALE=scale, TILE=TILE)
+        add_shifts[grid](white, other, out, height, width, BLOCK=block, SCALE=scale, TILE=TILE, **FUSION)
     return out

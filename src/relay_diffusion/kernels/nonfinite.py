@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from relay_diffusion.kernels import FUSION
+
 BLOCK = 2048
 CHUNK = 16 * BLOCK  # elements of one program
 
@@ -50,5 +52,5 @@ def replace_all(gradients: Sequence[Tensor], limit: float) -> Tensor:
     pointers = addresses.to(device, non_blocking=True)
     count = torch.zeros(1, dtype=torch.int64, device=device)
     with torch.cuda.device_of(count):  # Triton launches on the current device
-        replace[(len(tensors),)](pointers, sizes, tensors, chunks, count, limit, CHUNK=CHUNK, BLOCK=BLOCK)
+        replace[(len(tensors),)](pointers, sizes, tensors, chunks, count, limit, CHUNK=CHUNK, BLOCK=BLOCK, **FUSION)
     return count[0]

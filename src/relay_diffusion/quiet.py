@@ -1,0 +1,32 @@
+"""Messages of other libraries that no user of the commands can act on."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LOGGERS = ("lightning.pytorch", "lightning.fabric")  # their INFO: advertisements, and the devices of the host
+MESSAGES = (
+    ".*does not have many workers",  # advice of Lightning; data.num_workers is the user's, images in memory need none
+    ".*treespec, LeafSpec",  # Lightning uses what torch deprecates
+    "The AccumulateGrad node's stream",  # Lightning builds DDP on a stream of its own; gradients are waited for
+)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Hide these messages within the block, or within a function that this decorates; other warnings stay."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for message in MESSAGES:
+            warnings.filterwarnings("ignore", message=message)
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.WARNING)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
