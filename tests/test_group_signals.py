@@ -78,12 +78,18 @@ def test_a_signal_to_the_process_group_saves_and_stops(tmp_path, small_zip, numb
     assert "killed by signal" not in process.text()
 
 
+def take_terminal():
+    """Make standard input the controlling terminal of a new process."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 def test_a_closed_terminal_saves_and_stops(tmp_path, small_zip):
     ours, theirs = pty.openpty()
     arguments = [sys.executable, *map(str, command(tmp_path, small_zip, "data.num_workers=2"))]
     process = subprocess.Popen(
         arguments, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=take_terminal,
     )  # fmt: skip
     os.close(theirs)
     os.set_blocking(ours, False)
