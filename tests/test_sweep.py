@@ -95,7 +95,8 @@ def test_a_job_that_fails_is_reported_and_stops_no_other(sweep, tmp_path, launch
     assert error.startswith(f"error in {job}: ")
     assert "corrupt.zip" in error.removeprefix(f"error in {job}")
     assert summary == f"error: 1 of 2 jobs failed: {job}"
-    failed, good = sorted(path for path in (tmp_path / "sweep").iterdir() if path.name[0].isdigit())
+    jobs = [path for path in (tmp_path / "sweep").iterdir() if path.name[0].isdigit()]
+    failed, good = sorted(jobs, key=lambda path: path.name.rpartition("-")[2])
     assert (good / "checkpoints/last.ckpt").exists()
     assert not (failed / "checkpoints").exists()
     for directory, archive in ((failed, "corrupt.zip"), (good, "small.zip")):

@@ -14,8 +14,8 @@ from relay_diffusion.diffusion import DenoisingLoss
 from relay_diffusion.errors import UserError
 from relay_diffusion.gradients import NonfiniteSteps
 from relay_diffusion.loading import load_stage
+from relay_diffusion.quiet import quiet_libraries
 from relay_diffusion.stage import DiffusionStage
-from relay_diffusion.training import quiet_lightning
 from support import TINY, assert_same_weights, run, tiny_stage, weights_of
 
 FINITE, NAN = torch.tensor([1.0, 2.0]), torch.tensor([torch.nan, torch.inf])
@@ -192,7 +192,11 @@ def test_a_state_that_is_not_finite_is_not_saved(fit, tmp_path, monkeypatch, par
 
 def train_scaled(steps, init_scale, backoff, spoilt=False, max_steps=5):
     """Train with the loss scaling of fp16, in float32; returns the stage."""
-    quiet_lightning()
+    with quiet_libraries():
+        return _train_scaled(steps, init_scale, backoff, spoilt, max_steps)
+
+
+def _train_scaled(steps, init_scale, backoff, spoilt, max_steps):
     images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
     if spoilt:
         torch.nn.init.constant_(next(iter((stage := tiny_stage(8)).denoiser.parameters())), torch.nan)

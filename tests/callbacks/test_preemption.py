@@ -41,6 +41,7 @@ def signal_at(monkeypatch):
 @pytest.mark.parametrize("number", preemption.SIGNALS)
 def test_training_saves_stops_and_continues(fit, tmp_path, signal_at, monkeypatch, capsys, number):
     fit("whole", 24)
+    monkeypatch.setattr(preemption, "IGNORABLE", ())  # tests may run under nohup
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         patch.delenv("SLURM_JOB_ID", raising=False)

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import struct
 import zlib
+from collections.abc import Callable
 from io import BytesIO
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from relay_diffusion.data.exif import TURNS, hide_jpeg_exif, orientation
 from relay_diffusion.errors import UserError
 
 IMAGE_FORMATS = ("PNG", "WEBP", "JPEG")
+OPENERS: dict[bytes, Callable[[BytesIO], ImageFile]] = {
+    b"\x89PNG\r\n\x1a\n": PngImageFile,
+    b"RIFF": WebPImageFile,
+    b"\xff\xd8\xff": JpegImageFile,
+}
 EXIF_APPLIED = "exif\n"  # in hashes of sets whose images are turned: their pixels may differ from those stored
 FULL_DEPTH = 16  # bits that a 16-bit sample has unless bit_depth says fewer
 UNUSED_BITS = 2  # a set of 16-bit images that needs these fewer uses a quarter of its range or less
@@ -37,10 +48,7 @@ def decode(data: bytes, where: str, apply_exif: bool = True, bit_depth: int = FU
     """
     data, exif = hide_jpeg_exif(data)
     try:
-        with Image.open(BytesIO(data), formats=IMAGE_FORMATS) as image:
-            most = Image.MAX_IMAGE_PIXELS  # Pillow refuses images of twice that, and only warns of these
-            if most is not None and image.width * image.height > most:
-                raise Image.DecompressionBombError
+        with _open(data, where) as image:
             deep = image.format == "PNG" and data[24] == FULL_DEPTH
             if image.format == "PNG":
                 _check_png(data, image)
@@ -52,9 +60,6 @@ def decode(data: bytes, where: str, apply_exif: bool = True, bit_depth: int = FU
         raise
     except UnidentifiedImageError as error:
         raise UserError(f"{where} is not a {', '.join(IMAGE_FORMATS)} image") from error
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        most = Image.MAX_IMAGE_PIXELS
-        raise UserError(f"{where} claims more than {most:,} pixels: a decompression bomb, or too large") from error
     except Exception as error:  # foreign bytes: decoders raise many types, and all mean this to the user
         raise UserError(f"{where} cannot be decoded: {' '.join(str(error).split())}") from error
     rgb.info.clear()  # a copy that is written must not carry an orientation that is applied already
@@ -102,6 +107,24 @@ def _rescaled(data: bytes, image: Image.Image, bit_depth: int, where: str) -> Im
     if samples.max() > most:
         raise UserError(f"{where} holds the value {samples.max()}, but bit_depth={bit_depth} allows {most} at most")
     return Image.fromarray((samples >> (bit_depth - 8)).astype(np.uint8))
+
+
+def _open(data: bytes, where: str) -> ImageFile:
+    """Read the header of an image. Raises UserError if it has more pixels than Pillow's limit.
+
+    Image.open only warns between once and twice the limit, and filters of warnings belong to the whole process.
+    """
+    opener = next((opener for start, opener in OPENERS.items() if data.startswith(start)), None)
+    try:
+        image = opener(BytesIO(data)) if opener is not None else None
+    except (SyntaxError, IndexError, TypeError, struct.error):  # how plugins say that it is not theirs
+        image = None
+    if image is None:
+        raise UnidentifiedImageError
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and image.width * image.height > most:
+        raise UserError(f"{where} claims more than {most:,} pixels: a decompression bomb, or too large")
+    return image
 
 
 def _check_png(data: bytes, image: Image.Image) -> None:
