@@ -35,7 +35,7 @@ class Preemption(Callback):
         self.agreed = 0  # the signal that stops all of them
         self._reading: Agreement | None = None
         self._before: dict[int, Any] = {}  # handlers
-        self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]  # a closed one no longer tells
+        self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]  # found now: a closed terminal is no tty
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
         """Listen while all is prepared for training, which then stops after its first step."""

@@ -31,6 +31,7 @@ from relay_diffusion.data.sources import (
     read_labels,
 )
 from relay_diffusion.data.zip_writer import ImageZipWriter, encode_png, png_names
+from relay_diffusion.differences import printable
 from relay_diffusion.errors import UserError
 from relay_diffusion.progress import progress
 
@@ -252,7 +253,7 @@ def _counted(count: int, thing: str) -> str:
 
 def _shown(name: str) -> str:
     """A class name for the screen: one short line without control characters."""
-    text = name if name.isprintable() else ascii(name)
+    text = printable(name)
     return text if len(text) <= MAX_NAME_LENGTH else f"{text[: MAX_NAME_LENGTH - 3]}..."
 
 

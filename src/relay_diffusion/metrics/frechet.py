@@ -98,8 +98,8 @@ class FrechetDistance(ExactMetric):
         sides = (("generated", images), ("reference", known))
         return [
             f"{name}: the covariance of {count:,} {side} images is singular, as {self.features:,} features need at "
-            f"least {self.features + 1:,}; use {RECOMMENDED_IMAGES:,} or more (papers use 50,000), and compare only "
-            "distances of equal numbers"
+            f"least {self.features + 1:,}; use {RECOMMENDED_IMAGES:,} or more (papers use 50,000), and compare "
+            "distances only between equal numbers of images"
             for side, count in sides
             if count is not None and count <= self.features
         ]
