@@ -28,16 +28,18 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from timing import environment
 
-from relay_diffusion.config import CONF, register_resolvers, validate_sampling
-from relay_diffusion.data.arguments import run_tool
+from relay_diffusion.cli.arguments import run_tool
+from relay_diffusion.config import CONF
+from relay_diffusion.config.run_dir import register_resolvers
+from relay_diffusion.config.sample import validate_sampling
 from relay_diffusion.errors import UserError
-from relay_diffusion.files import write_text
-from relay_diffusion.host import prepare_host
 from relay_diffusion.metrics import Evaluation
+from relay_diffusion.models.relay import Relay
 from relay_diffusion.networks.flops import forward_flops
-from relay_diffusion.progress import progress
-from relay_diffusion.relay import Relay
-from relay_diffusion.sampling import build_evaluator, build_relay, make_plan
+from relay_diffusion.sampling.run import build_evaluator, build_relay, make_plan
+from relay_diffusion.utils.files import write_text
+from relay_diffusion.utils.host import prepare_host
+from relay_diffusion.utils.progress import progress
 
 COLUMNS = ["curve", "overrides", "repeat", "images", "evaluations", "tflop", "seconds", "fid", "sfid", "device"]
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
-from relay_diffusion.data.arguments import run_tool
+from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.errors import UserError
-from relay_diffusion.files import whole_file
+from relay_diffusion.utils.files import whole_file
 
 Rows = list[dict[str, str]]
 

@@ -23,9 +23,9 @@ import torch
 from timing import environment, launches, line, pick_device, seconds, seconds_on_device
 from torch import Tensor
 
-from relay_diffusion.data.arguments import run_tool
-from relay_diffusion.data.images import to_float
+from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.diffusion import BlurringCorruption, DenoisingLoss, TruncatedLogNormal
+from relay_diffusion.diffusion.pixels import to_float
 
 # ms of the authors' code: one H200, batch 32; two CPU cores, batch 8
 AUTHORS = {("cuda", 32, 256, 4): 5.1, ("cpu", 8, 256, 4): 74.0}

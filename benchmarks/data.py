@@ -29,10 +29,11 @@ import torch
 from PIL import Image
 from timing import environment, line, seconds
 
-from relay_diffusion.data.arguments import run_tool
+from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.data.datamodule import ImageDataModule
-from relay_diffusion.data.images import ImageDataset, to_float
+from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.zip_writer import ImageZipWriter
+from relay_diffusion.diffusion.pixels import to_float
 
 TRAINED = {64: 369.0, 256: 40.6}  # images/s
 

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 
 import torch
 
-from relay_diffusion.data.arguments import positive_numbers, run_tool
+from relay_diffusion.checkpoints.loading import load_stage
+from relay_diffusion.cli.arguments import positive_numbers, run_tool
+from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.image_sets import spread
-from relay_diffusion.data.images import ImageDataset, to_float
+from relay_diffusion.diffusion.pixels import to_float
 from relay_diffusion.errors import UserError
-from relay_diffusion.loading import load_stage
 
 
 @dataclass

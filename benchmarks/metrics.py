@@ -22,7 +22,7 @@ import torch
 from timing import environment, line, pick_device, seconds
 from torch import Tensor
 
-from relay_diffusion.data.arguments import run_tool
+from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics.frechet import FrechetDistance, frechet_distance
 from relay_diffusion.metrics.kid import kernel_distance

@@ -27,13 +27,14 @@ from hydra.utils import instantiate
 from timing import environment, line, seconds, seconds_once
 from torch.profiler import ProfilerActivity, profile
 
-from relay_diffusion.config import CONF, register_resolvers
-from relay_diffusion.data.arguments import run_tool
-from relay_diffusion.data.images import to_float
-from relay_diffusion.gradients import replace_nonfinite
+from relay_diffusion.cli.arguments import run_tool
+from relay_diffusion.config import CONF
+from relay_diffusion.config.run_dir import register_resolvers
+from relay_diffusion.diffusion.pixels import to_float
+from relay_diffusion.models.gradients import replace_nonfinite
+from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.networks import ops
 from relay_diffusion.networks.flops import forward_flops, matrix_peak
-from relay_diffusion.stage import DiffusionStage
 
 EXPERIMENT = {"adm_64": "imagenet_64", "adm_256": "imagenet_256"}
 # images/s of the authors' code on one H200, by batch

@@ -21,8 +21,9 @@ import torch
 from timing import environment, launches, line, pick_device, seconds
 from torch import Tensor
 
-from relay_diffusion.data.arguments import run_tool
-from relay_diffusion.diffusion import BlurringCorruption, ImageSeeds, TruncatedLogNormal
+from relay_diffusion.cli.arguments import run_tool
+from relay_diffusion.diffusion import BlurringCorruption, TruncatedLogNormal
+from relay_diffusion.diffusion.generators import ImageSeeds
 from relay_diffusion.errors import UserError
 from relay_diffusion.samplers import BlurringSampler, EDMSampler, Sampler
 

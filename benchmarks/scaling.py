@@ -25,7 +25,7 @@ from pathlib import Path
 
 from timing import environment
 
-from relay_diffusion.data.arguments import run_tool
+from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.errors import UserError
 
 PROJECT = Path(__file__).resolve().parent.parent

@@ -19,10 +19,10 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
-from relay_diffusion.config import register_resolvers
+from relay_diffusion.config.run_dir import register_resolvers
 from relay_diffusion.data.zip_writer import ImageZipWriter
-from relay_diffusion.stage import DiffusionStage
-from relay_diffusion.training import train
+from relay_diffusion.models.stage import DiffusionStage
+from relay_diffusion.training.run import train
 from support import PROJECT, REFERENCE, TINY, run
 
 

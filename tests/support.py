@@ -19,9 +19,9 @@ from relay_diffusion.diffusion import (
     LogNormal,
     TruncatedLogNormal,
 )
+from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.networks import EDMPreconditioner, UNet
 from relay_diffusion.samplers import BlurringSampler, EDMSampler
-from relay_diffusion.stage import DiffusionStage
 
 PROJECT = Path(__file__).parent.parent
 REFERENCE = PROJECT / "tests" / "reference"

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 
-from relay_diffusion.quiet import quiet_libraries
+from relay_diffusion.utils.quiet import quiet_libraries
 
 PROGRAM = """
 import importlib, json, logging, os, pkgutil, signal, sys, warnings

@@ -14,9 +14,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf
 
+from relay_diffusion.cli.sweep import JobError, check_launcher
 from relay_diffusion.errors import UserError
-from relay_diffusion.files import writing
-from relay_diffusion.sweep import JobError, check_launcher
+from relay_diffusion.utils.files import writing
 
 
 class ReportingSweeper(BasicSweeper):

@@ -4,7 +4,7 @@ import sys
 
 __version__ = "0.1.0"
 
-COMMANDS = ("data.convert", "data.emoji", "interop.convert", "analysis.neighbours", "analysis.spectrum")
+COMMANDS = ("cli.convert_images", "cli.convert_checkpoint", "cli.neighbours", "cli.spectrum")
 
 
 def _refuse_other_modules() -> None:

@@ -16,12 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from relay_diffusion.analysis import neighbours as module
-from relay_diffusion.analysis.nearest import Neighbours
-from relay_diffusion.analysis.neighbours import USAGE, NeighboursOptions, analyse, compare, picture
-from relay_diffusion.data import ImageDataset
-from relay_diffusion.data.arguments import run_tool
+from relay_diffusion.analysis.neighbours import compare, picture
+from relay_diffusion.cli.arguments import run_tool
+from relay_diffusion.cli.neighbours import USAGE, NeighboursOptions, analyse
+from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.image_sets import open_image_set
 from relay_diffusion.metrics import Inception
+from relay_diffusion.metrics.nearest import Neighbours
 from support import PROJECT
 
 COPY, MIRRORED = 5, 10  # of the reference
@@ -254,7 +255,7 @@ def test_mistakes_are_one_line(
 
 
 def test_usage_names_every_option() -> None:
-    command = [sys.executable, "-m", "relay_diffusion.analysis.neighbours", "--help"]
+    command = [sys.executable, "-m", "relay_diffusion.cli.neighbours", "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
     assert shown.stderr == ""
     explained = {line.split()[0] for line in shown.stdout.splitlines() if line.startswith("  ")}

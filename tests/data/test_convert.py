@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures_on_disk import encoded, pixels, pngs, write_folder, write_tar, write_zip
 from PIL import Image
 
-from relay_diffusion.data import ImageDataset
-from relay_diffusion.data.arguments import parse_arguments
+from pictures_on_disk import encoded, pixels, pngs, write_folder, write_tar, write_zip
+from relay_diffusion.cli.arguments import parse_arguments
 from relay_diffusion.data.convert import Classes, ConvertOptions, Crop, convert
+from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.zip_writer import ImageZipWriter
 from relay_diffusion.errors import UserError
 
@@ -228,7 +228,7 @@ def test_arguments_become_typed_options() -> None:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "relay_diffusion.data.convert", *arguments]
+    command = [sys.executable, "-m", "relay_diffusion.cli.convert_images", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

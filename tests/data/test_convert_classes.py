@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from pictures_on_disk import encoded, pixels, pngs, write_folder, write_tar, write_zip
 
-from relay_diffusion.data import ImageDataset
+from pictures_on_disk import encoded, pixels, pngs, write_folder, write_tar, write_zip
 from relay_diffusion.data.convert import Classes, ConvertOptions, convert
+from relay_diffusion.data.dataset import ImageDataset
+from relay_diffusion.data.labels import in_proportion
 from relay_diffusion.errors import UserError
-from relay_diffusion.plan import in_proportion
 
 SPLIT_SET = ["train/cat/a.png", "train/dog/b.png", "train/dog/c.png", "val/cat/d.png", "val/dog/e.png"]
 
@@ -24,7 +24,7 @@ def converted(tmp_path: Path, names: list[str], **others: object) -> ImageDatase
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "relay_diffusion.data.convert", *arguments, "resolution=8"]
+    command = [sys.executable, "-m", "relay_diffusion.cli.convert_images", *arguments, "resolution=8"]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from pictures_on_disk import pngs, write_zip
 from torch import Tensor
 
-from relay_diffusion.data import ImageDataModule, ImageDataset
-from relay_diffusion.data.datamodule import InfiniteSampler, micro_batch_size
+from pictures_on_disk import pngs, write_zip
+from relay_diffusion.data.datamodule import ImageDataModule, InfiniteSampler, micro_batch_size
+from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.errors import UserError
 
 

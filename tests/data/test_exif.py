@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures_on_disk import encoded, write_folder, write_zip
 from PIL import Image, ImageOps
 
-from relay_diffusion.data import ImageDataset
+from pictures_on_disk import encoded, write_folder, write_zip
 from relay_diffusion.data.convert import Classes, ConvertOptions, Crop, Exif, convert
+from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.decode import decode
 from relay_diffusion.data.image_sets import open_image_set
 
@@ -129,7 +129,7 @@ def test_the_number_of_turned_and_damaged_images_is_reported(tmp_path: Path) -> 
     files = {"cat/a.jpg": photo("JPEG", 6), "cat/b.png": photo("PNG", 8), "dog/c.jpg": photo("JPEG", 1)}
     files["dog/d.jpg"] = encoded(photograph(), "JPEG", exif=b"Exif\0\0nothing")
     source = write_folder(tmp_path / "in", files)
-    command = [sys.executable, "-m", "relay_diffusion.data.convert", f"source={source}", "resolution=32"]
+    command = [sys.executable, "-m", "relay_diffusion.cli.convert_images", f"source={source}", "resolution=32"]
     done = subprocess.run([*command, f"destination={tmp_path / 'out.zip'}"], capture_output=True, text=True, check=True)
     assert "EXIF orientation applied to 2 images\n" in done.stdout
     assert done.stderr == "warning: 1 image with a damaged EXIF block: the pixels are taken as stored\n"

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.image_sets import open_image_set
-from relay_diffusion.data.images import ImageDataset
 from relay_diffusion.data.npz import Npz
 from relay_diffusion.data.zip_writer import ImageZipWriter
 from relay_diffusion.errors import UserError

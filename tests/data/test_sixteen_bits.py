@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures_on_disk import encoded, write_folder
 from PIL import Image
 
-from relay_diffusion.data import ImageDataset
+from pictures_on_disk import encoded, write_folder
 from relay_diffusion.data.convert import ConvertOptions, convert
+from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.image_sets import open_image_set
 from relay_diffusion.errors import UserError
 
@@ -89,7 +89,7 @@ def test_a_set_that_uses_less_than_a_quarter_of_its_range_is_warned_about(
     tmp_path: Path, channels: int, bits: int, warned: bool
 ) -> None:
     source = write_folder(tmp_path / "in", {"cat/a.png": png(samples(channels, bits)), "dog/b.png": png(samples(1, 9))})
-    command = [sys.executable, "-m", "relay_diffusion.data.convert", f"source={source}", f"resolution={SIDE}"]
+    command = [sys.executable, "-m", "relay_diffusion.cli.convert_images", f"source={source}", f"resolution={SIDE}"]
     done = subprocess.run([*command, f"destination={tmp_path / 'out.zip'}"], capture_output=True, text=True, check=True)
     expected = (
         f"warning: 2 16-bit images with values below {2**bits:,} of 65,536, which become dark: bit_depth={bits} "
@@ -120,7 +120,7 @@ def test_sets_read_directly_are_warned_about_too(
     if bits == 12:
         assert said == (
             f"warning: {option}={folder}: 16-bit images with values below 4,096 of 65,536 become dark; "
-            "`python -m relay_diffusion.data.convert` with bit_depth=12 rescales them\n"
+            "`python -m relay_diffusion.cli.convert_images` with bit_depth=12 rescales them\n"
         )
     else:
         assert said == ""

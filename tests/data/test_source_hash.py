@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pictures_on_disk import encoded, pixels, pngs, write_folder, write_zip
-
-from relay_diffusion.data import ImageDataset
+from relay_diffusion.data.dataset import ImageDataset
 
 NAMES = ["heldout/d.png", "train/a.png", "train/b.png", "train/c.png"]
 

@@ -205,7 +205,7 @@ def test_a_matrix_first_used_in_inference_serves_training():
 def test_the_kernel_blurs_and_adds_the_same(block):
     """Without a GPU in Triton's interpreter; with more pieces than one program takes, and a rest."""
     pytest.importorskip("triton", TRITON)
-    from relay_diffusion.kernels.blur import filter_and_add as in_one_pass
+    from relay_diffusion.kernels.block_filter import filter_and_add as in_one_pass
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     x, noise = (torch.randn(2, 3, 9 * block, 11 * block, device=device) for _ in range(2))

@@ -5,13 +5,7 @@ import math
 import pytest
 import torch
 
-from relay_diffusion.diffusion import (
-    AutoGuidance,
-    ClassifierFreeGuidance,
-    DenoisingLoss,
-    GuidanceInterval,
-    drop_labels,
-)
+from relay_diffusion.diffusion import AutoGuidance, ClassifierFreeGuidance, DenoisingLoss, GuidanceInterval, drop_labels
 from relay_diffusion.diffusion.guidance import check_guidance, guided
 
 SIGMAS = torch.tensor([0.002, 0.1, 0.5, 3.0, 80.0], dtype=torch.float64)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from relay_diffusion.diffusion import ImageSeeds, block_noise
-from relay_diffusion.diffusion.noise import AHEAD, mix_seeds
+from relay_diffusion.diffusion import block_noise
+from relay_diffusion.diffusion.generators import ImageSeeds, mix_seeds
+from relay_diffusion.diffusion.noise import AHEAD
 from support import TRITON
 
 
@@ -170,7 +171,7 @@ def test_precision_does_not_change_the_noise():
 def test_the_kernel_adds_the_same_noise(block, dtype):
     """Without a GPU in Triton's interpreter; on images larger than a tile, and of odd sizes."""
     pytest.importorskip("triton", TRITON)
-    from relay_diffusion.kernels.noise import add_block_noise
+    from relay_diffusion.kernels.block_noise import add_block_noise
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for height, width in ((24, 48), (9, 8), (40, 33)):

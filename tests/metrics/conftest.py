@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from fake_inception import use_small_features
 
+from fake_inception import use_small_features
 from relay_diffusion.metrics import Inception
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from relay_diffusion.metrics import distances
-from relay_diffusion.metrics.distances import covered, squared_radii
+from relay_diffusion.metrics import neighbours as distances
+from relay_diffusion.metrics.neighbours import covered, squared_radii
 from relay_diffusion.metrics.precision_recall import precision_recall
 
 

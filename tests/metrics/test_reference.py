@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fake_inception import CHANNELS, POOL, SIZE, SPATIAL, PixelFeatures, pixel_reference, random_images, statistics
 from torch import Tensor
 
+from fake_inception import CHANNELS, POOL, SIZE, SPATIAL, PixelFeatures, pixel_reference, random_images, statistics
 from relay_diffusion.data.npz import Npz
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import Reference
-from relay_diffusion.metrics.reference import read_reference
-from relay_diffusion.metrics.spatial import check_layout
+from relay_diffusion.metrics.reference import check_layout, read_reference
 
 pytestmark = pytest.mark.usefixtures("small")
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fake_inception import POOL, PixelFeatures, pixel_reference, random_images
 from PIL import Image
 from torch import Tensor
 
+from fake_inception import POOL, PixelFeatures, pixel_reference, random_images
+from relay_diffusion.data.npz import write_adm_samples
 from relay_diffusion.data.zip_writer import ImageZipWriter
 from relay_diffusion.errors import UserError
-from relay_diffusion.interop.adm import write_adm_samples
 from relay_diffusion.metrics import Reference, ReferenceSource
 from relay_diffusion.metrics.reference_source import _choice
 

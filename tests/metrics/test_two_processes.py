@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_inception import PixelFeatures, pixel_reference, random_images
 
+from fake_inception import PixelFeatures, pixel_reference, random_images
 from relay_diffusion.metrics import (
     Evaluation,
     FIDMeasure,

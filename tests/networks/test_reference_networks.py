@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from relay_diffusion.interop.official import from_official, official_names
+from relay_diffusion.checkpoints.published.edm import from_official, official_names
 from relay_diffusion.networks import EDMPreconditioner, UNet
 from support import REFERENCE, class_indices
 

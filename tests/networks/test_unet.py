@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from waking import awake
 
-from relay_diffusion.networks import Condition, EDMPreconditioner, UNet, blocks, ops
-from relay_diffusion.networks.blocks import ResidualBlock, SelfAttention
+from relay_diffusion.networks import Condition, EDMPreconditioner, UNet, ops
+from relay_diffusion.networks import layers as blocks
+from relay_diffusion.networks.layers import ResidualBlock, SelfAttention
+from waking import awake
 
 NOISE = torch.tensor([-0.7, 0.4])
 

@@ -5,11 +5,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from recorder import Recorder
 
+from recorder import Recorder
 from relay_diffusion.diffusion import (
     BlurringCorruption,
-    ImageSeeds,
     TruncatedLogNormal,
     block_dct,
     block_filter,
@@ -17,6 +16,7 @@ from relay_diffusion.diffusion import (
     block_noise,
     karras_sigmas,
 )
+from relay_diffusion.diffusion.generators import ImageSeeds
 from relay_diffusion.samplers import BlurringSampler, EDMSampler
 from support import Replay, toy_denoiser
 

@@ -5,9 +5,10 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from recorder import Recorder
 
-from relay_diffusion.diffusion import BlurringCorruption, ImageSeeds, TruncatedLogNormal, karras_sigmas
+from recorder import Recorder
+from relay_diffusion.diffusion import BlurringCorruption, TruncatedLogNormal, karras_sigmas
+from relay_diffusion.diffusion.generators import ImageSeeds
 from relay_diffusion.samplers import BlurringSampler, EDMSampler
 from support import Replay, toy_denoiser
 

@@ -1,1 +1,1 @@
-"""Looking at images, noise and relays: tools that train nothing."""
+"""Analysis of images: spectra and nearest neighbours."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from relay_diffusion.data.datamodule import ImageDataModule
-    from relay_diffusion.data.images import ImageDataset
+    from relay_diffusion.data.dataset import ImageDataset
 
 __all__ = ["ImageDataModule", "ImageDataset"]
 

@@ -14,9 +14,9 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
 
-from relay_diffusion.data.images import ImageDataset
+from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.errors import UserError
-from relay_diffusion.launch import SIGNALS
+from relay_diffusion.utils.distributed import SIGNALS
 
 
 def micro_batch_size(batch_size: int, world_size: int, accumulate: int = 1) -> int:

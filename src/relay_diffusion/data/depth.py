@@ -9,8 +9,9 @@ from contextlib import suppress
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from relay_diffusion.data.decode import FULL_DEPTH, UNUSED_BITS
-from relay_diffusion.data.sources import ImageSource, map_in_order
+from relay_diffusion.data.sources import ImageSource
 from relay_diffusion.errors import UserError
+from relay_diffusion.utils.parallel import map_in_order
 
 LOOKED_AT = 16  # images, evenly over the set
 
@@ -26,7 +27,7 @@ def warn_of_unused_range(source: ImageSource, names: Sequence[str]) -> None:
         if bits <= FULL_DEPTH - UNUSED_BITS:
             print(
                 f"warning: {source.option}={source.path}: 16-bit images with values below {2**bits:,} of "
-                f"{2**FULL_DEPTH:,} become dark; `python -m relay_diffusion.data.convert` with bit_depth={bits} "
+                f"{2**FULL_DEPTH:,} become dark; `python -m relay_diffusion.cli.convert_images` with bit_depth={bits} "
                 "rescales them",
                 file=sys.stderr,
                 flush=True,

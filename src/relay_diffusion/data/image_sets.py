@@ -19,13 +19,9 @@ from torch import Tensor
 from relay_diffusion.data.decode import EXIF_APPLIED, box_average
 from relay_diffusion.data.depth import warn_of_unused_range
 from relay_diffusion.data.npz import Npz
-from relay_diffusion.data.sources import (
-    ImageSource,
-    existing_path,
-    map_in_order,
-    open_images,
-)
+from relay_diffusion.data.sources import ImageSource, existing_path, open_images
 from relay_diffusion.errors import UserError
+from relay_diffusion.utils.parallel import map_in_order
 
 IMAGES_KEY = "arr_0"  # what numpy.savez calls its first array: ADM's samples are written so
 MAX_PIXELS = 2**27  # of one image; a file that claims more is damaged or hostile

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
-from relay_diffusion.data.members import check_size, check_zip_member, read_exactly
+from relay_diffusion.data.bounded_io import check_size, check_zip_member, read_exactly
 from relay_diffusion.errors import UserError
+from relay_diffusion.utils.files import whole_file
 
 MAX_ARRAY = 2**30  # bytes of one array of statistics or features, which are held in memory
 
@@ -90,3 +92,36 @@ class Npz:
                 stream.seek((index - at) * size, os.SEEK_CUR)
                 at = index + 1
                 yield np.frombuffer(read_exactly(stream, size), header.dtype).reshape(shape)
+
+
+def write_adm_samples(
+    path: str | Path,
+    batches: Iterable[Tensor],
+    count: int,
+    resolution: tuple[int, int],
+    labels: Sequence[int] | None = None,
+) -> None:
+    """Write uint8 batches [B,3,H,W] as `arr_0`, uint8 [count,H,W,3], and class indices as `arr_1`, int64 [count].
+
+    The file appears whole or not at all, and no more than a batch is in memory. Raises ValueError unless just `count`
+    images of size `resolution` (H, W) come, with as many labels.
+    """
+    if labels is not None and len(labels) != count:
+        raise ValueError(f"{len(labels)} labels for {count} images")
+    with whole_file(Path(path)) as file, zipfile.ZipFile(file, "w") as archive:
+        # The size must be known to be large before it is: force_zip64 allows for it.
+        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, *resolution, 3)}
+            np.lib.format.write_array_header_1_0(member, header)
+            written = 0
+            for batch in batches:
+                pixels = batch.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+                if pixels.dtype != np.uint8 or pixels.shape[1:] != (*resolution, 3):
+                    raise ValueError(f"expected uint8 [B,3,{resolution[0]},{resolution[1]}], not {list(batch.shape)}")
+                written += len(pixels)
+                member.write(pixels.tobytes())
+        if written != count:
+            raise ValueError(f"{written} images came where {count} were announced")
+        if labels is not None:
+            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
+                np.lib.format.write_array(member, np.asarray(labels, np.int64), allow_pickle=False)

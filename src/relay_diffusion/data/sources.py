@@ -6,33 +6,24 @@ Free of torch, so that the command line tools start quickly.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-import reprlib
 import tarfile
 import zipfile
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
+from relay_diffusion.data.bounded_io import BoundedTarInfo, file_bytes, files_below, is_link, tar_bytes, zip_bytes
 from relay_diffusion.data.decode import Decoded, decode
-from relay_diffusion.data.members import BoundedTarInfo, file_bytes, files_below, is_link, tar_bytes, zip_bytes
 from relay_diffusion.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
-MAX_CLASSES = 1_000_000  # a larger label is a mistake, and would fill the memory with names
 LABEL_FILE = "dataset.json"
 HIDDEN_FILES = ("Thumbs.db", "desktop.ini")  # of Windows, which marks them otherwise than by a dot
-REMEDY = "leave it out, or convert with skip_bad=true (python -m relay_diffusion.data.convert)"
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+REMEDY = "leave it out, or convert with skip_bad=true (python -m relay_diffusion.cli.convert_images)"
 
 
 class Source(ABC):
@@ -85,7 +76,7 @@ class Source(ABC):
             raise UserError(f"{self.option}: {error}: {REMEDY}") from error
 
     def _unreadable(self, name: str, error: Exception) -> UserError:
-        return UserError(f"{self.where(name)} cannot be read: {_line(error)}")
+        return UserError(f"{self.where(name)} cannot be read: {one_line(error)}")
 
     @abstractmethod
     def _read(self, stored: str) -> bytes: ...
@@ -105,7 +96,7 @@ class FolderSource(Source):
         try:
             files = sorted(files_below(path))
         except (OSError, ValueError) as error:
-            raise UserError(f"{option}={path}: {_line(error)}") from None
+            raise UserError(f"{option}={path}: {one_line(error)}") from None
         super().__init__(path, option, files)
 
     def _read(self, stored: str) -> bytes:
@@ -152,8 +143,8 @@ class ZipSource(Source):
                 members = sorted(i.filename for i in archive.infolist() if not (i.is_dir() or is_link(i)))
         except Exception as error:  # foreign bytes: zipfile raises many types
             raise UserError(
-                f"{option}={path}: not a zip, or cut short ({_line(error)}); "
-                f"`python -m relay_diffusion.data.convert` makes one from a folder, tar or zip"
+                f"{option}={path}: not a zip, or cut short ({one_line(error)}); "
+                f"`python -m relay_diffusion.cli.convert_images` makes one from a folder, tar or zip"
             ) from error
         super().__init__(path, option, members)
 
@@ -219,7 +210,7 @@ def _raise(error: UserError) -> NoReturn:
     raise error
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """What a foreign error says, in one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -239,7 +230,7 @@ def existing_path(path: str | Path, option: str) -> Path:
         expanded = Path(path).expanduser()
         there = expanded.exists()
     except (OSError, ValueError, RuntimeError) as error:  # too long; odd characters; no such user
-        raise UserError(f"{option}={path}: cannot be looked for ({_line(error)})") from None
+        raise UserError(f"{option}={path}: cannot be looked for ({one_line(error)})") from None
     if not there:
         raise UserError(f"{option}={path}: no such file or folder")
     return expanded
@@ -269,73 +260,3 @@ def open_source(path: str | Path, option: str) -> Source:
 
 def _is_image_file(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not zipfile.is_zipfile(path)
-
-
-@dataclass(frozen=True)
-class Labels:
-    """Class index of every image, and the class names in the order of their index."""
-
-    by_name: dict[str, int]
-    class_names: list[str]
-
-
-def read_labels(source: Source) -> Labels | None:
-    """Labels of `dataset.json`: {"labels": [[name, class], ...], "classes": [class name, ...] (optional)}.
-
-    None when the file is absent or has no labels. Errors: UserError naming the file and the entry for anything
-    malformed, for a label of a missing image, and for an image without a label.
-    """
-    if LABEL_FILE not in source.members:
-        return None
-    where = f"{source.option}={source.path}: {LABEL_FILE}"
-    try:
-        content = json.loads(source.read(LABEL_FILE))
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON ({_line(error)})") from error
-    if not isinstance(content, dict):
-        raise UserError(f'{where} must be an object with the key "labels"')
-    entries, classes = content.get("labels"), content.get("classes")
-    if entries is None:
-        return None
-    if not isinstance(entries, list):
-        raise UserError(f'{where}: "labels" must be a list of [name, class index]')
-    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
-        raise UserError(f'{where}: "classes" must be a list of class names')
-    images, by_name = set(source.names), {}
-    for index, entry in enumerate(entries):
-        match entry:
-            case [str(name), int(label)] if not isinstance(label, bool):
-                pass
-            case _:
-                raise UserError(f"{where}: labels[{index}] = {reprlib.repr(entry)} must be [name, class index]")
-        if name not in images:
-            raise UserError(f"{where}: labels[{index}] is for {name!r}, which is not among the images")
-        if name in by_name:
-            raise UserError(f"{where}: labels[{index}] labels {name!r} a second time")
-        if not 0 <= label < MAX_CLASSES or (classes is not None and label >= len(classes)):
-            limit = f"0..{(MAX_CLASSES if classes is None else len(classes)) - 1}"
-            said = "no class is named" if classes == [] else f"class {reprlib.repr(label)} must be {limit}"
-            raise UserError(f"{where}: labels[{index}], {name!r}: {said}")
-        by_name[name] = label
-    for name in source.names:
-        if name not in by_name:
-            raise UserError(f'{where}: "labels" has no entry for {name!r}')
-    return Labels(by_name, classes or [str(index) for index in range(max(by_name.values()) + 1)])
-
-
-def map_in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Apply `function` in threads (decoders release the interpreter lock); results in the order of `items`.
-
-    Only a few items per thread are in flight, so neither input nor output piles up in memory.
-    """
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    pending: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) >= 4 * threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()

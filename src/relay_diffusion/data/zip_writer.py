@@ -14,7 +14,7 @@ from PIL import Image
 
 from relay_diffusion.data.sources import LABEL_FILE
 from relay_diffusion.errors import UserError
-from relay_diffusion.files import sync, temporary_name, writing
+from relay_diffusion.utils.files import sync, temporary_name, writing
 
 EPOCH = (1980, 1, 1, 0, 0, 0)  # one time stamp for all members, so that the same images give the same bytes
 

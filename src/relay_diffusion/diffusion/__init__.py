@@ -1,8 +1,13 @@
 """The mathematics of Relay Diffusion: torch only."""
 
-from relay_diffusion.diffusion.conditioning import ConditionedCorruption
-from relay_diffusion.diffusion.corruption import BlurringCorruption, Corruption, GaussianCorruption
+from relay_diffusion.diffusion.corruption import (
+    BlurringCorruption,
+    ConditionedCorruption,
+    Corruption,
+    GaussianCorruption,
+)
 from relay_diffusion.diffusion.dct import block_dct, block_filter, block_idct
+from relay_diffusion.diffusion.generators import ImageSeeds
 from relay_diffusion.diffusion.guidance import (
     AutoGuidance,
     ClassifierFreeGuidance,
@@ -13,7 +18,7 @@ from relay_diffusion.diffusion.guidance import (
     guided,
 )
 from relay_diffusion.diffusion.loss import DenoisingLoss
-from relay_diffusion.diffusion.noise import ImageSeeds, RandnLike, block_noise
+from relay_diffusion.diffusion.noise import RandnLike, block_noise
 from relay_diffusion.diffusion.schedule import LogNormal, TruncatedLogNormal, karras_sigmas
 
 __all__ = [

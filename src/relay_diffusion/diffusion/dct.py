@@ -113,7 +113,7 @@ def filter_and_add(x: Tensor, gains: Tensor, scale: Tensor, noise: Tensor) -> Te
     block = gains.shape[-1]
     check_blocks(x, block)
     if HAVE_TRITON and x.is_cuda and x.dtype == gains.dtype == noise.dtype == torch.float32 and block <= SMALL_BLOCK:
-        from relay_diffusion.kernels.blur import filter_and_add as in_one_pass
+        from relay_diffusion.kernels.block_filter import filter_and_add as in_one_pass
 
         gains = gains.reshape(-1, block**2).expand(len(x), -1)
         sent = torch.cat([gains, scale[:, None]], dim=1).to(x.device, non_blocking=True)  # both at once

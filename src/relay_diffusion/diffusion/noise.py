@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -56,47 +56,7 @@ def add_block_noise(white: Tensor, other: Tensor, block: int, strength: float) -
     """white + strength * block_noise(other), all [B,C,H,W]; on a GPU in one pass."""
     scale = strength / block
     if HAVE_TRITON and white.is_cuda and block <= KERNEL_BLOCK:
-        from relay_diffusion.kernels.noise import add_block_noise as in_one_pass
+        from relay_diffusion.kernels.block_noise import add_block_noise as in_one_pass
 
         return in_one_pass(white, other, block, scale)
     return torch.add(white, block_sum(other, block), alpha=scale)
-
-
-def mix_seeds(seed: int, stream: int) -> int:
-    """A well spread 63-bit seed for the pair (seed, stream): splitmix64 of their combination."""
-    mask = (1 << 64) - 1
-    z = (seed * 0x9E3779B97F4A7C15 + (stream + 1) * 0xD1B54A32D192ED03) & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return (z ^ (z >> 31)) >> 1
-
-
-class ImageSeeds:
-    """One random generator per image, so that an image depends on its seed and not on its batch.
-
-    `seeds`: one integer per image. `stream` separates uses of the same seed (the stages of a relay): equal
-    seeds in different streams give independent noise. Drawn in float32, so that the state's precision does
-    not change the noise.
-    """
-
-    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu", stream: int = 0) -> None:
-        self.generators = [torch.Generator(device).manual_seed(mix_seeds(int(seed), stream)) for seed in seeds]
-        self._drawn: list[Tensor] = []  # ahead of their use, the next one last
-
-    def __len__(self) -> int:
-        return len(self.generators)
-
-    def randn_like(self, x: Tensor) -> Tensor:
-        """Standard normal noise like x [B,C,H,W], image i from generator i. Raises ValueError if B differs."""
-        if len(x) != len(self.generators):
-            raise ValueError(f"{len(self.generators)} seeds for a batch of {len(x)} images")
-        if not self._drawn or self._drawn[-1].shape != x.shape:
-            self._drawn = self._draw(x)
-        return self._drawn.pop().to(x.dtype, memory_format=torch.contiguous_format)
-
-    def _draw(self, x: Tensor) -> list[Tensor]:
-        ahead = AHEAD.get(x.device.type, 1)
-        noise = torch.empty(len(x), ahead, *x.shape[1:], dtype=torch.float32, device=x.device)
-        for image, generator in zip(noise, self.generators, strict=True):
-            image.normal_(generator=generator)
-        return list(noise.unbind(1))[::-1]

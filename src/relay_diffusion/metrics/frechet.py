@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from relay_diffusion.errors import UserError
-from relay_diffusion.metrics.states import ExactMetric
+from relay_diffusion.metrics.base import ExactMetric, Measure
+from relay_diffusion.metrics.inception import Inception, InceptionFeatures
+from relay_diffusion.metrics.reference import FeatureStatistics, Reference
 
 RECOMMENDED_IMAGES = 10_000  # the bias of a Fréchet distance falls with 1/n; papers use 50,000
-
-
-class FeatureStatistics(NamedTuple):
-    """Gaussian fit of a feature set, float64: mean [D], covariance [D,D] (divided by n - 1), n samples if known."""
-
-    mean: Tensor
-    covariance: Tensor
-    n: int | None
 
 
 class FrechetDistance(ExactMetric):
@@ -129,3 +121,53 @@ def _require_two(count: int, side: str) -> None:
     if count < 2:
         kind = "real" if side == "real" else "generated"
         raise UserError(f"a Fréchet distance needs at least 2 {kind} images, not {count}; give more of them")
+
+
+class FIDMeasure(Measure):
+    """Fréchet Inception Distance (Heusel et al., arXiv 1706.08500)."""
+
+    names = ("fid",)
+
+    def prepare(self, reference: Reference, inception: Inception) -> str | None:  # noqa: ARG002
+        """Any reference has what it needs."""
+        self.distance = FrechetDistance(len(reference.pool.mean))
+        self.distance.set_reference(*reference.pool)
+        return None
+
+    def update(self, features: InceptionFeatures, positions: Tensor) -> None:  # noqa: ARG002
+        """Add generated images."""
+        self.distance.update(features.pool, real=False)
+
+    def compute(self, features: Tensor) -> dict[str, float]:  # noqa: ARG002
+        """{"fid"}; UserError for fewer than 2 images."""
+        return {"fid": float(self.distance.compute())}
+
+    def warnings(self, images: int) -> list[str]:
+        """Too few images for a covariance of full rank."""
+        return self.distance.singular("FID", images)
+
+
+class SFIDMeasure(Measure):
+    """Fréchet distance of the first 7 channels of a 17x17 layer (Nash et al., arXiv 2103.03841)."""
+
+    names = ("sfid",)
+
+    def prepare(self, reference: Reference, inception: Inception) -> str | None:  # noqa: ARG002
+        """The reference must hold spatial statistics."""
+        if reference.spatial is None:
+            return f"the reference {reference.path} holds no spatial statistics"
+        self.distance = FrechetDistance(len(reference.spatial.mean))
+        self.distance.set_reference(*reference.spatial)
+        return None
+
+    def update(self, features: InceptionFeatures, positions: Tensor) -> None:  # noqa: ARG002
+        """Add generated images."""
+        self.distance.update(features.spatial.flatten(1), real=False)
+
+    def compute(self, features: Tensor) -> dict[str, float]:  # noqa: ARG002
+        """{"sfid"}; UserError for fewer than 2 images."""
+        return {"sfid": float(self.distance.compute())}
+
+    def warnings(self, images: int) -> list[str]:
+        """Too few images for a covariance of full rank."""
+        return self.distance.singular("sFID", images)

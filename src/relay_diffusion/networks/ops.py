@@ -59,7 +59,7 @@ def norm_act(
     """
     assert not down or (skip is None and not dropout and x.shape[2] % 2 == x.shape[3] % 2 == 0)
     if fusible(x, skip):
-        from relay_diffusion.kernels.fused import Norm, NormOptions
+        from relay_diffusion.kernels.autograd import Norm, NormOptions
 
         options = NormOptions(norm.num_groups, norm.eps, silu, dropout, down)
         moments = _moments(x), None if skip is None else _moments(skip)
@@ -82,7 +82,7 @@ def norm_act(
 
 
 def _moments(x: Tensor) -> Tensor:
-    from relay_diffusion.kernels.fused import measure
+    from relay_diffusion.kernels.autograd import measure
 
     moments, version = getattr(x, MOMENTS, (None, None))
     if moments is None or version != _version(x):
@@ -103,7 +103,7 @@ def _version(x: Tensor) -> int:
 def add(hidden: Tensor, shortcut: Tensor, bias: Tensor | None = None, up: bool = False) -> Tensor:
     """hidden + bias + shortcut: [B,C,H,W], bias [C]; `up`: the shortcut [B,C,H/2,W/2] is enlarged first."""
     if fusible(hidden, shortcut):
-        from relay_diffusion.kernels.fused import Add
+        from relay_diffusion.kernels.autograd import Add
 
         out: Tensor
         out, moments = Add.apply(hidden, shortcut, bias, up)
@@ -155,7 +155,7 @@ def query_key_value(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]
     tokens = rearrange(x, "b c h w -> b (h w) c")  # in channels_last as it lies
     weight = conv.weight.flatten(1)
     if fusible(x):
-        from relay_diffusion.kernels.fused import QueryKeyValue
+        from relay_diffusion.kernels.autograd import QueryKeyValue
 
         parts: tuple[Tensor, Tensor, Tensor] = QueryKeyValue.apply(tokens, weight, conv.bias)
         return parts

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relay_diffusion.networks.blocks import ResidualBlock, group_norm, zero
-from relay_diffusion.networks.embeddings import SinusoidalEmbedding
+from relay_diffusion.networks.layers import ResidualBlock, SinusoidalEmbedding, group_norm, zero
 from relay_diffusion.networks.ops import convolve_image, norm_act
 
 MAX_BLOCKS, MAX_LEVELS = 100, 14  # a file that asks for more would be at it for hours

@@ -13,7 +13,7 @@ from relay_diffusion.diffusion.dct import block_filter
 from relay_diffusion.diffusion.guidance import Denoiser
 from relay_diffusion.diffusion.noise import RandnLike
 from relay_diffusion.diffusion.schedule import karras_sigmas
-from relay_diffusion.samplers.state import initial_state, second_order
+from relay_diffusion.samplers.base import initial_state, second_order
 
 
 class BlurringSampler:

@@ -11,7 +11,7 @@ from torch import Tensor
 from relay_diffusion.diffusion.guidance import Denoiser
 from relay_diffusion.diffusion.noise import RandnLike
 from relay_diffusion.diffusion.schedule import karras_sigmas
-from relay_diffusion.samplers.state import initial_state, second_order
+from relay_diffusion.samplers.base import initial_state, second_order
 
 
 class EDMSampler:

@@ -1,0 +1,78 @@
+"""Stages to share: a folder with the weights as safetensors and everything else as JSON.
+
+    FOLDER/weights.safetensors   parameters of the denoiser
+    FOLDER/stage.json            how to build the stage, and the fingerprint of the weights
+
+It holds what sampling needs, neither the optimizer nor the position in the data. `load_stage(FOLDER)` reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from relay_diffusion import __version__
+from relay_diffusion.checkpoints.reading import EXPORT_FORMAT, EXPORT_STAGE, EXPORT_WEIGHTS, LAST
+from relay_diffusion.errors import UserError
+from relay_diffusion.utils.files import file_sha256, json_text, whole_file, write_text
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def export_stage(
+    stage_config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    destination: str | Path,
+    class_names: Sequence[str] = (),
+    images_seen: int = 0,
+    origin: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+    kind: str = "ema",
+) -> Path:
+    """Write a stage as the folder `destination`; returns it. What was exported there before is replaced.
+
+    `weights`: the state dict of the stage's denoiser; `kind`: "ema" or "raw", what they are. `dtype` of the stored
+    weights: float32, float16 or bfloat16. `origin`: where they came from, e.g. {"file": name, "sha256": ...}.
+    stage.json is written last, so an interrupted export is none. Raises UserError, if the folder is used otherwise, a
+    name of a dtype is unknown, or a weight does not fit into it.
+    """
+    destination = Path(destination).expanduser()
+    if destination.exists() and not destination.is_dir():
+        raise UserError(f"destination={destination}: is a file; give the name of a folder")
+    for used in (destination / LAST, destination / "checkpoints"):
+        if used.exists():
+            raise UserError(f"destination={destination}: holds a training run ({used.name}); choose another folder")
+    tensors = _converted(weights, dtype)
+    stage_file, weights_file = destination / EXPORT_STAGE, destination / EXPORT_WEIGHTS
+    stage_file.unlink(missing_ok=True)
+    with whole_file(weights_file) as file:
+        file.write(save(tensors, metadata={"format": "pt"}))
+    content = {
+        "format": EXPORT_FORMAT,
+        "version": __version__,
+        "weights": {"kind": kind, "dtype": dtype, "sha256": file_sha256(weights_file)},
+        "origin": dict(origin or {}),
+        "images_seen": images_seen,
+        "class_names": list(class_names),
+        "stage_config": {key: value for key, value in stage_config.items() if key != "optimizer"},
+    }
+    write_text(stage_file, json_text(content))
+    return destination
+
+
+def _converted(weights: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype}: use one of {', '.join(DTYPES)}")
+    converted = {}
+    for name, tensor in weights.items():
+        stored = tensor.detach().cpu().to(DTYPES[dtype]).contiguous()
+        if not bool(stored.isfinite().all()):
+            reason = f"too large for {dtype}: use bfloat16 or float32" if tensor.isfinite().all() else "not finite"
+            raise UserError(f"dtype={dtype}: {name} holds weights that are {reason}")
+        converted[name] = stored
+    return converted

@@ -1,0 +1,63 @@
+"""Make an exported stage of a published checkpoint, or of one of this project: see USAGE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from relay_diffusion.checkpoints.published.edm import OfficialCheckpoint, from_official, read_official
+from relay_diffusion.checkpoints.reading import build_stored
+from relay_diffusion.errors import UserError
+from relay_diffusion.models.stage import DiffusionStage
+
+_SAME = ("resolution", "image_channels", "channels", "channel_mult", "blocks", "num_classes")
+
+
+def published_stage(
+    path: Path, config: dict[str, Any], experiment: str | None = None, trusted: Sequence[str] = ()
+) -> DiffusionStage:
+    """A stage around the network of a published checkpoint; the rest of it is that of `config`, a stage config.
+
+    experiment: the name of the experiment whose stage it is.
+
+    Without one it is a first stage, with the noise levels that the file was trained at, if it says so. The share of
+    labels hidden in training is that of the file, if it says more than 0. `trusted`: as for load_stage. Raises
+    UserError naming the file, or what disagrees.
+    """
+    official = read_official(path)
+    network = config["denoiser"]["network"]
+    if experiment is None:
+        config["corruption"]["schedule"] |= _trained_noise(official)
+    elif different := [key for key in _SAME if network.get(key) != official.settings[key]]:
+        says = ", ".join(f"{key}={network.get(key)} (the file: {official.settings[key]})" for key in different)
+        raise UserError(f"experiment={experiment} is for another network than {path} holds: {says}")
+    channels_last = network.get("channels_last", False)  # a matter of speed alone
+    config["denoiser"]["network"] = {
+        "_target_": "relay_diffusion.networks.UNet",
+        **official.settings,
+        "channels_last": channels_last,
+    }
+    for part in ("denoiser", "loss"):
+        config[part]["sigma_data"] = official.sigma_data
+    config["label_dropout"] = official.label_dropout or config["label_dropout"]
+    source = Path("conf/train.yaml" if experiment is None else f"conf/experiment/{experiment}.yaml")
+    stage = build_stored(config, source, trusted)
+    if not isinstance(stage, DiffusionStage):
+        raise UserError(f"experiment={experiment} describes a {type(stage).__name__}, not a DiffusionStage")
+    stage.denoiser.network.load_state_dict(from_official(official.weights, stage.denoiser.network))
+    stage.stage_config = config
+    return stage.eval()
+
+
+def _trained_noise(official: OfficialCheckpoint) -> dict[str, float]:
+    """p_mean and p_std of the loss that a published file was trained with; nothing, if it does not say."""
+    if official.loss is None:
+        return {}
+    if official.loss.class_name != "EDMLoss":
+        name = ascii(official.loss.class_name)[1:-1][:60]
+        raise UserError(f"{official.path} was trained with {name}: give experiment=NAME, the stage that it belongs to")
+    mean, std = official.loss.state.get("P_mean"), official.loss.state.get("P_std")
+    if not (isinstance(mean, int | float) and isinstance(std, int | float) and abs(mean) < 1e3 and 0 < std < 1e3):
+        raise UserError(f"{official.path} holds an EDMLoss without P_mean and P_std: give experiment=NAME")
+    return {"p_mean": float(mean), "p_std": float(std)}

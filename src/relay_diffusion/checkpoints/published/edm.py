@@ -1,0 +1,342 @@
+"""Published checkpoints: their networks, the names of their parameters, and the conversion to ours.
+
+| published                     | ours                                | change                                      |
+| ----------------------------- | ----------------------------------- | ------------------------------------------- |
+| model.map_augment             | embed_augment                       |                                             |
+| model.map_layer0 / map_layer1 | embed0 / embed1                     |                                             |
+| model.map_label [E,K]         | embed_class [K,E]                   | transposed: a table instead of a product    |
+| model.enc.RxR_conv            | conv_in                             |                                             |
+| model.enc.RxR_down, _blockN   | encoder.I                           | numbered in order                           |
+| model.dec.RxR_in0, _in1       | middle.0, middle.1                  |                                             |
+| model.dec.RxR_up, _blockN     | decoder.I                           | numbered in order                           |
+| ... .norm2, .qkv, .proj       | ... .attention.norm, .qkv, .proj    | qkv rows from (head, channel, qkv) order to |
+|                               |                                     | (qkv, head, channel)                        |
+| model.out_norm, out_conv      | norm_out, conv_out                  |                                             |
+
+Resampling filters (buffers `resample_filter`) are constants here and are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from relay_diffusion.checkpoints.published.unpickle import PersistentObject, read_contents
+from relay_diffusion.errors import UserError
+from relay_diffusion.networks import EDMPreconditioner, UNet
+from relay_diffusion.networks.layers import ResidualBlock, SelfAttention
+
+_EMBEDDINGS = {
+    "embed_augment": "map_augment",
+    "embed0": "map_layer0",
+    "embed1": "map_layer1",
+    "embed_class": "map_label",
+    "norm_out": "out_norm",
+    "conv_out": "out_conv",
+}
+_BOX = torch.full((1, 1, 2, 2), 0.25)  # the published resampling filter, the mean of 2x2 pixels
+_ATTENTION = {"norm": "norm2", "qkv": "qkv", "proj": "proj"}
+
+
+def _block_names(network: UNet) -> dict[str, str]:
+    """Our block -> the published block, e.g. encoder.3 -> enc.32x32_block1."""
+    names, resolution, count = {}, network.resolution, 0
+    for i, block in enumerate(network.encoder):
+        assert isinstance(block, ResidualBlock)
+        resolution, count = (resolution // 2, 0) if block.down else (resolution, count)
+        names[f"encoder.{i}"] = f"enc.{resolution}x{resolution}_" + ("down" if block.down else f"block{count}")
+        count += not block.down
+    names |= {f"middle.{i}": f"dec.{resolution}x{resolution}_in{i}" for i in range(2)}
+    count = 0
+    for i, block in enumerate(network.decoder):
+        assert isinstance(block, ResidualBlock)
+        resolution, count = (resolution * 2, 0) if block.up else (resolution, count)
+        names[f"decoder.{i}"] = f"dec.{resolution}x{resolution}_" + ("up" if block.up else f"block{count}")
+        count += not block.up
+    return names
+
+
+def official_names(network: UNet) -> dict[str, str]:
+    """Our parameter name -> the published name, for every parameter of `network`."""
+    blocks = _block_names(network)
+    first = f"enc.{network.resolution}x{network.resolution}_conv"
+    names = {}
+    for ours, _ in network.named_parameters():
+        module, _, parameter = ours.rpartition(".")
+        parts = module.split(".")
+        if parts[0] == "conv_in":
+            published = first
+        elif parts[0] in _EMBEDDINGS:
+            published = _EMBEDDINGS[parts[0]]
+        else:
+            layer = _ATTENTION[parts[3]] if parts[2] == "attention" else parts[2]
+            published = f"{blocks['.'.join(parts[:2])]}.{layer}"
+        names[ours] = f"model.{published}.{parameter}"
+    return names
+
+
+def from_official(state: Mapping[str, Tensor], network: UNet) -> dict[str, Tensor]:
+    """Published parameters -> the state dict of `network`. Raises KeyError naming a parameter that is missing."""
+    converted = {ours: state[published] for ours, published in official_names(network).items()}
+    if network.embed_class is not None:
+        converted["embed_class.weight"] = converted["embed_class.weight"].mT.contiguous()
+    for name, module in network.named_modules():
+        if isinstance(module, SelfAttention):
+            for parameter in ("weight", "bias"):
+                key = f"{name}.qkv.{parameter}"
+                converted[key] = rearrange(
+                    converted[key], "(heads c n) ... -> (n heads c) ...", heads=module.heads, n=3
+                )
+    return converted
+
+
+def _idle_attention(settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Parameters of attention that adds nothing, for a published network too narrow to have any at its lowest level.
+
+    Ours has one there in any case.
+    """
+    levels = len(settings["channel_mult"])
+    size, channels = settings["resolution"] >> (levels - 1), settings["channels"] * settings["channel_mult"][-1]
+    if heads(channels) > 0:
+        return {}
+    name = f"model.dec.{size}x{size}_in0"
+    return {
+        f"{name}.norm2.weight": torch.ones(channels),
+        f"{name}.norm2.bias": torch.zeros(channels),
+        f"{name}.qkv.weight": torch.zeros(3 * channels, channels, 1, 1),
+        f"{name}.qkv.bias": torch.zeros(3 * channels),
+        f"{name}.proj.weight": torch.zeros(channels, channels, 1, 1),
+        f"{name}.proj.bias": torch.zeros(channels),
+    }
+
+
+def _check_class(stored: Any, wanted: str, path: Path) -> None:
+    if not isinstance(stored, PersistentObject):
+        raise ValueError(f"a {type(stored).__name__} where a network is expected")
+    if stored.class_name != wanted:
+        name = ascii(stored.class_name)[1:-1][:60]
+        raise UserError(f"{path} holds a {name}, which is not supported: only EDMPrecond with a DhariwalUNet inside is")
+
+
+def _parameters(module: PersistentObject, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter under `module` by its published name. Buffers must be the resampling filter of our UNet."""
+    if id(module) in seen:
+        raise ValueError(f"{prefix} is the same module as another")
+    seen.add(id(module))
+    parameters, buffers, children = (module.state[kind] for kind in ("_parameters", "_buffers", "_modules"))
+    if not all(isinstance(name, str) and name.isprintable() for name in [*parameters, *buffers, *children]):
+        raise ValueError(f"{prefix} has parts without a name")
+    for name, value in parameters.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(f"{prefix}{name} is no tensor")
+        if value is not None:
+            yield f"{prefix}{name}", value
+    for name, value in buffers.items():
+        box = name == "resample_filter" and isinstance(value, Tensor) and torch.equal(value, _BOX.to(value.dtype))
+        if value is not None and not box:
+            raise ValueError(f"{prefix}{name} is no mean of 2x2 pixels, which this project's network resamples with")
+    for name, child in children.items():
+        if child is not None and not isinstance(child, PersistentObject):
+            raise ValueError(f"{prefix}{name} is no module")
+        if child is not None:
+            yield from _parameters(child, f"{prefix}{name}.", seen)
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+@dataclass(frozen=True)
+class OfficialCheckpoint:
+    """The averaged network of a published file; settings and weights fit.
+
+    `settings`: constructor settings of our UNet. `weights`: by published name. `loss`: what the file says of its loss.
+    `label_dropout`: share of labels hidden in training, as far as the file knows.
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    sigma_data: float
+    weights: dict[str, Tensor]
+    loss: PersistentObject | None
+    label_dropout: float = 0.0
+
+    def denoiser(self) -> EDMPreconditioner:
+        """The network with its weights, in eval mode."""
+        network = UNet(**self.settings)
+        network.load_state_dict(from_official(self.weights, network))
+        return EDMPreconditioner(network, self.sigma_data).eval()
+
+    def check(self) -> None:
+        """Compare names and shapes with a network that takes no memory, and look for numbers that are not finite.
+
+        Raises UserError that names the first parameter that is wrong.
+        """
+        try:
+            with torch.device("meta"):
+                network = UNet(**self.settings)
+        except (ValueError, RuntimeError, ArithmeticError) as error:
+            detail = str(error).splitlines()[0]
+            raise UserError(f"{self.path} describes a network that cannot be built: {detail}") from None
+        shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+        expected = {published: shapes[ours] for ours, published in official_names(network).items()}
+        if network.embed_class is not None:
+            expected["model.map_label.weight"] = expected["model.map_label.weight"][::-1]
+        stored = {name: tuple(tensor.shape) for name, tensor in self.weights.items()}
+        if wrong := [f"lacks {name}" for name in expected if name not in stored]:
+            raise UserError(f"{self.path} {wrong[0]}{_more(wrong)}: it is not the network that it describes")
+        if wrong := [f"also holds {name}" for name in stored if name not in expected]:
+            raise UserError(f"{self.path} {wrong[0]}{_more(wrong)}: it is not the network that it describes")
+        if wrong := [name for name in expected if stored[name] != expected[name]]:
+            raise UserError(
+                f"{self.path} holds {wrong[0]} of shape {list(stored[wrong[0]])}, but describes a network where it is "
+                f"{list(expected[wrong[0]])}{_more(wrong)}"
+            )
+        if wrong := [name for name, tensor in self.weights.items() if not bool(tensor.isfinite().all())]:
+            raise UserError(f"{self.path} holds weights that are not finite in {wrong[0]}{_more(wrong)}: of no use")
+
+
+def read_official(path: str | Path) -> OfficialCheckpoint:
+    """Read a published checkpoint (EDM's .pkl or the authors' .pt) as data; nothing in it is run.
+
+    Raises UserError naming the file, if it cannot be used.
+    """
+    path = Path(path)
+    names, entries = read_contents(path, ("ema", "loss_fn"))
+    if "stage_config" in names:
+        raise UserError(f"{path} is a checkpoint of this project, not a published one: use load_stage")
+    if "ema" not in names:
+        held = ascii(", ".join(names[:3]))[1:-1][:120]
+        raise UserError(f"{path} holds no 'ema' network, but {held or 'nothing'}: not a published checkpoint")
+    ema, loss = entries["ema"], entries.get("loss_fn")
+    try:
+        _check_class(ema, "EDMPrecond", path)
+        outer = constructor_arguments(ema, EDM_PRECOND)
+        network = ema.state["_modules"]["model"]
+        _check_class(network, "DhariwalUNet", path)
+        arguments = constructor_arguments(network, DHARIWAL_UNET)
+        settings, label_dropout = unet_settings(arguments), arguments["label_dropout"]
+        sigma_data = outer["sigma_data"]
+        if not (isinstance(sigma_data, int | float) and 0 < sigma_data < 1e3):
+            raise ValueError("its sigma_data makes no sense")
+        if not (isinstance(label_dropout, int | float) and 0 <= label_dropout <= 1):
+            raise ValueError("its label_dropout makes no sense")
+        weights = _idle_attention(settings) | dict(_parameters(ema, "", set()))
+    except UserError:
+        raise
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        detail = ascii(str(error))[1:-1][:120]
+        raise UserError(f"{path} is not put together as a published checkpoint is ({detail})") from None
+    stored_loss = loss if isinstance(loss, PersistentObject) else None
+    checkpoint = OfficialCheckpoint(path, settings, float(sigma_data), weights, stored_loss, float(label_dropout))
+    checkpoint.check()
+    return checkpoint
+
+
+def load_official(path: str | Path) -> EDMPreconditioner:
+    """The denoiser of a published checkpoint, with its averaged weights and in eval mode.
+
+    `path`: EDM's .pkl or the authors' .pt; nothing in it is run. Raises UserError naming the file, if it is of no use.
+    """
+    return read_official(path).denoiser()
+
+
+HEAD = 64  # channels of an attention head
+
+# Constructors of the published classes: settings in order, with their defaults; ... is a setting without one.
+EDM_PRECOND: dict[str, Any] = {
+    "img_resolution": ...,
+    "img_channels": ...,
+    "label_dim": 0,
+    "use_fp16": False,
+    "sigma_min": 0,
+    "sigma_max": math.inf,
+    "sigma_data": 0.5,
+    "model_type": "DhariwalUNet",
+}  # and all those of the network
+DHARIWAL_UNET: dict[str, Any] = {
+    "img_resolution": ...,
+    "in_channels": ...,
+    "out_channels": ...,
+    "label_dim": 0,
+    "augment_dim": 0,
+    "model_channels": 192,
+    "channel_mult": [1, 2, 3, 4],
+    "channel_mult_emb": 4,
+    "num_blocks": 3,
+    "attn_resolutions": [32, 16, 8],
+    "dropout": 0.10,
+    "label_dropout": 0,
+    "eff_attn": False,  # the authors' faster attention: the same numbers
+}
+# Bounds of whole numbers, far beyond any network: a damaged file must not fill the memory.
+_WHOLE = {
+    "img_resolution": (1, 2**14),
+    "in_channels": (1, 2**10),
+    "label_dim": (0, 2**20),
+    "augment_dim": (0, 2**10),
+    "model_channels": (1, 2**14),
+    "channel_mult_emb": (1, 2**6),
+    "num_blocks": (1, 2**6),
+}
+_WHOLE_LISTS = {"channel_mult": (1, 2**6), "attn_resolutions": (0, 2**14)}
+_MAX_LEVELS = 15
+
+
+def constructor_arguments(stored: PersistentObject, signature: Mapping[str, Any]) -> dict[str, Any]:
+    """What `stored` was constructed with, by name; settings that the signature lacks included."""
+    positional, named = stored.state["_init_args"], stored.state["_init_kwargs"]
+    if len(positional) > len(signature):
+        raise ValueError(f"{stored.class_name} was made with {len(positional)} settings")
+    given = dict(zip(signature, positional, strict=False))
+    if twice := given.keys() & named.keys():
+        raise ValueError(f"{stored.class_name} was made with {min(twice)} given twice")
+    arguments = {**signature, **given, **named}
+    if missing := [name for name, value in arguments.items() if value is ...]:
+        raise ValueError(f"{stored.class_name} was made without {missing[0]}")
+    return arguments
+
+
+def heads(channels: int) -> int:
+    """Attention heads of the published block with so many channels: one for every 64, so maybe none."""
+    if channels >= 2 * HEAD and channels % HEAD:
+        raise ValueError(f"it has attention over {channels} channels, which is no multiple of {HEAD}")
+    return channels // HEAD
+
+
+def unet_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Constructor settings of the published UNet -> those of ours."""
+    if unknown := arguments.keys() - DHARIWAL_UNET.keys():
+        raise ValueError(f"its network has a setting {min(unknown)}, which is not known here")
+    if arguments["in_channels"] != arguments["out_channels"]:
+        raise ValueError("its network has other channels at its end than at its start")
+    values = {name: [arguments[name]] for name in _WHOLE} | {name: list(arguments[name]) for name in _WHOLE_LISTS}
+    for name, (low, high) in (_WHOLE | _WHOLE_LISTS).items():
+        if len(values[name]) > _MAX_LEVELS or not all(type(v) is int and low <= v <= high for v in values[name]):
+            raise ValueError(f"its network's {name} makes no sense")
+    dropout = arguments["dropout"]
+    if not (isinstance(dropout, int | float) and 0 <= dropout <= 1):
+        raise ValueError("its network's dropout makes no sense")
+    resolution, width, mult = arguments["img_resolution"], arguments["model_channels"], values["channel_mult"]
+    levels = {resolution >> level: width * m for level, m in enumerate(mult)}  # pixels of a side -> channels
+    attention = [size for size in values["attn_resolutions"] if size in levels and heads(levels[size]) > 0]
+    heads(width * mult[-1])  # the lowest level has attention in any case
+    return {
+        "resolution": resolution,
+        "image_channels": arguments["in_channels"],
+        "channels": width,
+        "channel_mult": mult,
+        "blocks": arguments["num_blocks"],
+        "attention_resolutions": attention,
+        "dropout": float(dropout),
+        "num_classes": arguments["label_dim"],
+        "augment_labels": arguments["augment_dim"],
+        "embedding_mult": arguments["channel_mult_emb"],
+    }

@@ -1,0 +1,172 @@
+"""What a checkpoint or an export may hold: checks of foreign content, each a UserError that names file and key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from relay_diffusion.errors import UserError
+from relay_diffusion.utils.messages import short
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_DEPTH = 20  # of a stored config
+MAX_IMAGES_SEEN = 2**62
+TRAINING = ("state_dict", "images_seen", "replaced_gradients", "optimizer_states", "loops", "pytorch-lightning_version")
+KINDS = {  # of what only training reads
+    "replaced_gradients": int,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "loops": dict,
+    "callbacks": dict,
+    "dealt": dict,
+    "run": dict,
+    "epoch": int,
+    "global_step": int,
+    "pytorch-lightning_version": str,
+}
+RUN_KINDS = {"config": dict, "derived": list, "devices": int, "images": int, "wandb": dict}  # of its key "run"
+
+
+def check_stored(content: Any, file: Path) -> dict[str, Any]:
+    """The content of a checkpoint or export, if each key that is there holds what it should; shapes are not looked at.
+
+    Raises UserError naming the file and the key.
+    """
+    if not isinstance(content, dict) or not isinstance(content.get("stage_config"), dict):
+        raise UserError(f"{file} is not a checkpoint of a diffusion stage: it holds no stage_config")
+    _check_plain(content["stage_config"], "stage_config", file)
+    if "state_dict" in content:
+        _check_tensors(content["state_dict"], "state_dict", file)
+    ema = content.get("ema", {})
+    if not isinstance(ema, dict):
+        _wrong(file, "ema", ema, "a dictionary with weights")
+    if ema.get("weights") is not None:
+        _check_tensors(ema["weights"], "ema.weights", file)
+    names, seen = content.get("class_names", []), content.get("images_seen", 0)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        _wrong(file, "class_names", names, "a list of names")
+    if not isinstance(seen, int) or isinstance(seen, bool) or not 0 <= seen <= MAX_IMAGES_SEEN:
+        _wrong(file, "images_seen", seen, "a number of images")
+    return content
+
+
+def check_resumable(content: dict[str, Any], file: Path) -> None:
+    """Raise UserError unless training can continue from a checked checkpoint: all is there, and finite."""
+    for key in TRAINING:
+        if key not in content:
+            raise UserError(f"{file} lacks {key}: training cannot continue from it")
+    for key, kind in KINDS.items():
+        value = content.get(key)
+        if key in content and (not isinstance(value, kind) or isinstance(value, bool)):
+            _wrong(file, key, value, f"a {kind.__name__}")
+    _check_plain(content.get("dealt", {}), "dealt", file)
+    _check_run(content.get("run", {}), file)
+    states = content["optimizer_states"]
+    if len(states) != 1 or not isinstance(states[0], dict) or {"state", "param_groups"} - states[0].keys():
+        raise UserError(f"{file} holds no state of one optimizer: training cannot continue from it")
+    check_finite(content["state_dict"], file)
+    check_finite((content.get("ema") or {}).get("weights") or {}, file, "ema ")
+    moments = states[0]["state"]
+    if not isinstance(moments, dict) or not all(isinstance(state, dict) for state in moments.values()):
+        _wrong(file, "optimizer_states", moments, "a dictionary for each parameter")
+    for number, state in moments.items():
+        tensors = {f"{number}.{name}": value for name, value in state.items() if isinstance(value, Tensor)}
+        _check_tensors(tensors, "optimizer_states", file)
+        check_finite(tensors, file, "optimizer state ")
+
+
+def _check_run(run: dict[str, Any], file: Path) -> None:
+    _check_plain(run, "run", file)
+    for key, value in run.items():
+        kind = RUN_KINDS.get(key, object)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            _wrong(file, f"run.{short(key)}", value, f"a {kind.__name__}")
+    for key in ("derived", "wandb"):
+        part = run.get(key, {})
+        for value in part.values() if isinstance(part, dict) else part:
+            if not isinstance(value, str):
+                _wrong(file, f"run.{key}", value, "text")
+
+
+def check_finite(weights: Mapping[str, Tensor], file: Path, what: str = "") -> None:
+    """Raise UserError naming the first tensor with nan or infinity."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise UserError(
+                f"{file} holds weights that are not finite, first in {what}{short(name)}: its training has failed, "
+                "use an earlier checkpoint"
+            )
+
+
+def check_fits(weights: Mapping[str, Tensor], network: torch.nn.Module, file: Path, what: str = "") -> None:
+    """Raise UserError unless names and shapes are those of a network, which may lie on the meta device."""
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    stored = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    problems = [f"it lacks {name}" for name in expected if name not in stored]
+    problems += [f"it also holds {short(name)}" for name in stored if name not in expected]
+    problems += [
+        f"{name} is {list(stored[name])}, not {list(shape)}"
+        for name, shape in expected.items()
+        if stored.get(name, shape) != shape
+    ]
+    if problems:
+        raise UserError(f"the {what}weights in {file} do not fit the network: {problems[0]}")
+
+
+def check_changes(stored: Mapping[str, Any], changes: Mapping[str, Any], said: str, prefix: str = "") -> None:
+    """Raise UserError for a changed value of another kind than the stored one; what is stored as null may be anything.
+
+    `said`: how messages begin.
+    """
+    for name, value in changes.items():
+        before, key = stored.get(name), f"{prefix}{name}"
+        if value is None or before is None:
+            continue
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            check_changes(before, value, said, f"{key}.")
+        elif _kind(before) != _kind(value):
+            raise UserError(f"{said}{key}={short(value)} must be {_kind(before)}; stored is {short(before)}")
+
+
+def _kind(value: Any) -> str:
+    kinds = {bool: "true or false", int: "a number", float: "a number", str: "a text", dict: "a mapping"}
+    return next((said for kind, said in kinds.items() if isinstance(value, kind)), "a list")
+
+
+def _check_tensors(weights: Any, key: str, file: Path) -> None:
+    """A dictionary of plain tensors that store every one of their elements."""
+    if not isinstance(weights, dict):
+        _wrong(file, key, weights, "a dictionary of tensors")
+    for name, tensor in weights.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            _wrong(file, f"{key}[{short(name)}]", tensor, "a tensor")
+        if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise UserError(
+                f"{file} is damaged: {key}.{short(name)} must hold float numbers, not {tensor.dtype} {tensor.layout}"
+            )
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # expanded: of any size
+            raise UserError(f"{file} is damaged: {key}.{short(name)} claims more numbers than it stores")
+
+
+def _check_plain(node: Any, key: str, file: Path, depth: int = 0) -> None:
+    """Text, numbers, lists and dictionaries, not too deep."""
+    if depth > MAX_DEPTH:
+        raise UserError(f"{file} is damaged: {key[:60]}... is nested too deeply")
+    if isinstance(node, dict):
+        for name, value in node.items():
+            if not isinstance(name, str):
+                _wrong(file, f"{key}[{short(name)}]", value, "under a name")
+            _check_plain(value, f"{key}.{short(name)}", file, depth + 1)
+    elif isinstance(node, list | tuple):
+        for index, value in enumerate(node):
+            _check_plain(value, f"{key}[{index}]", file, depth + 1)
+    elif node is not None and not isinstance(node, str | int | float):
+        _wrong(file, key, node, "text, a number, a list or a dictionary")
+
+
+def _wrong(file: Path, key: str, value: Any, wanted: str) -> NoReturn:
+    raise UserError(f"{file} is damaged: {key} must be {wanted}, not {type(value).__name__} {short(value)}")

@@ -1,0 +1,53 @@
+"""Classes that a stored config may name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from relay_diffusion.errors import require
+from relay_diffusion.utils.messages import shown
+
+OWN_PACKAGE = "relay_diffusion"  # whose classes every stored config may name
+RENAMED = {  # modules and classes that stored configs of earlier versions name
+    "relay_diffusion.stage": "relay_diffusion.models",
+    "relay_diffusion.cascade": "relay_diffusion.models",
+    "relay_diffusion.data.augment": "relay_diffusion.diffusion.augment",
+    "relay_diffusion.diffusion.conditioning": "relay_diffusion.diffusion.corruption",
+    "relay_diffusion.loading": "relay_diffusion.checkpoints",
+    "relay_diffusion.trainer": "relay_diffusion.training.trainer",
+    "relay_diffusion.callbacks.Evaluator": "relay_diffusion.metrics.callback.Evaluator",
+    "relay_diffusion.callbacks": "relay_diffusion.training.callbacks",
+    "relay_diffusion.loggers.wandb_run": "relay_diffusion.training.loggers.wandb",
+    "relay_diffusion.loggers": "relay_diffusion.training.loggers",
+}
+
+
+def translate_targets(node: Any) -> Any:
+    """Return a stored config whose `_target_` names are those of this version."""
+    if isinstance(node, Mapping):
+        return {
+            key: _translate(value) if key == "_target_" and isinstance(value, str) else translate_targets(value)
+            for key, value in node.items()
+        }
+    return [translate_targets(value) for value in node] if isinstance(node, list | tuple) else node
+
+
+def _translate(target: str) -> str:
+    for old, new in RENAMED.items():  # of two that fit, the longer one comes first
+        if target == old or target.startswith(f"{old}."):
+            return new + target.removeprefix(old)
+    return target
+
+
+def package_names(trusted: Any) -> tuple[str, ...]:
+    """Names of packages whose classes a stored config may instantiate, such as my_package or my_package.samplers.
+
+    Raises UserError for anything but a list of such names.
+    """
+    listed = isinstance(trusted, Sequence) and not isinstance(trusted, str)
+    require(listed, f"trusted={shown(trusted)}: must be a list of packages, e.g. [my_package]")
+    for name in trusted:
+        named = isinstance(name, str) and all(part.isidentifier() for part in name.split("."))
+        require(named, f"trusted holds {shown(name)}: must be names of packages, e.g. my_package.samplers")
+    return tuple(trusted)

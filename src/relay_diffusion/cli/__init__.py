@@ -1,0 +1,1 @@
+"""Commands. Each is also `python -m relay_diffusion.cli.NAME`."""

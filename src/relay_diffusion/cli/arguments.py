@@ -1,0 +1,69 @@
+"""key=value command lines of the data tools: a dataclass is the schema, a mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, TypeVar, cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from relay_diffusion.errors import UserError
+
+Options = TypeVar("Options")
+
+
+def parse_arguments(schema: type[Options], arguments: Sequence[str]) -> Options:
+    """key=value arguments -> a `schema` dataclass.
+
+    Errors: UserError for an unknown key (names the nearest one), a value of the wrong type, a missing key.
+    """
+    known = [field.name for field in fields(cast(Any, schema))]
+    values: dict[str, str] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise UserError(f"{argument!r} is not of the form key=value; keys: {', '.join(known)}")
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"keys: {', '.join(known)}"
+            raise UserError(f"unknown key {key!r}; {hint}")
+        values[key] = value
+    config = OmegaConf.structured(schema)
+    for key, value in values.items():
+        try:
+            config[key] = value
+        except OmegaConfBaseException as error:
+            raise UserError(f"{key}={value}: {str(error).splitlines()[0]}") from error
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f"missing: {', '.join(f'{key}=...' for key in missing)}")
+    return cast(Options, OmegaConf.to_object(config))
+
+
+def positive_numbers(option: str, text: str, remedy: str) -> tuple[float, ...]:
+    """ "0.5,1,2" -> (0.5, 1.0, 2.0). Errors: UserError that names the option where one is not above 0 and finite."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or not all(0 < value < math.inf for value in values):
+        raise UserError(f"{option}={text}: {remedy}")
+    return values
+
+
+def run_tool(arguments: Sequence[str], usage: str, schema: type[Options], action: Callable[[Options], None]) -> int:
+    """Run a key=value command; returns its exit code: 0, or 2 after one line that says what to mend."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(usage, end="")
+        return 0
+    try:
+        action(parse_arguments(schema, arguments))
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,125 @@
+"""Export a stage: from a published checkpoint, or from one of this project."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from relay_diffusion.checkpoints.export import export_stage
+from relay_diffusion.checkpoints.loading import load_stage
+from relay_diffusion.checkpoints.published.convert import published_stage
+from relay_diffusion.checkpoints.reading import EXPORT_STAGE, EXPORT_WEIGHTS
+from relay_diffusion.cli.arguments import run_tool
+from relay_diffusion.cli.main import explain
+from relay_diffusion.config import CONF
+from relay_diffusion.config.run_dir import register_resolvers
+from relay_diffusion.errors import UserError
+from relay_diffusion.models.stage import DiffusionStage
+from relay_diffusion.utils.files import file_sha256, refuse_existing
+
+USAGE = """\
+python -m relay_diffusion.cli.convert_checkpoint source=FILE destination=FOLDER [key=value ...]
+
+  source       a published checkpoint: EDM's .pkl or the authors' .pt (nothing in it is run); or one of this project:
+               a .ckpt file, the directory of a training run, an exported folder
+  destination  the folder to write: weights.safetensors (the averaged weights) and stage.json
+  experiment   published files hold the network alone: take corruption, loss and sampler from conf/experiment/NAME.yaml;
+               without it, those of a first stage (conf/stage/base.yaml)
+  dtype        of the stored weights: float32 (default) | float16 | bfloat16
+  overwrite    false: refuse a folder that holds an export (default) | true: replace that
+  trusted      packages besides relay_diffusion whose classes the source or the experiment may name: my_package,other
+"""
+PUBLISHED = (".pkl", ".pt")
+
+
+class Dtype(Enum):
+    """What weights are stored in."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+@dataclass
+class ConvertOptions:
+    """The command line of this tool; see USAGE."""
+
+    source: str = MISSING
+    destination: str = MISSING
+    experiment: str | None = None
+    dtype: Dtype = Dtype.float32
+    overwrite: bool = False
+    trusted: str = ""
+
+
+def convert(options: ConvertOptions) -> DiffusionStage:
+    """Write the folder that `options` describe; returns the stage. Errors: UserError; no stage.json is written then."""
+    source = Path(options.source).expanduser()
+    destination = Path(options.destination).expanduser()
+    if destination.exists() and source.exists() and destination.samefile(source):
+        raise UserError(f"destination={options.destination}: is the source itself; choose another name")
+    for file in (EXPORT_STAGE, EXPORT_WEIGHTS):
+        refuse_existing(destination / file, "destination", options.overwrite)
+    trusted = [name.strip() for name in options.trusted.strip("[]").split(",") if name.strip()]
+    if source.suffix in PUBLISHED:
+        stage = published_stage(source, _compose(options.experiment), options.experiment, trusted)
+        origin = {"file": source.name, "sha256": file_sha256(source)}
+    elif options.experiment is not None:
+        raise UserError(f"experiment={options.experiment}: {source} says itself what stage it holds; leave it out")
+    else:
+        stage = load_stage(source, trusted=trusted)
+        origin = {"file": Path(stage.origin["file"]).name, "sha256": stage.origin["sha256"]}
+    assert stage.stage_config is not None
+    export_stage(
+        stage.stage_config,
+        stage.denoiser.state_dict(),
+        destination,
+        class_names=stage.class_names,
+        images_seen=stage.images_seen,
+        origin=origin,
+        dtype=options.dtype.value,
+    )
+    return stage
+
+
+def _compose(experiment: str | None) -> dict[str, Any]:
+    """The stage of an experiment as train.py would build it, without its optimizer."""
+    main = CONF / "train.yaml"
+    register_resolvers()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose(main.stem, overrides=[] if experiment is None else [f"experiment={experiment}"])
+        config = cast(dict[str, Any], OmegaConf.to_container(cfg.stage, resolve=True, throw_on_missing=True))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error, main)) from None
+    config.pop("optimizer", None)
+    return config
+
+
+def _convert_and_report(options: ConvertOptions) -> None:
+    stage = convert(options)
+    network, block = stage.denoiser.network, stage.corruption.block
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    starts = "starts from noise" if block == 1 else f"enlarges {block} times"
+    print(
+        f"{options.destination}: {parameters:,} parameters, {stage.resolution}x{stage.resolution}, {starts}, "
+        f"{stage.num_classes or 'no'} classes, {network.augment_labels or 'no'} augmentation labels, "
+        f"{options.dtype.value}"
+    )
+
+
+def main() -> NoReturn:
+    """Run the command."""
+    sys.exit(run_tool(sys.argv[1:], USAGE, ConvertOptions, _convert_and_report))
+
+
+if __name__ == "__main__":
+    main()

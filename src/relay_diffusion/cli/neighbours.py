@@ -1,0 +1,134 @@
+"""Show generated images beside their nearest training images: are they copies?"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from omegaconf import MISSING
+
+from relay_diffusion.analysis.neighbours import (
+    QUANTILE,
+    Comparison,
+    compare,
+    neighbours_csv,
+    picture,
+    read,
+)
+from relay_diffusion.cli.arguments import run_tool
+from relay_diffusion.data.image_sets import ImageSet, open_image_set, spread
+from relay_diffusion.errors import UserError
+from relay_diffusion.metrics.inception import Inception
+from relay_diffusion.utils.files import refuse_existing, write_text
+from relay_diffusion.utils.pictures import save_png
+
+USAGE = """\
+python -m relay_diffusion.cli.neighbours images=FOLDER|ZIP|NPZ reference=FOLDER|ZIP|NPZ [key=value ...]
+
+  images       generated images: folder, image zip or .npz of ADM's samples
+  reference    the images that were trained on; larger ones are box-averaged to the size of the others
+  subset       a folder inside the reference, such as train (default: everything)
+  count        images looked at, spread evenly over the set (32)
+  nearest      neighbours of each image (3)
+  mirrored     true: reference images are compared mirrored too, as training mirrors images (default)
+  destination  folder for neighbours.png and neighbours.csv (outputs/neighbours)
+  weights      Inception weights, a pt_inception-2015-12-05-*.pth (default: those installed)
+  overwrite    false: refuse a destination that holds these files (default) | true: replace them
+
+neighbours.png has a row for each image: the image, its nearest by features, its nearest by pixels; mirrored where that
+is nearer. neighbours.csv has the distances: Euclidean of the pool features, root mean square of pixel values 0..255.
+"""
+
+
+FILES = ("neighbours.png", "neighbours.csv")
+
+
+@dataclass
+class NeighboursOptions:
+    """The command line of this tool; see USAGE."""
+
+    images: str = MISSING
+    reference: str = MISSING
+    subset: str = ""
+    count: int = 32
+    nearest: int = 3
+    mirrored: bool = True
+    destination: str = "outputs/neighbours"
+    weights: str | None = None
+    overwrite: bool = False
+
+
+def opened(options: NeighboursOptions) -> tuple[ImageSet, ImageSet]:
+    """The images and the reference, at one resolution. Errors: UserError that names the option."""
+    for option in ("count", "nearest"):
+        if (value := getattr(options, option)) < 1:
+            raise UserError(f"{option}={value}: must be at least 1")
+    images = open_image_set(options.images, "images")
+    reference = open_image_set(options.reference, "reference", images.resolution, options.subset)
+    if options.nearest >= len(reference):  # each reference image needs as many others
+        raise UserError(
+            f"nearest={options.nearest}: must be less than the number of reference images, which is {len(reference)}"
+        )
+    return images, reference
+
+
+def report(comparisons: Mapping[str, Comparison]) -> None:
+    """Print a column for each space: distances of the images, those in the reference, how many images are too near."""
+    titles = [
+        "distance to the nearest",
+        "images to reference: median",
+        "  lowest",
+        "reference to other reference: median",
+        f"  {QUANTILE:.0%} quantile",
+        "  lowest",
+        "images within the quantile",
+    ]
+    columns = []
+    for space, (found, scale) in comparisons.items():
+        distances, limit = found.distances[:, 0], scale.quantile(QUANTILE)
+        within = int((distances <= limit).sum())  # "<=": a copy's 0 counts where duplicates make the quantile 0
+        numbers = (distances.quantile(0.5), distances.min(), scale.quantile(0.5), limit, scale.min())
+        columns.append([space, *(f"{number:.4g}" for number in numbers), f"{within} of {len(distances)}"])
+    width = max(map(len, titles))
+    for title, *cells in zip(titles, *columns, strict=True):
+        print(f"{title:<{width}}" + "".join(f"{cell:>14}" for cell in cells))
+
+
+def analyse(options: NeighboursOptions) -> None:
+    """Write neighbours.png and neighbours.csv, print the table. Errors: UserError that names the option."""
+    destination = Path(options.destination).expanduser()
+    for file in FILES:
+        refuse_existing(destination / file, "destination", options.overwrite)
+    images, reference = opened(options)
+    inception = Inception(options.weights, "weights")
+    try:
+        destination.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"destination={options.destination}: is no folder and cannot become one ({error.strerror}); choose another"
+        ) from error
+    chosen = spread(min(options.count, len(images)), len(images))
+    pixels = read(images, chosen, "reading images")
+    comparisons = compare(pixels, reference, inception, options.nearest, options.mirrored)
+    drawn = picture(pixels, reference, [comparison.found for comparison in comparisons.values()])
+    save_png(drawn, destination / FILES[0])
+    names = [images.names[index] for index in chosen]
+    write_text(destination / FILES[1], neighbours_csv(names, reference.names, comparisons))
+    report(comparisons)
+    scale = len(comparisons["pixels"].scale)
+    print(
+        f"{len(chosen):,} of {len(images):,} images, {len(reference):,} reference images ({scale:,} for scale); "
+        f"neighbours.png and neighbours.csv in {destination}"
+    )
+
+
+def main() -> NoReturn:
+    """Run the command."""
+    sys.exit(run_tool(sys.argv[1:], USAGE, NeighboursOptions, analyse))
+
+
+if __name__ == "__main__":
+    main()

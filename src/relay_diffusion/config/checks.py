@@ -1,0 +1,234 @@
+"""Checks of single options: each raises a UserError that names its key. Imports neither torch nor lightning."""
+
+from __future__ import annotations
+
+import math
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from relay_diffusion.errors import UserError, require
+from relay_diffusion.utils.messages import shown
+
+INFINITY = math.inf
+HUGE = 1e12  # larger numbers are slips of the hand
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+_ABSENT = object()
+READ_BY_HYDRA = ("_target_", "_partial_", "_recursive_")
+
+
+def selected(cfg: DictConfig, key: str, absent: Any = None) -> Any:
+    """The value of `key`; `absent` where there is no such key, whatever else is in its place."""
+    node: Any = cfg
+    for part in key.split("."):
+        if not isinstance(node, DictConfig) or part not in node:
+            return absent
+        try:
+            node = node[part]
+        except OmegaConfBaseException as error:
+            raise UserError(f"{key}: {shown(str(error).partition(chr(10))[0])}") from None
+    return node
+
+
+def there(cfg: DictConfig, key: str) -> bool:
+    """Whether the config has `key`, be it null."""
+    return selected(cfg, key, _ABSENT) is not _ABSENT
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is an integer; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is an integer or a float other than nan."""
+    return is_whole(value) or (isinstance(value, float) and not math.isnan(value))
+
+
+def check_number(cfg: DictConfig, key: str, low: float, high: float, null: bool = False) -> None:
+    """A number from low to high; an infinite one only if `high` is, and then only where it means "no limit"."""
+    value = selected(cfg, key)
+    bounds = f"between {low:g} and {high:g}" if high < INFINITY else f"at least {low:g}"
+    _require_kind(key, value, is_number(value) and low <= value <= high, f"a number, {bounds}", null)
+
+
+def check_whole(cfg: DictConfig, key: str, low: int, high: int, null: bool = False) -> None:
+    """A whole number from low to high."""
+    value = selected(cfg, key)
+    bounds = f"between {low} and {high}" if is_whole(value) and value > high else f"at least {low}"
+    bounds += f": write {value:.0f}" if isinstance(value, float) and value.is_integer() and low <= value <= high else ""
+    _require_kind(key, value, is_whole(value) and low <= value <= high, f"a whole number, {bounds}", null)
+
+
+def check_flag(cfg: DictConfig, key: str, null: bool = False) -> None:
+    """true or false."""
+    value = selected(cfg, key)
+    require(isinstance(value, bool) or (null and value is None), f"{key}={shown(value)}: use true or false")
+
+
+def check_text(cfg: DictConfig, key: str, null: bool = False) -> None:
+    """A text; YAML reads 5 and true as something else, which is a name all the same."""
+    value = selected(cfg, key)
+    _require_kind(key, value, isinstance(value, str | int | float) and str(value) != "", "a text", null)
+
+
+def check_run_id(run_id: Any) -> None:
+    """A literal name of one directory; Hydra quotes it on the command lines of other ranks."""
+    named = isinstance(run_id, str | float) or (isinstance(run_id, int) and abs(run_id) < 10**100)
+    text = str(run_id) if named else ""
+    valid = text.isprintable() and text not in ("", ".", "..") and not set(text) & set("/\\\"'")
+    require(
+        valid and len(text.encode()) <= 200,
+        f"run_id={shown(run_id)!a}: must be the name of one directory: at most 200 bytes, no slashes, no quotes",
+    )
+
+
+def check_subset(cfg: DictConfig, key: str) -> None:
+    """The name of a folder inside an image set; "" is all of it."""
+    value = selected(cfg, key)
+    require(isinstance(value, str), f"{key}={shown(value)}: must be the name of a folder inside it")
+
+
+def check_list(cfg: DictConfig, key: str, low: int, high: int, example: str) -> None:
+    """A list of whole numbers from low to high."""
+    value = selected(cfg, key)
+    valid = isinstance(value, ListConfig) and all(is_whole(item) and low <= item <= high for item in value)
+    require(valid, f"{key}={shown(value)}: must be a list of whole numbers, {low} to {high}, e.g. {example}")
+
+
+def check_choice(cfg: DictConfig, key: str, choices: tuple[str, ...]) -> None:
+    """One of a few texts."""
+    value = selected(cfg, key)
+    known = isinstance(value, str) and value in choices
+    listed = ", ".join(choices) if len(choices) > 2 else " or ".join(choices)
+    require(known, f"{key}={shown(value)}: use {'one of ' if len(choices) > 2 else ''}{listed}")
+
+
+def check_built(cfg: DictConfig, key: str, null: bool = False) -> None:
+    """Something that is built: a mapping with a _target_."""
+    value = selected(cfg, key)
+    valid = isinstance(value, DictConfig) and "_target_" in value
+    _require_kind(key, value, valid, "a mapping that names its class as _target_", null)
+
+
+def check_file(path: Any, key: str) -> None:
+    """Raise UserError naming the option `key`, if there is nothing at `path`."""
+    found = isinstance(path, str | int | float) and _exists(Path(str(path)))
+    require(found, f"{key}={shown(path)}: no such file or folder (relative paths start at {Path.cwd()})")
+
+
+def check_directory(cfg: DictConfig, key: str) -> None:
+    """A directory that is there, or that can be made."""
+    check_text(cfg, key)
+    path = Path(str(selected(cfg, key)))
+    for place in (path, *path.parents):
+        try:
+            mode = place.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError):  # too long, odd characters
+            raise UserError(f"{key}={shown(ascii(path))}: is no name of a directory") from None
+        require(stat.S_ISDIR(mode), f"{key}={shown(path)}: {shown(place)} is a file: choose another directory")
+        break
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long, odd characters, forbidden
+        return False
+
+
+def _require_kind(key: str, value: Any, valid: bool, kind: str, null: bool) -> None:
+    require(valid or (null and value is None), f"{key}={shown(value)}: must be {kind}{', or null' if null else ''}")
+
+
+def check_mapping(cfg: DictConfig, *keys: str) -> None:
+    """A group of options."""
+    for key in keys:
+        value = selected(cfg, key)
+        require(
+            isinstance(value, DictConfig), f"{key}={shown(value)}: is a group of options, set those: {key}.NAME=..."
+        )
+
+
+def check_complete(cfg: DictConfig, prefix: str = "", besides: str = "-") -> None:
+    """Every key has a value that can be worked out, except below `besides`; what Hydra builds from is well-formed.
+
+    prefix: of the keys of `cfg`, for messages.
+    """
+    for copied in (False, True):  # first what is written, so that messages name that and not what refers to it
+        for key, value in _leaves(cfg, prefix, copied):
+            if value is _ABSENT:
+                require(key.startswith(besides), f"{key} has no value: give it on the command line, {key}=...")
+            if is_whole(value):  # Python refuses to write those of thousands of digits
+                require(abs(value) < 10**100, f"{key}: holds a number of more than a hundred digits")
+            if isinstance(value, str):
+                require(_writable(value), f"{key}={shown(ascii(value))}: holds characters that no file can hold")
+            name = key.rpartition(".")[2]
+            if name == "_target_":
+                named = isinstance(value, str) and all(part.isidentifier() for part in value.split("."))
+                require(named and "." in value, f"{key}={shown(value)}: must be the full name of a class or function")
+            elif name in READ_BY_HYDRA:
+                require(isinstance(value, bool), f"{key}={shown(value)}: use true or false")
+
+
+def _writable(text: str) -> bool:
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
+
+
+def _leaves(node: DictConfig | ListConfig, prefix: str, copied: bool) -> Iterator[tuple[str, Any]]:
+    """(key, value) of all that is no mapping or list, `_ABSENT` for ???: what is written there, or what is `copied`.
+
+    What Hydra reads itself is a leaf whatever it is. Raises UserError for an interpolation that leads nowhere.
+    """
+    parts: list[Any] = list(node) if isinstance(node, DictConfig) else list(range(len(node)))
+    for part in parts:
+        key = f"{prefix}{part}"
+        if OmegaConf.is_interpolation(node, part) and not copied:
+            continue
+        if OmegaConf.is_missing(node, part):
+            yield key, _ABSENT
+            continue
+        try:
+            value = node[part]
+        except (OmegaConfBaseException, RecursionError) as error:  # an interpolation without end recurses
+            raise UserError(f"{key}: {shown(str(error).partition(chr(10))[0])}") from None
+        if OmegaConf.is_interpolation(node, part):
+            yield key, value
+        elif isinstance(value, DictConfig | ListConfig) and part not in READ_BY_HYDRA:
+            yield from _leaves(value, f"{key}.", copied)
+        elif not copied:
+            yield key, value
+
+
+def check_devices(cfg: DictConfig) -> None:
+    """The options of a trainer that say where it runs."""
+    check_built(cfg, "trainer")
+    check_whole(cfg, "trainer.num_nodes", 1, 2**20)
+    check_choice(cfg, "trainer.precision", PRECISIONS)
+    devices = selected(cfg, "trainer.devices")
+    numbers = isinstance(devices, ListConfig) and len(devices) > 0 and all(is_whole(d) and d >= 0 for d in devices)
+    require(
+        devices == "auto" or numbers or (is_whole(devices) and 1 <= devices <= 2**20),
+        f"trainer.devices={shown(devices)}: must be at least 1, a list of device numbers, or auto",
+    )
+    check_text(cfg, "trainer.accelerator")
+    if not isinstance(selected(cfg, "trainer.strategy"), str):
+        check_built(cfg, "trainer.strategy")
+
+
+def world_size(devices: Any, num_nodes: int) -> int | None:
+    """Processes of a run, where the configuration alone tells; None if it depends on the machine ("auto")."""
+    if isinstance(devices, int):
+        return devices * num_nodes
+    if isinstance(devices, Sequence) and not isinstance(devices, str):
+        return len(devices) * num_nodes
+    return None

@@ -1,0 +1,97 @@
+"""Run directories and ids: the resolvers of the configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from relay_diffusion.config.checks import check_run_id
+from relay_diffusion.config.train import fused_optimizer
+from relay_diffusion.errors import UserError
+from relay_diffusion.utils.distributed import RUN_ID
+
+
+def sweep_job() -> Any:
+    """Hydra's settings of this job, if it is one of a sweep (--multirun)."""
+    if not HydraConfig.initialized():
+        return None
+    settings = HydraConfig.get()
+    return settings if settings.mode == RunMode.MULTIRUN else None
+
+
+def _launcher_id() -> str | None:
+    """What all ranks of a job started by SLURM or torchrun share; None for a run started by hand."""
+    command = hashlib.sha256("\0".join(sys.argv).encode()).hexdigest()[:4]  # one job may run several commands
+    if "SLURM_JOB_ID" in os.environ:
+        return f"{os.environ['SLURM_JOB_ID']}-{command}"
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    if os.environ["TORCHELASTIC_RUN_ID"] != "none":
+        return f"{os.environ['TORCHELASTIC_RUN_ID']}-{command}"
+    parent = Path(f"/proc/{os.getppid()}")
+    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE") or not parent.exists():
+        raise UserError("the processes of this run share no id: give run_id=NAME, or torchrun --rdzv-id=NAME")
+    return f"torchrun-{os.getppid()}-{int(parent.stat().st_ctime)}"
+
+
+def _new_run_id() -> str:
+    """One id for all ranks of a run: from rank 0 that started this one, the launcher, or else the time."""
+    run_id = os.environ.get(RUN_ID) or _launcher_id() or f"{time.strftime('%H%M%S')}-{secrets.token_hex(2)}"
+    job = sweep_job()
+    return run_id if job is None or RUN_ID in os.environ else f"{run_id}-{job.job.num}"
+
+
+def _run_dir(root: str, run_id: str) -> str:
+    """`root`/<date>/<run id>; the directory of an earlier day, if the run began then; a sweep's own directory."""
+    job = sweep_job()
+    if job is not None:
+        return str(job.runtime.output_dir)
+    check_run_id(run_id)
+    earlier = sorted(day / str(run_id) for day in Path(root).glob("*/") if (day / str(run_id)).is_dir())
+    return str(earlier[-1] if earlier else Path(root) / time.strftime("%Y-%m-%d") / str(run_id))
+
+
+def _wandb_offline() -> bool:
+    """Whether no Weights & Biases account is set up here."""
+    if os.environ.get("WANDB_API_KEY"):
+        return False
+    try:
+        host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+        return netrc().authenticators(host) is None
+    except (OSError, NetrcParseError):
+        return True
+
+
+def _group_choices() -> str:
+    """The config groups that this command accepts with their choices, one group a line."""
+    loader = GlobalHydra.instance().config_loader()
+    groups = sorted(group for group in HydraConfig.get().runtime.choices if "/" not in group)
+    return "\n".join(f"{group}: {', '.join(loader.get_group_options(group))}" for group in groups)
+
+
+def register_resolvers() -> None:
+    """Make the project's resolvers known to OmegaConf; calling it again changes nothing."""
+    resolvers: dict[str, Callable[..., Any]] = {
+        "run_dir": _run_dir,
+        "wandb_offline": _wandb_offline,
+        "group_choices": _group_choices,
+        "text": str,
+        "fused_optimizer": fused_optimizer,
+    }
+    for name, resolver in resolvers.items():
+        OmegaConf.register_new_resolver(name, resolver, replace=True)
+    # kept in the config that asks for it: the same for all of a run's settings, another for the next run
+    OmegaConf.register_new_resolver("new_run_id", _new_run_id, replace=True, use_cache=True)

@@ -1,0 +1,119 @@
+"""Checks of a sample configuration before anything is built. Imports neither torch nor lightning."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from relay_diffusion.checkpoints.targets import package_names
+from relay_diffusion.config.checks import (
+    HUGE,
+    check_built,
+    check_choice,
+    check_complete,
+    check_devices,
+    check_directory,
+    check_file,
+    check_flag,
+    check_mapping,
+    check_number,
+    check_run_id,
+    check_subset,
+    check_whole,
+    selected,
+    there,
+)
+from relay_diffusion.errors import require
+from relay_diffusion.sampling.options import chosen_stages, reference_of
+from relay_diffusion.sampling.seeds import parse_seeds
+from relay_diffusion.utils.messages import shown
+
+
+def _check_relay(cfg: DictConfig) -> None:
+    relay = cfg.relay
+    for name in chosen_stages(relay):
+        place = f"relay.stages.{name}"
+        check_mapping(cfg, place)
+        check_complete(relay.stages[name], prefix=f"{place}.")
+        check_built(cfg, place)
+        check_file(selected(cfg, f"{place}.path"), f"{place}.path")
+        if there(cfg, f"{place}.weights"):  # load_stage has a default
+            check_choice(cfg, f"{place}.weights", ("ema", "raw"))
+        guide, changes = selected(cfg, f"{place}.guide"), selected(cfg, f"{place}.changes")
+        if guide is not None:
+            check_file(guide, f"{place}.guide")
+        if changes is not None:
+            check_mapping(cfg, f"{place}.changes")
+    check_subset(cfg, "relay.start_subset")
+    check_choice(cfg, "relay.start_exif", ("apply", "ignore"))
+    if relay.start is not None:
+        check_file(relay.start, "relay.start")
+    else:
+        subset = relay.start_subset
+        require(subset == "", f"relay.start_subset={shown(subset)}: give relay.start=FOLDER or ZIP")
+        exif = relay.start_exif
+        require(exif == "apply", f"relay.start_exif={shown(exif)}: give relay.start=FOLDER, ZIP or FILE")
+    check_choice(cfg, "relay.rounding", ("nearest", "floor"))
+    check_built(cfg, "relay.postprocess", null=True)
+    if relay.hand_over_sigma is not None:
+        check_number(cfg, "relay.hand_over_sigma", 0, HUGE)
+        require(relay.start is None, "relay.hand_over_sigma is for a stage that starts from noise, not for relay.start")
+    if cfg.seeds is not None:
+        parse_seeds(cfg.seeds)
+    elif relay.start is None:
+        parse_seeds(relay.seeds, "relay.seeds")
+
+
+def validate_sampling(cfg: DictConfig) -> None:
+    """Raise UserError for the first thing in a sample config that cannot work."""
+    check_mapping(cfg, "metrics", "trainer", "relay", "relay.reference", "relay.stages")
+    check_run_id(selected(cfg, "run_id"))
+    check_complete(cfg, besides="relay.stages.")
+    check_devices(cfg)
+    check_whole(cfg, "batch_size", 1, 2**24)
+    check_whole(cfg, "picture", 0, 10**6)
+    drawn = cfg.save_trajectory
+    require(
+        isinstance(drawn, int) and 0 <= drawn <= 10**6,
+        f"save_trajectory={shown(drawn)}: use true, false or a number of images",
+    )
+    check_choice(cfg, "mode", ("sample", "evaluate"))
+    check_choice(cfg, "format", ("png", "zip"))
+    check_flag(cfg, "npz")
+    package_names(cfg.trusted)
+    for key in ("run_dir", "output"):
+        check_directory(cfg, key)
+    if cfg.images is not None:
+        require(cfg.mode == "evaluate", f"images={shown(cfg.images)} are only measured: add mode=evaluate")
+        for key in ("seeds", "class"):
+            require(
+                cfg[key] is None,
+                f"{key}={shown(cfg[key])} is for sampling: images={shown(cfg.images)} are only measured",
+            )
+        require(
+            cfg.format == "png" and not cfg.npz and not drawn,
+            f"images={shown(cfg.images)} are only measured: no format, npz or save_trajectory",
+        )
+        require(cfg.reference is not None, f"images={shown(cfg.images)}: give reference=... to compare them with")
+        check_file(cfg.images, "images")
+    else:
+        _check_relay(cfg)
+    if cfg.mode == "evaluate":
+        _check_measuring(cfg)
+
+
+def _check_measuring(cfg: DictConfig) -> None:
+    reference, key = reference_of(cfg), "relay.reference.path" if cfg.reference is None else "reference"
+    require(
+        reference["path"] is not None,
+        "mode=evaluate compares with a reference, and relay.reference.path is null: give reference=FOLDER, ZIP or NPZ",
+    )
+    check_file(reference["path"], key)
+    if cfg.reference is None and there(cfg, "relay.reference.subset"):
+        check_subset(cfg, "relay.reference.subset")
+    for key in ("metrics.reference", "metrics.evaluator"):
+        check_built(cfg, key)
+    check_directory(cfg, "metrics.reference.cache")
+    check_whole(cfg, "metrics.reference.max_features", 0, 10**9)
+    check_whole(cfg, "metrics.evaluator.batch_size", 1, 2**24)
+    if there(cfg, "metrics.evaluator.inception.weights") and cfg.metrics.evaluator.inception.weights is not None:
+        check_file(cfg.metrics.evaluator.inception.weights, "metrics.evaluator.inception.weights")

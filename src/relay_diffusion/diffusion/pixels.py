@@ -1,0 +1,21 @@
+"""Conversion between uint8 and [-1, 1]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 0..255 -> float32 [-1, 1], any shape, same device: x / 127.5 - 1."""
+    assert images.dtype == torch.uint8, f"expected uint8 images, got {images.dtype}"
+    return (images / 127.5).sub_(1)  # in place: fresh memory costs more than the arithmetic
+
+
+ROUNDING = {"nearest": 128.0, "floor": 127.5}
+"""How [-1, 1] becomes 0..255: EDM's floor(127.5 x + 128), ADM's floor(127.5 x + 127.5)."""
+
+
+def to_uint8(images: Tensor, rounding: str = "nearest") -> Tensor:
+    """Float [-1, 1] -> uint8, any shape, same device: 127.5 x + ROUNDING, clamped to 0..255, then truncated."""
+    return (images.to(torch.float32) * 127.5).add_(ROUNDING[rounding]).clip_(0, 255).to(torch.uint8)

@@ -1,9 +1,0 @@
-"""Where the numbers of a run go: a CSV file that grows over all its continuations.
-
-Weights & Biases is in wandb_run.py, which only `logger=wandb` imports: loading it takes seconds.
-"""
-
-from relay_diffusion.loggers.metrics_csv import MetricsCSV
-from relay_diffusion.loggers.rows import last_step, logged_row, send_row
-
-__all__ = ["MetricsCSV", "last_step", "logged_row", "send_row"]

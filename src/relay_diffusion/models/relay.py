@@ -1,0 +1,242 @@
+"""A relay: stages in order, each starting from the images of the one before."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from relay_diffusion.diffusion.pixels import to_float, to_uint8
+from relay_diffusion.errors import UserError
+from relay_diffusion.models.finite_samples import finite, nonfinite_samples
+from relay_diffusion.models.sample_arguments import Integers, image_batch, label_tensor, seed_list
+from relay_diffusion.models.stage import DiffusionStage
+from relay_diffusion.samplers import Sampler
+
+
+def _check_chain(stages: Mapping[str, DiffusionStage]) -> None:
+    """Refuse stages that do not fit each other, in words that name both."""
+    if not stages:
+        raise UserError("relay.stages is empty: a relay needs at least a first stage")
+    for before, name in itertools.pairwise(stages):
+        small, large = stages[before], stages[name]
+        block = large.corruption.block
+        if block == 1:
+            raise UserError(f"relay.stages.{name} starts from noise: only the first stage of a relay may")
+        if small.resolution * block != large.resolution:
+            raise UserError(
+                f"relay.stages.{name} makes {large.resolution}x{large.resolution} from images {block} times smaller, "
+                f"but relay.stages.{before} makes {small.resolution}x{small.resolution}"
+            )
+        if small.image_channels != large.image_channels:
+            raise UserError(
+                f"relay.stages.{name} has {large.image_channels} image channels, {before} has {small.image_channels}"
+            )
+        if small.num_classes and large.num_classes and small.num_classes != large.num_classes:
+            raise UserError(f"relay.stages.{name} knows {large.num_classes} classes, {before} {small.num_classes}")
+        if small.class_names and large.class_names and small.class_names != large.class_names:
+            raise UserError(f"relay.stages.{name} and {before} were trained on classes of other names or order")
+
+
+def _handed_over(images: Tensor) -> Tensor:
+    """What the next stage starts from: it was trained to start from means of real images."""
+    return images.clamp(-1, 1)
+
+
+class Relay(L.LightningModule):
+    """Chains any number of stages, of any integer factors; predicts images from (seeds, labels).
+
+    A first stage that enlarges starts from images that are given (`start`), others from noise.
+    `hand_over_sigma`: the first stage stops at that noise level and hands over its estimate. `rounding` to 8 bits
+    is "nearest" or "floor"; `postprocess` changes the 8-bit images [B,C,H,W]. `samplers`: those of the stages, by name;
+    replacing one here leaves the stage as it is.
+    Raises UserError if a stage's output is not what the next one starts from.
+    """
+
+    def __init__(
+        self,
+        stages: Mapping[str, DiffusionStage],
+        hand_over_sigma: float | None = None,
+        rounding: str = "nearest",
+        postprocess: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        _check_chain(stages)
+        self._names = list(stages)  # a ModuleDict would refuse some that users may give ("keys", "pop")
+        self.stages = nn.ModuleList(stages.values())
+        self.rounding, self.postprocess = rounding, postprocess
+        self.samplers = {name: stage.sampler for name, stage in stages.items()}
+        self.hand_over_sigma, self.saved_evaluations = hand_over_sigma, 0
+        if hand_over_sigma is not None:
+            name, first = next(iter(stages.items()))
+            self.samplers[name] = self._stopped(name, first, hand_over_sigma)
+            self.saved_evaluations = first.sampler.evaluations - self.samplers[name].evaluations
+
+    @staticmethod
+    def _stopped(name: str, first: DiffusionStage, sigma: float) -> Sampler:
+        """The sampler of the first stage, stopped at a noise level."""
+        if first.corruption.block != 1:
+            raise UserError(f"relay.hand_over_sigma={sigma}: relay.stages.{name} does not start from noise")
+        if not hasattr(first.sampler, "stopping_at"):
+            kind = type(first.sampler).__name__
+            raise UserError(f"relay.hand_over_sigma={sigma}: the {kind} of relay.stages.{name} cannot stop early")
+        try:
+            return cast(Sampler, first.sampler.stopping_at(sigma))
+        except ValueError as error:
+            raise UserError(f"relay.hand_over_sigma={sigma}: {error}") from None
+
+    def chain(self) -> dict[str, DiffusionStage]:
+        """The stages by name, in order."""
+        return {name: cast(DiffusionStage, stage) for name, stage in zip(self._names, self.stages, strict=True)}
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that may be asked for; 0: unconditional."""
+        return max(stage.num_classes for stage in self.chain().values())
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, as far as the checkpoints know them."""
+        return next((stage.class_names for stage in self.chain().values() if stage.class_names), [])
+
+    @property
+    def start_resolution(self) -> int | None:
+        """Pixels along one side of the images that the first stage enlarges; None: it starts from noise."""
+        first = next(iter(self.chain().values()))
+        return None if first.corruption.block == 1 else first.resolution // first.corruption.block
+
+    @property
+    def resolution(self) -> int:
+        """Pixels along one side of the final images."""
+        return list(self.chain().values())[-1].resolution
+
+    def describe(self) -> dict[str, Any]:
+        """What makes the images: how they are finished, and by stage its checkpoint, settings and evaluations."""
+        stages = {
+            name: {
+                **stage.origin,
+                **{part: (stage.stage_config or {}).get(part) for part in ("corruption", "sampler")},
+                "resolution": stage.resolution,
+                "network_evaluations": self.samplers[name].evaluations,
+                "guidance_scale": stage.guidance_scale,
+                "guidance_interval": None if stage.guidance_scale == 1 else stage.guidance_interval,
+            }
+            for name, stage in self.chain().items()
+        }
+        return {
+            "stages": stages,
+            "hand_over_sigma": self.hand_over_sigma,
+            "rounding": self.rounding,
+            "postprocess": str(self.postprocess) if self.postprocess else None,
+        }
+
+    @torch.no_grad()
+    def sample_stages(
+        self, seeds: Integers, labels: Integers | None = None, start: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The images [B,C,H,W] of every stage by name, in about [-1, 1]; see `sample`."""
+        seeds = seed_list(seeds)
+        labels = label_tensor(labels, len(seeds), self.num_classes)
+        size, channels = self.start_resolution, next(iter(self.chain().values())).image_channels
+        if (start is None) != (size is None):
+            wanted = (
+                "starts from noise: leave it out" if size is None else f"enlarges images of {size}x{size}: give them"
+            )
+            raise ValueError(f"start: the first stage of this relay {wanted}")
+        if start is not None and size is not None:
+            start = image_batch("start", start, (len(seeds), channels, size, size))
+        images, fine = self._draw(seeds, labels, start)
+        self._check_finite(fine.cpu(), images, seeds, labels, start)
+        return images
+
+    def sample(self, seeds: Integers, labels: Integers | None = None, start: Tensor | None = None) -> Tensor:
+        """Final images [B,C,H,W] in about [-1, 1], one for each seed.
+
+        seeds: integers of 0..2^63-1 as a range, list, array or tensor [B], or one integer. labels: class indices [B],
+        -1 or None for no class, or one integer for all; a stage that knows no classes ignores them.
+        start: images [B,C,h,w], uint8 or in [-1, 1], for a relay whose first stage enlarges.
+        Waits for the device. Raises ValueError if an argument does not fit, UserError for classes that no stage knows,
+        NonFiniteSamplesError (a UserError) if a stage's samples hold nan or infinity.
+        """
+        return list(self.sample_stages(seeds, labels, start).values())[-1]
+
+    def _draw(
+        self, seeds: Sequence[int], labels: Tensor | None, start: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The images of every stage by name, and bool [stages,B] on the device: which of them are finite."""
+        images: dict[str, Tensor] = {}
+        fine, previous = [], start
+        for name, stage in self.chain().items():
+            images[name] = stage.draw(seeds, labels if stage.num_classes else None, previous, self.samplers[name])
+            fine.append(finite(images[name]))  # before an infinity is clamped
+            previous = _handed_over(images[name])
+        return images, torch.stack(fine)
+
+    def _check_finite(
+        self,
+        fine: Tensor,
+        images: Mapping[str, Tensor],
+        seeds: Sequence[int],
+        labels: Tensor | None,
+        start: Tensor | None,
+    ) -> None:
+        """Raise NonFiniteSamplesError naming the first stage whose images [B,C,H,W] are not `fine` [stages,B]."""
+        if bool(fine.all()):
+            return
+        previous = start
+        for (name, stage), whole in zip(self.chain().items(), fine.tolist(), strict=True):
+            if not all(whole):
+                draw = partial(stage.draw, seeds, labels if stage.num_classes else None, previous)
+                raise nonfinite_samples(f"relay.stages.{name}", seeds, whole, self.samplers[name], draw)
+            previous = _handed_over(images[name])
+
+    def finish(self, images: Tensor) -> Tensor:
+        """Images [B,C,H,W] in [-1, 1] as the 8-bit images that are written and measured."""
+        pixels = to_uint8(images, self.rounding)
+        return pixels if self.postprocess is None else self.postprocess(pixels)
+
+    def predict_step(self, batch: SampleBatch, batch_idx: int) -> Samples:  # noqa: ARG002
+        """A SampleBatch -> Samples of the positions that it wants, their final images on the CPU.
+
+        Raises NonFiniteSamplesError, so that no image of the batch is written.
+        """
+        labels = batch.labels if self.num_classes else None
+        start = None if batch.start is None else to_float(batch.start)
+        stages = {} if start is None else {"start": start}
+        seeds = batch.seeds.tolist()
+        images, fine = self._draw(seeds, labels, start)
+        stages |= images
+        wanted = {name: images[: len(batch.positions)] for name, images in stages.items()}
+        fine = fine.to("cpu", non_blocking=True)
+        pixels = self.finish(list(wanted.values())[-1]).cpu()  # the one wait for the device: `fine` has come before
+        self._check_finite(fine, images, seeds, labels, start)
+        return Samples(batch.positions, pixels, wanted)
+
+
+class Samples(NamedTuple):
+    """What one batch gives.
+
+    positions [B]: places in the list of all images. images: uint8 [B,C,H,W], final. stages: the images of every
+    stage by name, float [B,C,H,W] in about [-1, 1], after the "start" if one was given.
+    """
+
+    positions: Tensor
+    images: Tensor
+    stages: dict[str, Tensor]
+
+
+class SampleBatch(NamedTuple):
+    """positions [P] in the plan, seeds [B], labels [B] (-1: none), start: uint8 [B,C,h,w] or None.
+
+    The first P <= B are wanted; the others fill the batch up.
+    """
+
+    positions: Tensor
+    seeds: Tensor
+    labels: Tensor
+    start: Tensor | None

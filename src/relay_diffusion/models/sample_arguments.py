@@ -1,0 +1,97 @@
+"""Arguments of sampling from Python, checked: seeds, class labels, images to start from."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from relay_diffusion.diffusion.guidance import NO_CLASS
+from relay_diffusion.diffusion.pixels import to_float
+from relay_diffusion.errors import UserError
+
+MAX_SEED = 2**63 - 1
+LARGEST_VALUE = 8.0  # of images in [-1, 1]: samples overshoot, but pixels in 0..255 lie far beyond
+
+Integers = int | Sequence[int] | Tensor | np.ndarray
+"""One integer, or a range, list, tuple, array or tensor of them."""
+
+
+def seed_list(seeds: Integers) -> list[int]:
+    """Return seeds as a list: one integer, or a range, list, array or tensor [B].
+
+    Raises ValueError unless there is at least one and all lie in 0..2^63-1.
+    """
+    found = _integers("seeds", seeds)
+    found = [found] if isinstance(found, int) else found
+    if not found:
+        raise ValueError("seeds is empty: give at least one, each makes an image")
+    if wrong := [seed for seed in found if not 0 <= seed <= MAX_SEED]:
+        raise ValueError(f"seeds holds {wrong[0]}: a seed must lie between 0 and 2^63 - 1")
+    return found
+
+
+def label_tensor(labels: Integers | None, count: int, num_classes: int) -> Tensor | None:
+    """Return class labels [count] as a tensor on the CPU: one integer for all images, or one for each; None stays.
+
+    Raises ValueError for another number or kind of labels, UserError for classes that the network does not know.
+    """
+    if labels is None:
+        return None
+    found = _integers("labels", labels)
+    found = [found] * count if isinstance(found, int) else found
+    if len(found) != count:
+        raise ValueError(f"labels holds {len(found)} for {count} seeds: give one for each, or one integer for all")
+    if min(found) < NO_CLASS:
+        raise ValueError(f"labels holds {min(found)}: a class index is 0 or more, {NO_CLASS} means no class")
+    if max(found) >= 0 and not num_classes:
+        raise UserError("class was given, but the model is unconditional: leave it out (class=null)")
+    if max(found) >= num_classes > 0:
+        raise UserError(f"class {max(found)} was asked for, but the model knows 0..{num_classes - 1}")
+    return torch.tensor(found)
+
+
+def image_batch(name: str, images: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return images of `shape` [B,C,h,w] in [-1, 1]: uint8 is scaled, floats are taken as they are.
+
+    Raises ValueError naming the argument for another type, dtype or shape, and for values far outside [-1, 1].
+    """
+    if not isinstance(images, Tensor) or not (images.dtype == torch.uint8 or images.is_floating_point()):
+        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"{name} is {kind}: must be a tensor of uint8, or of floats in [-1, 1]")
+    if tuple(images.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(images.shape)}: must be {tuple(shape)}, [B,C,height,width]")
+    if images.dtype == torch.uint8:
+        return to_float(images)
+    largest = float(images.abs().amax())
+    if not largest <= LARGEST_VALUE:
+        raise ValueError(
+            f"{name} has values up to {largest:g}: floats must lie in [-1, 1]; give uint8, or pixels / 127.5 - 1"
+        )
+    return images
+
+
+def _integers(name: str, values: Any) -> int | list[int]:
+    """Integers of any usual type, one or a list. Raises ValueError naming the argument."""
+    given = values
+    if isinstance(values, Tensor | np.ndarray):
+        if values.ndim > 1:
+            raise ValueError(f"{name} has shape {tuple(values.shape)}: must have one dimension")
+        values = values.tolist()
+    if isinstance(values, str | bytes):
+        raise ValueError(f"{name} is the text {values[:60]!r}: must be integers, e.g. range(8) or [0, 5]")
+    try:
+        return [_integer(value) for value in values] if hasattr(values, "__iter__") else _integer(values)
+    except TypeError as error:
+        kind = getattr(given, "dtype", None) or type(given).__name__
+        raise ValueError(f"{name} ({kind}): must be integers, e.g. range(8), [0, 5] or a tensor; {error}") from None
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) == torch.bool:
+        raise TypeError("got a truth value")
+    return operator.index(value)

@@ -1,0 +1,328 @@
+"""One stage of a relay: network, corruption, loss, sampler and optimizer as a LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from relay_diffusion.diffusion import (
+    Corruption,
+    Denoiser,
+    DenoisingLoss,
+    RandnLike,
+    check_guidance,
+    drop_labels,
+    guided,
+)
+from relay_diffusion.diffusion.augment import Augmentation
+from relay_diffusion.diffusion.generators import ImageSeeds, mix_seeds
+from relay_diffusion.diffusion.pixels import to_float
+from relay_diffusion.errors import UserError
+from relay_diffusion.models.finite_samples import finite, nonfinite_samples
+from relay_diffusion.models.gradients import GradientNorm, NonfiniteSteps, keep_fused, replace_nonfinite
+from relay_diffusion.models.sample_arguments import Integers, image_batch, label_tensor, seed_list
+from relay_diffusion.networks import Condition, Conditioned, EDMPreconditioner, Graphed, GraphedTraining
+from relay_diffusion.samplers import Sampler
+
+OptimizerFactory = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
+
+
+class DiffusionStage(L.LightningModule):
+    """A denoiser that learns to undo a corruption, and the sampler that turns it into images.
+
+    `augment`: changes training images and tells the network how; sampling asks for unchanged ones.
+    `label_dropout`: share of labels hidden in training, which guidance away from the estimate without class needs.
+    `guidance_scale` 1 disables guidance; any other is applied where sigma lies in `guidance_interval` (null:
+    everywhere), away from the estimate without class, or from that of a weaker network if there is a `guide`.
+    `cuda_graphs`: on a GPU, the network is replayed from graphs instead of launching its kernels one by one.
+    `warmup_images`: the learning rate rises linearly over so many images. `seed` fixes the training noise:
+    it is drawn anew from (seed, position in the data) at every step, so a resumed run repeats nothing.
+    """
+
+    conditioned = False  # whether the network sees another image beside the noisy one
+
+    def __init__(
+        self,
+        denoiser: EDMPreconditioner,
+        corruption: Corruption,
+        loss: DenoisingLoss,
+        sampler: Sampler,
+        optimizer: OptimizerFactory | None = None,
+        augment: Augmentation | None = None,
+        label_dropout: float = 0.0,
+        guidance_scale: float = 1.0,
+        guidance_interval: Sequence[float] | None = None,
+        cuda_graphs: bool = True,
+        warmup_images: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(denoiser, torch.nn.Module):
+            raise ValueError(f"a stage without a network: its denoiser is a {type(denoiser).__name__}")
+        self.denoiser, self.corruption, self.loss, self.sampler = denoiser, corruption, loss, sampler
+        self.optimizer_factory, self.augment = optimizer, augment
+        if augment is not None and augment.labels != denoiser.network.augment_labels:
+            raise ValueError(
+                f"network.augment_labels={denoiser.network.augment_labels}, but the augmentation has {augment.labels}"
+            )
+        seen, shown = denoiser.network.condition_channels, denoiser.network.image_channels if self.conditioned else 0
+        if seen != shown:
+            raise ValueError(
+                f"network.condition_channels={seen}, but a {type(self).__name__} shows it {shown} channels"
+            )
+        # constants: DistributedDataParallel would send them around at every step
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
+        self.label_dropout, self.guidance_scale = label_dropout, guidance_scale
+        check_guidance(guidance_scale, guidance_interval)
+        self.guidance_interval = guidance_interval
+        self.guide: EDMPreconditioner | None = None
+        self.cuda_graphs = cuda_graphs
+        self._graphed: dict[int, Graphed] = {}
+        self._graphed_training = GraphedTraining(denoiser)
+        self.warmup_images, self.seed = warmup_images, seed
+        self.images_seen = 0  # images whose gradients the weights have seen
+        self.replaced_gradients: Tensor | int = 0  # non-finite gradient elements replaced so far
+        self.gradient_norm = GradientNorm()  # non-finite elements replaced, before clipping
+        self.nonfinite_steps = NonfiniteSteps()
+        self.after_step: list[Callable[[], None]] = []  # called after each optimizer step, before any callback's hook
+        self.stage_config: dict[str, Any] | None = None  # what a checkpoint rebuilds the stage from
+        self.class_names: list[str] = []
+        self.origin: dict[str, Any] = {}  # which file and weights a loaded stage came from
+        self._pending = 0  # images of the present step
+        self._norm: Tensor | None = None  # of the present step's gradients
+        self._base_lrs: list[float] = []
+
+    @property
+    def resolution(self) -> int:
+        """Pixels along one side of this stage's images."""
+        return self.denoiser.network.resolution
+
+    @property
+    def image_channels(self) -> int:
+        """Colour channels of this stage's images."""
+        return self.denoiser.network.image_channels
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that the network knows; 0: unconditional."""
+        return self.denoiser.network.num_classes
+
+    @property
+    def amid_step(self) -> bool:
+        """Whether images were seen whose gradients have not moved the weights yet."""
+        return self._pending > 0
+
+    # ---- training ----
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:  # noqa: ARG002
+        """uint8 images [B,C,H,W], labels [B] -> the loss to minimise; for the log, each loss and sigma (on the CPU)."""
+        images, labels = batch
+        position = self.images_seen + self._pending + self.global_rank * len(images)
+        torch.manual_seed(mix_seeds(self.seed, position))
+        x0, augment_labels = to_float(images), None
+        if self.augment is not None:
+            x0, augment_labels = self.augment(x0)
+        sigma = self.corruption.schedule.draw(len(x0), "cpu")
+        noisy = self.corruption.corrupt(x0, sigma, self.corruption.draw_noise(x0, torch.randn_like))
+        labels = drop_labels(labels, self.label_dropout)
+        denoised = self.training_denoiser(noisy, sigma, labels, augment_labels, self.training_condition(x0))
+        per_image = self.loss(denoised, x0, sigma).mean(dim=(1, 2, 3))
+        self._pending += len(images) * self.trainer.world_size
+        self.nonfinite_steps.add_losses(per_image.detach())
+        # as published, the sum over an image's elements: it keeps gradients far above Adam's epsilon
+        return {"loss": per_image.mean() * x0[0].numel(), "per_image": per_image.detach(), "sigma": sigma}
+
+    @property
+    def training_denoiser(self) -> Callable[..., Tensor]:
+        """The denoiser as a training step calls it."""
+        return self._graphed_training if self.cuda_graphs else self.denoiser
+
+    def training_condition(self, x0: Tensor) -> Condition | None:  # noqa: ARG002
+        """What the network sees beside the noisy images of x0 [B,C,H,W]; here nothing."""
+        return None
+
+    def sampling_condition(self, previous: Tensor | None, randn_like: RandnLike) -> Condition | None:  # noqa: ARG002
+        """The same in sampling, from images [B,C,h,w] of the stage before; here nothing."""
+        return None
+
+    def configure_optimizers(self) -> Optimizer:
+        """The optimizer over the network's parameters."""
+        if self.optimizer_factory is None:
+            raise UserError("stage.optimizer is null: training needs one")
+        try:
+            optimizer = self.optimizer_factory(self.denoiser.parameters())
+        except (TypeError, ValueError) as error:
+            raise UserError(f"stage.optimizer: {error} (~stage.optimizer.NAME leaves an option out)") from None
+        optimizer.register_load_state_dict_pre_hook(keep_fused)
+        self._base_lrs = [group["lr"] for group in optimizer.param_groups]
+        return optimizer
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Set the warmed-up learning rate, replace and count non-finite gradients, and note their norm."""
+        warmth = min(self.images_seen / self.warmup_images, 1.0) if self.warmup_images else 1.0
+        for group, lr in zip(optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = lr * warmth
+        replaced = replace_nonfinite(self.denoiser.parameters())
+        elements = sum(p.grad.numel() for p in self.denoiser.parameters() if p.grad is not None)
+        self.replaced_gradients = self.replaced_gradients + replaced
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # unscaled by now
+        taken = replaced == 0 if scaled else None  # with fp16, Lightning leaves a step with infinite gradients out
+        self.nonfinite_steps.end_step(replaced < elements, taken, self.trainer.world_size)
+        self._norm = self.gradient_norm.add(self.denoiser.parameters(), taken)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,  # noqa: ARG002
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradients, after non-finite ones were replaced: their L2 norm, or each element.
+
+        Lightning's own clipping refuses a fused optimizer under mixed precision, where it is sound: gradients are
+        unscaled by now.
+        """
+        if not gradient_clip_val:
+            return
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(self.denoiser.parameters(), gradient_clip_val)
+        else:
+            assert self._norm is not None  # noted just before
+            torch.nn.utils.clip_grads_with_norm_(self.denoiser.parameters(), gradient_clip_val, self._norm)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, count the step's images, then call `after_step`."""
+        super().optimizer_step(*args, **kwargs)
+        self.denoiser.zero_grad()  # now, before a replay would keep them
+        self.images_seen += self._pending
+        self._pending = 0
+        for update in self.after_step:
+            update()
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002
+        """Count non-finite steps anew, and forget what a fit that failed has left."""
+        self.nonfinite_steps = NonfiniteSteps()
+        self.after_step.clear()
+
+    def on_fit_end(self) -> None:
+        """Give the memory of the graphs and of what followed the steps back."""
+        self._graphed_training = GraphedTraining(self.denoiser)
+        self.after_step.clear()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what rebuilds and continues this stage."""
+        checkpoint["stage_config"] = self.stage_config
+        checkpoint["class_names"] = list(self.class_names)
+        checkpoint["images_seen"] = self.images_seen
+        checkpoint["replaced_gradients"] = int(self.replaced_gradients)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the counts."""
+        self.images_seen = checkpoint["images_seen"]
+        self.replaced_gradients = checkpoint["replaced_gradients"]
+
+    # ---- sampling ----
+
+    def set_guide(self, weaker: DiffusionStage) -> None:
+        """Guide away from the estimate of another stage. Raises UserError unless it has the same images and classes."""
+        mine, theirs = (
+            (stage.resolution, stage.image_channels, stage.num_classes, stage.conditioned) for stage in (self, weaker)
+        )
+        if mine != theirs:
+            what = "(resolution, channels, classes, conditioned)"
+            raise UserError(f"the guide {weaker.origin.get('file')} has {what} {theirs}, the stage {mine}")
+        self.guide, self.origin["guide"] = weaker.denoiser, weaker.origin
+
+    def guided(self, condition: Condition | None = None) -> Denoiser:
+        """The denoiser with this stage's guidance around it. Raises UserError if there is nothing to guide with."""
+        known = self.num_classes > 0
+        if self.guidance_scale != 1 and self.guide is None and known and not self.label_dropout:
+            raise UserError(
+                f"guidance_scale={self.guidance_scale:g} needs a network that was trained without labels as well, and "
+                "this one was not (label_dropout=0): train with stage.label_dropout=0.1, or give a weaker checkpoint "
+                "as guide, which needs no label dropout; if it had some elsewhere, set changes.label_dropout=0.1 "
+                "(sample.py: +relay.stages.NAME.changes.label_dropout=0.1)"
+            )
+        guide = None if self.guide is None else self._evaluator(self.guide, condition)
+        plain = self._evaluator(self.denoiser, condition)
+        try:
+            return guided(plain, self.guidance_scale, self.guidance_interval, guide, known)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    def train(self, mode: bool = True) -> DiffusionStage:
+        """Set training or evaluation mode; graphs end with training, which changes the weights that they cast."""
+        if mode:
+            self._graphed.clear()
+        return super().train(mode)
+
+    def _evaluator(self, denoiser: EDMPreconditioner, condition: Condition | None = None) -> Denoiser:
+        if condition is not None:  # a graph takes no condition
+            return Conditioned(denoiser, condition)
+        if not self.cuda_graphs or self.training:  # amid training a graph would hold memory
+            return denoiser
+        return self._graphed.setdefault(id(denoiser), Graphed(denoiser))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        shape: Sequence[int],
+        seeds: Integers,
+        labels: Integers | None = None,
+        previous: Tensor | None = None,
+    ) -> Tensor:
+        """Images of `shape` [B,C,H,W] in about [-1, 1], float32, one for each seed.
+
+        seeds: B integers of 0..2^63-1 as a range, list, array or tensor, or one integer. labels: class indices [B], -1
+        or None for no class, or one integer for all. previous: images [B,C,H/block,W/block] of the stage before, uint8
+        or in [-1, 1], for a stage that enlarges. Equal seeds give equal images, however they are batched.
+        Waits for the device. Raises ValueError if an argument does not fit, UserError for labels that the network does
+        not know, NonFiniteSamplesError (a UserError) if a sample holds nan or infinity.
+        """
+        seeds = seed_list(seeds)
+        labels = label_tensor(labels, len(seeds), self.num_classes)
+        channels, size, block = self.image_channels, self.resolution, self.corruption.block
+        if tuple(shape) != (len(seeds), channels, size, size):
+            raise ValueError(
+                f"shape is {tuple(shape)}: must be {(len(seeds), channels, size, size)}, an image of this stage for "
+                "each of the seeds"
+            )
+        if previous is not None and block > 1:
+            previous = image_batch("previous", previous, (len(seeds), channels, size // block, size // block))
+        images = self.draw(seeds, labels, previous)
+        fine = finite(images).tolist()
+        if not all(fine):
+            who = str(self.origin.get("file", "this stage"))
+            draw = partial(self.draw, seeds, labels, previous)
+            raise nonfinite_samples(who, seeds, fine, self.sampler, draw)
+        return images
+
+    @torch.no_grad()
+    def draw(
+        self,
+        seeds: Sequence[int],
+        labels: Tensor | None = None,
+        previous: Tensor | None = None,
+        sampler: Sampler | None = None,
+    ) -> Tensor:
+        """As `sample`, for arguments known to fit, without waiting for the device: samples may be non-finite.
+
+        sampler: used instead of the stage's own.
+        """
+        noise = ImageSeeds(seeds, self.device, stream=self.resolution)  # stages must not share their noise
+        like = torch.empty(len(seeds), self.image_channels, self.resolution, self.resolution, device=self.device)
+        start = self.corruption.start(like, previous, noise.randn_like)
+        if labels is not None:
+            labels = labels.to(self.device)
+        denoise = self.guided(self.sampling_condition(previous, noise.randn_like))
+        training = self.training
+        self.eval()
+        try:
+            return (sampler or self.sampler)(denoise, start, noise.randn_like, labels).float()
+        finally:
+            self.train(training)

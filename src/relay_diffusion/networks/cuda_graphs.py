@@ -1,0 +1,249 @@
+"""A denoiser replayed from a CUDA graph: launching a thousand kernels one by one can take longer than running them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+
+from relay_diffusion.networks.layers import ResidualBlock
+from relay_diffusion.networks.preconditioning import Condition, EDMPreconditioner
+
+MAX_GRAPHS = 2  # shapes kept: guidance evaluates one and two batches in turns
+
+
+@dataclass
+class _CapturedForward:
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    output: Tensor
+    cast: dict[str, Tensor]  # weights in the precision of the products
+    version: int  # of the weights when they were cast
+
+
+class Graphed:
+    """The denoiser, captured at the second evaluation of a shape and replayed from then on: the same numbers.
+
+    The first evaluation runs as usual: libraries choose their kernels there. Weights are cast to the precision of
+    autocast once, and again when they have changed in place. Without a GPU, or where gradients are wanted, it is the
+    denoiser itself.
+    """
+
+    def __init__(self, denoiser: EDMPreconditioner) -> None:
+        self.denoiser = denoiser
+        self._weights = list(denoiser.parameters())
+        self._graphs: dict[Any, _CapturedForward | None] = {}
+
+    def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+        """x [B,C,H,W], sigma [B], labels [B] or None -> estimate of x0, float32."""
+        if not x.is_cuda or torch.is_grad_enabled():
+            return self.denoiser(x, sigma, labels)
+        with torch.cuda.device_of(x):
+            return self._replayed(x, sigma, labels)
+
+    def _replayed(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+        precision = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        where = hash(tuple(weight.data_ptr() for weight in self._weights))
+        key = (tuple(x.shape), labels is None, precision, where)
+        if key not in self._graphs:
+            while len(self._graphs) >= MAX_GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
+            self._graphs[key] = None
+            return self.denoiser(x, sigma, labels)
+        given = [x, sigma] if labels is None else [x, sigma, labels]
+        captured = self._graphs[key]
+        if captured is None:
+            # what is captured serves evaluations with and without inference mode
+            with torch.inference_mode(False), torch.no_grad():
+                captured = self._graphs[key] = self._capture(given, precision)
+        if captured.version != self._version():
+            self._cast(captured.cast)
+            captured.version = self._version()
+        for place, value in zip(captured.inputs, given, strict=True):
+            place.copy_(value, non_blocking=True)
+        captured.graph.replay()
+        return captured.output.clone()
+
+    def _version(self) -> int:
+        return sum(weight._version for weight in self._weights if not weight.is_inference())
+
+    def _cast(self, places: dict[str, Tensor]) -> None:
+        if not places:  # computed in float32
+            return
+        torch._foreach_copy_(list(places.values()), [self.denoiser.get_parameter(name) for name in places])
+
+    def _capture(self, given: list[Tensor], precision: torch.dtype | None) -> _CapturedForward:
+        device = given[0].device
+        inputs = [value.to(device, torch.float32 if value.is_floating_point() else value.dtype) for value in given]
+        inputs = [torch.empty_like(value).copy_(value) for value in inputs]  # memory of its own
+        weights = self._cast_by_autocast() if precision is not None else {}
+        cast = {name: torch.empty_like(weight, dtype=precision) for name, weight in weights.items()}
+        self._cast(cast)
+        graph = torch.cuda.CUDAGraph()
+        autocast = torch.autocast("cuda", dtype=precision, enabled=precision is not None, cache_enabled=False)
+        # other threads, which load data, may go on
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"), autocast:
+            output = functional_call(self.denoiser, cast, tuple(inputs))
+        return _CapturedForward(graph, inputs, output, cast, self._version())
+
+    def _cast_by_autocast(self) -> dict[str, Tensor]:
+        """Weights of products, but for those that are computed with in float32 before they are cast."""
+        modules = dict(self.denoiser.named_modules())
+        blocks = [module for module in modules.values() if isinstance(module, ResidualBlock) and module.up]
+        computed_with = [self.denoiser.network.conv_in, *(block.conv0 for block in blocks)]
+        products = {k: m for k, m in modules.items() if isinstance(m, nn.Conv2d | nn.Linear) and m not in computed_with}
+        return {f"{name}.weight": module.weight for name, module in products.items()}
+
+
+WARM_UP = 3  # evaluations before the capture: libraries choose their kernels
+
+
+@dataclass
+class _CapturedStep:
+    """One graph forward, one backward, and the memory that they read and write."""
+
+    forward: torch.cuda.CUDAGraph
+    backward: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    output: Tensor
+    output_gradient: Tensor
+    gradients: list[Tensor | None]
+    replays: int = 0
+
+
+class GraphedTraining:
+    """The denoiser with gradients for its weights, forward and backward replayed: the same numbers and random numbers.
+
+    Captured at the first evaluation of a shape, which leaves no trace: neither in gradients nor in the state of the
+    generator. One shape is kept. Without a GPU, without gradients, or where blocks are computed again in the backward
+    pass, it is the denoiser itself. Raises RuntimeError for a network that a graph cannot hold, for a gradient of any
+    evaluation but the last, and for a second one.
+    """
+
+    def __init__(self, denoiser: EDMPreconditioner) -> None:
+        self.denoiser = denoiser
+        self._again = any(isinstance(m, ResidualBlock) and m.checkpointed for m in denoiser.modules())
+        self._captured: tuple[Any, _CapturedStep] | None = None
+
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        condition: Condition | None = None,
+    ) -> Tensor:
+        """As EDMPreconditioner: x [B,C,H,W], sigma [B], labels [B], ... -> estimate of x0, float32."""
+        if not x.is_cuda or self._again or not torch.is_grad_enabled():
+            return self.denoiser(x, sigma, labels, augment_labels, condition)
+        given = [x, sigma, labels, augment_labels, *(condition or (None, None))]
+        there = [value for value in given if value is not None]
+        with torch.cuda.device_of(x):
+            weights = {name: weight for name, weight in self.denoiser.named_parameters() if weight.requires_grad}
+            precision = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+            where = hash(tuple(weight.data_ptr() for weight in weights.values()))
+            shapes = [None if value is None else value.shape for value in given]
+            key = (shapes, self.denoiser.training, precision, where)
+            if self._captured is None or self._captured[0] != key:
+                self._captured = None  # its memory first
+                self._captured = key, _capture(self.denoiser, given, weights, precision)
+            captured = self._captured[1]
+            for weight, place in zip(weights.values(), captured.gradients, strict=True):
+                # the graphs write over what another part of the same step has left, and is to be added to
+                if place is not None and weight.grad is not None and weight.grad.data_ptr() == place.data_ptr():
+                    weight.grad = weight.grad.clone()
+            output: Tensor = _Replayed.apply(captured, there, *weights.values())
+        return output
+
+
+class _Replayed(torch.autograd.Function):
+    """Inputs -> output, whose gradient goes to the weights; these lie where the graphs read them."""
+
+    @staticmethod
+    def forward(ctx: Any, captured: _CapturedStep, given: Sequence[Tensor], *_: Tensor) -> Tensor:
+        for place, value in zip(captured.inputs, given, strict=True):
+            place.copy_(value, non_blocking=True)
+        captured.forward.replay()
+        captured.replays += 1
+        ctx.captured, ctx.replay = captured, captured.replays
+        return captured.output.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        captured: _CapturedStep = ctx.captured
+        if ctx.replay != captured.replays:
+            raise RuntimeError(
+                "another evaluation, or gradient, came before this one: stage.cuda_graphs=false allows it"
+            )
+        captured.replays += 1  # what this one needs is gone then
+        captured.output_gradient.copy_(gradient)
+        captured.backward.replay()
+        return None, None, *(None if place is None else place.detach() for place in captured.gradients)
+
+
+def _capture(
+    denoiser: EDMPreconditioner,
+    given: Sequence[Tensor | None],
+    weights: Mapping[str, Tensor],
+    precision: torch.dtype | None,
+) -> _CapturedStep:
+    device = next(iter(weights.values())).device
+    # the same memory as other leaves: what waits for the gradients of the weights themselves is not to be captured
+    leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+    places = [None if value is None else _place(value, device) for value in given]
+    x, sigma, labels, augment_labels, images, level = places
+    assert x is not None
+    assert sigma is not None
+    condition = None if images is None or level is None else Condition(images, level)
+
+    def evaluate() -> Tensor:
+        with torch.autocast("cuda", dtype=precision, enabled=precision is not None, cache_enabled=False):
+            output: Tensor = functional_call(denoiser, leaves, (x, sigma, labels, augment_labels, condition))
+            return output
+
+    def differentiate(output: Tensor, gradient: Tensor) -> list[Tensor | None]:
+        with torch.autocast("cuda", enabled=False):  # as a backward pass is run
+            return _apart(torch.autograd.grad(output, list(leaves.values()), gradient, allow_unused=True))
+
+    state = torch.cuda.get_rng_state(device)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            output = evaluate()
+            differentiate(output, torch.zeros_like(output))
+        del output
+    torch.cuda.current_stream().wait_stream(side)
+    forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    # other threads, which load data and talk to other devices, may go on
+    with torch.cuda.graph(forward, capture_error_mode="thread_local"):
+        output = evaluate()
+    output_gradient = torch.zeros_like(output)
+    with torch.cuda.graph(backward, pool=forward.pool(), capture_error_mode="thread_local"):
+        gradients = differentiate(output, output_gradient)
+    torch.cuda.set_rng_state(state, device)
+    inputs = [place for place in places if place is not None]
+    return _CapturedStep(forward, backward, inputs, output.detach(), output_gradient, gradients)
+
+
+def _apart(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients that share memory, as those of two terms of a sum do, each in memory of its own."""
+    kept: list[Tensor | None] = []
+    seen: set[int] = set()
+    for gradient in gradients:
+        shared = gradient is not None and gradient.data_ptr() in seen
+        kept.append(gradient.clone() if gradient is not None and shared else gradient)
+        seen |= set() if gradient is None else {gradient.data_ptr()}
+    return kept
+
+
+def _place(value: Tensor, device: torch.device) -> Tensor:
+    """Memory of its own for an input, filled with it."""
+    dtype = torch.float32 if value.is_floating_point() else value.dtype
+    return torch.empty_like(value, dtype=dtype, device=device).copy_(value)

@@ -1,0 +1,116 @@
+"""The parts of the UNet: normalisation, resampling, attention, the residual block."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from relay_diffusion.networks.ops import add, convolve, convolve_enlarged, norm_act, project, query_key_value
+
+MAX_GROUPS = 32
+MIN_GROUP_CHANNELS = 4
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with at most 32 groups of at least 4 channels: the largest number of groups that divides."""
+    most = max(1, min(MAX_GROUPS, channels // MIN_GROUP_CHANNELS))
+    groups = next(groups for groups in range(most, 0, -1) if channels % groups == 0)
+    return nn.GroupNorm(groups, channels, eps=1e-5)
+
+
+def zero(layer: nn.Conv2d) -> nn.Conv2d:
+    """Start a layer at zero, so that its residual branch starts as the identity."""
+    nn.init.zeros_(layer.weight)
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over pixels, added to its input: [B,C,H,W] -> [B,C,H,W].
+
+    Heads of `head_channels` channels (one head of all channels, if they are fewer or do not divide).
+    """
+
+    def __init__(self, channels: int, head_channels: int = 64) -> None:
+        super().__init__()
+        self.heads = channels // head_channels if channels % head_channels == 0 else 1
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B,C,H,W] -> [B,C,H,W]."""
+        h, shortcut, _ = norm_act(x, self.norm, silu=False)
+        q, k, v = (rearrange(t, "b l (heads c) -> b heads l c", heads=self.heads) for t in query_key_value(self.qkv, h))
+        attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads l c -> b l (heads c)")
+        out = F.linear(attended, self.proj.weight.flatten(1), self.proj.bias)
+        return add(rearrange(out, "b (h w) c -> b c h w", h=x.shape[-2]), shortcut)
+
+
+class ResidualBlock(nn.Module):
+    """norm, SiLU, conv; norm, scale and shift by the embedding, SiLU, dropout, conv; plus the input (ADM's block).
+
+    `up` or `down` resamples by two before the first convolution and on the shortcut. `checkpointed`: training keeps
+    the input only and computes the rest again in the backward pass.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        embedding_channels: int,
+        dropout: float = 0.0,
+        attention: bool = False,
+        checkpointed: bool = False,
+        up: bool = False,
+        down: bool = False,
+    ) -> None:
+        super().__init__()
+        self.up, self.down, self.dropout, self.checkpointed = up, down, dropout, checkpointed
+        self.norm0 = group_norm(in_channels)
+        self.conv0 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.affine = nn.Linear(embedding_channels, 2 * out_channels)
+        self.norm1 = group_norm(out_channels)
+        self.conv1 = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.attention = SelfAttention(out_channels) if attention else None
+
+    def forward(self, x: Tensor, embedding: Tensor, skip: Tensor | None = None) -> Tensor:
+        """x [B,C,H,W], embedding [B,E] -> [B,C',H',W']; skip [B,D,H,W]: more channels of the input."""
+        if self.checkpointed and self.training:
+            result: Tensor = checkpoint(self._forward, x, embedding, skip, use_reentrant=False)
+            return result
+        return self._forward(x, embedding, skip)
+
+    def _forward(self, x: Tensor, embedding: Tensor, skip: Tensor | None) -> Tensor:
+        h, shortcut, skip = norm_act(x, self.norm0, skip, down=self.down)
+        h, bias = (convolve_enlarged if self.up else convolve)(self.conv0, h)
+        dropout = self.dropout if self.training else 0.0
+        h, _, _ = norm_act(h, self.norm1, bias=bias, modulation=self.affine(embedding), dropout=dropout)
+        h, bias = convolve(self.conv1, h)
+        if self.skip is not None:
+            shortcut, bias = project(self.skip, shortcut, skip, bias), None
+        out = add(h, shortcut, bias, self.up)
+        return out if self.attention is None else self.attention(out)
+
+
+class SinusoidalEmbedding(nn.Module):
+    """cos and sin of the input at `features`/2 frequencies from 1 down towards 1/max_period: [B] -> [B,features]."""
+
+    def __init__(self, features: int, max_period: float = 10_000.0) -> None:
+        super().__init__()
+        half = features // 2
+        frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float64) / half)
+        self.register_buffer("frequencies", frequencies.float(), persistent=False)
+        self.frequencies: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B] -> [B,features], float32."""
+        angles = x[:, None] * self.frequencies
+        return torch.cat([angles.cos(), angles.sin()], dim=1)

@@ -1,0 +1,47 @@
+"""A sampler's running state: its precision, and the estimate that a second-order step moves it with."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from relay_diffusion.diffusion.corruption import check_images
+from relay_diffusion.diffusion.guidance import Denoiser, check_label_tensor
+from relay_diffusion.diffusion.noise import RandnLike
+
+
+def state_dtype(device: torch.device) -> torch.dtype:
+    """float64, where the device has it: hundreds of small steps add up (Apple's GPUs have none)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def initial_state(start: Tensor, labels: Tensor | None) -> Tensor:
+    """What a sampler starts from [B,C,H,W], in the precision of its state.
+
+    Raises ValueError unless `start` are floats, and `labels` None or integers [B].
+    """
+    check_images("start", start)
+    check_label_tensor(labels, len(start))
+    return start.to(state_dtype(start.device))
+
+
+def second_order(both: Tensor, residual: Tensor, ratio: float) -> Tensor:
+    """The clean images that the mean of the slopes at both ends of a step points to (Heun), all [B,C,H,W].
+
+    x - sigma (d + d')/2 with d = (x - x0^)/sigma and d' = (x' - x0^')/sigma', that is (both - ratio residual)/2 with
+    both = x + x0^, residual = x' - x0^', ratio = sigma/sigma'.
+    """
+    return torch.sub(both, residual, alpha=ratio).mul_(0.5)
+
+
+class Sampler(Protocol):
+    """What every sampler is: from a start [B,C,H,W] to images [B,C,H,W], with noise from `randn_like` only."""
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations for one image."""
+
+    def __call__(self, denoise: Denoiser, start: Tensor, randn_like: RandnLike, labels: Tensor | None = None) -> Tensor:
+        """Images of the labels [B] (-1 or None: no class)."""

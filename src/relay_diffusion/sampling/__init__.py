@@ -1,0 +1,1 @@
+"""Sampling from a relay, and evaluation of images."""

@@ -1,0 +1,111 @@
+"""A picture and an animation of the way from noise to images, through all stages of a relay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
+from PIL import Image
+from torch import Tensor
+
+from relay_diffusion.models.relay import Relay, Samples
+from relay_diffusion.samplers.recording import Step, WatchedSampler, joined
+from relay_diffusion.utils.pictures import image_grid, save_png, save_webp, side_by_side
+
+MAX_SIDE = 256  # pixels: of 1024x1024 images the noise alone would be some hundred megabytes
+COLUMNS = 8  # of one stage in the strip
+STEP, STAGE_END, END = 100, 800, 2500  # milliseconds
+
+
+class TrajectoryPicture(Callback):
+    """Watches the samplers of a relay make the first `count` images of the first device, then leaves them alone.
+
+    Written into `folder` as soon as those are made: trajectory.png, two rows an image (noisy states above the
+    estimates of the clean image), some steps of each stage; trajectory.webp, all steps, one column an image.
+    """
+
+    def __init__(self, folder: str | Path, count: int = 4) -> None:
+        self.folder, self.count = Path(folder), count
+        self._watched: dict[str, WatchedSampler] = {}
+        self._steps: dict[str, list[Step]] = {}
+        self._side = MAX_SIDE
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Watch the samplers of all stages, on the first device only."""
+        if not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, Relay)
+        self._side = min(pl_module.resolution, MAX_SIDE)
+        for name, sampler in pl_module.samplers.items():
+            self._watched[name] = WatchedSampler(sampler, self.count, self._side)
+        pl_module.samplers |= self._watched
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,  # noqa: ARG002
+        pl_module: L.LightningModule,
+        outputs: Samples,
+        *args: Any,  # noqa: ARG002
+    ) -> None:
+        """Keep the steps of the images that are wanted, and draw them when they are enough."""
+        for name, sampler in self._watched.items():
+            steps = [Step(s, x[: len(outputs.positions)], y[: len(outputs.positions)]) for s, x, y in sampler.steps]
+            self._steps[name] = joined(self._steps[name], steps) if name in self._steps else steps
+            sampler.count -= len(steps[0].states)
+        if self._watched and all(sampler.count == 0 for sampler in self._watched.values()):
+            self._finish(pl_module)
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        """Draw fewer images, if there were not enough."""
+        if self._watched:
+            self._finish(pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:  # noqa: ARG002
+        """Leave the samplers alone."""
+        self._stop_watching(pl_module)
+
+    def _finish(self, pl_module: L.LightningModule) -> None:
+        self._stop_watching(pl_module)
+        stages = list(self._steps.values())
+        save_png(strip(stages, self._side), self.folder / "trajectory.png")
+        pictures = [frame(step, self._side) for steps in stages for step in steps]
+        times = [time for steps in stages for time in [STEP] * (len(steps) - 1) + [STAGE_END]]
+        save_webp(pictures, [*times[:-1], END], self.folder / "trajectory.webp")
+        self._steps = {}
+
+    def _stop_watching(self, pl_module: L.LightningModule) -> None:
+        if self._watched:
+            assert isinstance(pl_module, Relay)
+            pl_module.samplers |= {name: watched.sampler for name, watched in self._watched.items()}
+        self._watched = {}
+
+
+def strip(stages: Sequence[Sequence[Step]], side: int, columns: int = COLUMNS) -> Image.Image:
+    """Steps of every stage, left to right: for each image its states, and below them its estimates."""
+    panels = []
+    for steps in stages:
+        chosen = evenly(steps, columns)
+        rows = torch.stack([torch.stack(step[1:]) for step in chosen], 2)  # [2,B,steps,C,h,w]
+        panels.append(image_grid(enlarged(rows.transpose(0, 1).flatten(0, 2), side), len(chosen)))
+    return side_by_side(panels)
+
+
+def frame(step: Step, side: int) -> Image.Image:
+    """One step of all images: a row of states above the row of estimates."""
+    return image_grid(enlarged(torch.cat(step[1:]), side), len(step.states))
+
+
+def evenly(steps: Sequence[Step], count: int) -> list[Step]:
+    """At most `count` (2 or more) of them, evenly spread, with the first and the last."""
+    last, count = len(steps) - 1, min(count, len(steps))
+    return [steps[round(k * last / (count - 1))] for k in range(count)]
+
+
+def enlarged(pictures: Tensor, side: int) -> Tensor:
+    """uint8 [B,C,h,w] -> [B,C,side,side], every pixel a square."""
+    return F.interpolate(pictures, (side, side), mode="nearest-exact")

@@ -1,0 +1,187 @@
+"""Where sampled images are kept, so that an interrupted run goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from relay_diffusion.data.decode import decode_rgb
+from relay_diffusion.data.image_sets import ImageSet
+from relay_diffusion.data.sources import LABEL_FILE
+from relay_diffusion.data.zip_writer import ImageZipWriter, encode_png
+from relay_diffusion.errors import UserError
+from relay_diffusion.utils.differences import first_difference
+from relay_diffusion.utils.files import json_text, remove_temporaries, whole_file, write_text
+from relay_diffusion.utils.parallel import map_in_order
+
+
+class ImageStore:
+    """Images by name in `directory`/images, one PNG each; `pack` moves them into `directory`/images.zip.
+
+    `settings` (what determines the images) are kept beside them. Raises UserError if the directory already
+    holds images of other settings, and names the first that differs.
+    """
+
+    def __init__(self, directory: str | Path, settings: Mapping[str, Any]) -> None:
+        directory = Path(directory)
+        self.folder, self.archive = directory / "images", directory / "images.zip"
+        self._settings_file = directory / "settings.json"
+        self._settings = json.loads(json_text(settings))
+        if self._settings_file.exists() and (self.archive.exists() or self._loose()):
+            known = _read_json(self._settings_file)
+            if known != self._settings:
+                difference = first_difference(known, self._settings)
+                raise UserError(f"{directory} holds images of other settings ({difference}): choose another output")
+        self._packed: set[str] = set()
+        if self.archive.exists():
+            with self._open() as archive:
+                self._packed = set(archive.namelist()) - {LABEL_FILE}
+
+    def begin(self) -> None:
+        """Create the folder and note the settings; what a killed run left half-written goes. Before anybody writes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._clear()
+        write_text(self._settings_file, json_text(self._settings))
+
+    def path(self, name: str) -> Path:
+        """The file of an image that is not packed."""
+        return self.folder / f"{name}.png"
+
+    def __contains__(self, name: str) -> bool:
+        return f"{name}.png" in self._packed or self.path(name).exists()
+
+    def write(self, name: str, image: Tensor) -> None:
+        """Keep one uint8 image [3,H,W]; it is there whole or not at all."""
+        with whole_file(self.path(name)) as file:
+            file.write(encode_png(Image.fromarray(image.permute(1, 2, 0).cpu().numpy())))
+
+    def images(self, names: Sequence[str], resolution: tuple[int, int]) -> ImageSet:
+        """Images of the store in this order."""
+        return _KeptImages(self, names, resolution)
+
+    @contextmanager
+    def reading(self) -> Iterator[zipfile.ZipFile | None]:
+        """The open zip, for `encoded`; None if nothing is packed."""
+        if not self._packed:
+            yield None
+            return
+        with self._open() as archive:
+            yield archive
+
+    def encoded(self, name: str, archive: zipfile.ZipFile | None) -> bytes:
+        """The PNG bytes of an image."""
+        member = f"{name}.png"
+        packed = archive is not None and member in self._packed
+        return archive.read(member) if archive is not None and packed else self.path(name).read_bytes()
+
+    def note_labels(self, labels: Mapping[str, int], class_names: Sequence[str]) -> None:
+        """Keep the classes of images (by name) in a dataset.json beside them, so that they are a data set.
+
+        Only if every image there has one; -1 is none.
+        """
+        loose = self._loose()
+        if not loose:
+            return  # what is packed has its classes in the zip
+        known = self._labels() | {f"{name}.png": label for name, label in labels.items()}
+        if not all(known.get(member, -1) >= 0 for member in loose):
+            (self.folder / LABEL_FILE).unlink(missing_ok=True)
+            return
+        content = {"labels": [[member, known[member]] for member in sorted(loose)], "classes": list(class_names)}
+        write_text(self.folder / LABEL_FILE, json.dumps(content))
+
+    def pack(self) -> None:
+        """Move all images into one zip, with their classes if all have one; what was packed before stays in it.
+
+        After everybody has written.
+        """
+        self._clear()
+        loose = self._loose()
+        if loose:
+            self._add_to_zip(loose)
+        for member in loose:
+            (self.folder / member).unlink()
+        (self.folder / LABEL_FILE).unlink(missing_ok=True)
+        for root, _, _ in os.walk(self.folder, topdown=False):
+            if not os.listdir(root):  # noqa: PTH208
+                Path(root).rmdir()
+
+    def _add_to_zip(self, loose: list[str]) -> None:
+        labels, class_names = self._labels(), self._class_names()
+        members = sorted({*self._packed, *loose})
+        classed = class_names is not None and all(labels.get(member, -1) >= 0 for member in members)
+        with (
+            self.reading() as archive,
+            ImageZipWriter(self.archive, class_names if classed else None, option="output") as writer,
+        ):
+            for member in members:
+                content = self.encoded(member.removesuffix(".png"), archive)
+                writer.add_encoded(member, content, labels[member] if classed else None)
+        self._packed = set(members)
+
+    def _clear(self) -> None:
+        remove_temporaries([*self.folder.rglob(".*"), *self.folder.parent.glob(".*")])
+
+    def _open(self) -> zipfile.ZipFile:
+        try:
+            return zipfile.ZipFile(self.archive)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise UserError(f"{self.archive} cannot be read ({error}): delete it or choose another output") from None
+
+    def _loose(self) -> list[str]:
+        """Names of the PNG files in the folder."""
+        files = (path.relative_to(self.folder) for path in self.folder.rglob("*.png"))
+        return [path.as_posix() for path in files if not path.name.startswith(".")]
+
+    def _noted(self) -> list[dict[str, Any]]:
+        """What the dataset.json of the zip and that of the folder hold."""
+        noted = []
+        with self.reading() as archive:
+            if archive is not None and LABEL_FILE in archive.namelist():
+                noted.append(json.loads(archive.read(LABEL_FILE)))
+        if (self.folder / LABEL_FILE).exists():
+            noted.append(_read_json(self.folder / LABEL_FILE))
+        return noted
+
+    def _labels(self) -> dict[str, int]:
+        return {name: label for content in self._noted() for name, label in content.get("labels") or []}
+
+    def _class_names(self) -> list[str] | None:
+        return next((content["classes"] for content in self._noted() if content.get("classes")), None)
+
+
+class _KeptImages(ImageSet):
+    """Some images of a store."""
+
+    kind = "run"
+
+    def __init__(self, store: ImageStore, names: Sequence[str], resolution: tuple[int, int]) -> None:
+        self.store, self.names, self.resolution, self.path = store, names, resolution, store.folder
+
+    @property
+    def source_hash(self) -> str:
+        """What determines the images is in the run's settings."""
+        return ""
+
+    def _images(self, indices: Sequence[int]) -> Iterator[Image.Image]:
+        with self.store.reading() as archive:
+
+            def read(index: int) -> Image.Image:
+                name = self.names[index]
+                return decode_rgb(self.store.encoded(name, archive), str(self.store.path(name)))
+
+            yield from map_in_order(read, indices)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path} is damaged: delete it or choose another output") from None

@@ -1,0 +1,55 @@
+"""The plan of a sampling run: which images are made, from which seeds, classes and starting images."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from relay_diffusion.data.dataset import ImageDataset
+from relay_diffusion.data.zip_writer import png_names
+from relay_diffusion.errors import UserError
+from relay_diffusion.sampling.seeds import parse_seeds
+
+FOLDER_SIZE = 1000  # images in one sub-folder
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The images of a run in order: names (paths without .png), seeds and labels (-1: no class).
+
+    start: the images to start from, number k for seed k; None: noise.
+    """
+
+    names: list[str]
+    seeds: list[int]
+    labels: list[int]
+    start: ImageDataset | None = None
+
+
+def plan_from_noise(seeds: object, classes: Sequence[int]) -> Plan:
+    """One image a seed; the classes in turn by seed, as the authors do."""
+    chosen = parse_seeds(seeds)
+    names = [f"{seed // FOLDER_SIZE * FOLDER_SIZE:08d}/seed{seed:08d}" for seed in chosen]
+    return Plan(names, chosen, [classes[seed % len(classes)] for seed in chosen])
+
+
+def plan_from_images(start: ImageDataset, seeds: object, classes: Sequence[int] | None) -> Plan:
+    """One image for each of the given ones, under its own name; image number k has seed k.
+
+    `seeds` chooses some of them by number (null: all). Without `classes` each image has the class of its
+    dataset.json, or none. Raises UserError for numbers that are not there, and for two images that would share a file.
+    """
+    chosen = list(range(len(start.names))) if seeds is None else parse_seeds(seeds)
+    if max(chosen) >= len(start.names):
+        raise UserError(
+            f"seeds={seeds}: relay.start={start.path} holds {len(start.names)} images, numbers 0 to "
+            f"{len(start.names) - 1}"
+        )
+    names = png_names(start.names)
+    if len(set(names.values())) < len(names):
+        twice = next(name for name, count in Counter(names.values()).items() if count > 1)
+        raise UserError(f"relay.start={start.path}: two of its images would be written as {twice}: rename one")
+    labels = start.labels if classes is None else [classes[k % len(classes)] for k in range(len(start.names))]
+    chosen_names = [names[start.names[k]].removesuffix(".png") for k in chosen]
+    return Plan(chosen_names, chosen, [labels[k] for k in chosen], start)

@@ -1,0 +1,267 @@
+"""Checkpoints every so many images, never half-written, never of a diverged state."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
+
+from relay_diffusion.checkpoints.reading import BEST, KEPT, LAST, read_stage
+from relay_diffusion.errors import UserError
+from relay_diffusion.models.stage import DiffusionStage
+from relay_diffusion.training.callbacks.periodic import Every
+from relay_diffusion.training.callbacks.preemption import preempted
+from relay_diffusion.training.ema import find_ema
+from relay_diffusion.utils.files import sync, whole_file, write_text
+
+DIVERGED = "lower stage.optimizer.lr, raise stage.warmup_images, or set trainer.gradient_clip_val"
+
+
+class Checkpoints(Checkpoint):
+    """Writes `directory`/last.ckpt every `every_n_images` and at the end; older ones are kept under their count.
+
+    `keep`: how many earlier checkpoints (images-000128000.ckpt, ...) stay beside the last one; 0 keeps none.
+    `upload`: also hand each one to the loggers that take files, as a "model".
+    `best`: a logged metric, such as eval/fid; `directory`/best.ckpt then holds the state of its lowest value, or the
+    highest with `best_mode` max, and the value under its key "best".
+    A checkpoint is on the disk before it takes the place of the one before: whenever the machine fails, one is whole.
+    A state is not saved while steps have no finite loss or gradient; a periodic save then waits for the first good
+    step. Raises UserError if a checkpoint cannot be written, if weights, average or optimizer state are not finite, or
+    if training ends in such steps; the checkpoint before stays. Lightning runs it after all other callbacks.
+    """
+
+    monitor_option = "callbacks.checkpoints.best"
+
+    def __init__(
+        self,
+        directory: str,
+        every_n_images: int,
+        keep: int = 0,
+        upload: bool = False,
+        best: str | None = None,
+        best_mode: str = "min",
+    ) -> None:
+        if best_mode not in ("min", "max"):
+            raise ValueError(f"best_mode={best_mode}: use min or max")
+        self.directory, self.keep, self.upload = Path(directory), keep, upload
+        self.monitor, self.best_mode = best, best_mode
+        self._every = Every(every_n_images)
+        self._due = False
+        self._saved, self._refused = -1, -1  # images seen when a state was saved, or was not fit to be
+        self._start: Path | None = None  # the checkpoint that training started from
+        self._last_is_whole = False  # one that could not be read is not kept
+        self._best: dict[str, Any] | None = None  # metric, mode, value, images_seen
+        self._better: float | None = None  # a value of the present state that is better
+        self._measured = False  # whether the metric was ever logged
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Find out before the work whether the directory can be written to."""
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            write_text(self.directory / ".probe", "")
+            (self.directory / ".probe").unlink()
+            for name in (LAST, BEST):
+                _temporary(self.directory / name).unlink(missing_ok=True)  # of a run that was killed
+            with suppress(OSError):
+                self.directory.rmdir()  # an empty one is of no use if the run goes no further
+
+    def on_save_checkpoint(
+        self,
+        trainer: L.Trainer,  # noqa: ARG002
+        pl_module: L.LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Note whether the state is the best so far."""
+        assert isinstance(pl_module, DiffusionStage)
+        if self._best is not None and self._best["images_seen"] == pl_module.images_seen:
+            checkpoint["best"] = dict(self._best)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count from where training starts."""
+        self._start = None if trainer.ckpt_path is None else Path(trainer.ckpt_path)
+        self._last_is_whole = self._start is not None and self._start.resolve() == (self.directory / LAST).resolve()
+        assert isinstance(pl_module, DiffusionStage)
+        self._every.start(pl_module.images_seen)
+        self._saved = pl_module.images_seen
+        if self.monitor is not None:
+            stored = self._stored_best() if trainer.is_global_zero else None
+            self._best = trainer.strategy.broadcast(stored)
+
+    def _stored_best(self) -> dict[str, Any] | None:
+        """What best.ckpt of an earlier start holds; a warning if it is damaged, or the best of another metric."""
+        file = self.directory / BEST
+        if not file.exists():
+            return None
+        try:
+            best = read_stage(file).get("best")
+            if not isinstance(best, dict) or not isinstance(best.get("value"), float):
+                raise UserError(f"{file} does not say of what it is the best")
+        except UserError as error:
+            _warn(f"{error}; the next {self.monitor} replaces it")
+            return None
+        if (best.get("metric"), best.get("mode")) != (self.monitor, self.best_mode):
+            _warn(f"{file} holds the best {best.get('metric')} ({best.get('mode')}); {self.monitor} replaces it")
+            return None
+        return best
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        """Compare the monitored metric, which was just logged, with its best value."""
+        assert self.monitor is not None
+        # of rank 0 on all of them: speeds differ
+        value: float = trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]))
+        self._measured = True
+        sign = 1 if self.best_mode == "min" else -1
+        if math.isfinite(value) and (self._best is None or sign * value < sign * self._best["value"]):
+            self._better = value
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
+        """Save when due, and at the end of training before others measure it."""
+        assert isinstance(pl_module, DiffusionStage)
+        if trainer.fast_dev_run or pl_module.amid_step:  # type: ignore[attr-defined]
+            return
+        self._due |= self._every(pl_module.images_seen)
+        if self._due or trainer.should_stop:
+            self._save_last(trainer, pl_module)
+        self._save_best(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the end of training, unless that was just done, and what was measured of it."""
+        assert isinstance(pl_module, DiffusionStage)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        # what was measured after the last save has changed the state of callbacks that monitor it
+        others = [c for c in trainer.callbacks if getattr(c, "monitor", None) is not None and c is not self]  # type: ignore[attr-defined]
+        self._save_last(trainer, pl_module, again=bool(others) and not preempted(trainer))
+        self._save_best(trainer, pl_module)
+        if self.monitor is not None and not self._measured and trainer.is_global_zero and not preempted(trainer):
+            _warn(f"{self.monitor_option}={self.monitor} was never logged: {self.directory / BEST} was not written")
+
+    def _save_last(self, trainer: L.Trainer, stage: DiffusionStage, again: bool = False) -> None:
+        saved = stage.images_seen == self._saved
+        if stage.images_seen == self._refused or (saved and not again):
+            self._due = self._due and not saved
+            return
+        if not self._good(trainer, stage):
+            self._refused = stage.images_seen
+            return
+        last = self.directory / LAST
+        keeps = self._last_is_whole and self.keep and not saved
+        kept = self.directory / f"images-{self._saved:012d}.ckpt" if keeps else None
+        self._write(trainer, stage, last, kept)
+        self._due, self._last_is_whole = False, True
+        self._saved, self._refused = stage.images_seen, -1
+        for logger in trainer.loggers if self.upload and trainer.is_global_zero else []:
+            if hasattr(logger, "log_file"):
+                logger.log_file(last, "model", stage.images_seen)
+
+    def _save_best(self, trainer: L.Trainer, stage: DiffusionStage) -> None:
+        value, self._better = self._better, None
+        if value is None or not self._good(trainer, stage):
+            return
+        self._best = {
+            "metric": self.monitor,
+            "mode": self.best_mode,
+            "value": value,
+            "images_seen": stage.images_seen,
+        }
+        self._write(trainer, stage, self.directory / BEST)
+
+    def _good(self, trainer: L.Trainer, stage: DiffusionStage) -> bool:
+        """Whether the state may take the place of a checkpoint; UserError if training cannot go on from it."""
+        spoilt = trainer.strategy.broadcast(first_nonfinite(trainer, stage))  # what rank 0 would write
+        if spoilt is not None:
+            raise UserError(
+                f"training has diverged: {spoilt} is not finite after {stage.images_seen:,} images; "
+                f"{self.kept()}: {DIVERGED}"
+            )
+        steps = stage.nonfinite_steps.now()
+        if not steps:
+            return True
+        found = f"no finite loss, or no finite gradient, in the last {steps} steps of {stage.images_seen:,} images"
+        if trainer.should_stop and not preempted(trainer):
+            raise UserError(f"training has ended diverged, and is not saved: {found}; {self.kept()}: {DIVERGED}")
+        if self._refused < 0 and trainer.is_global_zero:
+            _warn(f"not saved: {found}; {self.kept()}")
+        return False
+
+    def kept(self) -> str:
+        """Which checkpoint stays where a state is not saved."""
+        if self._last_is_whole:
+            return f"{self.directory / LAST} of {self._saved:,} images is kept"
+        return "there is no checkpoint yet" if self._start is None else f"{self._start} is kept"
+
+    def _write(self, trainer: L.Trainer, stage: DiffusionStage, file: Path, before: Path | None = None) -> None:
+        """Write a checkpoint, then give it the name `file`; what has that name now is kept as `before`."""
+        temporary = _temporary(file)
+        try:
+            trainer.save_checkpoint(temporary)  # on all ranks: Lightning lets rank 0 write
+            if trainer.is_global_zero:
+                sync(temporary)
+                if before is not None:
+                    _keep(file, before)
+                    for old in sorted(self.directory.glob(KEPT))[: -self.keep]:
+                        old.unlink()
+                temporary.replace(file)
+                sync(self.directory)
+        except (OSError, UserError) as error:
+            temporary.unlink(missing_ok=True)
+            intact = f"the checkpoint of {self._saved:,} images is intact" if file.exists() else "there is none yet"
+            raise UserError(
+                f"{file} cannot be written after {stage.images_seen:,} images ({error}); {intact}"
+            ) from None
+
+
+def _temporary(file: Path) -> Path:
+    return file.with_name(f".{file.name}.writing")
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _keep(last: Path, kept: Path) -> None:
+    """Give a file a second name, so that there is a last.ckpt at every instant."""
+    kept.unlink(missing_ok=True)
+    try:
+        kept.hardlink_to(last)
+    except OSError:  # some file systems have no links
+        with whole_file(kept) as copy, last.open("rb") as file:
+            shutil.copyfileobj(file, copy)
+
+
+def kept_checkpoint(trainer: L.Trainer) -> str:
+    """Which checkpoint of a run stays where its state is not saved."""
+    callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoints)]
+    return callbacks[0].kept() if callbacks else "this run writes no checkpoints"
+
+
+def first_nonfinite(trainer: L.Trainer, stage: DiffusionStage) -> str | None:
+    """The first of weights, average and optimizer state that holds nan or infinity; None: all are finite.
+
+    Waits for the device once.
+    """
+    tensors = [(name, tensor) for name, tensor in _state(trainer, stage) if tensor.is_floating_point()]
+    finite = torch.stack([tensor.isfinite().all().to(stage.device) for _, tensor in tensors]).tolist()
+    return next((name for (name, _), good in zip(tensors, finite, strict=True) if not good), None)
+
+
+def _state(trainer: L.Trainer, stage: DiffusionStage) -> Iterator[tuple[str, Tensor]]:
+    """All tensors that a checkpoint holds, and their names in messages."""
+    yield from ((f"weight {name}", tensor) for name, tensor in stage.state_dict().items())
+    ema = find_ema(trainer)
+    if ema is not None:
+        yield from ((f"averaged weight {name}", tensor) for name, tensor in ema.weights.items())
+    names: dict[Tensor, str] = {parameter: name for name, parameter in stage.named_parameters()}
+    for optimizer in trainer.optimizers:
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    yield f"optimizer state {key} of {names.get(parameter, 'a parameter')}", value

@@ -1,0 +1,90 @@
+"""How good the stage's samples are, while it trains."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from relay_diffusion.data.dataset import spread_images
+from relay_diffusion.data.image_sets import spread
+from relay_diffusion.diffusion.corruption import block_mean
+from relay_diffusion.diffusion.pixels import to_float, to_uint8
+from relay_diffusion.errors import UserError
+from relay_diffusion.metrics import Evaluation
+from relay_diffusion.metrics.callback import Evaluator
+from relay_diffusion.models.finite_samples import NonFiniteSamplesError
+from relay_diffusion.models.stage import DiffusionStage
+from relay_diffusion.training.callbacks.measurement import PeriodicMeasurement
+from relay_diffusion.training.ema import averaged
+
+
+class PeriodicEvaluation(PeriodicMeasurement):
+    """Measures samples with the averaged weights, every `every_n_images` and at the end; logs eval/fid and so on.
+
+    `count` images from the seeds 0..count-1, dealt out to the devices, `batch_size` at once, with the classes of
+    training images that are spread over the set; a relay stage starts from the block means of these images. Samples
+    that are not finite are reported, and nothing is logged. Raises UserError where the numbers make no sense.
+    """
+
+    group = "eval"
+
+    def __init__(self, evaluator: Evaluator, every_n_images: int, count: int = 5_000, batch_size: int = 64) -> None:
+        for name, value, least in (("count", count, 2), ("batch_size", batch_size, 1)):
+            if not isinstance(value, int) or value < least:
+                raise UserError(f"callbacks.evaluation.{name}={value}: must be a whole number, at least {least}")
+        self.evaluator, self.count, self.batch_size = evaluator, count, batch_size
+        super().__init__(every_n_images)
+        self._evaluation: Evaluation | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Get the reference before training starts, so that nobody waits long for a mistake in it."""
+        if self._every.images <= 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self._evaluation = self.evaluator.prepare(trainer, pl_module.device)
+        for name, reason in self._evaluation.skipped.items():
+            rank_zero_warn(f"callbacks.evaluation does not measure {name}: {reason}")
+        limits = [line for measure in self._evaluation.measures.values() for line in measure.warnings(self.count)]
+        for line in limits if trainer.is_global_zero else []:
+            print(f"warning: callbacks.evaluation.count={self.count}: {line}", file=sys.stderr, flush=True)
+        self._evaluation.cpu()  # training needs the memory
+
+    @property
+    def names(self) -> list[str]:
+        """The measures."""
+        return [name for measure in self.evaluator.measures.values() for name in measure.names]
+
+    def measure(self, trainer: L.Trainer, stage: DiffusionStage) -> dict[str, float]:
+        """Sample, and compare with the reference; empty if samples of any rank are not finite."""
+        assert self._evaluation is not None
+        evaluation = self._evaluation.to(stage.device)
+        evaluation.reset()
+        mine = range(self.count)[trainer.global_rank :: trainer.world_size]
+        failure = None
+        try:
+            with averaged(trainer, stage):
+                for first in range(0, len(mine), self.batch_size):
+                    positions = mine[first : first + self.batch_size]
+                    evaluation.update(to_uint8(self._sample(trainer, stage, positions)), torch.tensor(positions))
+        except NonFiniteSamplesError as error:  # training goes on: its own checks decide whether it has diverged
+            failure = error
+            print(f"warning: no evaluation at {stage.images_seen:,} images, {error}", file=sys.stderr, flush=True)
+        all_finite = trainer.strategy.reduce_boolean_decision(failure is None, all=True)
+        results = evaluation.compute() if all_finite else {}
+        evaluation.cpu()
+        return {key: value for key, value in results.items() if key != "images"}
+
+    def _sample(self, trainer: L.Trainer, stage: DiffusionStage, seeds: Sequence[int]) -> Tensor:
+        shape = (len(seeds), stage.image_channels, stage.resolution, stage.resolution)
+        dataset, previous = trainer.datamodule.dataset, None  # type: ignore[attr-defined]
+        chosen = spread(self.count, len(dataset.names))
+        labels = torch.tensor([dataset.labels[chosen[seed]] for seed in seeds])
+        if stage.corruption.block > 1:
+            images, _ = spread_images(dataset, seeds, self.count)
+            previous = block_mean(to_float(images).to(stage.device), stage.corruption.block)
+        with trainer.precision_plugin.predict_step_context():
+            return stage.sample(shape, seeds, labels if stage.num_classes else None, previous)

@@ -1,0 +1,144 @@
+"""Signals that ask a run to stop: a job's time limit, a node that is taken away, a person."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from relay_diffusion.models.stage import DiffusionStage
+from relay_diffusion.training.callbacks.agreement import Agreement
+from relay_diffusion.utils.distributed import INTERACTIVE, REQUEUED, SIGNALS, first_process, rank
+
+IGNORABLE = (signal.SIGINT, signal.SIGHUP)  # a shell's job in the background and nohup are to ignore them
+
+
+class Preemption(Callback):
+    """At a signal training finishes its step, saves and stops; sampling stops at once.
+
+    Signals: SIGINT (Ctrl-C), SIGHUP (the terminal was closed), SIGTERM, SIGUSR1 and SIGUSR2.
+    Sampling keeps every image that it finished. A signal to one process stops all; a second SIGINT stops training at
+    once, and saves nothing. Under SLURM, SIGUSR1 and SIGUSR2 (sent before the time limit, with `--signal=USR1@300`)
+    also put the job back into the queue. SIGTERM does not: SLURM requeues the jobs that it preempts, and one that was
+    cancelled shall stay so. The exit code is 128 + the signal's number.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0  # the signal that this process got
+        self.agreed = 0  # the signal that stops all of them
+        self._reading: Agreement | None = None
+        self._before: dict[int, Any] = {}  # handlers
+        self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]  # found now: a closed terminal is no tty
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Listen while all is prepared for training, which then stops after its first step."""
+        if stage == "fit":
+            self._before = {number: signal.getsignal(number) for number in SIGNALS}
+            _listen(self._note)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Leave signals to whom they were left before."""
+        if stage == "fit" and threading.current_thread() is threading.main_thread():
+            for number, handler in self._before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Listen on, in the place of Lightning's own handlers, which save nothing."""
+        if trainer.world_size > 1:
+            self._reading = Agreement(pl_module.device)
+        _listen(self._note)
+
+    def _note(self, number: int, _: Any) -> None:
+        self._leave_closed_terminal(number)
+        if number == signal.SIGINT:
+            again = self.received == number
+            if rank() == 0:
+                said = "stopped at once" if again else "finishing this step and saving; Ctrl-C again stops at once"
+                print(f"\n{said}", file=sys.stderr, flush=True)
+            if again:
+                raise KeyboardInterrupt
+        self.received = number
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
+        """Stop after a whole step, the same one on every rank."""
+        assert isinstance(pl_module, DiffusionStage)
+        if pl_module.amid_step:
+            return
+        self.agreed = self.received if self._reading is None else self._reading.largest(self.received)
+        if self.agreed:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        """A signal that comes now changes nothing."""
+        _listen(signal.SIG_IGN)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        """Leave at a signal, and have the others leave."""
+
+        def leave(number: int, _: Any) -> None:
+            if self.agreed:
+                return  # on the way out
+            self.agreed = number
+            self._leave_closed_terminal(number)
+            first = first_process()
+            if first is not None and not trainer.is_global_zero:
+                os.kill(first, number)  # which ends the others, and says so
+            leave_if_preempted(trainer)
+
+        _listen(leave)
+
+    def _leave_closed_terminal(self, number: int) -> None:
+        """After SIGHUP write to nowhere: to write to a closed terminal is an error, which would end the run."""
+        if number == signal.SIGHUP and self._terminals:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in self._terminals:
+                os.dup2(nowhere, stream)
+            os.close(nowhere)
+
+
+def _listen(handler: Callable[[int, Any], None] | signal.Handlers) -> None:
+    if threading.current_thread() is not threading.main_thread():
+        return  # others get no signals
+    for number in SIGNALS:
+        if number in IGNORABLE and signal.getsignal(number) is signal.SIG_IGN:
+            continue
+        signal.signal(number, handler)
+
+
+def preempted(trainer: L.Trainer) -> int:
+    """The signal that stopped a run, or 0."""
+    return max((c.agreed for c in trainer.callbacks if isinstance(c, Preemption)), default=0)  # type: ignore[attr-defined]
+
+
+def leave_if_preempted(trainer: L.Trainer) -> None:
+    """End the process if a signal stopped the run, after requeueing the job where that is wanted."""
+    number = preempted(trainer)
+    if not number:
+        return
+    if not trainer.is_global_zero:
+        raise SystemExit(0)  # one process tells how it ended
+    print(f"stopped by {signal.Signals(number).name}: the same command continues", flush=True)
+    if number in REQUEUED:
+        _requeue()
+    raise SystemExit(128 + number)
+
+
+def _requeue() -> None:
+    """Put a SLURM job back into the queue; it continues its run, whose name is the job's."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or os.environ.get("SLURM_JOB_NAME") in INTERACTIVE:
+        return
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
+        print(f"requeued job {job}", flush=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"job {job} could not be requeued: {error}", flush=True)

@@ -1,0 +1,46 @@
+"""Progress of training and sampling, in images."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from relay_diffusion.models.stage import DiffusionStage
+from relay_diffusion.training.callbacks.training_log import TrainingLog
+from relay_diffusion.utils.progress import Advance, progress
+
+
+class TrainingProgress(Callback):
+    """A bar of images seen, with the newest loss and speed from the TrainingLog."""
+
+    def __init__(self, max_images: int) -> None:
+        self.max_images = max_images
+        self._stack = ExitStack()
+        self._advance: Advance | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the bar on rank 0."""
+        assert isinstance(pl_module, DiffusionStage)
+        bar = progress("training", self.max_images, done=pl_module.images_seen, enabled=trainer.is_global_zero)
+        self._advance = self._stack.enter_context(bar)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
+        """Move the bar."""
+        assert isinstance(pl_module, DiffusionStage)
+        assert self._advance is not None
+        latest = next((c.latest for c in trainer.callbacks if isinstance(c, TrainingLog)), {})  # type: ignore[attr-defined]
+        note = "loss {loss:.4f}  {images_per_second:,.0f} images/s".format(**latest) if latest else ""
+        if "memory_gib" in latest:
+            note += f"  {latest['tflops']:.0f} TFLOP/s ({latest['utilisation']:.0%})  {latest['memory_gib']:.1f} GiB"
+        self._advance(min(pl_module.images_seen, self.max_images) - self._advance.done, note)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        """Close the bar."""
+        self._stack.close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:  # noqa: ARG002
+        """Close the bar before the message is printed."""
+        self._stack.close()

@@ -1,0 +1,88 @@
+"""Pictures of what the stage makes, while it trains."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from PIL import Image
+
+from relay_diffusion.data.dataset import ImageDataset, spread_images
+from relay_diffusion.diffusion.corruption import block_mean, upsample_blocks
+from relay_diffusion.diffusion.pixels import to_float, to_uint8
+from relay_diffusion.models.finite_samples import NonFiniteSamplesError
+from relay_diffusion.models.stage import DiffusionStage
+from relay_diffusion.training.callbacks.periodic import Every
+from relay_diffusion.training.callbacks.preemption import preempted
+from relay_diffusion.training.callbacks.training_log import not_training
+from relay_diffusion.training.ema import averaged
+from relay_diffusion.utils.pictures import image_grid, save_png, side_by_side
+
+
+class SampleGrid(Callback):
+    """Samples with fixed seeds and the averaged weights, every `every_n_images` and at the end.
+
+    Written to `directory`/images-<images seen>.png and sent to the loggers that take pictures, as samples/base or
+    samples/relay; a picture that is there is not drawn again. Samples that are not finite are reported instead. A relay
+    stage starts from block means of `count` training images, shown left of its output, the real images right of it; a
+    first stage takes their classes.
+    """
+
+    def __init__(self, directory: str, every_n_images: int, count: int = 16) -> None:
+        self.directory, self.count = Path(directory), count
+        self._every = Every(every_n_images)
+        self._shown = -1
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        """Count from where training starts."""
+        assert isinstance(pl_module, DiffusionStage)
+        self._every.start(pl_module.images_seen)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
+        """Draw when due; the end of training in on_train_epoch_end, after it is saved."""
+        assert isinstance(pl_module, DiffusionStage)
+        if self._every(pl_module.images_seen) and not trainer.should_stop:
+            self._draw(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the end of training, unless that was just done."""
+        assert isinstance(pl_module, DiffusionStage)
+        if preempted(trainer):
+            return  # what is left of the time is for the checkpoint
+        if self._every.images > 0 and self._shown != pl_module.images_seen:
+            self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: L.Trainer, stage: DiffusionStage) -> None:
+        self._shown = stage.images_seen
+        path = self.directory / f"images-{stage.images_seen:09d}.png"
+        if not trainer.is_global_zero or path.exists() or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        try:
+            with not_training(trainer), averaged(trainer, stage):
+                picture = self.picture(stage, trainer.datamodule.dataset)  # type: ignore[attr-defined]
+        except NonFiniteSamplesError as error:  # training goes on: its own checks decide whether it has diverged
+            print(f"warning: no {path.name}, {error}", file=sys.stderr, flush=True)
+            return
+        save_png(picture, path)
+        name = "samples/base" if stage.corruption.block == 1 else "samples/relay"
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image(name, [picture], step=stage.images_seen)
+
+    def picture(self, stage: DiffusionStage, dataset: ImageDataset) -> Image.Image:
+        """Samples of the stage as one picture; for a relay stage between their start and the real images."""
+        count = min(self.count, len(dataset.names))
+        images, classes = spread_images(dataset, range(count), count)
+        real = to_float(images).to(stage.device)
+        labels = classes if stage.num_classes else None
+        columns = max(1, round(count**0.5))
+        seeds = range(count)
+        if stage.corruption.block == 1:
+            return image_grid(to_uint8(stage.sample(real.shape, seeds, labels)), columns)
+        small = block_mean(real, stage.corruption.block)
+        made = stage.sample(real.shape, seeds, labels, previous=small)
+        shown = (upsample_blocks(small, stage.corruption.block), made, real)
+        return side_by_side([image_grid(to_uint8(images), columns) for images in shown])

@@ -1,0 +1,114 @@
+"""Ways for training to end before it has seen all images: diverged, out of time, enough batches."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer
+
+from relay_diffusion.errors import UserError
+from relay_diffusion.models.stage import DiffusionStage
+from relay_diffusion.training.callbacks.agreement import Agreement, Delayed
+from relay_diffusion.training.callbacks.checkpoints import DIVERGED, kept_checkpoint
+
+
+class StopIfDiverged(Callback):
+    """End training after `max_steps` consecutive steps without a finite loss or without a finite gradient.
+
+    Raises UserError on all ranks at the same step, one step late: the count is copied from the device meanwhile.
+    """
+
+    def __init__(self, max_steps: int) -> None:
+        if max_steps < 1:
+            raise ValueError(f"max_nonfinite_steps={max_steps}: must be at least 1")
+        self.max_steps = max_steps
+        self._count: Delayed | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        """Start at 0."""
+        self._count = Delayed(pl_module.device)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
+        """Look at the count of the step before."""
+        assert isinstance(pl_module, DiffusionStage)
+        assert self._count is not None
+        if pl_module.amid_step or pl_module.nonfinite_steps.count is None:
+            return
+        if self._count.exchange(pl_module.nonfinite_steps.count) >= self.max_steps:
+            raise UserError(
+                f"training has diverged: no finite loss, or no finite gradient, in {self.max_steps} consecutive steps "
+                f"(trainer.max_nonfinite_steps), after {pl_module.images_seen:,} images; "
+                f"{kept_checkpoint(trainer)}: {DIVERGED}"
+            )
+
+
+class StopAfterBatches(Callback):
+    """End training after `batches` more optimizer steps; training saves and ends as usual."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches, self._last_step = batches, 0
+        self.stopped = ""  # why training stopped, in the words of the options
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        """Count from where training starts."""
+        self._last_step = trainer.global_step + self.batches
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
+        """Ask the trainer to stop after the last step."""
+        if trainer.global_step >= self._last_step:
+            self.stopped = f"trainer.limit_train_batches={self.batches}"
+            trainer.should_stop = True
+
+
+class TimeLimit(Timer):
+    """End training after `duration` (DD:HH:MM:SS, or a mapping such as {hours: 8}), over all starts of a run.
+
+    All ranks stop after the same whole step; Lightning's Timer would wait for all ranks at every micro-batch.
+    """
+
+    def __init__(self, duration: str | timedelta | dict[str, int]) -> None:
+        super().__init__(duration, verbose=False)
+        self.duration = duration
+        self.stopped = ""
+        self._agreement: Agreement | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Train no further where the time is used up already."""
+        super().on_fit_start(trainer, *args, **kwargs)
+        if trainer.should_stop:
+            self._note()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        super().on_train_start(trainer, pl_module)
+        if trainer.world_size > 1:
+            self._agreement = Agreement(pl_module.device)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Stop after a whole step, the same one on every rank."""
+        stage = trainer.lightning_module
+        assert isinstance(stage, DiffusionStage)
+        if stage.amid_step:
+            return
+        left = self.time_remaining()
+        over = left is not None and left <= 0
+        if over if self._agreement is None else self._agreement.largest(over):
+            self._note()
+            trainer.should_stop = True
+
+    def _note(self) -> None:
+        self.stopped = f"trainer.max_time={self.duration}"
+
+
+def why_stopped(trainer: L.Trainer) -> str:
+    """What ended training before it had seen all images, in the words of the options; "" if nothing did."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    own = [c.stopped for c in callbacks if isinstance(c, StopAfterBatches | TimeLimit)]
+    early = [
+        (c.stopping_reason_message or "").removesuffix(" Signaling Trainer to stop.")
+        for c in callbacks
+        if isinstance(c, EarlyStopping)
+    ]
+    return next(filter(None, own + early), "")

@@ -1,0 +1,130 @@
+"""The numbers of training: loss, loss by noise level, gradients, learning rate, average, speed, memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from relay_diffusion.models.stage import DiffusionStage
+from relay_diffusion.networks.flops import forward_flops, matrix_peak
+from relay_diffusion.training.callbacks.periodic import Every
+from relay_diffusion.training.callbacks.rows import log_row
+from relay_diffusion.training.ema import find_ema
+from relay_diffusion.training.loggers.rows import last_step
+
+
+class TrainingLog(Callback):
+    """Logs means over the last `every_n_images` images, with the images seen as the x-axis.
+
+    loss: mean weighted squared error per element. loss_noise_K: the same for the K-th quarter of noise levels,
+    1 the smallest noise. gradient_norm: L2 norm of all gradients, non-finite ones replaced, before they are clipped;
+    mean over the optimizer's steps.
+    replaced_gradients (so far), lr, ema_half_life (at present, in images), images_per_second (without the time
+    that other callbacks spend in `not_training`). tflops: of each device, in 10^12 operations of convolutions and
+    matrix products a second; on a GPU also utilisation, their share of what a large matrix product reaches on it, and
+    memory_gib, the peak.
+    A run that is continued repeats no row: up to the last one that a MetricsCSV has, loggers get nothing.
+    """
+
+    def __init__(self, every_n_images: int, bins: int = 4) -> None:
+        self.bins = bins
+        self._every = Every(every_n_images)
+        self._sums: Tensor | None = None
+        self._counted_from, self._clock, self._logged = 0, 0.0, -1
+        self.latest: dict[str, float] = {}
+        self._flops, self._peak = 0, 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count what a step costs, measure what the device can do, start the sums and the clock."""
+        assert isinstance(pl_module, DiffusionStage)
+        self._every.start(pl_module.images_seen)
+        self._logged = last_step(trainer.loggers, "train")
+        self._flops = 3 * forward_flops(pl_module.denoiser.network)  # backward costs twice as much as forward
+        if pl_module.device.type == "cuda":
+            half = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float16
+            self._peak = matrix_peak(pl_module.device, half if "16" in str(trainer.precision) else torch.float32)
+        self._restart(pl_module)
+
+    def _restart(self, stage: DiffusionStage) -> None:
+        self._sums = torch.zeros(2, self.bins, device=stage.device, dtype=torch.float32)
+        self._counted_from, self._clock = stage.images_seen, time.perf_counter()
+
+    @property
+    def logged(self) -> list[str]:
+        """The metrics that callbacks can monitor."""
+        bins = [f"loss_noise_{i + 1}" for i in range(self.bins)]
+        others = ["loss", "gradient_norm", "replaced_gradients", "lr", "ema_half_life", "images_per_second", "tflops"]
+        return [f"train/{name}" for name in (*others, *bins, "utilisation", "memory_gib")]
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count so much of the present window's time."""
+        self._clock += seconds
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Tensor | Mapping[str, Any] | None,
+        *args: Any,  # noqa: ARG002
+    ) -> None:
+        """Add the batch to the sums on the device; log when due."""
+        assert isinstance(pl_module, DiffusionStage)
+        assert isinstance(outputs, Mapping)
+        assert self._sums is not None
+        level = pl_module.corruption.schedule.level(outputs["sigma"].float())
+        bins = (level * self.bins).long().clamp(0, self.bins - 1).to(self._sums.device, non_blocking=True)
+        self._sums[0].index_add_(0, bins, outputs["per_image"].float())
+        self._sums[1].index_add_(0, bins, torch.ones_like(bins, dtype=torch.float32))
+        if self._every(pl_module.images_seen):
+            self._log(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log what came after the last multiple."""
+        assert isinstance(pl_module, DiffusionStage)
+        if pl_module.images_seen > self._counted_from:
+            self._log(trainer, pl_module)
+
+    def _log(self, trainer: L.Trainer, stage: DiffusionStage) -> None:
+        total, count = trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
+        seconds = time.perf_counter() - self._clock
+        values = {f"loss_noise_{i + 1}": s / n for i, (s, n) in enumerate(zip(total, count, strict=True)) if n}
+        speed = (stage.images_seen - self._counted_from) / seconds
+        values |= {
+            "loss": sum(total) / sum(count),
+            "images_per_second": speed,
+            "tflops": speed * self._flops / trainer.world_size / 1e12,
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "replaced_gradients": float(stage.replaced_gradients),
+        }
+        ema, norm = find_ema(trainer), stage.gradient_norm.take()
+        if ema is not None:
+            values["ema_half_life"] = ema.half_life(stage.images_seen)
+        if norm is not None:
+            values["gradient_norm"] = norm
+        if stage.device.type == "cuda":
+            values["utilisation"] = values["tflops"] * 1e12 / self._peak
+            values["memory_gib"] = torch.cuda.max_memory_allocated(stage.device) / 2**30
+        self.latest = values
+        log_row(trainer, stage, "train", values, again=stage.images_seen <= self._logged)
+        self._restart(stage)
+
+
+@contextmanager
+def not_training(trainer: L.Trainer) -> Iterator[None]:
+    """What is done within it does not slow down the training that is logged."""
+    if trainer.strategy.root_device.type == "cuda":
+        torch.cuda.synchronize()  # steps that are still running are training
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, TrainingLog):
+                callback.leave_out(time.perf_counter() - began)

@@ -1,0 +1,97 @@
+"""The loss of the averaged weights on held-out images, at fixed noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from relay_diffusion.data.dataset import ImageDataset, spread_images
+from relay_diffusion.diffusion.corruption import block_mean
+from relay_diffusion.diffusion.generators import ImageSeeds
+from relay_diffusion.diffusion.pixels import to_float
+from relay_diffusion.errors import UserError
+from relay_diffusion.models.stage import DiffusionStage
+from relay_diffusion.training.callbacks.measurement import PeriodicMeasurement
+from relay_diffusion.training.ema import averaged
+
+GOLDEN = 0.6180339887498949  # its multiples, modulo 1, fill the unit interval evenly
+STREAM = 2**20  # of the noise; sampling uses resolutions as streams
+
+
+class Validation(PeriodicMeasurement):
+    """Logs val/loss and val/loss_noise_1 .. every `every_n_images` and at the end, with the averaged weights.
+
+    `count` images of `dataset`, spread evenly over it (fewer if it has fewer), each once in each of the `bins` equal
+    parts of the noise levels, 1 the smallest noise, so all parts see the same images. Levels and noise depend on the
+    image's number alone: they are the same at every measurement, in every run, and for any number of devices. Without
+    dropout, augmentation and hidden labels; a stage of a cascade sees its condition as in sampling.
+    Raises UserError if the dataset has other classes than training, or images that are trained on.
+    """
+
+    group = "val"
+
+    def __init__(
+        self, dataset: ImageDataset, every_n_images: int, count: int = 512, batch_size: int = 64, bins: int = 4
+    ) -> None:
+        super().__init__(every_n_images)
+        for name, value in (("count", count), ("batch_size", batch_size), ("bins", bins)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value}: must be a whole number, at least 1")
+        self.dataset, self.count, self.batch_size, self.bins = dataset, count, batch_size, bins
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Compare the dataset with that of training."""
+        training = trainer.datamodule.dataset  # type: ignore[attr-defined]
+        if self.dataset.class_names != training.class_names:
+            raise UserError(
+                f"callbacks.validation.dataset has other classes ({self.dataset.num_classes}) than data.dataset "
+                f"({training.num_classes}): take both from one image set"
+            )
+        same = set(self.dataset.names) & set(training.names) if self.dataset.path == training.path else set()
+        if same:
+            raise UserError(
+                f"callbacks.validation.dataset: {len(same):,} of {len(self.dataset.names):,} images are trained on; "
+                "set data.dataset.subset to a folder without them, such as train"
+            )
+
+    @property
+    def names(self) -> list[str]:
+        """The loss, and that of each part of the noise levels."""
+        return ["loss", *(f"loss_noise_{part + 1}" for part in range(self.bins))]
+
+    def measure(self, trainer: L.Trainer, stage: DiffusionStage) -> dict[str, float]:
+        """Denoise every image in every part of the noise levels."""
+        count = min(self.count, len(self.dataset.names))
+        cases = range(count * self.bins)[trainer.global_rank :: trainer.world_size]
+        sums = torch.zeros(self.bins, dtype=torch.float64, device=stage.device)
+        training = stage.training
+        with averaged(trainer, stage), trainer.precision_plugin.val_step_context():
+            stage.eval()
+            try:
+                for first in range(0, len(cases), self.batch_size):
+                    batch = cases[first : first + self.batch_size]
+                    parts = torch.tensor([case % self.bins for case in batch], device=stage.device)
+                    sums.index_add_(0, parts, self._losses(stage, batch, count).double())
+            finally:
+                stage.train(training)
+        losses = [total / count for total in trainer.strategy.reduce(sums, reduce_op="sum").tolist()]
+        return dict(zip(self.names, [sum(losses) / len(losses), *losses], strict=True))
+
+    def _losses(self, stage: DiffusionStage, cases: Sequence[int], count: int) -> Tensor:
+        """Loss [B] of each case: image case // bins, in part case % bins of the noise levels."""
+        images, labels = spread_images(self.dataset, [case // self.bins for case in cases], count)
+        x0 = to_float(images).to(stage.device)
+        within = [(case // self.bins + 0.5) * GOLDEN % 1 for case in cases]
+        level = [(case % self.bins + place) / self.bins for case, place in zip(cases, within, strict=True)]
+        schedule = stage.corruption.schedule
+        sigma = schedule.sigma(torch.tensor(level).clamp(min=schedule.level_floor))
+        noise = ImageSeeds(cases, stage.device, stream=STREAM)
+        noisy = stage.corruption.corrupt(x0, sigma, stage.corruption.draw_noise(x0, noise.randn_like))
+        previous = block_mean(x0, stage.corruption.block) if stage.conditioned else None
+        condition = stage.sampling_condition(previous, noise.randn_like)
+        known = labels.to(stage.device) if stage.num_classes else None
+        denoised = stage.denoiser(noisy, sigma, known, None, condition)
+        return stage.loss(denoised, x0, sigma).mean(dim=(1, 2, 3))

@@ -1,0 +1,123 @@
+"""Lightning's Trainer with amounts in images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
+from lightning.pytorch.strategies import Strategy
+from omegaconf import DictConfig
+
+from relay_diffusion.errors import UserError
+from relay_diffusion.models.stage import DiffusionStage
+from relay_diffusion.training.callbacks.rows import check_monitors
+from relay_diffusion.training.callbacks.stopping import StopAfterBatches, StopIfDiverged, TimeLimit
+
+
+class StopAtImages(Callback):
+    """Ends training once the stage has seen `max_images` images, whatever the batch size was on the way."""
+
+    def __init__(self, max_images: int) -> None:
+        self.max_images = max_images
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
+        """Ask the trainer to stop when it is enough."""
+        assert isinstance(pl_module, DiffusionStage)
+        if pl_module.images_seen >= self.max_images:
+            trainer.should_stop = True
+
+
+PROFILERS: dict[str, type[Profiler]] = {
+    "simple": SimpleProfiler,
+    "advanced": AdvancedProfiler,
+    "pytorch": PyTorchProfiler,
+}
+
+
+def build_trainer(
+    max_images: int,
+    accumulate: int = 1,
+    accelerator: str = "auto",
+    devices: int | str | Sequence[int] = 1,
+    num_nodes: int = 1,
+    strategy: str | Strategy = "auto",
+    precision: str = "32-true",
+    deterministic: bool = False,
+    callbacks: Sequence[Callback] = (),
+    logger: Sequence[Logger] = (),
+    default_root_dir: str | None = None,
+    max_nonfinite_steps: int = 20,
+    gradient_clip_val: float | None = None,
+    gradient_clip_algorithm: str = "norm",
+    max_time: str | dict[str, int] | None = None,
+    limit_train_batches: int | None = None,
+    fast_dev_run: bool | int = False,
+    profiler: str | None = None,
+) -> L.Trainer:
+    """Build a Trainer that stops once the stage has seen `max_images` images.
+
+    Each step is `accumulate` micro-batches. Epochs, validation loops and Lightning's own progress and
+    checkpoint callbacks are off: the data is one endless stream, and ours count in images.
+    max_nonfinite_steps: see StopIfDiverged. max_time: see TimeLimit. limit_train_batches: optimizer steps after which
+    training ends. fast_dev_run: so many steps, without checkpoints and loggers. profiler: simple, advanced or
+    pytorch; its report is written to `default_root_dir`.
+    """
+    limits: list[Callback] = [StopIfDiverged(max_nonfinite_steps), StopAtImages(max_images)]
+    if max_time is not None:
+        limits.append(TimeLimit(max_time))
+    if limit_train_batches is not None:
+        limits.append(StopAfterBatches(limit_train_batches))
+    callbacks = [*limits, *callbacks]  # first, so that the others know whether training goes on
+    check_monitors(callbacks)
+    trainer = L.Trainer(
+        max_steps=-1,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+        accelerator=accelerator,
+        devices=devices if isinstance(devices, int | str) else list(devices),
+        num_nodes=num_nodes,
+        strategy=strategy,
+        precision=precision,  # type: ignore[arg-type]  # Lightning names its choices and says so when wrong
+        deterministic=deterministic,
+        benchmark=not deterministic,
+        callbacks=callbacks,
+        logger=list(logger),
+        default_root_dir=default_root_dir,
+        gradient_clip_val=gradient_clip_val,
+        gradient_clip_algorithm=gradient_clip_algorithm,
+        fast_dev_run=int(fast_dev_run) * accumulate,  # Lightning counts micro-batches
+        profiler=None if profiler is None else PROFILERS[profiler](dirpath=default_root_dir, filename="profile"),
+        use_distributed_sampler=False,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        # callbacks that monitor a metric look where it is logged, not at the end of the only epoch
+        check_val_every_n_epoch=None,
+        val_check_interval=1,
+    )
+    # at every step Lightning would wait for the device to ask all ranks for a SIGTERM: Preemption does without waiting
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+    return trainer
+
+
+def _nothing() -> None:
+    pass
+
+
+def check_gpus(trainer: DictConfig) -> None:
+    """Raise UserError naming the option, if a run asks for GPUs on a host without any; `trainer`: its options."""
+    accelerator = trainer.accelerator
+    missing = accelerator in ("gpu", "cuda") and not torch.cuda.is_available()
+    if not missing or (accelerator == "gpu" and torch.backends.mps.is_available()):
+        return
+    if accelerator == "gpu" and not isinstance(trainer.strategy, str):  # as conf/strategy/ddp.yaml has it
+        option, instead = "strategy=ddp", "use strategy=ddp_cpu"
+    else:
+        option, instead = f"trainer.accelerator={accelerator}", "use trainer.accelerator=cpu"
+    raise UserError(f"{option} needs GPUs, and there are none here: {instead}, or leave it out")

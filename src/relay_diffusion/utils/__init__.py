@@ -1,0 +1,1 @@
+"""Files, processes, messages and pictures. Importing a module of it loads no torch."""

@@ -1,0 +1,148 @@
+"""Ranks of a run: their launcher (SLURM, torchrun, Lightning), their process group, decisions of rank 0."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+from relay_diffusion.errors import UserError
+from relay_diffusion.utils.host import prepare_host
+from relay_diffusion.utils.run_lock import run_lock
+
+if TYPE_CHECKING:
+    import lightning as L
+
+T = TypeVar("T")
+
+RUN_ID = "RELAY_DIFFUSION_RUN_ID"  # gives rank 0's run id to the ranks that it starts, in their environment alone
+REQUEUED = (signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, *REQUEUED)  # ask a run to stop
+FAILED = "relay_diffusion/failed"  # key of the store that says which rank failed first
+STORE_SECONDS = 3  # until rank 0 counts as gone
+INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs in which commands are started by hand
+
+
+def rank() -> int:
+    """This process's number among those of its run."""
+    return next((int(os.environ[name]) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0)
+
+
+def first_process() -> int | None:
+    """The process of the first rank of this host, if that started this one; None under SLURM and torchrun."""
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_PROCID" in os.environ
+    return None if launched or "LOCAL_RANK" not in os.environ else os.getppid()
+
+
+def ranks_differ() -> bool:
+    """Whether ranks work together already; before that they do the same, and meet the same errors."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def leave_group() -> None:
+    """End the connection to the other ranks, which do it too: left to the end of the process, threads may abort it."""
+    if ranks_differ():
+        sys.modules["torch.distributed"].destroy_process_group()
+
+
+def first_failure(code: int) -> tuple[int, int]:
+    """Rank and exit code of the rank that failed first; this one and `code`, if no other has failed before.
+
+    Every rank that fails calls it once, before it closes its connections: the others meet errors of the network then,
+    of types and texts that differ between backends. The ranks agree in the store of their process group.
+    """
+    if not ranks_differ():
+        return rank(), code
+    distributed = sys.modules["torch.distributed"]
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = distributed.TCPStore(host, port, timeout=timedelta(seconds=STORE_SECONDS), wait_for_workers=False)
+        said = store.compare_set(FAILED, "", f"{rank()} {code}").decode()
+    except distributed.DistError:  # the store is a part of rank 0, which has left
+        return 0, code
+    first, its_code = map(int, said.split())
+    return first, its_code
+
+
+def check_processes(world: int) -> None:
+    """Raise UserError if the launcher started another number of processes than the run has devices."""
+    for name, launcher in (("SLURM_NTASKS", "SLURM"), ("WORLD_SIZE", "torchrun")):
+        by_hand = launcher == "SLURM" and os.environ.get("SLURM_JOB_NAME") in INTERACTIVE
+        by_lightning = "TORCHELASTIC_RUN_ID" not in os.environ and launcher == "torchrun"
+        if name in os.environ and not by_hand and not by_lightning and int(os.environ[name]) != world:
+            raise UserError(
+                f"trainer.devices x trainer.num_nodes are {world} processes, but {launcher} started "
+                f"{os.environ[name]}: make them equal (docs/cluster.md)"
+            )
+
+
+@contextmanager
+def children_end_too(trainer: L.Trainer) -> Iterator[None]:
+    """Processes that Lightning started for other devices end with this one, however that ends.
+
+    Raises UserError if a launcher started another number of them than there are devices.
+    """
+    check_processes(trainer.num_devices * trainer.num_nodes)
+    try:
+        yield
+    except BaseException:
+        kill = getattr(trainer.strategy.launcher, "kill", None)
+        if kill is not None:
+            kill(signal.SIGKILL)  # they may wait for this process, deaf to anything milder
+        raise
+
+
+@contextmanager
+def started_ranks(trainer: L.Trainer, run_id: str, directory: str, option: str) -> Iterator[None]:
+    """Start the other ranks and lock the run's directory, as long as the block runs; rank 0 holds the lock.
+
+    Lightning would start the ranks within `fit` and `predict`; rank 0 has to decide for all of them before. If the
+    block fails, they end. Raises UserError if another run uses `directory`, which the user gave as `option`.
+    """
+    prepare_host(trainer.strategy.root_device)
+    with ExitStack() as stack, children_end_too(trainer):  # all ranks have ended when the lock is released
+        _start_ranks(trainer, run_id)
+        on_rank_zero(trainer, lambda: stack.enter_context(run_lock(directory, option)))
+        yield
+
+
+def on_rank_zero(trainer: L.Trainer, decide: Callable[[], T]) -> T:
+    """Call `decide` on rank 0 and return its result on all ranks; within `started_ranks`.
+
+    What ranks read from a shared file system may differ, and they would wait for each other for ever.
+    Raises UserError on all ranks if rank 0 does.
+    """
+    decision: T | None = None
+    problem: str | None = None
+    if trainer.is_global_zero:
+        try:
+            decision = decide()
+        except UserError as error:
+            problem = str(error)
+    decision, problem = trainer.strategy.broadcast((decision, problem))
+    if problem is not None:
+        leave_group()  # all ranks are here; from now on only rank 0 reports errors
+        raise UserError(problem)
+    return decision  # type: ignore[return-value]  # rank 0 made it
+
+
+def _start_ranks(trainer: L.Trainer, run_id: str) -> None:
+    from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher  # no public name tells
+
+    launcher = trainer.strategy.launcher
+    if not isinstance(launcher, _SubprocessScriptLauncher):
+        return  # one process, or Lightning copies what this one decides into the others
+    before = os.environ.get(RUN_ID)
+    os.environ[RUN_ID] = run_id  # for the processes that this starts
+    try:
+        launcher.launch(trainer.strategy.setup_environment, trainer=trainer)
+    finally:
+        if before is None:
+            del os.environ[RUN_ID]
+        else:
+            os.environ[RUN_ID] = before

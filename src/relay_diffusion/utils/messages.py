@@ -1,0 +1,30 @@
+"""Values in messages: short, and in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: one line, not too long."""
+    try:
+        text = " ".join(str(value).split())
+    except ValueError:  # Python does not write numbers of thousands of digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def short(value: Any) -> str:
+    """A foreign value in one short line of ASCII."""
+    try:
+        said = str(tuple(value.shape)) if hasattr(value, "shape") else ascii(value)  # a tensor
+        said = said[1:-1] if isinstance(value, str) else said
+    except (ValueError, RecursionError):  # thousands of digits, thousands of levels
+        said = "..."
+    return " ".join(said.split())[:60]
+
+
+def printable(value: Any) -> str:
+    """A value as text that a screen can show: what comes from a file may hold anything."""
+    text = str(value)
+    return text if text.isprintable() else ascii(text)

@@ -1,0 +1,58 @@
+"""Pictures of several images: rows and columns, written as PNG; and moving ones, written as WebP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from relay_diffusion.utils.files import whole_file
+
+
+def image_grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
+    """Arrange images, uint8 [B,C,H,W], row by row on white."""
+    pixels = images.cpu()
+    if pixels.shape[1] == 1:
+        pixels = pixels.expand(-1, 3, -1, -1)
+    count, _, height, width = pixels.shape
+    rows = -(-count // columns)
+    canvas = torch.full((3, rows * (height + gap) - gap, columns * (width + gap) - gap), 255, dtype=torch.uint8)
+    for i, image in enumerate(pixels):
+        y, x = i // columns * (height + gap), i % columns * (width + gap)
+        canvas[:, y : y + height, x : x + width] = image
+    return Image.fromarray(canvas.permute(1, 2, 0).numpy())
+
+
+def side_by_side(pictures: Sequence[Image.Image], gap: int = 12) -> Image.Image:
+    """Pictures in a row on white, aligned at the top."""
+    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    canvas = Image.new("RGB", (width, max(picture.height for picture in pictures)), "white")
+    x = 0
+    for picture in pictures:
+        canvas.paste(picture, (x, 0))
+        x += picture.width + gap
+    return canvas
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Write `path` whole or not at all."""
+    with whole_file(path) as file:
+        picture.save(file, format="PNG")
+
+
+def save_webp(frames: Sequence[Image.Image], milliseconds: Sequence[int], path: Path, quality: int = 50) -> None:
+    """Write `path`, frame after frame, each shown so long, over and over; whole or not at all."""
+    with whole_file(path) as file:
+        frames[0].save(
+            file,
+            format="WEBP",
+            save_all=True,
+            append_images=frames[1:],
+            duration=list(milliseconds),
+            loop=0,
+            quality=quality,
+            method=4,
+        )

@@ -1,0 +1,196 @@
+"""Exclusive use of a run directory. Imports neither torch nor lightning."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from relay_diffusion.errors import UserError
+from relay_diffusion.utils.files import writing
+
+LOCK = "run.lock"
+UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # file systems without locks
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that uses a directory, as its lock file names it.
+
+    started: clock ticks from boot to the start of the process, which tells it from a later one with the same pid.
+    boot, namespace: identify the running kernel and its set of pids. job, restarts: of SLURM, or empty.
+    """
+
+    host: str
+    pid: int
+    started: str
+    boot: str
+    namespace: str
+    job: str
+    restarts: int
+
+    @classmethod
+    def this_process(cls) -> Holder:
+        """Describe the calling process."""
+        job, restarts = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "")
+        return cls(
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started=_start_time(os.getpid()),
+            boot=_read(Path("/proc/sys/kernel/random/boot_id")),
+            namespace=_link(Path("/proc/self/ns/pid")),
+            job=job,
+            restarts=int(restarts) if restarts.isdecimal() else 0,
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> Holder | None:
+        """Read a lock file; None if it names no process, as one that is just being written."""
+        try:
+            content = json.loads(text)
+            kinds = {field.name: int if field.name in ("pid", "restarts") else str for field in fields(cls)}
+            if content.keys() == kinds.keys() and all(type(content[name]) is kind for name, kind in kinds.items()):
+                return cls(**content)
+        except (ValueError, AttributeError):
+            pass
+        return None
+
+    def is_stale(self, me: Holder, kernel_locks: bool) -> bool | None:
+        """Whether the process has ended; None if this host cannot tell.
+
+        kernel_locks: the file system supports locks, and this process just got the one on the file.
+        """
+        if (self.host, self.boot, self.namespace) == (me.host, me.boot, me.namespace):
+            return _start_time(self.pid) != self.started
+        if self.boot and self.boot == me.boot:  # in another container of this host: only the kernel can tell
+            return True if kernel_locks else None
+        if self.host == me.host:
+            return True  # the host was started again
+        if self.job and self.job == me.job and self.restarts < me.restarts:
+            return True  # SLURM ends a job everywhere before it starts it again
+        return None
+
+
+@contextmanager
+def run_lock(directory: str | Path, option: str) -> Iterator[None]:
+    """Keep other processes out of `directory`, which is created; `option` names it in messages.
+
+    Two mechanisms together, as each has a gap. A POSIX lock on `directory`/run.lock ends with its process, whatever
+    ends that, and also works between hosts where the file system supports it; unlike flock() it is not inherited by
+    data workers, which outlive a killed process for some seconds. The content of the file (host, pid, start time)
+    names the holder in messages, and decides where the file system has no locks or only those of one host.
+    Raises UserError if another process uses the directory, or another host may.
+    """
+    directory = Path(directory)
+    path, created = directory / LOCK, not directory.exists()
+    with writing(path):
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = _acquire(path, option)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()  # before the lock ends, so that it is not the file of the next process
+        os.close(handle)
+        if created:
+            with suppress(OSError):
+                directory.rmdir()  # an empty one is of no use
+
+
+def _acquire(path: Path, option: str) -> int:
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            supported = _lock(handle)
+            holder = Holder.parse(os.pread(handle, 2**16, 0).decode(errors="replace"))
+            if supported is None:
+                raise UserError(_in_use(path, option, holder))
+            if not _is_current(handle, path):  # its process ended in between, and took the file along
+                os.close(handle)
+                continue
+            me = Holder.this_process()
+            stale = True if holder is None else holder.is_stale(me, supported)
+            if stale is None:
+                raise UserError(_unknown(path, option, holder, me))
+            if not stale:
+                raise UserError(_in_use(path, option, holder))
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, json.dumps(asdict(me)).encode(), 0)
+            os.fsync(handle)
+        except BaseException:
+            with suppress(OSError):
+                os.close(handle)
+            raise
+        return handle
+
+
+def _lock(handle: int) -> bool | None:
+    """Lock a file: True if that succeeded, False if the file system has no locks, None if another process has it."""
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return None
+        if error.errno in UNSUPPORTED:
+            return False
+        raise
+    return True
+
+
+def _is_current(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _in_use(path: Path, option: str, holder: Holder | None) -> str:
+    who = f"process {holder.pid} on host {holder.host}" if holder is not None else "another process"
+    return (
+        f"{option}={path.parent}: in use by {who}; wait until it ends, stop it, or choose another {option} "
+        f"(if no such process runs, delete {path})"
+    )
+
+
+def _unknown(path: Path, option: str, holder: Holder | None, me: Holder) -> str:
+    assert holder is not None, "a lock file without a holder is free"
+    return (
+        f"{option}={path.parent}: locked by process {holder.pid} on host {holder.host}, which host {me.host} cannot "
+        f"check; if it no longer runs there, delete {path}"
+    )
+
+
+def _start_time(pid: int) -> str:
+    """Clock ticks from boot to the start of a process, empty without /proc; "ended" if there is no such process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return "ended" if stat[0] in "ZX" else stat[19]
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return "ended"
+    except (PermissionError, OverflowError):
+        pass
+    return ""
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _link(path: Path) -> str:
+    try:
+        return str(path.readlink())
+    except OSError:
+        return ""

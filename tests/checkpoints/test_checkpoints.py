@@ -1,0 +1,292 @@
+"""Checkpoints: written whole, kept, passed over when damaged; runs that continue from them."""
+
+import copy
+import errno
+import os
+import re
+import resource
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+from relay_diffusion.checkpoints.export import export_stage
+from relay_diffusion.checkpoints.loading import load_stage
+from relay_diffusion.config.train import validate_training
+from relay_diffusion.data.zip_writer import ImageZipWriter
+from relay_diffusion.errors import UserError
+from relay_diffusion.training.run import check_same_stage
+from relay_diffusion.training.trainer import StopAtImages
+from support import TINY, assert_same_weights, run, weights_of
+
+
+@pytest.mark.parametrize("stage", ["base", "relay", "cascade"])
+def test_interrupted_and_resumed_training_equals_uninterrupted(fit, tmp_path, stage):
+    dropout = ("network.dropout=0.2", "stage.label_dropout=0.3", "augment=edm", "stage.augment.probability=0.5")
+    fit("whole", 40, *dropout, stage=stage)
+    fit("parts", 20, *dropout, stage=stage)
+    halfway = weights_of(tmp_path / "parts/checkpoints/last.ckpt")
+    fit("parts", 40, *dropout, stage=stage)
+    resumed = weights_of(tmp_path / "parts/checkpoints/last.ckpt")
+    assert_same_weights(weights_of(tmp_path / "whole/checkpoints/last.ckpt"), resumed)
+    assert any(not torch.equal(halfway[key], resumed[key]) for key in halfway)
+
+
+def test_own_progress_comes_before_resume(fit, tmp_path):
+    fit("first", 8)
+    fit("second", 16, f"resume={tmp_path / 'first'}")
+    assert fit("second", 20, f"resume={tmp_path / 'first'}", "callbacks.log.every_n_images=4").images_seen == 20
+    rows = (tmp_path / "second/log/metrics.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows[1:]] == ["16", "20"]
+
+
+def test_a_completed_run_says_so_and_changes_nothing(fit, tmp_path, capsys):
+    fit("run", 8)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert fit("run", 8) is None
+    said = "training is complete (8 images seen); raise trainer.max_images to continue"
+    assert said in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()} == files
+    assert fit("run", 12).images_seen == 12
+
+
+def test_a_new_run_that_would_train_nothing_is_refused(fit, tmp_path):
+    """It has no checkpoint of its own: it is not complete."""
+    fit("first", 8)
+    with pytest.raises(UserError, match=r"^resume=.*first.* has seen 8 images already: raise trainer\.max_images=8"):
+        fit("second", 8, f"resume={tmp_path / 'first'}")
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_completed_run_ends_without_an_error(tmp_path, small_zip):
+    """As scripts with `set -e` and job arrays depend on."""
+    command = [*TINY, "resolution=16", f"data.dataset.path={small_zip}", f"run_dir={tmp_path / 'run'}"]
+    for expected in ("trained on 8 images", "training is complete (8 images seen); raise trainer.max_images"):
+        result = run("train.py", *command, "trainer.max_images=8")
+        assert result.returncode == 0, result.stderr
+        assert expected in result.stdout.splitlines()[-1]
+
+
+def test_the_old_checkpoint_is_released_before_training_continues(fit, tmp_path, monkeypatch):
+    fit("run", 8)
+    last, mapped = tmp_path / "run/checkpoints/last.ckpt", []
+    plain = StopAtImages.on_train_batch_end
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        mapped.append([line for line in Path("/proc/self/maps").read_text().splitlines() if str(last) in line])
+        plain(self, trainer, pl_module, *args)
+
+    monkeypatch.setattr(StopAtImages, "on_train_batch_end", on_train_batch_end)
+    with last.open("rb") as file:
+        content = torch.load(file.name, weights_only=True, mmap=True)
+        assert str(last) in Path("/proc/self/maps").read_text()  # that is where it would show
+    del content
+    fit("run", 16)
+    assert mapped == [[], []]
+    fit("on", 8, f"init={tmp_path / 'run'}")
+    fit("on", 12, f"resume={tmp_path / 'run'}")
+    assert mapped == [[]] * 5
+
+
+def test_every_changed_setting_is_reported(fit, capsys):
+    fit("run", 8)
+    changed = ["trainer.precision=bf16-mixed", "callbacks.ema.half_life_images=1000", "callbacks.ema.ramp_up=null"]
+    capsys.readouterr()
+    fit("run", 12, *changed, "data.num_workers=1", "data.dataset.cache=true")
+    said = capsys.readouterr().out
+    assert (
+        " with callbacks.ema.half_life_images 500000 -> 1000, callbacks.ema.ramp_up 0.05 -> None, "
+        "trainer.precision 32-true -> bf16-mixed, "
+    ) in said
+    assert "note:" not in said
+    fit("run", 16, "~callbacks.ema", "data.dataset.x_flip=false")
+    said = capsys.readouterr().out
+    assert "callbacks.ema EMA -> not set, data.dataset.x_flip True -> False, trainer.precision bf16-mixed" in said
+    assert "note: data.dataset.x_flip changed, so images come in another order than before" in said
+
+
+def test_an_older_checkpoint_reports_what_it_knows(fit, tmp_path, capsys):
+    fit("run", 8)
+    file = tmp_path / "run/checkpoints/last.ckpt"
+    old = torch.load(file, weights_only=True)
+    del old["run"]
+    old["dealt"] = {
+        "devices": 1, "data.batch_size": 4, "data.accumulate": 1, "data.dataset.path": "elsewhere.zip", "data.seed": 0,
+        "images": 48,
+    }  # fmt: skip
+    torch.save(old, file)
+    capsys.readouterr()
+    fit("run", 12, "data.batch_size=2", "trainer.precision=bf16-mixed")
+    said = capsys.readouterr().out
+    assert " with data.batch_size 4 -> 2, data.dataset.path elsewhere.zip -> " in said
+    assert "images" not in said.partition(" with ")[2].partition(" parameters, ")[0]
+
+
+def test_another_optimizer_is_not_continued_but_another_lr_is(fit):
+    fit("run", 4)
+    with pytest.raises(UserError, match="optimizer"):
+        fit("run", 8, "stage.optimizer.eps=1e-6")
+    assert fit("run", 8, "stage.optimizer.lr=5e-4").images_seen == 8
+
+
+def test_what_changes_speed_and_memory_alone_may_change(fit, tmp_path):
+    fit("run", 4, "stage.optimizer.fused=false")
+    file = tmp_path / "run/checkpoints/last.ckpt"
+    old = torch.load(file, weights_only=True)
+    for option in ("checkpoint_levels", "condition_channels"):  # as before there were such options
+        del old["stage_config"]["denoiser"]["network"][option]
+    del old["stage_config"]["optimizer"]["fused"], old["stage_config"]["cuda_graphs"]
+    torch.save(old, file)
+    assert load_stage(file).cuda_graphs
+    assert not load_stage(file, changes={"cuda_graphs": False}).cuda_graphs
+    stage = fit("run", 8, "network.checkpoint_levels=[0]", "stage.optimizer.fused=true")
+    assert stage.images_seen == 8
+    optimizer = stage.trainer.optimizers[0]
+    assert all(group["fused"] for group in optimizer.param_groups)
+    assert torch.load(file, weights_only=True)["stage_config"]["denoiser"]["network"]["checkpoint_levels"] == [0]
+
+
+def test_older_relay_runs_have_the_log_normal_of_today(configuration):
+    """They do not hold p_mean and p_std of their schedule."""
+    mine = OmegaConf.to_container(configuration("train", "stage=relay", "resolution=64").stage, resolve=True)
+    old = copy.deepcopy(mine)
+    del old["corruption"]["schedule"]["p_mean"], old["corruption"]["schedule"]["p_std"]
+    check_same_stage(Path("old.ckpt"), {"stage_config": old}, mine)
+    mine["corruption"]["schedule"]["p_std"] = 1.0
+    with pytest.raises(UserError, match="corruption"):
+        check_same_stage(Path("old.ckpt"), {"stage_config": old}, mine)
+
+
+def test_kept_checkpoints(fit, tmp_path):
+    fit("run", 16, "callbacks.checkpoints.every_n_images=4", "callbacks.checkpoints.keep=2")
+    fit("run", 20, "callbacks.checkpoints.every_n_images=4", "callbacks.checkpoints.keep=0")  # removes none
+    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert names == ["images-000000000008.ckpt", "images-000000000012.ckpt", "last.ckpt"]
+
+
+def test_a_damaged_checkpoint_is_passed_over(fit, tmp_path, capsys):
+    """A truncated last.ckpt costs the images since the one before, and never that one."""
+    directory, often = tmp_path / "run/checkpoints", "callbacks.checkpoints.every_n_images=4"
+    fit("run", 12, often)
+    last, before = directory / "last.ckpt", directory / "images-000000000008.ckpt"
+    whole = weights_of(last)
+    last.write_bytes(last.read_bytes()[:1000])
+    good = before.read_bytes()
+    assert fit("run", 12, often).images_seen == 12
+    assert "last.ckpt cannot be read" in capsys.readouterr().err
+    assert_same_weights(weights_of(last), whole)
+    assert before.read_bytes() == good
+    spoilt = torch.load(last, weights_only=True)
+    next(iter(spoilt["state_dict"].values())).fill_(torch.nan)  # training diverged
+    torch.save(spoilt, last)
+    assert fit("run", 12, often).images_seen == 12
+    assert "not finite" in capsys.readouterr().err
+    assert_same_weights(weights_of(last), whole)
+    for path in directory.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read: delete them to begin anew"):
+        fit("run", 16, often)
+
+
+def test_a_directory_that_cannot_be_written_to_shows_before_training(fit, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/below/.probe cannot be written: Not a directory"):
+        fit("run", 4, f"callbacks.checkpoints.directory={tmp_path / 'file/below'}")
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(fit, tmp_path):
+    fit("run", 4)
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    content = last.read_bytes()
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) // 2, hard))  # no file may be larger
+    try:
+        with pytest.raises(UserError, match=r"last\.ckpt cannot be written after 8 images .*of 4 images is intact"):
+            fit("run", 8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert last.read_bytes() == content
+    assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_a_run_continued_in_another_way_says_so(fit, capsys):
+    fit("run", 8)
+    fit("run", 16, "data.batch_size=8", "data.accumulate=2")
+    assert "with data.accumulate 1 -> 2, data.batch_size 4 -> 8," in capsys.readouterr().out
+    lr = fit("run", 20, "data.batch_size=8", "data.accumulate=2").stage_config["optimizer"]["lr"]
+    assert "with" not in capsys.readouterr().out.splitlines()[0].rpartition("last.ckpt")[2]
+    fit("run", 32, "data.batch_size=8", "data.accumulate=2", "stage.optimizer.lr=5e-5", "data.seed=3")
+    assert f"with data.seed 0 -> 3, stage.optimizer.lr {lr} -> 5e-05," in capsys.readouterr().out
+
+
+def test_a_run_continued_on_other_images_says_so(fit, small_zip, tmp_path, capsys):
+    with zipfile.ZipFile(small_zip) as archive:
+        archive.extractall(tmp_path / "images")
+    fit("run", 8, "data.dataset.x_flip=false")
+    fit("run", 16, f"data.dataset.path={tmp_path / 'images'}", "data.dataset.x_flip=true")
+    said = capsys.readouterr().out
+    changed = f"with data.dataset.path {small_zip} -> {tmp_path / 'images'}, data.dataset.x_flip False -> True, "
+    assert re.search(re.escape(changed) + "[0-9,]+ parameters, 24 images", said)  # mirrored ones do not count
+    assert "note: data.dataset.x_flip changed, so images come in another order than before" in said
+
+
+def test_a_run_is_not_continued_on_other_classes(fit, tmp_path):
+    fit("run", 8)
+    other = tmp_path / "other.zip"
+    with ImageZipWriter(other, ["light", "dark"]) as archive:
+        for number in range(4):
+            archive.add(f"{number}.png", Image.new("RGB", (16, 16)), number % 2)
+    with pytest.raises(UserError, match=r"other classes .*class 0 is dark there, light here\): choose another run_dir"):
+        fit("run", 16, f"data.dataset.path={other}", "data.dataset.subset=''")
+
+
+def test_checkpoints_where_files_cannot_be_linked(fit, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    fit("run", 8, "callbacks.checkpoints.every_n_images=4", "callbacks.checkpoints.keep=1")
+    kept, last = sorted((tmp_path / "run/checkpoints").iterdir())
+    assert (kept.name, last.name) == ("images-000000000004.ckpt", "last.ckpt")
+    assert torch.load(kept, weights_only=True)["images_seen"] == 4
+
+
+def test_a_run_begins_with_the_weights_of_another(fit, tmp_path, capsys):
+    """The averaged ones; images are counted anew, and what the run has done itself comes first."""
+    trained = fit("trained", 16)
+    export_stage(
+        trained.stage_config,
+        load_stage(tmp_path / "trained").denoiser.state_dict(),
+        tmp_path / "export",
+        class_names=trained.class_names,
+    )
+    for source in ("trained", "export"):
+        still = fit(source + "-on", 4, f"init={tmp_path / source}", "stage.optimizer.lr=0")
+        assert still.images_seen == 4
+        assert f"with the weights of {os.path.relpath(tmp_path / source)}" in capsys.readouterr().out
+        assert_same_weights(still.state_dict(), load_stage(tmp_path / "trained").state_dict())
+    moved = fit("trained-on", 8, f"init={tmp_path / 'trained'}", "callbacks.log.every_n_images=4")
+    assert moved.images_seen == 8
+    assert "continues" in capsys.readouterr().out
+
+
+def test_raw_weights_begin_a_run_where_there_is_no_average(fit, tmp_path):
+    fit("trained", 16, "~callbacks.ema")
+    still = fit("on", 4, f"init={tmp_path / 'trained'}", "stage.optimizer.lr=0")
+    assert_same_weights(still.state_dict(), load_stage(tmp_path / "trained", "raw").state_dict())
+
+
+def test_weights_of_another_network_begin_nothing(fit, configuration, tmp_path):
+    fit("trained", 4)
+    with pytest.raises(
+        UserError, match=r"^init takes .* network of this run: .*trained.*do not fit the network: it lacks network"
+    ):
+        fit("on", 4, f"init={tmp_path / 'trained'}", "network.blocks=2")
+    with pytest.raises(UserError, match="give one of them"):
+        validate_training(configuration("train", "resume=conf", "init=conf"))
+    with pytest.raises(UserError, match="init=nowhere"):
+        validate_training(configuration("train", "init=nowhere"))

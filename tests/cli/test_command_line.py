@@ -1,0 +1,274 @@
+"""The command line as users meet it: one clear line and exit code 2, never a traceback, nothing half-written."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from relay_diffusion import COMMANDS
+from support import PROJECT, TINY, run
+
+
+def assert_one_line(result, *parts):
+    assert result.returncode == 2, result.stdout + result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    for part in parts:
+        assert part in lines[0]
+
+
+def test_a_run_leaves_config_log_checkpoint_and_pictures(relay_runs):
+    for name, width in (("base", 4 * 8 + 3 * 2), ("relay", 3 * (4 * 16 + 3 * 2) + 2 * 12)):
+        run_dir = relay_runs / name
+        assert (run_dir / "config.yaml").exists()
+        assert (run_dir / "log/metrics.csv").exists()
+        with Image.open(run_dir / "samples/images-000000008.png") as picture:
+            assert picture.width == width
+        assert not list(run_dir.rglob(".*"))  # no temporary files
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [("train.py", "python train.py experiment=quickstart_base"), ("sample.py", "python sample.py relay=emoji")],
+)
+def test_without_a_word_they_say_what_they_can_do(script, said):
+    result = run(script)
+    assert result.returncode == 0
+    assert said in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["trainer.max_imagess=5"], ["trainer.max_imagess is not an option", "did you mean trainer.max_images?"]),
+        (["trainer.lr=5"], ["did you mean stage.optimizer.lr?"]),
+        (["experiment=quickstart_bas"], ["experiment=quickstart_bas", "did you mean quickstart_base?"]),
+        (["data=folder"], ["data.dataset.path has no value"]),
+        (["data.dataset.path=nowhere.zip"], ["data.dataset.path=nowhere.zip: no such file"]),
+        (["data.batch_size=7", "trainer.devices=2"], ["data.batch_size=7", "2 devices"]),
+        (["trainer.max_images=[1"], ["[1"]),
+        (["--batch", "7"], ["--batch: options are KEY=VALUE, as batch=7"]),
+        (["stage.optimizer.lr=1", "-m", "seed=1,2"], ["run_dir=", "jobs of the sweep would share it"]),
+        (["+network.foo=1"], ["foo"]),
+        (["+foo=1"], ["foo is not an option"]),
+        (["relay=emoji"], ["relay is no group of train.py; its groups are augment, callbacks, data, experiment,"]),
+        (["+relay=emoji"], ["relay is no group of train.py"]),
+        (["++metrics=fid"], ["metrics is no group of train.py"]),
+        (["stage.corruption.schedule.p_std=a"], ["stage.corruption.schedule"]),
+    ],
+)
+def test_mistakes_in_training_options(arguments, parts, tmp_path):
+    result = run("train.py", *arguments, f"run_dir={tmp_path / 'run'}")
+    assert_one_line(result, *parts)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+@pytest.mark.parametrize(
+    ("asked", "option", "instead"),
+    [
+        (["strategy=ddp", "trainer.devices=2"], "strategy=ddp", "strategy=ddp_cpu"),
+        (["trainer.accelerator=cuda"], "trainer.accelerator=cuda", "trainer.accelerator=cpu"),
+    ],
+)
+def test_gpus_that_are_not_there(script, asked, option, instead, tmp_path):
+    result = run(script, *asked, f"run_dir={tmp_path / 'run'}", CUDA_VISIBLE_DEVICES="")
+    assert_one_line(result, f"error: {option} needs GPUs, and there are none here: use {instead}, or leave it out")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_a_run_id_that_leaves_the_outputs(script):
+    result = run(script, "run_id=../../elsewhere")
+    assert_one_line(result, "error: run_id='../../elsewhere': must be the name of one directory")
+
+
+@pytest.mark.parametrize(
+    ("script", "groups"),
+    [
+        (
+            "train.py",
+            ["augment", "callbacks", "data", "experiment", "logger", "network", "stage", "strategy", "trainer"],
+        ),
+        ("sample.py", ["metrics", "relay", "strategy", "trainer"]),
+    ],
+)
+def test_help_lists_the_groups_that_the_script_accepts(script, groups):
+    listed = run(script, "--help").stdout.partition("Groups (GROUP=CHOICE)")[2].partition("Overrides people use")[0]
+    lines = [line.partition(": ") for line in listed.splitlines()[1:] if line]
+    assert [group for group, _, _ in lines] == groups
+    for group, _, choices in lines:
+        files = sorted(path.stem for path in (PROJECT / "conf" / group).glob("*.yaml"))
+        assert choices.split(", ") == files
+
+
+ONE_RANK, TWO_RANKS = [sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+
+
+@pytest.mark.parametrize(
+    ("start", "arguments"),
+    [
+        (ONE_RANK, ["train.py", "trainer.max_images=0"]),  # found by the checks of the settings
+        (ONE_RANK, ["train.py", "data.dataset.path=corrupt.zip"]),  # found when the run is built
+        (ONE_RANK, ["train.py", "data.dataset.path=corrupt.zip", "run_dir=mine/a/b"]),
+        (ONE_RANK, ["sample.py", "relay=one_stage", "relay.stages.base.path=corrupt.zip"]),
+        (ONE_RANK, ["train.py", "-m", "seed=1,fast"]),
+        (TWO_RANKS, ["train.py", "data.dataset.path=corrupt.zip", "strategy=ddp_cpu"]),
+    ],
+)
+def test_a_failed_command_leaves_no_directories(start, arguments, tmp_path, small_zip):
+    (tmp_path / "corrupt.zip").write_bytes(small_zip.read_bytes()[:3000])
+    (tmp_path / "mine").mkdir()
+    command = [*start, PROJECT / arguments[0], *arguments[1:]]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "error: " in result.stderr
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["corrupt.zip", "mine"]
+
+
+@pytest.mark.parametrize(
+    "module", ["relay_diffusion", "relay_diffusion.training.run", "relay_diffusion.data", "relay_diffusion.nothing"]
+)
+def test_a_module_that_is_no_command_says_so(module):
+    result = run(f"-m {module}", "a=1")
+    assert_one_line(result, f"{module} is not a command", "train.py", "-m relay_diffusion.cli.convert_images")
+    assert result.stdout == ""
+
+
+def test_the_commands_are_those_modules_that_run_something():
+    package = PROJECT / "src/relay_diffusion"
+    runnable = [path for path in package.rglob("*.py") if 'if __name__ == "__main__":' in path.read_text()]
+    assert sorted(COMMANDS) == sorted(".".join(path.relative_to(package).with_suffix("").parts) for path in runnable)
+    for command in COMMANDS:
+        assert run(f"-m relay_diffusion.{command}", "--help").returncode == 0
+
+
+def test_data_that_cannot_be_used(tmp_path, small_zip):
+    corrupt = tmp_path / "corrupt.zip"
+    corrupt.write_bytes(small_zip.read_bytes()[:3000])
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    Image.new("RGB", (16, 16)).save(folder / "a.png")
+    Image.new("RGB", (24, 16)).save(folder / "b.png")
+    (folder / "c.png").write_bytes((folder / "a.png").read_bytes()[:40])
+    for arguments, parts in [
+        ([f"data.dataset.path={corrupt}"], ["corrupt.zip"]),
+        ([f"data.dataset.path={small_zip}", "resolution=32"], ["train/000.png", "16x16"]),
+        ([f"data.dataset.path={folder}", "network.num_classes=0", "data.batch_size=6"], [".png", str(folder)]),
+        (
+            [f"data.dataset.path={folder}"],
+            ["0 classes: use network.num_classes=0", "relay_diffusion.cli.convert_images"],
+        ),
+        ([f"data.dataset.path={small_zip}", "network.num_classes=3"], ["2 classes: use network.num_classes=2"]),
+        (
+            [f"data.dataset.path={small_zip}", f"resume={corrupt}"],
+            ["error: resume: ", "cannot be read as a checkpoint"],
+        ),
+        ([f"data.dataset.path={small_zip}", f"init={corrupt}"], ["error: init: ", "cannot be read as a checkpoint"]),
+    ]:
+        options = [*TINY, "data.dataset.subset=''", "resolution=16", *arguments, f"run_dir={tmp_path / 'run'}"]
+        assert_one_line(run("train.py", *options), *parts)
+        assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_bad_images_in_worker_processes_are_named_too(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    Image.new("RGB", (16, 16)).save(folder / "a.png")
+    (folder / "c.png").write_bytes((folder / "a.png").read_bytes()[:40])
+    options = [*TINY, "network.num_classes=0", "data.num_workers=1", "data.dataset.subset=''", "resolution=16"]
+    result = run("train.py", *options, f"data.dataset.path={folder}", f"run_dir={tmp_path / 'run'}")
+    assert_one_line(result, "c.png")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["relay=quickstrt"], ["did you mean quickstart?"]),
+        (["relay=two_stages"], ["relay.stages.base.path has no value"]),
+        (["relay=quickstart", "relay.stages.base.path=nowhere"], ["relay.stages.base.path=nowhere"]),
+        (["network=tiny"], ["network is no group of sample.py; its groups are metrics, relay, strategy, trainer"]),
+        (["relay=quickstart", "seedz=3"], ["seedz is not an option", "did you mean seeds?"]),
+    ],
+)
+def test_mistakes_in_sampling_options(arguments, parts, tmp_path, small_zip):
+    paths = [] if "relay=quickstart" not in arguments else [f"relay.stages.relay.path={small_zip}"]
+    assert_one_line(run("sample.py", *arguments, *paths, f"run_dir={tmp_path / 'run'}"), *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_that_need_the_checkpoints(relay_overrides, relay_runs, tmp_path):
+    text = tmp_path / "text.ckpt"
+    text.write_text("hello")
+    for arguments, parts in [
+        ([f"relay.stages.relay.path={relay_runs / 'base'}"], ["relay.stages.relay starts from noise"]),
+        (
+            [f"relay.stages.base.path={text}"],
+            ["error: relay.stages.base: ", "text.ckpt cannot be read as a checkpoint"],
+        ),
+        (["class=green"], ["class=green", "dark, light"]),
+        (["seeds=9-1"], ["runs backwards"]),
+        (["mode=evaluate", f"metrics.evaluator.inception.weights={text}"], ["text.ckpt"]),
+        (["mode=evaluate", "metrics.evaluator.inception.weights=nowhere.pth"], ["nowhere.pth"]),
+    ]:
+        assert_one_line(run("sample.py", *relay_overrides, *arguments), *parts)
+        assert not (tmp_path / "samples/images").exists()
+
+
+def test_a_directory_that_cannot_be_made_is_one_line():
+    result = run("sample.py", "relay=emoji", "output=/proc/samples")
+    assert_one_line(result, "the directory of the run cannot be made", "/proc/samples", "choose another output=")
+
+
+def test_help_that_nobody_reads():
+    """As in `--help | head`: no word about it."""
+    nobody, pipe = os.pipe()
+    os.close(nobody)
+    command = [sys.executable, PROJECT / "train.py", "--help"]
+    ended = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(pipe)
+    assert ended.stderr == ""
+    assert ended.returncode == 128 + signal.SIGPIPE
+
+
+def test_a_user_who_asks_for_a_traceback_gets_it():
+    result = run("train.py", "data.dataset.path=nowhere.zip", HYDRA_FULL_ERROR="1")
+    assert result.returncode != 0
+    assert "Traceback" in result.stderr
+
+
+def test_offline_wandb_needs_no_account(tmp_path, small_zip):
+    result = run(
+        "train.py", *TINY, "logger=wandb", "resolution=16", f"data.dataset.path={small_zip}", "trainer.max_images=8",
+        f"run_dir={tmp_path / 'run'}", "callbacks.grid.every_n_images=8",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert list((tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb"))
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["images_seen"] == 8
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        ("train.py", ["run_dir={file}"], ["run_dir={file}", "{file} is a file: choose another directory"]),
+        ("train.py", ["run_dir={file}/run"], ["run_dir={file}", "{file} is a file: choose another directory"]),
+        ("sample.py", ["output={file}"], ["output={file}", "{file} is a file: choose another directory"]),
+        ("sample.py", ["output={new}", "seeds=0-999999999999"], ["seeds is '0-999999999999'", "more than 10,000,000"]),
+    ],
+)
+def test_hostile_options_are_one_line(tmp_path, script, arguments, words):
+    places = {"file": str(tmp_path / "file"), "new": str(tmp_path / "new")}
+    (tmp_path / "file").write_text("mine")
+    paths = [f"relay.stages.{name}.path={PROJECT / 'conf'}" for name in ("base", "relay")]
+    result = run(script, *(a.format(**places) for a in arguments), *(paths if script == "sample.py" else []))
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    for word in words:
+        assert word.format(**places) in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "mine"

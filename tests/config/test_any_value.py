@@ -1,0 +1,182 @@
+"""Any option set to anything: the check before work accepts it or names it, and what it accepts can be built."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
+
+from relay_diffusion.cli.main import _caused_by_user, explain
+from relay_diffusion.config.run_dir import register_resolvers
+from relay_diffusion.config.sample import validate_sampling
+from relay_diffusion.config.train import validate_training
+from relay_diffusion.errors import UserError
+from support import PROJECT, TINY
+
+HUGE_DIGITS = 10**5000  # Python refuses to write it
+CONSTANTS = [
+    None, True, False, 0, 1, -1, 2, 3, 2.5, -0.5, 1e30, 1e308, -1e308, math.nan, math.inf, -math.inf, 2**31, 2**63,
+    10**12, 10**30, HUGE_DIGITS, "", " ", "abc", "1", "-1", "auto", "???", "${", "${nowhere}", "${resolution}", "a\nb",
+    "\0", "\ud800", "x" * 300, "/dev/null", "/dev/null/x", "..", "~nobody-of-this-name", "os.system", [], [1], [0, 1],
+    [1, "a"], [[1]], [None], [math.nan], [-1, 2**40], {}, {"a": 1}, {"_target_": "os.system"}, {"_target_": 3},
+    [1] * 50,
+]  # fmt: skip
+VALUES = st.one_of(
+    st.sampled_from(CONSTANTS),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=10),
+    st.lists(st.one_of(st.integers(), st.floats(), st.text(max_size=3), st.none()), max_size=3),
+)
+
+
+def _compose(name: str, *overrides: str) -> DictConfig:
+    register_resolvers()
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        return compose(name, overrides=[*overrides, "run_dir=unused/run"])
+
+
+def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Every option, and every group of options."""
+    for name in map(str, node):
+        yield f"{prefix}{name}"
+        if not OmegaConf.is_interpolation(node, name) and OmegaConf.is_dict(node[name]):
+            yield from _keys(node[name], f"{prefix}{name}.")
+
+
+DATA = "data.dataset.path=demo/emoji-64.zip"
+TRAIN = _compose("train", *TINY, "stage=relay", "augment=edm", "resolution=16", DATA, "data.batch_size=4")
+SAMPLE = _compose(
+    "sample", "relay=quickstart", "mode=evaluate", *(f"relay.stages.{name}.path=conf" for name in ("base", "relay"))
+)
+TRAIN_KEYS, SAMPLE_KEYS = list(_keys(TRAIN)), list(_keys(SAMPLE))
+BOUNDED = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+
+def _changed(cfg: DictConfig, key: str, value: Any) -> DictConfig:
+    changed = copy.deepcopy(cfg)
+    OmegaConf.set_struct(changed, False)
+    OmegaConf.update(changed, key, value, merge=False)
+    return changed
+
+
+def _accepted(cfg: DictConfig, key: str, value: Any, validate: Any) -> DictConfig | None:
+    """The changed config if it is accepted; None if it is refused with a line that names the key."""
+    try:
+        changed = _changed(cfg, key, value)
+    except Exception:  # OmegaConf itself refuses the value, as it does on a command line
+        return None
+    try:
+        validate(changed)
+    except UserError as error:
+        message = str(error)
+        assert "\n" not in message
+        assert len(message) < 600
+        # what is said of an option may be said of what it is copied to, or of what does not go with it
+        assert key in message or key.rpartition(".")[2] in message or "'nowhere' not found" in message, (key, message)
+        return None
+    return changed
+
+
+@pytest.fixture(autouse=True)
+def _in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PROJECT)  # relative paths
+
+
+def test_the_unchanged_configurations_are_accepted() -> None:
+    validate_training(copy.deepcopy(TRAIN))
+    validate_sampling(copy.deepcopy(SAMPLE))
+
+
+@pytest.mark.parametrize(("cfg", "validate"), [(TRAIN, validate_training), (SAMPLE, validate_sampling)])
+def test_every_option_with_odd_constants(cfg: DictConfig, validate: Any) -> None:
+    refused = 0
+    for index, key in enumerate(list(_keys(cfg))):
+        for value in CONSTANTS[index % 8 :: 8]:
+            refused += _accepted(cfg, key, value, validate) is None
+    assert refused > 200
+
+
+@settings(BOUNDED, max_examples=200)
+@given(key=st.sampled_from(TRAIN_KEYS), value=VALUES)
+def test_training_options(key: str, value: Any) -> None:
+    _accepted(TRAIN, key, value, validate_training)
+
+
+@settings(BOUNDED, max_examples=200)
+@given(key=st.sampled_from(SAMPLE_KEYS), value=VALUES)
+def test_sampling_options(key: str, value: Any) -> None:
+    _accepted(SAMPLE, key, value, validate_sampling)
+
+
+def _built(cfg: DictConfig, key: str) -> None:
+    """Build a part of a config. What is wrong with it is one line; anything but a user's mistake is raised."""
+    node = OmegaConf.select(cfg, key)
+    try:
+        with torch.device("meta"):
+            instantiate(node, _convert_="all")
+    except Exception as error:
+        if not _caused_by_user(error):
+            raise
+        line = explain(error, PROJECT / "conf/train.yaml")
+        assert line
+        assert "\n" not in line
+
+
+PARTS = {"data": "data", "network": "stage", "stage": "stage", "callbacks": "callbacks", "resolution": "stage"}
+BUILT_KEYS = [key for key in TRAIN_KEYS if key.partition(".")[0] in PARTS]
+
+
+@settings(BOUNDED, max_examples=150)
+@given(key=st.sampled_from(BUILT_KEYS), value=VALUES)
+def test_what_is_accepted_is_built_or_explained(key: str, value: Any) -> None:
+    changed = _accepted(TRAIN, key, value, validate_training)
+    if changed is not None:
+        _built(changed, PARTS[key.partition(".")[0]])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("stage.sampler.steps", 10**12),
+        ("stage.sampler.steps", 2.5),
+        ("stage.sampler.rho", math.nan),
+        ("stage.sampler.sigma_max", math.inf),
+        ("stage.sampler.truncation_sigma", "abc"),
+        ("stage.sampler.s_noise", math.nan),
+        ("stage.corruption.blur_sigma_max", math.nan),
+        ("stage.corruption.min_gain", None),
+        ("stage.corruption.block_strength", math.inf),
+        ("stage.augment.probability", "abc"),
+        ("stage.guidance_interval", [1, "a"]),
+        ("stage.guidance_interval", "ab"),
+    ],
+)
+def test_what_classes_check_themselves_is_one_line(key: str, value: Any) -> None:
+    changed = _changed(TRAIN, key, value)
+    if key == "stage.guidance_interval":
+        changed.stage.guidance_scale = 2.0
+    with pytest.raises(UserError if key == "stage.guidance_interval" else InstantiationException) as caught:  # noqa: PT012
+        validate_training(changed)
+        with torch.device("meta"):
+            instantiate(changed.stage, _convert_="all")
+    line = explain(caught.value, PROJECT / "conf/train.yaml")
+    assert "\n" not in line
+    assert key.rpartition(".")[0] in line
+
+
+@pytest.mark.parametrize("flag", ["_target_", "_partial_", "_recursive_"])
+@pytest.mark.parametrize("value", [[], [True], {}, {"a": True}, 3])
+def test_what_hydra_reads_itself(flag: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"stage\.optimizer\.{flag}"):
+        validate_training(_changed(TRAIN, f"stage.optimizer.{flag}", value))

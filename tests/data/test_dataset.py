@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from pictures_on_disk import encoded, pixels, pngs, write_folder, write_tar, write_zip
+from relay_diffusion.data.convert import Classes, ConvertOptions, convert
+from relay_diffusion.data.dataset import ImageDataset
+from relay_diffusion.data.decode import decode_rgb
+from relay_diffusion.data.image_sets import open_image_set
+from relay_diffusion.diffusion.pixels import to_float, to_uint8
+from relay_diffusion.errors import UserError
+
+NAMES = ["heldout/d.png", "train/a.png", "train/b.png", "train/c.png"]
+LABELS = {"labels": [["heldout/d.png", 0], ["train/a.png", 1], ["train/b.png", 0], ["train/c.png", 2]]}
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    return write_zip(tmp_path / "images.zip", pngs(NAMES), LABELS)
+
+
+def single(tmp_path: Path, data: bytes, name: str = "a.png") -> Path:
+    return write_zip(tmp_path / "single.zip", {name: data})
+
+
+def only_pixel(path: Path) -> list[int]:
+    """The colour at the top left of the only image."""
+    return ImageDataset(path, 4)[0][0][:, 0, 0].tolist()
+
+
+# --- conversion
+
+
+def test_every_byte_survives_the_round_trip() -> None:
+    every = torch.arange(256, dtype=torch.uint8)
+    floats = to_float(every)
+    assert floats.dtype == torch.float32
+    assert (floats.min().item(), floats.max().item()) == (-1.0, 1.0)
+    assert torch.equal(to_uint8(floats), every)
+    assert torch.equal(to_uint8(floats.double()), every)
+
+
+def test_to_uint8_truncates_and_clamps() -> None:
+    x = torch.tensor([-5.0, -1.0, 0.0, 1.0, 5.0, -1.0 + 0.49 / 127.5, -1.0 + 0.51 / 127.5])
+    assert to_uint8(x).tolist() == [0, 0, 128, 255, 255, 0, 1]
+
+
+def test_to_float_refuses_floats() -> None:
+    with pytest.raises(AssertionError, match="uint8"):
+        to_float(torch.zeros(1))
+
+
+# --- order, labels, subsets, flips
+
+
+def test_items_follow_the_sorted_names(archive: Path) -> None:
+    dataset = ImageDataset(archive, 8)
+    assert dataset.names == NAMES
+    assert dataset.class_names == ["0", "1", "2"]
+    assert dataset.num_classes == 3
+    for index, label in enumerate([0, 1, 0, 2]):
+        image, found = dataset[index]
+        assert image.dtype == torch.uint8
+        np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), pixels(index))
+        assert found == label
+
+
+def test_folder_and_zip_agree(archive: Path, tmp_path: Path) -> None:
+    folder = write_folder(
+        tmp_path / "folder", {**pngs(NAMES), ".hidden/x.png": b"", "__MACOSX/y.png": b"", "t.txt": b""}
+    )
+    ours, theirs = ImageDataset(folder, 8), ImageDataset(archive, 8, labels=False)
+    assert ours.names == theirs.names
+    assert [label for _, label in ours] == [-1] * 4
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(ours, theirs, strict=True))
+
+
+def test_subset_keeps_the_classes_of_the_whole(archive: Path) -> None:
+    heldout = ImageDataset(archive, 8, subset="heldout")
+    assert heldout.names == ["heldout/d.png"]
+    assert heldout.num_classes == 3
+
+
+def test_class_names_come_from_the_file(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "a.zip", pngs(NAMES), LABELS | {"classes": ["x", "y", "z"]})
+    assert ImageDataset(path, 8).class_names == ["x", "y", "z"]
+    assert ImageDataset(path, 8, labels=False).num_classes == 0
+
+
+def test_null_labels_are_no_labels(tmp_path: Path) -> None:
+    assert ImageDataset(write_zip(tmp_path / "a.zip", pngs(NAMES), {"labels": None}), 8)[0][1] == -1
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_second_half_is_mirrored(archive: Path, cache: bool) -> None:
+    plain, flipped = ImageDataset(archive, 8), ImageDataset(archive, 8, x_flip=True, cache=cache)
+    assert len(flipped) == 8
+    for index in range(4):
+        assert torch.equal(flipped[index][0], plain[index][0])
+        assert torch.equal(flipped[index + 4][0], plain[index][0].flip(2))
+        assert flipped[index + 4][1] == plain[index][1]
+    with pytest.raises(IndexError):
+        flipped[8]
+
+
+def test_cache_changes_nothing_and_speaks_once(archive: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain, cached = (ImageDataset(archive, 4, x_flip=True, cache=cache) for cache in (False, True))
+    order = [7, 0, 3, 3, 4]
+    for (a, label_a), (b, label_b) in zip(plain.__getitems__(order), cached.__getitems__(order), strict=True):
+        assert torch.equal(a, b)
+        assert label_a == label_b
+    archive.unlink()
+    assert torch.equal(cached[1][0], plain_image(cached, 1))
+    assert capsys.readouterr().out.count("decoding images: 4/4") == 1
+
+
+def plain_image(dataset: ImageDataset, index: int) -> torch.Tensor:
+    """Box average of the original pixels, by hand."""
+    blocks = pixels(index).reshape(dataset.resolution, 2, dataset.resolution, 2, 3).astype(int).sum((1, 3))
+    return torch.from_numpy(((blocks + 2) // 4).astype(np.uint8)).permute(2, 0, 1)
+
+
+def test_forked_workers_read_what_the_parent_reads(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "many.zip", pngs([f"{index:03}.png" for index in range(64)], side=32))
+    dataset = ImageDataset(path, 32)  # has read the first image: the parent's handle is open
+    loader = DataLoader(dataset, batch_size=4, num_workers=2)
+    read = torch.cat([images for images, _ in loader])
+    expected = np.stack([pixels(index, 32) for index in range(64)])
+    np.testing.assert_array_equal(read.permute(0, 2, 3, 1).numpy(), expected)
+
+
+def test_pickles_for_spawned_workers(archive: Path) -> None:
+    dataset = ImageDataset(archive, 8)
+    assert torch.equal(pickle.loads(pickle.dumps(dataset))[2][0], dataset[2][0])
+
+
+# --- resolution
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4, 5, 7])
+def test_box_average_is_the_rounded_mean(tmp_path: Path, factor: int) -> None:
+    stored = pixels(1, 6 * factor)
+    image, _ = ImageDataset(single(tmp_path, encoded(stored)), 6)[0]
+    mean = stored.reshape(6, factor, 6, factor, 3).astype(np.float64).mean((1, 3))
+    np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), np.floor(mean + 0.5 + 1e-9))
+
+
+@pytest.mark.parametrize(
+    ("size", "problem"),
+    [((8, 6), "8x6; it is not square"), ((6, 6), "6x6; its side"), ((2, 2), "2x2; it is too small")],
+)
+def test_wrong_size_names_the_image_and_both_sizes(tmp_path: Path, size: tuple[int, int], problem: str) -> None:
+    path = single(tmp_path, encoded(Image.new("RGB", size)))
+    with pytest.raises(UserError, match=rf"resolution=4: 'a.png' in .*single.zip is {problem}.*convert"):
+        ImageDataset(path, 4)
+
+
+# --- decoding
+
+
+def test_transparency_is_composited_on_white(tmp_path: Path) -> None:
+    half = Image.new("RGBA", (4, 4), (255, 0, 0, 51))
+    assert only_pixel(single(tmp_path, encoded(half))) == [255, 204, 204]
+    assert only_pixel(single(tmp_path, encoded(half, "WEBP", lossless=True), "a.webp")) == [255, 204, 204]
+    assert only_pixel(single(tmp_path, encoded(Image.new("LA", (4, 4), (0, 51))))) == [204, 204, 204]
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    assert only_pixel(single(tmp_path, encoded(palette))) == [40, 50, 60]
+    assert only_pixel(single(tmp_path, encoded(palette, transparency=b"\xff\x00"))) == [255, 255, 255]
+    assert (
+        only_pixel(single(tmp_path, encoded(Image.new("RGB", (4, 4), (1, 2, 3)), transparency=(1, 2, 3)))) == [255] * 3
+    )
+
+
+def test_grey_sixteen_bit_and_cmyk(tmp_path: Path) -> None:
+    assert only_pixel(single(tmp_path, encoded(Image.new("L", (4, 4), 77)))) == [77] * 3
+    assert only_pixel(single(tmp_path, encoded(Image.new("1", (4, 4), 1)))) == [255] * 3
+    assert only_pixel(single(tmp_path, encoded(np.full((4, 4), 0x4D12, np.uint16)))) == [0x4D] * 3
+    cmyk = encoded(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "JPEG", quality=100)
+    red, green, blue = only_pixel(single(tmp_path, cmyk, "a.JPEG"))
+    assert red > 240
+    assert max(green, blue) < 15
+
+
+@pytest.mark.parametrize(("kind", "name"), [("PNG", "a.png"), ("WEBP", "a.webp")])
+def test_animation_gives_its_first_frame(tmp_path: Path, kind: str, name: str) -> None:
+    frames = [Image.new("RGB", (4, 4), (value, 0, 0)) for value in (200, 100)]
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
+    assert only_pixel(single(tmp_path, data, name)) == [200, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"no image", encoded(pixels(0, 64))[:500], encoded(Image.new("RGB", (9, 9)), "GIF")]
+)
+def test_broken_image_is_named(tmp_path: Path, data: bytes) -> None:
+    with pytest.raises(UserError, match=r"'a.png' in .*single.zip (is not a PNG|cannot be decoded)") as caught:
+        ImageDataset(single(tmp_path, data), 64)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_zip_member_is_named(tmp_path: Path) -> None:
+    path = single(tmp_path, encoded(pixels(0)))
+    damaged = bytearray(path.read_bytes())
+    damaged[60] ^= 0xFF
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"'a.png' in .*single.zip cannot be read: .*CRC"):
+        ImageDataset(path, 8)
+
+
+@pytest.mark.parametrize("limit", [40, 20])  # Pillow warns above its limit and refuses above twice the limit
+def test_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    path = single(tmp_path, encoded(pixels(0)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(UserError, match=r"'a.png' in .*decompression bomb"):
+        ImageDataset(path, 8)
+
+
+def test_decoding_keeps_every_pixel() -> None:
+    np.testing.assert_array_equal(np.array(decode_rgb(encoded(pixels(3)), "a.png")), pixels(3))
+    with pytest.raises(UserError, match=r"^gone\.png is not a PNG"):
+        decode_rgb(b"hello", "gone.png")
+
+
+# --- paths
+
+
+def test_missing_path(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.dataset\.path=.*gone\.zip: no such file or folder"):
+        ImageDataset(tmp_path / "gone.zip", 8)
+
+
+def test_one_image_file_is_a_set(archive: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.JPEG").write_bytes(encoded(pixels(5)))  # the content counts
+    dataset = ImageDataset(tmp_path / "one.JPEG", 8)
+    assert (dataset.names, dataset.labels, dataset.num_classes) == (["one.JPEG"], [-1], 0)
+    np.testing.assert_array_equal(dataset[0][0].permute(1, 2, 0).numpy(), pixels(5))
+    before = dataset.source_hash
+    (tmp_path / "one.JPEG").write_bytes(encoded(pixels(6)))
+    assert ImageDataset(tmp_path / "one.JPEG", 8).source_hash != before
+    assert next(open_image_set(tmp_path / "one.JPEG", "images").batches(2)).shape == (1, 3, 8, 8)
+    options = ConvertOptions(str(tmp_path / "one.JPEG"), str(tmp_path / "out.zip"), 8, classes=Classes.none)
+    assert convert(options).images == 1
+    archive.rename(tmp_path / "images.png")  # a zip, whatever its name
+    assert ImageDataset(tmp_path / "images.png", 8).names == NAMES
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"^data\.dataset\.path: '/.*bad\.png' is not a PNG") as caught:
+        ImageDataset(tmp_path / "bad.png", 8)
+    assert "\n" not in str(caught.value)
+
+
+def test_tar_and_cut_zip_point_to_the_converter(archive: Path, tmp_path: Path) -> None:
+    archive.write_bytes(archive.read_bytes()[:-30])
+    for path in (archive, write_tar(tmp_path / "images.tar", pngs(NAMES))):
+        with pytest.raises(UserError, match=r"data\.dataset\.path=.*not a zip, or cut short.*convert") as caught:
+            ImageDataset(path, 8)
+        assert "\n" not in str(caught.value)
+
+
+def test_nothing_inside(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "folder", write_zip(tmp_path / "a.zip", {"notes.txt": b""})):
+        with pytest.raises(UserError, match=r"data\.dataset\.path=.*holds no image"):
+            ImageDataset(path, 8)
+
+
+def test_unknown_subset_lists_what_is_there(archive: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.dataset\.subset=test: .*heldout, train"):
+        ImageDataset(archive, 8, subset="test")
+    with pytest.raises(UserError, match="not in folders"):
+        ImageDataset(single(tmp_path, encoded(pixels(0))), 8, subset="train")
+
+
+@pytest.mark.parametrize("name", ["/etc/a.png", "../a.png", "x/../../a.png", "..\\a.png", "C:\\a.png"])
+def test_hostile_member_names_are_refused(tmp_path: Path, name: str) -> None:
+    path = write_zip(tmp_path / "a.zip", {name: encoded(pixels(0))})
+    with pytest.raises(UserError, match=r"data\.dataset\.path=.*absolute or leaves the archive"):
+        ImageDataset(path, 8)
+
+
+# --- dataset.json
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ("{", "dataset.json is not valid JSON"),
+        ("[]", 'must be an object with the key "labels"'),
+        ({"labels": {"a": 1}}, '"labels" must be a list'),
+        ({"labels": [["train/a.png", 1.5]]}, r"labels[0] = ['train/a.png', 1.5] must be [name, class index]"),
+        ({"labels": [["train/a.png", True]]}, "labels[0] = ['train/a.png', True]"),
+        ({"labels": [["gone.png", 0]]}, "labels[0] is for 'gone.png', which is not among the images"),
+        ({"labels": LABELS["labels"][:3]}, "\"labels\" has no entry for 'train/c.png'"),
+        ({"labels": [["train/a.png", -1]]}, "labels[0], 'train/a.png': class -1 must be 0..999999"),
+        ({"labels": LABELS["labels"] * 2}, "labels[4] labels 'heldout/d.png' a second time"),
+        ({**LABELS, "classes": ["x", "y"]}, "'train/c.png': class 2 must be 0..1"),
+        ({**LABELS, "classes": "xyz"}, '"classes" must be a list of class names'),
+    ],
+)
+def test_malformed_labels_are_named(tmp_path: Path, dataset: object, message: str) -> None:
+    path = write_zip(tmp_path / "a.zip", pngs(NAMES), dataset)
+    with pytest.raises(UserError, match=rf"data\.dataset\.path=.*dataset\.json.*{re.escape(message)[-20:]}") as caught:
+        ImageDataset(path, 8)
+    assert message in str(caught.value)

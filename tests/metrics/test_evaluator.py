@@ -1,0 +1,272 @@
+"""Evaluation: one Inception pass for all measures, what it skips and why, and the record of how it measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from fake_inception import PixelFeatures, pixel_reference, random_images
+from relay_diffusion.data.image_sets import open_image_set
+from relay_diffusion.data.npz import Npz, write_adm_samples
+from relay_diffusion.errors import UserError
+from relay_diffusion.metrics import (
+    Evaluation,
+    FIDMeasure,
+    FrechetDistance,
+    Inception,
+    InceptionScore,
+    InceptionScoreMeasure,
+    KIDMeasure,
+    Measure,
+    PrecisionRecall,
+    PrecisionRecallMeasure,
+    Reference,
+    ReferenceSource,
+    SFIDMeasure,
+)
+from relay_diffusion.metrics.kid import kernel_distance
+from relay_diffusion.metrics.protocol import adm, edm
+from relay_diffusion.metrics.reference import read_reference
+from support import PROJECT
+
+
+def all_measures(split_size: int = 7) -> dict[str, Measure]:
+    return {
+        "fid": FIDMeasure(),
+        "sfid": SFIDMeasure(),
+        "inception_score": InceptionScoreMeasure(split_size),
+        "precision_recall": PrecisionRecallMeasure(),
+        "kid": KIDMeasure(),
+    }
+
+
+@pytest.fixture
+def reference() -> Reference:
+    return replace(pixel_reference(random_images(50, 1)), path=Path("set.zip"))
+
+
+def feed(evaluation: Evaluation, images: Tensor, order: Sequence[int] | Tensor, batch: int = 8) -> None:
+    for at in torch.as_tensor(order).split(batch):
+        evaluation.update(images[at], at)
+
+
+def test_every_measure_is_what_its_formula_says(reference: Reference) -> None:
+    inception, fake = PixelFeatures(), random_images(30, 4)
+    evaluation = Evaluation(inception, reference, all_measures())
+    feed(evaluation, random_images(5, 5), range(5))
+    evaluation.compute()
+    evaluation.reset()
+    inception.seen = 0
+    feed(evaluation, fake, range(30))
+    result = evaluation.compute()
+    assert inception.seen == 30, "one pass for all"
+
+    real, generated = PixelFeatures()(random_images(50, 1)), PixelFeatures()(fake)
+    expected = {}
+    for key, name in (("fid", "pool"), ("sfid", "spatial")):
+        metric = FrechetDistance(getattr(real, name)[0].numel())
+        metric.update(getattr(real, name).flatten(1), real=True)
+        metric.update(getattr(generated, name).flatten(1), real=False)
+        expected[key] = float(metric.compute())
+    score, neighbours = InceptionScore(7), PrecisionRecall()
+    score.update(generated.logits)
+    neighbours.update(real.pool, real=True)
+    neighbours.update(generated.pool, real=False)
+    expected["inception_score"] = float(score.compute())
+    expected |= {key: float(value) for key, value in neighbours.compute()._asdict().items()}
+    expected["kid"] = float(kernel_distance(real.pool, generated.pool))
+    assert result == pytest.approx(expected | {"images": 30}, rel=1e-6)
+    assert list(result) == ["fid", "sfid", "inception_score", "precision", "recall", "kid", "images"]
+    assert [type(value) for value in result.values()] == [*[float] * 6, int]
+    assert evaluation.skipped == {}
+
+
+@pytest.mark.parametrize("batch", [1, 4, 30])
+def test_batches_and_order_change_nothing(reference: Reference, batch: int) -> None:
+    fake = random_images(30, 4)
+    plain, mixed = (Evaluation(PixelFeatures(), reference, all_measures()) for _ in range(2))
+    feed(plain, fake, range(30))
+    feed(mixed, fake, torch.randperm(30), batch)
+    assert mixed.compute() == pytest.approx(plain.compute(), rel=1e-10)
+
+
+def test_only_features_that_are_compared_stay_in_memory(reference: Reference) -> None:
+    def state_bytes(evaluation: Evaluation) -> int:
+        total = 0
+        for metric in (module for module in evaluation.modules() if isinstance(module, Metric)):
+            for name in metric.metric_state:
+                state = getattr(metric, name)
+                parts = state if isinstance(state, list) else [state]
+                total += sum(part.untyped_storage().nbytes() for part in parts)
+        return total
+
+    everything = all_measures(split_size=10_000)
+    for names, grows in (({"fid", "sfid", "inception_score"}, 0), ({"precision_recall", "kid"}, 6 * 4 + 8)):
+        evaluation = Evaluation(PixelFeatures(), reference, {name: everything[name] for name in names})
+        feed(evaluation, random_images(8, 2), range(8))
+        before = state_bytes(evaluation)
+        assert before > 0
+        feed(evaluation, random_images(408, 2), range(8, 408))
+        assert state_bytes(evaluation) - before == (grows + 8) * 400, "features are kept once, a position is 8 bytes"
+
+
+def test_what_cannot_be_measured_and_why(reference: Reference) -> None:
+    poor = replace(reference, spatial=None, features=None)
+    evaluation = Evaluation(PixelFeatures(has_classes=False), poor, all_measures())
+    none = "the reference set.zip holds statistics only, no images"
+    expected = {
+        "sfid": "the reference set.zip holds no spatial statistics",
+        "inception_score": "these Inception weights have no class layer; "
+        "set metrics.evaluator.inception.weights to a pt_inception-2015-12-05-*.pth file",
+        "precision_recall": none,
+        "kid": none,
+    }
+    assert evaluation.skipped == expected
+    assert list(evaluation.measures) == ["fid"]
+    feed(evaluation, random_images(9, 4), range(9))
+    assert list(evaluation.compute()) == ["fid", "images"]
+    assert evaluation.skipped == expected
+    assert evaluation.describe()["skipped"] == expected
+
+    assert reference.features is not None
+    few = Evaluation(PixelFeatures(), replace(reference, features=reference.features[:3]), all_measures())
+    assert few.skipped == {
+        "precision_recall": "nearest_k=3 needs more than 3 reference images, and set.zip has 3",
+    }
+    one = Evaluation(PixelFeatures(), replace(reference, features=reference.features[:1]), all_measures())
+    assert one.skipped["kid"] == "the reference set.zip has fewer than 2 images"
+
+
+def test_too_few_images_lose_only_the_measures_that_need_more(reference: Reference) -> None:
+    evaluation = Evaluation(PixelFeatures(), reference, all_measures())
+    assert evaluation.compute() == {"images": 0}
+    assert evaluation.skipped == {
+        "fid": "a Fréchet distance needs at least 2 generated images, not 0; give more of them",
+        "sfid": "a Fréchet distance needs at least 2 generated images, not 0; give more of them",
+        "inception_score": "the Inception Score needs at least one generated image",
+        "precision_recall": "precision and recall need more than 3 generated images, not 0",
+        "kid": "the kernel distance needs at least 2 generated images, not 0",
+    }
+    feed(evaluation, random_images(3, 4), range(3))
+    assert list(evaluation.compute()) == ["fid", "sfid", "inception_score", "kid", "images"]
+    assert list(evaluation.skipped) == ["precision_recall"]
+    evaluation.reset()
+    assert evaluation.skipped == {}
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [[0, 1, 1], [0, 1, 3], [1, 2, 3], [0, 0, 3], [-1, 1, 3], [1, 1, 2, 2, 3, 6, 6]],  # the last: sums as of 0..6
+)
+def test_every_position_comes_once(reference: Reference, positions: list[int]) -> None:
+    evaluation, count = Evaluation(PixelFeatures(), reference, all_measures()), len(positions)
+    evaluation.update(random_images(count, 4), torch.tensor(positions))
+    with pytest.raises(ValueError, match=rf"the positions of {count} images are not 0\.\.{count - 1}, each once"):
+        evaluation.compute()
+
+
+def test_a_singular_covariance_is_reported(reference: Reference) -> None:
+    """FID has 6 features here, sFID 28: n images give a covariance of rank n - 1 at most."""
+    few = replace(reference, pool=reference.pool._replace(n=6))
+    for generated, expected in (
+        (
+            6,
+            ["FID: the covariance of 6 generated", "FID: the covariance of 6 reference", "sFID: the covariance of 6"],
+        ),
+        (7, ["FID: the covariance of 6 reference", "sFID: the covariance of 7 generated"]),
+        (29, ["FID: the covariance of 6 reference"]),
+    ):
+        evaluation = Evaluation(PixelFeatures(), few, {"fid": FIDMeasure(), "sfid": SFIDMeasure()})
+        feed(evaluation, random_images(generated, 4), range(generated))
+        evaluation.compute()
+        assert len(evaluation.warnings) == len(expected)
+        for line, start in zip(evaluation.warnings, expected, strict=True):
+            assert line.startswith(start)
+            assert "use 10,000 or more" in line
+        evaluation.reset()
+        assert evaluation.warnings == []
+    unknown = replace(reference, pool=reference.pool._replace(n=None))
+    evaluation = Evaluation(PixelFeatures(), unknown, {"fid": FIDMeasure()})
+    feed(evaluation, random_images(7, 4), range(7))
+    evaluation.compute()
+    assert evaluation.warnings == []
+
+
+def test_2049_images_give_a_covariance_of_full_rank() -> None:
+    distance = FrechetDistance(2048)
+    assert distance.singular("FID", 2049) == []
+    (line,) = distance.singular("FID", 2048)
+    assert "2,048 features need at least 2,049" in line
+
+
+def test_wrong_calls(reference: Reference) -> None:
+    evaluation = Evaluation(PixelFeatures(), reference, all_measures())
+    for positions in (torch.arange(2), torch.arange(3).float(), torch.arange(3)[:, None]):
+        with pytest.raises(ValueError, match="3 images need as many int64 positions"):
+            evaluation.update(random_images(3, 4), positions)
+    with pytest.raises(ValueError, match="two measures give the same number: fid, fid"):
+        Evaluation(PixelFeatures(), reference, {"a": FIDMeasure(), "b": FIDMeasure()})
+
+
+def test_protocols_and_the_record(reference: Reference) -> None:
+    evaluation = Evaluation(PixelFeatures(), reference, all_measures(split_size=5000), adm())
+    record = json.loads(json.dumps(evaluation.describe()))
+    assert record["protocol"]["name"] == "adm"
+    assert (record["protocol"]["rounding"], record["protocol"]["spatial_layout"]) == ("floor", "NHWC")
+    assert record["measures"]["inception_score"] == {"split_size": 5000}
+    assert record["measures"]["precision_recall"] == {"nearest_k": 3}
+    assert record["inception_sha256"] == "pixels"
+    assert record["reference"]["path"] == "set.zip"
+    assert (record["reference"]["images"], record["reference"]["features_kept"]) == (50, 50)
+    assert edm().describe()["rounding"] == "nearest"
+    Evaluation(PixelFeatures(), reference, all_measures(split_size=7), edm())  # which does not say
+    with pytest.raises(
+        UserError, match=r"^metrics\.evaluator\.measures\.inception_score\.split_size=7: the protocol adm has 5000"
+    ):
+        Evaluation(PixelFeatures(), reference, all_measures(split_size=7), adm())
+    with pytest.raises(UserError, match=r"^metrics\.evaluator\.measures\.pr\.nearest_k=5: the protocol adm has 3"):
+        Evaluation(PixelFeatures(), reference, {"pr": PrecisionRecallMeasure(5)}, adm())
+
+
+def test_the_real_network_end_to_end(inception: Inception, tmp_path: Path) -> None:
+    """A set against itself, through the files of this project and of ADM; the order of real spatial values is seen."""
+    images = torch.cat(list(open_image_set(PROJECT / "demo" / "emoji-64.zip", "set").batches(9, range(0, 2700, 300))))
+    samples = tmp_path / "samples.npz"
+    write_adm_samples(samples, [images], 9, (64, 64))
+    reference = ReferenceSource(samples, tmp_path / "cache").load(inception, "cpu")
+    own, adm_file = tmp_path / "own.npz", tmp_path / "adm.npz"
+    reference.save(own)
+    reference.save_adm(adm_file)
+    assert reference.spatial is not None
+    for path in (own, adm_file):
+        loaded = read_reference(Npz(path, "set"))
+        assert loaded.spatial is not None
+        assert torch.equal(loaded.spatial.mean, reference.spatial.mean)
+        assert torch.equal(loaded.pool.covariance, reference.pool.covariance)
+    own_arrays, adm_arrays = dict(np.load(own)), dict(np.load(adm_file))
+    for arrays, other, order in ((own_arrays, adm_arrays, "NCHW"), (adm_arrays, own_arrays, "NHWC")):
+        np.savez(tmp_path / "swapped.npz", **arrays | {"mu_s": other["mu_s"], "sigma_s": other["sigma_s"]})
+        with pytest.raises(UserError, match=f"swapped.npz: its spatial statistics .* should be in {order} order"):
+            read_reference(Npz(tmp_path / "swapped.npz", "set"))
+
+    measures = {"fid": FIDMeasure(), "precision_recall": PrecisionRecallMeasure(), "kid": KIDMeasure()}
+    evaluation = Evaluation(inception, reference, measures)
+    sfid = SFIDMeasure()
+    sfid.prepare(reference, inception)
+    feed(evaluation, images, range(9), 5)
+    result = evaluation.compute()
+    assert result["fid"] == pytest.approx(0, abs=1e-3)
+    assert (result["precision"], result["recall"], result["images"]) == (1, 1, 9)
+    assert result["kid"] < 0, "see kernel_distance"
+    sfid.update(inception(images), torch.arange(9))
+    spatial = sfid.distance.statistics(real=False)  # its distance would take seconds and show nothing more
+    torch.testing.assert_close(spatial.mean, reference.spatial.mean)
+    torch.testing.assert_close(spatial.covariance, reference.spatial.covariance)

@@ -1,0 +1,152 @@
+"""Relays: what fits, what does not, and what comes out."""
+
+import pytest
+import torch
+
+from relay_diffusion.diffusion.corruption import block_mean
+from relay_diffusion.diffusion.pixels import to_float, to_uint8
+from relay_diffusion.errors import UserError
+from relay_diffusion.models.relay import Relay, SampleBatch
+from support import tiny_stage
+
+
+def test_three_stages_of_different_factors():
+    relay = Relay({"a": tiny_stage(4), "b": tiny_stage(8, 2), "c": tiny_stage(24, 3, num_classes=0)})
+    images = relay.sample_stages([0, 1], torch.tensor([0, 1]))
+    assert [tuple(x.shape) for x in images.values()] == [(2, 3, 4, 4), (2, 3, 8, 8), (2, 3, 24, 24)]
+    torch.testing.assert_close(relay.sample([0, 1], torch.tensor([0, 1])), images["c"], rtol=0, atol=0)
+    assert relay.num_classes == 2
+    assert relay.resolution == 24
+
+
+def test_a_stage_starts_from_the_images_of_the_one_before():
+    first, second = tiny_stage(4), tiny_stage(8, 2)
+    images = Relay({"a": first, "b": second}).sample_stages([5])
+    alone = second.sample((1, 3, 8, 8), [5], previous=images["a"].clamp(-1, 1))
+    torch.testing.assert_close(images["b"], alone, rtol=0, atol=0)
+    other = second.sample((1, 3, 8, 8), [5], previous=-images["a"].clamp(-1, 1))
+    assert (block_mean(images["b"], 2) - block_mean(other, 2)).abs().max() > 0.1
+
+
+def test_stages_of_one_seed_do_not_share_noise():
+    seen = {}
+
+    class Spy:
+        evaluations = 1
+
+        def __init__(self, name):
+            self.name = name
+
+        def __call__(self, denoise, start, randn_like, labels):  # noqa: ARG002
+            seen[self.name] = randn_like(torch.empty(1, 3, 8, 8))
+            return start
+
+    first, second = tiny_stage(4), tiny_stage(8, 2)
+    first.sampler, second.sampler = Spy("a"), Spy("b")
+    Relay({"a": first, "b": second}).sample([0])
+    assert abs(torch.corrcoef(torch.stack([seen["a"].flatten(), seen["b"].flatten()]))[0, 1]) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ({}, "at least a first stage"),
+        ({"a": (4, 1, 2), "b": (4, 1, 2)}, "b starts from noise"),
+        ({"a": (4, 1, 2), "b": (16, 2, 2)}, "16x16 from images 2 times smaller.*a makes 4x4"),
+        ({"a": (4, 1, 2), "b": (8, 2, 3)}, "3 classes"),
+    ],
+)
+def test_stages_that_do_not_fit_are_refused(stages, message):
+    built = {name: tiny_stage(*arguments) for name, arguments in stages.items()}
+    with pytest.raises(UserError, match=message):
+        Relay(built)
+
+
+def test_stages_of_other_classes_are_refused():
+    small, large = tiny_stage(4), tiny_stage(8, 2)
+    small.class_names, large.class_names = ["cat", "dog"], ["dog", "cat"]
+    with pytest.raises(UserError, match="other names or order"):
+        Relay({"a": small, "b": large})
+
+
+def test_classes_are_refused_by_an_unconditional_relay():
+    relay = Relay({"a": tiny_stage(4, num_classes=0)})
+    with pytest.raises(UserError, match="unconditional"):
+        relay.sample([0], torch.tensor([1]))
+    assert relay.sample([0], torch.tensor([-1])).shape == (1, 3, 4, 4)
+
+
+def test_predict_step_is_sampling():
+    relay = Relay({"a": tiny_stage(4)})
+    batch = SampleBatch(torch.tensor([0, 1]), torch.tensor([7, 8]), torch.tensor([1, -1]), None)
+    predicted = relay.predict_step(batch, 0)
+    torch.testing.assert_close(predicted.stages["a"], relay.sample([7, 8], torch.tensor([1, -1])), rtol=0, atol=0)
+
+
+def test_a_relay_of_later_stages_starts_from_given_images():
+    stage = tiny_stage(8, 2)
+    relay = Relay({"b": stage, "c": tiny_stage(24, 3)})
+    assert relay.start_resolution == 4
+    pixels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    batch = SampleBatch(torch.tensor([5, 6]), torch.tensor([1, 2]), torch.tensor([0, 1]), pixels)
+    samples = relay.predict_step(batch, 0)
+    assert list(samples.stages) == ["start", "b", "c"]
+    assert samples.positions.tolist() == [5, 6]
+    alone = stage.sample((2, 3, 8, 8), [1, 2], torch.tensor([0, 1]), to_float(pixels))
+    torch.testing.assert_close(samples.stages["b"], alone, rtol=0, atol=0)
+    assert torch.equal(samples.images, to_uint8(samples.stages["c"]))
+
+
+def test_rounding_and_postprocessing_of_the_final_images():
+    images = torch.linspace(-1, 1, 48).reshape(1, 3, 4, 4)
+    floor = Relay({"a": tiny_stage(4)}, rounding="floor").finish(images)
+    assert torch.equal(floor, (127.5 * (images + 1)).floor().to(torch.uint8))
+    assert 0 < (Relay({"a": tiny_stage(4)}).finish(images) != floor).double().mean() < 0.9
+    changed = Relay({"a": tiny_stage(4)}, postprocess=lambda pixels: 255 - pixels)
+    assert torch.equal(changed.finish(images), 255 - to_uint8(images))
+
+
+def test_early_hand_over_stops_the_first_stage_and_says_what_that_saves():
+    first = tiny_stage(4)
+    whole = first.sampler
+    relay = Relay({"a": first, "b": tiny_stage(8, 2)}, hand_over_sigma=1.0)
+    assert relay.samplers["a"].sigmas[-2] == 1.0
+    described = relay.describe()
+    assert described["hand_over_sigma"] == 1.0
+    assert relay.saved_evaluations == whole.evaluations - relay.samplers["a"].evaluations == 0
+    assert described["stages"]["a"]["network_evaluations"] == 5
+    early = Relay({"a": first}, hand_over_sigma=10.0)
+    assert early.saved_evaluations == 2
+    assert early.describe()["stages"]["a"]["network_evaluations"] == 3
+
+
+def test_a_relay_leaves_its_stages_as_they_are():
+    first, second = tiny_stage(4), tiny_stage(8, 2)
+    own = [(stage, stage.sampler, stage.training) for stage in (first, second)]
+    before, given = first.sample((1, 3, 4, 4), [7]), {"a": first, "b": second}
+    early = Relay(given, hand_over_sigma=10.0)
+    assert not torch.equal(early.sample_stages([7])["a"], before)  # stopped at sigma 10
+    assert torch.equal(Relay(given).sample_stages([7])["a"], before)  # another relay of the same stages is not
+    assert torch.equal(first.sample((1, 3, 4, 4), [7]), before)
+    assert [(stage, stage.sampler, stage.training) for stage in (first, second)] == own
+    assert given == {"a": first, "b": second}
+
+
+def test_a_sampler_that_cannot_stop_early_is_named():
+    first = tiny_stage(4)
+    first.sampler = lambda denoise, start, randn_like, labels=None: start  # noqa: ARG005
+    with pytest.raises(UserError, match=r"the function of relay\.stages\.a cannot stop early"):
+        Relay({"a": first}, hand_over_sigma=1.0)
+
+
+@pytest.mark.parametrize("name", ["pop", "keys", "training", "a.b"])
+def test_a_stage_may_have_any_name(name):
+    relay = Relay({name: tiny_stage(4), "next": tiny_stage(8, 2)})
+    assert list(relay.chain()) == [name, "next"]
+    assert list(relay.sample_stages([0], torch.tensor([1]))) == [name, "next"]
+
+
+@pytest.mark.parametrize(("stage", "sigma"), [((4, 1), 100.0), ((8, 2), 1.0)])
+def test_a_hand_over_that_makes_no_sense_is_refused(stage, sigma):
+    with pytest.raises(UserError, match="hand_over_sigma"):
+        Relay({"a": tiny_stage(*stage)}, hand_over_sigma=sigma)

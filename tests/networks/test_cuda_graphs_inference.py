@@ -1,0 +1,87 @@
+"""Evaluations replayed from a CUDA graph; on a machine without a GPU the denoiser is simply called."""
+
+import pytest
+import torch
+
+from relay_diffusion.networks import EDMPreconditioner, Graphed, UNet
+from waking import awake
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+
+
+def denoiser(**options):
+    network = UNet(16, channels=16, channel_mult=(1, 2), blocks=1, attention_resolutions=(8,), num_classes=3, **options)
+    return awake(EDMPreconditioner(network))
+
+
+def test_without_a_gpu_it_is_the_denoiser():
+    plain = denoiser()
+    x, sigma, labels = torch.randn(2, 3, 16, 16), torch.ones(2), torch.tensor([0, 2])
+    graphed = Graphed(plain)
+    for _ in range(3):
+        assert torch.equal(graphed(x, sigma, labels), plain(x, sigma, labels))
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+@pytest.mark.parametrize("inference", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_replays_give_what_calls_give(precision, inference, channels_last):
+    plain = denoiser(channels_last=channels_last).cuda()
+    graphed = Graphed(plain)
+    with inference(), torch.autocast("cuda", precision, enabled=precision is not None):
+        for step in range(6):
+            x, sigma = torch.randn(2, 3, 16, 16).double().cuda(), torch.rand(2).double() + 0.1
+            labels = torch.tensor([step % 3, -1]).cuda()
+            torch.testing.assert_close(graphed(x, sigma, labels), plain(x, sigma, labels), rtol=0, atol=0)
+
+
+@needs_gpu
+@torch.no_grad()
+def test_changed_weights_count():
+    plain = denoiser(channels_last=True).cuda()
+    graphed = Graphed(plain)
+    x, sigma, labels = torch.randn(2, 3, 16, 16).cuda(), torch.ones(2), torch.tensor([0, 2]).cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        before = [graphed(x, sigma, labels) for _ in range(3)][-1]
+    for parameter in plain.parameters():
+        parameter.mul_(1.1)
+    with torch.autocast("cuda", torch.bfloat16):
+        after = graphed(x, sigma, labels)
+        torch.testing.assert_close(after, plain(x, sigma, labels), rtol=0, atol=0)
+    assert not torch.allclose(before, after)
+
+
+@needs_gpu
+@pytest.mark.parametrize("modes", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)])
+def test_a_graph_serves_evaluations_with_and_without_inference_mode(modes):
+    plain = denoiser(channels_last=True).cuda()
+    graphed = Graphed(plain)
+    x, sigma = torch.randn(2, 3, 16, 16).cuda(), torch.ones(2)
+    for mode in (modes[0], modes[0], modes[1], modes[0], modes[1]):
+        with mode(), torch.autocast("cuda", torch.bfloat16):
+            torch.testing.assert_close(graphed(x, sigma, None), plain(x, sigma, None), rtol=0, atol=0)
+
+
+@needs_gpu
+@torch.no_grad()
+def test_weights_that_moved_count():
+    plain = denoiser(channels_last=True).cuda()
+    graphed = Graphed(plain)
+    x, sigma = torch.randn(2, 3, 16, 16).cuda(), torch.ones(2)
+    for _ in range(3):
+        graphed(x, sigma, None)
+    last = list(plain.parameters())[-1]
+    last.data = last.data.clone() + 1
+    torch.testing.assert_close(graphed(x, sigma, None), plain(x, sigma, None), rtol=0, atol=0)
+
+
+@needs_gpu
+@torch.no_grad()
+def test_batches_of_two_sizes_in_turns_and_a_third():
+    plain = denoiser(channels_last=True).cuda()
+    graphed = Graphed(plain)
+    for batch in (1, 2, 1, 2, 1, 2, 3, 3, 3, 1):
+        x, sigma, labels = torch.randn(batch, 3, 16, 16).cuda(), torch.ones(batch), torch.zeros(batch).long().cuda()
+        torch.testing.assert_close(graphed(x, sigma, labels), plain(x, sigma, labels), rtol=0, atol=0)
+    assert len(graphed._graphs) <= 2

@@ -1,0 +1,184 @@
+"""The images of a run: one file each, packed on request, continued with their own settings only."""
+
+import json
+import resource
+import zipfile
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from relay_diffusion.data import zip_writer
+from relay_diffusion.data.dataset import ImageDataset
+from relay_diffusion.errors import UserError
+from relay_diffusion.sampling.image_store import ImageStore
+
+PIXELS = torch.arange(4 * 3 * 8 * 8).reshape(4, 3, 8, 8).to(torch.uint8)
+SETTINGS = {"sampler": {"steps": 5, "churn": 0.0}}
+NAMES = ["0/a", "0/b", "1/c", "1/d"]
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = ImageStore(tmp_path, SETTINGS)
+    store.begin()
+    for name, image in zip(NAMES[:3], PIXELS, strict=False):
+        store.write(name, image)
+    return store
+
+
+def batches(store, names, size):
+    return list(store.images(names, (8, 8)).batches(size))
+
+
+def test_images_come_back_bit_for_bit(store):
+    assert [name in store for name in NAMES] == [True, True, True, False]
+    read = batches(store, ["1/c", "0/a", "0/b"], 2)
+    assert [len(batch) for batch in read] == [2, 1]
+    assert torch.equal(torch.cat(read), PIXELS[[2, 0, 1]])
+    assert torch.equal(torch.cat(list(store.images(NAMES[:3], (8, 8)).batches(2, [0, 2]))), PIXELS[[0, 2]])
+
+
+@pytest.mark.usefixtures("store")
+def test_other_settings_are_refused_and_the_first_is_named(tmp_path):
+    assert "0/a" in ImageStore(tmp_path, {"sampler": {"steps": 5, "churn": 0.0}})
+    with pytest.raises(UserError, match=r"other settings \(sampler\.steps is 5 there, 6 here\)"):
+        ImageStore(tmp_path, {"sampler": {"steps": 6, "churn": 0.0}})
+    with pytest.raises(UserError, match=r"other settings \(sampler is there, but not here\)"):
+        ImageStore(tmp_path, {})
+    with pytest.raises(UserError, match=r"other settings \(relay is missing there\)"):
+        ImageStore(tmp_path, {"relay": {"steps": 5}})
+
+
+def test_images_with_classes_are_a_data_set(store, tmp_path):
+    store.note_labels({"0/a": 1, "0/b": 0, "1/c": 1}, ["dog", "cat"])
+    dataset = ImageDataset(tmp_path / "images", 8)
+    assert (dataset.labels, dataset.class_names) == ([1, 0, 1], ["dog", "cat"])
+    store.write("1/d", PIXELS[3])
+    store.note_labels({"1/d": -1}, ["dog", "cat"])  # one without a class: not a labelled set
+    assert ImageDataset(tmp_path / "images", 8).class_names == []
+
+
+def test_packed_images_are_a_data_set_and_can_be_added_to(store, tmp_path):
+    store.note_labels({"0/a": 1, "0/b": 0, "1/c": 1}, ["dog", "cat"])
+    store.pack()
+    assert not store.folder.exists()
+    store.pack()  # nothing left to move
+    store.note_labels({"0/a": 1}, ["dog", "cat"])
+    assert not store.folder.exists()
+    again = ImageStore(tmp_path, SETTINGS)
+    assert [name in again for name in NAMES] == [True, True, True, False]
+    again.begin()
+    again.write("1/d", PIXELS[3])
+    assert torch.equal(torch.cat(batches(again, NAMES, 3)), PIXELS)
+    again.note_labels({"1/d": 0}, ["dog", "cat"])  # only what this run knows of
+    again.pack()
+    dataset = ImageDataset(tmp_path / "images.zip", 8)
+    assert dataset.names == [f"{name}.png" for name in NAMES]
+    assert dataset.labels == [1, 0, 1, 0]
+    assert dataset.class_names == ["dog", "cat"]
+    assert torch.equal(torch.stack([image for image, _ in dataset]), PIXELS)
+
+
+def test_the_folder_stays_a_data_set_beside_a_zip(store, tmp_path):
+    store.note_labels({"0/a": 1, "0/b": 0, "1/c": 1}, ["dog", "cat"])
+    store.pack()
+    store.begin()
+    store.write("1/d", PIXELS[3])
+    store.note_labels({"0/a": 1, "0/b": 0, "1/c": 1, "1/d": 0}, ["dog", "cat"])
+    assert ImageDataset(tmp_path / "images", 8).labels == [0]
+
+
+def test_settings_of_a_run_without_images_bind_nobody(tmp_path):
+    ImageStore(tmp_path, SETTINGS).begin()
+    ImageStore(tmp_path, {"sampler": {"steps": 6, "churn": float("inf")}}).begin()
+    assert "Infinity" not in (tmp_path / "settings.json").read_text()
+
+
+def test_packing_leaves_no_image_behind(store, tmp_path):
+    """Also those of earlier runs, whose classes nobody noted; other files stay."""
+    (store.folder / "mine.txt").write_text("keep me")
+    store.write("1/d", PIXELS[3])
+    store.note_labels({"1/d": 1}, ["dog", "cat"])
+    store.pack()
+    with zipfile.ZipFile(tmp_path / "images.zip") as archive:
+        assert json.loads(archive.read("dataset.json")) == {"labels": None}
+        assert len(archive.namelist()) == 5
+    assert [path.name for path in store.folder.rglob("*")] == ["mine.txt"]
+
+
+def test_a_damaged_zip_is_named(store, tmp_path):
+    store.pack()
+    store.archive.write_bytes(store.archive.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"images\.zip cannot be read"):
+        ImageStore(tmp_path, SETTINGS)
+
+
+@pytest.mark.usefixtures("store")
+def test_damaged_settings_are_named(tmp_path):
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(UserError, match=r"settings\.json is damaged"):
+        ImageStore(tmp_path, SETTINGS)
+
+
+def test_what_killed_writers_left_goes(store, tmp_path):
+    """A kill during an image, and one during the zip, after which no image is missing; others' files stay."""
+    code = "fd5d0b6e5a1c4f0f9f1b2c3d4e5f6a7b"
+
+    def leave():
+        left = [store.folder / f"0/.a.png.{code}.tmp", tmp_path / f".images.zip.{code}.tmp"]
+        for path in left:
+            path.write_bytes(b"half")
+        return left
+
+    left = leave()
+    (tmp_path / ".mine.tmp").write_text("keep me")
+    store.begin()
+    assert not any(path.exists() for path in left)
+    left = leave()
+    store.pack()
+    assert not store.folder.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.tmp", "images.zip", "settings.json"]
+    (store.folder / "0").mkdir(parents=True)  # killed after the last image was deleted
+    store.pack()
+    assert not store.folder.exists()
+
+
+@contextmanager
+def full_disk(room):
+    """No file may be larger than `room` bytes."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path):
+    store = ImageStore(tmp_path, {})
+    store.begin()
+    with full_disk(1000), pytest.raises(UserError, match=r"a\.png cannot be written: File too large"):
+        store.write("a", torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8))
+    assert not list(store.folder.iterdir())
+    assert "a" not in store
+
+
+def test_a_disk_too_full_for_the_zip_keeps_the_images(store, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    with full_disk(300), pytest.raises(UserError, match=r"^output=.*images\.zip cannot be written: File too large$"):
+        store.pack()
+    assert sorted(tmp_path.rglob("*")) == before
+    assert torch.equal(torch.cat(batches(store, NAMES[:3], 3)), PIXELS[:3])
+
+
+def test_the_zip_is_on_the_disk_before_the_images_go(store, monkeypatch):
+    synced = []
+
+    def sync(path):
+        assert len(list(store.folder.rglob("*.png"))) == 3
+        synced.append(path)
+
+    monkeypatch.setattr(zip_writer, "sync", sync)
+    store.pack()
+    assert [synced[0].suffix, synced[1]] == [".tmp", store.archive.parent]

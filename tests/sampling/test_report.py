@@ -1,0 +1,25 @@
+"""What a sampling run ends with on the screen."""
+
+import pytest
+
+from relay_diffusion.sampling.report import report
+
+
+def test_measures_come_first_ones_own_among_them_then_where_things_lie(capsys):
+    results = {"mean_distance": 0.123456789, "images": 12345, "fid": 1.234567, "seeds": "0-1", "numbers": "m.json"}
+    report(results | {"names": ["fid", "mean_distance", "images"]})
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows == [["FID", "1.23"], ["mean_distance", "0.123457"], ["images", "12,345"], ["numbers", "in", "m.json"]]
+
+
+@pytest.mark.parametrize(
+    ("results", "line"),
+    [
+        ({"not_measured": {"kid": "too few images"}}, "kid not measured: too few images"),
+        ({"departures": ["no post-processing"]}, "not as published no post-processing"),
+        ({"saved_evaluations": 8}, "early hand-over 8 network evaluations fewer an image"),
+    ],
+)
+def test_what_is_not_as_expected_is_said(capsys, results, line):
+    report(results)
+    assert " ".join(capsys.readouterr().out.split()) == line

@@ -1,0 +1,324 @@
+"""Sampling and measuring from a config: continued runs, given images, early hand-over, packing."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from relay_diffusion.data.dataset import ImageDataset
+from relay_diffusion.data.zip_writer import ImageZipWriter
+from relay_diffusion.errors import UserError
+from relay_diffusion.models.relay import Relay
+from relay_diffusion.sampling.run import sample
+
+
+def pngs(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).rglob("seed*.png")}
+
+
+def test_sampling_is_continued_and_does_not_depend_on_the_batch(configuration, relay_overrides, tmp_path):
+    sample(configuration("sample", *relay_overrides, "seeds=0-6", "batch_size=7"))
+    whole = pngs(tmp_path / "samples/images")
+    assert len(whole) == 7
+    assert (tmp_path / "samples/relay.png").exists()
+    other = [f"run_dir={tmp_path / 'other'}"]
+    assert sample(configuration("sample", *relay_overrides, *other, "seeds=2-4", "batch_size=2"))["sampled_now"] == 3
+    assert sample(configuration("sample", *relay_overrides, *other, "seeds=0-6", "batch_size=3"))["sampled_now"] == 4
+    assert pngs(tmp_path / "other/images") == whole
+
+
+def test_images_of_other_settings_are_not_mixed(configuration, relay_overrides):
+    sample(configuration("sample", *relay_overrides, "seeds=0-1"))
+    with pytest.raises(UserError, match="other settings"):
+        sample(configuration("sample", *relay_overrides, "relay.stages.relay.changes.sampler.s_noise=0.1"))
+
+
+def test_evaluation_measures_all_images_also_after_an_interruption(configuration, relay_overrides, tmp_path):
+    options = [*relay_overrides, "mode=evaluate"]
+    whole = sample(configuration("sample", *options, "seeds=0-7"))
+    stored = json.loads((tmp_path / "samples/metrics.json").read_text())
+    assert stored["fid"] == whole["fid"] > 0
+    assert stored["images"] == 8
+    assert stored["evaluation"]["reference"]["images"] == 24
+    assert stored["settings"]["stages"]["relay"]["network_evaluations"] > 1
+    assert stored["image_size"] == stored["evaluation"]["reference"]["resolution"] == [16, 16]
+    assert stored["evaluation"]["reference"]["averaging"] == [1]
+    assert [line.partition(", as ")[0] for line in stored["warnings"]] == [
+        f"{name}: the covariance of {count} {side} images is singular"
+        for name in ("FID", "sFID")
+        for count, side in ((8, "generated"), (24, "reference"))
+    ]
+    other = [f"run_dir={tmp_path / 'other'}"]
+    sample(configuration("sample", *relay_overrides, *other, "seeds=0-4"))
+    parts = sample(configuration("sample", *options, *other, "seeds=0-7"))
+    assert parts["sampled_now"] == 3
+    again = sample(configuration("sample", *options, *other, "seeds=0-7"))  # nothing left to sample
+    for results in (parts, again):
+        assert results["fid"] == pytest.approx(whole["fid"], rel=1e-3)
+        assert results["sfid"] == pytest.approx(whole["sfid"], rel=1e-3)
+
+
+def test_one_class_a_list_or_none(configuration, relay_overrides, tmp_path):
+    for i, (chosen, labels) in enumerate([("light", [1, 1, 1]), ("[light,0]", [1, 0, 1]), ("null", [0, 1, 0])]):
+        sample(
+            configuration(
+                "sample", *relay_overrides, f"class={chosen}", "seeds=0-2", "format=zip", f"run_dir={tmp_path / str(i)}"
+            )
+        )
+        assert ImageDataset(tmp_path / str(i) / "images.zip", 16).labels == labels
+
+
+def test_packed_images_are_continued_too(configuration, relay_overrides, tmp_path):
+    sample(configuration("sample", *relay_overrides, "seeds=0-4", f"run_dir={tmp_path / 'whole'}"))
+    options = [*relay_overrides, "format=zip", "npz=true"]
+    assert sample(configuration("sample", *options, "seeds=0-2"))["sampled_now"] == 3
+    assert not (tmp_path / "samples/images").exists()
+    results = sample(configuration("sample", *options, "seeds=0-4"))
+    assert results["sampled_now"] == 2
+    packed = ImageDataset(tmp_path / "samples/images.zip", 16)
+    whole = pngs(tmp_path / "whole/images")
+    assert [Path(name).name for name in packed.names] == sorted(whole)
+    with np.load(tmp_path / "samples/images.npz", allow_pickle=False) as arrays:
+        assert arrays["arr_1"].tolist() == [0, 1, 0, 1, 0]
+        for (image, _), pixels, name in zip(packed, arrays["arr_0"], sorted(whole), strict=True):
+            np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), pixels)
+            with Image.open(tmp_path / "whole/images/00000000" / name) as picture:
+                np.testing.assert_array_equal(np.asarray(picture), pixels)
+
+
+def test_only_the_first_stages(configuration, relay_overrides, tmp_path):
+    sample(configuration("sample", *relay_overrides, "relay.last=base", "seeds=0-1"))
+    with Image.open(tmp_path / "samples/images/00000000/seed00000001.png") as image:
+        assert image.size == (8, 8)
+
+
+def test_given_images_are_enlarged_under_their_names(configuration, relay_overrides, tmp_path):
+    """No checkpoint of the first stage is needed, and the pictures are those of the whole relay from that start."""
+    small = tmp_path / "small"
+    sample(configuration("sample", *relay_overrides, "relay.last=base", "seeds=0-2", f"run_dir={small}"))
+    start = [*relay_overrides, "relay.stages.base.path=nowhere", f"relay.start={small / 'images'}"]
+    assert ImageDataset(small / "images", 8).labels == [0, 1, 0]  # their classes are taken over
+    results = sample(configuration("sample", *start, f"run_dir={tmp_path / 'large'}"))
+    assert results["images"] == 3
+    names = sorted(path.relative_to(small / "images") for path in (small / "images").rglob("*.png"))
+    assert sorted(p.relative_to(tmp_path / "large/images") for p in (tmp_path / "large/images").rglob("*.png")) == names
+    with Image.open(tmp_path / "large/images" / names[0]) as image:
+        assert image.size == (16, 16)
+    assert (tmp_path / "large/relay.png").exists()
+    one = sample(configuration("sample", *start, "seeds=1", f"run_dir={tmp_path / 'one'}"))
+    assert one["images"] == 1
+    assert pngs(tmp_path / "one/images").items() <= pngs(tmp_path / "large/images").items()
+
+
+def test_a_part_of_the_given_images(configuration, relay_overrides, tmp_path):
+    for name in ("a/1.png", "b/1.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    start = [*relay_overrides, f"relay.start={tmp_path}", "class=-1"]
+    sample(configuration("sample", *start, "relay.start_subset=b", f"run_dir={tmp_path / 'run'}"))
+    images = tmp_path / "run/images"
+    assert [path.relative_to(images).as_posix() for path in images.rglob("*.png")] == ["b/1.png"]
+    with pytest.raises(UserError, match=r"relay\.start_subset=c: not in .*; subsets there: a, b"):
+        sample(configuration("sample", *start, "relay.start_subset=c"))
+
+
+def test_a_single_image_is_enlarged_under_its_name(configuration, relay_overrides, tmp_path):
+    Image.effect_noise((16, 16), 60).convert("RGB").save(tmp_path / "photo.PNG")
+    (tmp_path / "beside.png").write_bytes(b"not looked at")
+    start = [*relay_overrides, f"relay.start={tmp_path / 'photo.PNG'}", "class=-1"]
+    assert sample(configuration("sample", *start, f"run_dir={tmp_path / 'run'}"))["images"] == 1
+    assert [path.name for path in (tmp_path / "run/images").iterdir()] == ["photo.png"]
+    with pytest.raises(UserError, match=r"relay\.start_subset=a: not in .*photo\.PNG; subsets there: none"):
+        sample(configuration("sample", *start, "relay.start_subset=a"))
+    with pytest.raises(UserError, match=r"seeds=1: relay\.start=.*photo\.PNG holds 1 images, numbers 0 to 0"):
+        sample(configuration("sample", *start, "seeds=1"))
+    (tmp_path / "text.jpg").write_text("no image")
+    with pytest.raises(UserError, match=r"^relay\.start: '.*text\.jpg' is not a PNG, WEBP, JPEG image"):
+        sample(configuration("sample", *relay_overrides, f"relay.start={tmp_path / 'text.jpg'}", "class=-1"))
+    Image.new("RGB", (12, 8)).save(tmp_path / "wide.png")
+    with pytest.raises(UserError, match=r"resolution=8: '.*wide\.png' is 12x8; it is not square.*data\.convert"):
+        sample(configuration("sample", *relay_overrides, f"relay.start={tmp_path / 'wide.png'}", "class=-1"))
+
+
+def test_given_photographs_are_turned_upright(configuration, relay_overrides, tmp_path, capsys):
+    upright, stored = tmp_path / "upright", tmp_path / "stored"
+    for number in range(3):
+        image = Image.effect_noise((8, 8), 80).convert("RGB")
+        exif = Image.Exif()
+        exif[0x0112] = 6 if number else 1
+        for folder, turn, options in [(upright, None, {}), (stored, Image.Transpose.ROTATE_90, {"exif": exif})]:
+            folder.mkdir(exist_ok=True)
+            turned = image.transpose(turn) if turn is not None and number else image
+            turned.save(folder / f"{number}.png", **options)
+    for name, start, more in [("a", upright, []), ("b", stored, []), ("c", stored, ["relay.start_exif=ignore"])]:
+        options = [f"relay.start={start}", "class=-1", f"run_dir={tmp_path / name}", *more]
+        sample(configuration("sample", *relay_overrides, *options))
+        said = "EXIF orientation applied to 2 images of relay.start; relay.start_exif=ignore keeps them as stored"
+        assert (said in " ".join(capsys.readouterr().out.split())) == (name == "b")
+    made = {name: [(tmp_path / name / f"images/{k}.png").read_bytes() for k in range(3)] for name in "abc"}
+    assert made["a"] == made["b"]
+    assert [one == other for one, other in zip(made["a"], made["c"], strict=True)] == [True, False, False]
+    options = [f"relay.start={stored}", "class=-1", f"run_dir={tmp_path / 'c'}"]
+    with pytest.raises(UserError, match=r"holds images of other settings \(start\.hash"):
+        sample(configuration("sample", *relay_overrides, *options))
+
+
+def test_given_images_without_classes_need_one(configuration, relay_overrides, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    start = [*relay_overrides, f"relay.start={tmp_path}"]
+    with pytest.raises(UserError, match=r"no classes \(dataset\.json\), but the model knows some: give class="):
+        sample(configuration("sample", *start))
+    (tmp_path / "dataset.json").write_text('{"labels": [["a.png", 0]], "classes": ["light"]}')
+    with pytest.raises(UserError, match="other classes than the model"):
+        sample(configuration("sample", *start))
+    assert sample(configuration("sample", *start, "class=-1"))["images"] == 1
+
+
+def test_a_damaged_image_among_the_given_ones_shows_before_anything_is_made(configuration, relay_overrides, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    for number in range(3):
+        Image.effect_noise((8, 8), 50).convert("RGB").save(small / f"{number}.png")
+    whole = (small / "2.png").read_bytes()
+    (small / "2.png").write_bytes(whole[: len(whole) * 2 // 3])
+    start = [*relay_overrides, f"relay.start={small}", "class=-1", "batch_size=1", f"run_dir={tmp_path / 'made'}"]
+    with pytest.raises(UserError, match=r"'2\.png' in .* cannot be decoded"):
+        sample(configuration("sample", *start))
+    assert not (tmp_path / "made").exists()
+    assert sample(configuration("sample", *start, "seeds=0-1"))["images"] == 2  # those are whole
+
+
+def test_given_images_of_another_size_are_named(configuration, relay_overrides, tmp_path):
+    Image.new("RGB", (12, 12)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"relay\.stages\.relay starts from resolution=8: 'a.png' .* is 12x12"):
+        sample(configuration("sample", *relay_overrides, f"relay.start={tmp_path}", "class=0"))
+
+
+def test_early_hand_over_is_reported(configuration, relay_overrides, tmp_path, capsys):
+    options = [*relay_overrides, "seeds=0-1", "relay.hand_over_sigma=1", "relay.stages.base.changes.sampler.steps=9"]
+    results = sample(configuration("sample", *options, "mode=evaluate"))
+    saved = results["saved_evaluations"]
+    assert saved > 0
+    assert f"{saved} network evaluations fewer an image" in capsys.readouterr().out
+    assert results["settings"]["stages"]["base"]["network_evaluations"] == 2 * 9 - 1 - saved
+    stored = json.loads((tmp_path / "samples/metrics.json").read_text())
+    assert stored["saved_evaluations"] == saved
+    assert stored["settings"]["hand_over_sigma"] == 1
+    with pytest.raises(UserError, match=r"hand_over_sigma is 1 there, 2 here"):
+        sample(configuration("sample", *relay_overrides, "relay.hand_over_sigma=2", options[-1]))
+
+
+def test_postprocessing_is_done_before_writing_and_recorded(configuration, relay_overrides, tmp_path):
+    sample(configuration("sample", *relay_overrides, "seeds=0-1"))
+    changed = [
+        "+relay.postprocess._target_=relay_diffusion.sampling.postprocess.Enhance",
+        "+relay.postprocess.brightness=0.5",
+    ]
+    sample(configuration("sample", *relay_overrides, *changed, "seeds=0-1", f"run_dir={tmp_path / 'dark'}"))
+    for name in pngs(tmp_path / "samples/images"):
+        with (
+            Image.open(tmp_path / "samples/images/00000000" / name) as before,
+            Image.open(tmp_path / "dark/images/00000000" / name) as after,
+        ):
+            difference = np.asarray(after).astype(float) - 0.5 * np.asarray(before)
+        assert np.abs(difference).max() <= 1
+    assert "Enhance(contrast=1.0, brightness=0.5" in (tmp_path / "dark/settings.json").read_text()
+
+
+def test_anyones_images_are_measured(configuration, relay_overrides, small_zip):
+    """The set against itself: distances vanish, precision and recall are whole; what is missing is said."""
+    options = [*relay_overrides, "mode=evaluate", "metrics=adm", f"images={small_zip}"]
+    results = sample(configuration("sample", *options))
+    assert (results["images"], results["precision"], results["recall"]) == (24, 1.0, 1.0)
+    assert results["fid"] < 1e-3
+    assert results["sfid"] < 1e-3
+    assert results["kid"] < 0
+    assert "class layer" in results["not_measured"]["inception_score"]
+    assert results["evaluation"]["protocol"]["name"] == "adm"
+    assert results["departures"] == []
+
+
+def test_an_averaged_reference_is_reported(configuration, relay_overrides, tmp_path, capsys):
+    with ImageZipWriter(tmp_path / "small.zip") as archive:
+        for i in range(3):
+            archive.add(f"{i}.png", Image.new("RGB", (4, 4), (40 * i, 90, 10)))
+    options = [*relay_overrides, "mode=evaluate", "metrics=fid", f"images={tmp_path / 'small.zip'}"]
+    results = sample(configuration("sample", *options))
+    assert results["image_size"] == results["evaluation"]["reference"]["resolution"] == (4, 4)
+    assert results["evaluation"]["reference"]["averaging"] == (4,)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "warning the reference images were averaged over blocks of side 4 to the size of the samples" in printed
+    assert "warning FID: the covariance of 3 generated images is singular" in printed
+
+
+def test_samples_measured_from_files_are_those_measured_on_the_way(configuration, relay_overrides, tmp_path):
+    options = [*relay_overrides, "mode=evaluate"]
+    sampled = sample(configuration("sample", *options, "seeds=0-7", "npz=true"))
+    for path in ("images", "images.npz"):
+        elsewhere = [f"images={tmp_path / 'samples' / path}", f"run_dir={tmp_path / 'measured'}"]
+        measured = sample(configuration("sample", *options, *elsewhere))
+        assert measured["fid"] == pytest.approx(sampled["fid"], rel=1e-4)
+        assert measured["sfid"] == pytest.approx(sampled["sfid"], rel=1e-4)
+
+
+def test_measuring_finished_images_leaves_them_alone(configuration, relay_overrides, tmp_path):
+    sample(configuration("sample", *relay_overrides, "seeds=0-3"))
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "samples").rglob("*.png")}
+    assert len(times) == 5  # with relay.png
+    results = sample(configuration("sample", *relay_overrides, "seeds=0-3", "mode=evaluate", "metrics=adm"))
+    assert (results["sampled_now"], results["images"]) == (0, 4)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "samples").rglob("*.png")} == times
+    assert results["departures"] == ["images are rounded nearest, where adm has floor"]
+
+
+def test_one_class_in_other_words_continues(configuration, relay_overrides):
+    for i, chosen in enumerate(["1", "light", "[1]"]):
+        results = sample(configuration("sample", *relay_overrides, f"class={chosen}", f"seeds=0-{i}"))
+        assert results["sampled_now"] == 1
+
+
+def test_classes_as_often_as_in_the_reference(configuration, relay_overrides, tmp_path, capsys):
+    with ImageZipWriter(tmp_path / "uneven.zip", ["dark", "light"]) as archive:
+        for i in range(8):
+            pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+            archive.add(f"{'train' if i < 4 else 'other'}/{i}.png", Image.fromarray(pixels), int(i == 1))
+    options = [*relay_overrides, "mode=evaluate", "seeds=0-7", f"reference={tmp_path / 'uneven.zip'}"]
+    sample(configuration("sample", *options))
+    assert "class=reference takes them as there" in capsys.readouterr().out
+    sample(configuration("sample", *options, "class=reference", f"run_dir={tmp_path / 'as-there'}"))
+    assert "class=reference" not in capsys.readouterr().out
+    made = ImageDataset(tmp_path / "as-there/images", 16)
+    assert sorted(made.labels) == [0] * 7 + [1]
+    train = [f"relay.reference.path={tmp_path / 'uneven.zip'}", "relay.reference.subset=train", "reference=null"]
+    options = [*relay_overrides, *train, "class=reference", "seeds=0-7", f"run_dir={tmp_path / 'part'}"]
+    sample(configuration("sample", *options))
+    assert sorted(ImageDataset(tmp_path / "part/images", 16).labels) == [0] * 6 + [1] * 2
+
+
+def test_classes_of_a_reference_that_has_none(configuration, relay_overrides, tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    for reference, words in ((tmp_path, "has no classes"), ("demo/emoji-64.zip", "other classes than the model")):
+        with pytest.raises(UserError, match=f"class=reference: reference=.*{words}"):
+            sample(configuration("sample", *relay_overrides, "class=reference", f"reference={reference}"))
+    with pytest.raises(UserError, match=r"there is no relay\.reference\.path"):
+        sample(configuration("sample", *relay_overrides, "class=reference", "reference=null"))
+
+
+def test_guidance_and_rounding_reach_the_relay(configuration, relay_overrides, monkeypatch):
+    built = []
+    predict = Relay.predict_step
+    monkeypatch.setattr(Relay, "predict_step", lambda self, *a: built.append(self) or predict(self, *a))
+    changes = ["relay.stages.base.changes.guidance_scale=2", "relay.stages.base.changes.guidance_interval=[0.1,2]"]
+    sample(configuration("sample", *relay_overrides, *changes, "relay.rounding=floor", "seeds=0-1", "picture=0"))
+    first = next(iter(built[0].chain().values()))
+    assert (first.guidance_scale, list(first.guidance_interval)) == (2, [0.1, 2])
+    assert built[0].rounding == "floor"
+
+
+def test_a_damaged_reference_is_found_before_images_are_made(configuration, relay_overrides, tmp_path):
+    np.savez(tmp_path / "bad.npz", mu=np.full(2048, np.nan), sigma=np.eye(2048))
+    with pytest.raises(UserError, match=r"^reference=.*bad\.npz.*finite"):
+        sample(configuration("sample", *relay_overrides, "mode=evaluate", f"reference={tmp_path / 'bad.npz'}"))
+    assert not (tmp_path / "samples").exists()

@@ -1,0 +1,65 @@
+"""The tools in benchmarks/ whose numbers the documentation relies on."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from relay_diffusion.checkpoints.loading import load_stage
+from relay_diffusion.data.dataset import ImageDataset
+from relay_diffusion.data.image_sets import open_image_set
+from relay_diffusion.diffusion.pixels import to_float
+from support import PROJECT, run
+
+
+def test_bicubic_enlarges_block_means_in_order(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        folder = tmp_path / "real" / ("b" if number else "a")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{number}.png")
+    options = [
+        f"source={tmp_path / 'real'}",
+        f"destination={tmp_path / 'large.zip'}",
+        "small=8",
+        "subset=b",
+        "factor=4",
+    ]
+    assert run("benchmarks/bicubic.py", *options).returncode == 0
+    (made,) = open_image_set(tmp_path / "large.zip", "images").batches(9)
+    assert made.shape == (2, 3, 32, 32)
+    for image, original in zip(made, pixels[1:], strict=True):
+        small = np.rint(original.reshape(8, 2, 8, 2, 3).mean((1, 3))).astype(np.uint8)
+        expected = Image.fromarray(small).resize((32, 32), Image.Resampling.BICUBIC)
+        difference = np.asarray(expected).astype(int) - image.permute(1, 2, 0).numpy()
+        assert np.abs(difference).max() <= 2  # halves may be rounded either way
+
+
+def test_bicubic_names_a_wrong_factor(tmp_path):
+    result = run("benchmarks/bicubic.py", "source=demo", f"destination={tmp_path / 'a.zip'}", "factor=0")
+    assert result.returncode == 2
+    assert result.stderr == "error: factor=0: must be at least 1\n"
+
+
+@torch.no_grad()
+def test_denoising_prints_the_error_of_the_estimates():
+    result = run("benchmarks/denoising.py", "count=3", "batch=2", "sigmas=0.5,2")
+    assert result.returncode == 0, result.stderr
+    images = ImageDataset(PROJECT / "demo/emoji-64.zip", 64, subset="heldout")
+    chosen = images.__getitems__([0, 108, 217])  # of 326
+    x, labels = to_float(torch.stack([image for image, _ in chosen])), torch.tensor([label for _, label in chosen])
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    stage = load_stage(PROJECT / "demo/emoji_64").eval()
+    printed = result.stdout.split("heldout")[1].replace(":", " ").split()
+    for sigma, error in zip(printed[0::2], printed[1::2], strict=True):
+        level = torch.full((len(x),), float(sigma))
+        expected = (stage.denoiser(x + float(sigma) * noise, level, labels) - x).square().mean().sqrt()
+        assert float(error) == pytest.approx(float(expected), abs=1e-4)
+    assert printed[0::2] == ["0.5", "2"]
+
+
+@pytest.mark.parametrize("sigmas", ["much", "1,0", "nan"])
+def test_denoising_names_wrong_sigmas(sigmas):
+    result = run("benchmarks/denoising.py", f"sigmas={sigmas}")
+    assert result.returncode == 2
+    assert result.stderr == f"error: sigmas={sigmas}: need numbers above 0 with commas between them, e.g. 0.1,0.5\n"

@@ -1,0 +1,158 @@
+"""What README.md and docs/ say is so: commands run, files and links are there, the configuration is listed."""
+
+import importlib.util
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from PIL import Image
+
+import relay_diffusion
+from relay_diffusion.config.sample import validate_sampling
+from relay_diffusion.config.train import validate_training
+from relay_diffusion.sampling.run import sample
+from relay_diffusion.training.run import train
+from support import PROJECT, TINY
+
+PAGES = [*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md"), *(PROJECT / "demo").glob("*.md")]
+TINY_TRAINING = [override for override in TINY if not override.startswith("network.num_classes")]
+TINY_TRAINING += ["resolution=16", "trainer.max_images=8", "network.attention_resolutions=[]"]
+FEW = ["picture=2", "batch_size=2"]
+
+
+def page_id(page):
+    return page.relative_to(PROJECT).as_posix()
+
+
+def test_the_configuration_is_listed():
+    spec = importlib.util.spec_from_file_location("configuration", PROJECT / "scripts/document_configuration.py")
+    generator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generator)
+    assert (PROJECT / "docs/configuration.md").read_text() == generator.document(), (
+        "run python scripts/document_configuration.py"
+    )
+    files = (PROJECT / "conf").rglob("*.yaml")
+    groups = {path.relative_to(PROJECT / "conf").parent.as_posix().removesuffix("/parts") for path in files}
+    assert groups == {".", *generator.GROUPS}
+
+
+def test_there_is_one_version():
+    assert f"\nversion: {relay_diffusion.__version__}\n" in (PROJECT / "CITATION.cff").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_lead_somewhere(page):
+    text = page.read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
+    missing = [link for link in links if not (page.parent / link).exists()]
+    named = re.findall(
+        r"(?<![\w/.=-])(?:docs|tests|benchmarks|demo|conf|src)/[\w/.-]+\.(?:md|py|yaml|png|webp|csv|zip)", text
+    )
+    made = set(re.findall(r"<!-- file: (\S+) -->", text))
+    missing += [name for name in named if not (PROJECT / name).exists() and name not in made]
+    assert not missing
+
+
+def test_the_map_of_the_code_names_every_module():
+    text = (PROJECT / "README.md").read_text()
+    code_map = text[text.index("## Map of the code") : text.index("## Results")]
+    package = PROJECT / "src/relay_diffusion"
+    parts = [path.name for path in package.glob("[a-z]*.py")]
+    parts += [f"{path.parent.name}/" for path in package.glob("*/__init__.py")]
+    missing = [part for part in parts if not re.search(rf"(?<![\w/]){re.escape(part)}", code_map)]
+    assert not missing
+
+
+def blocks(page):
+    """(kind, argument, text) of every marked block: files to write, commands to run."""
+    marked = re.finditer(
+        r"<!-- (file|run|python): (\S+) -->\n\n?(?:```\w+\n(.*?)```|((?:(?:    [^\n]*)?\n)+))", page.read_text(), re.S
+    )
+    return [(match[1], match[2], match[3] or match[4]) for match in marked]
+
+
+def commands(text):
+    lines = re.sub(r"\\\n\s*", "", text).splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+MARKED = [page for page in PAGES if blocks(page)]
+SMALL = {  # what a mark adds to commands, so that they take seconds
+    "small": {"train.py": TINY_TRAINING, "sample.py": FEW},
+    "draw": {
+        "sample.py": [
+            *FEW, "seeds=0", "relay.stages.base.changes.sampler.steps=2", "relay.stages.relay.changes.sampler.steps=4",
+        ]
+    },
+    "own": {"train.py": TINY_TRAINING, "sample.py": [*FEW, "seeds=0-3", "picture=0"]},
+    "tool": {},
+}  # fmt: skip
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with what commands need, in which files of the documentation may be written."""
+    shutil.copytree(PROJECT / "conf", tmp_path / "conf")
+    for name in ("demo", "benchmarks", "docs"):
+        (tmp_path / name).symlink_to(PROJECT / name)
+    package = tmp_path / "src/relay_diffusion"
+    for part in ("diffusion", "samplers"):
+        (package / part).mkdir(parents=True)
+        module = getattr(relay_diffusion, part)
+        monkeypatch.setattr(module, "__path__", [*module.__path__, str(package / part)])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(project, words, more):
+    """Run a command of the documentation in this process; FOLDER and N are those of some pictures."""
+    if "source=FOLDER" in words:
+        for number, kind in enumerate(["cat", "dog", "cat", "dog"]):
+            (project / "FOLDER" / kind).mkdir(parents=True, exist_ok=True)
+            Image.effect_noise((300, 260), 40 + 40 * number).convert("RGB").save(
+                project / f"FOLDER/{kind}/{number}.png"
+            )
+    words = [word.replace("num_classes=N", "num_classes=2") for word in words]
+    more = [*more, "resolution=64"] if "stage=relay" in words else more
+    assert words[0] == "python", words
+    script, arguments = words[1], [*words[2:], *more]
+    if script in ("train.py", "sample.py"):
+        with initialize_config_dir(str(project / "conf"), version_base="1.3"):
+            cfg = compose(Path(script).stem, overrides=arguments)
+        if script == "train.py":
+            validate_training(cfg)
+            train(cfg)
+        else:
+            validate_sampling(cfg)
+            sample(cfg)
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", arguments if script == "-m" else [script, *arguments])
+        start = partial(runpy.run_module, alter_sys=True) if script == "-m" else runpy.run_path
+        sys.modules.pop(sys.argv[0], None)
+        with pytest.raises(SystemExit) as ended:
+            start(sys.argv[0], run_name="__main__")
+    assert not ended.value.code
+
+
+@pytest.mark.parametrize("page", MARKED, ids=page_id)
+def test_commands_run(page, project):
+    for kind, argument, text in blocks(page):
+        if kind == "file":
+            path = project / argument
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            continue
+        if kind == "python":
+            exec(compile(text, page.name, "exec"), {})
+            continue
+        assert commands(text), f"{page}: a mark with nothing to run"
+        for words in commands(text):
+            call(project, words, SMALL[argument].get(words[1], []))

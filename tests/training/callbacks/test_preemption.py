@@ -1,0 +1,170 @@
+"""Signals that ask a run to stop."""
+
+import os
+import signal
+import subprocess
+import threading
+
+import pytest
+import torch
+
+from relay_diffusion.training.callbacks import preemption
+from relay_diffusion.training.ema import EMA
+from relay_diffusion.training.trainer import StopAtImages, build_trainer
+from support import assert_same_weights, weights_of
+
+
+@pytest.fixture(autouse=True)
+def _in_the_foreground():
+    """Ctrl-C is not ignored, as it is in a shell's background jobs."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """Send this process a signal after so many images."""
+
+    def send(number, images):
+        plain = StopAtImages.on_train_batch_end
+
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            plain(self, trainer, pl_module, *args)
+            if pl_module.images_seen == images and not pl_module.amid_step:
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(StopAtImages, "on_train_batch_end", on_train_batch_end)
+
+    return send
+
+
+@pytest.mark.parametrize("number", preemption.SIGNALS)
+def test_training_saves_stops_and_continues(fit, tmp_path, signal_at, monkeypatch, capsys, number):
+    fit("whole", 24)
+    monkeypatch.setattr(preemption, "IGNORABLE", ())  # tests may run under nohup
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.delenv("SLURM_JOB_ID", raising=False)
+        signal_at(number, 8)
+        with pytest.raises(SystemExit) as ended:
+            fit("parts", 24, "callbacks.grid.every_n_images=1000")
+    monkeypatch.undo()
+    assert ended.value.code == 128 + number
+    assert signal.getsignal(number) == before
+    assert not list((tmp_path / "parts").rglob("*.png"))  # nothing is drawn when time runs out
+    assert f"stopped by {signal.Signals(number).name}" in capsys.readouterr().out
+    stage = fit("parts", 24)
+    assert "continues" in capsys.readouterr().out
+    assert stage.images_seen == 24
+    weights = [weights_of(tmp_path / name / "checkpoints/last.ckpt") for name in ("whole", "parts")]
+    assert_same_weights(*weights)
+
+
+def test_a_second_interrupt_stops_at_once(fit, tmp_path, monkeypatch, capsys):
+    def on_train_batch_end(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(StopAtImages, "on_train_batch_end", on_train_batch_end)
+    with pytest.raises(SystemExit) as ended:
+        fit("run", 24)
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert said.index("finishing this step and saving; Ctrl-C again stops at once") < said.index("stopped at once")
+    assert not (tmp_path / "run/checkpoints/last.ckpt").exists()
+
+
+def test_an_interrupt_that_was_ignored_stays_so(fit):
+    """As a shell leaves it to its jobs in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert fit("run", 8).images_seen == 8
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_a_signal_that_comes_before_the_first_step(fit, tmp_path, monkeypatch):
+    """It is noted, and training saves and stops after that step."""
+    begin = EMA.on_fit_start
+    monkeypatch.setattr(EMA, "on_fit_start", lambda *args: os.kill(os.getpid(), signal.SIGUSR1) or begin(*args))
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        fit("run", 24)
+    assert ended.value.code == 128 + signal.SIGUSR1
+    content = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert content["images_seen"] == 4
+
+
+def test_a_queue_that_does_not_answer(monkeypatch, capsys):
+    def never(command, timeout, **_):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(preemption.subprocess, "run", never)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_JOB_NAME", raising=False)
+    preemption._requeue()
+    assert "job 7 could not be requeued" in capsys.readouterr().out
+
+
+def test_a_signal_amid_a_step_waits_for_its_end(fit, tmp_path, monkeypatch):
+    """Of four parts of a batch the first is done: the others follow."""
+    plain = StopAtImages.on_train_batch_end
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        plain(self, trainer, pl_module, *args)
+        if pl_module.images_seen == 4 and pl_module.amid_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(StopAtImages, "on_train_batch_end", on_train_batch_end)
+    with pytest.raises(SystemExit):
+        fit("run", 24, "data.accumulate=4")
+    assert weights_of(tmp_path / "run/checkpoints/last.ckpt")
+    monkeypatch.undo()
+    assert fit("run", 12, "data.accumulate=4").images_seen == 12
+
+
+def test_a_signal_with_the_last_step_changes_nothing(fit, signal_at):
+    signal_at(signal.SIGTERM, 8)
+    assert fit("run", 8).images_seen == 8
+
+
+@pytest.mark.parametrize(
+    ("environment", "called"),
+    [
+        ({"SLURM_JOB_ID": "7"}, ["scontrol", "requeue", "7"]),
+        ({"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}, ["scontrol", "requeue", "7_2"]),
+        ({"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "bash"}, None),
+        ({}, None),
+    ],
+)
+def test_the_job_that_is_requeued(monkeypatch, environment, called):
+    for name in ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    calls = []
+    monkeypatch.setattr(preemption.subprocess, "run", lambda command, **_: calls.append(command))
+    preemption._requeue()
+    assert calls == ([called] if called else [])
+
+
+def test_a_job_that_cannot_be_requeued_is_told(monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("PATH", "")
+    preemption._requeue()
+    assert "job 7 could not be requeued" in capsys.readouterr().out
+
+
+def test_training_in_a_thread_does_without_signals(fit):
+    ended = []
+    thread = threading.Thread(target=lambda: ended.append(fit("run", 8).images_seen))
+    thread.start()
+    thread.join()
+    assert ended == [8]
+
+
+def test_lightning_asks_no_device_for_signals_at_every_step():
+    """What the trainer takes away is there to be taken away."""
+    trainer = build_trainer(8, accelerator="cpu")
+    loop = trainer.fit_loop.epoch_loop
+    assert callable(type(loop)._broadcast_sigterm_tensor)
+    assert loop._broadcast_sigterm_tensor() is None  # without a group of processes the original would fail or wait

@@ -1,0 +1,174 @@
+"""What reaches Weights & Biases, read back from the files of runs without a network."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from relay_diffusion.errors import UserError
+from relay_diffusion.models.stage import DiffusionStage
+from relay_diffusion.training import run as training
+from relay_diffusion.training.loggers.wandb import WandbRun
+from support import TINY, run
+
+PANELS = {
+    "train/loss", "train/gradient_norm", "train/replaced_gradients", "train/lr", "train/images_per_second",
+    "train/tflops", "train/ema_half_life",
+}  # fmt: skip
+EVERY_8 = [f"callbacks.{name}.every_n_images=8" for name in ("log", "grid")]
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path, monkeypatch):
+    """Nothing is left in the home of whoever runs the tests."""
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+
+
+def records(run_dir):
+    """The records of each part of a run, in order."""
+    parts = []
+    for file in sorted((run_dir / "wandb").glob("offline-run-*/*.wandb")):
+        command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", file]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        parts.append([json.loads(line) for line in printed.splitlines()])
+    return parts
+
+
+def of_type(part, kind):
+    return [record[kind] for record in part if record["type"] == kind]
+
+
+def rows_of(parts):
+    return [record["item"] for part in parts for record in of_type(part, "history")]
+
+
+def crash_at(monkeypatch, images):
+    step = DiffusionStage.optimizer_step
+
+    def failing(stage, *args, **kwargs):
+        if stage.images_seen == images:
+            raise RuntimeError("the power went")
+        step(stage, *args, **kwargs)
+
+    monkeypatch.setattr(DiffusionStage, "optimizer_step", failing)
+
+
+def test_a_crash_and_a_continuation_are_one_run_without_doubled_rows(fit, tmp_path, monkeypatch):
+    options = ["logger=wandb", "run_id=mine", *EVERY_8, "callbacks.checkpoints.every_n_images=16"]
+    revision = {"commit": "1f2e", "uncommitted_changes": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "git_revision", lambda: revision)
+        crash_at(patch, 28)
+        with pytest.raises(RuntimeError, match="the power went"):
+            fit("run", 40, *options)
+    file, picture = tmp_path / "run/log/metrics.csv", tmp_path / "run/samples/images-000000024.png"
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["images_seen"] == 16
+    assert file.read_text().splitlines()[-1].startswith("24,")  # so the row of 24 images comes again
+    drawn = picture.stat().st_mtime_ns
+    with file.open("a") as log:
+        log.write("32,0.")  # cut short
+    monkeypatch.setattr(training, "git_revision", dict)  # no checkout
+    fit("run", 40, *options)
+    parts = records(tmp_path / "run")
+
+    (first,), (second,) = (of_type(part, "run") for part in parts)
+    assert (first["run_id"], first["project"], first["resume"]) == ("mine", "relay-diffusion", True)
+    assert second["run_id"] == "mine"
+    for part, git in zip(parts, (revision, None), strict=True):
+        assert {"name": "images_seen", "options": {"defined": True, "hidden": True}} in of_type(part, "metric")
+        assert any(m.get("glob_name") == "*" and m["step_metric"] == "images_seen" for m in of_type(part, "metric"))
+        config = of_type(part, "config")[0]["update"]
+        assert (config["resolution"], config["data"]["batch_size"], config["stage"]["warmup_images"]) == (16, 4, 16)
+        assert config["run_dir"] == str(tmp_path / "run")
+        assert config.get("git") == git
+
+    rows = rows_of(parts)
+    assert [row["images_seen"] for row in rows] == [8, 16, 24, 32, 40]
+    assert [row["_step"] for row in rows] == [8, 16, 24, 32, 40]
+    for row in rows:
+        assert row.keys() >= PANELS
+        assert any(f"train/loss_noise_{k}" in row for k in (1, 2, 3, 4))
+        assert row["samples/base.count"] == 1
+    assert picture.stat().st_mtime_ns == drawn
+    logged = list(csv.DictReader(file.read_text().splitlines()))
+    assert [int(row["images_seen"]) for row in logged] == [8, 16, 24, 32, 40]
+    for here, there in zip(logged, rows, strict=True):
+        for key, text in here.items():
+            assert float(text or "nan") == pytest.approx(there.get(key, float("nan")), nan_ok=True), key
+
+
+def ids(run_dir):
+    return [of_type(part, "run")[0]["run_id"] for part in records(run_dir)]
+
+
+def test_the_same_run_dir_is_the_same_wandb_run(tmp_path, small_zip):
+    """Also without a run_id, which is another at each start."""
+    command = [*TINY, "logger=wandb", "resolution=16", f"data.dataset.path={small_zip}", f"run_dir={tmp_path / 'run'}"]
+    for images in (8, 16):
+        result = run("train.py", *command, f"trainer.max_images={images}")
+        assert result.returncode == 0, result.stderr
+    first, second = ids(tmp_path / "run")
+    assert first == second
+    stored = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["run"]["wandb"]
+    assert stored == {"id": first, "directory": str(tmp_path / "run")}
+
+
+def test_which_wandb_run_a_directory_continues(fit, tmp_path):
+    fit("run", 8, "logger=wandb")
+    (original,) = ids(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    fit("moved", 12, "logger=wandb")
+    (tmp_path / "moved/wandb_run.json").unlink()
+    fit("moved", 16, "logger=wandb")  # the checkpoint has it too
+    assert set(ids(tmp_path / "moved")) == {original}
+    shutil.copytree(tmp_path / "moved", tmp_path / "copy", ignore=shutil.ignore_patterns("wandb"))
+    fit("copy", 20, "logger=wandb")
+    fit("copy", 24, "logger=wandb")
+    (copied,) = set(ids(tmp_path / "copy"))
+    fit("other", 20, "logger=wandb", f"resume={tmp_path / 'moved'}")
+    (resumed,) = ids(tmp_path / "other")
+    assert len({original, copied, resumed}) == 3
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"id": 1}'])
+def test_a_damaged_note_of_the_wandb_run_is_named(tmp_path, content):
+    (tmp_path / "wandb_run.json").write_text(content)
+    with pytest.raises(UserError, match=r"wandb_run\.json cannot be read: delete it for a new W&B run"):
+        WandbRun("project", "mine", tmp_path).continue_run()
+
+
+@pytest.mark.parametrize(("run_id", "valid"), [("mine", True), ("a/b", False), ("a*[1]", False), ("x" * 200, False)])
+def test_wandb_gets_a_valid_id(tmp_path, run_id, valid):
+    version = WandbRun("project", run_id, tmp_path).version
+    assert (version == run_id) is valid
+    assert re.fullmatch(r"[\w.-]{1,64}", version)
+    assert version != WandbRun("project", f"{run_id}?", tmp_path).version
+
+
+def test_pictures_of_a_relay_stage_and_checkpoints_on_request(fit, tmp_path):
+    relay = ["stage.corruption.block=2", "logger=wandb", "run_id=mine", *EVERY_8]
+    fit("run", 8, *relay, "callbacks.checkpoints.upload=true", stage="relay")
+    (part,) = records(tmp_path / "run")
+    (row,) = rows_of([part])
+    assert row["samples/relay.width"] > 2 * row["samples/relay.height"]  # start, output and real images
+    (artifact,) = of_type(part, "artifact")
+    assert (artifact["name"], artifact["type"], sorted(artifact["aliases"])) == (
+        "mine",
+        "model",
+        ["images-8", "latest"],
+    )
+    (content,) = artifact["manifest"]["contents"]
+    assert (content["path"], int(content["size"])) == (
+        "last.ckpt",
+        (tmp_path / "run/checkpoints/last.ckpt").stat().st_size,
+    )
+    assert json.loads(artifact["metadata"]) == {"images_seen": 8}
+    fit("other", 8, "logger=wandb", *EVERY_8)
+    assert of_type(records(tmp_path / "other")[0], "artifact") == []

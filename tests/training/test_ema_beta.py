@@ -1,0 +1,44 @@
+"""The weight of the old average: half-lives in images."""
+
+import math
+
+import pytest
+
+from relay_diffusion.training.ema import ema_beta
+
+
+def test_a_half_life_halves_in_one_step():
+    assert ema_beta(batch=1000, seen=10**9, half_life=1000, ramp_up=0.05) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 50, 200])
+def test_a_half_life_halves_in_any_number_of_steps(batch):
+    weights = [ema_beta(batch, seen, half_life=1000, ramp_up=None) for seen in range(0, 1000, batch)]
+    assert math.prod(weights) == pytest.approx(0.5, rel=1e-12)
+
+
+@pytest.mark.parametrize("batch", [1, 2048])
+def test_the_first_batch_copies_the_weights(batch):
+    assert ema_beta(batch, seen=0, half_life=500_000, ramp_up=0.05) == 0.0
+
+
+def test_without_ramp_up_the_first_batch_counts_like_any_other():
+    expected = 0.5 ** (64 / 1000)
+    for seen in (0, 10, 10**9):
+        assert ema_beta(64, seen, half_life=1000, ramp_up=None) == pytest.approx(expected, rel=1e-12)
+
+
+def test_early_half_life_is_a_share_of_the_images_seen():
+    assert ema_beta(batch=50, seen=1000, half_life=500_000, ramp_up=0.05) == pytest.approx(0.5)
+    assert ema_beta(batch=100, seen=1000, half_life=500_000, ramp_up=0.05) == pytest.approx(0.25)
+
+
+def test_ramp_up_ends_where_the_share_reaches_the_half_life():
+    plain = ema_beta(10, 0, half_life=100, ramp_up=None)
+    assert ema_beta(10, seen=1000, half_life=100, ramp_up=0.1) == pytest.approx(plain)
+    assert ema_beta(10, seen=5000, half_life=100, ramp_up=0.1) == pytest.approx(plain)
+    assert ema_beta(10, seen=999, half_life=100, ramp_up=0.1) < plain
+
+
+def test_no_half_life_at_all_copies_the_weights():
+    assert ema_beta(batch=1, seen=10**9, half_life=0, ramp_up=None) == 0.0

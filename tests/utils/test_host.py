@@ -1,0 +1,90 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from relay_diffusion.networks import UNet
+from relay_diffusion.utils.host import THREADS_KEY, prepare_host, report_slow_settings, slow_settings
+
+PAGES = """
+import resource, sys, torch
+from relay_diffusion.host import prepare_host
+
+def pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+pages()
+given_back = pages()
+prepare_host(torch.device("cpu"))
+for _ in range(8):  # the heap grows first
+    pages()
+print(given_back, pages())
+"""
+
+
+@pytest.fixture(autouse=True)
+def many(monkeypatch):
+    """A process with six threads, whose user said nothing of them."""
+    before = torch.get_num_threads()
+    monkeypatch.setenv(THREADS_KEY, "")  # so that it is as before afterwards
+    monkeypatch.delenv(THREADS_KEY)
+    torch.set_num_threads(6)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_few_threads_beside_a_gpu():
+    prepare_host(torch.device("cuda", 0))
+    assert torch.get_num_threads() == 4
+    assert os.environ[THREADS_KEY] == "4"
+
+
+def test_all_threads_on_a_cpu():
+    prepare_host(torch.device("cpu"))
+    assert torch.get_num_threads() == 6
+    assert THREADS_KEY not in os.environ
+
+
+def test_the_users_choice_of_threads_holds(monkeypatch):
+    monkeypatch.setenv(THREADS_KEY, "6")
+    prepare_host(torch.device("cuda", 0))
+    assert torch.get_num_threads() == 6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_freed_memory_is_kept_on_a_cpu():
+    """The same large tensors again cost next to no new pages."""
+    result = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=True)
+    given_back, kept = map(int, result.stdout.split())
+    assert kept < given_back / 10
+
+
+@pytest.mark.parametrize(
+    ("device", "have_triton", "channels_last", "reported"),
+    [
+        ("cpu", False, False, []),
+        ("cuda", True, True, []),
+        ("cuda", False, True, ["Triton is not installed"]),
+        ("cuda", True, False, ["network.channels_last=false is slow on a GPU"]),
+        ("cuda", False, False, ["Triton is not installed", "network.channels_last=false is slow on a GPU"]),
+    ],
+)
+def test_what_is_slow_on_a_gpu_is_reported(device, have_triton, channels_last, reported):
+    lines = slow_settings(device, have_triton, {"network.channels_last": channels_last})
+    assert len(lines) == len(reported)
+    for line, part in zip(lines, reported, strict=True):
+        assert part in line
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_format_of_a_network_is_recognised(capsys, channels_last):
+    network = UNet(8, channels=8, channel_mult=[1], blocks=1, attention_resolutions=[], channels_last=channels_last)
+    report_slow_settings(torch.device("cuda", 0), {"network.channels_last": network, "of another kind": object()})
+    printed = capsys.readouterr().out
+    assert ("network.channels_last=false" in printed) is not channels_last
+    assert "of another kind" not in printed
