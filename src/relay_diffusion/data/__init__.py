@@ -14,7 +14,7 @@ __all__ = ["ImageDataModule", "ImageDataset"]
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: the command line tools of this package need neither torch nor lightning.
-    homes = {"ImageDataModule": "datamodule", "ImageDataset": "images"}
+    homes = {"ImageDataModule": "datamodule", "ImageDataset": "dataset"}
     if name not in homes:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{homes[name]}"), name)
