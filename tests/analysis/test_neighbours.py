@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from relay_diffusion.analysis import neighbours as module
+from relay_diffusion.analysis import neighbours as analysis
 from relay_diffusion.analysis.neighbours import compare, picture
+from relay_diffusion.cli import neighbours as module
 from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.cli.neighbours import USAGE, NeighboursOptions, analyse
 from relay_diffusion.data.dataset import ImageDataset
@@ -155,8 +156,8 @@ def test_scale_is_the_reference_to_its_others(
     inception: Inception,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "MAX_SCALE", most)
-    monkeypatch.setattr(module, "BATCH", 7)
+    monkeypatch.setattr(analysis, "MAX_SCALE", most)
+    monkeypatch.setattr(analysis, "BATCH", 7)
     comparisons = compare(images, open_image_set(small_zip, "reference"), inception, 2, mirrored)
     chosen = list(range(24)) if most > 24 else [0, 4, 9, 14, 19]
     for space, expected in distances(reference, reference, inception, mirrored).items():
@@ -215,7 +216,7 @@ def test_the_picture_is_about_square(
     found = Neighbours(nothing.double(), nothing, nothing.bool())
     drawn = picture(reference[torch.arange(count) % 24], open_image_set(small_zip, "reference"), [found, found])
     column = 16 + 2 * (12 + nearest * 18 - 2)
-    assert drawn.size == (columns * (column + module.COLUMN_GAP) - module.COLUMN_GAP, 18 * rows - 2)
+    assert drawn.size == (columns * (column + analysis.COLUMN_GAP) - analysis.COLUMN_GAP, 18 * rows - 2)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from relay_diffusion.checkpoints import export
 from relay_diffusion.checkpoints.export import export_stage
 from relay_diffusion.checkpoints.loading import load_stage
 from relay_diffusion.checkpoints.published import convert
+from relay_diffusion.cli import convert_checkpoint
 from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.cli.convert_checkpoint import USAGE, ConvertOptions
 from relay_diffusion.errors import UserError
@@ -41,7 +42,7 @@ def exported(stage, tmp_path):
 
 
 def tool(*arguments):
-    return run_tool(arguments, USAGE, ConvertOptions, convert._convert_and_report)
+    return run_tool(arguments, USAGE, ConvertOptions, convert_checkpoint._convert_and_report)
 
 
 def refused(path, *words, **options):
@@ -226,20 +227,26 @@ def test_the_loss_of_a_file_sets_the_noise(tmp_path, monkeypatch):
     assert mean in content
     path = tmp_path / "other.pkl"
     path.write_bytes(content.replace(mean, mean[:8] + b"\xbf\xe0" + bytes(6)))
-    assert convert.published_stage(path).corruption.schedule.p_mean == -0.5
+    assert convert.published_stage(path, convert_checkpoint.compose_stage(None)).corruption.schedule.p_mean == -0.5
     rewritten(EDM, path, EDMLoss="VELoss")
     with pytest.raises(UserError, match="was trained with VELoss: give experiment=NAME"):
-        convert.published_stage(path)
+        convert.published_stage(path, convert_checkpoint.compose_stage(None))
 
 
 def test_the_label_dropout_of_a_published_file_is_kept(monkeypatch):
     monkeypatch.chdir(PROJECT)
     official = convert.read_official(EDM)
-    assert official.label_dropout == convert.published_stage(EDM).label_dropout == 0
+    assert (
+        official.label_dropout
+        == convert.published_stage(EDM, convert_checkpoint.compose_stage(None)).label_dropout
+        == 0
+    )
     monkeypatch.setattr(
         convert, "read_official", lambda path: dataclasses.replace(official, path=path, label_dropout=0.1)
     )
-    assert convert.published_stage(EDM).label_dropout == 0.1  # so that guidance is accepted
+    assert (
+        convert.published_stage(EDM, convert_checkpoint.compose_stage(None)).label_dropout == 0.1
+    )  # so that guidance is accepted
 
 
 def test_own_checkpoints(stage, tmp_path, capsys):

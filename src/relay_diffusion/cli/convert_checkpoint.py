@@ -70,7 +70,7 @@ def convert(options: ConvertOptions) -> DiffusionStage:
         refuse_existing(destination / file, "destination", options.overwrite)
     trusted = [name.strip() for name in options.trusted.strip("[]").split(",") if name.strip()]
     if source.suffix in PUBLISHED:
-        stage = published_stage(source, _compose(options.experiment), options.experiment, trusted)
+        stage = published_stage(source, compose_stage(options.experiment), options.experiment, trusted)
         origin = {"file": source.name, "sha256": file_sha256(source)}
     elif options.experiment is not None:
         raise UserError(f"experiment={options.experiment}: {source} says itself what stage it holds; leave it out")
@@ -90,7 +90,7 @@ def convert(options: ConvertOptions) -> DiffusionStage:
     return stage
 
 
-def _compose(experiment: str | None) -> dict[str, Any]:
+def compose_stage(experiment: str | None) -> dict[str, Any]:
     """The stage of an experiment as train.py would build it, without its optimizer."""
     main = CONF / "train.yaml"
     register_resolvers()
