@@ -36,6 +36,7 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import Evaluation
 from relay_diffusion.models.relay import Relay
 from relay_diffusion.networks.flops import forward_flops
+from relay_diffusion.sampling.options import sampling_options
 from relay_diffusion.sampling.run import build_evaluator, build_relay, make_plan
 from relay_diffusion.utils.files import write_text
 from relay_diffusion.utils.host import prepare_host
@@ -97,7 +98,7 @@ def cost(relay: Relay) -> tuple[str, float]:
 
 def batches(relay: Relay, cfg: DictConfig, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(finished images, positions) of a plan, on the relay's device."""
-    plan = make_plan(cfg, relay)
+    plan = make_plan(sampling_options(cfg), relay)
     for first in range(0, len(plan.seeds), batch):
         labels = torch.tensor(plan.labels[first : first + batch])
         images = relay.sample(plan.seeds[first : first + batch], labels if relay.num_classes else None)
@@ -107,11 +108,11 @@ def batches(relay: Relay, cfg: DictConfig, batch: int) -> Iterator[tuple[torch.T
 @torch.no_grad()
 def measured(options: Options, cfg: DictConfig, device: torch.device, kept: dict[str, Any]) -> dict[str, Any]:
     """The row of a point; `kept` holds what points have in common, by their reference."""
-    relay = build_relay(cfg).to(device).eval()
+    relay = build_relay(cfg.relay).to(device).eval()
     size = (relay.resolution, relay.resolution)
     key = f"{cfg.relay.reference}{cfg.reference}{size}"
     if key not in kept:
-        evaluator = build_evaluator(cfg, size)
+        evaluator = build_evaluator(cfg.metrics, sampling_options(cfg).reference, size)
         evaluator.inception.to(device)
         reference = evaluator.reference.load(evaluator.inception, device, evaluator.batch_size)
         kept[key] = Evaluation(evaluator.inception, reference, evaluator.measures).to(device)

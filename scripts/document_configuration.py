@@ -20,6 +20,8 @@ GROUPS = {
     "data": "Images to train on.",
     "network": "The UNet.",
     "stage": "What a stage learns, and how it samples.",
+    "sampler": "How a stage samples; each stage has a default.",
+    "optimizer": "The optimizer of training.",
     "augment": "Changes of training images that the network is told about.",
     "trainer": "Lightning's Trainer.",
     "strategy": "How devices work together.",

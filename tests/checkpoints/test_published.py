@@ -43,7 +43,7 @@ def test_the_published_sampler_settings(configuration, large_zip, tmp_path, rela
         export_stage(config, stage.denoiser.state_dict(), tmp_path / name)
         overrides.append(f"relay.stages.{name}.path={tmp_path / name}")
     cfg = configuration("sample", f"relay={relay}", *overrides)
-    built = build_relay(cfg)
+    built = build_relay(cfg.relay)
     first, second = built.chain().values()
     corruption = second.sampler.corruption
     found = {

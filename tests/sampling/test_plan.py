@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from relay_diffusion.data.dataset import ImageDataset
-from relay_diffusion.data.labels import class_indices, in_proportion
+from relay_diffusion.data.labels import class_indices, labels_like_reference
 from relay_diffusion.data.zip_writer import ImageZipWriter
 from relay_diffusion.errors import UserError
 from relay_diffusion.sampling.batches import PlanDataModule
@@ -131,8 +131,8 @@ def test_any_stretch_has_the_classes_about_as_often_as_the_whole(tmp_path):
     with ImageZipWriter(tmp_path / "set.zip", ["a", "b"]) as archive:
         for i in range(400):
             archive.add(f"{i:03d}.png", Image.new("RGB", (1, 1)), int(i >= 300))
-    labels = in_proportion(tmp_path / "set.zip", "", ["a", "b"], "reference")
-    assert labels == in_proportion(tmp_path / "set.zip", "", ["a", "b"], "reference")
+    labels = labels_like_reference(tmp_path / "set.zip", "", ["a", "b"], "reference")
+    assert labels == labels_like_reference(tmp_path / "set.zip", "", ["a", "b"], "reference")
     assert sum(labels) == 100
     for first in range(0, 400, 100):
         assert 10 < sum(labels[first : first + 100]) < 40  # 25 expected, 4.3 the standard deviation

@@ -138,7 +138,7 @@ def test_a_single_image_is_enlarged_under_its_name(configuration, relay_override
     with pytest.raises(UserError, match=r"^relay\.start: '.*text\.jpg' is not a PNG, WEBP, JPEG image"):
         sample(configuration("sample", *relay_overrides, f"relay.start={tmp_path / 'text.jpg'}", "class=-1"))
     Image.new("RGB", (12, 8)).save(tmp_path / "wide.png")
-    with pytest.raises(UserError, match=r"resolution=8: '.*wide\.png' is 12x8; it is not square.*data\.convert"):
+    with pytest.raises(UserError, match=r"resolution=8: '.*wide\.png' is 12x8; it is not square.*cli\.convert_images"):
         sample(configuration("sample", *relay_overrides, f"relay.start={tmp_path / 'wide.png'}", "class=-1"))
 
 

@@ -54,7 +54,7 @@ def _known(text: str, num_classes: int, names: Sequence[str]) -> str:
     return f"it knows {', '.join(names)} (or as numbers {numbers})" if names else f"it knows {numbers}"
 
 
-def in_proportion(path: str | Path, subset: str, names: Sequence[str], option: str) -> list[int]:
+def labels_like_reference(path: str | Path, subset: str, names: Sequence[str], option: str) -> list[int]:
     """The classes of an image set in an order in which any stretch holds them about as often as all of it.
 
     Always the same order. Raises UserError for a set without classes, or with others than the model's `names`.

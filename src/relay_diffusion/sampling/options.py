@@ -1,10 +1,12 @@
-"""What the settings of a sampling run choose."""
+"""Settings of a sampling run, read from its configuration once. Imports neither torch nor lightning."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from relay_diffusion.errors import require
 from relay_diffusion.utils.messages import shown
@@ -42,3 +44,82 @@ def reference_of(cfg: DictConfig) -> dict[str, Any]:
         "path": OmegaConf.select(cfg, "relay.reference.path"),
         "subset": OmegaConf.select(cfg, "relay.reference.subset", default=""),
     }
+
+
+@dataclass(frozen=True)
+class StartOptions:
+    """Images to start from: `path` None means noise. exif: "apply" or "ignore"."""
+
+    path: str | None
+    subset: str
+    exif: str
+
+
+@dataclass(frozen=True)
+class ReferenceOptions:
+    """Reference of an evaluation; option: the key that the user set, for messages."""
+
+    path: str | None
+    subset: str
+    option: str
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Settings of a sampling run besides the objects that Hydra builds: relay, trainer and metrics.
+
+    seeds: as the user gave them; None: all, which are default_seeds or every image of `start`. classes: names or
+    indices as given; None: all in turn. trajectory: how many images are drawn with their intermediate states.
+    config: the resolved configuration as YAML.
+    """
+
+    output: Path
+    run_id: str
+    evaluate: bool
+    images: str | None
+    seeds: Any
+    default_seeds: Any
+    classes: Any
+    start: StartOptions
+    reference: ReferenceOptions
+    batch_size: int
+    format: str
+    npz: bool
+    picture: int
+    trajectory: int
+    precision: str
+    config: str
+
+    @property
+    def shown_seeds(self) -> str | None:
+        """The seeds for metrics.json: "all" for every image that is enlarged, None for images that exist."""
+        if self.images is not None:
+            return None
+        every = self.default_seeds if self.start.path is None else "all"
+        return str(every if self.seeds is None else self.seeds)
+
+
+def sampling_options(cfg: DictConfig) -> SamplingOptions:
+    """Convert the configuration of sample.py."""
+    chosen = cfg["class"]
+    reference = reference_of(cfg)
+    return SamplingOptions(
+        output=Path(cfg.output),
+        run_id=str(cfg.run_id),
+        evaluate=cfg.mode == "evaluate",
+        images=cfg.images,
+        seeds=cfg.seeds,
+        default_seeds=cfg.relay.seeds,
+        classes=OmegaConf.to_object(chosen) if isinstance(chosen, ListConfig) else chosen,
+        start=StartOptions(cfg.relay.start, cfg.relay.start_subset, cfg.relay.start_exif),
+        reference=ReferenceOptions(
+            reference["path"], reference["subset"], "relay.reference.path" if cfg.reference is None else "reference"
+        ),
+        batch_size=cfg.batch_size,
+        format=cfg.format,
+        npz=cfg.npz,
+        picture=cfg.picture,
+        trajectory=4 if cfg.save_trajectory is True else int(cfg.save_trajectory),
+        precision=cfg.trainer.precision,
+        config=OmegaConf.to_yaml(cfg, resolve=True),
+    )

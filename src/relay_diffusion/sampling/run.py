@@ -7,7 +7,6 @@ import os
 import time
 from collections import Counter
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
@@ -15,12 +14,12 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig
 
 from relay_diffusion import __version__
 from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.image_sets import ImageSet, open_image_set
-from relay_diffusion.data.labels import AS_REFERENCE, class_indices, in_proportion
+from relay_diffusion.data.labels import AS_REFERENCE, class_indices, labels_like_reference
 from relay_diffusion.data.npz import write_adm_samples
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics.callback import Evaluator
@@ -32,7 +31,12 @@ from relay_diffusion.sampling.callbacks.progress import SamplingProgress
 from relay_diffusion.sampling.callbacks.relay_picture import RelayPicture
 from relay_diffusion.sampling.callbacks.trajectory_picture import TrajectoryPicture
 from relay_diffusion.sampling.image_store import ImageStore
-from relay_diffusion.sampling.options import chosen_stages, reference_of
+from relay_diffusion.sampling.options import (
+    ReferenceOptions,
+    SamplingOptions,
+    chosen_stages,
+    sampling_options,
+)
 from relay_diffusion.sampling.plan import Plan, plan_from_images, plan_from_noise
 from relay_diffusion.sampling.report import report
 from relay_diffusion.training.callbacks.preemption import Preemption
@@ -48,54 +52,60 @@ UNEVEN = 2  # how many times as often as another a class may come in the referen
 
 @quiet_libraries()
 def sample(cfg: DictConfig) -> dict[str, Any]:
-    """Make the images that are not there yet, measure all of them if mode=evaluate; returns the results."""
-    return sample_relay(cfg) if cfg.images is None else measure_stored(cfg)
-
-
-def measure_stored(cfg: DictConfig) -> dict[str, Any]:
-    """Measure images that exist."""
-    images = open_image_set(cfg.images, option="images")
-    evaluator = build_evaluator(cfg, images.resolution)
+    """Sample the images that are missing, evaluate all of them if mode=evaluate, and return the results."""
+    options = sampling_options(cfg)
+    if options.images is not None:
+        images = open_image_set(options.images, option="images")
+        evaluator = build_evaluator(cfg.metrics, options.reference, images.resolution)
+        return measure_stored(options, instantiate(cfg.trainer, _convert_="all"), images, evaluator)
+    relay = build_relay(cfg.relay)
+    plan = make_plan(options, relay)
     trainer: L.Trainer = instantiate(cfg.trainer, _convert_="all")
-    _check_count(f"images={cfg.images}", len(images), trainer.num_devices * trainer.num_nodes)
-    with started_ranks(trainer, str(cfg.run_id), cfg.output, "output"):
+    if not options.evaluate:
+        return sample_relay(options, trainer, relay, plan)
+    _check_count(f"seeds={cfg.seeds}", len(plan.names), trainer.num_devices * trainer.num_nodes)
+    evaluator = build_evaluator(cfg.metrics, options.reference, (relay.resolution, relay.resolution))
+    return sample_relay(options, trainer, relay, plan, evaluator)
+
+
+def measure_stored(
+    options: SamplingOptions, trainer: L.Trainer, images: ImageSet, evaluator: Evaluator
+) -> dict[str, Any]:
+    """Evaluate existing images."""
+    _check_count(f"images={options.images}", len(images), trainer.num_devices * trainer.num_nodes)
+    with started_ranks(trainer, options.run_id, str(options.output), "output"):
         if trainer.is_global_zero:
-            write_text(Path(cfg.output) / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+            write_text(options.output / "config.yaml", options.config)
         how = {"measured": {"path": str(images.path), "kind": images.kind, "hash": images.source_hash}}
-        results = measure(cfg, trainer, evaluator, images, how, rounding=None)
+        results = measure(options, trainer, evaluator, images, how, rounding=None)
     if trainer.is_global_zero:
         report(results)
     return results
 
 
-def sample_relay(cfg: DictConfig) -> dict[str, Any]:
-    """Make the images of a relay that are not there yet, and measure all of them if mode=evaluate."""
-    relay = build_relay(cfg)
-    plan = make_plan(cfg, relay)
-    trainer: L.Trainer = instantiate(cfg.trainer, _convert_="all")
-    processes, evaluator = trainer.num_devices * trainer.num_nodes, None
-    if cfg.mode == "evaluate":
-        _check_count(f"seeds={cfg.seeds}", len(plan.names), processes)
-        evaluator = build_evaluator(cfg, (relay.resolution, relay.resolution))
-        if trainer.is_global_zero and cfg["class"] is None and plan.start is None:
-            _say_if_uneven(cfg, relay)
-    with started_ranks(trainer, str(cfg.run_id), cfg.output, "output"):
-        results = _make_and_measure(cfg, trainer, relay, plan, evaluator)
+def sample_relay(
+    options: SamplingOptions, trainer: L.Trainer, relay: Relay, plan: Plan, evaluator: Evaluator | None = None
+) -> dict[str, Any]:
+    """Sample the missing images of a plan; evaluate all of them with `evaluator`."""
+    if evaluator is not None and trainer.is_global_zero and options.classes is None and plan.start is None:
+        _report_uneven_classes(options.reference, relay)
+    with started_ranks(trainer, options.run_id, str(options.output), "output"):
+        results = _make_and_measure(options, trainer, relay, plan, evaluator)
     if trainer.is_global_zero:
         report(results)
     return results
 
 
 def _make_and_measure(
-    cfg: DictConfig, trainer: L.Trainer, relay: Relay, plan: Plan, evaluator: Evaluator | None
+    options: SamplingOptions, trainer: L.Trainer, relay: Relay, plan: Plan, evaluator: Evaluator | None
 ) -> dict[str, Any]:
-    settings = run_settings(cfg, relay, plan, trainer.strategy.root_device.type)
+    settings = run_settings(options, relay, plan, trainer.strategy.root_device.type)
 
     def look() -> tuple[ImageStore, list[int]]:
-        store = ImageStore(cfg.output, _without_places(settings))
+        store = ImageStore(options.output, _without_places(settings))
         missing = [position for position, name in enumerate(plan.names) if name not in store]
         _read_start(plan, missing)
-        write_text(Path(cfg.output) / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        write_text(options.output / "config.yaml", options.config)
         option = "relay.stages.{}.changes.denoiser.network.channels_last"
         networks = {option.format(name): stage.denoiser.network for name, stage in relay.chain().items()}
         report_slow_settings(trainer.strategy.root_device, networks)
@@ -103,39 +113,39 @@ def _make_and_measure(
 
     store, missing = on_rank_zero(trainer, look)
     results: dict[str, Any] = {"images": len(plan.names), "sampled_now": len(missing)}
-    shown = range(len(plan.names))[: 4 if cfg.save_trajectory is True else int(cfg.save_trajectory)]
+    shown = range(len(plan.names))[: options.trajectory]
     todo = sorted({*missing, *shown})
     if todo:
-        began, picture = time.perf_counter(), Path(cfg.output) / "relay.png"
+        began, picture = time.perf_counter(), options.output / "relay.png"
         callbacks: list[Callback] = [SamplingProgress("sampling", len(plan.names), done=len(plan.names) - len(todo))]
         callbacks.append(ImageWriter(store, plan, missing))
-        if cfg.picture and missing:
-            callbacks.append(RelayPicture(picture, count=cfg.picture))
+        if options.picture and missing:
+            callbacks.append(RelayPicture(picture, count=options.picture))
             results["picture"] = os.path.relpath(picture)
         if shown:
-            callbacks.append(TrajectoryPicture(cfg.output, len(shown)))
-            results["trajectory"] = os.path.relpath(Path(cfg.output) / "trajectory.png") + " and .webp"
+            callbacks.append(TrajectoryPicture(options.output, len(shown)))
+            results["trajectory"] = os.path.relpath(options.output / "trajectory.png") + " and .webp"
         order = dealing_order(todo, len(shown), trainer.num_devices * trainer.num_nodes)
-        _predict(trainer, relay, PlanDataModule(plan, order, cfg.batch_size), callbacks)
+        _predict(trainer, relay, PlanDataModule(plan, order, options.batch_size), callbacks)
         results["seconds_sampling"] = round(time.perf_counter() - began, 1)
     if relay.hand_over_sigma is not None:
         results["saved_evaluations"] = relay.saved_evaluations
     if evaluator is not None:
         images = store.images(plan.names, (relay.resolution, relay.resolution))
-        results |= measure(cfg, trainer, evaluator, images, {"settings": settings} | results, relay.rounding)
-    return results | (_keep(cfg, relay, plan, store) if trainer.is_global_zero else {})
+        results |= measure(options, trainer, evaluator, images, {"settings": settings} | results, relay.rounding)
+    return results | (_keep(options, relay, plan, store) if trainer.is_global_zero else {})
 
 
-def build_relay(cfg: DictConfig) -> Relay:
-    """The stages that the config chooses, as one relay."""
-    stages = {name: _build_stage(name, stage) for name, stage in chosen_stages(cfg.relay).items()}
+def build_relay(settings: DictConfig) -> Relay:
+    """Build the stages that a relay config chooses, as one relay."""
+    stages = {name: _build_stage(name, stage) for name, stage in chosen_stages(settings).items()}
     for name, stage in stages.items():
         if stage.image_channels != 3:
             raise UserError(
                 f"relay.stages.{name} makes images of {stage.image_channels} channels: only 3 are drawn here"
             )
-    postprocess = instantiate(cfg.relay.postprocess)
-    return Relay(stages, cfg.relay.hand_over_sigma, cfg.relay.rounding, postprocess)
+    postprocess = instantiate(settings.postprocess)
+    return Relay(stages, settings.hand_over_sigma, settings.rounding, postprocess)
 
 
 def _build_stage(name: str, stage: DictConfig) -> DiffusionStage:
@@ -148,16 +158,16 @@ def _build_stage(name: str, stage: DictConfig) -> DiffusionStage:
         raise
 
 
-def make_plan(cfg: DictConfig, relay: Relay) -> Plan:
+def make_plan(options: SamplingOptions, relay: Relay) -> Plan:
     """Which images to make. Raises UserError where seeds, classes or starting images make no sense."""
-    size, path = relay.start_resolution, cfg.relay.start
+    size, path = relay.start_resolution, options.start.path
     first = next(iter(relay.chain()))
-    chosen = chosen_classes(cfg, relay)
+    chosen = chosen_classes(options, relay)
     if size is None:
         if path is not None:
             raise UserError(f"relay.start={path}: the stage {first} starts from noise")
         every = class_indices(None, relay.num_classes, relay.class_names)
-        return plan_from_noise(cfg.relay.seeds if cfg.seeds is None else cfg.seeds, chosen or every)
+        return plan_from_noise(options.default_seeds if options.seeds is None else options.seeds, chosen or every)
     if path is None:
         raise UserError(
             f"relay.stages.{first} enlarges images of {size}x{size}: give them with relay.start=FOLDER, ZIP or FILE"
@@ -165,9 +175,9 @@ def make_plan(cfg: DictConfig, relay: Relay) -> Plan:
     start = ImageDataset(
         path,
         size,
-        subset=cfg.relay.start_subset,
+        subset=options.start.subset,
         labels=bool(relay.num_classes) and chosen is None,
-        exif=cfg.relay.start_exif,
+        exif=options.start.exif,
         path_option="relay.start",
         resolution_option=f"relay.stages.{first} starts from resolution",
         subset_option="relay.start_subset",
@@ -175,7 +185,7 @@ def make_plan(cfg: DictConfig, relay: Relay) -> Plan:
     )
     if chosen is None and relay.num_classes:
         _check_classes(start, relay)
-    return plan_from_images(start, cfg.seeds, chosen)
+    return plan_from_images(start, options.seeds, chosen)
 
 
 def _read_start(plan: Plan, positions: list[int]) -> None:
@@ -190,18 +200,16 @@ def _read_start(plan: Plan, positions: list[int]) -> None:
             print(f"note: EXIF orientation applied to {images} of relay.start; {remedy}")
 
 
-def chosen_classes(cfg: DictConfig, relay: Relay) -> list[int] | None:
-    """What `class` says, as classes to take in turn; None if it says nothing. Raises UserError for unknown ones."""
-    chosen = cfg["class"]
+def chosen_classes(options: SamplingOptions, relay: Relay) -> list[int] | None:
+    """Resolve `class` to class indices, taken in turn; None if it is not set. Raises UserError for unknown ones."""
+    chosen, reference = options.classes, options.reference
     if chosen is None:
         return None
     if chosen != AS_REFERENCE or AS_REFERENCE in relay.class_names or not relay.num_classes:
-        chosen = list(chosen) if isinstance(chosen, ListConfig) else chosen
         return class_indices(chosen, relay.num_classes, relay.class_names)
-    reference, option = reference_of(cfg), "relay.reference.path" if cfg.reference is None else "reference"
-    if reference["path"] is None:
-        raise UserError(f"class={AS_REFERENCE}: there is no {option}; give reference=FOLDER or ZIP")
-    return in_proportion(reference["path"], reference["subset"], relay.class_names, option)
+    if reference.path is None:
+        raise UserError(f"class={AS_REFERENCE}: there is no {reference.option}; give reference=FOLDER or ZIP")
+    return labels_like_reference(reference.path, reference.subset, relay.class_names, reference.option)
 
 
 def _check_classes(start: ImageDataset, relay: Relay) -> None:
@@ -213,20 +221,21 @@ def _check_classes(start: ImageDataset, relay: Relay) -> None:
         raise UserError(f"relay.start={start.path} has other classes than the model: {wanted}")
 
 
-def _say_if_uneven(cfg: DictConfig, relay: Relay) -> None:
-    """Tell of classes that the reference holds in other numbers than the samples do: all distances grow by that."""
-    reference = reference_of(cfg)
-    with suppress(UserError):  # it has no classes, or is no set of images
-        counts = Counter(in_proportion(reference["path"], reference["subset"], relay.class_names, "reference"))
+def _report_uneven_classes(reference: ReferenceOptions, relay: Relay) -> None:
+    """Report classes whose shares differ between reference and samples: all distances grow by that."""
+    assert reference.path is not None
+    with suppress(UserError):  # no classes, or no set of images
+        labels = labels_like_reference(reference.path, reference.subset, relay.class_names, "reference")
+        counts = Counter(labels)
         if relay.num_classes and max(counts.values()) > UNEVEN * min(counts[k] for k in range(relay.num_classes)):
             print("note: classes come equally often, but not in the reference: class=reference takes them as there")
 
 
-def run_settings(cfg: DictConfig, relay: Relay, plan: Plan, device: str) -> dict[str, Any]:
+def run_settings(options: SamplingOptions, relay: Relay, plan: Plan, device: str) -> dict[str, Any]:
     """Everything that determines the images of a plan, apart from its seeds."""
     settings = relay.describe() | {
-        "classes": _shown_classes(chosen_classes(cfg, relay)),
-        "precision": cfg.trainer.precision,
+        "classes": _shown_classes(chosen_classes(options, relay)),
+        "precision": options.precision,
         "device": device,
     }
     if plan.start is not None:
@@ -240,17 +249,18 @@ def run_settings(cfg: DictConfig, relay: Relay, plan: Plan, device: str) -> dict
     return settings
 
 
-def build_evaluator(cfg: DictConfig, resolution: tuple[int, int]) -> Evaluator:
-    """The measurement of images [height, width]."""
-    option = "reference" if cfg.reference is not None else "relay.reference.path"
-    source = instantiate(cfg.metrics.reference)(**reference_of(cfg), resolution=resolution, option=option)
+def build_evaluator(metrics: DictConfig, reference: ReferenceOptions, resolution: tuple[int, int]) -> Evaluator:
+    """Build the evaluator of images [height, width]; check its reference first."""
+    source = instantiate(metrics.reference)(
+        path=reference.path, subset=reference.subset, resolution=resolution, option=reference.option
+    )
     source.check()  # before images are made
-    evaluator: Evaluator = instantiate(cfg.metrics.evaluator, reference=source, _convert_="all")
+    evaluator: Evaluator = instantiate(metrics.evaluator, reference=source, _convert_="all")
     return evaluator
 
 
 def measure(
-    cfg: DictConfig,
+    options: SamplingOptions,
     trainer: L.Trainer,
     evaluator: Evaluator,
     images: ImageSet,
@@ -260,7 +270,7 @@ def measure(
     """The numbers of images; on the first device also into metrics.json, with how they were obtained."""
     began = time.perf_counter()
     progress = SamplingProgress("measuring", len(images))
-    _predict(trainer, StoredImages(), StoredDataModule(images, cfg.batch_size), [progress, evaluator])
+    _predict(trainer, StoredImages(), StoredDataModule(images, options.batch_size), [progress, evaluator])
     if not trainer.is_global_zero:
         return evaluator.results
     results = how | evaluator.results
@@ -270,24 +280,16 @@ def measure(
         "image_size": images.resolution,
         "departures": evaluator.departures(rounding),
         "seconds_measuring": round(time.perf_counter() - began, 1),
-        "seeds": _seeds(cfg),
-        "reference": reference_of(cfg),
+        "seeds": options.shown_seeds,
+        "reference": {"path": options.reference.path, "subset": options.reference.subset},
         "evaluation": evaluator.describe(),
         "version": __version__,
         "torch": torch.__version__,
         "device": str(trainer.strategy.root_device),
     }
-    file = Path(cfg.output) / "metrics.json"
+    file = options.output / "metrics.json"
     write_text(file, json_text(results))
     return results | {"numbers": os.path.relpath(file), "names": list(evaluator.results)}
-
-
-def _seeds(cfg: DictConfig) -> str | None:
-    """What was asked for: the seeds, or all of the images that were enlarged; None for images that were there."""
-    if cfg.images is not None:
-        return None
-    every = cfg.relay.seeds if cfg.relay.start is None else "all"
-    return str(every if cfg.seeds is None else cfg.seeds)
 
 
 def _predict(trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModule, own: list[Callback]) -> None:
@@ -300,18 +302,20 @@ def _predict(trainer: L.Trainer, model: L.LightningModule, data: L.LightningData
         trainer.callbacks = before  # type: ignore[attr-defined]
 
 
-def _keep(cfg: DictConfig, relay: Relay, plan: Plan, store: ImageStore) -> dict[str, Any]:
+def _keep(options: SamplingOptions, relay: Relay, plan: Plan, store: ImageStore) -> dict[str, Any]:
     """Note the classes, write the zip and the .npz that were asked for; where the images are."""
     places, size = {}, (relay.resolution, relay.resolution)
-    if cfg.npz:
-        file = Path(cfg.output) / "images.npz"
+    if options.npz:
+        file = options.output / "images.npz"
         labels = plan.labels if min(plan.labels) >= 0 else None
-        write_adm_samples(file, store.images(plan.names, size).batches(cfg.batch_size), len(plan.names), size, labels)
+        write_adm_samples(
+            file, store.images(plan.names, size).batches(options.batch_size), len(plan.names), size, labels
+        )
         places["npz"] = os.path.relpath(file)
     if relay.num_classes:
         names = relay.class_names or [str(index) for index in range(relay.num_classes)]
         store.note_labels(dict(zip(plan.names, plan.labels, strict=True)), names)
-    if cfg.format == "zip":
+    if options.format == "zip":
         store.pack()
     kept = [place for place in (store.folder, store.archive) if place.exists()]
     return places | {"folder": " and ".join(os.path.relpath(place) for place in kept)}
