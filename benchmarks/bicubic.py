@@ -18,10 +18,11 @@ import numpy as np
 from omegaconf import MISSING
 from PIL import Image
 
-from relay_diffusion.cli.arguments import refuse_existing, run_tool
+from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.data.image_sets import open_image_set
 from relay_diffusion.data.zip_writer import ImageZipWriter, encode_png
 from relay_diffusion.errors import UserError
+from relay_diffusion.utils.files import refuse_existing
 from relay_diffusion.utils.parallel import map_in_order
 
 

@@ -10,7 +10,7 @@ from relay_diffusion.utils.host import THREADS_KEY, prepare_host, report_slow_se
 
 PAGES = """
 import resource, sys, torch
-from relay_diffusion.host import prepare_host
+from relay_diffusion.utils.host import prepare_host
 
 def pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

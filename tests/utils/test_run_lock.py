@@ -64,7 +64,7 @@ def test_a_second_run_of_this_process_is_refused(tmp_path, kernel_locks):  # noq
 
 FORKING = """
 import os, sys, time
-from relay_diffusion.run_lock import run_lock
+from relay_diffusion.utils.run_lock import run_lock
 with run_lock(sys.argv[1], "run_dir"):
     child = os.fork()
     if child:
