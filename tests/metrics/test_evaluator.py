@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from fake_inception import PixelFeatures, pixel_reference, random_images
+from fake_inception import PixelFeatures, pixel_reference, random_images, write_adm
 from relay_diffusion.data.image_sets import open_image_set
 from relay_diffusion.data.npz import Npz, write_adm_samples
 from relay_diffusion.errors import UserError
@@ -26,13 +26,13 @@ from relay_diffusion.metrics import (
     InceptionScoreMeasure,
     KIDMeasure,
     Measure,
-    PrecisionRecall,
     PrecisionRecallMeasure,
     Reference,
     ReferenceSource,
     SFIDMeasure,
 )
 from relay_diffusion.metrics.kid import kernel_distance
+from relay_diffusion.metrics.precision_recall import precision_recall
 from relay_diffusion.metrics.protocol import adm, edm
 from relay_diffusion.metrics.reference import read_reference
 from support import PROJECT
@@ -76,12 +76,10 @@ def test_every_measure_is_what_its_formula_says(reference: Reference) -> None:
         metric.update(getattr(real, name).flatten(1), real=True)
         metric.update(getattr(generated, name).flatten(1), real=False)
         expected[key] = float(metric.compute())
-    score, neighbours = InceptionScore(7), PrecisionRecall()
+    score = InceptionScore(7)
     score.update(generated.logits)
-    neighbours.update(real.pool, real=True)
-    neighbours.update(generated.pool, real=False)
     expected["inception_score"] = float(score.compute())
-    expected |= {key: float(value) for key, value in neighbours.compute()._asdict().items()}
+    expected |= {key: float(value) for key, value in precision_recall(real.pool, generated.pool, 3)._asdict().items()}
     expected["kid"] = float(kernel_distance(real.pool, generated.pool))
     assert result == pytest.approx(expected | {"images": 30}, rel=1e-6)
     assert list(result) == ["fid", "sfid", "inception_score", "precision", "recall", "kid", "images"]
@@ -244,7 +242,7 @@ def test_the_real_network_end_to_end(inception: Inception, tmp_path: Path) -> No
     reference = ReferenceSource(samples, tmp_path / "cache").load(inception, "cpu")
     own, adm_file = tmp_path / "own.npz", tmp_path / "adm.npz"
     reference.save(own)
-    reference.save_adm(adm_file)
+    write_adm(reference, adm_file)
     assert reference.spatial is not None
     for path in (own, adm_file):
         loaded = read_reference(Npz(path, "set"))

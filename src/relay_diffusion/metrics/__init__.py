@@ -6,7 +6,7 @@ from relay_diffusion.metrics.frechet import FIDMeasure, FrechetDistance, SFIDMea
 from relay_diffusion.metrics.inception import Inception, InceptionFeatures
 from relay_diffusion.metrics.inception_score import InceptionScore, InceptionScoreMeasure
 from relay_diffusion.metrics.kid import KIDMeasure
-from relay_diffusion.metrics.precision_recall import PrecisionRecall, PrecisionRecallMeasure
+from relay_diffusion.metrics.precision_recall import PrecisionRecallMeasure
 from relay_diffusion.metrics.protocol import EvaluationProtocol
 from relay_diffusion.metrics.reference import Reference
 from relay_diffusion.metrics.reference_source import ReferenceSource
@@ -22,7 +22,6 @@ __all__ = [
     "InceptionScoreMeasure",
     "KIDMeasure",
     "Measure",
-    "PrecisionRecall",
     "PrecisionRecallMeasure",
     "Reference",
     "ReferenceSource",

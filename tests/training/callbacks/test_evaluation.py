@@ -8,11 +8,14 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
+from fake_inception import use_small_features, write_edm
 from relay_diffusion.checkpoints.loading import load_stage
+from relay_diffusion.data.npz import Npz
 from relay_diffusion.diffusion.corruption import block_mean
 from relay_diffusion.diffusion.pixels import to_float, to_uint8
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import Evaluation, FIDMeasure, SFIDMeasure
+from relay_diffusion.metrics.reference import read_reference
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.training.callbacks.evaluation import PeriodicEvaluation
 from support import PROJECT, TINY, run
@@ -23,9 +26,6 @@ INCEPTION = "callbacks.evaluation.evaluator.inception._target_"
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
     """Overrides for an evaluation whose features are pixels."""
-    monkeypatch.syspath_prepend(str(PROJECT / "tests/metrics"))
-    from fake_inception import use_small_features
-
     use_small_features(monkeypatch)
     return [
         "callbacks=evaluated", "callbacks.evaluation.every_n_images=8", "callbacks.evaluation.count=10",
@@ -117,11 +117,8 @@ def test_numbers_that_make_no_sense_are_named(configuration, small_zip, quick, s
 
 def test_a_measure_without_what_it_needs_is_left_out_with_a_word(fit, tmp_path, quick):
     fit("first", 8, *quick)
-    callback = next(iter((tmp_path / "reference").glob("*.npz")))
-    from relay_diffusion.data.npz import Npz
-    from relay_diffusion.metrics.reference import read_reference
-
-    read_reference(Npz(callback, "reference")).save_edm(tmp_path / "edm.npz")
+    cached = next(iter((tmp_path / "reference").glob("*.npz")))
+    write_edm(read_reference(Npz(cached, "reference")), tmp_path / "edm.npz")
     reference = "callbacks.evaluation.evaluator.reference"
     with pytest.warns(UserWarning, match=r"callbacks\.evaluation does not measure sfid: .*no spatial statistics"):
         fit("second", 8, *quick, f"{reference}.path={tmp_path / 'edm.npz'}", f"{reference}.subset=''")
