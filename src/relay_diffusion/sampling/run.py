@@ -11,33 +11,31 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
-import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from relay_diffusion import __version__
 from relay_diffusion.data.dataset import ImageDataset
-from relay_diffusion.data.image_sets import ImageSet, open_image_set
 from relay_diffusion.data.labels import AS_REFERENCE, class_indices, in_proportion
 from relay_diffusion.data.npz import write_adm_samples
 from relay_diffusion.errors import UserError
-from relay_diffusion.metrics.callback import Evaluator
+from relay_diffusion.metrics import Evaluator
 from relay_diffusion.models.relay import Relay
 from relay_diffusion.models.stage import DiffusionStage
-from relay_diffusion.sampling.batches import PlanDataModule, StoredDataModule, StoredImages, dealing_order
+from relay_diffusion.sampling.batches import PlanDataModule, dealing_order
 from relay_diffusion.sampling.callbacks.image_writer import ImageWriter
 from relay_diffusion.sampling.callbacks.progress import SamplingProgress
 from relay_diffusion.sampling.callbacks.relay_picture import RelayPicture
 from relay_diffusion.sampling.callbacks.trajectory_picture import TrajectoryPicture
+from relay_diffusion.sampling.evaluate import build_evaluator, check_count, measure, measure_stored
 from relay_diffusion.sampling.image_store import ImageStore
 from relay_diffusion.sampling.options import chosen_stages, reference_of
 from relay_diffusion.sampling.plan import Plan, plan_from_images, plan_from_noise
 from relay_diffusion.sampling.report import report
 from relay_diffusion.training.callbacks.preemption import Preemption
 from relay_diffusion.utils.distributed import on_rank_zero, started_ranks
-from relay_diffusion.utils.files import json_text, write_text
+from relay_diffusion.utils.files import write_text
 from relay_diffusion.utils.host import report_slow_settings
 from relay_diffusion.utils.parallel import map_in_order
 from relay_diffusion.utils.quiet import quiet_libraries
@@ -52,22 +50,6 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
     return sample_relay(cfg) if cfg.images is None else measure_stored(cfg)
 
 
-def measure_stored(cfg: DictConfig) -> dict[str, Any]:
-    """Measure images that exist."""
-    images = open_image_set(cfg.images, option="images")
-    evaluator = build_evaluator(cfg, images.resolution)
-    trainer: L.Trainer = instantiate(cfg.trainer, _convert_="all")
-    _check_count(f"images={cfg.images}", len(images), trainer.num_devices * trainer.num_nodes)
-    with started_ranks(trainer, str(cfg.run_id), cfg.output, "output"):
-        if trainer.is_global_zero:
-            write_text(Path(cfg.output) / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-        how = {"measured": {"path": str(images.path), "kind": images.kind, "hash": images.source_hash}}
-        results = measure(cfg, trainer, evaluator, images, how, rounding=None)
-    if trainer.is_global_zero:
-        report(results)
-    return results
-
-
 def sample_relay(cfg: DictConfig) -> dict[str, Any]:
     """Make the images of a relay that are not there yet, and measure all of them if mode=evaluate."""
     relay = build_relay(cfg)
@@ -75,7 +57,7 @@ def sample_relay(cfg: DictConfig) -> dict[str, Any]:
     trainer: L.Trainer = instantiate(cfg.trainer, _convert_="all")
     processes, evaluator = trainer.num_devices * trainer.num_nodes, None
     if cfg.mode == "evaluate":
-        _check_count(f"seeds={cfg.seeds}", len(plan.names), processes)
+        check_count(f"seeds={cfg.seeds}", len(plan.names), processes)
         evaluator = build_evaluator(cfg, (relay.resolution, relay.resolution))
         if trainer.is_global_zero and cfg["class"] is None and plan.start is None:
             _say_if_uneven(cfg, relay)
@@ -240,56 +222,6 @@ def run_settings(cfg: DictConfig, relay: Relay, plan: Plan, device: str) -> dict
     return settings
 
 
-def build_evaluator(cfg: DictConfig, resolution: tuple[int, int]) -> Evaluator:
-    """The measurement of images [height, width]."""
-    option = "reference" if cfg.reference is not None else "relay.reference.path"
-    source = instantiate(cfg.metrics.reference)(**reference_of(cfg), resolution=resolution, option=option)
-    source.check()  # before images are made
-    evaluator: Evaluator = instantiate(cfg.metrics.evaluator, reference=source, _convert_="all")
-    return evaluator
-
-
-def measure(
-    cfg: DictConfig,
-    trainer: L.Trainer,
-    evaluator: Evaluator,
-    images: ImageSet,
-    how: dict[str, Any],
-    rounding: str | None,
-) -> dict[str, Any]:
-    """The numbers of images; on the first device also into metrics.json, with how they were obtained."""
-    began = time.perf_counter()
-    progress = SamplingProgress("measuring", len(images))
-    _predict(trainer, StoredImages(), StoredDataModule(images, cfg.batch_size), [progress, evaluator])
-    if not trainer.is_global_zero:
-        return evaluator.results
-    results = how | evaluator.results
-    results |= {
-        "not_measured": evaluator.skipped,
-        "warnings": evaluator.warnings(images.resolution),
-        "image_size": images.resolution,
-        "departures": evaluator.departures(rounding),
-        "seconds_measuring": round(time.perf_counter() - began, 1),
-        "seeds": _seeds(cfg),
-        "reference": reference_of(cfg),
-        "evaluation": evaluator.describe(),
-        "version": __version__,
-        "torch": torch.__version__,
-        "device": str(trainer.strategy.root_device),
-    }
-    file = Path(cfg.output) / "metrics.json"
-    write_text(file, json_text(results))
-    return results | {"numbers": os.path.relpath(file), "names": list(evaluator.results)}
-
-
-def _seeds(cfg: DictConfig) -> str | None:
-    """What was asked for: the seeds, or all of the images that were enlarged; None for images that were there."""
-    if cfg.images is not None:
-        return None
-    every = cfg.relay.seeds if cfg.relay.start is None else "all"
-    return str(every if cfg.seeds is None else cfg.seeds)
-
-
 def _predict(trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModule, own: list[Callback]) -> None:
     """One pass with these callbacks."""
     before = list(trainer.callbacks)  # type: ignore[attr-defined]
@@ -315,13 +247,6 @@ def _keep(cfg: DictConfig, relay: Relay, plan: Plan, store: ImageStore) -> dict[
         store.pack()
     kept = [place for place in (store.folder, store.archive) if place.exists()]
     return places | {"folder": " and ".join(os.path.relpath(place) for place in kept)}
-
-
-def _check_count(option: str, count: int, processes: int) -> None:
-    if count < 2:
-        raise UserError(f"{option}: statistics need at least 2 images")
-    if count < processes:
-        raise UserError(f"{option} are {count} images for {processes} devices: use fewer devices")
 
 
 def _without_places(node: Any) -> Any:
