@@ -33,11 +33,12 @@ from relay_diffusion.config import CONF
 from relay_diffusion.config.run_dir import register_resolvers
 from relay_diffusion.config.sample import validate_sampling
 from relay_diffusion.errors import UserError
-from relay_diffusion.metrics import Evaluation
+from relay_diffusion.metrics import Evaluator
 from relay_diffusion.models.relay import Relay
 from relay_diffusion.networks.flops import forward_flops
+from relay_diffusion.sampling.evaluate import build_evaluator
 from relay_diffusion.sampling.options import sampling_options
-from relay_diffusion.sampling.run import build_evaluator, build_relay, make_plan
+from relay_diffusion.sampling.run import build_relay, make_plan
 from relay_diffusion.utils.files import write_text
 from relay_diffusion.utils.host import prepare_host
 from relay_diffusion.utils.progress import progress
@@ -113,10 +114,9 @@ def measured(options: Options, cfg: DictConfig, device: torch.device, kept: dict
     key = f"{cfg.relay.reference}{cfg.reference}{size}"
     if key not in kept:
         evaluator = build_evaluator(cfg.metrics, sampling_options(cfg).reference, size)
-        evaluator.inception.to(device)
-        reference = evaluator.reference.load(evaluator.inception, device, evaluator.batch_size)
-        kept[key] = Evaluation(evaluator.inception, reference, evaluator.measures).to(device)
-    evaluation: Evaluation = kept[key]
+        evaluator.prepare(device)
+        kept[key] = evaluator
+    evaluation: Evaluator = kept[key]
     evaluation.reset()
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(options.precision)
     seconds, timed = 0.0, 0

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from relay_diffusion.metrics import InceptionFeatures, Reference
 from relay_diffusion.metrics import reference as reference_module
-from relay_diffusion.metrics import reference as spatial_module
 from relay_diffusion.metrics.reference import FeatureStatistics
 
 POOL, CHANNELS, SIZE, CLASSES = 6, 7, 2, 5
@@ -45,9 +47,23 @@ def pixel_reference(images: Tensor) -> Reference:
     return Reference(statistics(features.pool), statistics(features.spatial), features.pool)
 
 
+def write_edm(reference: Reference, path: Path) -> None:
+    """Write mu and sigma, as EDM's fid.py does."""
+    np.savez(path, mu=reference.pool.mean.numpy(), sigma=reference.pool.covariance.numpy())
+
+
+def write_adm(reference: Reference, path: Path) -> None:
+    """Write pool and spatial statistics, the latter in NHWC order, as ADM's evaluator does."""
+    assert reference.spatial is not None
+    mean, covariance, _ = reference.spatial
+    order = torch.arange(len(mean)).reshape(CHANNELS, -1).T.flatten()
+    write_edm(reference, path)
+    np.savez(path, mu_s=mean[order].numpy(), sigma_s=covariance[order][:, order].numpy(), **dict(np.load(path)))
+
+
 def use_small_features(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files hold as few features as `PixelFeatures` gives."""
     shapes = {"mu": (POOL,), "sigma": (POOL, POOL), "mu_s": (SPATIAL,), "sigma_s": (SPATIAL, SPATIAL)}
     monkeypatch.setattr(reference_module, "SHAPES", shapes)
-    monkeypatch.setattr(spatial_module, "SPATIAL_CHANNELS", CHANNELS)
-    monkeypatch.setattr(spatial_module, "SPATIAL_SIZE", SIZE)
+    monkeypatch.setattr(reference_module, "SPATIAL_CHANNELS", CHANNELS)
+    monkeypatch.setattr(reference_module, "SPATIAL_SIZE", SIZE)

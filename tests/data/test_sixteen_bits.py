@@ -92,7 +92,7 @@ def test_a_set_that_uses_less_than_a_quarter_of_its_range_is_warned_about(
     command = [sys.executable, "-m", "relay_diffusion.cli.convert_images", f"source={source}", f"resolution={SIDE}"]
     done = subprocess.run([*command, f"destination={tmp_path / 'out.zip'}"], capture_output=True, text=True, check=True)
     expected = (
-        f"warning: 2 16-bit images with values below {2**bits:,} of 65,536, which become dark: bit_depth={bits} "
+        f"warning: 2 16-bit images with values below {2**bits:,} of 65,536 become dark; bit_depth={bits} "
         "rescales them\n"
     )
     assert done.stderr == (expected if warned else "")

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from fake_inception import PixelFeatures, pixel_reference, random_images
+from fake_inception import PixelFeatures, pixel_reference, random_images, write_adm
 from relay_diffusion.data.image_sets import open_image_set
 from relay_diffusion.data.npz import Npz, write_adm_samples
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import (
-    Evaluation,
+    Evaluator,
     FIDMeasure,
     FrechetDistance,
     Inception,
@@ -26,13 +26,13 @@ from relay_diffusion.metrics import (
     InceptionScoreMeasure,
     KIDMeasure,
     Measure,
-    PrecisionRecall,
     PrecisionRecallMeasure,
     Reference,
     ReferenceSource,
     SFIDMeasure,
 )
 from relay_diffusion.metrics.kid import kernel_distance
+from relay_diffusion.metrics.precision_recall import precision_recall
 from relay_diffusion.metrics.protocol import adm, edm
 from relay_diffusion.metrics.reference import read_reference
 from support import PROJECT
@@ -53,14 +53,14 @@ def reference() -> Reference:
     return replace(pixel_reference(random_images(50, 1)), path=Path("set.zip"))
 
 
-def feed(evaluation: Evaluation, images: Tensor, order: Sequence[int] | Tensor, batch: int = 8) -> None:
+def feed(evaluation: Evaluator, images: Tensor, order: Sequence[int] | Tensor, batch: int = 8) -> None:
     for at in torch.as_tensor(order).split(batch):
         evaluation.update(images[at], at)
 
 
 def test_every_measure_is_what_its_formula_says(reference: Reference) -> None:
     inception, fake = PixelFeatures(), random_images(30, 4)
-    evaluation = Evaluation(inception, reference, all_measures())
+    evaluation = Evaluator(inception, reference, all_measures())
     feed(evaluation, random_images(5, 5), range(5))
     evaluation.compute()
     evaluation.reset()
@@ -76,12 +76,10 @@ def test_every_measure_is_what_its_formula_says(reference: Reference) -> None:
         metric.update(getattr(real, name).flatten(1), real=True)
         metric.update(getattr(generated, name).flatten(1), real=False)
         expected[key] = float(metric.compute())
-    score, neighbours = InceptionScore(7), PrecisionRecall()
+    score = InceptionScore(7)
     score.update(generated.logits)
-    neighbours.update(real.pool, real=True)
-    neighbours.update(generated.pool, real=False)
     expected["inception_score"] = float(score.compute())
-    expected |= {key: float(value) for key, value in neighbours.compute()._asdict().items()}
+    expected |= {key: float(value) for key, value in precision_recall(real.pool, generated.pool, 3)._asdict().items()}
     expected["kid"] = float(kernel_distance(real.pool, generated.pool))
     assert result == pytest.approx(expected | {"images": 30}, rel=1e-6)
     assert list(result) == ["fid", "sfid", "inception_score", "precision", "recall", "kid", "images"]
@@ -92,14 +90,14 @@ def test_every_measure_is_what_its_formula_says(reference: Reference) -> None:
 @pytest.mark.parametrize("batch", [1, 4, 30])
 def test_batches_and_order_change_nothing(reference: Reference, batch: int) -> None:
     fake = random_images(30, 4)
-    plain, mixed = (Evaluation(PixelFeatures(), reference, all_measures()) for _ in range(2))
+    plain, mixed = (Evaluator(PixelFeatures(), reference, all_measures()) for _ in range(2))
     feed(plain, fake, range(30))
     feed(mixed, fake, torch.randperm(30), batch)
     assert mixed.compute() == pytest.approx(plain.compute(), rel=1e-10)
 
 
 def test_only_features_that_are_compared_stay_in_memory(reference: Reference) -> None:
-    def state_bytes(evaluation: Evaluation) -> int:
+    def state_bytes(evaluation: Evaluator) -> int:
         total = 0
         for metric in (module for module in evaluation.modules() if isinstance(module, Metric)):
             for name in metric.metric_state:
@@ -110,7 +108,7 @@ def test_only_features_that_are_compared_stay_in_memory(reference: Reference) ->
 
     everything = all_measures(split_size=10_000)
     for names, grows in (({"fid", "sfid", "inception_score"}, 0), ({"precision_recall", "kid"}, 6 * 4 + 8)):
-        evaluation = Evaluation(PixelFeatures(), reference, {name: everything[name] for name in names})
+        evaluation = Evaluator(PixelFeatures(), reference, {name: everything[name] for name in names})
         feed(evaluation, random_images(8, 2), range(8))
         before = state_bytes(evaluation)
         assert before > 0
@@ -120,7 +118,7 @@ def test_only_features_that_are_compared_stay_in_memory(reference: Reference) ->
 
 def test_what_cannot_be_measured_and_why(reference: Reference) -> None:
     poor = replace(reference, spatial=None, features=None)
-    evaluation = Evaluation(PixelFeatures(has_classes=False), poor, all_measures())
+    evaluation = Evaluator(PixelFeatures(has_classes=False), poor, all_measures())
     none = "the reference set.zip holds statistics only, no images"
     expected = {
         "sfid": "the reference set.zip holds no spatial statistics",
@@ -137,16 +135,16 @@ def test_what_cannot_be_measured_and_why(reference: Reference) -> None:
     assert evaluation.describe()["skipped"] == expected
 
     assert reference.features is not None
-    few = Evaluation(PixelFeatures(), replace(reference, features=reference.features[:3]), all_measures())
+    few = Evaluator(PixelFeatures(), replace(reference, features=reference.features[:3]), all_measures())
     assert few.skipped == {
         "precision_recall": "nearest_k=3 needs more than 3 reference images, and set.zip has 3",
     }
-    one = Evaluation(PixelFeatures(), replace(reference, features=reference.features[:1]), all_measures())
+    one = Evaluator(PixelFeatures(), replace(reference, features=reference.features[:1]), all_measures())
     assert one.skipped["kid"] == "the reference set.zip has fewer than 2 images"
 
 
 def test_too_few_images_lose_only_the_measures_that_need_more(reference: Reference) -> None:
-    evaluation = Evaluation(PixelFeatures(), reference, all_measures())
+    evaluation = Evaluator(PixelFeatures(), reference, all_measures())
     assert evaluation.compute() == {"images": 0}
     assert evaluation.skipped == {
         "fid": "a Fréchet distance needs at least 2 generated images, not 0; give more of them",
@@ -167,7 +165,7 @@ def test_too_few_images_lose_only_the_measures_that_need_more(reference: Referen
     [[0, 1, 1], [0, 1, 3], [1, 2, 3], [0, 0, 3], [-1, 1, 3], [1, 1, 2, 2, 3, 6, 6]],  # the last: sums as of 0..6
 )
 def test_every_position_comes_once(reference: Reference, positions: list[int]) -> None:
-    evaluation, count = Evaluation(PixelFeatures(), reference, all_measures()), len(positions)
+    evaluation, count = Evaluator(PixelFeatures(), reference, all_measures()), len(positions)
     evaluation.update(random_images(count, 4), torch.tensor(positions))
     with pytest.raises(ValueError, match=rf"the positions of {count} images are not 0\.\.{count - 1}, each once"):
         evaluation.compute()
@@ -184,7 +182,7 @@ def test_a_singular_covariance_is_reported(reference: Reference) -> None:
         (7, ["FID: the covariance of 6 reference", "sFID: the covariance of 7 generated"]),
         (29, ["FID: the covariance of 6 reference"]),
     ):
-        evaluation = Evaluation(PixelFeatures(), few, {"fid": FIDMeasure(), "sfid": SFIDMeasure()})
+        evaluation = Evaluator(PixelFeatures(), few, {"fid": FIDMeasure(), "sfid": SFIDMeasure()})
         feed(evaluation, random_images(generated, 4), range(generated))
         evaluation.compute()
         assert len(evaluation.warnings) == len(expected)
@@ -194,7 +192,7 @@ def test_a_singular_covariance_is_reported(reference: Reference) -> None:
         evaluation.reset()
         assert evaluation.warnings == []
     unknown = replace(reference, pool=reference.pool._replace(n=None))
-    evaluation = Evaluation(PixelFeatures(), unknown, {"fid": FIDMeasure()})
+    evaluation = Evaluator(PixelFeatures(), unknown, {"fid": FIDMeasure()})
     feed(evaluation, random_images(7, 4), range(7))
     evaluation.compute()
     assert evaluation.warnings == []
@@ -208,16 +206,16 @@ def test_2049_images_give_a_covariance_of_full_rank() -> None:
 
 
 def test_wrong_calls(reference: Reference) -> None:
-    evaluation = Evaluation(PixelFeatures(), reference, all_measures())
+    evaluation = Evaluator(PixelFeatures(), reference, all_measures())
     for positions in (torch.arange(2), torch.arange(3).float(), torch.arange(3)[:, None]):
         with pytest.raises(ValueError, match="3 images need as many int64 positions"):
             evaluation.update(random_images(3, 4), positions)
     with pytest.raises(ValueError, match="two measures give the same number: fid, fid"):
-        Evaluation(PixelFeatures(), reference, {"a": FIDMeasure(), "b": FIDMeasure()})
+        Evaluator(PixelFeatures(), reference, {"a": FIDMeasure(), "b": FIDMeasure()})
 
 
 def test_protocols_and_the_record(reference: Reference) -> None:
-    evaluation = Evaluation(PixelFeatures(), reference, all_measures(split_size=5000), adm())
+    evaluation = Evaluator(PixelFeatures(), reference, all_measures(split_size=5000), adm())
     record = json.loads(json.dumps(evaluation.describe()))
     assert record["protocol"]["name"] == "adm"
     assert (record["protocol"]["rounding"], record["protocol"]["spatial_layout"]) == ("floor", "NHWC")
@@ -227,13 +225,13 @@ def test_protocols_and_the_record(reference: Reference) -> None:
     assert record["reference"]["path"] == "set.zip"
     assert (record["reference"]["images"], record["reference"]["features_kept"]) == (50, 50)
     assert edm().describe()["rounding"] == "nearest"
-    Evaluation(PixelFeatures(), reference, all_measures(split_size=7), edm())  # which does not say
+    Evaluator(PixelFeatures(), reference, all_measures(split_size=7), edm())  # which does not say
     with pytest.raises(
         UserError, match=r"^metrics\.evaluator\.measures\.inception_score\.split_size=7: the protocol adm has 5000"
     ):
-        Evaluation(PixelFeatures(), reference, all_measures(split_size=7), adm())
+        Evaluator(PixelFeatures(), reference, all_measures(split_size=7), adm())
     with pytest.raises(UserError, match=r"^metrics\.evaluator\.measures\.pr\.nearest_k=5: the protocol adm has 3"):
-        Evaluation(PixelFeatures(), reference, {"pr": PrecisionRecallMeasure(5)}, adm())
+        Evaluator(PixelFeatures(), reference, {"pr": PrecisionRecallMeasure(5)}, adm())
 
 
 def test_the_real_network_end_to_end(inception: Inception, tmp_path: Path) -> None:
@@ -244,7 +242,7 @@ def test_the_real_network_end_to_end(inception: Inception, tmp_path: Path) -> No
     reference = ReferenceSource(samples, tmp_path / "cache").load(inception, "cpu")
     own, adm_file = tmp_path / "own.npz", tmp_path / "adm.npz"
     reference.save(own)
-    reference.save_adm(adm_file)
+    write_adm(reference, adm_file)
     assert reference.spatial is not None
     for path in (own, adm_file):
         loaded = read_reference(Npz(path, "set"))
@@ -258,7 +256,7 @@ def test_the_real_network_end_to_end(inception: Inception, tmp_path: Path) -> No
             read_reference(Npz(tmp_path / "swapped.npz", "set"))
 
     measures = {"fid": FIDMeasure(), "precision_recall": PrecisionRecallMeasure(), "kid": KIDMeasure()}
-    evaluation = Evaluation(inception, reference, measures)
+    evaluation = Evaluator(inception, reference, measures)
     sfid = SFIDMeasure()
     sfid.prepare(reference, inception)
     feed(evaluation, images, range(9), 5)

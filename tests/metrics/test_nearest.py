@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from relay_diffusion.metrics import nearest as module
-from relay_diffusion.metrics.nearest import NearestSearch, Neighbours, squared_distances
+from relay_diffusion.metrics import neighbours as module
+from relay_diffusion.metrics.neighbours import NearestSearch, Neighbours, squared_distances
 
 
 def images(count: int, seed: int, size: int = 6) -> Tensor:

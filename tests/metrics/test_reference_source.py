@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fake_inception import POOL, PixelFeatures, pixel_reference, random_images
+from fake_inception import POOL, PixelFeatures, pixel_reference, random_images, write_adm, write_edm
 from relay_diffusion.data.npz import write_adm_samples
 from relay_diffusion.data.zip_writer import ImageZipWriter
 from relay_diffusion.errors import UserError
@@ -104,7 +104,7 @@ def test_some_features_are_drawn_from_many(tmp_path: Path) -> None:
 def test_edm_statistics_need_no_cache(tmp_path: Path) -> None:
     expected = pixel_reference(random_images(30, 1))
     path = tmp_path / "edm.npz"
-    expected.save_edm(path)
+    write_edm(expected, path)
     inception = PixelFeatures()
     got = load(path, inception)
     assert torch.equal(got.pool.covariance, expected.pool.covariance)
@@ -119,7 +119,7 @@ def test_adm_reference_keeps_its_statistics(most: int, tmp_path: Path) -> None:
     """The statistics are of other (more) images than those in the file."""
     expected, images = pixel_reference(random_images(90, 1)), random_images(20, 2)
     path = tmp_path / "adm.npz"
-    expected.save_adm(path)
+    write_adm(expected, path)
     np.savez_compressed(path, arr_0=images.permute(0, 2, 3, 1).numpy(), **dict(np.load(path)))
     inception = PixelFeatures()
     got = [load(path, inception, max_features=most, resolution=(4, 4)) for _ in range(2)]
@@ -173,7 +173,7 @@ def test_sizes_and_averaging_are_recorded(tmp_path: Path) -> None:
             assert reference.averaging == averaging
     write_adm_samples(tmp_path / "set.npz", [images], 20, (16, 16))
     assert load(tmp_path / "set.npz", resolution=(4, 4)).describe()["averaging"] == (4,)
-    pixel_reference(images).save_edm(tmp_path / "edm.npz")
+    write_edm(pixel_reference(images), tmp_path / "edm.npz")
     assert load(tmp_path / "edm.npz").describe()["resolution"] is None
 
 

@@ -6,16 +6,14 @@ import pytest
 import torch
 
 from relay_diffusion.errors import UserError
-from relay_diffusion.metrics import InceptionScore, PrecisionRecall
+from relay_diffusion.metrics import InceptionScore, PrecisionRecallMeasure
+from relay_diffusion.metrics.base import FeatureBank
+from relay_diffusion.metrics.precision_recall import precision_recall
 
 
 def test_recorded_precision_and_recall(reference):
     v = reference("metrics_0")
-    metric = PrecisionRecall(int(v["nearest_k"]))
-    for part in v["features_real"].split(70):
-        metric.update(part, real=True)
-    metric.update(v["features_fake"], real=False)
-    result = metric.compute()
+    result = precision_recall(v["features_real"], v["features_fake"], int(v["nearest_k"]))
     assert result.precision.item() == pytest.approx(v["precision"].item(), rel=1e-6)
     assert result.recall.item() == pytest.approx(v["recall"].item(), rel=1e-6)
 
@@ -30,23 +28,14 @@ def test_recorded_inception_score(reference):
 
 def test_a_set_covers_itself_and_not_a_distant_one():
     near, far = torch.randn(20, 4), torch.randn(30, 4) + 1000
-    metric = PrecisionRecall(2)
-    metric.update(near, real=True)
-    metric.update(near, real=False)
-    assert metric.compute() == (1.0, 1.0)
-    metric.reset()
-    metric.update(near, real=True)
-    metric.update(far, real=False)
-    assert metric.compute() == (0.0, 0.0)
+    assert precision_recall(near, near, 2) == (1.0, 1.0)
+    assert precision_recall(near, far, 2) == (0.0, 0.0)
 
 
 def test_precision_is_of_the_generated_images():
     """Generated: half on the real points, half far away; every real point is covered."""
     real = torch.randn(20, 4)
-    metric = PrecisionRecall(3)
-    metric.update(real, real=True)
-    metric.update(torch.cat([real, torch.randn(20, 4) + 1000]), real=False)
-    assert metric.compute() == (0.5, 1.0)
+    assert precision_recall(real, torch.cat([real, torch.randn(20, 4) + 1000]), 3) == (0.5, 1.0)
 
 
 def test_scores_of_certain_and_of_uninformed_classes():
@@ -59,10 +48,10 @@ def test_scores_of_certain_and_of_uninformed_classes():
 
 
 def test_too_few_images():
-    metric = PrecisionRecall(3)
-    metric.update(torch.randn(3, 2), real=True)
     with pytest.raises(UserError, match="more than 3 real"):
-        metric.compute()
+        precision_recall(torch.randn(3, 2), torch.randn(9, 2), 3)
+    with pytest.raises(UserError, match="more than 3 generated"):
+        precision_recall(torch.randn(9, 2), torch.randn(3, 2), 3)
     score = InceptionScore()
     score.update(torch.zeros(2, 3), real=True)
     with pytest.raises(UserError, match="at least one"):
@@ -115,13 +104,13 @@ def test_senseless_settings():
     with pytest.raises(UserError, match="split_size=0"):
         InceptionScore(0)
     with pytest.raises(UserError, match="nearest_k=0"):
-        PrecisionRecall(0)
+        PrecisionRecallMeasure(0)
 
 
 def test_states_keep_their_dtype_under_another_precision():
-    module = torch.nn.ModuleList([InceptionScore(), PrecisionRecall(1)])
+    module = torch.nn.ModuleList([InceptionScore(), FeatureBank()])
     module[0].update(torch.randn(3, 4))
-    module[1].update(torch.randn(3, 4), real=True)
+    module[1].update(torch.randn(3, 4), torch.arange(3))
     module.to(torch.bfloat16).half()
     assert module[0].sums[0].dtype == torch.float64
-    assert module[1].real[0].dtype == torch.float32
+    assert module[1].rows[0].dtype == torch.float32

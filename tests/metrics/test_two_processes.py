@@ -10,7 +10,7 @@ import torch
 
 from fake_inception import PixelFeatures, pixel_reference, random_images
 from relay_diffusion.metrics import (
-    Evaluation,
+    Evaluator,
     FIDMeasure,
     InceptionScoreMeasure,
     KIDMeasure,
@@ -27,7 +27,7 @@ SHARES = {
 }
 
 
-def build() -> Evaluation:
+def build() -> Evaluator:
     measures = {
         "fid": FIDMeasure(),
         "sfid": SFIDMeasure(),
@@ -35,10 +35,10 @@ def build() -> Evaluation:
         "precision_recall": PrecisionRecallMeasure(nearest_k=2),
         "kid": KIDMeasure(),
     }
-    return Evaluation(PixelFeatures(), pixel_reference(random_images(30, 1)), measures)
+    return Evaluator(PixelFeatures(), pixel_reference(random_images(30, 1)), measures)
 
 
-def feed(evaluation: Evaluation, positions: list[int]) -> None:
+def feed(evaluation: Evaluator, positions: list[int]) -> None:
     images = random_images(COUNT, 2)
     for at in torch.tensor(positions, dtype=torch.int64).split(3):
         if len(at):

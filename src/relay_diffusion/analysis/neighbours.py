@@ -17,7 +17,7 @@ from torch import Tensor
 from relay_diffusion.analysis.tables import csv_text
 from relay_diffusion.data.image_sets import ImageSet, spread
 from relay_diffusion.metrics.inception import Inception
-from relay_diffusion.metrics.nearest import NearestSearch, Neighbours
+from relay_diffusion.metrics.neighbours import NearestSearch, Neighbours
 from relay_diffusion.utils.host import prepare_host
 from relay_diffusion.utils.pictures import image_grid, side_by_side
 from relay_diffusion.utils.progress import progress

@@ -16,7 +16,7 @@ RENAMED = {  # modules and classes that stored configs of earlier versions name
     "relay_diffusion.diffusion.conditioning": "relay_diffusion.diffusion.corruption",
     "relay_diffusion.loading": "relay_diffusion.checkpoints",
     "relay_diffusion.trainer": "relay_diffusion.training.trainer",
-    "relay_diffusion.callbacks.Evaluator": "relay_diffusion.metrics.callback.Evaluator",
+    "relay_diffusion.callbacks.Evaluator": "relay_diffusion.metrics.Evaluator",
     "relay_diffusion.callbacks": "relay_diffusion.training.callbacks",
     "relay_diffusion.loggers.wandb_run": "relay_diffusion.training.loggers.wandb",
     "relay_diffusion.loggers": "relay_diffusion.training.loggers",

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.data.convert import Converted, ConvertOptions, convert
-from relay_diffusion.data.decode import UNUSED_BITS
+from relay_diffusion.data.decode import UNUSED_BITS, dark_warning
 from relay_diffusion.utils.messages import printable
 
 MAX_ENDINGS = 8  # named in the line about files of other types
@@ -109,10 +109,7 @@ def _warnings(result: Converted, options: ConvertOptions) -> list[str]:
         images = _counted(result.exif_damaged, "image")
         lines.append(f"warning: {images} with a damaged EXIF block: the pixels are taken as stored")
     if result.deep_images and result.bits <= options.bit_depth - UNUSED_BITS:
-        lines.append(
-            f"warning: {_counted(result.deep_images, '16-bit image')} with values below {2**result.bits:,} of "
-            f"{2**options.bit_depth:,}, which become dark: bit_depth={result.bits} rescales them"
-        )
+        lines.append(dark_warning(_counted(result.deep_images, "16-bit image"), result.bits, options.bit_depth))
     return lines
 
 

@@ -67,6 +67,14 @@ def decode(data: bytes, where: str, apply_exif: bool = True, bit_depth: int = FU
     return Decoded(rgb if turn is None else rgb.transpose(turn), turn is not None, damaged, bits)
 
 
+def dark_warning(what: str, bits: int, bit_depth: int, where: str = "") -> str:
+    """Return the warning that 16-bit images use few of their bits; `where`: the command that has bit_depth."""
+    return (
+        f"warning: {what} with values below {2**bits:,} of {2**bit_depth:,} become dark; {where}bit_depth={bits} "
+        "rescales them"
+    )
+
+
 def decode_rgb(data: bytes, where: str) -> Image.Image:
     """The image of `decode` with its default options."""
     return decode(data, where).image

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from relay_diffusion.data.decode import FULL_DEPTH, UNUSED_BITS
+from relay_diffusion.data.decode import FULL_DEPTH, UNUSED_BITS, dark_warning
 from relay_diffusion.data.sources import ImageSource
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.parallel import map_in_order
@@ -25,10 +25,6 @@ def warn_of_unused_range(source: ImageSource, names: Sequence[str]) -> None:
         chosen = names[:: -(-len(names) // LOOKED_AT)]
         bits = max(decoded.bits for decoded in map_in_order(source.decoded, chosen))
         if bits <= FULL_DEPTH - UNUSED_BITS:
-            print(
-                f"warning: {source.option}={source.path}: 16-bit images with values below {2**bits:,} of "
-                f"{2**FULL_DEPTH:,} become dark; `python -m relay_diffusion.cli.convert_images` with bit_depth={bits} "
-                "rescales them",
-                file=sys.stderr,
-                flush=True,
-            )
+            what = f"{source.option}={source.path}: 16-bit images"
+            command = "`python -m relay_diffusion.cli.convert_images` with "
+            print(dark_warning(what, bits, FULL_DEPTH, command), file=sys.stderr, flush=True)

@@ -17,10 +17,10 @@ from relay_diffusion.metrics.reference import Reference
 
 
 class Measure(nn.Module, ABC):
-    """One way to say how good generated images are; `Evaluation` feeds it the Inception features of each of them once.
+    """One way to say how good generated images are; `Evaluator` feeds it the Inception features of each of them once.
 
     names: the keys of what `compute` gives. keeps_features: it needs the pool features of all generated images at
-    the end; `Evaluation` keeps them once for all measures. Its metrics are torchmetrics, which sum over the ranks.
+    the end; `Evaluator` keeps them once for all measures. Its metrics are torchmetrics, which sum over the ranks.
     """
 
     names: ClassVar[tuple[str, ...]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,50 +14,78 @@ from relay_diffusion.metrics.base import ExactMetric, FeatureBank, Measure
 from relay_diffusion.metrics.inception import Inception
 from relay_diffusion.metrics.protocol import EvaluationProtocol
 from relay_diffusion.metrics.reference import Reference
+from relay_diffusion.metrics.reference_source import ReferenceSource
 
 
-class Evaluation(nn.Module):
-    """Measures generated uint8 images [B,3,H,W] against a reference; `measures` are by name.
+class Evaluator(nn.Module):
+    """Compare generated uint8 images [B,3,H,W] with a reference; `measures` are by name.
 
-    On several ranks each one feeds its own images; `compute` then answers for all of them, on every rank, and the same
-    whatever the ranks, the batches and the order of arrival. `skipped` says by name why a measure has no number, and
-    `warnings` what limits the numbers that there are. Raises UserError for a setting that contradicts the protocol, and
-    ValueError for two measures of one number.
+    reference: loaded, or a source that `prepare` loads with Inception batches of `batch_size`. On several ranks each
+    one updates with its own images; `compute` then answers for all of them, on every rank, and independently of the
+    number of ranks, the batches and their order. `skipped`: by name, why a measure has no number. `warnings`: the
+    limits of the numbers, one line each.
     """
 
     def __init__(
         self,
         inception: Inception,
-        reference: Reference,
+        reference: Reference | ReferenceSource,
         measures: Mapping[str, Measure],
         protocol: EvaluationProtocol | None = None,
+        batch_size: int = 64,
     ) -> None:
         super().__init__()
-        self.inception, self.reference, self.protocol = inception, reference, protocol
-        keys = [key for measure in measures.values() for key in measure.names]
-        if len(set(keys)) < len(keys):
-            raise ValueError(f"two measures give the same number: {', '.join(keys)}")
+        self.inception, self.protocol, self.batch_size = inception, protocol, batch_size
+        self.source = reference if isinstance(reference, ReferenceSource) else None
+        self._given = dict(measures)
+        if isinstance(reference, Reference):
+            self._compare_with(reference)
+
+    def prepare(self, device: torch.device, rank: int = 0, barrier: Callable[[], object] = lambda: None) -> None:
+        """Load the reference and move to `device`; collective.
+
+        Rank 0 computes what the cache lacks, and the other ranks read it after the barrier. Raises UserError for a
+        setting that contradicts the protocol, ValueError for two measures of one number.
+        """
+        assert self.source is not None, "the reference is loaded"
+        self.inception.to(device)
+        reference = self.source.load(self.inception, device, self.batch_size) if rank == 0 else None
+        barrier()
+        if reference is None:
+            reference = self.source.load(self.inception, device, self.batch_size, show_progress=False)
+        self._compare_with(reference)
+        self.to(device)
+
+    def _compare_with(self, reference: Reference) -> None:
+        self.reference = reference
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"two measures give the same number: {', '.join(self.names)}")
         self._unprepared: dict[str, str] = {}
         ready: dict[str, Measure] = {}
-        for name, measure in measures.items():
-            if protocol is not None:
-                protocol.check(measure.describe(), f"metrics.evaluator.measures.{name}")
-            reason = measure.prepare(reference, inception)
+        for name, measure in self._given.items():
+            if self.protocol is not None:
+                self.protocol.check(measure.describe(), f"metrics.evaluator.measures.{name}")
+            reason = measure.prepare(reference, self.inception)
             if reason is None:
                 ready[name] = measure
             else:
                 self._unprepared[name] = reason
         self.skipped = dict(self._unprepared)
         self.warnings: list[str] = []
-        self._names = list(ready)
+        self._ready = list(ready)
         self._measures = nn.ModuleList(ready.values())  # not a ModuleDict: its keys could not be any name
         self._count = _Positions()
         self._bank = FeatureBank() if any(measure.keeps_features for measure in ready.values()) else None
 
     @property
+    def names(self) -> list[str]:
+        """Return the keys of the numbers of all measures."""
+        return [key for measure in self._given.values() for key in measure.names]
+
+    @property
     def measures(self) -> dict[str, Measure]:
-        """The measures that have all they need."""
-        return dict(zip(self._names, self._measures, strict=True))  # type: ignore[arg-type]
+        """Return the measures that the reference and Inception suffice for."""
+        return dict(zip(self._ready, self._measures, strict=True))  # type: ignore[arg-type]
 
     def update(self, images: Tensor, positions: Tensor) -> None:
         """Add generated images; positions [B] (int64) are their places in the ordered list of all of them.
@@ -102,8 +130,25 @@ class Evaluation(nn.Module):
             if part is not None:
                 part.reset()
 
+    def reference_warnings(self, resolution: tuple[int, int]) -> list[str]:
+        """Return one line for each way in which the reference differs from images [height, width]."""
+        reference, lines = self.reference, []
+        if reference.averaging not in (None, (1,)):
+            factors = ", ".join(str(factor) for factor in reference.averaging)
+            lines.append(f"the reference images were averaged over blocks of side {factors} to the size of the samples")
+        if reference.resolution not in (None, resolution):
+            sizes = [f"{height}x{width}" for height, width in (resolution, reference.resolution)]
+            lines.append(f"the images are {sizes[0]}, those of the reference {sizes[1]} (height x width)")
+        return lines
+
+    def departures(self, rounding: str | None) -> list[str]:
+        """Return where the rounding of the images (None: unknown) or the reference departs from the protocol."""
+        if self.protocol is None or self.source is None:
+            return []
+        return self.protocol.departures(rounding, self.source.max_features)
+
     def describe(self) -> dict[str, Any]:
-        """How the numbers are obtained."""
+        """Return how the numbers are obtained."""
         return {
             "protocol": self.protocol.describe() if self.protocol is not None else None,
             "measures": {name: measure.describe() for name, measure in self.measures.items()},

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -123,51 +126,69 @@ def _require_two(count: int, side: str) -> None:
         raise UserError(f"a Fréchet distance needs at least 2 {kind} images, not {count}; give more of them")
 
 
-class FIDMeasure(Measure):
-    """Fréchet Inception Distance (Heusel et al., arXiv 1706.08500)."""
+class FrechetMeasure(Measure):
+    """Measure a Fréchet distance of one kind of Inception features to the reference.
 
-    names = ("fid",)
+    label: its name in warnings.
+    """
+
+    label: ClassVar[str]
+
+    @abstractmethod
+    def statistics(self, reference: Reference) -> FeatureStatistics | None:
+        """Return the reference's statistics of these features, or None if it has none."""
+
+    @abstractmethod
+    def rows(self, features: InceptionFeatures) -> Tensor:
+        """Return these features [B,D] of a batch."""
 
     def prepare(self, reference: Reference, inception: Inception) -> str | None:  # noqa: ARG002
-        """Any reference has what it needs."""
-        self.distance = FrechetDistance(len(reference.pool.mean))
-        self.distance.set_reference(*reference.pool)
+        """Take the reference's statistics."""
+        statistics = self.statistics(reference)
+        if statistics is None:
+            return f"the reference {reference.path} holds no spatial statistics"
+        self.distance = FrechetDistance(len(statistics.mean))
+        self.distance.set_reference(*statistics)
         return None
 
     def update(self, features: InceptionFeatures, positions: Tensor) -> None:  # noqa: ARG002
         """Add generated images."""
-        self.distance.update(features.pool, real=False)
+        self.distance.update(self.rows(features), real=False)
 
     def compute(self, features: Tensor) -> dict[str, float]:  # noqa: ARG002
-        """{"fid"}; UserError for fewer than 2 images."""
-        return {"fid": float(self.distance.compute())}
+        """Return the distance by name; raise UserError for fewer than 2 images."""
+        return {self.names[0]: float(self.distance.compute())}
 
     def warnings(self, images: int) -> list[str]:
-        """Too few images for a covariance of full rank."""
-        return self.distance.singular("FID", images)
+        """Warn of too few images for a covariance of full rank."""
+        return self.distance.singular(self.label, images)
 
 
-class SFIDMeasure(Measure):
+class FIDMeasure(FrechetMeasure):
+    """Fréchet Inception Distance of pool features (Heusel et al., arXiv 1706.08500)."""
+
+    names = ("fid",)
+    label = "FID"
+
+    def statistics(self, reference: Reference) -> FeatureStatistics | None:
+        """Return the pool statistics, which every reference has."""
+        return reference.pool
+
+    def rows(self, features: InceptionFeatures) -> Tensor:
+        """Return the pool features [B,2048]."""
+        return features.pool
+
+
+class SFIDMeasure(FrechetMeasure):
     """Fréchet distance of the first 7 channels of a 17x17 layer (Nash et al., arXiv 2103.03841)."""
 
     names = ("sfid",)
+    label = "sFID"
 
-    def prepare(self, reference: Reference, inception: Inception) -> str | None:  # noqa: ARG002
-        """The reference must hold spatial statistics."""
-        if reference.spatial is None:
-            return f"the reference {reference.path} holds no spatial statistics"
-        self.distance = FrechetDistance(len(reference.spatial.mean))
-        self.distance.set_reference(*reference.spatial)
-        return None
+    def statistics(self, reference: Reference) -> FeatureStatistics | None:
+        """Return the spatial statistics, which EDM's files lack."""
+        return reference.spatial
 
-    def update(self, features: InceptionFeatures, positions: Tensor) -> None:  # noqa: ARG002
-        """Add generated images."""
-        self.distance.update(features.spatial.flatten(1), real=False)
-
-    def compute(self, features: Tensor) -> dict[str, float]:  # noqa: ARG002
-        """{"sfid"}; UserError for fewer than 2 images."""
-        return {"sfid": float(self.distance.compute())}
-
-    def warnings(self, images: int) -> list[str]:
-        """Too few images for a covariance of full rank."""
-        return self.distance.singular("sFID", images)
+    def rows(self, features: InceptionFeatures) -> Tensor:
+        """Return the spatial features [B,2023] in NCHW order."""
+        return features.spatial.flatten(1)

@@ -1,41 +1,67 @@
-"""Nearest neighbours in large sets of features: exact answers from blockwise matrix products.
+"""Nearest neighbours in large sets of points, from blockwise float64 matrix products.
 
-|a - b|^2 = |a|^2 + |b|^2 - 2 a.b is fast, but loses the digits of points that lie close together far from the origin.
-So it is taken in float64 (which TF32 settings do not touch) from the sets' common mean, with a bound on its error; what
-the bound leaves open is settled by differences, which are exactly 0 for equal points. Of the matrix of distances no
-more than a block is in memory.
+|q - p|^2 = |q|^2 + |p|^2 - 2 q.p is fast, but loses the digits of points that lie close together far from the origin.
+It is computed in float64, which TF32 settings do not change. `squared_radii` and `covered` subtract the sets' common
+mean, bound the error, and settle what the bound leaves open by differences, which are exactly 0 for equal points.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 2**24  # of the matrix of distances at once: 128 MiB
+BLOCK_ELEMENTS = 2**24  # of a block's float64 matrices: 128 MiB
 BLOCK_ROWS = 1024
 SPARE = 5  # neighbours beyond the k-th that are compared by differences
 NEGLIGIBLE = 1e-9  # of a squared radius; features are float32 and know less
 TIE = 1 + 1e-14  # the same distance of other points may differ in its last digits; sums are taken pairwise
 
 
-def squared_radii(points: Tensor, nearest_k: int, origin: Tensor) -> Tensor:
-    """Squared distance [N] (float64) of each of the points [N,D] to its k-th nearest other one, N > k.
+class Block(NamedTuple):
+    """Consecutive queries from index `start` on, and their partial distances to all points.
 
-    origin [D]: a point near the middle of the sets, for accuracy alone.
+    rows [B,D]: the queries as given. norms [B]: |q|^2. partial [B,P]: |q - p|^2 - |q|^2, which orders the points.
+    """
+
+    start: int
+    rows: Tensor
+    norms: Tensor
+    partial: Tensor
+
+
+def distance_blocks(queries: Tensor, points: Tensor, norms: Tensor, origin: Tensor | float = 0.0) -> Iterator[Block]:
+    """Yield partial squared distances in blocks that fit the memory.
+
+    queries [Q,D] of any dtype, from which `origin` is subtracted here; points [P,D], float64, already without it.
+    norms [P]: |p|^2, or another term to add to -2 q.p. |q|^2 + partial is exact for 8-bit values, whose sums are
+    integers below 2^53; otherwise accurate to about 1e-14 of |q|^2 + |p|^2.
+    """
+    size = max(1, min(BLOCK_ROWS, BLOCK_ELEMENTS // max(points.shape)))
+    for start in range(0, len(queries), size):
+        rows = queries[start : start + size]
+        centred = rows.double() - origin
+        yield Block(start, rows, centred.square().sum(1), torch.addmm(norms, centred, points.T, alpha=-2))
+
+
+def squared_radii(points: Tensor, nearest_k: int, origin: Tensor) -> Tensor:
+    """Return each point's squared distance to its k-th nearest other one.
+
+    points [N,D], N > k -> [N] float64. origin [D]: a point near the middle of the sets, for accuracy alone.
     """
     centred = points.double() - origin
     norms = centred.square().sum(1)
     bounds = _relative_error(points) * (norms + norms.max())
     candidates = min(nearest_k + SPARE, len(points) - 1)
     radii = []
-    for start, rows in _blocks(points, len(points)):
-        here = slice(start, start + len(rows))
-        surrogate = torch.addmm(norms, centred[here], centred.T, alpha=-2)  # the row's own norm changes no order
-        surrogate.diagonal(start).fill_(torch.inf)  # not the point itself; an equal one does count
-        values, nearest = surrogate.topk(candidates, largest=False)
+    for start, rows, row_norms, partial in distance_blocks(points, centred, norms, origin):
+        partial.diagonal(start).fill_(torch.inf)  # not the point itself; an equal one does count
+        values, nearest = partial.topk(candidates, largest=False)
         exact = (rows.double()[:, None] - points[nearest].double()).square().sum(2)
         radius = exact.kthvalue(nearest_k, dim=1).values
-        least_of_others = (values.amax(1) + norms[here] - bounds[here]).clamp(min=0)
+        least_of_others = (values.amax(1) + row_norms - bounds[start : start + len(rows)]).clamp(min=0)
         for row in (radius * (1 - NEGLIGIBLE) > least_of_others).nonzero().flatten().tolist():
             radius[row] = _exact_radius(points, start + row, nearest_k)
         radii.append(radius)
@@ -50,19 +76,16 @@ def _exact_radius(points: Tensor, index: int, nearest_k: int) -> Tensor:
 
 
 def covered(points: Tensor, centres: Tensor, squared_radius: Tensor, origin: Tensor) -> Tensor:
-    """Which points [N,D] lie within the (squared) radius [M] of at least one of the centres [M,D]: bool [N].
+    """Return which points lie within the radius of at least one centre.
 
-    A point on the edge counts as inside.
+    points [N,D], centres [M,D], squared_radius [M] -> bool [N]. A point on the edge counts as inside.
     """
     middle = centres.double() - origin
     norms = middle.square().sum(1)
     offsets, largest = norms - squared_radius, norms.max() + squared_radius.max()
     relative = _relative_error(points)
     inside = []
-    for _, rows in _blocks(points, len(centres)):
-        centred = rows.double() - origin
-        norm = centred.square().sum(1)
-        excess = torch.addmm(offsets, centred, middle.T, alpha=-2)  # |a - b|^2 - r^2, less |a|^2
+    for _, rows, norm, excess in distance_blocks(points, middle, offsets, origin):  # |p - c|^2 - r^2, less |p|^2
         bound = relative * (norm + largest)
         lowest = excess.amin(1) + norm
         found = lowest <= -bound
@@ -93,6 +116,51 @@ def _relative_error(points: Tensor) -> float:
     return (points.shape[1] + 16) * torch.finfo(torch.float64).eps
 
 
-def _blocks(points: Tensor, columns: int) -> list[tuple[int, Tensor]]:
-    size = max(1, min(BLOCK_ROWS, BLOCK_ELEMENTS // columns))
-    return [(start, points[start : start + size]) for start in range(0, len(points), size)]
+class Neighbours(NamedTuple):
+    """Neighbours of each query by rank, [Q,K] each.
+
+    distances: Euclidean, float64. positions: of the neighbours. mirrored: whether the second view is the nearer one.
+    """
+
+    distances: Tensor
+    positions: Tensor
+    mirrored: Tensor
+
+
+def squared_distances(queries: Tensor, points: Tensor) -> Tensor:
+    """Return |q - p|^2 [Q,P] (float64) of queries [Q,D] and points [P,D]; see `distance_blocks`."""
+    points = points.double()
+    blocks = distance_blocks(queries, points, points.square().sum(1))
+    return torch.cat([block.partial + block.norms[:, None] for block in blocks]).clamp_(min=0)
+
+
+class NearestSearch:
+    """Search the nearest points of queries [Q,...] in a stream of points, of which none is kept.
+
+    nearest: K, how many. own [Q]: position of the point that a query is itself and does not find in any view; -1:
+    none. A point is found once, in its nearer view; points equally far are found in their order.
+    """
+
+    def __init__(self, queries: Tensor, nearest: int, own: Tensor) -> None:
+        self.queries, self.nearest, self.own = queries.flatten(1), nearest, own.to(queries.device)
+        self.seen = 0
+        nothing = queries.new_empty(len(queries), 0)
+        self.squares, self.positions, self.mirrored = nothing.double(), nothing.long(), nothing.bool()
+
+    def update(self, views: Tensor) -> None:
+        """Add the next points: [1,B,...] as they are, or [2,B,...] with their mirrored views."""
+        count = views.shape[1]
+        squares, view = squared_distances(self.queries, views.flatten(2).flatten(0, 1)).unflatten(1, (-1, count)).min(1)
+        positions = torch.arange(self.seen, self.seen + count, device=squares.device)
+        squares.masked_fill_(self.own[:, None] == positions, torch.inf)
+        self.seen += count
+        # Stable, and what was found before comes first: ties do not depend on the batches.
+        squares, order = torch.cat([self.squares, squares], 1).sort(dim=1, stable=True)
+        best = order[:, : self.nearest]
+        self.squares = squares[:, : self.nearest]
+        self.positions = torch.cat([self.positions, positions.expand(len(best), -1)], 1).gather(1, best)
+        self.mirrored = torch.cat([self.mirrored, view == 1], 1).gather(1, best)
+
+    def compute(self) -> Neighbours:
+        """Return the neighbours on the CPU; a rank without a point has an infinite distance."""
+        return Neighbours(self.squares.sqrt().cpu(), self.positions.cpu(), self.mirrored.cpu())

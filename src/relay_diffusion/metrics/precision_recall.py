@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics.utilities.data import dim_zero_cat
 
 from relay_diffusion.errors import UserError
-from relay_diffusion.metrics.base import ExactMetric, Measure
+from relay_diffusion.metrics.base import Measure
 from relay_diffusion.metrics.inception import Inception
 from relay_diffusion.metrics.neighbours import covered, squared_radii
 from relay_diffusion.metrics.reference import Reference
@@ -23,9 +22,10 @@ class PrecisionAndRecall(NamedTuple):
 
 
 def precision_recall(real: Tensor, fake: Tensor, nearest_k: int) -> PrecisionAndRecall:
-    """Shares of points within the k-th neighbour radius of a point of the other set, float64 scalars.
+    """Return the shares of points within the k-th neighbour radius of the other set.
 
-    Features [M,D] and [N,D] on one device. Raises UserError for a set of no more than nearest_k images.
+    Features [M,D] and [N,D] on one device; float64 scalars. Raises UserError for a set of no more than nearest_k
+    images.
     """
     for name, features in (("real", real), ("generated", fake)):
         if len(features) <= nearest_k:
@@ -41,38 +41,6 @@ def _share(inside: Tensor) -> Tensor:
     return torch.tensor(int(inside.sum()) / len(inside), dtype=torch.float64, device=inside.device)
 
 
-class PrecisionRecall(ExactMetric):
-    """Precision and recall: a point is covered if it lies within the k-th neighbour radius of a point of the other set.
-
-    It keeps the features of both sets; of several ranks, one without images of a set needs an update with [0,D].
-    """
-
-    real: list[Tensor]
-    fake: list[Tensor]
-
-    def __init__(self, nearest_k: int = 3) -> None:
-        super().__init__()
-        self.nearest_k = checked_nearest_k(nearest_k)
-        self.add_state("real", default=[], dist_reduce_fx="cat")
-        self.add_state("fake", default=[], dist_reduce_fx="cat")
-
-    def update(self, features: Tensor, real: bool) -> None:
-        """Add features [N,D] of real or generated images."""
-        (self.real if real else self.fake).append(features.detach().to(self.device))
-
-    def compute(self) -> PrecisionAndRecall:
-        """Both shares, float64 scalars; UserError if a set has no more than nearest_k images."""
-        real, fake = (dim_zero_cat(part) if len(part) else torch.empty(0, 1) for part in (self.real, self.fake))
-        return precision_recall(real, fake, self.nearest_k)
-
-
-def checked_nearest_k(nearest_k: int) -> int:
-    """A usable number of neighbours; UserError for another."""
-    if nearest_k < 1:
-        raise UserError(f"nearest_k={nearest_k}: precision and recall need at least the first neighbour")
-    return nearest_k
-
-
 class PrecisionRecallMeasure(Measure):
     """Precision and recall of the generated images against the features that the reference keeps."""
 
@@ -81,7 +49,9 @@ class PrecisionRecallMeasure(Measure):
 
     def __init__(self, nearest_k: int = 3) -> None:
         super().__init__()
-        self.nearest_k = checked_nearest_k(nearest_k)
+        if nearest_k < 1:
+            raise UserError(f"nearest_k={nearest_k}: precision and recall need at least the first neighbour")
+        self.nearest_k = nearest_k
 
     def prepare(self, reference: Reference, inception: Inception) -> str | None:  # noqa: ARG002
         """The reference must hold features of more than nearest_k images."""

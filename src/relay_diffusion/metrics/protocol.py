@@ -13,9 +13,9 @@ from relay_diffusion.errors import UserError
 class EvaluationProtocol:
     """How numbers are obtained. None: the protocol does not say.
 
-    rounding: how [-1, 1] becomes 8 bits, see `data.images.to_uint8`. spatial_layout: order of the spatial features in
-    the protocol's files. split_size: images in a split of the Inception Score. nearest_k: of precision and recall,
-    which compare with reference_features images.
+    rounding: how [-1, 1] becomes 8 bits, see `diffusion.pixels.to_uint8`. spatial_layout: order of the spatial
+    features in the protocol's files. split_size: images in a split of the Inception Score. nearest_k: of precision and
+    recall, which compare with reference_features images.
     """
 
     name: str

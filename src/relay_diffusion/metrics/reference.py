@@ -85,16 +85,6 @@ class Reference:
                 arrays[key] = np.array(getattr(self, key), dtype=np.int64)
         _write(path, arrays | {"layout": np.str_("NCHW"), "source_hash": np.str_(self.source_hash)})
 
-    def save_edm(self, path: str | Path) -> None:
-        """Write mu and sigma, as EDM's fid.py reads them."""
-        _write(path, _arrays(self.pool, "mu", "sigma"))
-
-    def save_adm(self, path: str | Path) -> None:
-        """Write mu, sigma, mu_s and sigma_s in NHWC order, as ADM's evaluator reads them; UserError without spatial."""
-        if self.spatial is None:
-            raise UserError(f"{self.path} holds no spatial statistics (mu_s, sigma_s), which ADM's files have")
-        _write(path, _arrays(self.pool, "mu", "sigma") | _arrays(to_nhwc(self.spatial), "mu_s", "sigma_s"))
-
 
 def _arrays(statistics: FeatureStatistics, mean: str, covariance: str) -> dict[str, Any]:
     return {
@@ -193,11 +183,6 @@ def to_nchw(statistics: FeatureStatistics, layout: str) -> FeatureStatistics:
     if layout == "NCHW":
         return statistics
     return _reorder(statistics, _places().reshape(SPATIAL_SIZE, SPATIAL_SIZE, SPATIAL_CHANNELS).permute(2, 0, 1))
-
-
-def to_nhwc(statistics: FeatureStatistics) -> FeatureStatistics:
-    """Statistics in NCHW order, to NHWC order."""
-    return _reorder(statistics, _places().reshape(SPATIAL_CHANNELS, SPATIAL_SIZE, SPATIAL_SIZE).permute(1, 2, 0))
 
 
 def _places() -> Tensor:

@@ -1,4 +1,4 @@
-"""What a prediction runs through: batches of a plan or of images that exist, dealt out to the devices; and its results.
+"""Batches of a plan, split over the devices.
 
 Every image is dealt to one device. Every device needs at least one: Lightning lets a device without a batch leave
 early, and the others would wait for it. So where there are too few images, some are dealt to several devices, which
@@ -7,17 +7,14 @@ make the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import cycle, islice
-from typing import NamedTuple
 
 import lightning as L
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
-from relay_diffusion.data.image_sets import ImageSet
-from relay_diffusion.models.relay import SampleBatch, Samples
+from relay_diffusion.models.relay import SampleBatch
 from relay_diffusion.sampling.plan import Plan
 
 
@@ -61,45 +58,3 @@ def dealing_order(todo: Sequence[int], shown: int, devices: int) -> list[int]:
     first, others = iter(repeated[:shown]), iter(repeated[shown:])
     turns = (first if k % devices == 0 and k // devices < shown else others for k in range(count))
     return [next(turn) for turn in turns]
-
-
-class StoredBatch(NamedTuple):
-    """positions [B] in the set, images uint8 [B,3,H,W]."""
-
-    positions: Tensor
-    images: Tensor
-
-
-class _Share(IterableDataset[StoredBatch]):
-    """One device's images, in batches."""
-
-    def __init__(self, images: ImageSet, positions: list[int], batch_size: int) -> None:
-        self.images, self.positions, self.batch_size = images, positions, batch_size
-
-    def __iter__(self) -> Iterator[StoredBatch]:
-        first = 0
-        for batch in self.images.batches(self.batch_size, self.positions):
-            yield StoredBatch(torch.tensor(self.positions[first : first + len(batch)]), batch)
-            first += len(batch)
-
-
-class StoredDataModule(L.LightningDataModule):
-    """The images of a set."""
-
-    def __init__(self, images: ImageSet, batch_size: int) -> None:
-        super().__init__()
-        self.images, self.batch_size = images, batch_size
-
-    def predict_dataloader(self) -> DataLoader[StoredBatch]:
-        """This device's share."""
-        assert self.trainer is not None
-        mine = list(range(len(self.images)))[self.trainer.global_rank :: self.trainer.world_size]
-        return DataLoader(_Share(self.images, mine, self.batch_size), batch_size=None)
-
-
-class StoredImages(L.LightningModule):
-    """In the place of a relay, for images that exist: predicts what it is given, so that callbacks can measure it."""
-
-    def predict_step(self, batch: StoredBatch, batch_idx: int) -> Samples:  # noqa: ARG002
-        """(positions, images) -> Samples without stages."""
-        return Samples(batch.positions, batch.images, {})

@@ -10,26 +10,25 @@ from contextlib import suppress
 from typing import Any, cast
 
 import lightning as L
-import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 
-from relay_diffusion import __version__
 from relay_diffusion.data.dataset import ImageDataset
-from relay_diffusion.data.image_sets import ImageSet, open_image_set
+from relay_diffusion.data.image_sets import open_image_set
 from relay_diffusion.data.labels import AS_REFERENCE, class_indices, labels_like_reference
 from relay_diffusion.data.npz import write_adm_samples
 from relay_diffusion.errors import UserError
-from relay_diffusion.metrics.callback import Evaluator
+from relay_diffusion.metrics import Evaluator
 from relay_diffusion.models.relay import Relay
 from relay_diffusion.models.stage import DiffusionStage
-from relay_diffusion.sampling.batches import PlanDataModule, StoredDataModule, StoredImages, dealing_order
+from relay_diffusion.sampling.batches import PlanDataModule, dealing_order
 from relay_diffusion.sampling.callbacks.image_writer import ImageWriter
 from relay_diffusion.sampling.callbacks.progress import SamplingProgress
 from relay_diffusion.sampling.callbacks.relay_picture import RelayPicture
 from relay_diffusion.sampling.callbacks.trajectory_picture import TrajectoryPicture
+from relay_diffusion.sampling.evaluate import build_evaluator, check_count, measure, measure_stored
 from relay_diffusion.sampling.image_store import ImageStore
 from relay_diffusion.sampling.options import (
     ReferenceOptions,
@@ -41,7 +40,7 @@ from relay_diffusion.sampling.plan import Plan, plan_from_images, plan_from_nois
 from relay_diffusion.sampling.report import report
 from relay_diffusion.training.callbacks.preemption import Preemption
 from relay_diffusion.utils.distributed import on_rank_zero, started_ranks
-from relay_diffusion.utils.files import json_text, write_text
+from relay_diffusion.utils.files import write_text
 from relay_diffusion.utils.host import report_slow_settings
 from relay_diffusion.utils.parallel import map_in_order
 from relay_diffusion.utils.quiet import quiet_libraries
@@ -63,24 +62,9 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
     trainer: L.Trainer = instantiate(cfg.trainer, _convert_="all")
     if not options.evaluate:
         return sample_relay(options, trainer, relay, plan)
-    _check_count(f"seeds={cfg.seeds}", len(plan.names), trainer.num_devices * trainer.num_nodes)
+    check_count(f"seeds={cfg.seeds}", len(plan.names), trainer.num_devices * trainer.num_nodes)
     evaluator = build_evaluator(cfg.metrics, options.reference, (relay.resolution, relay.resolution))
     return sample_relay(options, trainer, relay, plan, evaluator)
-
-
-def measure_stored(
-    options: SamplingOptions, trainer: L.Trainer, images: ImageSet, evaluator: Evaluator
-) -> dict[str, Any]:
-    """Evaluate existing images."""
-    _check_count(f"images={options.images}", len(images), trainer.num_devices * trainer.num_nodes)
-    with started_ranks(trainer, options.run_id, str(options.output), "output"):
-        if trainer.is_global_zero:
-            write_text(options.output / "config.yaml", options.config)
-        how = {"measured": {"path": str(images.path), "kind": images.kind, "hash": images.source_hash}}
-        results = measure(options, trainer, evaluator, images, how, rounding=None)
-    if trainer.is_global_zero:
-        report(results)
-    return results
 
 
 def sample_relay(
@@ -249,49 +233,6 @@ def run_settings(options: SamplingOptions, relay: Relay, plan: Plan, device: str
     return settings
 
 
-def build_evaluator(metrics: DictConfig, reference: ReferenceOptions, resolution: tuple[int, int]) -> Evaluator:
-    """Build the evaluator of images [height, width]; check its reference first."""
-    source = instantiate(metrics.reference)(
-        path=reference.path, subset=reference.subset, resolution=resolution, option=reference.option
-    )
-    source.check()  # before images are made
-    evaluator: Evaluator = instantiate(metrics.evaluator, reference=source, _convert_="all")
-    return evaluator
-
-
-def measure(
-    options: SamplingOptions,
-    trainer: L.Trainer,
-    evaluator: Evaluator,
-    images: ImageSet,
-    how: dict[str, Any],
-    rounding: str | None,
-) -> dict[str, Any]:
-    """The numbers of images; on the first device also into metrics.json, with how they were obtained."""
-    began = time.perf_counter()
-    progress = SamplingProgress("measuring", len(images))
-    _predict(trainer, StoredImages(), StoredDataModule(images, options.batch_size), [progress, evaluator])
-    if not trainer.is_global_zero:
-        return evaluator.results
-    results = how | evaluator.results
-    results |= {
-        "not_measured": evaluator.skipped,
-        "warnings": evaluator.warnings(images.resolution),
-        "image_size": images.resolution,
-        "departures": evaluator.departures(rounding),
-        "seconds_measuring": round(time.perf_counter() - began, 1),
-        "seeds": options.shown_seeds,
-        "reference": {"path": options.reference.path, "subset": options.reference.subset},
-        "evaluation": evaluator.describe(),
-        "version": __version__,
-        "torch": torch.__version__,
-        "device": str(trainer.strategy.root_device),
-    }
-    file = options.output / "metrics.json"
-    write_text(file, json_text(results))
-    return results | {"numbers": os.path.relpath(file), "names": list(evaluator.results)}
-
-
 def _predict(trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModule, own: list[Callback]) -> None:
     """One pass with these callbacks."""
     before = list(trainer.callbacks)  # type: ignore[attr-defined]
@@ -319,13 +260,6 @@ def _keep(options: SamplingOptions, relay: Relay, plan: Plan, store: ImageStore)
         store.pack()
     kept = [place for place in (store.folder, store.archive) if place.exists()]
     return places | {"folder": " and ".join(os.path.relpath(place) for place in kept)}
-
-
-def _check_count(option: str, count: int, processes: int) -> None:
-    if count < 2:
-        raise UserError(f"{option}: statistics need at least 2 images")
-    if count < processes:
-        raise UserError(f"{option} are {count} images for {processes} devices: use fewer devices")
 
 
 def _without_places(node: Any) -> Any:

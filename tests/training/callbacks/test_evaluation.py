@@ -8,11 +8,14 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
+from fake_inception import use_small_features, write_edm
 from relay_diffusion.checkpoints.loading import load_stage
+from relay_diffusion.data.npz import Npz
 from relay_diffusion.diffusion.corruption import block_mean
 from relay_diffusion.diffusion.pixels import to_float, to_uint8
 from relay_diffusion.errors import UserError
-from relay_diffusion.metrics import Evaluation, FIDMeasure, SFIDMeasure
+from relay_diffusion.metrics import Evaluator, FIDMeasure, SFIDMeasure
+from relay_diffusion.metrics.reference import read_reference
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.training.callbacks.evaluation import PeriodicEvaluation
 from support import PROJECT, TINY, run
@@ -23,9 +26,6 @@ INCEPTION = "callbacks.evaluation.evaluator.inception._target_"
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
     """Overrides for an evaluation whose features are pixels."""
-    monkeypatch.syspath_prepend(str(PROJECT / "tests/metrics"))
-    from fake_inception import use_small_features
-
     use_small_features(monkeypatch)
     return [
         "callbacks=evaluated", "callbacks.evaluation.every_n_images=8", "callbacks.evaluation.count=10",
@@ -65,7 +65,7 @@ def test_the_numbers_are_those_of_the_averaged_weights(fit, tmp_path, quick, sta
     for weights in ("ema", "raw"):
         images = load_stage(tmp_path / "run", weights).sample((10, 3, 16, 16), range(10), labels, previous)
         measures = {"fid": FIDMeasure(), "sfid": SFIDMeasure()}
-        evaluation = Evaluation(callback.evaluator.inception, callback.evaluator.evaluation.reference, measures)
+        evaluation = Evaluator(callback.evaluator.inception, callback.evaluator.reference, measures)
         evaluation.update(to_uint8(images), torch.arange(10))
         expected[weights] = evaluation.compute()
     for key in ("fid", "sfid"):
@@ -84,8 +84,8 @@ def test_training_is_the_same_with_and_without(fit, tmp_path, quick):
 
 
 def test_what_was_measured_is_not_measured_again(fit, tmp_path, quick, monkeypatch):
-    measured, update = [], Evaluation.update
-    monkeypatch.setattr(Evaluation, "update", lambda self, *a: measured.append(len(a[0])) or update(self, *a))
+    measured, update = [], Evaluator.update
+    monkeypatch.setattr(Evaluator, "update", lambda self, *a: measured.append(len(a[0])) or update(self, *a))
     fit("run", 16, *quick)
     before = rows_of(tmp_path / "run")
     assert sum(measured) == 20
@@ -117,11 +117,8 @@ def test_numbers_that_make_no_sense_are_named(configuration, small_zip, quick, s
 
 def test_a_measure_without_what_it_needs_is_left_out_with_a_word(fit, tmp_path, quick):
     fit("first", 8, *quick)
-    callback = next(iter((tmp_path / "reference").glob("*.npz")))
-    from relay_diffusion.data.npz import Npz
-    from relay_diffusion.metrics.reference import read_reference
-
-    read_reference(Npz(callback, "reference")).save_edm(tmp_path / "edm.npz")
+    cached = next(iter((tmp_path / "reference").glob("*.npz")))
+    write_edm(read_reference(Npz(cached, "reference")), tmp_path / "edm.npz")
     reference = "callbacks.evaluation.evaluator.reference"
     with pytest.warns(UserWarning, match=r"callbacks\.evaluation does not measure sfid: .*no spatial statistics"):
         fit("second", 8, *quick, f"{reference}.path={tmp_path / 'edm.npz'}", f"{reference}.subset=''")
@@ -143,7 +140,7 @@ def test_two_processes_measure_together(fit, tmp_path, small_zip, quick):
     """An uneven share each, then fewer images than processes at the last batch; both go on training afterwards."""
     options = [*TINY, *quick, "resolution=16", f"data.dataset.path={small_zip}", "callbacks.evaluation.count=7"]
     options.append("callbacks.evaluation.batch_size=2")
-    folders = (PROJECT / name for name in ("src", "tests/callbacks", "tests/metrics"))
+    folders = (PROJECT / name for name in ("src", "tests"))
     path = {"PYTHONPATH": os.pathsep.join(map(str, folders))}
     train = [*options, "trainer.max_images=20", f"run_dir={tmp_path / 'two'}", "strategy=ddp_cpu"]
     train.append(f"{INCEPTION}=pixel_inception.pixels_in_a_process_of_their_own")

@@ -5,8 +5,7 @@ import resource
 import pytest
 
 from relay_diffusion.errors import UserError
-from relay_diffusion.training.loggers.metrics_csv import MetricsCSV
-from relay_diffusion.training.loggers.rows import last_step, send_row
+from relay_diffusion.training.loggers import MetricsCSV, last_step, send_row
 
 
 def text_of(folder):

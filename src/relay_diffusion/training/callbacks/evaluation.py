@@ -15,8 +15,7 @@ from relay_diffusion.data.image_sets import spread
 from relay_diffusion.diffusion.corruption import block_mean
 from relay_diffusion.diffusion.pixels import to_float, to_uint8
 from relay_diffusion.errors import UserError
-from relay_diffusion.metrics import Evaluation
-from relay_diffusion.metrics.callback import Evaluator
+from relay_diffusion.metrics import Evaluator
 from relay_diffusion.models.finite_samples import NonFiniteSamplesError
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.training.callbacks.measurement import PeriodicMeasurement
@@ -39,43 +38,41 @@ class PeriodicEvaluation(PeriodicMeasurement):
                 raise UserError(f"callbacks.evaluation.{name}={value}: must be a whole number, at least {least}")
         self.evaluator, self.count, self.batch_size = evaluator, count, batch_size
         super().__init__(every_n_images)
-        self._evaluation: Evaluation | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Get the reference before training starts, so that nobody waits long for a mistake in it."""
+        """Load the reference before training starts: a mistake in it shows at once."""
         if self._every.images <= 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self._evaluation = self.evaluator.prepare(trainer, pl_module.device)
-        for name, reason in self._evaluation.skipped.items():
+        self.evaluator.prepare(pl_module.device, trainer.global_rank, trainer.strategy.barrier)
+        for name, reason in self.evaluator.skipped.items():
             rank_zero_warn(f"callbacks.evaluation does not measure {name}: {reason}")
-        limits = [line for measure in self._evaluation.measures.values() for line in measure.warnings(self.count)]
+        limits = [line for measure in self.evaluator.measures.values() for line in measure.warnings(self.count)]
         for line in limits if trainer.is_global_zero else []:
             print(f"warning: callbacks.evaluation.count={self.count}: {line}", file=sys.stderr, flush=True)
-        self._evaluation.cpu()  # training needs the memory
+        self.evaluator.cpu()  # training needs the memory
 
     @property
     def names(self) -> list[str]:
-        """The measures."""
-        return [name for measure in self.evaluator.measures.values() for name in measure.names]
+        """Return the names of the numbers."""
+        return self.evaluator.names
 
     def measure(self, trainer: L.Trainer, stage: DiffusionStage) -> dict[str, float]:
         """Sample, and compare with the reference; empty if samples of any rank are not finite."""
-        assert self._evaluation is not None
-        evaluation = self._evaluation.to(stage.device)
-        evaluation.reset()
+        evaluator = self.evaluator.to(stage.device)
+        evaluator.reset()
         mine = range(self.count)[trainer.global_rank :: trainer.world_size]
         failure = None
         try:
             with averaged(trainer, stage):
                 for first in range(0, len(mine), self.batch_size):
                     positions = mine[first : first + self.batch_size]
-                    evaluation.update(to_uint8(self._sample(trainer, stage, positions)), torch.tensor(positions))
+                    evaluator.update(to_uint8(self._sample(trainer, stage, positions)), torch.tensor(positions))
         except NonFiniteSamplesError as error:  # training goes on: its own checks decide whether it has diverged
             failure = error
             print(f"warning: no evaluation at {stage.images_seen:,} images, {error}", file=sys.stderr, flush=True)
         all_finite = trainer.strategy.reduce_boolean_decision(failure is None, all=True)
-        results = evaluation.compute() if all_finite else {}
-        evaluation.cpu()
+        results = evaluator.compute() if all_finite else {}
+        evaluator.cpu()
         return {key: value for key, value in results.items() if key != "images"}
 
     def _sample(self, trainer: L.Trainer, stage: DiffusionStage, seeds: Sequence[int]) -> Tensor:

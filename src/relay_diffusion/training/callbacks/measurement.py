@@ -14,7 +14,7 @@ from relay_diffusion.training.callbacks.periodic import Every
 from relay_diffusion.training.callbacks.preemption import preempted
 from relay_diffusion.training.callbacks.rows import log_row
 from relay_diffusion.training.callbacks.training_log import not_training
-from relay_diffusion.training.loggers.rows import last_step, logged_row
+from relay_diffusion.training.loggers import last_step, logged_row
 
 
 class PeriodicMeasurement(Callback, ABC):

@@ -80,6 +80,10 @@ class Preemption(Callback):
         _listen(signal.SIG_IGN)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        """Leave at signals while sampling."""
+        self.leave_at_signals(trainer)
+
+    def leave_at_signals(self, trainer: L.Trainer) -> None:
         """Leave at a signal, and have the others leave."""
 
         def leave(number: int, _: Any) -> None:

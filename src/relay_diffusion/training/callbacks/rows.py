@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.stage import DiffusionStage
-from relay_diffusion.training.loggers.rows import send_row
+from relay_diffusion.training.loggers import send_row
 
 
 def log_row(

@@ -17,7 +17,7 @@ from relay_diffusion.networks.flops import forward_flops, matrix_peak
 from relay_diffusion.training.callbacks.periodic import Every
 from relay_diffusion.training.callbacks.rows import log_row
 from relay_diffusion.training.ema import find_ema
-from relay_diffusion.training.loggers.rows import last_step
+from relay_diffusion.training.loggers import last_step
 
 
 class TrainingLog(Callback):

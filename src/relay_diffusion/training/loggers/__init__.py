@@ -1,9 +1,35 @@
-"""Where the numbers of a run go: a CSV file that grows over all its continuations.
+"""Loggers of a run, and the rows that they get: one for each number of images seen.
 
 Weights & Biases is in wandb.py, which only `logger=wandb` imports: loading it takes seconds.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from lightning.pytorch.loggers import Logger
+
 from relay_diffusion.training.loggers.metrics_csv import MetricsCSV
-from relay_diffusion.training.loggers.rows import last_step, logged_row, send_row
 
 __all__ = ["MetricsCSV", "last_step", "logged_row", "send_row"]
+
+
+def last_step(loggers: Iterable[Logger], group: str) -> int:
+    """Return the most images seen with a metric `group`/... in a MetricsCSV, or -1."""
+    return max((logger.last_step(group) for logger in loggers if isinstance(logger, MetricsCSV)), default=-1)
+
+
+def logged_row(loggers: Iterable[Logger], group: str, images_seen: int) -> dict[str, float]:
+    """Return the metrics `group`/... of a MetricsCSV at `images_seen`, without the group's name."""
+    rows = (logger.values(group, images_seen) for logger in loggers if isinstance(logger, MetricsCSV))
+    return next(filter(None, rows), {})
+
+
+def send_row(loggers: Iterable[Logger], group: str, values: Mapping[str, float], images_seen: int) -> None:
+    """Log values as `group`/... to all loggers.
+
+    The CSV comes first: a resumed run reads in it which rows not to log again.
+    """
+    row = {f"{group}/{key}": value for key, value in values.items()}
+    for logger in sorted(loggers, key=lambda logger: not isinstance(logger, MetricsCSV)):
+        logger.log_metrics(row, step=images_seen)

@@ -1,19 +1,18 @@
-"""A run on Weights & Biases whose x-axis is images seen."""
+"""Weights & Biases, with images seen as the x-axis."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import wandb
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
-from PIL import Image
 
 from relay_diffusion.errors import UserError
 from relay_diffusion.training.loggers.metrics_csv import STEP
@@ -21,27 +20,29 @@ from relay_diffusion.utils.files import json_text, write_text
 from relay_diffusion.utils.messages import printable
 
 LONGEST = 64  # characters of an id
-FILE = "wandb_run.json"  # in the run's directory: what the W&B run continues from
+FILE = "wandb_run.json"  # in the run's directory: the id of the W&B run that a resumed run continues
 
 
-class WandbRun(Logger):
-    """Sends metrics, the config, pictures and files to a run of `project`; rank 0 does.
+class WandbRun(WandbLogger):
+    """Log to a W&B run whose x-axis is images seen, on rank 0.
 
-    run_id: names a new W&B run; a continued one keeps its id, whatever `run_id` is. directory: of the run; it holds
-    the id, and wandb/ the local files. offline: no network; `wandb sync` sends it later.
-    Continuing a run continues its curves: W&B's step is images seen too, so the parts of a run that was continued
-    offline fit together when they are synced. What is logged at one amount of images becomes one row, sent when the
-    next begins.
+    run_id: names a new W&B run; a resumed one keeps its id, whatever `run_id` is. directory: of the run; it holds
+    the id, and wandb/ the local files. offline: no network; `wandb sync` sends the run later.
+    W&B's step is images seen too, so the parts of a run that was resumed offline fit together when they are synced.
+    What is logged at one number of images becomes one row, sent when the next row starts.
     """
 
     def __init__(self, project: str, run_id: str, directory: str | Path, offline: bool = False) -> None:
-        super().__init__()
-        self.project, self.directory, self.offline = project, Path(directory), offline
-        self._new_id, self._id = _valid_id(run_id), ""
-        self._run: Any = None
+        # Not the parent's `offline`, which sets an environment variable for the whole process.
+        super().__init__(project=project, save_dir=directory, mode="offline" if offline else None)
+        self.directory = Path(directory)
+        self._new_id, self._id = _valid_id(run_id), None
 
     def continue_run(self, stored: Mapping[str, str] | None = None) -> None:
-        """Choose the W&B run: that of the directory, else the one `stored` in its checkpoint, else a new one."""
+        """Choose the W&B run of the directory, else of `stored`, else a new one.
+
+        stored: the `run_record` in the checkpoint.
+        """
         self._id = self._continued(self._noted()) or self._continued(stored) or self._new_id
 
     def _noted(self) -> Mapping[str, str] | None:
@@ -56,7 +57,7 @@ class WandbRun(Logger):
         return record
 
     def _continued(self, record: Mapping[str, str] | None) -> str | None:
-        """The id of a record, unless its run has another directory: then this one is a copy, a run of its own."""
+        """Return the id of a record, unless this directory is a copy of its run."""
         if record is None or not {"id", "directory"} <= record.keys():
             return None
         original = Path(record["directory"])
@@ -71,44 +72,28 @@ class WandbRun(Logger):
 
     @property
     def run_record(self) -> dict[str, str]:
-        """What a checkpoint stores, for `continue_run`."""
+        """Return what a checkpoint stores for `continue_run`."""
         return {"id": self.version, "directory": str(self.directory.absolute())}
 
     @property
-    def name(self) -> str:
-        """The project."""
-        return self.project
-
-    @property
     def version(self) -> str:
-        """The run's id."""
+        """Return the id of the W&B run."""
         return self._id or self._new_id
-
-    @property
-    def save_dir(self) -> str:
-        """Where W&B's local files are."""
-        return str(self.directory)
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The wandb run; begun when it is first needed."""
-        if self._run is None:
-            if not self._id:
+        """Return the wandb run; the first use starts it."""
+        if self._experiment is None:
+            if self._id is None:
                 self.continue_run()
             self.directory.mkdir(parents=True, exist_ok=True)
             write_text(self.directory / FILE, json_text(self.run_record))
-            self._run = wandb.init(
-                project=self.project,
-                id=self.version,
-                name=self.version,
-                dir=str(self.directory),
-                resume="allow",
-                mode="offline" if self.offline else None,
-            )
-            self._run.define_metric(STEP, hidden=True)
-            self._run.define_metric("*", step_metric=STEP)
-        return self._run
+            # Not through the parent, which makes the trainer's steps the x-axis.
+            self._experiment = wandb.init(**self._wandb_init | {"id": self.version, "name": self.version})
+            self._experiment.define_metric(STEP, hidden=True)
+            self._experiment.define_metric("*", step_metric=STEP)
+        return self._experiment
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -117,32 +102,22 @@ class WandbRun(Logger):
         self.experiment.log({**metrics, STEP: step}, step=step)
 
     @rank_zero_only
-    def log_hyperparams(self, params: Mapping[str, Any]) -> None:  # type: ignore[override]
-        """Take nested plain values into the run's config."""
-        self.experiment.config.update(dict(params), allow_val_change=True)
-
-    @rank_zero_only
-    def log_image(self, key: str, images: Sequence[Image.Image], step: int) -> None:
-        """Log pictures at `step` images seen."""
-        self.log_metrics({key: [wandb.Image(image) for image in images]}, step)
-
-    @rank_zero_only
     def log_file(self, path: Path, kind: str, step: int) -> None:
-        """Keep a file as a new version of the run's artifact of type `kind`, which has the run's id as its name."""
+        """Upload a file as a new version of the artifact that is named after the run."""
         artifact = wandb.Artifact(self.version, type=kind, metadata={STEP: step})
         artifact.add_file(str(path))
         self.experiment.log_artifact(artifact, aliases=["latest", f"images-{step}"])
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """End the run, so that the next one in this process is another."""
-        if self._run is not None:
-            self._run.finish(exit_code=0 if status == "success" else 1)
-            self._run = None
+        """Finish the W&B run: the next one in this process is another."""
+        if self._experiment is not None:
+            self._experiment.finish(exit_code=0 if status == "success" else 1)
+            self._experiment = None
 
 
 def _valid_id(run_id: str) -> str:
-    """`run_id` as W&B accepts it for runs and artifacts; one that has to change gets a checksum, to stay unique."""
+    """Return `run_id` as W&B accepts it; a changed one gets a checksum to stay unique."""
     valid = re.sub(r"[^\w.-]", "-", run_id, flags=re.ASCII)
     if valid == run_id and len(run_id) <= LONGEST:
         return run_id
