@@ -6,7 +6,7 @@ import pickle
 import pytest
 import yaml
 
-from relay_diffusion.cli.main import JobFailed, _check_sweep
+from relay_diffusion.cli.main import JobError, _check_sweep
 from relay_diffusion.errors import UserError
 from support import TINY, pythonpath, run
 
@@ -86,7 +86,7 @@ def test_a_bug_in_a_job_keeps_its_traceback(sweep, tmp_path):
 
 
 def test_a_failure_returns_from_another_process():
-    copy = pickle.loads(pickle.dumps(JobFailed("job 3: no such file", 2)))
+    copy = pickle.loads(pickle.dumps(JobError("job 3: no such file", 2)))
     assert (copy.text, copy.code) == ("job 3: no such file", 2)
 
 

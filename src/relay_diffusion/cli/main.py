@@ -46,7 +46,7 @@ DIRECTORIES = ("output=", "run_dir=", "run_id=")  # what two jobs of a sweep can
 SLURM = {"hydra/launcher=slurm", "hydra/launcher=submitit_slurm"}
 
 
-class JobFailed(Exception):
+class JobError(Exception):
     """Failure of a job of a sweep, already reported by the job. Pickles: launchers return it from other processes."""
 
     def __init__(self, text: str, code: int) -> None:
@@ -143,7 +143,7 @@ def _check_command(config: Path) -> None:
         key = word.partition(".")[0].partition("@")[0]
         require(
             key in main or key in groups,
-            f"{key} is not an option of {config.stem}.py; its groups are {', '.join(groups)}, and --help lists the rest",
+            f"{key} is not an option of {config.stem}.py; its groups are {', '.join(groups)} (see --help)",
         )
 
 
@@ -152,7 +152,7 @@ def report_errors(config: Path) -> Iterator[None]:
     """Report errors inside a Hydra main function, before Hydra does.
 
     An error of the user is one line and exit code 2; anything else keeps its traceback and exit code 1. In a job of a
-    sweep both become a JobFailed, which stops the sweep. config: the yaml that the function composes.
+    sweep both become a JobError, which stops the sweep. config: the yaml that the function composes.
     """
     job = sweep_job()
     try:
@@ -175,7 +175,7 @@ def report_errors(config: Path) -> Iterator[None]:
             else:
                 traceback.print_exc()
             text = explain(error, config) if expected else repr(error)
-            raise JobFailed(f"job {job.job.num} ({job.job.override_dirname}): {text}", code) from None
+            raise JobError(f"job {job.job.num} ({job.job.override_dirname}): {text}", code) from None
         if not expected:
             raise
         _print_error(error, config)
@@ -268,7 +268,7 @@ def command_line(task: Callable[[DictConfig], float | None], config: Path) -> No
     except BrokenPipeError:  # `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains on its way out
         sys.exit(128 + signal.SIGPIPE)
-    except JobFailed as failure:
+    except JobError as failure:
         print(f"error: the sweep has stopped: {failure.text}", file=sys.stderr, flush=True)
         sys.exit(failure.code)
     except Exception as error:
