@@ -31,7 +31,6 @@ GROUPS = {
     "metrics": "What `mode=evaluate` measures.",
     "experiment": "Sets of choices and values for `train.py`; what they set is in their files.",
     "hydra/launcher": "Where the jobs of a sweep (`--multirun`) run.",
-    "hydra/sweeper": "Which jobs a sweep runs.",
 }
 HIDDEN = re.compile(r"_target_|_partial_|_recursive_|defaults|hydra")
 HEAD = """\

@@ -1,28 +1,34 @@
-"""Command lines: mistakes end as one clear line and exit code 2, never as a traceback."""
+"""Run train.py and sample.py: an error of the user is one line and exit code 2, never a traceback."""
 
 from __future__ import annotations
 
 import difflib
 import os
-import re
+import shutil
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from relay_diffusion.cli.overrides import arranged, check_added, not_an_option, parse, unreadable, versions
-from relay_diffusion.cli.sweep import JobError, check_sweep
+from relay_diffusion import __version__
 from relay_diffusion.config import CONF
 from relay_diffusion.config.run_dir import register_resolvers, sweep_job
 from relay_diffusion.config.sample import validate_sampling
@@ -31,75 +37,84 @@ from relay_diffusion.errors import UserError, require
 from relay_diffusion.utils.distributed import first_failure, leave_group, rank, ranks_differ
 from relay_diffusion.utils.files import write_text
 
+TRAIN, SAMPLE = CONF / "train.yaml", CONF / "sample.yaml"
+PACKAGES = {"hydra": "hydra-core", "torch": "torch", "lightning": "lightning"}  # whose versions results depend on
 FULL_ERROR = "HYDRA_FULL_ERROR"  # Hydra's own switch: set it to 1 to see tracebacks
-FIRST_RANK_SECONDS = 3
 SHOW_TRACEBACK = "RELAY_DIFFUSION_TRACEBACK"  # the user's setting of it
+FIRST_RANK_SECONDS = 3
+DIRECTORIES = ("output=", "run_dir=", "run_id=")  # what two jobs of a sweep cannot share
+SLURM = {"hydra/launcher=slurm", "hydra/launcher=submitit_slurm"}
 
 
-def _keys(node: Any, prefix: str = "") -> Iterator[str]:
-    if isinstance(node, DictConfig):
-        for key in map(str, node):
-            if key.startswith("_"):
-                continue
-            yield f"{prefix}{key}"
-            if not OmegaConf.is_interpolation(node, key) and not OmegaConf.is_missing(node, key):
-                yield from _keys(node._get_node(key), f"{prefix}{key}.")
+class JobError(Exception):
+    """Failure of a job of a sweep, already reported by the job. Pickles: launchers return it from other processes."""
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text, code)
+        self.text, self.code = text, code
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """ " Did you mean ...?", or nothing if nothing is close."""
+def explain(error: BaseException, config: Path) -> str:
+    """Describe an error of the user in one line. config: the yaml of the command, for the nearest key."""
+    causes = list(_causes(error))
+    users = next((cause for cause in causes if isinstance(cause, UserError)), None)
+    unknown = next((cause for cause in causes if isinstance(cause, ConfigKeyError | AttributeError)), None)
+    resolved = next((cause for cause in causes if isinstance(cause, OmegaConfBaseException)), None)
+    if users is not None:
+        text = str(users).rpartition("UserError: ")[2]  # a data worker sends its traceback along
+    elif isinstance(error, InstantiationException) and error.__cause__ is not None:
+        key = str(error).rpartition("full_key: ")[2]
+        text = f"{key}: {error.__cause__}"
+    elif isinstance(error, OverrideParseException):
+        text = (
+            f"{error.override}: options are KEY=VALUE, as seeds=0-7; brackets must close, and a value with spaces or "
+            f"special characters needs quotes inside: \"KEY='VALUE'\""
+        )
+    elif isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        text = _unknown_choice(error.missing_cfg_file, list(error.options or []))
+    elif isinstance(unknown, OmegaConfBaseException) and unknown.full_key and isinstance(error, HydraException):
+        text = f"{unknown.full_key} is not an option{_did_you_mean(str(unknown.full_key), _known_keys(config))}"
+    elif resolved is not None and resolved.full_key:
+        text = f"{resolved.full_key}: {str(resolved).splitlines()[0]}"
+    elif type(error) is ConfigCompositionException:
+        text = f"{error} (--help lists the groups and options)"
+    else:
+        text = str(error)
+    return " ".join(text.split())
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _unknown_choice(choice: str, known: list[str]) -> str:
+    group, _, name = choice.rpartition("/")
+    if group == "hydra/launcher" and name.startswith("submitit"):
+        return f"{group}={name}: the launcher is not installed; pip install -e '.[slurm]'"
+    nearest = _did_you_mean(name, known) or (f"; available: {', '.join(known)}" if known else "")
+    return f"unknown choice {group}={name}{nearest}"
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    """ " did you mean ...?", or nothing if nothing is close."""
     same_word = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]  # in another place
     matches = same_word or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
-def _known_keys(config: Path, unknown: str) -> list[str]:
-    """Every key of the config, with the group choices of this command line if they can be composed."""
-    choices = [a for a in sys.argv[1:] if re.fullmatch(r"[a-z_]+=\w+", a)]
-    groups = [choice for choice in choices if not choice.startswith(f"{unknown}=")]
-    for overrides in (groups, []):
-        try:
-            with initialize_config_dir(str(config.parent.resolve()), version_base="1.3"):
-                return list(_keys(compose(config.stem, overrides=overrides)))
-        except (HydraException, OmegaConfBaseException):
-            continue
-    return []
+def _known_keys(config: Path) -> list[str]:
+    """Every key of a command's config, with the group choices of its defaults."""
+    with initialize_config_dir(str(config.parent.resolve()), version_base="1.3"):
+        return list(_keys(OmegaConf.to_container(compose(config.stem), resolve=False)))
 
 
-def _unknown_override(message: str, config: Path) -> str | None:
-    """The user's words for Hydra's refusal of an override, with the nearest key or choice."""
-    found = re.search(r"Could not override '([^']+)'", message)
-    if found:
-        name = found[1].lstrip("+~")
-        return f"{not_an_option(name, config)}{nearest(name, _known_keys(config, name))}"
-    found = re.search(r"Could not find '([^']+)'", message)
-    if found:
-        group, _, name = found[1].rpartition("/")
-        listed = message.partition("Available options in")[2]
-        choices = [line.strip() for line in listed.splitlines()[1:] if line.strip() and " " not in line.strip()]
-        options = f"; it can be {', '.join(choices)}" if choices else ""
-        if group == "hydra/launcher" and name.startswith("submitit"):
-            options = "; pip install -e '.[slurm]' brings it"
-        return f"{group}={name} is not there{nearest(name, choices) or options}"
-    return None
-
-
-def explain(error: Exception, config: Path) -> str:
-    """An error of the user's making as one line."""
-    text = str(error).rpartition("UserError: ")[2]  # a data worker sends its traceback along
-    if isinstance(error, InstantiationException):
-        cause = error.__cause__
-        key = re.search(r"full_key: (\S+)", text)
-        text = f"{key[1]}: {cause}" if cause and key and not isinstance(cause, UserError) else str(cause or text)
-        return " ".join(text.split())
-    if isinstance(error, HydraException):
-        text = unreadable(error) or _unknown_override(text, config) or text
-    refused = re.search("UserError raised while resolving interpolation: (.*)", text)
-    if refused:
-        text = refused[1]
-    elif isinstance(error, OmegaConfBaseException) and error.full_key:
-        text = f"{error.full_key}: {text.splitlines()[0]}"
-    return " ".join(text.split())
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    for key in node if isinstance(node, dict) else ():
+        if not str(key).startswith("_"):
+            yield f"{prefix}{key}"
+            yield from _keys(node[key], f"{prefix}{key}.")
 
 
 def _caused_by_user(error: Exception) -> bool:
@@ -110,19 +125,40 @@ def _shows_traceback() -> bool:
     return os.environ.get(SHOW_TRACEBACK) == "1"
 
 
+def _check_command(config: Path) -> None:
+    """Refuse what a config cannot know: a launcher without a sweep, and new keys that nothing reads."""
+    settings = HydraConfig.get()
+    launcher = settings.runtime.choices.get("hydra/launcher", "basic")
+    require(
+        launcher == "basic" or sweep_job() is not None,
+        f"hydra/launcher={launcher} starts the jobs of a sweep: add --multirun, or leave the launcher out",
+    )
+    if settings.job.config_name != config.stem:
+        return  # --config-name: another config has other keys
+    main = OmegaConf.load(config)
+    groups = sorted(str(group) for entry in main.defaults if isinstance(entry, DictConfig) for group in entry)
+    groups = [group for group in groups if not group.startswith("override ")]
+    words = [word.lstrip("+").partition("=")[0] for word in settings.overrides.task if word.startswith("+")]
+    for word in words:
+        key = word.partition(".")[0].partition("@")[0]
+        require(
+            key in main or key in groups,
+            f"{key} is not an option of {config.stem}.py; its groups are {', '.join(groups)} (see --help)",
+        )
+
+
 @contextmanager
 def report_errors(config: Path) -> Iterator[None]:
     """Report errors inside a Hydra main function, before Hydra does.
 
-    A mistake of the user is one line and exit code 2; anything else keeps its traceback and exit code 1. In a job of a
-    sweep both become a JobError, and the other jobs go on. config: the yaml that the function composes.
+    An error of the user is one line and exit code 2; anything else keeps its traceback and exit code 1. In a job of a
+    sweep both become a JobError, which stops the sweep. config: the yaml that the function composes.
     """
     job = sweep_job()
     try:
         if job is not None and rank() == 0:
             print(f"job {job.job.num}: {' '.join(job.overrides.task)}", flush=True)
-        if job is None:
-            _check_no_launcher()
+        _check_command(config)
         yield
     except Exception as error:
         expected = _caused_by_user(error) and not _shows_traceback()
@@ -134,10 +170,12 @@ def report_errors(config: Path) -> Iterator[None]:
             time.sleep(FIRST_RANK_SECONDS)  # the first rank says the same, before a launcher ends all for this one
             raise SystemExit(code) from None
         if job is not None:
-            text = explain(error, config) if expected else f"\n{traceback.format_exc()}"
-            failure = JobError(f"job {job.job.num} ({job.job.override_dirname})", text, code)
-            failure.show()  # at once, and in the output of the job
-            raise failure from None
+            if expected:
+                _print_error(error, config)
+            else:
+                traceback.print_exc()
+            text = explain(error, config) if expected else repr(error)
+            raise JobError(f"job {job.job.num} ({job.job.override_dirname}): {text}", code) from None
         if not expected:
             raise
         _print_error(error, config)
@@ -149,14 +187,6 @@ def report_errors(config: Path) -> Iterator[None]:
             _remove_if_empty(Path(job.runtime.output_dir))  # Hydra's, where run_dir= names another one
 
 
-def _check_no_launcher() -> None:
-    launcher = HydraConfig.get().runtime.choices.get("hydra/launcher", "basic")
-    require(
-        launcher == "basic",
-        f"hydra/launcher={launcher} starts the jobs of a sweep: add --multirun, or leave the launcher out",
-    )
-
-
 def _print_error(error: Exception, config: Path) -> None:
     who = f"error on rank {rank()}" if rank() else "error"
     print(f"{who}: {explain(error, config)}", file=sys.stderr, flush=True)
@@ -164,7 +194,7 @@ def _print_error(error: Exception, config: Path) -> None:
 
 @contextmanager
 def run_directory(path: str) -> Iterator[None]:
-    """Create the directory of a run; remove what stays empty of it, because the run failed early.
+    """Create the run directory; remove what stays empty of it, because the run failed early.
 
     A job of a sweep stores its overrides there. Raises UserError if the directory cannot be created.
     """
@@ -191,23 +221,44 @@ def _remove_if_empty(directory: Path) -> None:
         directory.rmdir()
 
 
-def command_line(task: Callable[[DictConfig], None], config: Path, validate: Callable[[DictConfig], None]) -> NoReturn:
-    """Run `task` with the settings that Hydra composes from the yaml `config` and the command line.
+def _check_sweep(words: list[str]) -> None:
+    """Refuse a sweep that cannot work: jobs that share a directory, SLURM jobs on a host without SLURM."""
+    if not {"-m", "--multirun"} & {*words}:
+        return
+    for word in words:
+        own = "," in word or "${" in word
+        require(
+            own or not word.startswith(DIRECTORIES),
+            f"{word}: jobs of the sweep would share it: leave it out, and each job gets its own",
+        )
+    require(
+        not SLURM & {*words} or shutil.which("sbatch") is not None,
+        "hydra/launcher: the jobs go to SLURM, but there is no sbatch on this host: start the sweep where SLURM is, or "
+        "use hydra/launcher=submitit_local or basic",
+    )
 
-    The user's mistakes become one line on standard error and exit code 2; `validate` checks the settings, here those of
-    the jobs of a sweep. With HYDRA_FULL_ERROR=1 every error keeps its traceback. Without arguments it prints the help.
+
+def versions() -> str:
+    """Return one line: the version of this package and of those it depends on."""
+    others = ", ".join(f"{name} {version(package)}" for name, package in PACKAGES.items())
+    return f"relay-diffusion {__version__} ({others})"
+
+
+def command_line(task: Callable[[DictConfig], float | None], config: Path) -> NoReturn:
+    """Run `task` with the config that Hydra composes from the yaml `config` and the command line.
+
+    The user's errors become one line on standard error and exit code 2. With HYDRA_FULL_ERROR=1 every error keeps its
+    traceback. Without arguments it prints the help. `task` returns the metric for sweepers that optimize.
     """
-    sys.argv[1:] = arranged(sys.argv[1:] or ["--help"])
+    register_resolvers()
+    sys.argv[1:] = sys.argv[1:] or ["--help"]
     if "--version" in sys.argv:
         print(versions())
         sys.exit(0)
     os.environ.setdefault(SHOW_TRACEBACK, os.environ.get(FULL_ERROR, "0"))  # processes that this one starts inherit it
     os.environ[FULL_ERROR] = "1"  # let errors through to here
     try:
-        arguments = parse(sys.argv[1:])
-        if arguments.config_name is None:
-            check_added(arguments.overrides, config)
-        check_sweep(arguments, config, validate)
+        _check_sweep(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(config.parent), config_name=config.stem)(task)()
         sys.stdout.flush()
         leave_group()
@@ -217,7 +268,14 @@ def command_line(task: Callable[[DictConfig], None], config: Path, validate: Cal
     except BrokenPipeError:  # `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains on its way out
         sys.exit(128 + signal.SIGPIPE)
+    except JobError as failure:
+        print(f"error: the sweep has stopped: {failure.text}", file=sys.stderr, flush=True)
+        sys.exit(failure.code)
     except Exception as error:
+        if type(error).__name__ == "UncompletedJobError":  # of submitit, which is optional
+            reason = " ".join(str(error).splitlines()[:2])
+            print(f"error: a job of the sweep was killed or ran out of memory: {reason}", file=sys.stderr, flush=True)
+            sys.exit(2)
         if _shows_traceback() or not _caused_by_user(error):
             raise
         _print_error(error, config)
@@ -225,10 +283,8 @@ def command_line(task: Callable[[DictConfig], None], config: Path, validate: Cal
     sys.exit(0)
 
 
-TRAIN, SAMPLE = CONF / "train.yaml", CONF / "sample.yaml"
-
-
-def _train(cfg: DictConfig) -> None:
+def run_training(cfg: DictConfig) -> float | None:
+    """Validate, build, fit; return the last value of the metric that chooses best.ckpt, or else the training loss."""
     with report_errors(TRAIN):
         validate_training(cfg)
         with run_directory(cfg.run_dir):
@@ -236,10 +292,14 @@ def _train(cfg: DictConfig) -> None:
             from relay_diffusion.training.trainer import check_gpus
 
             check_gpus(cfg.trainer)
-            train(cfg)
+            stage = train(cfg)
+            best = OmegaConf.select(cfg, "callbacks.checkpoints.best")
+            metric = None if stage is None else stage.trainer.callback_metrics.get(best or "train/loss")
+            return None if metric is None else float(metric)
 
 
-def _sample(cfg: DictConfig) -> None:
+def run_sampling(cfg: DictConfig) -> float | None:
+    """Validate, build, sample; return the first metric of mode=evaluate."""
     with report_errors(SAMPLE):
         validate_sampling(cfg)
         with run_directory(cfg.output):
@@ -247,16 +307,15 @@ def _sample(cfg: DictConfig) -> None:
             from relay_diffusion.training.trainer import check_gpus
 
             check_gpus(cfg.trainer)
-            sample(cfg)
+            results = sample(cfg)
+            return next((float(results[name]) for name in results.get("names", ())), None)
 
 
 def train() -> NoReturn:
-    """Compose, validate, build, fit."""
-    register_resolvers()
-    command_line(_train, TRAIN, validate_training)
+    """Train a stage: the command of train.py."""
+    command_line(run_training, TRAIN)
 
 
 def sample() -> NoReturn:
-    """Compose, validate, build, predict or evaluate."""
-    register_resolvers()
-    command_line(_sample, SAMPLE, validate_sampling)
+    """Sample and evaluate a relay: the command of sample.py."""
+    command_line(run_sampling, SAMPLE)
