@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from recorder import Recorder
 
+from recorder import Recorder
 from relay_diffusion.diffusion import BlurringCorruption, TruncatedLogNormal
 from relay_diffusion.diffusion.generators import ImageSeeds
 from relay_diffusion.diffusion.pixels import to_uint8
