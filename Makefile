@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN := outputs/quickstart
 DRAWN := outputs/demo
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # slow files have few tests: not last
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quickstart test lint format
+.PHONY: help demo quickstart test test-fast lint format
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -32,8 +33,11 @@ quickstart: $(READY) ## train a small 16 -> 64 relay on emoji, sample it, measur
 	$(BIN)/python train.py experiment=quickstart_relay run_dir=$(RUN)/relay
 	$(BIN)/python sample.py relay=quickstart mode=evaluate run_dir=$(RUN)/samples
 
-test: $(READY) ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # slow files have few tests: not last
+test: $(READY) ## run all tests
+	$(PYTEST)
+
+test-fast: $(READY) ## run the tests that take less than five seconds each
+	$(PYTEST) -m "not slow"
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check .

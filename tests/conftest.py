@@ -34,6 +34,14 @@ def pytest_configure() -> None:
     register_resolvers()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test of tests/slow and tests/hostile with the name of its folder."""
+    for item in items:
+        folder = item.path.parent.name
+        if folder in ("slow", "hostile"):
+            item.add_marker(folder)
+
+
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every test starts from the same random state."""

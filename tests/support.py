@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from forked import run_forked
 from relay_diffusion.diffusion import (
     BlurringCorruption,
     DenoisingLoss,
@@ -95,8 +96,11 @@ TINY = (
 
 def run(script: str, *arguments: str, timeout: int = 240, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command of the project as a user would, from the project's folder."""
+    command = [*script.split(), *arguments]
+    if not environment and not torch.cuda.is_available():  # CUDA and the interpreter's own settings need a new process
+        return run_forked(command, PROJECT, timeout)
     return subprocess.run(
-        [sys.executable, *script.split(), *arguments],
+        [sys.executable, *command],
         cwd=PROJECT,
         env=os.environ | environment,
         capture_output=True,

@@ -150,6 +150,7 @@ def test_the_commands_are_those_modules_that_run_something():
         assert run(f"-m relay_diffusion.{command}", "--help").returncode == 0
 
 
+@pytest.mark.slow
 def test_data_that_cannot_be_used(tmp_path, small_zip):
     corrupt = tmp_path / "corrupt.zip"
     corrupt.write_bytes(small_zip.read_bytes()[:3000])

@@ -60,6 +60,7 @@ def _rank(rank: int, store: str, answers: multiprocessing.Queue[object]) -> None
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()

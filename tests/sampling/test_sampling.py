@@ -35,6 +35,7 @@ def test_images_of_other_settings_are_not_mixed(configuration, relay_overrides):
         sample(configuration("sample", *relay_overrides, "relay.stages.relay.changes.sampler.s_noise=0.1"))
 
 
+@pytest.mark.slow
 def test_evaluation_measures_all_images_also_after_an_interruption(configuration, relay_overrides, tmp_path):
     options = [*relay_overrides, "mode=evaluate"]
     whole = sample(configuration("sample", *options, "seeds=0-7"))

@@ -24,6 +24,7 @@ def script(tmp_path, **parts):
     return str(path)
 
 
+@pytest.mark.slow
 def test_rank_zero_decides_which_checkpoint_is_continued(tmp_path, small_zip):
     """Rank 1 does not see the checkpoint yet."""
     disagreeing = script(
@@ -38,6 +39,7 @@ def test_rank_zero_decides_which_checkpoint_is_continued(tmp_path, small_zip):
     assert (content["images_seen"], content["global_step"]) == (16, 4)
 
 
+@pytest.mark.slow
 def test_rank_zero_decides_which_images_are_missing(tmp_path, relay_overrides):
     """Rank 1 sees images that rank 0 does not see."""
     patch = "image_store.ImageStore.__contains__ = lambda *_: True"

@@ -157,6 +157,7 @@ def refused(result, option, directory, process):
     assert line.startswith(f"error: {option}={directory}: in use by process {process.popen.pid} on host {host}; wait")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [[], ["strategy=ddp_cpu"]], ids=["one process", "two ranks"])
 def test_a_second_training_process_is_refused_and_a_killed_one_is_not_in_the_way(tmp_path, small_zip, strategy):
     directory = tmp_path / "run"
@@ -176,6 +177,7 @@ def test_a_second_training_process_is_refused_and_a_killed_one_is_not_in_the_way
     assert not (directory / LOCK).exists()
 
 
+@pytest.mark.slow
 def test_sampling_and_evaluation_lock_their_output(tmp_path, relay_overrides):
     output = tmp_path / "samples"
     slow = ["relay.stages.base.changes.sampler.steps=200", "batch_size=1", "picture=0", "seeds=0-999"]

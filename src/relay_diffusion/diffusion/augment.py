@@ -1,4 +1,4 @@
-"""The geometric augmentation of EDM: random flips, scaling, rotation, stretching, shifting, and labels that tell them.
+"""EDM's geometric augmentation: random flips, scaling, rotation, stretching, translation, and augmentation labels.
 
 Karras et al. 2022 (arXiv 2206.00364), appendix F.2; images are resampled as in Karras et al. 2020 (arXiv 2006.06676),
 appendix B.2. A network that is given the labels learns the images as they are: all labels 0 asks for those.
@@ -53,7 +53,7 @@ MARGIN = TAPS // 4  # pixels that the filter reaches to either side
 
 
 class Parameters(NamedTuple):
-    """What is done to each image of a batch, a0..a7 of the paper, all [B]; where all are 0, nothing."""
+    """Transformation parameters a0..a7 of each image, all [B]; zeros are the identity."""
 
     x_flip: Tensor  # a0, bool
     y_flip: Tensor  # a1, bool
@@ -65,7 +65,7 @@ class Parameters(NamedTuple):
     down: Tensor  # a7: in units of `translation` heights
 
     def labels(self) -> Tensor:
-        """What the network is told: [B,9], the columns of LABEL_NAMES."""
+        """Augmentation labels for the network: [B,9], the columns of LABEL_NAMES."""
         columns = [
             self.x_flip,
             self.y_flip,
@@ -120,7 +120,7 @@ class Augmentation:
         return images if self.probability == 0 else self.apply(images, parameters), parameters.labels()
 
     def draw(self, count: int, device: torch.device | str = "cpu") -> Parameters:
-        """Parameters of `count` images."""
+        """Draw the parameters of `count` images."""
         applied = torch.rand(5, count, device=device) < self.probability
         x_coin, y_coin = torch.rand(2, count, device=device) < 0.5
         rotation, direction = (torch.rand(2, count, device=device) * 2 - 1) * math.pi
@@ -148,7 +148,7 @@ class Augmentation:
         return torch.where(_per_image(moved), warped, images)
 
     def matrix(self, parameters: Parameters, height: int, width: int) -> Tensor:
-        """Where each point of the image goes, [B,2,3]: scaling, then rotation, anisotropy and translation; no flips."""
+        """Affine matrix [B,2,3]: scaling, then rotation, anisotropy and translation; no flips."""
         scale, spread = self.scale_base**parameters.scale, self.anisotropy_base**parameters.stretch
         cos, sin = torch.cos(parameters.rotation) * scale, torch.sin(parameters.rotation) * scale
         ux, uy = torch.cos(parameters.direction), -torch.sin(parameters.direction)
@@ -163,7 +163,7 @@ class Augmentation:
 
 
 def flip(images: Tensor, parameters: Parameters) -> Tensor:
-    """Mirror those of the images [B,C,H,W] that are to be flipped, exactly."""
+    """Mirror the selected images of a batch [B,C,H,W] exactly."""
     images = torch.where(_per_image(parameters.x_flip), images.flip(3), images)
     return torch.where(_per_image(parameters.y_flip), images.flip(2), images)
 

@@ -1,4 +1,4 @@
-"""Corruption: how a clean image becomes the noisy image of a given noise level. It owns the noise schedule."""
+"""Forward processes: from a clean image to a noisy one; each owns its noise schedule."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def expand(sigma: Tensor, like: Tensor) -> Tensor:
 
 
 def noise_levels(sigma: Tensor | float, count: int) -> Tensor:
-    """Noise levels of `count` images: one number or tensor [] for all, or a tensor [B] -> [B]; not copied.
+    """Expand noise levels to `count` images: a number, tensor [] or tensor [B] -> [B]; not copied.
 
     Raises ValueError for another type, dtype or shape, and for a number that is not above 0 and finite. Values of
     tensors are not looked at, which would wait for the device.
@@ -41,7 +41,7 @@ def noise_levels(sigma: Tensor | float, count: int) -> Tensor:
 
 
 def check_images(name: str, images: Tensor) -> None:
-    """Raise ValueError naming the argument unless images are floats [B,C,H,W]; values are not looked at."""
+    """Raise ValueError naming the argument unless images are floats [B,C,H,W]; values are not checked."""
     if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4:
         given = (
             f"{images.dtype} of shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
@@ -67,7 +67,7 @@ def block_mean(images: Tensor, block: int) -> Tensor:
 
 
 class GaussianCorruption:
-    """White noise alone: x_sigma = x0 + sigma eps. The first stage of every relay."""
+    """Add white noise: x_sigma = x0 + sigma eps. Every relay's first stage."""
 
     block = 1  # enlarges nothing: there is no earlier stage
 
@@ -75,13 +75,13 @@ class GaussianCorruption:
         self.schedule = schedule
 
     def start(self, like: Tensor, previous: Tensor | None, randn_like: RandnLike) -> Tensor:
-        """Where sampling starts: unit noise like `like` [B,C,H,W]. Raises ValueError if given an image."""
+        """Return the start of sampling: unit noise like `like` [B,C,H,W]. Raises ValueError if given an image."""
         if previous is not None:
             raise ValueError("a first stage starts from noise: it takes no image of an earlier stage")
         return randn_like(like)
 
     def draw_noise(self, like: Tensor, randn_like: RandnLike) -> Tensor:
-        """Noise of the forward process at sigma 1, like `like` [B,C,H,W]."""
+        """Draw noise of the forward process at sigma 1, like `like` [B,C,H,W]."""
         return randn_like(like)
 
     def corrupt(self, x0: Tensor, sigma: Tensor | float, noise: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class BlurringCorruption:
         return (1 - self.min_gain) * decay + self.min_gain
 
     def draw_noise(self, like: Tensor, randn_like: RandnLike) -> Tensor:
-        """White plus block noise at sigma 1, like `like` [B,C,H,W]; without block noise, one draw only."""
+        """Draw white plus block noise at sigma 1, like `like` [B,C,H,W]; without block noise, one draw only."""
         white = randn_like(like)
         if self.block_strength == 0:
             return white
@@ -162,7 +162,7 @@ class BlurringCorruption:
 
 
 class Corruption(Protocol):
-    """What every corruption is: the forward process, its noise levels, and where sampling starts."""
+    """Interface of a corruption: forward process, noise schedule and start of sampling."""
 
     schedule: LogNormal
     block: int  # factor by which the stage enlarges; 1: it starts from noise
@@ -171,7 +171,7 @@ class Corruption(Protocol):
         """Where sampling starts, like `like` [B,C,H,W], from images [B,C,H/block,W/block] of the stage before."""
 
     def draw_noise(self, like: Tensor, randn_like: RandnLike) -> Tensor:
-        """Noise of the forward process at sigma 1, like `like` [B,C,H,W]."""
+        """Draw noise of the forward process at sigma 1, like `like` [B,C,H,W]."""
 
     def corrupt(self, x0: Tensor, sigma: Tensor | float, noise: Tensor) -> Tensor:
         """x0 [B,C,H,W], sigma [B] (may lie on the CPU) or a number, noise of `draw_noise` -> noisy images [B,C,H,W]."""
@@ -200,7 +200,7 @@ class ConditionedCorruption(GaussianCorruption):
         self.condition_noise_max, self.condition_noise = condition_noise_max, condition_noise
 
     def start(self, like: Tensor, previous: Tensor | None, randn_like: RandnLike) -> Tensor:
-        """Where sampling starts: unit noise like `like` [B,C,H,W], as in a first stage.
+        """Return the start of sampling: unit noise like `like` [B,C,H,W], as in a first stage.
 
         Raises ValueError if `previous` [B,C,H/block,W/block], which becomes the condition, is missing or does not fit.
         """
@@ -219,7 +219,7 @@ class ConditionedCorruption(GaussianCorruption):
         return torch.rand(size, device="cpu") * self.condition_noise_max
 
     def small(self, x0: Tensor) -> Tensor:
-        """What a perfect stage before would hand over: x0 [B,C,H,W] -> block means [B,C,H/block,W/block]."""
+        """Ideal output of the previous stage: x0 [B,C,H,W] -> block means [B,C,H/block,W/block]."""
         return block_mean(x0, self.block)
 
     def condition(self, small: Tensor, level: Tensor, noise: Tensor) -> Tensor:

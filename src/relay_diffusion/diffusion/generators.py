@@ -1,4 +1,4 @@
-"""One random generator for each image."""
+"""One random generator per image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from relay_diffusion.diffusion.noise import AHEAD
 
 
 def mix_seeds(seed: int, stream: int) -> int:
-    """A well spread 63-bit seed for the pair (seed, stream): splitmix64 of their combination."""
+    """Hash the pair (seed, stream) to a 63-bit seed with splitmix64."""
     mask = (1 << 64) - 1
     z = (seed * 0x9E3779B97F4A7C15 + (stream + 1) * 0xD1B54A32D192ED03) & mask
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask

@@ -1,4 +1,4 @@
-"""Guidance: wrappers of a denoiser, which are denoisers again; no sampler knows about them."""
+"""Guidance: denoisers that wrap a denoiser; samplers do not depend on it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def drop_labels(labels: Tensor, probability: float) -> Tensor:
 
 
 def check_label_tensor(labels: Tensor | None, count: int) -> None:
-    """Raise ValueError unless labels are None or integers [count]; values are not looked at."""
+    """Raise ValueError unless labels are None or integers [count]; values are not checked."""
     if labels is None:
         return
     if not isinstance(labels, Tensor):
@@ -67,7 +67,7 @@ class ClassifierFreeGuidance:
 
 
 class AutoGuidance:
-    """D_guide + scale (D - D_guide): away from the mistakes of a weaker denoiser (Karras et al. 2024, eq. 3).
+    """D_guide + scale (D - D_guide), with a weaker denoiser as the guide (Karras et al. 2024, eq. 3).
 
     The guide sees the same labels. Scale 1 is the plain denoiser and never asks the guide.
     """
@@ -114,7 +114,7 @@ def guided(
     guide: Denoiser | None = None,
     classes: bool = True,
 ) -> Denoiser:
-    """`plain` with guidance: away from `guide` if there is one, else from its estimate without class.
+    """Wrap `plain` with autoguidance if `guide` is given, else with classifier-free guidance.
 
     Scale 1 disables guidance, whatever the interval. `interval`: the sigmas where it is applied; None: all.
     `classes`: whether the network knows any.

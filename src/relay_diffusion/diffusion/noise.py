@@ -1,4 +1,4 @@
-"""White and block noise, and one random stream per image."""
+"""White noise and block noise."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def block_sum(white: Tensor, block: int) -> Tensor:
 
 
 def block_noise(white: Tensor, block: int) -> Tensor:
-    """Noise that is alike within `block` pixels: the sum of block x block circular shifts of white noise, over block.
+    """Noise correlated within `block` pixels: the sum of block x block circular shifts of white noise, over block.
 
     [B,C,H,W] -> [B,C,H,W]. Unit variance; pixels at distance (dx, dy) correlate by
     max(0, s-|dx|)/s * max(0, s-|dy|)/s. A circular box filter computes it (Teng et al., section 3.2).

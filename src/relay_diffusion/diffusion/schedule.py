@@ -1,4 +1,4 @@
-"""Noise levels: how sigma is distributed in training, and the grid that sampling walks along."""
+"""Noise levels: their distribution in training and the grid for sampling."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class LogNormal:
 
 
 class TruncatedLogNormal(LogNormal):
-    """A log-normal cut at its `prob_length` quantile: the relay stage never sees larger noise than its start.
+    """Log-normal truncated at its `prob_length` quantile: a relay stage starts at that noise level.
 
     sigma(u) = exp(p_mean + p_std Phi^-1(u m)), m = prob_length; level(sigma) = Phi((ln sigma - p_mean)/p_std)/m.
     `sigma_floor` bounds training levels from below by Phi((ln sigma_floor - p_mean)/p_std) * m, as published

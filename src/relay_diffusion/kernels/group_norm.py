@@ -1,4 +1,4 @@
-"""Group normalisation with all that surrounds it: y = drop(silu((x - mu) a + d)).
+"""Fused group normalisation, modulation, SiLU and dropout: y = drop(silu((x - mu) a + d)).
 
 mu, a and d, for each sample and channel, hold the statistics, the weights, the scale and shift by the embedding, and
 the bias of the convolution before, which therefore never costs a pass of its own.

@@ -1,4 +1,4 @@
-"""Gradients of `kernels/normalise.py`."""
+"""Gradients of `kernels/group_norm.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many operations a network costs, and how many a device can do."""
+"""FLOPs of a network and peak FLOP/s of a device."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def forward_flops(network: UNet) -> int:
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype, size: int = 8192, repeats: int = 10) -> float:
-    """Operations a second of a large matrix product on this GPU: what utilisation is a share of."""
+    """Measure FLOP/s of a large matrix product on this GPU, the base of utilisation."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     with _products_as_convolutions():
         for _ in range(3):

@@ -1,4 +1,4 @@
-"""The parts of the UNet: normalisation, resampling, attention, the residual block."""
+"""Layers of the UNet: normalisation, resampling, attention, the residual block."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 def zero(layer: nn.Conv2d) -> nn.Conv2d:
-    """Start a layer at zero, so that its residual branch starts as the identity."""
+    """Initialize a layer to zero, so that its residual block starts as the identity."""
     nn.init.zeros_(layer.weight)
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)

@@ -13,7 +13,7 @@ from relay_diffusion.networks.unet import UNet
 
 
 class Condition(NamedTuple):
-    """Images [B,K,H,W] that a network sees beside the noisy ones, and the noise level in them, sigma [B]."""
+    """Conditioning images [B,K,H,W] and their noise levels sigma [B]."""
 
     images: Tensor
     level: Tensor

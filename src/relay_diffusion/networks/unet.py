@@ -113,7 +113,7 @@ class UNet(nn.Module):
         self.embed_class = nn.Embedding(self.num_classes, width) if self.num_classes else None
 
     def _lay_out_weights(self) -> None:
-        """Weights in the memory format of the activations."""
+        """Convert weights to the memory format of the activations."""
         self.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):  # used as a matrix: its gradient is one

@@ -1,4 +1,4 @@
-"""A sampler's running state: its precision, and the estimate that a second-order step moves it with."""
+"""Interface of samplers; precision and second-order update of their state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def state_dtype(device: torch.device) -> torch.dtype:
 
 
 def initial_state(start: Tensor, labels: Tensor | None) -> Tensor:
-    """What a sampler starts from [B,C,H,W], in the precision of its state.
+    """Convert the start [B,C,H,W] to the precision of the sampler's state.
 
     Raises ValueError unless `start` are floats, and `labels` None or integers [B].
     """
@@ -37,7 +37,7 @@ def second_order(both: Tensor, residual: Tensor, ratio: float) -> Tensor:
 
 
 class Sampler(Protocol):
-    """What every sampler is: from a start [B,C,H,W] to images [B,C,H,W], with noise from `randn_like` only."""
+    """Interface of a sampler: start [B,C,H,W] -> images [B,C,H,W]; noise comes from `randn_like` only."""
 
     @property
     def evaluations(self) -> int:

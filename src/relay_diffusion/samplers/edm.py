@@ -48,7 +48,7 @@ class EDMSampler:
         return 2 * (len(self.sigmas) - 1) - 1
 
     def stopping_at(self, sigma: float) -> EDMSampler:
-        """The same sampler, except that it walks to noise level `sigma` only and returns its estimate from there.
+        """Return a sampler that stops at noise level `sigma` and returns its estimate there.
 
         Raises ValueError unless sigma lies in [sigma_min, sigma_max).
         """

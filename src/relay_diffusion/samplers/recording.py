@@ -1,4 +1,4 @@
-"""What a sampler goes through on its way from noise to images, watched from outside."""
+"""Record a sampler's intermediate states."""
 
 from __future__ import annotations
 
