@@ -44,7 +44,7 @@ def test_a_guide_is_a_weaker_checkpoint(fit, tmp_path):
         expected = 2 * strong.denoiser(x, sigma, labels) - weak.denoiser(x, sigma, labels)
         assert not torch.equal(expected, strong.denoiser(x, sigma, labels))
         torch.testing.assert_close(guided.guided()(x, sigma, labels), expected)
-    assert guided.origin["guide"]["sha256"] == weak.origin["sha256"]
+    assert guided.info.origin["guide"]["sha256"] == weak.info.origin["sha256"]
     assert guided.sample((1, 3, 16, 16), [0], torch.tensor([1])).isfinite().all()
 
 
@@ -183,10 +183,10 @@ def test_load_stage_needs_nothing_but_the_file(fit, tmp_path):
         loaded = load_stage(path, weights="raw")
         assert not loaded.training
         assert_same_weights(loaded.state_dict(), trained.state_dict())
-    assert loaded.class_names == ["dark", "light"]
+    assert loaded.info.class_names == ["dark", "light"]
     assert loaded.images_seen == 24
     averaged = load_stage(tmp_path / "run")
-    assert averaged.origin["weights"] == "ema"
+    assert averaged.info.origin["weights"] == "ema"
     assert any(not torch.equal(averaged.state_dict()[k], v) for k, v in trained.state_dict().items())
 
 

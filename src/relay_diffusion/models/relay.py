@@ -39,7 +39,7 @@ def _check_chain(stages: Mapping[str, DiffusionStage]) -> None:
             )
         if small.num_classes and large.num_classes and small.num_classes != large.num_classes:
             raise UserError(f"relay.stages.{name} knows {large.num_classes} classes, {before} {small.num_classes}")
-        if small.class_names and large.class_names and small.class_names != large.class_names:
+        if small.info.class_names and large.info.class_names and small.info.class_names != large.info.class_names:
             raise UserError(f"relay.stages.{name} and {before} were trained on classes of other names or order")
 
 
@@ -102,7 +102,7 @@ class Relay(L.LightningModule):
     @property
     def class_names(self) -> list[str]:
         """Names of the classes, as far as the checkpoints know them."""
-        return next((stage.class_names for stage in self.chain().values() if stage.class_names), [])
+        return next((stage.info.class_names for stage in self.chain().values() if stage.info.class_names), [])
 
     @property
     def start_resolution(self) -> int | None:
@@ -119,8 +119,8 @@ class Relay(L.LightningModule):
         """What makes the images: how they are finished, and by stage its checkpoint, settings and evaluations."""
         stages = {
             name: {
-                **stage.origin,
-                **{part: (stage.stage_config or {}).get(part) for part in ("corruption", "sampler")},
+                **stage.info.origin,
+                **{part: (stage.info.config or {}).get(part) for part in ("corruption", "sampler")},
                 "resolution": stage.resolution,
                 "network_evaluations": self.samplers[name].evaluations,
                 "guidance_scale": stage.guidance_scale,

@@ -20,7 +20,6 @@ from relay_diffusion.metrics.callback import Evaluator
 from relay_diffusion.models.finite_samples import NonFiniteSamplesError
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.training.callbacks.measurement import PeriodicMeasurement
-from relay_diffusion.training.ema import averaged
 
 
 class PeriodicEvaluation(PeriodicMeasurement):
@@ -43,7 +42,7 @@ class PeriodicEvaluation(PeriodicMeasurement):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Get the reference before training starts, so that nobody waits long for a mistake in it."""
-        if self._every.images <= 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.every_n_images <= 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._evaluation = self.evaluator.prepare(trainer, pl_module.device)
         for name, reason in self._evaluation.skipped.items():
@@ -66,7 +65,7 @@ class PeriodicEvaluation(PeriodicMeasurement):
         mine = range(self.count)[trainer.global_rank :: trainer.world_size]
         failure = None
         try:
-            with averaged(trainer, stage):
+            with stage.averaged():
                 for first in range(0, len(mine), self.batch_size):
                     positions = mine[first : first + self.batch_size]
                     evaluation.update(to_uint8(self._sample(trainer, stage, positions)), torch.tensor(positions))

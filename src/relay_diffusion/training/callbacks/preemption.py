@@ -32,7 +32,6 @@ class Preemption(Callback):
 
     def __init__(self) -> None:
         self.received = 0  # the signal that this process got
-        self.agreed = 0  # the signal that stops all of them
         self._reading: Agreement | None = None
         self._before: dict[int, Any] = {}  # handlers
         self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]  # found now: a closed terminal is no tty
@@ -69,10 +68,11 @@ class Preemption(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
         """Stop after a whole step, the same one on every rank."""
         assert isinstance(pl_module, DiffusionStage)
-        if pl_module.amid_step:
+        if pl_module.mid_accumulation:
             return
-        self.agreed = self.received if self._reading is None else self._reading.largest(self.received)
-        if self.agreed:
+        agreed = self.received if self._reading is None else self._reading.largest(self.received)
+        pl_module.fit_state.stop_signal = agreed
+        if agreed:
             trainer.should_stop = True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
@@ -83,14 +83,14 @@ class Preemption(Callback):
         """Leave at a signal, and have the others leave."""
 
         def leave(number: int, _: Any) -> None:
-            if self.agreed:
+            if self.received:
                 return  # on the way out
-            self.agreed = number
+            self.received = number
             self._leave_closed_terminal(number)
             first = first_process()
             if first is not None and not trainer.is_global_zero:
                 os.kill(first, number)  # which ends the others, and says so
-            leave_if_preempted(trainer)
+            leave_after_signal(trainer, number)
 
         _listen(leave)
 
@@ -112,16 +112,8 @@ def _listen(handler: Callable[[int, Any], None] | signal.Handlers) -> None:
         signal.signal(number, handler)
 
 
-def preempted(trainer: L.Trainer) -> int:
-    """The signal that stopped a run, or 0."""
-    return max((c.agreed for c in trainer.callbacks if isinstance(c, Preemption)), default=0)  # type: ignore[attr-defined]
-
-
-def leave_if_preempted(trainer: L.Trainer) -> None:
-    """End the process if a signal stopped the run, after requeueing the job where that is wanted."""
-    number = preempted(trainer)
-    if not number:
-        return
+def leave_after_signal(trainer: L.Trainer, number: int) -> None:
+    """Requeue the job if signal `number` asks for it, then end the process."""
     if not trainer.is_global_zero:
         raise SystemExit(0)  # one process tells how it ended
     print(f"stopped by {signal.Signals(number).name}: the same command continues", flush=True)

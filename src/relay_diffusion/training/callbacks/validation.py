@@ -15,7 +15,6 @@ from relay_diffusion.diffusion.pixels import to_float
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.training.callbacks.measurement import PeriodicMeasurement
-from relay_diffusion.training.ema import averaged
 
 GOLDEN = 0.6180339887498949  # its multiples, modulo 1, fill the unit interval evenly
 STREAM = 2**20  # of the noise; sampling uses resolutions as streams
@@ -68,7 +67,7 @@ class Validation(PeriodicMeasurement):
         cases = range(count * self.bins)[trainer.global_rank :: trainer.world_size]
         sums = torch.zeros(self.bins, dtype=torch.float64, device=stage.device)
         training = stage.training
-        with averaged(trainer, stage), trainer.precision_plugin.val_step_context():
+        with stage.averaged(), trainer.precision_plugin.val_step_context():
             stage.eval()
             try:
                 for first in range(0, len(cases), self.batch_size):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from relay_diffusion.training.ema import ema_beta
+from relay_diffusion.models.ema import ema_beta
 
 
 def test_a_half_life_halves_in_one_step():
