@@ -8,6 +8,8 @@ import torch
 
 from relay_diffusion.checkpoints.loading import load_stage
 from relay_diffusion.errors import UserError
+from relay_diffusion.models.fit_state import FitState
+from relay_diffusion.models.info import StageInfo
 from relay_diffusion.models.relay import Relay
 from relay_diffusion.networks import EDMPreconditioner, Graphed
 from support import assert_same_weights, tiny_stage, weights_of
@@ -304,3 +306,23 @@ def test_labels_that_the_network_does_not_know_are_refused():
         tiny_stage(8, num_classes=0).sample((1, 3, 8, 8), [0], torch.tensor([1]))
     with pytest.raises(UserError, match=r"class 2 .* 0\.\.1"):
         tiny_stage(8).sample((1, 3, 8, 8), [0], torch.tensor([2]))
+
+
+def test_facts_about_a_stage_are_fixed(fit, tmp_path):
+    trained = fit("run", 8)
+    assert trained.info == StageInfo(trained.info.config, ["dark", "light"])
+    loaded = load_stage(tmp_path / "run")
+    assert (loaded.info.images_seen, loaded.images_seen, loaded.info.origin["images_seen"]) == (8, 8, 8)
+    assert loaded.info.config == {key: value for key, value in trained.info.config.items() if key != "optimizer"}
+    with pytest.raises(AttributeError):
+        loaded.info.images_seen = 9
+
+
+def test_a_second_fit_without_average_keeps_none(fit):
+    """A callback gives the stage its average for one fit."""
+    stage = fit("run", 8)
+    assert stage.ema is not None
+    stage.setup("predict")
+    assert stage.ema is not None
+    stage.setup("fit")
+    assert (stage.ema, stage.fit_state) == (None, FitState())
