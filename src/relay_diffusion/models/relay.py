@@ -20,7 +20,7 @@ from relay_diffusion.samplers import Sampler
 
 
 def _check_chain(stages: Mapping[str, DiffusionStage]) -> None:
-    """Refuse stages that do not fit each other, in words that name both."""
+    """Raise UserError, naming both, for stages that do not fit each other."""
     if not stages:
         raise UserError("relay.stages is empty: a relay needs at least a first stage")
     for before, name in itertools.pairwise(stages):
@@ -44,12 +44,12 @@ def _check_chain(stages: Mapping[str, DiffusionStage]) -> None:
 
 
 def _handed_over(images: Tensor) -> Tensor:
-    """What the next stage starts from: it was trained to start from means of real images."""
+    """Clamp images for the next stage, which was trained on means of real images."""
     return images.clamp(-1, 1)
 
 
 class Relay(L.LightningModule):
-    """Chains any number of stages, of any integer factors; predicts images from (seeds, labels).
+    """Chain any number of stages, of any integer factors; predicts images from (seeds, labels).
 
     A first stage that enlarges starts from images that are given (`start`), others from noise.
     `hand_over_sigma`: the first stage stops at that noise level and hands over its estimate. `rounding` to 8 bits
@@ -96,7 +96,7 @@ class Relay(L.LightningModule):
 
     @property
     def num_classes(self) -> int:
-        """Classes that may be asked for; 0: unconditional."""
+        """Classes of the relay; 0: unconditional."""
         return max(stage.num_classes for stage in self.chain().values())
 
     @property
@@ -219,7 +219,7 @@ class Relay(L.LightningModule):
 
 
 class Samples(NamedTuple):
-    """What one batch gives.
+    """Samples of one batch.
 
     positions [B]: places in the list of all images. images: uint8 [B,C,H,W], final. stages: the images of every
     stage by name, float [B,C,H,W] in about [-1, 1], after the "start" if one was given.

@@ -1,4 +1,4 @@
-"""Checkpoints every so many images, never half-written, never of a diverged state."""
+"""Write checkpoints atomically every so many images, except of a diverged state."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DIVERGED = "lower stage.optimizer.lr, raise stage.warmup_images, or set trainer.
 
 
 class Checkpoints(PeriodicCallback, Checkpoint):
-    """Writes `directory`/last.ckpt every `every_n_images` and at the end; older ones are kept under their count.
+    """Write `directory`/last.ckpt every `every_n_images` and at the end; older ones are kept under their count.
 
     `keep`: how many earlier checkpoints (images-000128000.ckpt, ...) stay beside the last one; 0 keeps none.
     `upload`: also hand each one to the loggers that take files, as a "model".
@@ -62,12 +62,12 @@ class Checkpoints(PeriodicCallback, Checkpoint):
         self._measured = False  # whether the metric was ever logged
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Find out before the work whether the directory can be written to."""
+        """Check before training that the directory is writable."""
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_text(self.directory / ".probe", "")
             (self.directory / ".probe").unlink()
             for name in (LAST, BEST):
-                _temporary(self.directory / name).unlink(missing_ok=True)  # of a run that was killed
+                _temporary(self.directory / name).unlink(missing_ok=True)  # left by a killed run
             with suppress(OSError):
                 self.directory.rmdir()  # an empty one is of no use if the run goes no further
 
@@ -77,7 +77,7 @@ class Checkpoints(PeriodicCallback, Checkpoint):
         pl_module: L.LightningModule,
         checkpoint: dict[str, Any],
     ) -> None:
-        """Note whether the state is the best so far."""
+        """Mark the best state so far."""
         assert isinstance(pl_module, DiffusionStage)
         if self._best is not None and self._best["images_seen"] == pl_module.images_seen:
             checkpoint["best"] = dict(self._best)
@@ -95,7 +95,7 @@ class Checkpoints(PeriodicCallback, Checkpoint):
             self._best = trainer.strategy.broadcast(stored)
 
     def _stored_best(self) -> dict[str, Any] | None:
-        """What best.ckpt of an earlier start holds; a warning if it is damaged, or the best of another metric."""
+        """Read the record of an earlier best.ckpt; warn if it is damaged, or of another metric."""
         file = self.directory / BEST
         if not file.exists():
             return None
@@ -122,7 +122,7 @@ class Checkpoints(PeriodicCallback, Checkpoint):
             self._better = value
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
-        """Save when due, and at the end of training before others measure it."""
+        """Save when due, and at the end of training before other callbacks measure it."""
         assert isinstance(pl_module, DiffusionStage)
         if trainer.fast_dev_run or pl_module.mid_accumulation:  # type: ignore[attr-defined]
             return
@@ -195,7 +195,7 @@ class Checkpoints(PeriodicCallback, Checkpoint):
         return False
 
     def kept(self) -> str:
-        """Which checkpoint stays where a state is not saved."""
+        """Name the checkpoint that stays if the present state is not saved."""
         if self._last_is_whole:
             return f"{self.directory / LAST} of {self._saved:,} images is kept"
         return "there is no checkpoint yet" if self._start is None else f"{self._start} is kept"
@@ -230,7 +230,7 @@ def _warn(text: str) -> None:
 
 
 def _keep(last: Path, kept: Path) -> None:
-    """Give a file a second name, so that there is a last.ckpt at every instant."""
+    """Link or copy a file, so that last.ckpt exists at every instant."""
     kept.unlink(missing_ok=True)
     try:
         kept.hardlink_to(last)

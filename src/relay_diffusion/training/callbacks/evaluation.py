@@ -1,4 +1,4 @@
-"""How good the stage's samples are, while it trains."""
+"""Evaluate samples of the stage during training."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class PeriodicEvaluation(PeriodicMeasurement):
         self._evaluation: Evaluation | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Get the reference before training starts, so that nobody waits long for a mistake in it."""
+        """Load the reference before training starts, so that errors in it show early."""
         if self.every_n_images <= 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._evaluation = self.evaluator.prepare(trainer, pl_module.device)

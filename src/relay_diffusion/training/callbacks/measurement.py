@@ -1,4 +1,4 @@
-"""Numbers of the averaged weights, measured every so many images beside training."""
+"""Measure the averaged weights every so many images during training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from relay_diffusion.training.loggers.rows import last_step, logged_row
 class PeriodicMeasurement(PeriodicCallback):
     """Measure every `every_n_images` and at the end, and log the numbers as `group`/...; 0 measures nothing.
 
-    Training goes on as if it were not there. An amount of images that was measured before the run was resumed is not
+    It does not change training. An amount of images that was measured before the run was resumed is not
     measured again: callbacks that monitor the numbers get those of the log.
     """
 
@@ -31,7 +31,7 @@ class PeriodicMeasurement(PeriodicCallback):
     @property
     @abstractmethod
     def names(self) -> list[str]:
-        """What `measure` gives."""
+        """Names of the numbers that `measure` returns."""
 
     @abstractmethod
     def measure(self, trainer: L.Trainer, stage: DiffusionStage) -> dict[str, float]:

@@ -13,7 +13,7 @@ from relay_diffusion.utils.progress import Advance, progress
 
 
 class TrainingProgress(Callback):
-    """A bar of images seen, with the newest loss and speed from the TrainingLog."""
+    """Show a bar of the images seen, with the latest logged loss and speed."""
 
     def __init__(self, max_images: int) -> None:
         self.max_images = max_images

@@ -1,4 +1,4 @@
-"""Pictures of what the stage makes, while it trains."""
+"""Draw samples of the stage during training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class SampleGrid(PeriodicCallback):
     """Samples with fixed seeds and the averaged weights, every `every_n_images` and at the end.
 
     Written to `directory`/images-<images seen>.png and sent to the loggers that take pictures, as samples/base or
-    samples/relay; a picture that is there is not drawn again. Samples that are not finite are reported instead. A relay
+    samples/relay; an existing picture is not drawn again. Samples that are not finite are reported instead. A relay
     stage starts from block means of `count` training images, shown left of its output, the real images right of it; a
     first stage takes their classes.
     """

@@ -1,4 +1,4 @@
-"""Ways for training to end before it has seen all images: diverged, out of time, enough batches."""
+"""End training early: diverged, out of time, or after a number of batches."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class StopIfDiverged(Callback):
         self._count: Delayed | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-        """Start at 0."""
+        """Reset the count."""
         self._count = Delayed(pl_module.device)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
-        """Look at the count of the step before."""
+        """Check the count of the previous step."""
         assert isinstance(pl_module, DiffusionStage)
         assert self._count is not None
         if pl_module.mid_accumulation or pl_module.nonfinite_steps.count is None:
@@ -72,7 +72,7 @@ class TimeLimit(Timer):
         self._agreement: Agreement | None = None
 
     def on_fit_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        """Train no further where the time is used up already."""
+        """Stop before the first step if no time is left."""
         super().on_fit_start(trainer, *args, **kwargs)
         if trainer.should_stop:
             _stop(trainer, self._reason)

@@ -1,4 +1,4 @@
-"""The numbers of training: loss, loss by noise level, gradients, learning rate, average, speed, memory."""
+"""Log loss, loss by noise level, gradients, learning rate, throughput and memory of training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from relay_diffusion.training.loggers.rows import last_step
 
 
 class TrainingLog(PeriodicCallback):
-    """Logs means over the last `every_n_images` images, with the images seen as the x-axis.
+    """Log means over the last `every_n_images` images, with the images seen as the x-axis.
 
     loss: mean weighted squared error per element. loss_noise_K: the same for the K-th quarter of noise levels,
     1 the smallest noise. gradient_norm: L2 norm of all gradients, non-finite ones replaced, before they are clipped;
@@ -28,7 +28,7 @@ class TrainingLog(PeriodicCallback):
     `exclude_from_throughput`). tflops: of each device, in 10^12 operations of convolutions and matrix products a
     second; on a GPU also utilisation, their share of what a large matrix product reaches on it, and memory_gib, the
     peak.
-    A run that is continued repeats no row: up to the last one that a MetricsCSV has, loggers get nothing.
+    A resumed run repeats no row: loggers get none up to the last one in a MetricsCSV.
     """
 
     def __init__(self, every_n_images: int, bins: int = 4) -> None:
@@ -39,7 +39,7 @@ class TrainingLog(PeriodicCallback):
         self._flops, self._peak = 0, 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count what a step costs, measure what the device can do, start the sums and the clock."""
+        """Count the operations of a step, measure the device, and start the sums and the clock."""
         assert isinstance(pl_module, DiffusionStage)
         super().on_train_start(trainer, pl_module)
         self._logged = last_step(trainer.loggers, "train")
@@ -79,7 +79,7 @@ class TrainingLog(PeriodicCallback):
             self.act(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log what came after the last multiple."""
+        """Log the images after the last row."""
         assert isinstance(pl_module, DiffusionStage)
         if pl_module.images_seen > self._counted_from:
             self.act(trainer, pl_module)

@@ -1,4 +1,4 @@
-"""The loss of the averaged weights on held-out images, at fixed noise."""
+"""Loss of the averaged weights on held-out images, at fixed noise."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STREAM = 2**20  # of the noise; sampling uses resolutions as streams
 
 
 class Validation(PeriodicMeasurement):
-    """Logs val/loss and val/loss_noise_1 .. every `every_n_images` and at the end, with the averaged weights.
+    """Log val/loss and val/loss_noise_1 .. every `every_n_images` and at the end, with the averaged weights.
 
     `count` images of `dataset`, spread evenly over it (fewer if it has fewer), each once in each of the `bins` equal
     parts of the noise levels, 1 the smallest noise, so all parts see the same images. Levels and noise depend on the
