@@ -84,9 +84,9 @@ def test_guidance_is_applied_with_the_condition():
 
 
 def test_a_stage_and_its_network_agree_on_what_is_shown():
-    with pytest.raises(ValueError, match="condition_channels=3, but a DiffusionStage shows it 0"):
+    with pytest.raises(ValueError, match="condition_channels=3: DiffusionStage provides 0 condition"):
         cascade(stage=DiffusionStage)
-    with pytest.raises(ValueError, match="condition_channels=0, but a CascadeStage shows it 3"):
+    with pytest.raises(ValueError, match="condition_channels=0: CascadeStage provides 3 condition"):
         cascade(condition_channels=0)
 
 

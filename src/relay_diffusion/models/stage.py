@@ -41,7 +41,7 @@ class DiffusionStage(OptimizationHooks):
     `guidance_scale` 1 disables guidance; any other is applied where sigma lies in `guidance_interval` (null:
     everywhere), away from the estimate without class, or from that of a weaker network if there is a `guide`.
     `cuda_graphs`: on a GPU, the network is replayed from graphs instead of launching its kernels one by one.
-    `guide`: a weaker stage of the same images and classes. `info`: what is known about the stage besides its weights.
+    `guide`: a weaker stage with the same images and classes. `info`: what is known about the stage besides its weights.
     `warmup_images`: the learning rate rises linearly over so many images. `seed` fixes the training noise:
     it is drawn anew from (seed, position in the data) at every step, so a resumed run repeats nothing.
     """
@@ -76,10 +76,11 @@ class DiffusionStage(OptimizationHooks):
             raise ValueError(
                 f"network.augment_labels={denoiser.network.augment_labels}, but the augmentation has {augment.labels}"
             )
-        seen, shown = denoiser.network.condition_channels, denoiser.network.image_channels if self.conditioned else 0
-        if seen != shown:
+        wanted, provided = denoiser.network.condition_channels, denoiser.network.image_channels * self.conditioned
+        if wanted != provided:
             raise ValueError(
-                f"network.condition_channels={seen}, but a {type(self).__name__} shows it {shown} channels"
+                f"network.condition_channels={wanted}: {type(self).__name__} provides {provided} condition channels; "
+                f"set network.condition_channels={provided}"
             )
         # constants: DistributedDataParallel would send them around at every step
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
@@ -140,7 +141,7 @@ class DiffusionStage(OptimizationHooks):
         return None
 
     def configure_optimizers(self) -> Optimizer:
-        """The optimizer over the network's parameters."""
+        """Build the optimizer over the network's parameters."""
         if self.optimizer_factory is None:
             raise UserError("stage.optimizer is null: training needs one")
         try:
@@ -155,7 +156,7 @@ class DiffusionStage(OptimizationHooks):
         self._graphed_training = GraphedTraining(self.denoiser)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what rebuilds and continues this stage."""
+        """Store the stage config, the class names and the counts."""
         checkpoint["stage_config"] = self.info.config
         checkpoint["class_names"] = list(self.info.class_names)
         super().on_save_checkpoint(checkpoint)
