@@ -222,9 +222,9 @@ def test_a_change_of_the_corruption_is_one_of_the_samplers_too(fit, tmp_path):
 
 def test_a_checkpoint_of_another_stage_is_not_continued(fit):
     fit("run", 4)
-    with pytest.raises(UserError, match=r"another stage \(denoiser\.network\.channels is 8 there, 16 here\)"):
+    with pytest.raises(UserError, match=r"different settings \(denoiser\.network\.channels is 8 there, 16 here\)"):
         fit("run", 8, "network.channels=16")
-    with pytest.raises(UserError, match="another stage"):
+    with pytest.raises(UserError, match="different settings"):
         fit("run", 8, stage="relay")
 
 
@@ -326,3 +326,8 @@ def test_a_second_fit_without_average_keeps_none(fit):
     assert stage.ema is not None
     stage.setup("fit")
     assert (stage.ema, stage.fit_state) == (None, FitState())
+
+
+def test_a_stage_that_refuses_its_settings_is_named(fit):
+    with pytest.raises(UserError, match=r"^stage: network\.condition_channels=3: DiffusionStage provides 0"):
+        fit("run", 4, "network.condition_channels=3")
