@@ -18,7 +18,7 @@ from relay_diffusion.checkpoints.loading import load_stage
 from relay_diffusion.config.train import validate_training
 from relay_diffusion.data.zip_writer import ImageZipWriter
 from relay_diffusion.errors import UserError
-from relay_diffusion.training.run import check_same_stage
+from relay_diffusion.training.resume import check_same_stage
 from relay_diffusion.training.trainer import StopAtImages
 from support import TINY, assert_same_weights, run, weights_of
 
@@ -217,7 +217,7 @@ def test_a_run_continued_in_another_way_says_so(fit, capsys):
     fit("run", 8)
     fit("run", 16, "data.batch_size=8", "data.accumulate=2")
     assert "with data.accumulate 1 -> 2, data.batch_size 4 -> 8," in capsys.readouterr().out
-    lr = fit("run", 20, "data.batch_size=8", "data.accumulate=2").stage_config["optimizer"]["lr"]
+    lr = fit("run", 20, "data.batch_size=8", "data.accumulate=2").info.config["optimizer"]["lr"]
     assert "with" not in capsys.readouterr().out.splitlines()[0].rpartition("last.ckpt")[2]
     fit("run", 32, "data.batch_size=8", "data.accumulate=2", "stage.optimizer.lr=5e-5", "data.seed=3")
     assert f"with data.seed 0 -> 3, stage.optimizer.lr {lr} -> 5e-05," in capsys.readouterr().out
@@ -259,10 +259,10 @@ def test_a_run_begins_with_the_weights_of_another(fit, tmp_path, capsys):
     """The averaged ones; images are counted anew, and what the run has done itself comes first."""
     trained = fit("trained", 16)
     export_stage(
-        trained.stage_config,
+        trained.info.config,
         load_stage(tmp_path / "trained").denoiser.state_dict(),
         tmp_path / "export",
-        class_names=trained.class_names,
+        class_names=trained.info.class_names,
     )
     for source in ("trained", "export"):
         still = fit(source + "-on", 4, f"init={tmp_path / source}", "stage.optimizer.lr=0")

@@ -20,6 +20,7 @@ from relay_diffusion.cli import convert_checkpoint
 from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.cli.convert_checkpoint import USAGE, ConvertOptions
 from relay_diffusion.errors import UserError
+from relay_diffusion.models import StageInfo
 from relay_diffusion.utils.files import file_sha256
 from support import PROJECT, TINY, class_indices, run
 
@@ -28,8 +29,8 @@ from support import PROJECT, TINY, class_indices, run
 def stage(configuration):
     """A tiny stage as training would leave it."""
     cfg = configuration("train", *TINY, "resolution=16", "data.dataset.path=unused.zip")
-    stage = instantiate(cfg.stage, _convert_="all")
-    stage.stage_config = OmegaConf.to_container(cfg.stage, resolve=True)
+    info = StageInfo(OmegaConf.to_container(cfg.stage, resolve=True))
+    stage = instantiate(cfg.stage, _convert_="all", _partial_=True)(info=info)
     for parameter in stage.denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return stage
@@ -38,7 +39,7 @@ def stage(configuration):
 @pytest.fixture
 def exported(stage, tmp_path):
     weights = stage.denoiser.state_dict()
-    return export_stage(stage.stage_config, weights, tmp_path / "shared", ["dark", "light"], 640, {"file": "run"})
+    return export_stage(stage.info.config, weights, tmp_path / "shared", ["dark", "light"], 640, {"file": "run"})
 
 
 def tool(*arguments):
@@ -62,11 +63,11 @@ def test_round_trip_is_exact(stage, exported):
         assert loaded.state_dict().keys() == stage.state_dict().keys()
         for name, value in stage.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], value), name
-    assert (loaded.class_names, loaded.images_seen) == (["dark", "light"], 640)
-    assert loaded.stage_config == {key: value for key, value in stage.stage_config.items() if key != "optimizer"}
+    assert (loaded.info.class_names, loaded.info.images_seen) == (["dark", "light"], 640)
+    assert loaded.info.config == {key: value for key, value in stage.info.config.items() if key != "optimizer"}
     assert loaded.sampler.churn_max == float("inf")
-    assert loaded.origin["file"] == str(exported / "stage.json")
-    assert loaded.origin["sha256"] == file_sha256(exported / "stage.json")
+    assert loaded.info.origin["file"] == str(exported / "stage.json")
+    assert loaded.info.origin["sha256"] == file_sha256(exported / "stage.json")
     images = [s.sample((2, 3, 16, 16), [3, 4], torch.tensor([0, 1])) for s in (stage, loaded)]
     torch.testing.assert_close(images[0], images[1], rtol=0, atol=1e-5)
 
@@ -93,7 +94,7 @@ def test_changes_and_trust_hold_for_exports(exported):
 
 
 def test_raw_weights_are_raw_weights(stage, tmp_path):
-    export_stage(stage.stage_config, stage.denoiser.state_dict(), tmp_path / "raw", kind="raw")
+    export_stage(stage.info.config, stage.denoiser.state_dict(), tmp_path / "raw", kind="raw")
     loaded = load_stage(tmp_path / "raw", weights="raw").denoiser.state_dict()
     for name, value in stage.denoiser.state_dict().items():
         torch.testing.assert_close(loaded[name], value, rtol=0, atol=0, msg=name)
@@ -102,7 +103,7 @@ def test_raw_weights_are_raw_weights(stage, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_halves_the_file(stage, exported, tmp_path, dtype):
-    half = export_stage(stage.stage_config, stage.denoiser.state_dict(), tmp_path / "half", dtype=dtype)
+    half = export_stage(stage.info.config, stage.denoiser.state_dict(), tmp_path / "half", dtype=dtype)
     sizes = [(folder / "weights.safetensors").stat().st_size for folder in (half, exported)]
     assert sizes[0] < 0.6 * sizes[1]
     for name, value in load_stage(half).denoiser.state_dict().items():
@@ -114,13 +115,13 @@ def test_weights_that_do_not_fit_are_refused(stage, tmp_path):
     weights = stage.denoiser.state_dict()
     weights["network.embed0.bias"] = weights["network.embed0.bias"] + 1e5
     with pytest.raises(UserError, match=r"network\.embed0\.bias .* too large for float16: use bfloat16"):
-        export_stage(stage.stage_config, weights, tmp_path / "a", dtype="float16")
-    export_stage(stage.stage_config, weights, tmp_path / "b", dtype="bfloat16")
+        export_stage(stage.info.config, weights, tmp_path / "a", dtype="float16")
+    export_stage(stage.info.config, weights, tmp_path / "b", dtype="bfloat16")
     weights["network.embed0.bias"] = weights["network.embed0.bias"] * float("inf")
     with pytest.raises(UserError, match="not finite"):
-        export_stage(stage.stage_config, weights, tmp_path / "a")
+        export_stage(stage.info.config, weights, tmp_path / "a")
     with pytest.raises(UserError, match="dtype=float8: use one of float32"):
-        export_stage(stage.stage_config, weights, tmp_path / "a", dtype="float8")
+        export_stage(stage.info.config, weights, tmp_path / "a", dtype="float8")
     assert not (tmp_path / "a").exists()
 
 
@@ -130,17 +131,17 @@ def test_an_interrupted_export_is_none(stage, exported, monkeypatch):
 
     monkeypatch.setattr(export, "write_text", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        export_stage(stage.stage_config, stage.denoiser.state_dict(), exported, dtype="float16")
+        export_stage(stage.info.config, stage.denoiser.state_dict(), exported, dtype="float16")
     refused(exported, "no whole export", "stage.json is missing")
 
 
 def test_where_an_export_may_go(stage, exported, tmp_path):
-    again = export_stage(stage.stage_config, stage.denoiser.state_dict(), exported, images_seen=1)
+    again = export_stage(stage.info.config, stage.denoiser.state_dict(), exported, images_seen=1)
     assert load_stage(again).images_seen == 1  # replaced
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     for used in (tmp_path / "run", exported / "stage.json"):
         with pytest.raises(UserError, match="destination="):
-            export_stage(stage.stage_config, stage.denoiser.state_dict(), used)
+            export_stage(stage.info.config, stage.denoiser.state_dict(), used)
 
 
 def test_damaged_exports(exported):
@@ -217,7 +218,7 @@ def test_the_rest_of_a_stage_is_that_of_an_experiment(tmp_path, monkeypatch):
     stage = load_stage("relay")
     assert stage.corruption.block == 4
     assert stage.denoiser.sigma_data == stage.loss.sigma_data == 0.5  # the file's, as its dropout
-    assert stage.stage_config["denoiser"]["network"]["dropout"] == 0.2
+    assert stage.info.config["denoiser"]["network"]["dropout"] == 0.2
     assert stage.sample((1, 3, 16, 16), [0], previous=torch.zeros(1, 3, 4, 4)).isfinite().all()
 
 
@@ -251,7 +252,7 @@ def test_the_label_dropout_of_a_published_file_is_kept(monkeypatch):
 
 def test_own_checkpoints(stage, tmp_path, capsys):
     average = {name: torch.randn_like(value) for name, value in stage.denoiser.state_dict().items()}
-    checkpoint = {"stage_config": stage.stage_config, "state_dict": stage.state_dict(), "ema": {"weights": average}}
+    checkpoint = {"stage_config": stage.info.config, "state_dict": stage.state_dict(), "ema": {"weights": average}}
     (tmp_path / "run").mkdir()
     torch.save(checkpoint | {"class_names": ["dark", "light"], "images_seen": 64}, tmp_path / "run/last.ckpt")
     assert tool(f"source={tmp_path / 'run'}", f"destination={tmp_path / 'shared'}") == 0
@@ -259,7 +260,7 @@ def test_own_checkpoints(stage, tmp_path, capsys):
     for name, value in load_file(tmp_path / "shared/weights.safetensors").items():
         assert torch.equal(value, average[name]), name
     shared = load_stage(tmp_path / "shared")
-    assert (shared.class_names, shared.images_seen) == (["dark", "light"], 64)
+    assert (shared.info.class_names, shared.images_seen) == (["dark", "light"], 64)
     assert tool(f"source={tmp_path / 'shared'}", f"destination={tmp_path / 'half'}", "dtype=float16") == 0
     assert load_stage(tmp_path / "half").images_seen == 64
 

@@ -68,25 +68,25 @@ def test_the_noise_in_the_small_image_is_not_that_of_the_large_one():
 
 
 def test_guidance_is_applied_with_the_condition():
-    stage, small, labels = cascade(label_dropout=0.1), torch.randn(3, 3, 4, 4), torch.tensor([0, 1, 0])
+    weaker, small, labels = cascade(), torch.randn(3, 3, 4, 4), torch.tensor([0, 1, 0])
+    stage = cascade(label_dropout=0.1)
     condition = stage.sampling_condition(small, torch.randn_like)
     x, sigma = torch.randn(SHAPE), torch.tensor([0.3, 1.0, 5.0])
     with torch.no_grad():
         plain, none = (stage.guided(condition)(x, sigma, given) for given in (labels, torch.full((3,), -1)))
         stage.guidance_scale = 3.0
         torch.testing.assert_close(stage.guided(condition)(x, sigma, labels), none + 3 * (plain - none))
-        weaker = cascade()
-        stage.set_guide(weaker)
         expected = weaker.guided(condition)(x, sigma, labels)
+        stage.guide = weaker.denoiser
         torch.testing.assert_close(stage.guided(condition)(x, sigma, labels), expected + 3 * (plain - expected))
     with pytest.raises(UserError, match="conditioned"):
-        cascade().set_guide(tiny_stage(8, 2))
+        cascade(guide=tiny_stage(8, 2))
 
 
 def test_a_stage_and_its_network_agree_on_what_is_shown():
-    with pytest.raises(ValueError, match="condition_channels=3, but a DiffusionStage shows it 0"):
+    with pytest.raises(ValueError, match="condition_channels=3: DiffusionStage provides 0 condition"):
         cascade(stage=DiffusionStage)
-    with pytest.raises(ValueError, match="condition_channels=0, but a CascadeStage shows it 3"):
+    with pytest.raises(ValueError, match="condition_channels=0: CascadeStage provides 3 condition"):
         cascade(condition_channels=0)
 
 

@@ -9,6 +9,7 @@ import torch
 from relay_diffusion.errors import UserError
 from relay_diffusion.models import relay as relay_module
 from relay_diffusion.models.finite_samples import NonFiniteSamplesError, StopAtNonFinite, finite
+from relay_diffusion.models.info import StageInfo
 from relay_diffusion.models.relay import Relay, SampleBatch
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.samplers import EDMSampler
@@ -61,7 +62,7 @@ def test_a_stage_alone_names_its_checkpoint():
     stage = failing(tiny_stage(4))
     with pytest.raises(UserError, match=r"^this stage: the samples of seed 3 are not finite, .* at sigma=80: "):
         stage.sample((1, 3, 4, 4), [3])
-    stage.origin["file"] = "runs/last.ckpt"
+    stage = failing(tiny_stage(4, info=StageInfo(origin={"file": "runs/last.ckpt"})))
     with pytest.raises(UserError, match=r"^runs/last\.ckpt: the samples of seed 3 "):
         stage.sample((1, 3, 4, 4), 3)
 

@@ -6,6 +6,7 @@ import torch
 from relay_diffusion.diffusion.corruption import block_mean
 from relay_diffusion.diffusion.pixels import to_float, to_uint8
 from relay_diffusion.errors import UserError
+from relay_diffusion.models.info import StageInfo
 from relay_diffusion.models.relay import Relay, SampleBatch
 from support import tiny_stage
 
@@ -63,8 +64,8 @@ def test_stages_that_do_not_fit_are_refused(stages, message):
 
 
 def test_stages_of_other_classes_are_refused():
-    small, large = tiny_stage(4), tiny_stage(8, 2)
-    small.class_names, large.class_names = ["cat", "dog"], ["dog", "cat"]
+    small = tiny_stage(4, info=StageInfo(class_names=["cat", "dog"]))
+    large = tiny_stage(8, 2, info=StageInfo(class_names=["dog", "cat"]))
     with pytest.raises(UserError, match="other names or order"):
         Relay({"a": small, "b": large})
 

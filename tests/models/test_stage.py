@@ -8,6 +8,8 @@ import torch
 
 from relay_diffusion.checkpoints.loading import load_stage
 from relay_diffusion.errors import UserError
+from relay_diffusion.models.fit_state import FitState
+from relay_diffusion.models.info import StageInfo
 from relay_diffusion.models.relay import Relay
 from relay_diffusion.networks import EDMPreconditioner, Graphed
 from support import assert_same_weights, tiny_stage, weights_of
@@ -44,7 +46,7 @@ def test_a_guide_is_a_weaker_checkpoint(fit, tmp_path):
         expected = 2 * strong.denoiser(x, sigma, labels) - weak.denoiser(x, sigma, labels)
         assert not torch.equal(expected, strong.denoiser(x, sigma, labels))
         torch.testing.assert_close(guided.guided()(x, sigma, labels), expected)
-    assert guided.origin["guide"]["sha256"] == weak.origin["sha256"]
+    assert guided.info.origin["guide"]["sha256"] == weak.info.origin["sha256"]
     assert guided.sample((1, 3, 16, 16), [0], torch.tensor([1])).isfinite().all()
 
 
@@ -183,10 +185,10 @@ def test_load_stage_needs_nothing_but_the_file(fit, tmp_path):
         loaded = load_stage(path, weights="raw")
         assert not loaded.training
         assert_same_weights(loaded.state_dict(), trained.state_dict())
-    assert loaded.class_names == ["dark", "light"]
+    assert loaded.info.class_names == ["dark", "light"]
     assert loaded.images_seen == 24
     averaged = load_stage(tmp_path / "run")
-    assert averaged.origin["weights"] == "ema"
+    assert averaged.info.origin["weights"] == "ema"
     assert any(not torch.equal(averaged.state_dict()[k], v) for k, v in trained.state_dict().items())
 
 
@@ -220,9 +222,9 @@ def test_a_change_of_the_corruption_is_one_of_the_samplers_too(fit, tmp_path):
 
 def test_a_checkpoint_of_another_stage_is_not_continued(fit):
     fit("run", 4)
-    with pytest.raises(UserError, match=r"another stage \(denoiser\.network\.channels is 8 there, 16 here\)"):
+    with pytest.raises(UserError, match=r"different settings \(denoiser\.network\.channels is 8 there, 16 here\)"):
         fit("run", 8, "network.channels=16")
-    with pytest.raises(UserError, match="another stage"):
+    with pytest.raises(UserError, match="different settings"):
         fit("run", 8, stage="relay")
 
 
@@ -304,3 +306,28 @@ def test_labels_that_the_network_does_not_know_are_refused():
         tiny_stage(8, num_classes=0).sample((1, 3, 8, 8), [0], torch.tensor([1]))
     with pytest.raises(UserError, match=r"class 2 .* 0\.\.1"):
         tiny_stage(8).sample((1, 3, 8, 8), [0], torch.tensor([2]))
+
+
+def test_facts_about_a_stage_are_fixed(fit, tmp_path):
+    trained = fit("run", 8)
+    assert trained.info == StageInfo(trained.info.config, ["dark", "light"])
+    loaded = load_stage(tmp_path / "run")
+    assert (loaded.info.images_seen, loaded.images_seen, loaded.info.origin["images_seen"]) == (8, 8, 8)
+    assert loaded.info.config == {key: value for key, value in trained.info.config.items() if key != "optimizer"}
+    with pytest.raises(AttributeError):
+        loaded.info.images_seen = 9
+
+
+def test_a_second_fit_without_average_keeps_none(fit):
+    """A callback gives the stage its average for one fit."""
+    stage = fit("run", 8)
+    assert stage.ema is not None
+    stage.setup("predict")
+    assert stage.ema is not None
+    stage.setup("fit")
+    assert (stage.ema, stage.fit_state) == (None, FitState())
+
+
+def test_a_stage_that_refuses_its_settings_is_named(fit):
+    with pytest.raises(UserError, match=r"^stage: network\.condition_channels=3: DiffusionStage provides 0"):
+        fit("run", 4, "network.condition_channels=3")

@@ -15,6 +15,7 @@ from relay_diffusion.checkpoints.reading import (
     stored_weights,
 )
 from relay_diffusion.errors import UserError
+from relay_diffusion.models.info import StageInfo
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.utils.files import file_sha256
 
@@ -50,19 +51,15 @@ def load_stage(
     if not isinstance(empty, DiffusionStage):
         raise UserError(f"{file} describes a {type(empty).__name__}, not a DiffusionStage")
     state = stored_weights(checkpoint, weights, empty.denoiser, file)
-    stage = cast(DiffusionStage, build_stored(config, file, trusted))
-    stage.denoiser.load_state_dict(state)
-    stage.stage_config = config
-    stage.class_names = list(checkpoint.get("class_names", []))
-    stage.images_seen = int(checkpoint.get("images_seen", 0))
-    stage.origin = {
-        "file": str(file),
-        "sha256": file_sha256(file),
-        "weights": weights,
-        "images_seen": stage.images_seen,
-    }
+    seen = int(checkpoint.get("images_seen", 0))
+    origin = {"file": str(file), "sha256": file_sha256(file), "weights": weights, "images_seen": seen}
+    arguments: dict[str, Any] = {}
     if guide is not None:
-        stage.set_guide(load_stage(guide, weights, trusted=trusted))
+        weaker = load_stage(guide, weights, trusted=trusted)
+        arguments["guide"], origin["guide"] = weaker, weaker.info.origin
+    info = StageInfo(config, list(checkpoint.get("class_names", [])), origin, seen)
+    stage = cast(DiffusionStage, build_stored(config, file, trusted, info=info, **arguments))
+    stage.denoiser.load_state_dict(state)
     try:
         stage.guided()
     except UserError as error:  # guidance that cannot work shows before sampling

@@ -234,15 +234,16 @@ def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any] | None,
     return cast(dict[str, Any], OmegaConf.to_container(merged))
 
 
-def build_stored(config: Mapping[str, Any], file: Path, trusted: Sequence[str] = ()) -> Any:
-    """Build the object of a stored config.
+def build_stored(config: Mapping[str, Any], file: Path, trusted: Sequence[str] = (), **arguments: Any) -> Any:
+    """Build the object of a stored config, with `arguments` that no config can hold.
 
     trusted: packages besides this one whose classes it may name. Raises UserError for a class of another package, and
     for one that refuses its settings.
     """
     _check_targets(config, (OWN_PACKAGE, *package_names(trusted)), file)
     try:
-        return instantiate(OmegaConf.create(dict(config)), _convert_="all")
+        factory = instantiate(OmegaConf.create(dict(config)), _convert_="all", _partial_=True)
+        return factory(**arguments) if callable(factory) else factory  # the caller refuses anything but a stage
     except Exception as error:  # foreign settings, and foreign ways to call a class
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise UserError(f"the stage of {file} cannot be built: {reason}") from None

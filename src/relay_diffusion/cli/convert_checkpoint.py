@@ -76,14 +76,14 @@ def convert(options: ConvertOptions) -> DiffusionStage:
         raise UserError(f"experiment={options.experiment}: {source} says itself what stage it holds; leave it out")
     else:
         stage = load_stage(source, trusted=trusted)
-        origin = {"file": Path(stage.origin["file"]).name, "sha256": stage.origin["sha256"]}
-    assert stage.stage_config is not None
+        origin = {"file": Path(stage.info.origin["file"]).name, "sha256": stage.info.origin["sha256"]}
+    assert stage.info.config is not None
     export_stage(
-        stage.stage_config,
+        stage.info.config,
         stage.denoiser.state_dict(),
         destination,
-        class_names=stage.class_names,
-        images_seen=stage.images_seen,
+        class_names=stage.info.class_names,
+        images_seen=stage.info.images_seen,
         origin=origin,
         dtype=options.dtype.value,
     )

@@ -1,4 +1,4 @@
-"""Samples that are not finite: found on the device, and traced to the noise level where they began."""
+"""Detect non-finite samples on the device, and find the noise level of the first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients: non-finite ones are replaced, as published; their norm; steps without anything finite."""
+"""Replace non-finite gradients, as published; compute their norm; count steps without finite ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def replace_nonfinite(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
 
 
 def keep_fused(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """How an optimizer computes its step is this run's choice, not that of the run whose state is loaded."""
+    """Keep this run's `fused` setting in a loaded optimizer state."""
     if "fused" not in optimizer.defaults:
         return state
     fused = optimizer.defaults["fused"]
@@ -109,6 +109,6 @@ class NonfiniteSteps:
 
 
 def _walkable(gradient: Tensor) -> bool:
-    """Whether it is float32 and its memory can be walked through from end to end, in whatever order."""
+    """Whether it is float32 and dense in memory, in any order."""
     last = gradient.dim() == 4 and gradient.is_contiguous(memory_format=torch.channels_last)
     return gradient.dtype == torch.float32 and (last or gradient.is_contiguous())

@@ -20,7 +20,7 @@ from relay_diffusion.samplers import Sampler
 
 
 def _check_chain(stages: Mapping[str, DiffusionStage]) -> None:
-    """Refuse stages that do not fit each other, in words that name both."""
+    """Raise UserError, naming both, for stages that do not fit each other."""
     if not stages:
         raise UserError("relay.stages is empty: a relay needs at least a first stage")
     for before, name in itertools.pairwise(stages):
@@ -39,17 +39,17 @@ def _check_chain(stages: Mapping[str, DiffusionStage]) -> None:
             )
         if small.num_classes and large.num_classes and small.num_classes != large.num_classes:
             raise UserError(f"relay.stages.{name} knows {large.num_classes} classes, {before} {small.num_classes}")
-        if small.class_names and large.class_names and small.class_names != large.class_names:
+        if small.info.class_names and large.info.class_names and small.info.class_names != large.info.class_names:
             raise UserError(f"relay.stages.{name} and {before} were trained on classes of other names or order")
 
 
 def _handed_over(images: Tensor) -> Tensor:
-    """What the next stage starts from: it was trained to start from means of real images."""
+    """Clamp images for the next stage, which was trained on means of real images."""
     return images.clamp(-1, 1)
 
 
 class Relay(L.LightningModule):
-    """Chains any number of stages, of any integer factors; predicts images from (seeds, labels).
+    """Chain any number of stages, of any integer factors; predicts images from (seeds, labels).
 
     A first stage that enlarges starts from images that are given (`start`), others from noise.
     `hand_over_sigma`: the first stage stops at that noise level and hands over its estimate. `rounding` to 8 bits
@@ -96,13 +96,13 @@ class Relay(L.LightningModule):
 
     @property
     def num_classes(self) -> int:
-        """Classes that may be asked for; 0: unconditional."""
+        """Classes of the relay; 0: unconditional."""
         return max(stage.num_classes for stage in self.chain().values())
 
     @property
     def class_names(self) -> list[str]:
         """Names of the classes, as far as the checkpoints know them."""
-        return next((stage.class_names for stage in self.chain().values() if stage.class_names), [])
+        return next((stage.info.class_names for stage in self.chain().values() if stage.info.class_names), [])
 
     @property
     def start_resolution(self) -> int | None:
@@ -119,8 +119,8 @@ class Relay(L.LightningModule):
         """What makes the images: how they are finished, and by stage its checkpoint, settings and evaluations."""
         stages = {
             name: {
-                **stage.origin,
-                **{part: (stage.stage_config or {}).get(part) for part in ("corruption", "sampler")},
+                **stage.info.origin,
+                **{part: (stage.info.config or {}).get(part) for part in ("corruption", "sampler")},
                 "resolution": stage.resolution,
                 "network_evaluations": self.samplers[name].evaluations,
                 "guidance_scale": stage.guidance_scale,
@@ -219,7 +219,7 @@ class Relay(L.LightningModule):
 
 
 class Samples(NamedTuple):
-    """What one batch gives.
+    """Samples of one batch.
 
     positions [B]: places in the list of all images. images: uint8 [B,C,H,W], final. stages: the images of every
     stage by name, float [B,C,H,W] in about [-1, 1], after the "start" if one was given.

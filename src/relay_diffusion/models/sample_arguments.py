@@ -1,4 +1,4 @@
-"""Arguments of sampling from Python, checked: seeds, class labels, images to start from."""
+"""Check arguments of sampling: seeds, class labels, images to start from."""
 
 from __future__ import annotations
 

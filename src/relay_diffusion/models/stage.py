@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -25,7 +24,8 @@ from relay_diffusion.diffusion.generators import ImageSeeds, mix_seeds
 from relay_diffusion.diffusion.pixels import to_float
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.finite_samples import finite, nonfinite_samples
-from relay_diffusion.models.gradients import GradientNorm, NonfiniteSteps, keep_fused, replace_nonfinite
+from relay_diffusion.models.info import StageInfo
+from relay_diffusion.models.optimization import OptimizationHooks
 from relay_diffusion.models.sample_arguments import Integers, image_batch, label_tensor, seed_list
 from relay_diffusion.networks import Condition, Conditioned, EDMPreconditioner, Graphed, GraphedTraining
 from relay_diffusion.samplers import Sampler
@@ -33,7 +33,7 @@ from relay_diffusion.samplers import Sampler
 OptimizerFactory = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
 
 
-class DiffusionStage(L.LightningModule):
+class DiffusionStage(OptimizationHooks):
     """A denoiser that learns to undo a corruption, and the sampler that turns it into images.
 
     `augment`: changes training images and tells the network how; sampling asks for unchanged ones.
@@ -41,10 +41,12 @@ class DiffusionStage(L.LightningModule):
     `guidance_scale` 1 disables guidance; any other is applied where sigma lies in `guidance_interval` (null:
     everywhere), away from the estimate without class, or from that of a weaker network if there is a `guide`.
     `cuda_graphs`: on a GPU, the network is replayed from graphs instead of launching its kernels one by one.
+    `guide`: a weaker stage with the same images and classes. `info`: what is known about the stage besides its weights.
     `warmup_images`: the learning rate rises linearly over so many images. `seed` fixes the training noise:
     it is drawn anew from (seed, position in the data) at every step, so a resumed run repeats nothing.
     """
 
+    denoiser: EDMPreconditioner
     conditioned = False  # whether the network sees another image beside the noisy one
 
     def __init__(
@@ -61,8 +63,11 @@ class DiffusionStage(L.LightningModule):
         cuda_graphs: bool = True,
         warmup_images: int = 0,
         seed: int = 0,
+        guide: DiffusionStage | None = None,
+        info: StageInfo | None = None,
     ) -> None:
-        super().__init__()
+        info = StageInfo() if info is None else info
+        super().__init__(warmup_images, info.images_seen)
         if not isinstance(denoiser, torch.nn.Module):
             raise ValueError(f"a stage without a network: its denoiser is a {type(denoiser).__name__}")
         self.denoiser, self.corruption, self.loss, self.sampler = denoiser, corruption, loss, sampler
@@ -71,32 +76,22 @@ class DiffusionStage(L.LightningModule):
             raise ValueError(
                 f"network.augment_labels={denoiser.network.augment_labels}, but the augmentation has {augment.labels}"
             )
-        seen, shown = denoiser.network.condition_channels, denoiser.network.image_channels if self.conditioned else 0
-        if seen != shown:
+        wanted, provided = denoiser.network.condition_channels, denoiser.network.image_channels * self.conditioned
+        if wanted != provided:
             raise ValueError(
-                f"network.condition_channels={seen}, but a {type(self).__name__} shows it {shown} channels"
+                f"network.condition_channels={wanted}: {type(self).__name__} provides {provided} condition channels; "
+                f"set network.condition_channels={provided}"
             )
         # constants: DistributedDataParallel would send them around at every step
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self.label_dropout, self.guidance_scale = label_dropout, guidance_scale
         check_guidance(guidance_scale, guidance_interval)
         self.guidance_interval = guidance_interval
-        self.guide: EDMPreconditioner | None = None
+        self.guide: EDMPreconditioner | None = None if guide is None else self._checked_guide(guide)
         self.cuda_graphs = cuda_graphs
         self._graphed: dict[int, Graphed] = {}
         self._graphed_training = GraphedTraining(denoiser)
-        self.warmup_images, self.seed = warmup_images, seed
-        self.images_seen = 0  # images whose gradients the weights have seen
-        self.replaced_gradients: Tensor | int = 0  # non-finite gradient elements replaced so far
-        self.gradient_norm = GradientNorm()  # non-finite elements replaced, before clipping
-        self.nonfinite_steps = NonfiniteSteps()
-        self.after_step: list[Callable[[], None]] = []  # called after each optimizer step, before any callback's hook
-        self.stage_config: dict[str, Any] | None = None  # what a checkpoint rebuilds the stage from
-        self.class_names: list[str] = []
-        self.origin: dict[str, Any] = {}  # which file and weights a loaded stage came from
-        self._pending = 0  # images of the present step
-        self._norm: Tensor | None = None  # of the present step's gradients
-        self._base_lrs: list[float] = []
+        self.seed, self.info = seed, info
 
     @property
     def resolution(self) -> int:
@@ -113,11 +108,6 @@ class DiffusionStage(L.LightningModule):
         """Classes that the network knows; 0: unconditional."""
         return self.denoiser.network.num_classes
 
-    @property
-    def amid_step(self) -> bool:
-        """Whether images were seen whose gradients have not moved the weights yet."""
-        return self._pending > 0
-
     # ---- training ----
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:  # noqa: ARG002
@@ -133,8 +123,7 @@ class DiffusionStage(L.LightningModule):
         labels = drop_labels(labels, self.label_dropout)
         denoised = self.training_denoiser(noisy, sigma, labels, augment_labels, self.training_condition(x0))
         per_image = self.loss(denoised, x0, sigma).mean(dim=(1, 2, 3))
-        self._pending += len(images) * self.trainer.world_size
-        self.nonfinite_steps.add_losses(per_image.detach())
+        self.add_pending(len(images) * self.trainer.world_size, per_image.detach())
         # as published, the sum over an image's elements: it keeps gradients far above Adam's epsilon
         return {"loss": per_image.mean() * x0[0].numel(), "per_image": per_image.detach(), "sigma": sigma}
 
@@ -152,91 +141,37 @@ class DiffusionStage(L.LightningModule):
         return None
 
     def configure_optimizers(self) -> Optimizer:
-        """The optimizer over the network's parameters."""
+        """Build the optimizer over the network's parameters."""
         if self.optimizer_factory is None:
             raise UserError("stage.optimizer is null: training needs one")
         try:
             optimizer = self.optimizer_factory(self.denoiser.parameters())
         except (TypeError, ValueError) as error:
             raise UserError(f"stage.optimizer: {error} (~stage.optimizer.NAME leaves an option out)") from None
-        optimizer.register_load_state_dict_pre_hook(keep_fused)
-        self._base_lrs = [group["lr"] for group in optimizer.param_groups]
+        self.prepare_optimizer(optimizer)
         return optimizer
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Set the warmed-up learning rate, replace and count non-finite gradients, and note their norm."""
-        warmth = min(self.images_seen / self.warmup_images, 1.0) if self.warmup_images else 1.0
-        for group, lr in zip(optimizer.param_groups, self._base_lrs, strict=True):
-            group["lr"] = lr * warmth
-        replaced = replace_nonfinite(self.denoiser.parameters())
-        elements = sum(p.grad.numel() for p in self.denoiser.parameters() if p.grad is not None)
-        self.replaced_gradients = self.replaced_gradients + replaced
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # unscaled by now
-        taken = replaced == 0 if scaled else None  # with fp16, Lightning leaves a step with infinite gradients out
-        self.nonfinite_steps.end_step(replaced < elements, taken, self.trainer.world_size)
-        self._norm = self.gradient_norm.add(self.denoiser.parameters(), taken)
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,  # noqa: ARG002
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip the gradients, after non-finite ones were replaced: their L2 norm, or each element.
-
-        Lightning's own clipping refuses a fused optimizer under mixed precision, where it is sound: gradients are
-        unscaled by now.
-        """
-        if not gradient_clip_val:
-            return
-        if gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(self.denoiser.parameters(), gradient_clip_val)
-        else:
-            assert self._norm is not None  # noted just before
-            torch.nn.utils.clip_grads_with_norm_(self.denoiser.parameters(), gradient_clip_val, self._norm)
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, count the step's images, then call `after_step`."""
-        super().optimizer_step(*args, **kwargs)
-        self.denoiser.zero_grad()  # now, before a replay would keep them
-        self.images_seen += self._pending
-        self._pending = 0
-        for update in self.after_step:
-            update()
-
-    def setup(self, stage: str) -> None:  # noqa: ARG002
-        """Count non-finite steps anew, and forget what a fit that failed has left."""
-        self.nonfinite_steps = NonfiniteSteps()
-        self.after_step.clear()
-
     def on_fit_end(self) -> None:
-        """Give the memory of the graphs and of what followed the steps back."""
+        """Free the memory of the training graphs."""
         self._graphed_training = GraphedTraining(self.denoiser)
-        self.after_step.clear()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what rebuilds and continues this stage."""
-        checkpoint["stage_config"] = self.stage_config
-        checkpoint["class_names"] = list(self.class_names)
-        checkpoint["images_seen"] = self.images_seen
-        checkpoint["replaced_gradients"] = int(self.replaced_gradients)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over the counts."""
-        self.images_seen = checkpoint["images_seen"]
-        self.replaced_gradients = checkpoint["replaced_gradients"]
+        """Store the stage config, the class names and the counts."""
+        checkpoint["stage_config"] = self.info.config
+        checkpoint["class_names"] = list(self.info.class_names)
+        super().on_save_checkpoint(checkpoint)
 
     # ---- sampling ----
 
-    def set_guide(self, weaker: DiffusionStage) -> None:
-        """Guide away from the estimate of another stage. Raises UserError unless it has the same images and classes."""
+    def _checked_guide(self, weaker: DiffusionStage) -> EDMPreconditioner:
+        """The denoiser of a guide. Raises UserError unless it has the same images and classes."""
         mine, theirs = (
             (stage.resolution, stage.image_channels, stage.num_classes, stage.conditioned) for stage in (self, weaker)
         )
         if mine != theirs:
             what = "(resolution, channels, classes, conditioned)"
-            raise UserError(f"the guide {weaker.origin.get('file')} has {what} {theirs}, the stage {mine}")
-        self.guide, self.origin["guide"] = weaker.denoiser, weaker.origin
+            raise UserError(f"the guide {weaker.info.origin.get('file')} has {what} {theirs}, the stage {mine}")
+        return weaker.denoiser
 
     def guided(self, condition: Condition | None = None) -> Denoiser:
         """The denoiser with this stage's guidance around it. Raises UserError if there is nothing to guide with."""
@@ -264,7 +199,7 @@ class DiffusionStage(L.LightningModule):
     def _evaluator(self, denoiser: EDMPreconditioner, condition: Condition | None = None) -> Denoiser:
         if condition is not None:  # a graph takes no condition
             return Conditioned(denoiser, condition)
-        if not self.cuda_graphs or self.training:  # amid training a graph would hold memory
+        if not self.cuda_graphs or self.training:  # in training a graph would hold memory
             return denoiser
         return self._graphed.setdefault(id(denoiser), Graphed(denoiser))
 
@@ -297,7 +232,7 @@ class DiffusionStage(L.LightningModule):
         images = self.draw(seeds, labels, previous)
         fine = finite(images).tolist()
         if not all(fine):
-            who = str(self.origin.get("file", "this stage"))
+            who = str(self.info.origin.get("file", "this stage"))
             draw = partial(self.draw, seeds, labels, previous)
             raise nonfinite_samples(who, seeds, fine, self.sampler, draw)
         return images

@@ -1,4 +1,4 @@
-"""What a checkpoint records of its run, and what a resumed run changes."""
+"""Settings that a checkpoint records, and those that a resumed run changes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DATA_ORDER = ("data.seed", "data.dataset.x_flip", "images")
 
 
 class RunRecord(Callback):
-    """Stores in every checkpoint, as "run", what a resumed run is compared with.
+    """Store the settings of the run in every checkpoint, as "run".
 
     config: the resolved settings. derived: the keys whose values refer to other keys. devices: ranks of the run.
     images: of the data set, without mirrored ones. wandb: what a WandbRun continues from.
@@ -41,7 +41,7 @@ class RunRecord(Callback):
         checkpoint[KEY] = self.of(trainer, data) | ({"wandb": wandb} if wandb else {})
 
     def of(self, trainer: L.Trainer, data: ImageDataModule) -> dict[str, Any]:
-        """The settings, and what options alone do not tell."""
+        """The settings, the number of ranks and the number of images."""
         return {**self.settings, "devices": trainer.world_size, "images": len(data.dataset.names)}
 
 

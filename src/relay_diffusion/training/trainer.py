@@ -20,13 +20,13 @@ from relay_diffusion.training.callbacks.stopping import StopAfterBatches, StopIf
 
 
 class StopAtImages(Callback):
-    """Ends training once the stage has seen `max_images` images, whatever the batch size was on the way."""
+    """End training once the stage has seen `max_images` images, at any batch size."""
 
     def __init__(self, max_images: int) -> None:
         self.max_images = max_images
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
-        """Ask the trainer to stop when it is enough."""
+        """Stop when all images were seen."""
         assert isinstance(pl_module, DiffusionStage)
         if pl_module.images_seen >= self.max_images:
             trainer.should_stop = True

@@ -14,7 +14,6 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.training.callbacks.checkpoints import Checkpoints
 from relay_diffusion.training.callbacks.measurement import PeriodicMeasurement
 from relay_diffusion.training.callbacks.training_log import TrainingLog
-from relay_diffusion.training.ema import EMA
 from support import TINY, assert_same_weights, run, weights_of
 
 STOPPING = "+callbacks.stopping._target_=lightning.pytorch.callbacks.EarlyStopping"
@@ -212,9 +211,8 @@ class Watch(Callback):
     def __init__(self):
         self.seen = []
 
-    def on_train_batch_end(self, trainer, *_):
-        ema = next(c for c in trainer.callbacks if isinstance(c, EMA))
-        self.seen.append({key: value.clone() for key, value in ema.weights.items()})
+    def on_train_batch_end(self, trainer, pl_module, *_):  # noqa: ARG002
+        self.seen.append({key: value.clone() for key, value in pl_module.ema.weights.items()})
 
 
 @pytest.mark.parametrize("first", [("checkpoints", "ema"), ("watch", "ema"), ("ema", "watch")])

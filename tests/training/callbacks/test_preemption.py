@@ -31,7 +31,7 @@ def signal_at(monkeypatch):
 
         def on_train_batch_end(self, trainer, pl_module, *args):
             plain(self, trainer, pl_module, *args)
-            if pl_module.images_seen == images and not pl_module.amid_step:
+            if pl_module.images_seen == images and not pl_module.mid_accumulation:
                 os.kill(os.getpid(), number)
 
         monkeypatch.setattr(StopAtImages, "on_train_batch_end", on_train_batch_end)
@@ -111,7 +111,7 @@ def test_a_signal_amid_a_step_waits_for_its_end(fit, tmp_path, monkeypatch):
 
     def on_train_batch_end(self, trainer, pl_module, *args):
         plain(self, trainer, pl_module, *args)
-        if pl_module.images_seen == 4 and pl_module.amid_step:
+        if pl_module.images_seen == 4 and pl_module.mid_accumulation:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(StopAtImages, "on_train_batch_end", on_train_batch_end)

@@ -9,6 +9,7 @@ from typing import Any
 from relay_diffusion.checkpoints.published.edm import OfficialCheckpoint, from_official, read_official
 from relay_diffusion.checkpoints.reading import build_stored
 from relay_diffusion.errors import UserError
+from relay_diffusion.models.info import StageInfo
 from relay_diffusion.models.stage import DiffusionStage
 
 _SAME = ("resolution", "image_channels", "channels", "channel_mult", "blocks", "num_classes")
@@ -42,11 +43,10 @@ def published_stage(
         config[part]["sigma_data"] = official.sigma_data
     config["label_dropout"] = official.label_dropout or config["label_dropout"]
     source = Path("conf/train.yaml" if experiment is None else f"conf/experiment/{experiment}.yaml")
-    stage = build_stored(config, source, trusted)
+    stage = build_stored(config, source, trusted, info=StageInfo(config))
     if not isinstance(stage, DiffusionStage):
         raise UserError(f"experiment={experiment} describes a {type(stage).__name__}, not a DiffusionStage")
     stage.denoiser.network.load_state_dict(from_official(official.weights, stage.denoiser.network))
-    stage.stage_config = config
     return stage.eval()
 
 

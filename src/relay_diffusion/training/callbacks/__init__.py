@@ -1,4 +1,4 @@
-"""Callbacks of training: the average of the weights, checkpoints, the log, pictures, measurement."""
+"""Callbacks of training: weight average, checkpoints, log, sample grids, measurement."""
 
 from relay_diffusion.training.callbacks.checkpoints import Checkpoints
 from relay_diffusion.training.callbacks.evaluation import PeriodicEvaluation

@@ -1,4 +1,4 @@
-"""Numbers that the host reads one step late, so that no step waits for the device."""
+"""Read numbers of the device one step late, so that no step waits for it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor
 
 
 class Delayed:
-    """A number of the device, as it was one call ago."""
+    """A number of the device as of the previous call."""
 
     def __init__(self, device: torch.device) -> None:
         self._seen = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._ready = torch.cuda.Event() if device.type == "cuda" else None
 
     def exchange(self, value: Tensor) -> int:
-        """Hand in an int32 `value` of one element; get the value of the call before, at first 0."""
+        """Store an int32 `value` of one element; return that of the previous call, at first 0."""
         if self._ready is not None:
             self._ready.synchronize()  # of the step before: the device is busy with this one
         before = int(self._seen)
@@ -26,14 +26,14 @@ class Delayed:
 
 
 class Agreement:
-    """The largest of a number over all ranks, as it was one call ago: so nobody waits for anybody."""
+    """The maximum over all ranks as of the previous call, so that no rank waits."""
 
     def __init__(self, device: torch.device) -> None:
         self._sum = torch.zeros(1, dtype=torch.int32, device=device)
         self._delayed = Delayed(device)
 
     def largest(self, mine: int) -> int:
-        """Hand in `mine`; get what was agreed on at the call before. Every rank must call."""
+        """Reduce `mine`; return the maximum of the previous call. Collective."""
         self._sum.fill_(mine)
         dist.all_reduce(self._sum, dist.ReduceOp.MAX)
         return self._delayed.exchange(self._sum)

@@ -1,4 +1,4 @@
-"""Checkpoints every so many images, never half-written, never of a diverged state."""
+"""Write checkpoints atomically every so many images, except of a diverged state."""
 
 from __future__ import annotations
 
@@ -18,16 +18,14 @@ from torch import Tensor
 from relay_diffusion.checkpoints.reading import BEST, KEPT, LAST, read_stage
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.stage import DiffusionStage
-from relay_diffusion.training.callbacks.periodic import Every
-from relay_diffusion.training.callbacks.preemption import preempted
-from relay_diffusion.training.ema import find_ema
+from relay_diffusion.training.callbacks.periodic import PeriodicCallback
 from relay_diffusion.utils.files import sync, whole_file, write_text
 
 DIVERGED = "lower stage.optimizer.lr, raise stage.warmup_images, or set trainer.gradient_clip_val"
 
 
-class Checkpoints(Checkpoint):
-    """Writes `directory`/last.ckpt every `every_n_images` and at the end; older ones are kept under their count.
+class Checkpoints(PeriodicCallback, Checkpoint):
+    """Write `directory`/last.ckpt every `every_n_images` and at the end; older ones are kept under their count.
 
     `keep`: how many earlier checkpoints (images-000128000.ckpt, ...) stay beside the last one; 0 keeps none.
     `upload`: also hand each one to the loggers that take files, as a "model".
@@ -52,9 +50,9 @@ class Checkpoints(Checkpoint):
     ) -> None:
         if best_mode not in ("min", "max"):
             raise ValueError(f"best_mode={best_mode}: use min or max")
+        super().__init__(every_n_images)
         self.directory, self.keep, self.upload = Path(directory), keep, upload
         self.monitor, self.best_mode = best, best_mode
-        self._every = Every(every_n_images)
         self._due = False
         self._saved, self._refused = -1, -1  # images seen when a state was saved, or was not fit to be
         self._start: Path | None = None  # the checkpoint that training started from
@@ -64,12 +62,12 @@ class Checkpoints(Checkpoint):
         self._measured = False  # whether the metric was ever logged
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Find out before the work whether the directory can be written to."""
+        """Check before training that the directory is writable."""
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_text(self.directory / ".probe", "")
             (self.directory / ".probe").unlink()
             for name in (LAST, BEST):
-                _temporary(self.directory / name).unlink(missing_ok=True)  # of a run that was killed
+                _temporary(self.directory / name).unlink(missing_ok=True)  # left by a killed run
             with suppress(OSError):
                 self.directory.rmdir()  # an empty one is of no use if the run goes no further
 
@@ -79,7 +77,7 @@ class Checkpoints(Checkpoint):
         pl_module: L.LightningModule,
         checkpoint: dict[str, Any],
     ) -> None:
-        """Note whether the state is the best so far."""
+        """Mark the best state so far."""
         assert isinstance(pl_module, DiffusionStage)
         if self._best is not None and self._best["images_seen"] == pl_module.images_seen:
             checkpoint["best"] = dict(self._best)
@@ -88,15 +86,16 @@ class Checkpoints(Checkpoint):
         """Count from where training starts."""
         self._start = None if trainer.ckpt_path is None else Path(trainer.ckpt_path)
         self._last_is_whole = self._start is not None and self._start.resolve() == (self.directory / LAST).resolve()
+        super().on_train_start(trainer, pl_module)
         assert isinstance(pl_module, DiffusionStage)
-        self._every.start(pl_module.images_seen)
         self._saved = pl_module.images_seen
+        pl_module.fit_state.kept_checkpoint = self.kept()
         if self.monitor is not None:
             stored = self._stored_best() if trainer.is_global_zero else None
             self._best = trainer.strategy.broadcast(stored)
 
     def _stored_best(self) -> dict[str, Any] | None:
-        """What best.ckpt of an earlier start holds; a warning if it is damaged, or the best of another metric."""
+        """Read the record of an earlier best.ckpt; warn if it is damaged, or of another metric."""
         file = self.directory / BEST
         if not file.exists():
             return None
@@ -123,13 +122,13 @@ class Checkpoints(Checkpoint):
             self._better = value
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
-        """Save when due, and at the end of training before others measure it."""
+        """Save when due, and at the end of training before other callbacks measure it."""
         assert isinstance(pl_module, DiffusionStage)
-        if trainer.fast_dev_run or pl_module.amid_step:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run or pl_module.mid_accumulation:  # type: ignore[attr-defined]
             return
-        self._due |= self._every(pl_module.images_seen)
+        self._due |= self.due(pl_module.images_seen)
         if self._due or trainer.should_stop:
-            self._save_last(trainer, pl_module)
+            self.act(trainer, pl_module)
         self._save_best(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -137,14 +136,16 @@ class Checkpoints(Checkpoint):
         assert isinstance(pl_module, DiffusionStage)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        signal = pl_module.fit_state.stop_signal
         # what was measured after the last save has changed the state of callbacks that monitor it
         others = [c for c in trainer.callbacks if getattr(c, "monitor", None) is not None and c is not self]  # type: ignore[attr-defined]
-        self._save_last(trainer, pl_module, again=bool(others) and not preempted(trainer))
+        self.act(trainer, pl_module, again=bool(others) and not signal)
         self._save_best(trainer, pl_module)
-        if self.monitor is not None and not self._measured and trainer.is_global_zero and not preempted(trainer):
+        if self.monitor is not None and not self._measured and trainer.is_global_zero and not signal:
             _warn(f"{self.monitor_option}={self.monitor} was never logged: {self.directory / BEST} was not written")
 
-    def _save_last(self, trainer: L.Trainer, stage: DiffusionStage, again: bool = False) -> None:
+    def act(self, trainer: L.Trainer, stage: DiffusionStage, again: bool = False) -> None:
+        """Save the present state as the last one; a second time only if `again`."""
         saved = stage.images_seen == self._saved
         if stage.images_seen == self._refused or (saved and not again):
             self._due = self._due and not saved
@@ -158,6 +159,7 @@ class Checkpoints(Checkpoint):
         self._write(trainer, stage, last, kept)
         self._due, self._last_is_whole = False, True
         self._saved, self._refused = stage.images_seen, -1
+        stage.fit_state.kept_checkpoint = self.kept()
         for logger in trainer.loggers if self.upload and trainer.is_global_zero else []:
             if hasattr(logger, "log_file"):
                 logger.log_file(last, "model", stage.images_seen)
@@ -186,14 +188,14 @@ class Checkpoints(Checkpoint):
         if not steps:
             return True
         found = f"no finite loss, or no finite gradient, in the last {steps} steps of {stage.images_seen:,} images"
-        if trainer.should_stop and not preempted(trainer):
+        if trainer.should_stop and not stage.fit_state.stop_signal:
             raise UserError(f"training has ended diverged, and is not saved: {found}; {self.kept()}: {DIVERGED}")
         if self._refused < 0 and trainer.is_global_zero:
             _warn(f"not saved: {found}; {self.kept()}")
         return False
 
     def kept(self) -> str:
-        """Which checkpoint stays where a state is not saved."""
+        """Name the checkpoint that stays if the present state is not saved."""
         if self._last_is_whole:
             return f"{self.directory / LAST} of {self._saved:,} images is kept"
         return "there is no checkpoint yet" if self._start is None else f"{self._start} is kept"
@@ -228,19 +230,13 @@ def _warn(text: str) -> None:
 
 
 def _keep(last: Path, kept: Path) -> None:
-    """Give a file a second name, so that there is a last.ckpt at every instant."""
+    """Link or copy a file, so that last.ckpt exists at every instant."""
     kept.unlink(missing_ok=True)
     try:
         kept.hardlink_to(last)
     except OSError:  # some file systems have no links
         with whole_file(kept) as copy, last.open("rb") as file:
             shutil.copyfileobj(file, copy)
-
-
-def kept_checkpoint(trainer: L.Trainer) -> str:
-    """Which checkpoint of a run stays where its state is not saved."""
-    callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoints)]
-    return callbacks[0].kept() if callbacks else "this run writes no checkpoints"
 
 
 def first_nonfinite(trainer: L.Trainer, stage: DiffusionStage) -> str | None:
@@ -256,9 +252,8 @@ def first_nonfinite(trainer: L.Trainer, stage: DiffusionStage) -> str | None:
 def _state(trainer: L.Trainer, stage: DiffusionStage) -> Iterator[tuple[str, Tensor]]:
     """All tensors that a checkpoint holds, and their names in messages."""
     yield from ((f"weight {name}", tensor) for name, tensor in stage.state_dict().items())
-    ema = find_ema(trainer)
-    if ema is not None:
-        yield from ((f"averaged weight {name}", tensor) for name, tensor in ema.weights.items())
+    if stage.ema is not None:
+        yield from ((f"averaged weight {name}", tensor) for name, tensor in stage.ema.weights.items())
     names: dict[Tensor, str] = {parameter: name for name, parameter in stage.named_parameters()}
     for optimizer in trainer.optimizers:
         for parameter, state in optimizer.state.items():

@@ -1,4 +1,4 @@
-"""How good the stage's samples are, while it trains."""
+"""Evaluate samples of the stage during training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from relay_diffusion.metrics import Evaluator
 from relay_diffusion.models.finite_samples import NonFiniteSamplesError
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.training.callbacks.measurement import PeriodicMeasurement
-from relay_diffusion.training.ema import averaged
 
 
 class PeriodicEvaluation(PeriodicMeasurement):
@@ -40,8 +39,8 @@ class PeriodicEvaluation(PeriodicMeasurement):
         super().__init__(every_n_images)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Load the reference before training starts: a mistake in it shows at once."""
-        if self._every.images <= 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        """Load the reference before training starts, so that errors in it show early."""
+        if self.every_n_images <= 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self.evaluator.prepare(pl_module.device, trainer.global_rank, trainer.strategy.barrier)
         for name, reason in self.evaluator.skipped.items():
@@ -63,7 +62,7 @@ class PeriodicEvaluation(PeriodicMeasurement):
         mine = range(self.count)[trainer.global_rank :: trainer.world_size]
         failure = None
         try:
-            with averaged(trainer, stage):
+            with stage.averaged():
                 for first in range(0, len(mine), self.batch_size):
                     positions = mine[first : first + self.batch_size]
                     evaluator.update(to_uint8(self._sample(trainer, stage, positions)), torch.tensor(positions))

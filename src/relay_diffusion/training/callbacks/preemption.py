@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: a job's time limit, a node that is taken away, a person."""
+"""Stop at a signal: from a job's time limit, a preempted node or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IGNORABLE = (signal.SIGINT, signal.SIGHUP)  # a shell's job in the background an
 
 
 class Preemption(Callback):
-    """At a signal training finishes its step, saves and stops; sampling stops at once.
+    """Stop at a signal: training after it has saved, sampling at once.
 
     Signals: SIGINT (Ctrl-C), SIGHUP (the terminal was closed), SIGTERM, SIGUSR1 and SIGUSR2.
     Sampling keeps every image that it finished. A signal to one process stops all; a second SIGINT stops training at
@@ -32,28 +32,27 @@ class Preemption(Callback):
 
     def __init__(self) -> None:
         self.received = 0  # the signal that this process got
-        self.agreed = 0  # the signal that stops all of them
         self._reading: Agreement | None = None
         self._before: dict[int, Any] = {}  # handlers
         self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]  # found now: a closed terminal is no tty
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Listen while all is prepared for training, which then stops after its first step."""
+        """Handle signals before the first step, after which training then stops."""
         if stage == "fit":
             self._before = {number: signal.getsignal(number) for number in SIGNALS}
-            _listen(self._note)
+            _handle_signals(self._note)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Leave signals to whom they were left before."""
+        """Restore the previous signal handlers."""
         if stage == "fit" and threading.current_thread() is threading.main_thread():
             for number, handler in self._before.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen on, in the place of Lightning's own handlers, which save nothing."""
+        """Replace Lightning's handlers, which save nothing."""
         if trainer.world_size > 1:
             self._reading = Agreement(pl_module.device)
-        _listen(self._note)
+        _handle_signals(self._note)
 
     def _note(self, number: int, _: Any) -> None:
         self._leave_closed_terminal(number)
@@ -69,37 +68,38 @@ class Preemption(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
         """Stop after a whole step, the same one on every rank."""
         assert isinstance(pl_module, DiffusionStage)
-        if pl_module.amid_step:
+        if pl_module.mid_accumulation:
             return
-        self.agreed = self.received if self._reading is None else self._reading.largest(self.received)
-        if self.agreed:
+        agreed = self.received if self._reading is None else self._reading.largest(self.received)
+        pl_module.fit_state.stop_signal = agreed
+        if agreed:
             trainer.should_stop = True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-        """A signal that comes now changes nothing."""
-        _listen(signal.SIG_IGN)
+        """Ignore signals from now on."""
+        _handle_signals(signal.SIG_IGN)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-        """Leave at signals while sampling."""
+        """Exit at signals while sampling."""
         self.leave_at_signals(trainer)
 
     def leave_at_signals(self, trainer: L.Trainer) -> None:
-        """Leave at a signal, and have the others leave."""
+        """Exit at a signal, and make the other ranks exit."""
 
         def leave(number: int, _: Any) -> None:
-            if self.agreed:
+            if self.received:
                 return  # on the way out
-            self.agreed = number
+            self.received = number
             self._leave_closed_terminal(number)
             first = first_process()
             if first is not None and not trainer.is_global_zero:
                 os.kill(first, number)  # which ends the others, and says so
-            leave_if_preempted(trainer)
+            leave_after_signal(trainer, number)
 
-        _listen(leave)
+        _handle_signals(leave)
 
     def _leave_closed_terminal(self, number: int) -> None:
-        """After SIGHUP write to nowhere: to write to a closed terminal is an error, which would end the run."""
+        """Redirect output to the null device after SIGHUP: writing to a closed terminal fails."""
         if number == signal.SIGHUP and self._terminals:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             for stream in self._terminals:
@@ -107,7 +107,7 @@ class Preemption(Callback):
             os.close(nowhere)
 
 
-def _listen(handler: Callable[[int, Any], None] | signal.Handlers) -> None:
+def _handle_signals(handler: Callable[[int, Any], None] | signal.Handlers) -> None:
     if threading.current_thread() is not threading.main_thread():
         return  # others get no signals
     for number in SIGNALS:
@@ -116,16 +116,8 @@ def _listen(handler: Callable[[int, Any], None] | signal.Handlers) -> None:
         signal.signal(number, handler)
 
 
-def preempted(trainer: L.Trainer) -> int:
-    """The signal that stopped a run, or 0."""
-    return max((c.agreed for c in trainer.callbacks if isinstance(c, Preemption)), default=0)  # type: ignore[attr-defined]
-
-
-def leave_if_preempted(trainer: L.Trainer) -> None:
-    """End the process if a signal stopped the run, after requeueing the job where that is wanted."""
-    number = preempted(trainer)
-    if not number:
-        return
+def leave_after_signal(trainer: L.Trainer, number: int) -> None:
+    """Requeue the job if signal `number` asks for it, then end the process."""
     if not trainer.is_global_zero:
         raise SystemExit(0)  # one process tells how it ended
     print(f"stopped by {signal.Signals(number).name}: the same command continues", flush=True)
@@ -135,7 +127,7 @@ def leave_if_preempted(trainer: L.Trainer) -> None:
 
 
 def _requeue() -> None:
-    """Put a SLURM job back into the queue; it continues its run, whose name is the job's."""
+    """Requeue the SLURM job; it resumes its run, which is named after the job."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or os.environ.get("SLURM_JOB_NAME") in INTERACTIVE:
         return

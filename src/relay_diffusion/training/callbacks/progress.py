@@ -1,4 +1,4 @@
-"""Progress of training and sampling, in images."""
+"""Progress of training, in images."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from relay_diffusion.models.stage import DiffusionStage
-from relay_diffusion.training.callbacks.training_log import TrainingLog
 from relay_diffusion.utils.progress import Advance, progress
 
 
 class TrainingProgress(Callback):
-    """A bar of images seen, with the newest loss and speed from the TrainingLog."""
+    """Show a bar of the images seen, with the latest logged loss and speed."""
 
     def __init__(self, max_images: int) -> None:
         self.max_images = max_images
@@ -31,7 +30,7 @@ class TrainingProgress(Callback):
         """Move the bar."""
         assert isinstance(pl_module, DiffusionStage)
         assert self._advance is not None
-        latest = next((c.latest for c in trainer.callbacks if isinstance(c, TrainingLog)), {})  # type: ignore[attr-defined]
+        latest = pl_module.fit_state.metrics
         note = "loss {loss:.4f}  {images_per_second:,.0f} images/s".format(**latest) if latest else ""
         if "memory_gib" in latest:
             note += f"  {latest['tflops']:.0f} TFLOP/s ({latest['utilisation']:.0%})  {latest['memory_gib']:.1f} GiB"

@@ -1,4 +1,4 @@
-"""One row of numbers, for the loggers and for callbacks that monitor one of them."""
+"""Log one row of metrics, also to callbacks that monitor one of them."""
 
 from __future__ import annotations
 

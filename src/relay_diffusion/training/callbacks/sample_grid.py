@@ -1,13 +1,11 @@
-"""Pictures of what the stage makes, while it trains."""
+"""Draw samples of the stage during training."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
 from relay_diffusion.data.dataset import ImageDataset, spread_images
@@ -15,53 +13,31 @@ from relay_diffusion.diffusion.corruption import block_mean, upsample_blocks
 from relay_diffusion.diffusion.pixels import to_float, to_uint8
 from relay_diffusion.models.finite_samples import NonFiniteSamplesError
 from relay_diffusion.models.stage import DiffusionStage
-from relay_diffusion.training.callbacks.periodic import Every
-from relay_diffusion.training.callbacks.preemption import preempted
-from relay_diffusion.training.callbacks.training_log import not_training
-from relay_diffusion.training.ema import averaged
+from relay_diffusion.training.callbacks.periodic import PeriodicCallback
+from relay_diffusion.training.callbacks.training_log import exclude_from_throughput
 from relay_diffusion.utils.pictures import image_grid, save_png, side_by_side
 
 
-class SampleGrid(Callback):
+class SampleGrid(PeriodicCallback):
     """Samples with fixed seeds and the averaged weights, every `every_n_images` and at the end.
 
     Written to `directory`/images-<images seen>.png and sent to the loggers that take pictures, as samples/base or
-    samples/relay; a picture that is there is not drawn again. Samples that are not finite are reported instead. A relay
+    samples/relay; an existing picture is not drawn again. Samples that are not finite are reported instead. A relay
     stage starts from block means of `count` training images, shown left of its output, the real images right of it; a
     first stage takes their classes.
     """
 
     def __init__(self, directory: str, every_n_images: int, count: int = 16) -> None:
+        super().__init__(every_n_images)
         self.directory, self.count = Path(directory), count
-        self._every = Every(every_n_images)
-        self._shown = -1
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-        """Count from where training starts."""
-        assert isinstance(pl_module, DiffusionStage)
-        self._every.start(pl_module.images_seen)
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
-        """Draw when due; the end of training in on_train_epoch_end, after it is saved."""
-        assert isinstance(pl_module, DiffusionStage)
-        if self._every(pl_module.images_seen) and not trainer.should_stop:
-            self._draw(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the end of training, unless that was just done."""
-        assert isinstance(pl_module, DiffusionStage)
-        if preempted(trainer):
-            return  # what is left of the time is for the checkpoint
-        if self._every.images > 0 and self._shown != pl_module.images_seen:
-            self._draw(trainer, pl_module)
-
-    def _draw(self, trainer: L.Trainer, stage: DiffusionStage) -> None:
-        self._shown = stage.images_seen
+    def act(self, trainer: L.Trainer, stage: DiffusionStage) -> None:
+        """Draw on rank 0, unless the picture exists."""
         path = self.directory / f"images-{stage.images_seen:09d}.png"
-        if not trainer.is_global_zero or path.exists() or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not trainer.is_global_zero or path.exists():
             return
         try:
-            with not_training(trainer), averaged(trainer, stage):
+            with exclude_from_throughput(stage), stage.averaged():
                 picture = self.picture(stage, trainer.datamodule.dataset)  # type: ignore[attr-defined]
         except NonFiniteSamplesError as error:  # training goes on: its own checks decide whether it has diverged
             print(f"warning: no {path.name}, {error}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Ways for training to end before it has seen all images: diverged, out of time, enough batches."""
+"""End training early: diverged, out of time, or after a number of batches."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from datetime import timedelta
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer
+from lightning.pytorch.callbacks import Callback, Timer
 
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.training.callbacks.agreement import Agreement, Delayed
-from relay_diffusion.training.callbacks.checkpoints import DIVERGED, kept_checkpoint
+from relay_diffusion.training.callbacks.checkpoints import DIVERGED
 
 
 class StopIfDiverged(Callback):
@@ -27,20 +27,20 @@ class StopIfDiverged(Callback):
         self._count: Delayed | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-        """Start at 0."""
+        """Reset the count."""
         self._count = Delayed(pl_module.device)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
-        """Look at the count of the step before."""
+        """Check the count of the previous step."""
         assert isinstance(pl_module, DiffusionStage)
         assert self._count is not None
-        if pl_module.amid_step or pl_module.nonfinite_steps.count is None:
+        if pl_module.mid_accumulation or pl_module.nonfinite_steps.count is None:
             return
         if self._count.exchange(pl_module.nonfinite_steps.count) >= self.max_steps:
             raise UserError(
                 f"training has diverged: no finite loss, or no finite gradient, in {self.max_steps} consecutive steps "
                 f"(trainer.max_nonfinite_steps), after {pl_module.images_seen:,} images; "
-                f"{kept_checkpoint(trainer)}: {DIVERGED}"
+                f"{pl_module.fit_state.kept_checkpoint}: {DIVERGED}"
             )
 
 
@@ -49,7 +49,6 @@ class StopAfterBatches(Callback):
 
     def __init__(self, batches: int) -> None:
         self.batches, self._last_step = batches, 0
-        self.stopped = ""  # why training stopped, in the words of the options
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         """Count from where training starts."""
@@ -58,8 +57,7 @@ class StopAfterBatches(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
         """Ask the trainer to stop after the last step."""
         if trainer.global_step >= self._last_step:
-            self.stopped = f"trainer.limit_train_batches={self.batches}"
-            trainer.should_stop = True
+            _stop(trainer, f"trainer.limit_train_batches={self.batches}")
 
 
 class TimeLimit(Timer):
@@ -70,15 +68,14 @@ class TimeLimit(Timer):
 
     def __init__(self, duration: str | timedelta | dict[str, int]) -> None:
         super().__init__(duration, verbose=False)
-        self.duration = duration
-        self.stopped = ""
+        self._reason = f"trainer.max_time={duration}"
         self._agreement: Agreement | None = None
 
     def on_fit_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        """Train no further where the time is used up already."""
+        """Stop before the first step if no time is left."""
         super().on_fit_start(trainer, *args, **kwargs)
         if trainer.should_stop:
-            self._note()
+            _stop(trainer, self._reason)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
@@ -90,25 +87,17 @@ class TimeLimit(Timer):
         """Stop after a whole step, the same one on every rank."""
         stage = trainer.lightning_module
         assert isinstance(stage, DiffusionStage)
-        if stage.amid_step:
+        if stage.mid_accumulation:
             return
         left = self.time_remaining()
         over = left is not None and left <= 0
         if over if self._agreement is None else self._agreement.largest(over):
-            self._note()
-            trainer.should_stop = True
-
-    def _note(self) -> None:
-        self.stopped = f"trainer.max_time={self.duration}"
+            _stop(trainer, self._reason)
 
 
-def why_stopped(trainer: L.Trainer) -> str:
-    """What ended training before it had seen all images, in the words of the options; "" if nothing did."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    own = [c.stopped for c in callbacks if isinstance(c, StopAfterBatches | TimeLimit)]
-    early = [
-        (c.stopping_reason_message or "").removesuffix(" Signaling Trainer to stop.")
-        for c in callbacks
-        if isinstance(c, EarlyStopping)
-    ]
-    return next(filter(None, own + early), "")
+def _stop(trainer: L.Trainer, option: str) -> None:
+    """End training after this step, because of `option`."""
+    stage = trainer.lightning_module
+    assert isinstance(stage, DiffusionStage)
+    stage.fit_state.stop_reason = stage.fit_state.stop_reason or option
+    trainer.should_stop = True

@@ -1,4 +1,4 @@
-"""The numbers of training: loss, loss by noise level, gradients, learning rate, average, speed, memory."""
+"""Log loss, loss by noise level, gradients, learning rate, throughput and memory of training."""
 
 from __future__ import annotations
 
@@ -9,42 +9,39 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.networks.flops import forward_flops, matrix_peak
-from relay_diffusion.training.callbacks.periodic import Every
+from relay_diffusion.training.callbacks.periodic import PeriodicCallback
 from relay_diffusion.training.callbacks.rows import log_row
-from relay_diffusion.training.ema import find_ema
 from relay_diffusion.training.loggers import last_step
 
 
-class TrainingLog(Callback):
-    """Logs means over the last `every_n_images` images, with the images seen as the x-axis.
+class TrainingLog(PeriodicCallback):
+    """Log means over the last `every_n_images` images, with the images seen as the x-axis.
 
     loss: mean weighted squared error per element. loss_noise_K: the same for the K-th quarter of noise levels,
     1 the smallest noise. gradient_norm: L2 norm of all gradients, non-finite ones replaced, before they are clipped;
     mean over the optimizer's steps.
-    replaced_gradients (so far), lr, ema_half_life (at present, in images), images_per_second (without the time
-    that other callbacks spend in `not_training`). tflops: of each device, in 10^12 operations of convolutions and
-    matrix products a second; on a GPU also utilisation, their share of what a large matrix product reaches on it, and
-    memory_gib, the peak.
-    A run that is continued repeats no row: up to the last one that a MetricsCSV has, loggers get nothing.
+    replaced_gradients (so far), lr, ema_half_life (at present, in images), images_per_second (without the time in
+    `exclude_from_throughput`). tflops: of each device, in 10^12 operations of convolutions and matrix products a
+    second; on a GPU also utilisation, their share of what a large matrix product reaches on it, and memory_gib, the
+    peak.
+    A resumed run repeats no row: loggers get none up to the last one in a MetricsCSV.
     """
 
     def __init__(self, every_n_images: int, bins: int = 4) -> None:
+        super().__init__(every_n_images)
         self.bins = bins
-        self._every = Every(every_n_images)
         self._sums: Tensor | None = None
         self._counted_from, self._clock, self._logged = 0, 0.0, -1
-        self.latest: dict[str, float] = {}
         self._flops, self._peak = 0, 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count what a step costs, measure what the device can do, start the sums and the clock."""
+        """Count the operations of a step, measure the device, and start the sums and the clock."""
         assert isinstance(pl_module, DiffusionStage)
-        self._every.start(pl_module.images_seen)
+        super().on_train_start(trainer, pl_module)
         self._logged = last_step(trainer.loggers, "train")
         self._flops = 3 * forward_flops(pl_module.denoiser.network)  # backward costs twice as much as forward
         if pl_module.device.type == "cuda":
@@ -54,7 +51,7 @@ class TrainingLog(Callback):
 
     def _restart(self, stage: DiffusionStage) -> None:
         self._sums = torch.zeros(2, self.bins, device=stage.device, dtype=torch.float32)
-        self._counted_from, self._clock = stage.images_seen, time.perf_counter()
+        self._counted_from, self._clock = stage.images_seen, _training_seconds(stage)
 
     @property
     def logged(self) -> list[str]:
@@ -62,10 +59,6 @@ class TrainingLog(Callback):
         bins = [f"loss_noise_{i + 1}" for i in range(self.bins)]
         others = ["loss", "gradient_norm", "replaced_gradients", "lr", "ema_half_life", "images_per_second", "tflops"]
         return [f"train/{name}" for name in (*others, *bins, "utilisation", "memory_gib")]
-
-    def leave_out(self, seconds: float) -> None:
-        """Do not count so much of the present window's time."""
-        self._clock += seconds
 
     def on_train_batch_end(
         self,
@@ -82,18 +75,19 @@ class TrainingLog(Callback):
         bins = (level * self.bins).long().clamp(0, self.bins - 1).to(self._sums.device, non_blocking=True)
         self._sums[0].index_add_(0, bins, outputs["per_image"].float())
         self._sums[1].index_add_(0, bins, torch.ones_like(bins, dtype=torch.float32))
-        if self._every(pl_module.images_seen):
-            self._log(trainer, pl_module)
+        if self.due(pl_module.images_seen):
+            self.act(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log what came after the last multiple."""
+        """Log the images after the last row."""
         assert isinstance(pl_module, DiffusionStage)
         if pl_module.images_seen > self._counted_from:
-            self._log(trainer, pl_module)
+            self.act(trainer, pl_module)
 
-    def _log(self, trainer: L.Trainer, stage: DiffusionStage) -> None:
+    def act(self, trainer: L.Trainer, stage: DiffusionStage) -> None:
+        """Log a row, and start the next one."""
         total, count = trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
-        seconds = time.perf_counter() - self._clock
+        seconds = _training_seconds(stage) - self._clock
         values = {f"loss_noise_{i + 1}": s / n for i, (s, n) in enumerate(zip(total, count, strict=True)) if n}
         speed = (stage.images_seen - self._counted_from) / seconds
         values |= {
@@ -103,28 +97,31 @@ class TrainingLog(Callback):
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "replaced_gradients": float(stage.replaced_gradients),
         }
-        ema, norm = find_ema(trainer), stage.gradient_norm.take()
-        if ema is not None:
-            values["ema_half_life"] = ema.half_life(stage.images_seen)
+        if stage.ema is not None:
+            values["ema_half_life"] = stage.ema.half_life(stage.images_seen)
+        norm = stage.gradient_norm.take()
         if norm is not None:
             values["gradient_norm"] = norm
         if stage.device.type == "cuda":
             values["utilisation"] = values["tflops"] * 1e12 / self._peak
             values["memory_gib"] = torch.cuda.max_memory_allocated(stage.device) / 2**30
-        self.latest = values
+        stage.fit_state.metrics = values
         log_row(trainer, stage, "train", values, again=stage.images_seen <= self._logged)
         self._restart(stage)
 
 
+def _training_seconds(stage: DiffusionStage) -> float:
+    """A clock that stands still while work is excluded."""
+    return time.perf_counter() - stage.fit_state.excluded_seconds
+
+
 @contextmanager
-def not_training(trainer: L.Trainer) -> Iterator[None]:
-    """What is done within it does not slow down the training that is logged."""
-    if trainer.strategy.root_device.type == "cuda":
+def exclude_from_throughput(stage: DiffusionStage) -> Iterator[None]:
+    """Exclude the block's time from the logged throughput."""
+    if stage.device.type == "cuda":
         torch.cuda.synchronize()  # steps that are still running are training
-    began = time.perf_counter()
+    started = time.perf_counter()
     try:
         yield
     finally:
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, TrainingLog):
-                callback.leave_out(time.perf_counter() - began)
+        stage.fit_state.excluded_seconds += time.perf_counter() - started

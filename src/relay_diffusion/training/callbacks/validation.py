@@ -1,4 +1,4 @@
-"""The loss of the averaged weights on held-out images, at fixed noise."""
+"""Loss of the averaged weights on held-out images, at fixed noise."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from relay_diffusion.diffusion.pixels import to_float
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.training.callbacks.measurement import PeriodicMeasurement
-from relay_diffusion.training.ema import averaged
 
 GOLDEN = 0.6180339887498949  # its multiples, modulo 1, fill the unit interval evenly
 STREAM = 2**20  # of the noise; sampling uses resolutions as streams
 
 
 class Validation(PeriodicMeasurement):
-    """Logs val/loss and val/loss_noise_1 .. every `every_n_images` and at the end, with the averaged weights.
+    """Log val/loss and val/loss_noise_1 .. every `every_n_images` and at the end, with the averaged weights.
 
     `count` images of `dataset`, spread evenly over it (fewer if it has fewer), each once in each of the `bins` equal
     parts of the noise levels, 1 the smallest noise, so all parts see the same images. Levels and noise depend on the
@@ -68,7 +67,7 @@ class Validation(PeriodicMeasurement):
         cases = range(count * self.bins)[trainer.global_rank :: trainer.world_size]
         sums = torch.zeros(self.bins, dtype=torch.float64, device=stage.device)
         training = stage.training
-        with averaged(trainer, stage), trainer.precision_plugin.val_step_context():
+        with stage.averaged(), trainer.precision_plugin.val_step_context():
             stage.eval()
             try:
                 for first in range(0, len(cases), self.batch_size):

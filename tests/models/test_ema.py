@@ -3,8 +3,9 @@
 import math
 
 import pytest
+import torch
 
-from relay_diffusion.training.ema import ema_beta
+from relay_diffusion.models.ema import WeightAverage, ema_beta
 
 
 def test_a_half_life_halves_in_one_step():
@@ -42,3 +43,25 @@ def test_ramp_up_ends_where_the_share_reaches_the_half_life():
 
 def test_no_half_life_at_all_copies_the_weights():
     assert ema_beta(batch=1, seen=10**9, half_life=0, ramp_up=None) == 0.0
+
+
+def test_the_average_moves_towards_the_weights():
+    network = torch.nn.Linear(3, 2)
+    average = WeightAverage(network, half_life_images=8, ramp_up=None)
+    expected = {name: p.detach().clone() for name, p in network.named_parameters()}
+    for step in range(3):
+        torch.nn.init.normal_(network.weight)
+        average.update(network, batch=4, seen=4 * step)
+        beta = ema_beta(4, 4 * step, 8, None)
+        expected = {name: torch.lerp(expected[name], p.detach(), 1 - beta) for name, p in network.named_parameters()}
+    for name, value in expected.items():
+        assert torch.equal(average.weights[name], value)
+
+
+def test_the_network_gets_its_own_weights_back():
+    network = torch.nn.Linear(3, 2)
+    average = WeightAverage(network, 8, weights={"weight": torch.zeros(2, 3), "bias": torch.ones(2)})
+    raw = network.weight.detach().clone()
+    with average.applied_to(network):
+        assert not network.weight.any()
+    assert torch.equal(network.weight, raw)

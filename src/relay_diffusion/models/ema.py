@@ -1,0 +1,74 @@
+"""Exponential moving average of a network's weights, with its half-life in images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def present_half_life(seen: int, half_life: float, ramp_up: float | None) -> float:
+    """min(half_life, seen ramp_up), in images: `ramp_up` shortens it early in training; None leaves it."""
+    return half_life if ramp_up is None else min(half_life, seen * ramp_up)
+
+
+def ema_beta(batch: int, seen: int, half_life: float, ramp_up: float | None) -> float:
+    """Weight of the old average after `batch` more images: 0.5 ** (batch / max(present half-life, 1e-8)).
+
+    `seen`: images before this batch.
+    """
+    return float(0.5 ** (batch / max(present_half_life(seen, half_life, ramp_up), 1e-8)))
+
+
+class WeightAverage:
+    """Exponential moving average of a network's parameters, in float32.
+
+    `half_life_images`: images after which the weight of an old state has halved. `ramp_up`: share of the images seen
+    that the half-life may not exceed; None disables the limit. `weights`: the average to continue, by parameter name;
+    empty starts from the network's parameters.
+    """
+
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        half_life_images: float,
+        ramp_up: float | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.half_life_images, self.ramp_up = half_life_images, ramp_up
+        present = dict(network.named_parameters())
+        source = weights or present
+        self.weights = {k: source[k].detach().to(p.device, torch.float32, copy=True) for k, p in present.items()}
+
+    @torch.no_grad()
+    def update(self, network: torch.nn.Module, batch: int, seen: int) -> None:
+        """Move the average towards the network after an optimizer step.
+
+        `batch`: images of the step; `seen`: images before it.
+        """
+        beta = ema_beta(batch, seen, self.half_life_images, self.ramp_up)
+        present = [p.detach().float() for p in network.parameters()]
+        torch._foreach_lerp_(list(self.weights.values()), present, 1 - beta)
+
+    def half_life(self, images_seen: int) -> float:
+        """The half-life in images after `images_seen` images."""
+        return present_half_life(images_seen, self.half_life_images, self.ramp_up)
+
+    @contextmanager
+    def applied_to(self, network: torch.nn.Module) -> Iterator[None]:
+        """Give the network the averaged weights inside the block, and restore its own afterwards."""
+        parameters = dict(network.named_parameters())
+        raw = {name: p.detach().clone() for name, p in parameters.items()}
+        try:
+            _copy(self.weights, parameters)
+            yield
+        finally:
+            _copy(raw, parameters)
+
+
+@torch.no_grad()
+def _copy(source: Mapping[str, Tensor], target: Mapping[str, torch.nn.Parameter]) -> None:
+    for name, parameter in target.items():
+        parameter.copy_(source[name])

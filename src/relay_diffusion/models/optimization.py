@@ -1,0 +1,112 @@
+"""Hooks around the optimizer step, with all amounts in images."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from relay_diffusion.models.ema import WeightAverage
+from relay_diffusion.models.fit_state import FitState
+from relay_diffusion.models.gradients import GradientNorm, NonfiniteSteps, keep_fused, replace_nonfinite
+
+
+class OptimizationHooks(L.LightningModule):
+    """Warm up, clean and clip the gradients of `denoiser`, count images, and update its average `ema`.
+
+    A subclass calls `add_pending` for each micro-batch and `prepare_optimizer` for the optimizer that it configures.
+    """
+
+    denoiser: torch.nn.Module
+
+    def __init__(self, warmup_images: int = 0, images_seen: int = 0) -> None:
+        super().__init__()
+        self.warmup_images = warmup_images
+        self.images_seen = images_seen  # images whose gradients the weights have seen
+        self.ema: WeightAverage | None = None  # of the denoiser; set by a callback at the start of a fit
+        self.fit_state = FitState()
+        self.replaced_gradients: Tensor | int = 0  # non-finite gradient elements replaced so far
+        self.gradient_norm = GradientNorm()  # non-finite elements replaced, before clipping
+        self.nonfinite_steps = NonfiniteSteps()
+        self._pending = 0  # images of the present step
+        self._norm: Tensor | None = None  # of the present step's gradients
+        self._base_lrs: list[float] = []
+
+    @property
+    def mid_accumulation(self) -> bool:
+        """Whether images were seen whose gradients have not moved the weights yet."""
+        return self._pending > 0
+
+    def add_pending(self, images: int, per_image: Tensor) -> None:
+        """Count a micro-batch of `images` over all ranks, with this rank's losses [B]."""
+        self._pending += images
+        self.nonfinite_steps.add_losses(per_image)
+
+    def prepare_optimizer(self, optimizer: Optimizer) -> None:
+        """Note the learning rates that warm-up scales, and keep this run's `fused` setting."""
+        optimizer.register_load_state_dict_pre_hook(keep_fused)
+        self._base_lrs = [group["lr"] for group in optimizer.param_groups]
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Use the averaged weights inside the block, if training keeps an average."""
+        return nullcontext() if self.ema is None else self.ema.applied_to(self.denoiser)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Set the warmed-up learning rate, replace and count non-finite gradients, and note their norm."""
+        warmth = min(self.images_seen / self.warmup_images, 1.0) if self.warmup_images else 1.0
+        for group, lr in zip(optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = lr * warmth
+        replaced = replace_nonfinite(self.denoiser.parameters())
+        elements = sum(p.grad.numel() for p in self.denoiser.parameters() if p.grad is not None)
+        self.replaced_gradients = self.replaced_gradients + replaced
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # unscaled by now
+        taken = replaced == 0 if scaled else None  # with fp16, Lightning skips a step with infinite gradients
+        self.nonfinite_steps.end_step(replaced < elements, taken, self.trainer.world_size)
+        self._norm = self.gradient_norm.add(self.denoiser.parameters(), taken)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,  # noqa: ARG002
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the L2 norm of the gradients, or each element, after non-finite ones were replaced.
+
+        Lightning's own clipping refuses a fused optimizer under mixed precision, where it is sound: gradients are
+        unscaled by now.
+        """
+        if not gradient_clip_val:
+            return
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(self.denoiser.parameters(), gradient_clip_val)
+        else:
+            assert self._norm is not None  # noted just before
+            torch.nn.utils.clip_grads_with_norm_(self.denoiser.parameters(), gradient_clip_val, self._norm)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, update the average, and count the images of the step."""
+        super().optimizer_step(*args, **kwargs)
+        self.denoiser.zero_grad()  # now, before a replay would keep them
+        batch, self._pending = self._pending, 0
+        if self.ema is not None:
+            self.ema.update(self.denoiser, batch, self.images_seen)
+        self.images_seen += batch
+
+    def setup(self, stage: str) -> None:
+        """Reset what an earlier fit has left, also one that failed."""
+        if stage == "fit":
+            self.nonfinite_steps, self.fit_state, self.ema = NonfiniteSteps(), FitState(), None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the counts."""
+        checkpoint["images_seen"] = self.images_seen
+        checkpoint["replaced_gradients"] = int(self.replaced_gradients)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the counts."""
+        self.images_seen = checkpoint["images_seen"]
+        self.replaced_gradients = checkpoint["replaced_gradients"]

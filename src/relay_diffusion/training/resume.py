@@ -1,0 +1,148 @@
+"""Where a run starts: from its own last checkpoint, from `resume`, from the weights of `init`, or anew."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from relay_diffusion.checkpoints.reading import (
+    KEPT,
+    LAST,
+    find_checkpoint,
+    find_stage,
+    read_checkpoint,
+    read_stage,
+    stored_weights,
+)
+from relay_diffusion.data.datamodule import ImageDataModule
+from relay_diffusion.errors import UserError, naming
+from relay_diffusion.models.stage import DiffusionStage
+from relay_diffusion.training.run_record import KEY, changes
+from relay_diffusion.utils.differences import first_difference
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts, as rank 0 decides it.
+
+    checkpoint: the file to continue from; None for a new run. own: it is of this run, and not `resume`. changed:
+    (setting, before, now) of each setting that differs. wandb: what its W&B run continues from.
+    """
+
+    checkpoint: Path | None = None
+    own: bool = False
+    images_seen: int = 0
+    changed: list[tuple[str, str, str]] = field(default_factory=list)
+    wandb: dict[str, str] | None = None
+
+
+def last_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any], bool] | None:
+    """Find the checkpoint to continue from: the last one of this run, or else `resume`.
+
+    Returns its path, its content, and whether it is this run's own; None for a new run. A damaged one of this run is
+    skipped, with a warning, for the one before. Raises UserError if none of this run can be read.
+    """
+    directory = OmegaConf.select(cfg, "callbacks.checkpoints.directory")
+    own = [Path(directory) / LAST, *sorted(Path(directory).glob(KEPT), reverse=True)] if directory else []
+    failures = []
+    for path in own:
+        if path.exists():
+            try:
+                return path, read_checkpoint(path, cfg.trusted), True
+            except UserError as error:
+                failures.append(str(error))
+                print(f"warning: {error}; trying the checkpoint before", file=sys.stderr, flush=True)
+    if failures:
+        raise UserError(f"no checkpoint in {directory} can be read: delete them to begin anew ({failures[0]})")
+    if cfg.resume is None:
+        return None
+    with naming("resume"):
+        return find_checkpoint(cfg.resume), read_checkpoint(cfg.resume, cfg.trusted), False
+
+
+def check_same_stage(path: Path, checkpoint: dict[str, Any], stage_config: dict[str, Any]) -> None:
+    """Refuse to continue from a checkpoint of another stage or with another optimizer.
+
+    The learning rate may change, and so may settings that affect speed and memory alone.
+    """
+    stored, present = _fixed_settings(checkpoint["stage_config"]), _fixed_settings(stage_config)
+    if stored != present:
+        difference = first_difference(stored, present)
+        raise UserError(
+            f"{path} was written with different settings ({difference}): use another run_dir, or restore these settings"
+        )
+
+
+def check_same_classes(path: Path, checkpoint: dict[str, Any], data: ImageDataModule) -> None:
+    """Refuse to continue with classes of other names or order: labels would change meaning."""
+    stored, present = checkpoint.get("class_names", []), data.dataset.class_names
+    if stored and present and stored != present:
+        pairs = enumerate(zip_longest(stored, present))
+        number, before, now = next((i, *pair) for i, pair in pairs if len({*pair}) > 1)
+        raise UserError(
+            f"{path} was trained on other classes than data.dataset.path={data.dataset.path} has (class {number} is "
+            f"{before} there, {now} here): choose another run_dir; init={path} begins there with its weights"
+        )
+
+
+def _fixed_settings(stage_config: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a stage that a resumed run may not change."""
+    parts: dict[str, dict[str, Any]] = {
+        part: stage_config.get(part) or {} for part in ("denoiser", "corruption", "optimizer")
+    }
+    # older files lack condition_channels, and the log-normal of a relay stage
+    network = {"condition_channels": 0} | (parts["denoiser"].get("network") or {})
+    schedule = {"p_mean": -1.2, "p_std": 1.2} | (parts["corruption"].get("schedule") or {})
+    network = _without(network, "checkpoint_levels")
+    return parts | {
+        "denoiser": parts["denoiser"] | {"network": network},
+        "corruption": parts["corruption"] | {"schedule": schedule},
+        "optimizer": _without(parts["optimizer"], "lr", "fused"),
+    }
+
+
+def _without(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key not in names}
+
+
+def init_from(stage: DiffusionStage, path: str) -> Path:
+    """Load the averaged weights stored at `path`, or the raw ones if there is no average.
+
+    Returns the file. Raises UserError naming it, if the weights are missing or those of another network.
+    """
+    with naming("init"):
+        file = find_stage(path)
+        content = read_stage(file)
+    kind = "ema" if content.get("ema", {}).get("weights") else "raw"
+    with naming("init takes the weights of a stage that has the network of this run"):
+        weights = stored_weights(content, kind, stage.denoiser, file)
+    stage.denoiser.load_state_dict(weights)
+    return file
+
+
+def find_start(cfg: DictConfig, data: ImageDataModule, record: dict[str, Any]) -> Start:
+    """Decide where the run starts. Call on rank 0.
+
+    `record`: the RunRecord of this run. The checkpoint does not stay in memory: Lightning reads it again. Raises
+    UserError for a checkpoint that this run cannot continue.
+    """
+    found = last_checkpoint(cfg)
+    if found is None:
+        return Start()
+    path, content, own = found
+    check_same_stage(path, content, record["config"]["stage"])
+    check_same_classes(path, content, data)
+    seen = content["images_seen"]
+    if not own and seen >= cfg.trainer.max_images:
+        raise UserError(
+            f"resume={os.path.relpath(path)} has seen {seen:,} images already: raise "
+            f"trainer.max_images={cfg.trainer.max_images} to continue it"
+        )
+    stored = content.get(KEY, {}).get("wandb") if own else None
+    return Start(path, own, seen, changes(content, record, data), stored)

@@ -1,0 +1,60 @@
+"""When periodic callbacks act."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from relay_diffusion.training.callbacks.checkpoints import Checkpoints
+from relay_diffusion.training.callbacks.periodic import PeriodicCallback
+from support import tiny_stage
+
+
+class Recorder(PeriodicCallback):
+    """Record the images seen at each action."""
+
+    def __init__(self, every_n_images):
+        super().__init__(every_n_images)
+        self.acted = []
+
+    def act(self, trainer, stage):  # noqa: ARG002
+        self.acted.append(stage.images_seen)
+
+
+def train(callback, steps, signal=0, fast=False):
+    """Call the hooks as a run of `steps`, the images seen after each; the first is where it starts."""
+    stage, trainer = tiny_stage(4), SimpleNamespace(should_stop=False, fast_dev_run=fast)
+    stage.images_seen = steps[0]
+    callback.on_train_start(trainer, stage)
+    for seen in steps[1:]:
+        stage.images_seen, trainer.should_stop = seen, seen == steps[-1]
+        callback.on_train_batch_end(trainer, stage, None, None, 0)
+    stage.fit_state.stop_signal = signal
+    callback.on_train_epoch_end(trainer, stage)
+    return callback.acted
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "acted"),
+    [
+        (8, range(0, 25, 4), [8, 16, 24]),
+        (8, range(0, 21, 4), [8, 16, 20]),  # and at the end
+        (8, [12, 14, 16, 18], [16, 18]),  # a resumed run
+        (8, [0, 5, 10, 30, 31], [10, 30, 31]),  # several multiples in one step count once
+        (0, range(0, 25, 4), []),
+    ],
+)
+def test_actions_at_multiples_and_at_the_end(every, steps, acted):
+    assert train(Recorder(every), list(steps)) == acted
+
+
+def test_a_signal_skips_the_end():
+    assert train(Recorder(8), [0, 4, 8, 12], signal=15) == [8]
+
+
+def test_fast_dev_run_skips_all():
+    assert train(Recorder(4), [0, 4, 8], fast=True) == []
+
+
+def test_checkpoints_count_the_same_way(tmp_path):
+    callback = Checkpoints(str(tmp_path), 8)
+    assert [seen for seen in range(4, 25, 4) if callback.due(seen)] == [8, 16, 24]
