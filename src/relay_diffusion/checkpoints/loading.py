@@ -1,4 +1,4 @@
-"""A trained stage from a checkpoint, a run or an export."""
+"""Stages and relays from checkpoints, training runs and exports."""
 
 from __future__ import annotations
 
@@ -15,8 +15,13 @@ from relay_diffusion.checkpoints.reading import (
     stored_weights,
 )
 from relay_diffusion.errors import UserError
+from relay_diffusion.models.relay import Relay
 from relay_diffusion.models.stage import DiffusionStage
-from relay_diffusion.utils.files import file_sha256
+from relay_diffusion.utils.files import file_sha256, parse_json
+from relay_diffusion.utils.messages import short
+
+RELAY_FILE = "relay.json"  # in the folder of a relay
+RELAY_FORMAT = 1
 
 
 def load_stage(
@@ -68,3 +73,65 @@ def load_stage(
     except UserError as error:  # guidance that cannot work shows before sampling
         raise UserError(f"{file}: {error}") from None
     return stage.eval()
+
+
+def load_relay(
+    source: str | Path | Mapping[str, str | Path],
+    weights: str = "ema",
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
+    trusted: Sequence[str] = (),
+) -> Relay:
+    """Load a relay from a folder with relay.json, or from the paths of its stages.
+
+    `source`: a folder that holds relay.json, e.g. {"format": 1, "stages": {"base": {"path": "base"}, "relay": {"path":
+    "relay"}}}, with paths relative to it and stages in order; or a mapping of stage names to paths, as load_stage takes
+    them. `changes`: those of each stage by its name, e.g. {"base": {"sampler": {"steps": 50}}}. `weights`, `trusted`:
+    as for load_stage.
+    Raises UserError naming the file or the stage, if it cannot be used.
+    """
+    if isinstance(source, Mapping):
+        said, paths = "", {name: Path(path) for name, path in source.items()}
+    else:
+        file = _relay_file(Path(source))
+        said, paths = f"{file}: ", _stage_paths(file)
+    for name in changes or {}:
+        if name not in paths:
+            raise UserError(f"changes.{name}: {said}the relay has no stage {name}; its stages are {', '.join(paths)}")
+    stages = {}
+    for name, path in paths.items():
+        try:
+            stages[name] = load_stage(path, weights, (changes or {}).get(name), trusted=trusted)
+        except UserError as error:
+            raise UserError(f"{said}stages.{name}: {error}") from None
+    return Relay(stages)
+
+
+def _relay_file(path: Path) -> Path:
+    file = path if path.name == RELAY_FILE else path / RELAY_FILE
+    if not file.is_file():
+        raise UserError(
+            f"no relay at {path}: give a folder with {RELAY_FILE}, or the path of each stage, e.g. "
+            "load_relay({'base': PATH, 'relay': PATH}); load_stage loads a single stage"
+        )
+    return file
+
+
+def _stage_paths(file: Path) -> dict[str, Path]:
+    """The path of each stage in a relay.json."""
+    try:
+        content = parse_json(file.read_text(encoding="utf-8"))
+        if content["format"] != RELAY_FORMAT:
+            raise UserError(
+                f"{file} is a relay in format {short(content['format'])}: this version reads {RELAY_FORMAT}"
+            )
+        if content.keys() != {"format", "stages"} or any(
+            stage.keys() != {"path"} for stage in content["stages"].values()
+        ):
+            raise ValueError
+        return {name: file.parent / stage["path"] for name, stage in content["stages"].items()}
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(
+            f'{file} cannot be read: must be {{"format": {RELAY_FORMAT}, "stages": {{NAME: {{"path": PATH}}, ...}}}}'
+        ) from None
