@@ -18,8 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from relay_diffusion.checkpoints.export import export_stage
-from relay_diffusion.checkpoints.loading import load_stage
-from relay_diffusion.checkpoints.reading import read_checkpoint
+from relay_diffusion.checkpoints.loading import load_stage, read_checkpoint
 from relay_diffusion.data.npz import Npz
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics.reference import read_reference

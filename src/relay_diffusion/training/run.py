@@ -14,16 +14,8 @@ import lightning as L
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from relay_diffusion.checkpoints.reading import (
-    KEPT,
-    LAST,
-    check_loadable,
-    find_checkpoint,
-    find_stage,
-    read_checkpoint,
-    read_stage,
-    stored_weights,
-)
+from relay_diffusion.checkpoints.loading import check_loadable, read_checkpoint
+from relay_diffusion.checkpoints.reading import KEPT, LAST, find_checkpoint, find_stage, read_stage, stored_weights
 from relay_diffusion.data.datamodule import ImageDataModule
 from relay_diffusion.errors import UserError, naming
 from relay_diffusion.models.stage import DiffusionStage

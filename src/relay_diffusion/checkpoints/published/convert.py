@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from relay_diffusion.checkpoints.loading import build_stored
 from relay_diffusion.checkpoints.published.edm import PublishedCheckpoint, convert_weights, read_published
-from relay_diffusion.checkpoints.reading import build_stored
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.stage import DiffusionStage
 
