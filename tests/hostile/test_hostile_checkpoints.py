@@ -243,7 +243,8 @@ def test_changes_of_another_kind(checkpoint) -> None:
         ({"guidance_scale": "strong"}, "guidance_scale=strong must be a number; stored is 1.0"),
         ({"cuda_graphs": 1}, "cuda_graphs=1 must be true or false; stored is True"),
         ({"guidance_interval": "all"}, "guidance_interval"),
-        ({"samplr": {"steps": 3}}, "samplr"),
+        ({"samplr": {"steps": 3}}, "samplr: unknown key; did you mean sampler?"),
+        ({"sampler": {"step": 3}}, "sampler.step: unknown key; did you mean steps?"),
     ):
         message = message_of(lambda c=changes: load_stage(path, changes=c), path)
         assert words in message, message

@@ -26,7 +26,7 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.models.relay import Relay
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.utils.files import file_sha256, parse_json
-from relay_diffusion.utils.messages import short
+from relay_diffusion.utils.messages import did_you_mean, short
 
 RELAY_FILE = "relay.json"  # in the folder of a relay
 RELAY_FORMAT = 1
@@ -236,12 +236,14 @@ def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any] | None,
 
 
 def _check_changes(stored: Mapping[str, Any], changes: Mapping[str, Any], said: str, prefix: str = "") -> None:
-    """Raise UserError for a changed value of another kind than the stored one; what is stored as null may be anything.
+    """Raise UserError for an unknown key, or a value of another kind than the stored one; null may become anything.
 
     `said`: how messages begin.
     """
     for name, value in changes.items():
         before, key = stored.get(name), f"{prefix}{name}"
+        if value is not None and name not in stored:
+            raise UserError(f"{said}{short(key)}: unknown key{did_you_mean(str(name), map(str, stored))}")
         if value is None or before is None:
             continue
         if isinstance(before, Mapping) and isinstance(value, Mapping):
