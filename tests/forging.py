@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,17 @@ def text(value: str) -> bytes:
     return b"\x8c" + bytes([len(value)]) + value.encode()
 
 
+def unframed(content: bytes) -> bytes:
+    """A pickle without the frames of protocol 4, so that its parts may change their length."""
+    frames = [position for opcode, _, position in pickletools.genops(content) if opcode.name == "FRAME"]
+    for position in reversed(frames):
+        content = content[:position] + content[position + 9 :]
+    return content
+
+
 def rewritten(source: Path, destination: Path, **names: str) -> Path:
     """A copy of a protocol 4 pickle with names in it replaced."""
-    content = source.read_bytes()
+    content = unframed(source.read_bytes())
     for old, new in names.items():
         assert text(old) in content
         content = content.replace(text(old), text(new))

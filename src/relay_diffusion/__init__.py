@@ -1,8 +1,41 @@
-"""Relay Diffusion: cascades of diffusion stages that start from each other's images (arXiv 2309.03350)."""
+"""Relay Diffusion: cascades of diffusion stages that start from each other's images (arXiv 2309.03350).
 
+import relay_diffusion as rd
+
+relay = rd.load_relay("demo/emoji")
+images = relay.sample(seeds=range(4), labels="animals-nature")  # [4,3,256,256] in [-1, 1]
+relay.to_pil(images)[0].save("emoji.png")
+"""
+
+import importlib
 import sys
+from typing import Any
 
 __version__ = "0.1.0"
+
+_EXPORTS = {  # imported on first use (PEP 562): the package alone imports neither torch nor lightning
+    "load_stage": "checkpoints.loading",
+    "load_relay": "checkpoints.loading",
+    "DiffusionStage": "models.stage",
+    "Relay": "models.relay",
+    "EDMSampler": "samplers.edm",
+    "BlurringSampler": "samplers.blurring",
+    "GaussianCorruption": "diffusion.corruption",
+    "BlurringCorruption": "diffusion.corruption",
+    "UserError": "errors",
+}
+__all__ = [*_EXPORTS, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 COMMANDS = ("cli.convert_images", "cli.convert_checkpoint", "cli.neighbours", "cli.spectrum")
 

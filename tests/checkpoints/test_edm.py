@@ -11,12 +11,12 @@ from relay_diffusion.checkpoints.published.edm import (
     DHARIWAL_UNET,
     EDM_PRECOND,
     constructor_arguments,
-    load_official,
-    official_names,
-    read_official,
+    load_published,
+    published_names,
+    read_published,
     unet_settings,
 )
-from relay_diffusion.checkpoints.published.unpickle import PersistentObject
+from relay_diffusion.checkpoints.published.unpickle import StoredObject
 from relay_diffusion.errors import UserError
 from relay_diffusion.networks import UNet
 from support import REFERENCE, class_indices, tiny_stage
@@ -25,7 +25,7 @@ from support import REFERENCE, class_indices, tiny_stage
 def refused(path, *words):
     """The one line with which a file is refused."""
     with pytest.raises(UserError) as caught:
-        load_official(path)
+        load_published(path)
     message = str(caught.value)
     assert message.startswith(str(path))
     assert "\n" not in message
@@ -37,7 +37,7 @@ def refused(path, *words):
 @pytest.mark.parametrize("file", [EDM, TRAINING_STATE], ids=["pkl", "pt"])
 def test_reference_checkpoints(reference, file):
     v = reference(f"{file.stem}_output")
-    denoise = load_official(str(file))
+    denoise = load_published(str(file))
     assert not denoise.training
     assert denoise.network.memory_format == torch.contiguous_format
     labels = class_indices(v["labels"]) if "labels" in v else None
@@ -49,7 +49,7 @@ def test_reference_checkpoints(reference, file):
 
 
 def test_what_a_file_says_of_itself():
-    edm, state = read_official(EDM), read_official(TRAINING_STATE)
+    edm, state = read_published(EDM), read_published(TRAINING_STATE)
     assert (edm.settings["num_classes"], edm.settings["augment_labels"], edm.settings["dropout"]) == (10, 0, 0.1)
     assert (state.settings["num_classes"], state.settings["augment_labels"], state.settings["dropout"]) == (0, 9, 0.2)
     assert edm.sigma_data == state.sigma_data == 0.5
@@ -66,11 +66,11 @@ def test_the_published_networks(name):
     with torch.device("meta"):
         network = UNet(**settings)
     assert sum(p.numel() for p in network.parameters()) == inventory["parameter_count"]
-    assert set(official_names(network).values()) == set(inventory["parameters"])
+    assert set(published_names(network).values()) == set(inventory["parameters"])
 
 
 def _stored(*positional, **named):
-    return PersistentObject("DhariwalUNet", {"_init_args": positional, "_init_kwargs": named})
+    return StoredObject("DhariwalUNet", {"_init_args": positional, "_init_kwargs": named})
 
 
 def test_settings_by_place_and_by_default():
@@ -117,7 +117,7 @@ def test_settings_that_make_no_sense(stored, words):
 
 
 def test_narrow_published_networks_have_no_attention():
-    checkpoint = read_official(EDM)
+    checkpoint = read_published(EDM)
     assert checkpoint.settings["attention_resolutions"] == []
     attention = checkpoint.denoiser().network.middle[0].attention
     x = torch.randn(1, 16, 4, 4)
@@ -161,7 +161,7 @@ def test_parameters_must_be_those_of_the_network(tmp_path):
     path = tmp_path / "odd.pkl"
     refused(rewritten(EDM, path, out_norm="out_nurm"), "lacks model.out_norm.weight and 1 more")
     refused(rewritten(EDM, path, resample_filter="filter"), "model.enc.4x4_down.conv0.filter")
-    checkpoint = read_official(EDM)
+    checkpoint = read_published(EDM)
     extra = replace(checkpoint, weights=checkpoint.weights | {"model.extra": torch.zeros(1)})
     with pytest.raises(UserError, match=r"edm_snapshot\.pkl also holds model\.extra:"):
         extra.check()
@@ -174,7 +174,7 @@ def test_parameters_must_be_those_of_the_network(tmp_path):
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
-    weights = read_official(EDM).weights["model.out_conv.weight"].numpy().tobytes()
+    weights = read_published(EDM).weights["model.out_conv.weight"].numpy().tobytes()
     spoiled = torch.tensor([float("nan")]).numpy().tobytes() + weights[4:]
     path = tmp_path / "nan.pkl"
     path.write_bytes(EDM.read_bytes().replace(weights, spoiled))
@@ -183,7 +183,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 
 def test_a_member_with_a_flipped_bit_is_noticed(tmp_path):
     content = TRAINING_STATE.read_bytes()
-    weights = read_official(TRAINING_STATE).weights["model.out_conv.weight"].numpy().tobytes()
+    weights = read_published(TRAINING_STATE).weights["model.out_conv.weight"].numpy().tobytes()
     spoiled = bytes([weights[0] ^ 1]) + weights[1:]
     path = tmp_path / "flipped.pt"
     path.write_bytes(content.replace(weights, spoiled))

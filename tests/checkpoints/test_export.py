@@ -236,14 +236,11 @@ def test_the_loss_of_a_file_sets_the_noise(tmp_path, monkeypatch):
 
 def test_the_label_dropout_of_a_published_file_is_kept(monkeypatch):
     monkeypatch.chdir(PROJECT)
-    official = convert.read_official(EDM)
-    assert (
-        official.label_dropout
-        == convert.published_stage(EDM, convert_checkpoint.compose_stage(None)).label_dropout
-        == 0
-    )
+    stage = convert_checkpoint.compose_stage(None)
+    published = convert.read_published(EDM)
+    assert published.label_dropout == convert.published_stage(EDM, stage).label_dropout == 0
     monkeypatch.setattr(
-        convert, "read_official", lambda path: dataclasses.replace(official, path=path, label_dropout=0.1)
+        convert, "read_published", lambda path: dataclasses.replace(published, path=path, label_dropout=0.1)
     )
     assert (
         convert.published_stage(EDM, convert_checkpoint.compose_stage(None)).label_dropout == 0.1

@@ -6,9 +6,8 @@ import sys
 import pytest
 import torch
 
-from relay_diffusion.checkpoints.loading import load_stage
-from relay_diffusion.checkpoints.published import convert
-from relay_diffusion.checkpoints.reading import read_checkpoint
+from relay_diffusion.checkpoints.loading import load_stage, read_checkpoint
+from relay_diffusion.cli import convert_checkpoint as convert
 from relay_diffusion.errors import UserError
 from relay_diffusion.sampling.run import sample
 from support import TINY, run

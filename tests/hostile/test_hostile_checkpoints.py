@@ -18,8 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from relay_diffusion.checkpoints.export import export_stage
-from relay_diffusion.checkpoints.loading import load_stage
-from relay_diffusion.checkpoints.reading import read_checkpoint
+from relay_diffusion.checkpoints.loading import load_stage, read_checkpoint
 from relay_diffusion.data.npz import Npz
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics.reference import read_reference
@@ -244,7 +243,8 @@ def test_changes_of_another_kind(checkpoint) -> None:
         ({"guidance_scale": "strong"}, "guidance_scale=strong must be a number; stored is 1.0"),
         ({"cuda_graphs": 1}, "cuda_graphs=1 must be true or false; stored is True"),
         ({"guidance_interval": "all"}, "guidance_interval"),
-        ({"samplr": {"steps": 3}}, "samplr"),
+        ({"samplr": {"steps": 3}}, "samplr: unknown key; did you mean sampler?"),
+        ({"sampler": {"step": 3}}, "sampler.step: unknown key; did you mean steps?"),
     ):
         message = message_of(lambda c=changes: load_stage(path, changes=c), path)
         assert words in message, message

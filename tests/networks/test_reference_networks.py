@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from relay_diffusion.checkpoints.published.edm import from_official, official_names
+from relay_diffusion.checkpoints.published.edm import convert_weights, published_names
 from relay_diffusion.networks import EDMPreconditioner, UNet
 from support import REFERENCE, class_indices
 
@@ -45,7 +45,7 @@ def test_outputs(reference, name):
     with np.load(REFERENCE / f"{name}.npz", allow_pickle=False) as arrays:
         config, inventory = json.loads(str(arrays["config"])), json.loads(str(arrays["parameters"]))
     network = unet(config)
-    network.load_state_dict(from_official(formula_weights(inventory), network))
+    network.load_state_dict(convert_weights(formula_weights(inventory), network))
     denoise = EDMPreconditioner(network).eval()
     labels = class_indices(v["labels"]) if v["labels"].numel() else None
     augment = v["augment_labels"] if v["augment_labels"].numel() else None
@@ -68,7 +68,7 @@ def test_parameters_of_the_published_networks(name):
     assert sum(p.numel() for p in network.parameters()) == inventory["parameter_count"]
     published = {n: tuple(s) for n, s in inventory["parameters"].items()}
     ours = dict(network.named_parameters())
-    mapped = {theirs: tuple(ours[name].shape) for name, theirs in official_names(network).items()}
+    mapped = {theirs: tuple(ours[name].shape) for name, theirs in published_names(network).items()}
     if "model.map_label.weight" in mapped:  # a table of classes here, a matrix there
         mapped["model.map_label.weight"] = mapped["model.map_label.weight"][::-1]
     assert mapped == published
@@ -77,4 +77,4 @@ def test_parameters_of_the_published_networks(name):
 def test_a_missing_parameter_is_named():
     network = UNet(8, channels=4, channel_mult=[1], blocks=1, attention_resolutions=[])
     with pytest.raises(KeyError, match="map_layer0"):
-        from_official({}, network)
+        convert_weights({}, network)

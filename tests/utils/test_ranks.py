@@ -9,7 +9,8 @@ from support import TINY, run
 
 DISAGREEING = """
 import os
-from relay_diffusion import {module}, commands
+from relay_diffusion.cli import main as commands
+from relay_diffusion.{package} import {module}
 
 if os.environ.get("LOCAL_RANK") == "1":
     {patch}
@@ -28,7 +29,7 @@ def script(tmp_path, **parts):
 def test_rank_zero_decides_which_checkpoint_is_continued(tmp_path, small_zip):
     """Rank 1 does not see the checkpoint yet."""
     disagreeing = script(
-        tmp_path, module="training", command="train", patch="training.last_checkpoint = lambda _: None"
+        tmp_path, package="training", module="resume", command="train", patch="resume.last_checkpoint = lambda _: None"
     )
     options = [*TINY, "resolution=16", f"data.dataset.path={small_zip}", f"run_dir={tmp_path / 'run'}"]
     for images in (8, 16):
@@ -43,7 +44,7 @@ def test_rank_zero_decides_which_checkpoint_is_continued(tmp_path, small_zip):
 def test_rank_zero_decides_which_images_are_missing(tmp_path, relay_overrides):
     """Rank 1 sees images that rank 0 does not see."""
     patch = "image_store.ImageStore.__contains__ = lambda *_: True"
-    disagreeing = script(tmp_path, module="image_store", command="sample", patch=patch)
+    disagreeing = script(tmp_path, package="sampling", module="image_store", command="sample", patch=patch)
     options = [*relay_overrides, "strategy=ddp_cpu", "seeds=0-6", "batch_size=2", "picture=0"]
     result = run(disagreeing, *options, timeout=480)
     assert result.returncode == 0, result.stderr

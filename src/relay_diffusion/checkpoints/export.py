@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from relay_diffusion import __version__
-from relay_diffusion.checkpoints.reading import EXPORT_FORMAT, EXPORT_STAGE, EXPORT_WEIGHTS, LAST
 from relay_diffusion.errors import UserError
-from relay_diffusion.utils.files import file_sha256, json_text, whole_file, write_text
+from relay_diffusion.utils.files import file_sha256, json_text, parse_json, whole_file, write_text
 
+EXPORT_STAGE, EXPORT_WEIGHTS = "stage.json", "weights.safetensors"
+EXPORT_FORMAT = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -44,9 +45,8 @@ def export_stage(
     destination = Path(destination).expanduser()
     if destination.exists() and not destination.is_dir():
         raise UserError(f"destination={destination}: is a file; give the name of a folder")
-    for used in (destination / LAST, destination / "checkpoints"):
-        if used.exists():
-            raise UserError(f"destination={destination}: holds a training run ({used.name}); choose another folder")
+    for used in (*destination.glob("*.ckpt"), *destination.glob("checkpoints")):
+        raise UserError(f"destination={destination}: holds a training run ({used.name}); choose another folder")
     tensors = _converted(weights, dtype)
     stage_file, weights_file = destination / EXPORT_STAGE, destination / EXPORT_WEIGHTS
     stage_file.unlink(missing_ok=True)
@@ -76,3 +76,42 @@ def _converted(weights: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
             raise UserError(f"dtype={dtype}: {name} holds weights that are {reason}")
         converted[name] = stored
     return converted
+
+
+def read_export(file: Path) -> dict[str, Any]:
+    """Read the stage.json of an export and its weights, in the shape of a checkpoint.
+
+    Raises UserError naming the file.
+    """
+    try:
+        content = parse_json(file.read_text(encoding="utf-8"))
+        if content["format"] != EXPORT_FORMAT:
+            raise UserError(f"{file} is an export in format {content['format']!r}: this version reads {EXPORT_FORMAT}")
+        kind, sha256 = content["weights"]["kind"], content["weights"]["sha256"]
+        read = {key: content[key] for key in ("stage_config", "class_names", "images_seen")}
+        kinds = {"stage_config": dict, "class_names": list, "images_seen": int}
+        if kind not in ("raw", "ema") or not all(isinstance(read[key], kinds[key]) for key in kinds):
+            raise TypeError
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{file} cannot be read as an exported stage: it is damaged or none; export again") from None
+    weights = _read_weights(file.with_name(EXPORT_WEIGHTS), sha256)
+    if kind == "ema":
+        return read | {"ema": {"weights": weights}}
+    return read | {"state_dict": {f"denoiser.{name}": tensor for name, tensor in weights.items()}}
+
+
+def _read_weights(file: Path, sha256: str) -> dict[str, Tensor]:
+    try:
+        if file_sha256(file) != sha256:
+            raise UserError(
+                f"{file} does not hold the weights that {EXPORT_STAGE} describes: fetch or export both again"
+            )
+        return load_file(file)
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing: it belongs to {EXPORT_STAGE} beside it") from None
+    except UserError:
+        raise
+    except Exception:  # foreign bytes
+        raise UserError(f"{file} cannot be read: it is damaged; export again") from None

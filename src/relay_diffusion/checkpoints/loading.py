@@ -1,4 +1,4 @@
-"""A trained stage from a checkpoint, a run or an export."""
+"""Stages and relays from checkpoints, training runs and exports."""
 
 from __future__ import annotations
 
@@ -6,18 +6,31 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from relay_diffusion.checkpoints.reading import (
-    build_empty,
-    build_stored,
-    changed_config,
+    check_fits,
+    check_resumable,
+    check_stored,
+    find_checkpoint,
     find_stage,
+    read_file,
     read_stage,
     stored_weights,
 )
+from relay_diffusion.checkpoints.targets import OWN_PACKAGE, check_targets, package_names, translate_targets
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.info import StageInfo
+from relay_diffusion.models.relay import Relay
 from relay_diffusion.models.stage import DiffusionStage
-from relay_diffusion.utils.files import file_sha256
+from relay_diffusion.utils.files import file_sha256, parse_json
+from relay_diffusion.utils.messages import did_you_mean, short
+
+RELAY_FILE = "relay.json"  # in the folder of a relay
+RELAY_FORMAT = 1
 
 
 def load_stage(
@@ -65,3 +78,188 @@ def load_stage(
     except UserError as error:  # guidance that cannot work shows before sampling
         raise UserError(f"{file}: {error}") from None
     return stage.eval()
+
+
+def load_relay(
+    source: str | Path | Mapping[str, str | Path],
+    weights: str = "ema",
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
+    trusted: Sequence[str] = (),
+) -> Relay:
+    """Load a relay from a folder with relay.json, or from the paths of its stages.
+
+    `source`: a folder that holds relay.json, e.g. {"format": 1, "stages": {"base": {"path": "base"}, "relay": {"path":
+    "relay"}}}, with paths relative to it and stages in order; or a mapping of stage names to paths, as load_stage takes
+    them. `changes`: those of each stage by its name, e.g. {"base": {"sampler": {"steps": 50}}}. `weights`, `trusted`:
+    as for load_stage.
+    Raises UserError naming the file or the stage, if it cannot be used.
+    """
+    if isinstance(source, Mapping):
+        said, paths = "", {name: Path(path) for name, path in source.items()}
+    else:
+        file = _relay_file(Path(source))
+        said, paths = f"{file}: ", _stage_paths(file)
+    for name in changes or {}:
+        if name not in paths:
+            raise UserError(f"changes.{name}: {said}the relay has no stage {name}; its stages are {', '.join(paths)}")
+    stages = {}
+    for name, path in paths.items():
+        try:
+            stages[name] = load_stage(path, weights, (changes or {}).get(name), trusted=trusted)
+        except UserError as error:
+            raise UserError(f"{said}stages.{name}: {error}") from None
+    return Relay(stages)
+
+
+def _relay_file(path: Path) -> Path:
+    file = path if path.name == RELAY_FILE else path / RELAY_FILE
+    if not file.is_file():
+        raise UserError(
+            f"no relay at {path}: give a folder with {RELAY_FILE}, or the path of each stage, e.g. "
+            "load_relay({'base': PATH, 'relay': PATH}); load_stage loads a single stage"
+        )
+    return file
+
+
+def _stage_paths(file: Path) -> dict[str, Path]:
+    """The path of each stage in a relay.json."""
+    try:
+        content = parse_json(file.read_text(encoding="utf-8"))
+        if content["format"] != RELAY_FORMAT:
+            raise UserError(
+                f"{file} is a relay in format {short(content['format'])}: this version reads {RELAY_FORMAT}"
+            )
+        if content.keys() != {"format", "stages"} or any(
+            stage.keys() != {"path"} for stage in content["stages"].values()
+        ):
+            raise ValueError
+        return {name: file.parent / stage["path"] for name, stage in content["stages"].items()}
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(
+            f'{file} cannot be read: must be {{"format": {RELAY_FORMAT}, "stages": {{NAME: {{"path": PATH}}, ...}}}}'
+        ) from None
+
+
+def read_checkpoint(path: str | Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
+    """The content of a checkpoint that training can continue from, on the CPU: tensors and plain values only.
+
+    trusted: as for load_stage. Raises UserError naming the file, and the first key or tensor that is wrong.
+    """
+    file = find_checkpoint(path)
+    content = read_file(file)
+    check_resumable(content, file)
+    if "config" in content.get("run", {}):
+        content["run"]["config"] = translate_targets(content["run"]["config"])
+    described = _described(content["stage_config"], file, trusted)
+    if described is not None:
+        check_fits(content["state_dict"], described, file)
+        if averaged := (content.get("ema") or {}).get("weights"):
+            check_fits(averaged, cast(torch.nn.Module, described.denoiser), file, "averaged (ema) ")
+    return content
+
+
+def _described(config: Mapping[str, Any], file: Path, trusted: Sequence[str]) -> torch.nn.Module | None:
+    """The stage of a stored config without memory for its weights; None if it is of classes that are not trusted.
+
+    Training builds its own config, and compares the stored one with that.
+    """
+    try:
+        stage = build_empty({key: value for key, value in config.items() if key != "optimizer"}, file, trusted)
+    except UserError:
+        return None
+    if not isinstance(stage, torch.nn.Module):
+        raise UserError(f"{file} describes a {type(stage).__name__}, not a stage: it is damaged")
+    return stage
+
+
+def check_loadable(stage_config: Mapping[str, Any], trusted: Sequence[str], file: Path) -> None:
+    """Raise UserError unless a stage with this config could be loaded from its checkpoint, whose name is `file`.
+
+    The optimizer may be of any package: loading leaves it out. Leaves the global random state as it is.
+    """
+    check_stored({"stage_config": dict(stage_config)}, file)
+    config = {key: value for key, value in stage_config.items() if key != "optimizer"}
+    check_targets(config, (OWN_PACKAGE, *package_names(trusted)), file)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            build_empty(config, file, trusted)
+    except UserError as error:
+        raise UserError(
+            f"{error}; loading first builds stages on the meta device, so a constructor that reads numbers of a tensor "
+            "must make it with device='cpu'"
+        ) from None
+
+
+def build_stored(config: Mapping[str, Any], file: Path, trusted: Sequence[str] = (), **arguments: Any) -> Any:
+    """Build the object of a stored config, with `arguments` that no config can hold.
+
+    trusted: packages besides this one whose classes it may name. Raises UserError for a class of another package, and
+    for one that refuses its settings.
+    """
+    check_targets(config, (OWN_PACKAGE, *package_names(trusted)), file)
+    try:
+        factory = instantiate(OmegaConf.create(dict(config)), _convert_="all", _partial_=True)
+        return factory(**arguments) if callable(factory) else factory  # the caller refuses anything but a stage
+    except Exception as error:  # foreign settings, and foreign ways to call a class
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise UserError(f"the stage of {file} cannot be built: {reason}") from None
+
+
+def build_empty(config: Mapping[str, Any], file: Path, trusted: Sequence[str] = ()) -> Any:
+    """As build_stored, without memory for weights: what a file describes may be of any size."""
+    with torch.device("meta"):
+        return build_stored(config, file, trusted)
+
+
+def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any] | None, file: Path) -> dict[str, Any]:
+    """A stored config with some values replaced; nulls in `changes` change nothing.
+
+    `changes` has the shape of the config; what it says of the corruption holds for the sampler too, unless it says
+    something else of the sampler's. Raises UserError if it names something that is not there, or gives it
+    another kind of value.
+    """
+    _check_changes(config, changes or {}, f"changes to the stage of {file}: ")
+    stored, given = OmegaConf.create(dict(config)), _without_nulls(changes or {})
+    OmegaConf.set_struct(stored, True)
+    copied = {}
+    if "corruption" in given and "corruption" in (config.get("sampler") or {}):
+        copied = {"sampler": {"corruption": given["corruption"]}}  # it has a copy, with settings for sampling alone
+    try:
+        merged = OmegaConf.merge(stored, copied, given)
+    except OmegaConfBaseException as error:
+        raise UserError(f"changes to the stage of {file}: {str(error).splitlines()[0]}") from None
+    return cast(dict[str, Any], OmegaConf.to_container(merged))
+
+
+def _check_changes(stored: Mapping[str, Any], changes: Mapping[str, Any], said: str, prefix: str = "") -> None:
+    """Raise UserError for an unknown key, or a value of another kind than the stored one; null may become anything.
+
+    `said`: how messages begin.
+    """
+    for name, value in changes.items():
+        before, key = stored.get(name), f"{prefix}{name}"
+        if value is not None and name not in stored:
+            raise UserError(f"{said}{short(key)}: unknown key{did_you_mean(str(name), map(str, stored))}")
+        if value is None or before is None:
+            continue
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            _check_changes(before, value, said, f"{key}.")
+        elif _kind(before) != _kind(value):
+            raise UserError(f"{said}{key}={short(value)} must be {_kind(before)}; stored is {short(before)}")
+
+
+def _kind(value: Any) -> str:
+    kinds = {bool: "true or false", int: "a number", float: "a number", str: "a text", dict: "a mapping"}
+    return next((said for kind, said in kinds.items() if isinstance(value, kind)), "a list")
+
+
+def _without_nulls(changes: Mapping[str, Any]) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for key, value in changes.items():
+        if isinstance(value, Mapping):
+            kept[key] = _without_nulls(value)
+        elif value is not None:
+            kept[key] = value
+    return kept

@@ -1,29 +1,39 @@
-"""Checkpoints and exported stages: found, read without running anything in them, and turned into objects again."""
+"""Find and read checkpoints and exports without running anything in them, and check what they hold."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
-from hydra.utils import get_class, instantiate
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from safetensors.torch import load_file
 from torch import Tensor
 
-from relay_diffusion.checkpoints.stored import check_changes, check_finite, check_fits, check_resumable, check_stored
-from relay_diffusion.checkpoints.targets import OWN_PACKAGE, package_names, translate_targets
+from relay_diffusion.checkpoints.export import EXPORT_STAGE, EXPORT_WEIGHTS, read_export
+from relay_diffusion.checkpoints.targets import translate_targets
 from relay_diffusion.errors import UserError
-from relay_diffusion.utils.files import file_sha256, parse_json
 from relay_diffusion.utils.messages import short
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 KEPT = "images-*.ckpt"  # earlier ones, with the images they have seen in twelve digits
-EXPORT_STAGE, EXPORT_WEIGHTS = "stage.json", "weights.safetensors"  # the files of an exported stage
-EXPORT_FORMAT = 1
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_DEPTH = 20  # of a stored config
+MAX_IMAGES_SEEN = 2**62
+TRAINING = ("state_dict", "images_seen", "replaced_gradients", "optimizer_states", "loops", "pytorch-lightning_version")
+KINDS = {  # of what only training reads
+    "replaced_gradients": int,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "loops": dict,
+    "callbacks": dict,
+    "dealt": dict,
+    "run": dict,
+    "epoch": int,
+    "global_step": int,
+    "pytorch-lightning_version": str,
+}
+RUN_KINDS = {"config": dict, "derived": list, "devices": int, "images": int, "wandb": dict}  # of its key "run"
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -36,39 +46,8 @@ def find_checkpoint(path: str | Path) -> Path:
     raise UserError(f"no checkpoint at {path}: give a .ckpt file or the directory of a training run")
 
 
-def read_checkpoint(path: str | Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
-    """The content of a checkpoint that training can continue from, on the CPU: tensors and plain values only.
-
-    trusted: as for load_stage. Raises UserError naming the file, and the first key or tensor that is wrong.
-    """
-    file = find_checkpoint(path)
-    content = _read(file)
-    check_resumable(content, file)
-    if "config" in content.get("run", {}):
-        content["run"]["config"] = translate_targets(content["run"]["config"])
-    described = _described(content["stage_config"], file, trusted)
-    if described is not None:
-        check_fits(content["state_dict"], described, file)
-        if averaged := (content.get("ema") or {}).get("weights"):
-            check_fits(averaged, cast(torch.nn.Module, described.denoiser), file, "averaged (ema) ")
-    return content
-
-
-def _described(config: Mapping[str, Any], file: Path, trusted: Sequence[str]) -> torch.nn.Module | None:
-    """The stage of a stored config without memory for its weights; None if it is of classes that are not trusted.
-
-    Training builds its own config, and compares the stored one with that.
-    """
-    try:
-        stage = build_empty({key: value for key, value in config.items() if key != "optimizer"}, file, trusted)
-    except UserError:
-        return None
-    if not isinstance(stage, torch.nn.Module):
-        raise UserError(f"{file} describes a {type(stage).__name__}, not a stage: it is damaged")
-    return stage
-
-
-def _read(file: Path) -> dict[str, Any]:
+def read_file(file: Path) -> dict[str, Any]:
+    """The content of a checkpoint file, on the CPU: tensors and plain values only. Raises UserError naming the file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols and of types that are refused below
@@ -101,42 +80,7 @@ def read_stage(file: Path) -> dict[str, Any]:
 
     Keys: stage_config; state_dict (of the stage), ema (a dictionary with weights) or both; class_names, images_seen.
     """
-    return _translated(check_stored(_read_export(file), file)) if file.name == EXPORT_STAGE else _read(file)
-
-
-def _read_export(file: Path) -> dict[str, Any]:
-    try:
-        content = parse_json(file.read_text(encoding="utf-8"))
-        if content["format"] != EXPORT_FORMAT:
-            raise UserError(f"{file} is an export in format {content['format']!r}: this version reads {EXPORT_FORMAT}")
-        kind, sha256 = content["weights"]["kind"], content["weights"]["sha256"]
-        read = {key: content[key] for key in ("stage_config", "class_names", "images_seen")}
-        kinds = {"stage_config": dict, "class_names": list, "images_seen": int}
-        if kind not in ("raw", "ema") or not all(isinstance(read[key], kinds[key]) for key in kinds):
-            raise TypeError
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{file} cannot be read as an exported stage: it is damaged or none; export again") from None
-    weights = _read_export_weights(file.with_name(EXPORT_WEIGHTS), sha256)
-    if kind == "ema":
-        return read | {"ema": {"weights": weights}}
-    return read | {"state_dict": {f"denoiser.{name}": tensor for name, tensor in weights.items()}}
-
-
-def _read_export_weights(file: Path, sha256: str) -> dict[str, Tensor]:
-    try:
-        if file_sha256(file) != sha256:
-            raise UserError(
-                f"{file} does not hold the weights that {EXPORT_STAGE} describes: fetch or export both again"
-            )
-        return load_file(file)
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing: it belongs to {EXPORT_STAGE} beside it") from None
-    except UserError:
-        raise
-    except Exception:  # foreign bytes
-        raise UserError(f"{file} cannot be read: it is damaged; export again") from None
+    return _translated(check_stored(read_export(file), file)) if file.name == EXPORT_STAGE else read_file(file)
 
 
 def stored_weights(
@@ -161,105 +105,122 @@ def stored_weights(
     return cast(Mapping[str, Tensor], state)
 
 
-def _inside(name: str, packages: Sequence[str]) -> bool:
-    """Whether a dotted name lies in one of the packages: my_package does not contain my_package_2."""
-    return any(name == package or name.startswith(f"{package}.") for package in packages)
+def check_stored(content: Any, file: Path) -> dict[str, Any]:
+    """The content of a checkpoint or export, if each key that is there holds what it should; shapes are not looked at.
+
+    Raises UserError naming the file and the key.
+    """
+    if not isinstance(content, dict) or not isinstance(content.get("stage_config"), dict):
+        raise UserError(f"{file} is not a checkpoint of a diffusion stage: it holds no stage_config")
+    _check_plain(content["stage_config"], "stage_config", file)
+    if "state_dict" in content:
+        _check_tensors(content["state_dict"], "state_dict", file)
+    ema = content.get("ema", {})
+    if not isinstance(ema, dict):
+        _wrong(file, "ema", ema, "a dictionary with weights")
+    if ema.get("weights") is not None:
+        _check_tensors(ema["weights"], "ema.weights", file)
+    names, seen = content.get("class_names", []), content.get("images_seen", 0)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        _wrong(file, "class_names", names, "a list of names")
+    if not isinstance(seen, int) or isinstance(seen, bool) or not 0 <= seen <= MAX_IMAGES_SEEN:
+        _wrong(file, "images_seen", seen, "a number of images")
+    return content
 
 
-def _check_targets(node: Any, packages: Sequence[str], file: Path) -> None:
-    """Refuse a stored config that would call anything but a class of the trusted packages."""
-    if isinstance(node, str) and "${" in node:
-        raise UserError(f"{file} holds a config with an interpolation ({node[:60]}): refused")
-    if isinstance(node, Mapping):
-        if node.get("_target_") is not None:
-            _check_target(node["_target_"], packages, file)
-        for value in node.values():
-            _check_targets(value, packages, file)
+def check_resumable(content: dict[str, Any], file: Path) -> None:
+    """Raise UserError unless training can continue from a checked checkpoint: all is there, and finite."""
+    for key in TRAINING:
+        if key not in content:
+            raise UserError(f"{file} lacks {key}: training cannot continue from it")
+    for key, kind in KINDS.items():
+        value = content.get(key)
+        if key in content and (not isinstance(value, kind) or isinstance(value, bool)):
+            _wrong(file, key, value, f"a {kind.__name__}")
+    _check_plain(content.get("dealt", {}), "dealt", file)
+    _check_run(content.get("run", {}), file)
+    states = content["optimizer_states"]
+    if len(states) != 1 or not isinstance(states[0], dict) or {"state", "param_groups"} - states[0].keys():
+        raise UserError(f"{file} holds no state of one optimizer: training cannot continue from it")
+    check_finite(content["state_dict"], file)
+    check_finite((content.get("ema") or {}).get("weights") or {}, file, "ema ")
+    moments = states[0]["state"]
+    if not isinstance(moments, dict) or not all(isinstance(state, dict) for state in moments.values()):
+        _wrong(file, "optimizer_states", moments, "a dictionary for each parameter")
+    for number, state in moments.items():
+        tensors = {f"{number}.{name}": value for name, value in state.items() if isinstance(value, Tensor)}
+        _check_tensors(tensors, "optimizer_states", file)
+        check_finite(tensors, file, "optimizer state ")
+
+
+def _check_run(run: dict[str, Any], file: Path) -> None:
+    _check_plain(run, "run", file)
+    for key, value in run.items():
+        kind = RUN_KINDS.get(key, object)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            _wrong(file, f"run.{short(key)}", value, f"a {kind.__name__}")
+    for key in ("derived", "wandb"):
+        part = run.get(key, {})
+        for value in part.values() if isinstance(part, dict) else part:
+            if not isinstance(value, str):
+                _wrong(file, f"run.{key}", value, "text")
+
+
+def check_finite(weights: Mapping[str, Tensor], file: Path, what: str = "") -> None:
+    """Raise UserError naming the first tensor with nan or infinity."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise UserError(
+                f"{file} holds weights that are not finite, first in {what}{short(name)}: its training has failed, "
+                "use an earlier checkpoint"
+            )
+
+
+def check_fits(weights: Mapping[str, Tensor], network: torch.nn.Module, file: Path, what: str = "") -> None:
+    """Raise UserError unless names and shapes are those of a network, which may lie on the meta device."""
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    stored = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    problems = [f"it lacks {name}" for name in expected if name not in stored]
+    problems += [f"it also holds {short(name)}" for name in stored if name not in expected]
+    problems += [
+        f"{name} is {list(stored[name])}, not {list(shape)}"
+        for name, shape in expected.items()
+        if stored.get(name, shape) != shape
+    ]
+    if problems:
+        raise UserError(f"the {what}weights in {file} do not fit the network: {problems[0]}")
+
+
+def _check_tensors(weights: Any, key: str, file: Path) -> None:
+    """A dictionary of plain tensors that store every one of their elements."""
+    if not isinstance(weights, dict):
+        _wrong(file, key, weights, "a dictionary of tensors")
+    for name, tensor in weights.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            _wrong(file, f"{key}[{short(name)}]", tensor, "a tensor")
+        if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise UserError(
+                f"{file} is damaged: {key}.{short(name)} must hold float numbers, not {tensor.dtype} {tensor.layout}"
+            )
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # expanded: of any size
+            raise UserError(f"{file} is damaged: {key}.{short(name)} claims more numbers than it stores")
+
+
+def _check_plain(node: Any, key: str, file: Path, depth: int = 0) -> None:
+    """Text, numbers, lists and dictionaries, not too deep."""
+    if depth > MAX_DEPTH:
+        raise UserError(f"{file} is damaged: {key[:60]}... is nested too deeply")
+    if isinstance(node, dict):
+        for name, value in node.items():
+            if not isinstance(name, str):
+                _wrong(file, f"{key}[{short(name)}]", value, "under a name")
+            _check_plain(value, f"{key}.{short(name)}", file, depth + 1)
     elif isinstance(node, list | tuple):
-        for value in node:
-            _check_targets(value, packages, file)
+        for index, value in enumerate(node):
+            _check_plain(value, f"{key}[{index}]", file, depth + 1)
+    elif node is not None and not isinstance(node, str | int | float):
+        _wrong(file, key, node, "text, a number, a list or a dictionary")
 
 
-def _check_target(target: Any, packages: Sequence[str], file: Path) -> None:
-    if not (isinstance(target, str) and _inside(target, packages)):
-        package = target.partition(".")[0] if isinstance(target, str) else ""
-        remedy = f"refused; if you trust it, add trusted=[{short(package)}]" if package.isidentifier() else "refused"
-        raise UserError(f"{file} names '{short(target)}', which is not a class of {' or '.join(packages)}: {remedy}")
-    try:
-        found = get_class(target)
-    except Exception:
-        raise UserError(f"{file} names {short(target)}, which is not a class that can be imported here") from None
-    if not _inside(found.__module__, packages):
-        raise UserError(
-            f"{file} names {short(target)}, which comes from {short(found.__module__)}, outside "
-            f"{' or '.join(packages)}: refused"
-        )
-
-
-def check_loadable(stage_config: Mapping[str, Any], trusted: Sequence[str], file: Path) -> None:
-    """Raise UserError unless a stage with this config could be loaded from its checkpoint, whose name is `file`.
-
-    The optimizer may be of any package: loading leaves it out. Leaves the global random state as it is.
-    """
-    check_stored({"stage_config": dict(stage_config)}, file)
-    config = {key: value for key, value in stage_config.items() if key != "optimizer"}
-    _check_targets(config, (OWN_PACKAGE, *package_names(trusted)), file)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            build_empty(config, file, trusted)
-    except UserError as error:
-        raise UserError(
-            f"{error}; loading first builds stages on the meta device, so a constructor that reads numbers of a tensor "
-            "must make it with device='cpu'"
-        ) from None
-
-
-def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any] | None, file: Path) -> dict[str, Any]:
-    """A stored config with some values replaced; nulls in `changes` change nothing.
-
-    `changes` has the shape of the config; what it says of the corruption holds for the sampler too, unless it says
-    something else of the sampler's. Raises UserError if it names something that is not there, or gives it
-    another kind of value.
-    """
-    check_changes(config, changes or {}, f"changes to the stage of {file}: ")
-    stored, given = OmegaConf.create(dict(config)), _without_nulls(changes or {})
-    OmegaConf.set_struct(stored, True)
-    copied = {}
-    if "corruption" in given and "corruption" in (config.get("sampler") or {}):
-        copied = {"sampler": {"corruption": given["corruption"]}}  # it has a copy, with settings for sampling alone
-    try:
-        merged = OmegaConf.merge(stored, copied, given)
-    except OmegaConfBaseException as error:
-        raise UserError(f"changes to the stage of {file}: {str(error).splitlines()[0]}") from None
-    return cast(dict[str, Any], OmegaConf.to_container(merged))
-
-
-def build_stored(config: Mapping[str, Any], file: Path, trusted: Sequence[str] = (), **arguments: Any) -> Any:
-    """Build the object of a stored config, with `arguments` that no config can hold.
-
-    trusted: packages besides this one whose classes it may name. Raises UserError for a class of another package, and
-    for one that refuses its settings.
-    """
-    _check_targets(config, (OWN_PACKAGE, *package_names(trusted)), file)
-    try:
-        factory = instantiate(OmegaConf.create(dict(config)), _convert_="all", _partial_=True)
-        return factory(**arguments) if callable(factory) else factory  # the caller refuses anything but a stage
-    except Exception as error:  # foreign settings, and foreign ways to call a class
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise UserError(f"the stage of {file} cannot be built: {reason}") from None
-
-
-def build_empty(config: Mapping[str, Any], file: Path, trusted: Sequence[str] = ()) -> Any:
-    """As build_stored, without memory for weights: what a file describes may be of any size."""
-    with torch.device("meta"):
-        return build_stored(config, file, trusted)
-
-
-def _without_nulls(changes: Mapping[str, Any]) -> dict[str, Any]:
-    kept: dict[str, Any] = {}
-    for key, value in changes.items():
-        if isinstance(value, Mapping):
-            kept[key] = _without_nulls(value)
-        elif value is not None:
-            kept[key] = value
-    return kept
+def _wrong(file: Path, key: str, value: Any, wanted: str) -> NoReturn:
+    raise UserError(f"{file} is damaged: {key} must be {wanted}, not {type(value).__name__} {short(value)}")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from relay_diffusion.errors import require
-from relay_diffusion.utils.messages import shown
+from hydra.utils import get_class
+
+from relay_diffusion.errors import UserError, require
+from relay_diffusion.utils.messages import short, shown
 
 OWN_PACKAGE = "relay_diffusion"  # whose classes every stored config may name
 RENAMED = {  # modules and classes that stored configs of earlier versions name
@@ -51,3 +54,38 @@ def package_names(trusted: Any) -> tuple[str, ...]:
         named = isinstance(name, str) and all(part.isidentifier() for part in name.split("."))
         require(named, f"trusted holds {shown(name)}: must be names of packages, e.g. my_package.samplers")
     return tuple(trusted)
+
+
+def check_targets(node: Any, packages: Sequence[str], file: Path) -> None:
+    """Refuse a stored config that would call anything but a class of the trusted packages."""
+    if isinstance(node, str) and "${" in node:
+        raise UserError(f"{file} holds a config with an interpolation ({node[:60]}): refused")
+    if isinstance(node, Mapping):
+        if node.get("_target_") is not None:
+            _check_target(node["_target_"], packages, file)
+        for value in node.values():
+            check_targets(value, packages, file)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            check_targets(value, packages, file)
+
+
+def _check_target(target: Any, packages: Sequence[str], file: Path) -> None:
+    if not (isinstance(target, str) and _inside(target, packages)):
+        package = target.partition(".")[0] if isinstance(target, str) else ""
+        remedy = f"refused; if you trust it, add trusted=[{short(package)}]" if package.isidentifier() else "refused"
+        raise UserError(f"{file} names '{short(target)}', which is not a class of {' or '.join(packages)}: {remedy}")
+    try:
+        found = get_class(target)
+    except Exception:
+        raise UserError(f"{file} names {short(target)}, which is not a class that can be imported here") from None
+    if not _inside(found.__module__, packages):
+        raise UserError(
+            f"{file} names {short(target)}, which comes from {short(found.__module__)}, outside "
+            f"{' or '.join(packages)}: refused"
+        )
+
+
+def _inside(name: str, packages: Sequence[str]) -> bool:
+    """Whether a dotted name lies in one of the packages: my_package does not contain my_package_2."""
+    return any(name == package or name.startswith(f"{package}.") for package in packages)

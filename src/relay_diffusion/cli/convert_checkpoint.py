@@ -13,10 +13,9 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from relay_diffusion.checkpoints.export import export_stage
+from relay_diffusion.checkpoints.export import EXPORT_STAGE, EXPORT_WEIGHTS, export_stage
 from relay_diffusion.checkpoints.loading import load_stage
 from relay_diffusion.checkpoints.published.convert import published_stage
-from relay_diffusion.checkpoints.reading import EXPORT_STAGE, EXPORT_WEIGHTS
 from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.cli.main import explain
 from relay_diffusion.config import CONF

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple, cast
 
 import lightning as L
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from relay_diffusion.diffusion.pixels import to_float, to_uint8
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.finite_samples import finite, nonfinite_samples
-from relay_diffusion.models.sample_arguments import Integers, image_batch, label_tensor, seed_list
+from relay_diffusion.models.sample_arguments import ClassLabels, Integers, image_batch, label_tensor, seed_list
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.samplers import Sampler
 
@@ -137,11 +138,11 @@ class Relay(L.LightningModule):
 
     @torch.no_grad()
     def sample_stages(
-        self, seeds: Integers, labels: Integers | None = None, start: Tensor | None = None
+        self, seeds: Integers, labels: ClassLabels | None = None, start: Tensor | None = None
     ) -> dict[str, Tensor]:
         """The images [B,C,H,W] of every stage by name, in about [-1, 1]; see `sample`."""
         seeds = seed_list(seeds)
-        labels = label_tensor(labels, len(seeds), self.num_classes)
+        labels = label_tensor(labels, len(seeds), self.num_classes, self.class_names)
         size, channels = self.start_resolution, next(iter(self.chain().values())).image_channels
         if (start is None) != (size is None):
             wanted = (
@@ -154,11 +155,11 @@ class Relay(L.LightningModule):
         self._check_finite(fine.cpu(), images, seeds, labels, start)
         return images
 
-    def sample(self, seeds: Integers, labels: Integers | None = None, start: Tensor | None = None) -> Tensor:
+    def sample(self, seeds: Integers, labels: ClassLabels | None = None, start: Tensor | None = None) -> Tensor:
         """Final images [B,C,H,W] in about [-1, 1], one for each seed.
 
-        seeds: integers of 0..2^63-1 as a range, list, array or tensor [B], or one integer. labels: class indices [B],
-        -1 or None for no class, or one integer for all; a stage that knows no classes ignores them.
+        seeds: integers of 0..2^63-1 as a range, list, array or tensor [B], or one integer. labels: class indices
+        or names [B], -1 or None for no class, or one for all; a stage that knows no classes ignores them.
         start: images [B,C,h,w], uint8 or in [-1, 1], for a relay whose first stage enlarges.
         Waits for the device. Raises ValueError if an argument does not fit, UserError for classes that no stage knows,
         NonFiniteSamplesError (a UserError) if a stage's samples hold nan or infinity.
@@ -199,6 +200,12 @@ class Relay(L.LightningModule):
         """Images [B,C,H,W] in [-1, 1] as the 8-bit images that are written and measured."""
         pixels = to_uint8(images, self.rounding)
         return pixels if self.postprocess is None else self.postprocess(pixels)
+
+    def to_pil(self, images: Tensor) -> list[Image.Image]:
+        """Images [B,C,H,W], as `sample` or `finish` gives them, as PIL images."""
+        pixels = images if images.dtype == torch.uint8 else self.finish(images)
+        pixels = pixels[:, 0] if pixels.shape[1] == 1 else pixels.permute(0, 2, 3, 1)
+        return [Image.fromarray(image) for image in pixels.cpu().numpy()]
 
     def predict_step(self, batch: SampleBatch, batch_idx: int) -> Samples:  # noqa: ARG002
         """A SampleBatch -> Samples of the positions that it wants, their final images on the CPU.

@@ -13,12 +13,16 @@ from torch import Tensor
 from relay_diffusion.diffusion.guidance import NO_CLASS
 from relay_diffusion.diffusion.pixels import to_float
 from relay_diffusion.errors import UserError
+from relay_diffusion.utils.messages import did_you_mean
 
 MAX_SEED = 2**63 - 1
 LARGEST_VALUE = 8.0  # of images in [-1, 1]: samples overshoot, but pixels in 0..255 lie far beyond
 
 Integers = int | Sequence[int] | Tensor | np.ndarray
 """One integer, or a range, list, tuple, array or tensor of them."""
+
+ClassLabels = Integers | str | Sequence[str]
+"""Class indices, or class names: one, or a sequence of them."""
 
 
 def seed_list(seeds: Integers) -> list[int]:
@@ -35,14 +39,16 @@ def seed_list(seeds: Integers) -> list[int]:
     return found
 
 
-def label_tensor(labels: Integers | None, count: int, num_classes: int) -> Tensor | None:
-    """Return class labels [count] as a tensor on the CPU: one integer for all images, or one for each; None stays.
+def label_tensor(
+    labels: ClassLabels | None, count: int, num_classes: int, class_names: Sequence[str] = ()
+) -> Tensor | None:
+    """Return class labels [count] as a tensor on the CPU: one class for all images, or one for each; None stays.
 
     Raises ValueError for another number or kind of labels, UserError for classes that the network does not know.
     """
     if labels is None:
         return None
-    found = _integers("labels", labels)
+    found = _integers("labels", _class_indices(labels, class_names) if class_names else labels)
     found = [found] * count if isinstance(found, int) else found
     if len(found) != count:
         raise ValueError(f"labels holds {len(found)} for {count} seeds: give one for each, or one integer for all")
@@ -73,6 +79,17 @@ def image_batch(name: str, images: Tensor, shape: Sequence[int]) -> Tensor:
             f"{name} has values up to {largest:g}: floats must lie in [-1, 1]; give uint8, or pixels / 127.5 - 1"
         )
     return images
+
+
+def _class_indices(labels: Any, class_names: Sequence[str]) -> Any:
+    """Replace class names by their indices; raises UserError for an unknown name."""
+    if isinstance(labels, str):
+        if labels not in class_names:
+            raise UserError(f"labels={labels[:60]}: unknown class{did_you_mean(labels, class_names)}")
+        return list(class_names).index(labels)
+    if isinstance(labels, list | tuple):
+        return [_class_indices(label, class_names) if isinstance(label, str) else label for label in labels]
+    return labels
 
 
 def _integers(name: str, values: Any) -> int | list[int]:

@@ -26,7 +26,7 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.models.finite_samples import finite, nonfinite_samples
 from relay_diffusion.models.info import StageInfo
 from relay_diffusion.models.optimization import OptimizationHooks
-from relay_diffusion.models.sample_arguments import Integers, image_batch, label_tensor, seed_list
+from relay_diffusion.models.sample_arguments import ClassLabels, Integers, image_batch, label_tensor, seed_list
 from relay_diffusion.networks import Condition, Conditioned, EDMPreconditioner, Graphed, GraphedTraining
 from relay_diffusion.samplers import Sampler
 
@@ -208,19 +208,19 @@ class DiffusionStage(OptimizationHooks):
         self,
         shape: Sequence[int],
         seeds: Integers,
-        labels: Integers | None = None,
+        labels: ClassLabels | None = None,
         previous: Tensor | None = None,
     ) -> Tensor:
         """Images of `shape` [B,C,H,W] in about [-1, 1], float32, one for each seed.
 
-        seeds: B integers of 0..2^63-1 as a range, list, array or tensor, or one integer. labels: class indices [B], -1
-        or None for no class, or one integer for all. previous: images [B,C,H/block,W/block] of the stage before, uint8
-        or in [-1, 1], for a stage that enlarges. Equal seeds give equal images, however they are batched.
+        seeds: B integers of 0..2^63-1 as a range, list, array or tensor, or one integer. labels: class indices or
+        names [B], -1 or None for no class, or one for all. previous: images [B,C,H/block,W/block] of the stage before,
+        uint8 or in [-1, 1], for a stage that enlarges. Equal seeds give equal images, however they are batched.
         Waits for the device. Raises ValueError if an argument does not fit, UserError for labels that the network does
         not know, NonFiniteSamplesError (a UserError) if a sample holds nan or infinity.
         """
         seeds = seed_list(seeds)
-        labels = label_tensor(labels, len(seeds), self.num_classes)
+        labels = label_tensor(labels, len(seeds), self.num_classes, self.info.class_names)
         channels, size, block = self.image_channels, self.resolution, self.corruption.block
         if tuple(shape) != (len(seeds), channels, size, size):
             raise ValueError(

@@ -11,12 +11,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from relay_diffusion.checkpoints.loading import read_checkpoint
 from relay_diffusion.checkpoints.reading import (
     KEPT,
     LAST,
     find_checkpoint,
     find_stage,
-    read_checkpoint,
     read_stage,
     stored_weights,
 )

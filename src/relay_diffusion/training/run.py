@@ -11,7 +11,8 @@ import lightning as L
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from relay_diffusion.checkpoints.reading import LAST, check_loadable
+from relay_diffusion.checkpoints.loading import check_loadable
+from relay_diffusion.checkpoints.reading import LAST
 from relay_diffusion.data.datamodule import ImageDataModule
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.info import StageInfo

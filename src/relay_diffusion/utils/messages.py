@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean NEAREST?", or all known names if none is near; nothing if none are known."""
+    names = {choice.lower(): choice for choice in known}
+    close = difflib.get_close_matches(name.lower(), names, n=1)
+    if close:
+        return f"; did you mean {names[close[0]]}?"
+    return f"; available: {', '.join(names.values())}" if names else ""
 
 
 def shown(value: Any) -> str:

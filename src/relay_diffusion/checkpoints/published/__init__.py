@@ -1,5 +1,5 @@
 """Weights of other implementations."""
 
-from relay_diffusion.checkpoints.published.edm import load_official
+from relay_diffusion.checkpoints.published.edm import load_published
 
-__all__ = ["load_official"]
+__all__ = ["load_published"]

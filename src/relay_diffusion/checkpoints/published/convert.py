@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from relay_diffusion.checkpoints.published.edm import OfficialCheckpoint, from_official, read_official
-from relay_diffusion.checkpoints.reading import build_stored
+from relay_diffusion.checkpoints.loading import build_stored
+from relay_diffusion.checkpoints.published.edm import PublishedCheckpoint, convert_weights, read_published
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.info import StageInfo
 from relay_diffusion.models.stage import DiffusionStage
@@ -26,38 +26,38 @@ def published_stage(
     labels hidden in training is that of the file, if it says more than 0. `trusted`: as for load_stage. Raises
     UserError naming the file, or what disagrees.
     """
-    official = read_official(path)
+    published = read_published(path)
     network = config["denoiser"]["network"]
     if experiment is None:
-        config["corruption"]["schedule"] |= _trained_noise(official)
-    elif different := [key for key in _SAME if network.get(key) != official.settings[key]]:
-        says = ", ".join(f"{key}={network.get(key)} (the file: {official.settings[key]})" for key in different)
+        config["corruption"]["schedule"] |= _trained_noise(published)
+    elif different := [key for key in _SAME if network.get(key) != published.settings[key]]:
+        says = ", ".join(f"{key}={network.get(key)} (the file: {published.settings[key]})" for key in different)
         raise UserError(f"experiment={experiment} is for another network than {path} holds: {says}")
     channels_last = network.get("channels_last", False)  # a matter of speed alone
     config["denoiser"]["network"] = {
         "_target_": "relay_diffusion.networks.UNet",
-        **official.settings,
+        **published.settings,
         "channels_last": channels_last,
     }
     for part in ("denoiser", "loss"):
-        config[part]["sigma_data"] = official.sigma_data
-    config["label_dropout"] = official.label_dropout or config["label_dropout"]
+        config[part]["sigma_data"] = published.sigma_data
+    config["label_dropout"] = published.label_dropout or config["label_dropout"]
     source = Path("conf/train.yaml" if experiment is None else f"conf/experiment/{experiment}.yaml")
     stage = build_stored(config, source, trusted, info=StageInfo(config))
     if not isinstance(stage, DiffusionStage):
         raise UserError(f"experiment={experiment} describes a {type(stage).__name__}, not a DiffusionStage")
-    stage.denoiser.network.load_state_dict(from_official(official.weights, stage.denoiser.network))
+    stage.denoiser.network.load_state_dict(convert_weights(published.weights, stage.denoiser.network))
     return stage.eval()
 
 
-def _trained_noise(official: OfficialCheckpoint) -> dict[str, float]:
+def _trained_noise(published: PublishedCheckpoint) -> dict[str, float]:
     """p_mean and p_std of the loss that a published file was trained with; nothing, if it does not say."""
-    if official.loss is None:
+    if published.loss is None:
         return {}
-    if official.loss.class_name != "EDMLoss":
-        name = ascii(official.loss.class_name)[1:-1][:60]
-        raise UserError(f"{official.path} was trained with {name}: give experiment=NAME, the stage that it belongs to")
-    mean, std = official.loss.state.get("P_mean"), official.loss.state.get("P_std")
+    if published.loss.class_name != "EDMLoss":
+        name = ascii(published.loss.class_name)[1:-1][:60]
+        raise UserError(f"{published.path} was trained with {name}: give experiment=NAME, the stage that it belongs to")
+    mean, std = published.loss.state.get("P_mean"), published.loss.state.get("P_std")
     if not (isinstance(mean, int | float) and isinstance(std, int | float) and abs(mean) < 1e3 and 0 < std < 1e3):
-        raise UserError(f"{official.path} holds an EDMLoss without P_mean and P_std: give experiment=NAME")
+        raise UserError(f"{published.path} holds an EDMLoss without P_mean and P_std: give experiment=NAME")
     return {"p_mean": float(mean), "p_std": float(std)}

@@ -28,7 +28,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from relay_diffusion.checkpoints.published.unpickle import PersistentObject, read_contents
+from relay_diffusion.checkpoints.published.unpickle import StoredObject, StoredTensor, open_checkpoint
 from relay_diffusion.errors import UserError
 from relay_diffusion.networks import EDMPreconditioner, UNet
 from relay_diffusion.networks.layers import ResidualBlock, SelfAttention
@@ -63,7 +63,7 @@ def _block_names(network: UNet) -> dict[str, str]:
     return names
 
 
-def official_names(network: UNet) -> dict[str, str]:
+def published_names(network: UNet) -> dict[str, str]:
     """Our parameter name -> the published name, for every parameter of `network`."""
     blocks = _block_names(network)
     first = f"enc.{network.resolution}x{network.resolution}_conv"
@@ -82,9 +82,9 @@ def official_names(network: UNet) -> dict[str, str]:
     return names
 
 
-def from_official(state: Mapping[str, Tensor], network: UNet) -> dict[str, Tensor]:
+def convert_weights(state: Mapping[str, Tensor], network: UNet) -> dict[str, Tensor]:
     """Published parameters -> the state dict of `network`. Raises KeyError naming a parameter that is missing."""
-    converted = {ours: state[published] for ours, published in official_names(network).items()}
+    converted = {ours: state[published] for ours, published in published_names(network).items()}
     if network.embed_class is not None:
         converted["embed_class.weight"] = converted["embed_class.weight"].mT.contiguous()
     for name, module in network.named_modules():
@@ -118,14 +118,14 @@ def _idle_attention(settings: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _check_class(stored: Any, wanted: str, path: Path) -> None:
-    if not isinstance(stored, PersistentObject):
+    if not isinstance(stored, StoredObject):
         raise ValueError(f"a {type(stored).__name__} where a network is expected")
     if stored.class_name != wanted:
         name = ascii(stored.class_name)[1:-1][:60]
         raise UserError(f"{path} holds a {name}, which is not supported: only EDMPrecond with a DhariwalUNet inside is")
 
 
-def _parameters(module: PersistentObject, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+def _parameters(module: StoredObject, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
     """Every parameter under `module` by its published name. Buffers must be the resampling filter of our UNet."""
     if id(module) in seen:
         raise ValueError(f"{prefix} is the same module as another")
@@ -134,19 +134,23 @@ def _parameters(module: PersistentObject, prefix: str, seen: set[int]) -> Iterat
     if not all(isinstance(name, str) and name.isprintable() for name in [*parameters, *buffers, *children]):
         raise ValueError(f"{prefix} has parts without a name")
     for name, value in parameters.items():
-        if value is not None and not isinstance(value, Tensor):
+        if value is not None and not isinstance(value, StoredTensor):
             raise ValueError(f"{prefix}{name} is no tensor")
         if value is not None:
-            yield f"{prefix}{name}", value
+            yield f"{prefix}{name}", value.read()
     for name, value in buffers.items():
-        box = name == "resample_filter" and isinstance(value, Tensor) and torch.equal(value, _BOX.to(value.dtype))
-        if value is not None and not box:
+        if value is not None and not (name == "resample_filter" and _is_box(value)):
             raise ValueError(f"{prefix}{name} is no mean of 2x2 pixels, which this project's network resamples with")
     for name, child in children.items():
-        if child is not None and not isinstance(child, PersistentObject):
+        if child is not None and not isinstance(child, StoredObject):
             raise ValueError(f"{prefix}{name} is no module")
         if child is not None:
             yield from _parameters(child, f"{prefix}{name}.", seen)
+
+
+def _is_box(value: Any) -> bool:
+    """Whether a stored buffer is the mean of 2x2 pixels."""
+    return isinstance(value, StoredTensor) and torch.equal((found := value.read()), _BOX.to(found.dtype))
 
 
 def _more(names: list[str]) -> str:
@@ -154,7 +158,7 @@ def _more(names: list[str]) -> str:
 
 
 @dataclass(frozen=True)
-class OfficialCheckpoint:
+class PublishedCheckpoint:
     """The averaged network of a published file; settings and weights fit.
 
     `settings`: constructor settings of our UNet. `weights`: by published name. `loss`: what the file says of its loss.
@@ -165,13 +169,13 @@ class OfficialCheckpoint:
     settings: dict[str, Any]
     sigma_data: float
     weights: dict[str, Tensor]
-    loss: PersistentObject | None
+    loss: StoredObject | None
     label_dropout: float = 0.0
 
     def denoiser(self) -> EDMPreconditioner:
         """The network with its weights, in eval mode."""
         network = UNet(**self.settings)
-        network.load_state_dict(from_official(self.weights, network))
+        network.load_state_dict(convert_weights(self.weights, network))
         return EDMPreconditioner(network, self.sigma_data).eval()
 
     def check(self) -> None:
@@ -186,7 +190,7 @@ class OfficialCheckpoint:
             detail = str(error).splitlines()[0]
             raise UserError(f"{self.path} describes a network that cannot be built: {detail}") from None
         shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-        expected = {published: shapes[ours] for ours, published in official_names(network).items()}
+        expected = {published: shapes[ours] for ours, published in published_names(network).items()}
         if network.embed_class is not None:
             expected["model.map_label.weight"] = expected["model.map_label.weight"][::-1]
         stored = {name: tuple(tensor.shape) for name, tensor in self.weights.items()}
@@ -203,19 +207,25 @@ class OfficialCheckpoint:
             raise UserError(f"{self.path} holds weights that are not finite in {wrong[0]}{_more(wrong)}: of no use")
 
 
-def read_official(path: str | Path) -> OfficialCheckpoint:
+def read_published(path: str | Path) -> PublishedCheckpoint:
     """Read a published checkpoint (EDM's .pkl or the authors' .pt) as data; nothing in it is run.
 
     Raises UserError naming the file, if it cannot be used.
     """
     path = Path(path)
-    names, entries = read_contents(path, ("ema", "loss_fn"))
-    if "stage_config" in names:
-        raise UserError(f"{path} is a checkpoint of this project, not a published one: use load_stage")
-    if "ema" not in names:
-        held = ascii(", ".join(names[:3]))[1:-1][:120]
-        raise UserError(f"{path} holds no 'ema' network, but {held or 'nothing'}: not a published checkpoint")
-    ema, loss = entries["ema"], entries.get("loss_fn")
+    with open_checkpoint(path) as entries:
+        if "stage_config" in entries:
+            raise UserError(f"{path} is a checkpoint of this project, not a published one: use load_stage")
+        if "ema" not in entries:
+            held = ascii(", ".join(map(str, list(entries)[:3])))[1:-1][:120]
+            raise UserError(f"{path} holds no 'ema' network, but {held or 'nothing'}: not a published checkpoint")
+        checkpoint = _checkpoint(path, entries["ema"], entries.get("loss_fn"))
+    checkpoint.check()
+    return checkpoint
+
+
+def _checkpoint(path: Path, ema: Any, loss: Any) -> PublishedCheckpoint:
+    """The settings and weights of the stored network `ema`."""
     try:
         _check_class(ema, "EDMPrecond", path)
         outer = constructor_arguments(ema, EDM_PRECOND)
@@ -225,27 +235,25 @@ def read_official(path: str | Path) -> OfficialCheckpoint:
         settings, label_dropout = unet_settings(arguments), arguments["label_dropout"]
         sigma_data = outer["sigma_data"]
         if not (isinstance(sigma_data, int | float) and 0 < sigma_data < 1e3):
-            raise ValueError("its sigma_data makes no sense")
+            raise ValueError("its sigma_data is not a number between 0 and 1000")
         if not (isinstance(label_dropout, int | float) and 0 <= label_dropout <= 1):
-            raise ValueError("its label_dropout makes no sense")
+            raise ValueError("its label_dropout is not between 0 and 1")
         weights = _idle_attention(settings) | dict(_parameters(ema, "", set()))
     except UserError:
         raise
-    except (ValueError, TypeError, AttributeError, LookupError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         detail = ascii(str(error))[1:-1][:120]
-        raise UserError(f"{path} is not put together as a published checkpoint is ({detail})") from None
-    stored_loss = loss if isinstance(loss, PersistentObject) else None
-    checkpoint = OfficialCheckpoint(path, settings, float(sigma_data), weights, stored_loss, float(label_dropout))
-    checkpoint.check()
-    return checkpoint
+        raise UserError(f"{path}: unexpected checkpoint structure ({detail}); fetch it again") from None
+    stored_loss = loss if isinstance(loss, StoredObject) else None
+    return PublishedCheckpoint(path, settings, float(sigma_data), weights, stored_loss, float(label_dropout))
 
 
-def load_official(path: str | Path) -> EDMPreconditioner:
+def load_published(path: str | Path) -> EDMPreconditioner:
     """The denoiser of a published checkpoint, with its averaged weights and in eval mode.
 
     `path`: EDM's .pkl or the authors' .pt; nothing in it is run. Raises UserError naming the file, if it is of no use.
     """
-    return read_official(path).denoiser()
+    return read_published(path).denoiser()
 
 
 HEAD = 64  # channels of an attention head
@@ -290,7 +298,7 @@ _WHOLE_LISTS = {"channel_mult": (1, 2**6), "attn_resolutions": (0, 2**14)}
 _MAX_LEVELS = 15
 
 
-def constructor_arguments(stored: PersistentObject, signature: Mapping[str, Any]) -> dict[str, Any]:
+def constructor_arguments(stored: StoredObject, signature: Mapping[str, Any]) -> dict[str, Any]:
     """What `stored` was constructed with, by name; settings that the signature lacks included."""
     positional, named = stored.state["_init_args"], stored.state["_init_kwargs"]
     if len(positional) > len(signature):

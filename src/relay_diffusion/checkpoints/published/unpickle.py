@@ -1,31 +1,44 @@
-"""EDM pickles and `torch.save` files of whole modules, read as data: nothing that a file holds is ever run.
+"""Read EDM pickles and `torch.save` files of whole modules without running code from them.
 
-The records of a pickle (see records.py) are turned into plain values by the table at the end of this file, for the
-globals that the authors' checkpoints name. Tensors come from the bytes beside the pickle, when they are asked for.
+A `pickle.Unpickler` that resolves no name: the globals of published checkpoints become the inert stand-ins of
+`_STAND_INS`, all others are refused. A scan of the opcodes comes first, because the unpickler itself reserves whatever
+memory a small file asks for, looks up extension codes without `find_class`, and hashes nested tuples for ever.
 """
 
 from __future__ import annotations
 
 import math
+import pickle
+import pickletools
 import struct
+import warnings
 import zipfile
-from collections.abc import Callable, Collection
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from io import BytesIO
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, cast
 
+import torch
 from torch import Tensor
 
-from relay_diffusion.checkpoints.published.records import Global, Pickle, Record, Reference, read_records
-from relay_diffusion.checkpoints.published.storages import STORAGES, Storage, ZipStorages, nested_storage, read_member
 from relay_diffusion.errors import UserError
 
-MAX_DEPTH = 100  # of values in values; a published network has some 20
+MAX_OPCODES = 5_000_000  # a published checkpoint has fewer than a million
+MAX_ELEMENTS = 2**48  # of a storage
 ZIP_START, PICKLE_START = b"PK\x03\x04", b"\x80"
-_BROKEN = (  # what zipfile raises, then what values that make no sense do
+LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+OPCODES = frozenset((
+    "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1",
+    "BININT2", "LONG1", "LONG4", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES",
+    "BINBYTES", "BINBYTES8", "EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE", "EMPTY_LIST", "APPEND", "APPENDS",
+    "EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_SET", "ADDITEMS", "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET",
+    "LONG_BINGET", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "BINPERSID",
+))  # fmt: skip
+_BROKEN = (  # raised by pickle and zipfile, then by values that do not fit
+    pickle.UnpicklingError,
     zipfile.BadZipFile,
     EOFError,
     RuntimeError,
@@ -38,189 +51,343 @@ _BROKEN = (  # what zipfile raises, then what values that make no sense do
     MemoryError,
     struct.error,
 )
-
 _NUMBERS = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b"}  # numpy -> struct
 _NUMBERS |= {"u8": "Q", "u4": "I", "u2": "H", "u1": "B", "b1": "?"}
-_LOAD_FROM_BYTES = Global("torch.storage", "_load_from_bytes")
 
 
-@dataclass(frozen=True)
-class PersistentObject:
-    """An object of a class that is not here: its name, and what the object held. The stored source is not looked at."""
-
-    class_name: str
-    state: dict[str, Any]
+class _UnknownGlobalError(Exception):
+    """A global that checkpoints do not use."""
 
 
-class Contents(NamedTuple):
-    """What a file holds at the top: the names of all entries, and the entries that were asked for."""
-
-    names: tuple[str, ...]
-    entries: dict[str, Any]
+# ---- stand-ins: what the globals of a checkpoint construct; all have __setstate__, so BUILD sets no attribute ----
 
 
-class _Values:
-    """Plain values from the records of one file."""
+class _Function:
+    """A function that only REDUCE can call."""
 
-    def __init__(self, name: str, storages: ZipStorages | None = None) -> None:
-        self.name, self._storages = name, storages
-        self._nested: dict[int, Storage] = {}  # by id of the record: those that lie inside of the pickle
-        self._done: dict[int, tuple[Any, Any]] = {}  # what is stored once is turned once, however often it is used
-        self._open: set[int] = set()
+    __slots__ = ("_call",)
 
-    def plain(self, value: Any) -> Any:
-        """A stored value without records. Raises ValueError for what no checkpoint holds."""
-        if isinstance(value, Global):
-            raise ValueError(f"{value} stands for itself")
-        if not isinstance(value, list | tuple | dict | Record | Reference):
-            return value
-        key = id(value)
-        if key in self._done:
-            return self._done[key][1]
-        if key in self._open or len(self._open) >= MAX_DEPTH:
-            raise ValueError("values are nested without end")
-        self._open.add(key)
-        result = self._plain(value)
-        self._open.discard(key)
-        self._done[key] = value, result  # the value too: while it lives, no other has its id
-        return result
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
 
-    def _plain(self, value: list[Any] | tuple[Any, ...] | dict[Any, Any] | Record | Reference) -> Any:
-        if isinstance(value, Reference):
-            if self._storages is None:
-                raise ValueError("tensors outside of a file that has no outside")
-            return self._storages.read(value.id)
-        if isinstance(value, Record):
-            return _MEANINGS[value.function](self, value)
-        if isinstance(value, dict):
-            return {key: self.plain(item) for key, item in value.items()}
-        return type(value)(self.plain(item) for item in value)
+    def __call__(self, *arguments: Any) -> Any:
+        return self._call(*arguments)
 
-    def read_nested(self, record: Record) -> None:
-        """Take in the storage that `record` holds as the bytes of an old torch.save."""
-        (content,) = record.arguments
-        content = self.plain(content)
-        if not isinstance(content, bytes):
-            raise ValueError("a storage of no bytes")
-        self._nested[id(record)] = nested_storage(content, self.name)
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("a state of a function")
 
-    # ---- what the globals mean ----
 
-    def nested(self, record: Record) -> Tensor:
-        """A storage inside of the pickle, 1-D."""
-        return self._nested[id(record)].read()
+class _Mapping(dict[Any, Any]):
+    """OrderedDict or EasyDict, without attributes."""
 
-    def mapping(self, record: Record) -> dict[Any, Any]:
-        """OrderedDict, EasyDict."""
-        _arguments(record)
-        return {key: self.plain(value) for key, value in record.items.items()}
+    __slots__ = ()
 
-    def members(self, record: Record) -> set[Any]:
-        """A set of strings and numbers, as protocol 2 writes it."""
-        (items,) = _arguments(record, list)
-        if not all(isinstance(item, str | int | float) for item in items):
-            raise ValueError("a set of something other than text and numbers")
-        return set(items)
+    def __init__(self) -> None:
+        super().__init__()
 
-    def encoded(self, record: Record) -> bytes:
-        """Bytes, as protocol 2 writes them."""
-        text, encoding = _arguments(record, str, str)
-        if encoding != "latin1":
-            raise ValueError("bytes in another encoding than latin1")
-        return text.encode("latin1")
+    def __setstate__(self, state: Any) -> None:
+        """Ignore attributes, such as the `_metadata` of a state dict."""
 
-    def number(self, record: Record) -> float | int | bool:
-        """A numpy scalar -> a Python number."""
-        dtype, content = _arguments(record, Record, object)
-        content = self.plain(content)
-        if dtype.function != Global("numpy", "dtype") or not isinstance(dtype.state, tuple) or len(dtype.state) < 2:
-            raise ValueError("a numpy number of no dtype")
-        code, order = dtype.arguments[0], dtype.state[1]
-        if not (isinstance(code, str) and code in _NUMBERS and order in ("<", ">", "|", "=")):
-            raise ValueError("a numpy value that is no number")
-        if not isinstance(content, bytes) or len(content) != int(code[1]):
-            raise ValueError("a numpy number of another size than it says")
-        (number,) = struct.unpack((">" if order == ">" else "<") + _NUMBERS[code], content)
-        return number
 
-    def tensor(self, record: Record) -> Tensor:
-        """A view of a storage; it must lie within."""
-        if not 6 <= len(record.arguments) <= 7:
-            raise ValueError("a tensor of other parts than torch writes")
-        storage, offset, size, stride = map(self.plain, record.arguments[:4])
+class StoredObject:
+    """An object of a foreign class: the name of the class and the state, never its source."""
+
+    def __init__(self, class_name: str, state: Mapping[str, Any]) -> None:
+        self.class_name, self.state = class_name, state
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, dict):
+            raise ValueError("an object without a state")
+        self.state = state
+
+
+def _container(class_name: str) -> type[StoredObject]:
+    """A stand-in for one of torch's containers, which pickles construct without calling `__init__`."""
+    return type(class_name, (StoredObject,), {"class_name": class_name})
+
+
+def _persistent(meta: Any) -> StoredObject:
+    """Object of EDM's torch_utils.persistence, whose class is stored as source."""
+    class_name, state = meta.get("class_name"), meta.get("state")
+    if not (isinstance(class_name, str) and isinstance(state, dict)):
+        raise ValueError("an object without a class name or state")
+    return StoredObject(class_name, state)
+
+
+class _DType:
+    """numpy.dtype: its code and its byte order."""
+
+    __slots__ = ("code", "order")
+
+    def __init__(self, code: str, *_: Any) -> None:
+        self.code, self.order = code, None
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = state[1]
+
+
+def _number(dtype: Any, content: Any) -> float | int | bool:
+    """Convert a numpy scalar to a Python number."""
+    if not isinstance(dtype, _DType) or dtype.order not in ("<", ">", "|", "="):
+        raise ValueError("a numpy scalar without a dtype")
+    if dtype.code not in _NUMBERS or not isinstance(content, bytes) or len(content) != int(dtype.code[1]):
+        raise ValueError("a numpy scalar that is no number, or of another size than its dtype")
+    (number,) = struct.unpack((">" if dtype.order == ">" else "<") + _NUMBERS[dtype.code], content)
+    return cast(float, number)
+
+
+def _set(items: Any) -> set[Any]:
+    """A set, as protocol 2 writes it."""
+    if not isinstance(items, list) or not all(isinstance(item, str | int | float) for item in items):
+        raise ValueError("a set of something other than text and numbers")
+    return set(items)
+
+
+def _encode(text: Any, encoding: Any) -> bytes:
+    """Bytes, as protocol 2 writes them."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise ValueError("bytes in another encoding than latin1")
+    return text.encode("latin1")
+
+
+class _StorageType:
+    """Class of a storage, which occurs in persistent ids only."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("a state of a storage class")
+
+
+class Storage:
+    """Numbers of tensors, read on first use."""
+
+    def __init__(self, dtype: torch.dtype, count: int, content: Callable[[], bytes | memoryview]) -> None:
+        self.dtype, self.count, self._content = dtype, count, content
+        self._tensor: Tensor | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("a state of a storage")
+
+    def read(self) -> Tensor:
+        """The numbers, 1-D, in memory of their own."""
+        if self._tensor is None:
+            content = self._content()
+            empty = torch.empty(0, dtype=self.dtype)  # frombuffer refuses to make this
+            self._tensor = torch.frombuffer(bytearray(content), dtype=self.dtype) if content else empty
+        return self._tensor
+
+
+class StoredTensor:
+    """A view of a storage, within its bounds. `read()` gives the tensor."""
+
+    __slots__ = ("_layout", "_storage")
+
+    def __init__(self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> None:
         numbers = (offset, *size, *stride)
-        if not isinstance(storage, Tensor) or not all(type(n) is int and 0 <= n < 2**48 for n in numbers):
+        if not isinstance(storage, Storage) or not all(type(n) is int and 0 <= n < MAX_ELEMENTS for n in numbers):
             raise ValueError("a tensor of other parts than torch writes")
-        count = math.prod(size)
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        if count > storage.numel() or (count and last >= storage.numel()):
+        count = math.prod(size)
+        if count > storage.count or (count and last >= storage.count):
             raise ValueError("a tensor that is larger than its storage")
-        return storage.as_strided(size, stride, offset) if count else storage.new_empty(size)
+        self._storage, self._layout = storage, (tuple(size), tuple(stride), offset)
 
-    def parameter(self, record: Record) -> Tensor:
-        """A parameter -> its tensor."""
-        tensor = self.plain(record.arguments[0])
-        if not isinstance(tensor, Tensor):
-            raise ValueError("a parameter that is no tensor")
-        return tensor
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("a state of a tensor")
 
-    def container(self, record: Record) -> PersistentObject:
-        """A container of torch's own."""
-        return self._object(record.function.name, record.state)
-
-    def persistent(self, record: Record) -> PersistentObject:
-        """An object whose class the file would bring along as source."""
-        (meta,) = _arguments(record, dict)
-        return self._object(meta.get("class_name"), meta.get("state"))
-
-    def _object(self, class_name: Any, state: Any) -> PersistentObject:
-        if not (isinstance(class_name, str) and isinstance(state, dict)):
-            raise ValueError("an object without a class name or state")
-        return PersistentObject(class_name, self.plain(state))
+    def read(self) -> Tensor:
+        """The tensor on the CPU. Raises ValueError or KeyError if the file lacks its numbers."""
+        size, stride, offset = self._layout
+        numbers = self._storage.read()
+        return numbers.as_strided(size, stride, offset) if math.prod(size) else numbers.new_empty(size)
 
 
-def _arguments(record: Record, *kinds: type) -> tuple[Any, ...]:
-    """The arguments of a record, which must be of these kinds."""
-    arguments = record.arguments
-    if len(arguments) != len(kinds) or not all(map(isinstance, arguments, kinds)):
-        raise ValueError(f"{record.function} has other arguments than it takes")
-    return arguments
+def _parameter(tensor: Any, *_: Any) -> StoredTensor:
+    """A parameter is its tensor."""
+    if not isinstance(tensor, StoredTensor):
+        raise ValueError("a parameter that is no tensor")
+    return tensor
 
 
-_MEANINGS: dict[Global, Callable[[_Values, Record], Any]] = {
-    Global("collections", "OrderedDict"): _Values.mapping,
-    Global("dnnlib.util", "EasyDict"): _Values.mapping,
-    Global("builtins", "set"): _Values.members,
-    Global("__builtin__", "set"): _Values.members,
-    Global("_codecs", "encode"): _Values.encoded,
-    Global("numpy.core.multiarray", "scalar"): _Values.number,
-    Global("numpy._core.multiarray", "scalar"): _Values.number,
-    _LOAD_FROM_BYTES: _Values.nested,
-    Global("torch._utils", "_rebuild_tensor_v2"): _Values.tensor,
-    Global("torch._utils", "_rebuild_parameter"): _Values.parameter,
-    Global("torch.nn.modules.container", "ModuleDict"): _Values.container,
-    Global("torch.nn.modules.container", "ModuleList"): _Values.container,
-    Global("torch.nn.modules.container", "Sequential"): _Values.container,
-    Global("torch_utils.persistence", "_reconstruct_persistent_obj"): _Values.persistent,
+def _nested_storage(content: Any) -> Storage:
+    """A storage inside a pickle, as an old torch.save wrote it: five pickles, the count, the numbers."""
+    if not isinstance(content, bytes):
+        raise ValueError("a storage of no bytes")
+    file = BytesIO(content)
+    magic, protocol, system, stored, keys = (_load(file, _STORAGE_TYPES, lambda *found: found) for _ in range(5))
+    if magic != LEGACY_MAGIC or protocol != LEGACY_PROTOCOL or not isinstance(stored, tuple):
+        raise ValueError("a storage in an unknown format")
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise ValueError("a storage of a big-endian machine")
+    dtype, key, count = stored
+    if keys != [key] or file.read(8) != count.to_bytes(8, "little"):
+        raise ValueError("a storage of another size than its header")
+    numbers = memoryview(content)[file.tell() :][: count * dtype.itemsize]
+    if len(numbers) != count * dtype.itemsize:
+        raise ValueError("a storage that ends early")
+    return Storage(dtype, count, lambda: numbers)
+
+
+_STORAGE_TYPES: dict[tuple[str, str], Any] = {
+    ("torch", f"{name}Storage"): _StorageType(dtype)
+    for name, dtype in {
+        "Float": torch.float32,
+        "Half": torch.float16,
+        "BFloat16": torch.bfloat16,
+        "Double": torch.float64,
+        "Long": torch.int64,
+        "Int": torch.int32,
+        "Short": torch.int16,
+        "Char": torch.int8,
+        "Byte": torch.uint8,
+        "Bool": torch.bool,
+    }.items()
 }
-ALLOWED = frozenset({*_MEANINGS, *STORAGES, Global("numpy", "dtype")})
+_STAND_INS: dict[tuple[str, str], Any] = _STORAGE_TYPES | {
+    ("collections", "OrderedDict"): _Mapping,
+    ("dnnlib.util", "EasyDict"): _Mapping,
+    ("builtins", "set"): _Function(_set),
+    ("__builtin__", "set"): _Function(_set),
+    ("_codecs", "encode"): _Function(_encode),
+    ("numpy", "dtype"): _DType,
+    ("numpy.core.multiarray", "scalar"): _Function(_number),
+    ("numpy._core.multiarray", "scalar"): _Function(_number),
+    ("torch.storage", "_load_from_bytes"): _Function(_nested_storage),
+    ("torch._utils", "_rebuild_tensor_v2"): _Function(StoredTensor),
+    ("torch._utils", "_rebuild_parameter"): _Function(_parameter),
+    ("torch.nn.modules.container", "ModuleDict"): _container("ModuleDict"),
+    ("torch.nn.modules.container", "ModuleList"): _container("ModuleList"),
+    ("torch.nn.modules.container", "Sequential"): _container("Sequential"),
+    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _Function(_persistent),
+}
 
 
-def read_contents(path: Path, wanted: Collection[str]) -> Contents:
-    """The dictionary that a .pkl or .pt file holds: its names, and the plain values of the `wanted` ones.
+# ---- the unpickler ----
 
-    Tensors of entries that are not wanted are not read. Raises UserError that names the file, for one that cannot be
-    used, and the first global in it that has no place in a checkpoint.
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(
+        self, file: IO[bytes], known: Mapping[tuple[str, str], Any], storage: Callable[[torch.dtype, str, int], Any]
+    ) -> None:
+        super().__init__(file)
+        self._known, self._storage = known, storage
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _stand_in(self._known, module, name)
+
+    def persistent_load(self, pid: Any) -> Any:
+        """('storage', its class, key, device, count[, None]): the storage."""
+        if isinstance(pid, tuple) and (len(pid) == 5 or (len(pid) == 6 and pid[5] is None)):
+            word, kind, key, _, count = pid[:5]
+            valid = isinstance(key, str) and type(count) is int and 0 <= count < MAX_ELEMENTS
+            if word == "storage" and isinstance(kind, _StorageType) and valid:
+                return self._storage(kind.dtype, key, count)
+        raise ValueError("a persistent id that torch does not write")
+
+
+def _stand_in(known: Mapping[tuple[str, str], Any], module: str, name: str) -> Any:
+    if (module, name) not in known:
+        raise _UnknownGlobalError(ascii(f"{module}.{name}")[1:-1][:100])  # one line, whatever the file holds
+    return known[module, name]
+
+
+def _load(
+    file: IO[bytes], known: Mapping[tuple[str, str], Any], storage: Callable[[torch.dtype, str, int], Any]
+) -> Any:
+    """Read the next pickle of a file."""
+    start = file.tell()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pickletools warns of odd escapes in a damaged file
+        _scan(file, known)
+    file.seek(start)
+    return _Unpickler(file, known, storage).load()
+
+
+def _scan(file: IO[bytes], known: Mapping[tuple[str, str], Any]) -> None:
+    """Refuse opcodes that checkpoints do not use, or that take time or memory beyond the size of the file.
+
+    Follows the stack as far as needed to see tuples that are used as keys.
+    """
+    stack: list[Any] = []  # the kind of each value, as pickletools describes it
+    memo: dict[int, Any] = {}
+    frame_end: int | None = None
+    for count, (opcode, argument, position) in enumerate(
+        cast(Iterator[tuple[Any, Any, int]], pickletools.genops(file))
+    ):
+        name = opcode.name
+        if name in ("GLOBAL", "INST"):
+            _stand_in(known, *argument.split(" ", 1))  # the name is the better reason to refuse
+        if name not in OPCODES or count >= MAX_OPCODES:
+            raise ValueError(f"its opcode {name} has no use in a checkpoint, or comes after {MAX_OPCODES:,} others")
+        if frame_end is not None and position >= frame_end:
+            if position > frame_end:  # the unpickler would skip what lies across
+                raise ValueError("an opcode crosses the end of a frame")
+            frame_end = None
+        if name == "FRAME":
+            if frame_end is not None:
+                raise ValueError("a frame inside a frame")
+            frame_end = position + 9 + argument
+        elif name == "STOP" and frame_end not in (None, position + 1):
+            raise ValueError("a frame that does not end with the pickle")
+        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            index = len(memo) if argument is None else argument
+            if index > count:  # the unpickler would reserve memory for all before it
+                raise ValueError("a memo index larger than the pickle")
+            memo[index] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        else:
+            _step(opcode, stack)
+
+
+def _step(opcode: pickletools.OpcodeInfo, stack: list[Any]) -> None:
+    """Follow an opcode on a stack of kinds."""
+    before, items = opcode.stack_before, []
+    if pickletools.stackslice in before:
+        start = len(stack) - 1
+        while stack[start] is not pickletools.markobject:  # IndexError if there is none
+            start -= 1
+        items, stack[start:] = stack[start + 1 :], []
+        before = before[: before.index(pickletools.markobject)]
+    if len(stack) < len(before):
+        raise ValueError("an opcode without operands")
+    keys = {"SETITEM": stack[-2:-1], "SETITEMS": items[::2], "ADDITEMS": items}.get(opcode.name, [])
+    if pickletools.pytuple in keys:
+        raise ValueError("a key other than text or a number")
+    del stack[len(stack) - len(before) :]
+    stack.extend(opcode.stack_after)
+
+
+# ---- files ----
+
+
+@contextmanager
+def open_checkpoint(path: Path) -> Iterator[dict[Any, Any]]:
+    """Give the dictionary that a .pkl or .pt file holds; its StoredTensors can be read while it is open.
+
+    Raises UserError that names the file, for one that cannot be used, also if the body finds it damaged, and the first
+    global in it that checkpoints do not use.
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder: give the .pkl or .pt file itself")
     try:
-        with path.open("rb") as file:
-            return _read(file, path, wanted)
+        with path.open("rb") as file, ExitStack() as opened:
+            content = _read(file, path, opened)
+            if not isinstance(content, dict):
+                raise UserError(f"{path} holds a single object, not the dictionary of a published checkpoint")
+            yield content
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the .pkl or .pt file of a published checkpoint") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except _UnknownGlobalError as error:
+        raise UserError(
+            f"{path} names {error}, which a checkpoint has no use for: refused; nothing in it was run"
+        ) from None
     except UserError:
         raise
     except _BROKEN as error:
@@ -228,39 +395,43 @@ def read_contents(path: Path, wanted: Collection[str]) -> Contents:
         raise UserError(f"{path} is damaged or no checkpoint ({detail}): fetch it again") from None
 
 
-def _read(file: IO[bytes], path: Path, wanted: Collection[str]) -> Contents:
+def _read(file: IO[bytes], path: Path, opened: ExitStack) -> Any:
     start = file.read(4)
     if not start:
         raise UserError(f"{path} is empty: fetch it again")
     if start != ZIP_START and start[:1] != PICKLE_START:
         raise UserError(f"{path} is no checkpoint: it is neither a pickle (.pkl) nor a torch.save file (.pt)")
     file.seek(0)
-    with ExitStack() as opened:
-        if start == ZIP_START:
-            archive = opened.enter_context(zipfile.ZipFile(file))
-            pickles = [n for n in archive.namelist() if n.endswith("/data.pkl") and n.count("/") == 1]
-            if len(pickles) != 1:
-                raise ValueError("a zip without the data.pkl of torch.save")
-            folder = pickles[0].rpartition("/")[0]
-            order = f"{folder}/byteorder"  # older files have none
-            if order in archive.namelist() and read_member(archive, order) != b"little":
-                raise ValueError("written on a big-endian machine")
-            values = _Values(str(path), ZipStorages(archive, folder))
-            content = read_records(BytesIO(read_member(archive, pickles[0])), ALLOWED, str(path))
-        else:
-            values = _Values(str(path))
-            mapped = opened.enter_context(mmap(file.fileno(), 0, access=ACCESS_READ))  # never reads past the end
-            content = read_records(cast(IO[bytes], mapped), ALLOWED, str(path))
-        for record in content.records:
-            if record.function == _LOAD_FROM_BYTES:
-                values.read_nested(record)  # all of them, so that a global in one is refused before anything else
-        return _top(content, values, path, wanted)
+    if start != ZIP_START:
+        mapped = opened.enter_context(mmap(file.fileno(), 0, access=ACCESS_READ))  # never reads past the end
+        return _load(cast(IO[bytes], mapped), _STAND_INS, _no_storage)
+    archive = opened.enter_context(zipfile.ZipFile(file))
+    pickles = [n for n in archive.namelist() if n.endswith("/data.pkl") and n.count("/") == 1]
+    if len(pickles) != 1:
+        raise ValueError("a zip without the data.pkl of torch.save")
+    folder = pickles[0].rpartition("/")[0]
+    order = f"{folder}/byteorder"  # older files have none
+    if order in archive.namelist() and _read_member(archive, order) != b"little":
+        raise ValueError("written on a big-endian machine")
+    storages: dict[tuple[torch.dtype, str, int], Storage] = {}
+
+    def storage(dtype: torch.dtype, key: str, count: int) -> Storage:
+        read = partial(_read_member, archive, f"{folder}/data/{key}", count * dtype.itemsize)
+        return storages.setdefault((dtype, key, count), Storage(dtype, count, read))
+
+    return _load(BytesIO(_read_member(archive, pickles[0])), _STAND_INS, storage)
 
 
-def _top(content: Pickle, values: _Values, path: Path, wanted: Collection[str]) -> Contents:
-    top = content.value
-    if isinstance(top, Record) and _MEANINGS.get(top.function) is _Values.mapping:
-        top = top.items
-    if not isinstance(top, dict):
-        raise UserError(f"{path} holds a single object, not the dictionary of a published checkpoint")
-    return Contents(tuple(map(str, top)), {name: values.plain(top[name]) for name in wanted if name in top})
+def _no_storage(*_: Any) -> Storage:
+    raise ValueError("tensors outside of a file that has no outside")
+
+
+def _read_member(archive: zipfile.ZipFile, name: str, size: int | None = None) -> bytes:
+    """A member of a torch.save zip. Raises ValueError if it is not of `size` or compressed, which may grow at will."""
+    member = archive.getinfo(name)
+    if member.compress_type != zipfile.ZIP_STORED or (size is not None and member.file_size != size):
+        raise ValueError(f"{name} is compressed, or of another size than the pickle gives")
+    content = archive.read(member)
+    if len(content) != member.file_size:
+        raise ValueError(f"{name} ends early")
+    return content
