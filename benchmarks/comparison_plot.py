@@ -20,7 +20,7 @@ from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.errors import UserError
-from relay_diffusion.utils.files import whole_file
+from relay_diffusion.utils.files import atomic_write
 
 Rows = list[dict[str, str]]
 
@@ -97,7 +97,7 @@ def draw(groups: dict[tuple[str, str], Rows], curves: list[str], path: Path) -> 
             axis.set_major_formatter(ScalarFormatter())
         axes.grid(alpha=0.3, which="both")
         axes.legend()
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png")
 
 

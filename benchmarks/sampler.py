@@ -23,7 +23,7 @@ from torch import Tensor
 
 from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.diffusion import BlurringCorruption, TruncatedLogNormal
-from relay_diffusion.diffusion.generators import ImageSeeds
+from relay_diffusion.diffusion.generators import PerImageGenerator
 from relay_diffusion.errors import UserError
 from relay_diffusion.samplers import BlurringSampler, EDMSampler, Sampler
 
@@ -63,7 +63,7 @@ def run(options: Options) -> None:
         sampler = SAMPLERS[name]()
 
         def work(sampler: Sampler = sampler) -> None:
-            sampler(denoise, start, ImageSeeds(range(batch), device).randn_like)
+            sampler(denoise, start, PerImageGenerator(range(batch), device).randn_like)
 
         each = [time / sampler.evaluations for time in seconds(work, options.repeats, warm_up=1)]
         authors = AUTHORS.get((device.type, name, batch, options.resolution))

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this": the command line prints it as one line, exit code 2."""
+"""Errors of the user, which commands report in one line with exit code 2."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 
 class UserError(ValueError):
-    """A mistake in an option, a file or a combination of them; the message names it and the remedy."""
+    """Mistake in an option or a file; the message names it and the remedy."""
 
 
 @contextmanager
-def naming(option: str) -> Iterator[None]:
-    """What is wrong with a file, a UserError from within, is said with the option that gave the file."""
+def prefix_errors(option: str) -> Iterator[None]:
+    """Prefix the message of a UserError in this block with an option."""
     try:
         yield
     except UserError as error:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from relay_diffusion.diffusion import block_noise
-from relay_diffusion.diffusion.generators import ImageSeeds, mix_seeds
+from relay_diffusion.diffusion.generators import PerImageGenerator, mix_seeds
 from relay_diffusion.diffusion.noise import AHEAD
 from support import TRITON
 
@@ -59,10 +59,10 @@ def test_block_noise_keeps_the_dtype(dtype):
 
 def test_noise_of_an_image_does_not_depend_on_its_batch():
     seeds, like = [5, 3, 8, 1, 9], torch.zeros(5, 3, 8, 8)
-    together = ImageSeeds(seeds)
+    together = PerImageGenerator(seeds)
     draws = [together.randn_like(like) for _ in range(3)]
     for start, stop in [(0, 2), (2, 3), (3, 5)]:
-        apart = ImageSeeds(seeds[start:stop])
+        apart = PerImageGenerator(seeds[start:stop])
         for draw in draws:
             assert torch.equal(apart.randn_like(like[start:stop]), draw[start:stop])
 
@@ -78,7 +78,7 @@ def sequential_draws(seed, shape, draws):
 def test_draws_of_a_seed_are_those_of_its_generator_in_sequence(dtype, ahead, monkeypatch):
     """Also when several are made at once (of 16 n numbers torch then makes the same ones)."""
     monkeypatch.setitem(AHEAD, "cpu", ahead)
-    source, like = ImageSeeds([5, 3]), torch.zeros(2, 3, 8, 8, dtype=dtype)
+    source, like = PerImageGenerator([5, 3]), torch.zeros(2, 3, 8, 8, dtype=dtype)
     expected = [sequential_draws(seed, (3, 8, 8), 7) for seed in (5, 3)]
     for draw in range(7):
         noise = source.randn_like(like)
@@ -89,14 +89,14 @@ def test_draws_of_a_seed_are_those_of_its_generator_in_sequence(dtype, ahead, mo
 
 def test_single_draws_of_any_shape_on_the_cpu():
     """Published images rest on the noise of the CPU, which joined draws of such a shape would change."""
-    source, like = ImageSeeds([5]), torch.zeros(1, 1, 3, 5)
+    source, like = PerImageGenerator([5]), torch.zeros(1, 1, 3, 5)
     for expected in sequential_draws(5, (1, 3, 5), 3):
         assert torch.equal(source.randn_like(like)[0], expected)
 
 
 def test_draws_made_ahead_are_given_once_and_for_their_shape_only(monkeypatch):
     monkeypatch.setitem(AHEAD, "cpu", 4)
-    source = ImageSeeds([5, 3])
+    source = PerImageGenerator([5, 3])
     shapes = [(2, 3, 8, 8)] * 3 + [(2, 1, 16, 16)] * 5 + [(2, 3, 8, 8)] * 2
     draws = [source.randn_like(torch.zeros(shape)) for shape in shapes]
     assert [draw.shape for draw in draws] == shapes
@@ -105,7 +105,7 @@ def test_draws_made_ahead_are_given_once_and_for_their_shape_only(monkeypatch):
 
 def test_noise_follows_the_seed_and_not_the_place():
     like = torch.zeros(3, 1, 4, 4)
-    forward, backward = ImageSeeds([1, 2, 3]).randn_like(like), ImageSeeds([3, 2, 1]).randn_like(like)
+    forward, backward = PerImageGenerator([1, 2, 3]).randn_like(like), PerImageGenerator([3, 2, 1]).randn_like(like)
     assert torch.equal(forward, backward.flip(0))
 
 
@@ -116,17 +116,17 @@ def correlation(a, b):
 @pytest.mark.parametrize(("seed", "stream"), [(1, 0), (0, 1), (1, 1), (2**40, 0), (0, 7)])
 def test_other_seeds_and_streams_are_independent(seed, stream):
     like = torch.zeros(1, 1, 100, 100)
-    a, b = ImageSeeds([0]).randn_like(like), ImageSeeds([seed], stream=stream).randn_like(like)
+    a, b = PerImageGenerator([0]).randn_like(like), PerImageGenerator([seed], stream=stream).randn_like(like)
     assert abs(correlation(a, b)) < 0.05  # five standard errors of 10 000 pixels
 
 
 def test_successive_draws_are_independent():
-    source, like = ImageSeeds([0]), torch.zeros(1, 1, 100, 100)
+    source, like = PerImageGenerator([0]), torch.zeros(1, 1, 100, 100)
     assert abs(correlation(source.randn_like(like), source.randn_like(like))) < 0.05
 
 
 def test_noise_is_standard_normal():
-    noise = ImageSeeds([0]).randn_like(torch.zeros(1, 1, 200, 200, dtype=torch.float64))
+    noise = PerImageGenerator([0]).randn_like(torch.zeros(1, 1, 200, 200, dtype=torch.float64))
     assert noise.mean().item() == pytest.approx(0, abs=0.025)  # five standard errors each
     assert (noise**2).mean().item() == pytest.approx(1, abs=0.036)
     assert (noise**4).mean().item() == pytest.approx(3, abs=0.25)
@@ -151,16 +151,16 @@ def test_neighbouring_seeds_differ_in_about_half_of_the_bits():
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_batch_of_another_size_is_refused(batch):
     with pytest.raises(ValueError, match=f"2 seeds for a batch of {batch} images"):
-        ImageSeeds([1, 2]).randn_like(torch.zeros(batch, 1, 4, 4))
+        PerImageGenerator([1, 2]).randn_like(torch.zeros(batch, 1, 4, 4))
 
 
 def test_length_is_the_number_of_seeds():
-    assert len(ImageSeeds([4, 4, 2])) == 3
+    assert len(PerImageGenerator([4, 4, 2])) == 3
 
 
 def test_precision_does_not_change_the_noise():
     like = torch.zeros(2, 3, 8, 8)
-    single, double = ImageSeeds([1, 2]).randn_like(like), ImageSeeds([1, 2]).randn_like(like.double())
+    single, double = PerImageGenerator([1, 2]).randn_like(like), PerImageGenerator([1, 2]).randn_like(like.double())
     assert single.dtype == torch.float32
     assert double.dtype == torch.float64
     assert torch.equal(single.double(), double)
@@ -188,5 +188,5 @@ def test_a_seed_means_the_same_in_every_version():
     """Recorded: who publishes images with their seeds must be able to make them again."""
     pairs = {(0, 0): 4685109482889842056, (1, 0): 1623429347705865049, (0, 1): 3896129788067985924}
     assert {pair: mix_seeds(*pair) for pair in pairs} == pairs
-    drawn = ImageSeeds([0, 7], stream=1).randn_like(torch.zeros(2, 1, 1, 2)).flatten()
+    drawn = PerImageGenerator([0, 7], stream=1).randn_like(torch.zeros(2, 1, 1, 2)).flatten()
     torch.testing.assert_close(drawn, torch.tensor([-0.2474, -0.5602, -0.5601, -0.2513]), atol=1e-4, rtol=0)

@@ -10,12 +10,12 @@ from PIL import Image
 
 from recorder import Recorder
 from relay_diffusion.diffusion import BlurringCorruption, TruncatedLogNormal
-from relay_diffusion.diffusion.generators import ImageSeeds
+from relay_diffusion.diffusion.generators import PerImageGenerator
 from relay_diffusion.diffusion.pixels import to_uint8
 from relay_diffusion.models.relay import Relay, SampleBatch
 from relay_diffusion.samplers import BlurringSampler, EDMSampler
 from relay_diffusion.samplers.recording import Step, WatchedSampler, shown_state
-from relay_diffusion.sampling.batches import dealing_order
+from relay_diffusion.sampling.batches import rank_order
 from relay_diffusion.sampling.callbacks.trajectory_picture import TrajectoryPicture, evenly, frame, strip
 from relay_diffusion.sampling.run import sample
 from support import tiny_stage, toy_denoiser
@@ -43,7 +43,7 @@ def test_a_watched_sampler_makes_the_same_images_and_keeps_each_level_as_it_was_
     sampler, like = SAMPLERS[name], torch.empty(3, 3, 8, 8)
 
     def call(sampler, denoise):
-        noise = ImageSeeds([1, 2, 3], like.device, stream=0)
+        noise = PerImageGenerator([1, 2, 3], like.device, stream=0)
         return sampler(denoise, noise.randn_like(like), noise.randn_like, torch.tensor([0, 1, 2]))
 
     recorder, watched = Recorder(toy_denoiser), WatchedSampler(sampler, count=2, side=256)
@@ -99,11 +99,11 @@ def test_the_strip_has_two_rows_an_image_and_the_first_and_last_step_of_each_sta
 
 
 def test_the_first_device_gets_the_shown_images_and_none_is_without():
-    assert dealing_order([3, 4, 5], 0, 1) == [3, 4, 5]
-    assert dealing_order([3], 0, 2) == [3, 3]
-    assert dealing_order(range(9), 3, 2)[::2] == [0, 1, 2, 6, 8]  # as many as without, in all
-    assert dealing_order(range(9), 3, 2)[1::2] == [3, 4, 5, 7]
-    few = dealing_order([0, 1], 2, 3)
+    assert rank_order([3, 4, 5], 0, 1) == [3, 4, 5]
+    assert rank_order([3], 0, 2) == [3, 3]
+    assert rank_order(range(9), 3, 2)[::2] == [0, 1, 2, 6, 8]  # as many as without, in all
+    assert rank_order(range(9), 3, 2)[1::2] == [3, 4, 5, 7]
+    few = rank_order([0, 1], 2, 3)
     assert few[::3] == [0, 1]
     assert all(few[rank::3] for rank in range(3))
 

@@ -16,7 +16,7 @@ from relay_diffusion.diffusion import (
     block_noise,
     karras_sigmas,
 )
-from relay_diffusion.diffusion.generators import ImageSeeds
+from relay_diffusion.diffusion.generators import PerImageGenerator
 from relay_diffusion.samplers import BlurringSampler, EDMSampler
 from support import Replay, toy_denoiser
 
@@ -162,7 +162,9 @@ def test_a_network_may_write_all_its_answers_to_the_same_memory(sampler):
     def fresh(x, sigma, labels):
         return toy_denoiser(x, sigma, labels).float()
 
-    results = [sampler(denoise, start, ImageSeeds([1, 2]).randn_like, LABELS) for denoise in (fresh, overwriting)]
+    results = [
+        sampler(denoise, start, PerImageGenerator([1, 2]).randn_like, LABELS) for denoise in (fresh, overwriting)
+    ]
     assert torch.equal(*results)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from recorder import Recorder
 from relay_diffusion.diffusion import BlurringCorruption, TruncatedLogNormal, karras_sigmas
-from relay_diffusion.diffusion.generators import ImageSeeds
+from relay_diffusion.diffusion.generators import PerImageGenerator
 from relay_diffusion.samplers import BlurringSampler, EDMSampler
 from support import Replay, toy_denoiser
 
@@ -198,7 +198,7 @@ def test_impossible_grids_are_refused(sampler_class):
 
 
 def sampled(sampler, seeds, starts):
-    noise = ImageSeeds(seeds)
+    noise = PerImageGenerator(seeds)
     start = noise.randn_like(starts) if isinstance(sampler, EDMSampler) else starts
     return sampler(toy_denoiser, start, noise.randn_like, torch.tensor(seeds) % 10)
 

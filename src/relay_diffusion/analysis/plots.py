@@ -10,7 +10,7 @@ from torch import Tensor
 
 from relay_diffusion.analysis.spectrum import Curve, Settings, block_power, mixed_power, ring_means, white_power
 from relay_diffusion.errors import UserError
-from relay_diffusion.utils.files import whole_file
+from relay_diffusion.utils.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +44,7 @@ def _finish(axes: Axes, title: str, unit: str) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png")
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from relay_diffusion import __version__
 from relay_diffusion.errors import UserError
-from relay_diffusion.utils.files import file_sha256, json_text, parse_json, whole_file, write_text
+from relay_diffusion.utils.files import atomic_write, file_sha256, json_text, parse_json, write_text
 
 EXPORT_STAGE, EXPORT_WEIGHTS = "stage.json", "weights.safetensors"
 EXPORT_FORMAT = 1
@@ -50,7 +50,7 @@ def export_stage(
     tensors = _converted(weights, dtype)
     stage_file, weights_file = destination / EXPORT_STAGE, destination / EXPORT_WEIGHTS
     stage_file.unlink(missing_ok=True)
-    with whole_file(weights_file) as file:
+    with atomic_write(weights_file) as file:
         file.write(save(tensors, metadata={"format": "pt"}))
     content = {
         "format": EXPORT_FORMAT,

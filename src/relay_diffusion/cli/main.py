@@ -34,7 +34,7 @@ from relay_diffusion.config.run_dir import register_resolvers, sweep_job
 from relay_diffusion.config.sample import validate_sampling
 from relay_diffusion.config.train import validate_training
 from relay_diffusion.errors import UserError, require
-from relay_diffusion.utils.distributed import first_failure, leave_group, rank, ranks_differ
+from relay_diffusion.utils.distributed import destroy_process_group, first_failure, rank, ranks_differ
 from relay_diffusion.utils.files import write_text
 
 TRAIN, SAMPLE = CONF / "train.yaml", CONF / "sample.yaml"
@@ -261,7 +261,7 @@ def command_line(task: Callable[[DictConfig], float | None], config: Path) -> No
         _check_sweep(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(config.parent), config_name=config.stem)(task)()
         sys.stdout.flush()
-        leave_group()
+        destroy_process_group()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         os._exit(128 + signal.SIGINT)  # threads and other processes may wait for this one

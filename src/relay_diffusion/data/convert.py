@@ -22,7 +22,7 @@ from relay_diffusion.data.decode import FULL_DEPTH, box_average, decode
 from relay_diffusion.data.labels import Labels, read_labels
 from relay_diffusion.data.sources import LABEL_FILE, Source, open_source
 from relay_diffusion.data.zip_writer import ImageZipWriter, encode_png, png_names
-from relay_diffusion.errors import UserError, naming
+from relay_diffusion.errors import UserError, prefix_errors
 from relay_diffusion.utils.files import refuse_existing
 from relay_diffusion.utils.parallel import map_in_order
 from relay_diffusion.utils.progress import progress
@@ -192,7 +192,7 @@ def _class_folders(source: Source, options: ConvertOptions) -> ClassFolders | No
             f"classes=folders: {source.path} has labels of its own in {LABEL_FILE}; "
             f"classes=keep takes them, classes=none drops them"
         )
-    with naming("classes=folders"):
+    with prefix_errors("classes=folders"):
         return find_class_folders(source.names, level, source.where)
 
 

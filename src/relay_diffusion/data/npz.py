@@ -14,7 +14,7 @@ from torch import Tensor
 
 from relay_diffusion.data.bounded_io import check_size, check_zip_member, read_exactly
 from relay_diffusion.errors import UserError
-from relay_diffusion.utils.files import whole_file
+from relay_diffusion.utils.files import atomic_write
 
 MAX_ARRAY = 2**30  # bytes of one array of statistics or features, which are held in memory
 
@@ -108,7 +108,7 @@ def write_adm_samples(
     """
     if labels is not None and len(labels) != count:
         raise ValueError(f"{len(labels)} labels for {count} images")
-    with whole_file(Path(path)) as file, zipfile.ZipFile(file, "w") as archive:
+    with atomic_write(Path(path)) as file, zipfile.ZipFile(file, "w") as archive:
         # The size must be known to be large before it is: force_zip64 allows for it.
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, *resolution, 3)}

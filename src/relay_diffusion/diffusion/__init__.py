@@ -7,7 +7,7 @@ from relay_diffusion.diffusion.corruption import (
     GaussianCorruption,
 )
 from relay_diffusion.diffusion.dct import block_dct, block_filter, block_idct
-from relay_diffusion.diffusion.generators import ImageSeeds
+from relay_diffusion.diffusion.generators import PerImageGenerator
 from relay_diffusion.diffusion.guidance import (
     AutoGuidance,
     ClassifierFreeGuidance,
@@ -31,8 +31,8 @@ __all__ = [
     "DenoisingLoss",
     "GaussianCorruption",
     "GuidanceInterval",
-    "ImageSeeds",
     "LogNormal",
+    "PerImageGenerator",
     "RandnLike",
     "TruncatedLogNormal",
     "block_dct",

@@ -19,7 +19,7 @@ def mix_seeds(seed: int, stream: int) -> int:
     return (z ^ (z >> 31)) >> 1
 
 
-class ImageSeeds:
+class PerImageGenerator:
     """One random generator per image, so that an image depends on its seed and not on its batch.
 
     `seeds`: one integer per image. `stream` separates uses of the same seed (the stages of a relay): equal

@@ -13,7 +13,7 @@ from torch import Tensor
 from relay_diffusion.data.npz import Npz
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics.inception_network import POOL_FEATURES, SPATIAL_CHANNELS, SPATIAL_FEATURES, SPATIAL_SIZE
-from relay_diffusion.utils.files import whole_file
+from relay_diffusion.utils.files import atomic_write
 
 SHAPES = {
     "mu": (POOL_FEATURES,),
@@ -94,7 +94,7 @@ def _arrays(statistics: FeatureStatistics, mean: str, covariance: str) -> dict[s
 
 
 def _write(path: str | Path, arrays: dict[str, Any]) -> None:
-    with whole_file(Path(path)) as file:
+    with atomic_write(Path(path)) as file:
         np.savez(file, **arrays)
 
 

@@ -20,7 +20,7 @@ from relay_diffusion.diffusion import (
     guided,
 )
 from relay_diffusion.diffusion.augment import Augmentation
-from relay_diffusion.diffusion.generators import ImageSeeds, mix_seeds
+from relay_diffusion.diffusion.generators import PerImageGenerator, mix_seeds
 from relay_diffusion.diffusion.pixels import to_float
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.finite_samples import finite, nonfinite_samples
@@ -249,7 +249,7 @@ class DiffusionStage(OptimizationHooks):
 
         sampler: used instead of the stage's own.
         """
-        noise = ImageSeeds(seeds, self.device, stream=self.resolution)  # stages must not share their noise
+        noise = PerImageGenerator(seeds, self.device, stream=self.resolution)  # stages must not share their noise
         like = torch.empty(len(seeds), self.image_channels, self.resolution, self.resolution, device=self.device)
         start = self.corruption.start(like, previous, noise.randn_like)
         if labels is not None:

@@ -48,7 +48,7 @@ class PlanDataModule(L.LightningDataModule):
         return SampleBatch(torch.tensor(positions), torch.tensor(seeds), torch.tensor(labels), start)
 
 
-def dealing_order(todo: Sequence[int], shown: int, devices: int) -> list[int]:
+def rank_order(todo: Sequence[int], shown: int, devices: int) -> list[int]:
     """`todo` in an order in which every device gets an image, and the first device the first `shown` first.
 
     Where there are too few, some come again.

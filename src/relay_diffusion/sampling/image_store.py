@@ -19,7 +19,7 @@ from relay_diffusion.data.sources import LABEL_FILE
 from relay_diffusion.data.zip_writer import ImageZipWriter, encode_png
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.differences import first_difference
-from relay_diffusion.utils.files import json_text, remove_temporaries, whole_file, write_text
+from relay_diffusion.utils.files import atomic_write, json_text, remove_temporaries, write_text
 from relay_diffusion.utils.parallel import map_in_order
 
 
@@ -60,7 +60,7 @@ class ImageStore:
 
     def write(self, name: str, image: Tensor) -> None:
         """Keep one uint8 image [3,H,W]; it is there whole or not at all."""
-        with whole_file(self.path(name)) as file:
+        with atomic_write(self.path(name)) as file:
             file.write(encode_png(Image.fromarray(image.permute(1, 2, 0).cpu().numpy())))
 
     def images(self, names: Sequence[str], resolution: tuple[int, int]) -> ImageSet:

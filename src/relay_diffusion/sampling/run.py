@@ -23,7 +23,7 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import Evaluator
 from relay_diffusion.models.relay import Relay
 from relay_diffusion.models.stage import DiffusionStage
-from relay_diffusion.sampling.batches import PlanDataModule, dealing_order
+from relay_diffusion.sampling.batches import PlanDataModule, rank_order
 from relay_diffusion.sampling.callbacks.image_writer import ImageWriter
 from relay_diffusion.sampling.callbacks.progress import SamplingProgress
 from relay_diffusion.sampling.callbacks.relay_picture import RelayPicture
@@ -109,7 +109,7 @@ def _make_and_measure(
         if shown:
             callbacks.append(TrajectoryPicture(options.output, len(shown)))
             results["trajectory"] = os.path.relpath(options.output / "trajectory.png") + " and .webp"
-        order = dealing_order(todo, len(shown), trainer.num_devices * trainer.num_nodes)
+        order = rank_order(todo, len(shown), trainer.num_devices * trainer.num_nodes)
         _predict(trainer, relay, PlanDataModule(plan, order, options.batch_size), callbacks)
         results["seconds_sampling"] = round(time.perf_counter() - began, 1)
     if relay.hand_over_sigma is not None:

@@ -21,7 +21,7 @@ from relay_diffusion.checkpoints.reading import (
     stored_weights,
 )
 from relay_diffusion.data.datamodule import ImageDataModule
-from relay_diffusion.errors import UserError, naming
+from relay_diffusion.errors import UserError, prefix_errors
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.training.run_record import KEY, changes
 from relay_diffusion.utils.differences import first_difference
@@ -62,7 +62,7 @@ def last_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any], bool] | None
         raise UserError(f"no checkpoint in {directory} can be read: delete them to begin anew ({failures[0]})")
     if cfg.resume is None:
         return None
-    with naming("resume"):
+    with prefix_errors("resume"):
         return find_checkpoint(cfg.resume), read_checkpoint(cfg.resume, cfg.trusted), False
 
 
@@ -116,11 +116,11 @@ def init_from(stage: DiffusionStage, path: str) -> Path:
 
     Returns the file. Raises UserError naming it, if the weights are missing or those of another network.
     """
-    with naming("init"):
+    with prefix_errors("init"):
         file = find_stage(path)
         content = read_stage(file)
     kind = "ema" if content.get("ema", {}).get("weights") else "raw"
-    with naming("init takes the weights of a stage that has the network of this run"):
+    with prefix_errors("init takes the weights of a stage that has the network of this run"):
         weights = stored_weights(content, kind, stage.denoiser, file)
     stage.denoiser.load_state_dict(weights)
     return file

@@ -20,7 +20,7 @@ from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.training.callbacks.preemption import leave_after_signal
 from relay_diffusion.training.resume import Start, find_start, init_from
 from relay_diffusion.training.run_record import RunRecord, changes_data_order
-from relay_diffusion.utils.distributed import leave_group, on_rank_zero, started_ranks
+from relay_diffusion.utils.distributed import destroy_process_group, on_rank_zero, started_ranks
 from relay_diffusion.utils.files import write_text
 from relay_diffusion.utils.git import git_revision
 from relay_diffusion.utils.host import report_slow_settings
@@ -92,7 +92,7 @@ def train(cfg: DictConfig) -> DiffusionStage | None:
             _announce(cfg, trainer, stage, data, start, initial)
         trainer.fit(stage, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
     if stage.images_seen < cfg.trainer.max_images and stage.fit_state.stop_signal:
-        leave_group()  # all ranks are here
+        destroy_process_group()  # all ranks are here
         leave_after_signal(trainer, stage.fit_state.stop_signal)
     if test_steps and stage.nonfinite_steps.now():
         raise UserError("trainer.fast_dev_run: the last step had no finite loss, or no finite gradient")

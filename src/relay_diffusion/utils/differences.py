@@ -1,4 +1,4 @@
-"""What differs between two nested settings, in the words of the options."""
+"""Differences between two nested settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from relay_diffusion.utils.messages import printable
 
 
 def differences(there: Any, here: Any, key: str = "", absent: Any = None) -> Iterator[tuple[str, Any, Any]]:
-    """(key, value there, value here) of each leaf that differs; a part that only one side has is one leaf.
+    """Yield (key, stored value, present value) of each leaf that differs; a missing part is one leaf.
 
     `absent` stands for the value of a key that one side lacks.
     """
@@ -22,7 +22,7 @@ def differences(there: Any, here: Any, key: str = "", absent: Any = None) -> Ite
 
 
 def first_difference(there: Any, here: Any) -> str:
-    """ "KEY is A there, B here", of the first that differs; parts with keys of their own are not written out."""
+    """Describe the first difference, as "KEY is A there, B here"."""
     key, before, now = next(differences(there, here))
     if isinstance(now, Mapping):
         return f"{key} is missing there"

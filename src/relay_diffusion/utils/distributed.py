@@ -28,33 +28,33 @@ INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs in which commands a
 
 
 def rank() -> int:
-    """This process's number among those of its run."""
+    """Return the global rank of this process, 0 outside a distributed run."""
     return next((int(os.environ[name]) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0)
 
 
 def first_process() -> int | None:
-    """The process of the first rank of this host, if that started this one; None under SLURM and torchrun."""
+    """Return the pid of local rank 0 if it launched this process; None under SLURM and torchrun."""
     launched = "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_PROCID" in os.environ
     return None if launched or "LOCAL_RANK" not in os.environ else os.getppid()
 
 
 def ranks_differ() -> bool:
-    """Whether ranks work together already; before that they do the same, and meet the same errors."""
+    """Return whether the process group is initialized. Before that, all ranks do the same and meet the same errors."""
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
-def leave_group() -> None:
-    """End the connection to the other ranks, which do it too: left to the end of the process, threads may abort it."""
+def destroy_process_group() -> None:
+    """Destroy the process group (collective): at interpreter exit, its threads may abort."""
     if ranks_differ():
         sys.modules["torch.distributed"].destroy_process_group()
 
 
 def first_failure(code: int) -> tuple[int, int]:
-    """Rank and exit code of the rank that failed first; this one and `code`, if no other has failed before.
+    """Return rank and exit code of the rank that failed first, this one unless another was earlier.
 
-    Every rank that fails calls it once, before it closes its connections: the others meet errors of the network then,
-    of types and texts that differ between backends. The ranks agree in the store of their process group.
+    Call once per failing rank, before its connections close: other ranks then fail with network errors that differ
+    between backends. The ranks agree through the store of their process group.
     """
     if not ranks_differ():
         return rank(), code
@@ -63,14 +63,14 @@ def first_failure(code: int) -> tuple[int, int]:
     try:
         store = distributed.TCPStore(host, port, timeout=timedelta(seconds=STORE_SECONDS), wait_for_workers=False)
         said = store.compare_set(FAILED, "", f"{rank()} {code}").decode()
-    except distributed.DistError:  # the store is a part of rank 0, which has left
+    except distributed.DistError:  # rank 0 hosts the store and has exited
         return 0, code
     first, its_code = map(int, said.split())
     return first, its_code
 
 
 def check_processes(world: int) -> None:
-    """Raise UserError if the launcher started another number of processes than the run has devices."""
+    """Raise UserError unless the launcher started one process per device."""
     for name, launcher in (("SLURM_NTASKS", "SLURM"), ("WORLD_SIZE", "torchrun")):
         by_hand = launcher == "SLURM" and os.environ.get("SLURM_JOB_NAME") in INTERACTIVE
         by_lightning = "TORCHELASTIC_RUN_ID" not in os.environ and launcher == "torchrun"
@@ -82,10 +82,10 @@ def check_processes(world: int) -> None:
 
 
 @contextmanager
-def children_end_too(trainer: L.Trainer) -> Iterator[None]:
-    """Processes that Lightning started for other devices end with this one, however that ends.
+def terminate_ranks_on_error(trainer: L.Trainer) -> Iterator[None]:
+    """Terminate launched ranks if this process fails.
 
-    Raises UserError if a launcher started another number of them than there are devices.
+    Raises UserError unless the launcher started one process per device.
     """
     check_processes(trainer.num_devices * trainer.num_nodes)
     try:
@@ -93,28 +93,28 @@ def children_end_too(trainer: L.Trainer) -> Iterator[None]:
     except BaseException:
         kill = getattr(trainer.strategy.launcher, "kill", None)
         if kill is not None:
-            kill(signal.SIGKILL)  # they may wait for this process, deaf to anything milder
+            kill(signal.SIGKILL)  # ranks that wait in a collective ignore SIGTERM
         raise
 
 
 @contextmanager
 def started_ranks(trainer: L.Trainer, run_id: str, directory: str, option: str) -> Iterator[None]:
-    """Start the other ranks and lock the run's directory, as long as the block runs; rank 0 holds the lock.
+    """Start the other ranks and lock the run directory while the block runs; rank 0 holds the lock.
 
-    Lightning would start the ranks within `fit` and `predict`; rank 0 has to decide for all of them before. If the
-    block fails, they end. Raises UserError if another run uses `directory`, which the user gave as `option`.
+    Lightning would start the ranks within `fit` and `predict`, but rank 0 decides for all of them before. The ranks
+    are terminated if the block fails. Raises UserError if another run uses `directory`, the value of `option`.
     """
     prepare_host(trainer.strategy.root_device)
-    with ExitStack() as stack, children_end_too(trainer):  # all ranks have ended when the lock is released
+    with ExitStack() as stack, terminate_ranks_on_error(trainer):  # so the lock outlives the ranks
         _start_ranks(trainer, run_id)
         on_rank_zero(trainer, lambda: stack.enter_context(run_lock(directory, option)))
         yield
 
 
 def on_rank_zero(trainer: L.Trainer, decide: Callable[[], T]) -> T:
-    """Call `decide` on rank 0 and return its result on all ranks; within `started_ranks`.
+    """Call `decide` on rank 0 and return its result on all ranks (collective).
 
-    What ranks read from a shared file system may differ, and they would wait for each other for ever.
+    Ranks may see a shared file system in different states and would then deadlock.
     Raises UserError on all ranks if rank 0 does.
     """
     decision: T | None = None
@@ -126,7 +126,7 @@ def on_rank_zero(trainer: L.Trainer, decide: Callable[[], T]) -> T:
             problem = str(error)
     decision, problem = trainer.strategy.broadcast((decision, problem))
     if problem is not None:
-        leave_group()  # all ranks are here; from now on only rank 0 reports errors
+        destroy_process_group()  # all ranks are here; from now on only rank 0 reports errors
         raise UserError(problem)
     return decision  # type: ignore[return-value]  # rank 0 made it
 
@@ -136,7 +136,7 @@ def _start_ranks(trainer: L.Trainer, run_id: str) -> None:
 
     launcher = trainer.strategy.launcher
     if not isinstance(launcher, _SubprocessScriptLauncher):
-        return  # one process, or Lightning copies what this one decides into the others
+        return  # one process, or forks that inherit the decision
     before = os.environ.get(RUN_ID)
     os.environ[RUN_ID] = run_id  # for the processes that this starts
     try:

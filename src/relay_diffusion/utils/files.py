@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and their fingerprints."""
+"""Atomic writes, checksums, and JSON with infinities."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from relay_diffusion.errors import UserError
 
 
 def temporary_name(path: Path) -> Path:
-    """Where to write what takes the name `path` once all is written: the same folder, so a rename and no copy."""
+    """Name a temporary file in the folder of `path`, so that a rename moves it."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
 def remove_temporaries(paths: Iterable[Path]) -> None:
-    """Delete those of the files that writers left when they were killed; only where nobody writes now."""
+    """Delete stale temporary files among `paths`. Call only while no process writes there."""
     for path in paths:
         if re.fullmatch(r"\..+\.[0-9a-f]+\.tmp", path.name):
             path.unlink(missing_ok=True)
@@ -30,7 +30,7 @@ def remove_temporaries(paths: Iterable[Path]) -> None:
 
 @contextmanager
 def writing(what: object) -> Iterator[None]:
-    """Raise UserError that names `what` if it cannot be written, or the disk is full."""
+    """Turn an OSError of this block into a UserError that names `what`."""
     try:
         yield
     except OSError as error:
@@ -38,10 +38,10 @@ def writing(what: object) -> Iterator[None]:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file for writing; it takes the name `path` once all is written, and goes away otherwise.
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Write a file atomically: to a temporary name, synced, then renamed to `path`.
 
-    Raises UserError if the place cannot be written to, or is full.
+    An error inside the block removes the temporary file. Raises UserError if the folder is not writable or full.
     """
     temporary = temporary_name(path)
     try:
@@ -58,7 +58,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
+    """Flush a file, or the entries of a directory, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -67,18 +67,18 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `path` whole or not at all."""
-    with whole_file(path) as file:
+    """Write a text file atomically."""
+    with atomic_write(path) as file:
         file.write(text.encode())
 
 
 def json_text(content: Any) -> str:
-    """JSON of plain values that strict readers accept: infinity, which JSON lacks, is {".float": "inf"}."""
+    """Serialize plain values to JSON; infinity and nan become {".float": "inf"}."""
     return json.dumps(_spelled(content), indent=2, allow_nan=False) + "\n"
 
 
 def parse_json(text: str) -> Any:
-    """What `json_text` wrote. Raises ValueError for a text that is no JSON."""
+    """Parse the output of `json_text`. Raises ValueError for invalid JSON."""
     return json.loads(text, object_hook=lambda node: float(node[".float"]) if node.keys() == {".float"} else node)
 
 
@@ -91,12 +91,12 @@ def _spelled(node: Any) -> Any:
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file's content, hexadecimal."""
+    """Compute the SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def refuse_existing(path: Path, option: str, overwrite: bool) -> None:
-    """Raise UserError if a file is there that would be replaced, unless `overwrite`."""
+    """Raise UserError if `path` exists, unless `overwrite`."""
     if not overwrite and path.exists():
         raise UserError(f"{option}={path}: exists already; choose another name, or overwrite=true to replace it")

@@ -1,4 +1,4 @@
-"""Which revision of the code runs."""
+"""Git revision of the running code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def git_revision(file: Path = Path(__file__)) -> dict[str, Any]:
-    """{"commit", "uncommitted_changes"} of the git checkout that tracks `file`; empty without git or checkout."""
+    """Return "commit" and "uncommitted_changes" of the checkout that tracks `file`; empty without git."""
     try:
         _git(file.parent, "ls-files", "--error-unmatch", file.name)  # an installed copy may lie in anyone's checkout
         commit, changes = _git(file.parent, "rev-parse", "HEAD"), _git(file.parent, "status", "--porcelain")

@@ -1,4 +1,4 @@
-"""Whether this host has GPUs, and how torch uses its CPU and memory."""
+"""Threads and memory of this host, and settings that are slow on it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def slow_settings(device: str, have_triton: bool, channels_last: Mapping[str, bool]) -> list[str]:
-    """What makes a run on a GPU slower than it need be, a line each.
+    """List settings that slow down a run on a GPU, one line each.
 
     device: its type, as "cuda"; channels_last: whether each network has that memory format, by its option.
     """
@@ -35,7 +35,7 @@ def slow_settings(device: str, have_triton: bool, channels_last: Mapping[str, bo
 
 
 def report_slow_settings(device: torch.device, networks: Mapping[str, object]) -> None:
-    """Print what makes a run slower than it need be; `networks`: each with the option that sets its channels_last."""
+    """Print settings that slow down a run; `networks`: by the option that sets channels_last."""
     import torch
 
     formats = {
@@ -48,7 +48,7 @@ def report_slow_settings(device: torch.device, networks: Mapping[str, object]) -
 
 
 def prepare_host(device: torch.device) -> None:
-    """Few threads of torch beside a GPU; on the CPU freed memory is kept for the next tensor.
+    """Limit torch to few threads beside a GPU; keep freed memory on a CPU.
 
     Beside a GPU the CPU only copies batches; a thread for each of many cores does it far slower than a few, the more
     so with several runs or ranks on a host. OMP_NUM_THREADS, where the user has set it, is left as it is. On the CPU

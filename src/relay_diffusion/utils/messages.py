@@ -1,4 +1,4 @@
-"""Values in messages: short, and in one line."""
+"""Parts of messages: values in one short line, suggestions of the nearest name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as messages show it: one line, not too long."""
+    """Shorten a value to one line of at most 80 characters."""
     try:
         text = " ".join(str(value).split())
     except ValueError:  # Python does not write numbers of thousands of digits
@@ -26,7 +26,7 @@ def shown(value: Any) -> str:
 
 
 def short(value: Any) -> str:
-    """A foreign value in one short line of ASCII."""
+    """Shorten a value from a file to one line of at most 60 ASCII characters."""
     try:
         said = str(tuple(value.shape)) if hasattr(value, "shape") else ascii(value)  # a tensor
         said = said[1:-1] if isinstance(value, str) else said
@@ -36,6 +36,6 @@ def short(value: Any) -> str:
 
 
 def printable(value: Any) -> str:
-    """A value as text that a screen can show: what comes from a file may hold anything."""
+    """Return a value as printable text: values from files may hold control characters."""
     text = str(value)
     return text if text.isprintable() else ascii(text)

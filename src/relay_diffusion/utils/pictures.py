@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from relay_diffusion.utils.files import whole_file
+from relay_diffusion.utils.files import atomic_write
 
 
 def image_grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
@@ -39,13 +39,13 @@ def side_by_side(pictures: Sequence[Image.Image], gap: int = 12) -> Image.Image:
 
 def save_png(picture: Image.Image, path: Path) -> None:
     """Write `path` whole or not at all."""
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         picture.save(file, format="PNG")
 
 
 def save_webp(frames: Sequence[Image.Image], milliseconds: Sequence[int], path: Path, quality: int = 50) -> None:
     """Write `path`, frame after frame, each shown so long, over and over; whole or not at all."""
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         frames[0].save(
             file,
             format="WEBP",

@@ -1,4 +1,4 @@
-"""Progress for people: a rich bar on a terminal, a plain line now and then in a log."""
+"""Progress bars on a terminal, occasional plain lines in a log."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ QUIET = "RELAY_DIFFUSION_QUIET"  # 1: no progress at all
 
 
 class Advance:
-    """Counts finished units of work; `__call__(n, note)` moves the bar by n and replaces its note."""
+    """Count finished units of work; `__call__(n, note)` advances the bar by n."""
 
     def __init__(self, description: str, total: int, unit: str, done: int = 0) -> None:
         self.description, self.total, self.unit = description, total, unit
@@ -28,7 +28,7 @@ class Advance:
         self.show()
 
     def show(self) -> None:
-        """Display the present state; a silent bar shows nothing."""
+        """Display the current state; a disabled bar shows nothing."""
 
 
 class _PlainAdvance(Advance):

@@ -1,4 +1,4 @@
-"""Messages of other libraries that no user of the commands can act on."""
+"""Hide messages of other libraries that users cannot act on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MESSAGES = (
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Hide these messages within the block, or within a function that this decorates; other warnings stay."""
+    """Hide these messages inside the block or the decorated function; other warnings stay."""
     loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

@@ -79,9 +79,9 @@ class Holder:
 
 @contextmanager
 def run_lock(directory: str | Path, option: str) -> Iterator[None]:
-    """Keep other processes out of `directory`, which is created; `option` names it in messages.
+    """Lock a run directory, which is created; `option` names it in messages.
 
-    Two mechanisms together, as each has a gap. A POSIX lock on `directory`/run.lock ends with its process, whatever
+    Two mechanisms cover each other's gaps. A POSIX lock on `directory`/run.lock ends with its process, whatever
     ends that, and also works between hosts where the file system supports it; unlike flock() it is not inherited by
     data workers, which outlive a killed process for some seconds. The content of the file (host, pid, start time)
     names the holder in messages, and decides where the file system has no locks or only those of one host.
@@ -100,7 +100,7 @@ def run_lock(directory: str | Path, option: str) -> Iterator[None]:
         os.close(handle)
         if created:
             with suppress(OSError):
-                directory.rmdir()  # an empty one is of no use
+                directory.rmdir()  # remove the empty run directory
 
 
 def _acquire(path: Path, option: str) -> int:
@@ -111,7 +111,7 @@ def _acquire(path: Path, option: str) -> int:
             holder = Holder.parse(os.pread(handle, 2**16, 0).decode(errors="replace"))
             if supported is None:
                 raise UserError(_in_use(path, option, holder))
-            if not _is_current(handle, path):  # its process ended in between, and took the file along
+            if not _is_current(handle, path):  # its process has exited and removed the file
                 os.close(handle)
                 continue
             me = Holder.this_process()
@@ -167,7 +167,7 @@ def _unknown(path: Path, option: str, holder: Holder | None, me: Holder) -> str:
 
 
 def _start_time(pid: int) -> str:
-    """Clock ticks from boot to the start of a process, empty without /proc; "ended" if there is no such process."""
+    """Return the start of a process in clock ticks since boot; "ended" without such a process, "" without /proc."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         return "ended" if stat[0] in "ZX" else stat[19]

@@ -10,7 +10,7 @@ from PIL import Image
 from relay_diffusion.checkpoints.loading import load_stage
 from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.zip_writer import ImageZipWriter
-from relay_diffusion.diffusion.generators import ImageSeeds
+from relay_diffusion.diffusion.generators import PerImageGenerator
 from relay_diffusion.diffusion.pixels import to_float
 from relay_diffusion.errors import UserError
 from relay_diffusion.training.callbacks.validation import Validation
@@ -74,7 +74,7 @@ def test_the_numbers_are_those_of_the_averaged_weights_at_fixed_noise(fit, tmp_p
             for part in range(4):
                 level = (part + (number + 0.5) * 0.6180339887498949 % 1) / 4
                 sigma = stage.corruption.schedule.sigma(torch.tensor([level]))
-                noise = ImageSeeds([4 * number + part], stream=2**20).randn_like(x0)
+                noise = PerImageGenerator([4 * number + part], stream=2**20).randn_like(x0)
                 with torch.no_grad():
                     denoised = stage.denoiser(x0 + sigma * noise, sigma, torch.tensor([label]))
                 losses[part] += float(stage.loss(denoised, x0, sigma).mean()) / 10

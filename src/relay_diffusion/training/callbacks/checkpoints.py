@@ -19,7 +19,7 @@ from relay_diffusion.checkpoints.reading import BEST, KEPT, LAST, read_stage
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.training.callbacks.periodic import PeriodicCallback
-from relay_diffusion.utils.files import sync, whole_file, write_text
+from relay_diffusion.utils.files import atomic_write, sync, write_text
 
 DIVERGED = "lower stage.optimizer.lr, raise stage.warmup_images, or set trainer.gradient_clip_val"
 
@@ -235,7 +235,7 @@ def _keep(last: Path, kept: Path) -> None:
     try:
         kept.hardlink_to(last)
     except OSError:  # some file systems have no links
-        with whole_file(kept) as copy, last.open("rb") as file:
+        with atomic_write(kept) as copy, last.open("rb") as file:
             shutil.copyfileobj(file, copy)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from relay_diffusion.data.dataset import ImageDataset, spread_images
 from relay_diffusion.diffusion.corruption import block_mean
-from relay_diffusion.diffusion.generators import ImageSeeds
+from relay_diffusion.diffusion.generators import PerImageGenerator
 from relay_diffusion.diffusion.pixels import to_float
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.stage import DiffusionStage
@@ -87,7 +87,7 @@ class Validation(PeriodicMeasurement):
         level = [(case % self.bins + place) / self.bins for case, place in zip(cases, within, strict=True)]
         schedule = stage.corruption.schedule
         sigma = schedule.sigma(torch.tensor(level).clamp(min=schedule.level_floor))
-        noise = ImageSeeds(cases, stage.device, stream=STREAM)
+        noise = PerImageGenerator(cases, stage.device, stream=STREAM)
         noisy = stage.corruption.corrupt(x0, sigma, stage.corruption.draw_noise(x0, noise.randn_like))
         previous = block_mean(x0, stage.corruption.block) if stage.conditioned else None
         condition = stage.sampling_condition(previous, noise.randn_like)
