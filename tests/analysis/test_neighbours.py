@@ -233,7 +233,7 @@ def test_the_picture_is_about_square(
         ("destination={zip}", "destination={zip}: is no folder and cannot become one (File exists); choose another"),
         ("destination={zip}/new", "destination={zip}/new: is no folder and cannot become one (Not a directory)"),
         ("mirrored=perhaps", "mirrored=perhaps: "),
-        ("image=a", "unknown key 'image'; did you mean 'images'?"),
+        ("image=a", "unknown key 'image'; did you mean images?"),
     ],
 )
 def test_mistakes_are_one_line(

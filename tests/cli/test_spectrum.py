@@ -154,7 +154,7 @@ def test_without_matplotlib_the_numbers_are_there(
         ("block_strength=-1", "block_strength=-1.0: must not be negative"),
         ("block_strength=nan", "block_strength=nan: must not be negative"),
         ("images=nowhere", "images=nowhere: no such file or folder"),
-        ("image=a", "unknown key 'image'; did you mean 'images'?"),
+        ("image=a", "unknown key 'image'; did you mean images?"),
     ],
 )
 def test_mistakes_are_one_line(

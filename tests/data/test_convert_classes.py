@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from pictures_on_disk import encoded, pixels, pngs, write_folder, write_tar, write_zip
+from relay_diffusion.data.class_choice import labels_like_reference
 from relay_diffusion.data.convert import Classes, ConvertOptions, convert
 from relay_diffusion.data.dataset import ImageDataset
-from relay_diffusion.data.labels import labels_like_reference
 from relay_diffusion.errors import UserError
 
 SPLIT_SET = ["train/cat/a.png", "train/dog/b.png", "train/dog/c.png", "val/cat/d.png", "val/dog/e.png"]
@@ -93,7 +93,7 @@ def test_a_thousand_classes_are_printed_in_a_few_short_lines(tmp_path: Path) -> 
     done = run(f"source={source}", f"destination={tmp_path / 'out.zip'}")
     lines = done.stdout.splitlines()
     assert lines[-2] == "  ... and 983 more, 1 to 2 images each"
-    assert "'\\x1b[2J'" in done.stdout
+    assert r"\x1b[2J" in done.stdout
     assert "\x1b" not in done.stdout
     assert len(lines) < 50
     assert max(map(len, lines[-22:-1])) < 120  # the last names the destination

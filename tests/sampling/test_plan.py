@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from relay_diffusion.data.class_choice import class_indices, labels_like_reference
 from relay_diffusion.data.dataset import ImageDataset
-from relay_diffusion.data.labels import class_indices, labels_like_reference
 from relay_diffusion.data.zip_writer import ImageZipWriter
 from relay_diffusion.errors import UserError
 from relay_diffusion.sampling.batches import PlanDataModule

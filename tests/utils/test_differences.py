@@ -1,7 +1,7 @@
 """What differs between two settings, in words."""
 
 from relay_diffusion.utils.differences import differences, first_difference
-from relay_diffusion.utils.messages import printable
+from relay_diffusion.utils.messages import shorten
 
 
 def test_every_leaf_that_differs():
@@ -18,5 +18,5 @@ def test_the_first_one_in_words():
 
 
 def test_what_a_file_holds_does_not_reach_the_screen_as_it_is():
-    assert first_difference({"a": "x\x1b[2J"}, {"a": "y"}) == r"a is 'x\x1b[2J' there, y here"
-    assert printable("Häuser & Gärten") == "Häuser & Gärten"
+    assert first_difference({"a": "x\x1b[2J"}, {"a": "y"}) == r"a is x\x1b[2J there, y here"
+    assert shorten("Häuser & Gärten") == "Häuser & Gärten"

@@ -27,7 +27,7 @@ from relay_diffusion.models.info import StageInfo
 from relay_diffusion.models.relay import Relay
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.utils.files import file_sha256, parse_json
-from relay_diffusion.utils.messages import did_you_mean, short
+from relay_diffusion.utils.messages import did_you_mean, shorten
 
 RELAY_FILE = "relay.json"  # in the folder of a relay
 RELAY_FORMAT = 1
@@ -127,7 +127,7 @@ def _stage_paths(file: Path) -> dict[str, Path]:
         content = parse_json(file.read_text(encoding="utf-8"))
         if content["format"] != RELAY_FORMAT:
             raise UserError(
-                f"{file} is a relay in format {short(content['format'])}: this version reads {RELAY_FORMAT}"
+                f"{file} is a relay in format {shorten(content['format'])}: this version reads {RELAY_FORMAT}"
             )
         if content.keys() != {"format", "stages"} or any(
             stage.keys() != {"path"} for stage in content["stages"].values()
@@ -241,13 +241,13 @@ def _check_changes(stored: Mapping[str, Any], changes: Mapping[str, Any], said: 
     for name, value in changes.items():
         before, key = stored.get(name), f"{prefix}{name}"
         if value is not None and name not in stored:
-            raise UserError(f"{said}{short(key)}: unknown key{did_you_mean(str(name), map(str, stored))}")
+            raise UserError(f"{said}{shorten(key)}: unknown key{did_you_mean(str(name), map(str, stored))}")
         if value is None or before is None:
             continue
         if isinstance(before, Mapping) and isinstance(value, Mapping):
             _check_changes(before, value, said, f"{key}.")
         elif _kind(before) != _kind(value):
-            raise UserError(f"{said}{key}={short(value)} must be {_kind(before)}; stored is {short(before)}")
+            raise UserError(f"{said}{key}={shorten(value)} must be {_kind(before)}; stored is {shorten(before)}")
 
 
 def _kind(value: Any) -> str:

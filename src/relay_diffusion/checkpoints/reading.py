@@ -13,7 +13,7 @@ from torch import Tensor
 from relay_diffusion.checkpoints.export import EXPORT_STAGE, EXPORT_WEIGHTS, read_export
 from relay_diffusion.checkpoints.targets import translate_targets
 from relay_diffusion.errors import UserError
-from relay_diffusion.utils.messages import short
+from relay_diffusion.utils.messages import shorten
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 KEPT = "images-*.ckpt"  # earlier ones, with the images they have seen in twelve digits
@@ -158,7 +158,7 @@ def _check_run(run: dict[str, Any], file: Path) -> None:
     for key, value in run.items():
         kind = RUN_KINDS.get(key, object)
         if not isinstance(value, kind) or isinstance(value, bool):
-            _wrong(file, f"run.{short(key)}", value, f"a {kind.__name__}")
+            _wrong(file, f"run.{shorten(key)}", value, f"a {kind.__name__}")
     for key in ("derived", "wandb"):
         part = run.get(key, {})
         for value in part.values() if isinstance(part, dict) else part:
@@ -171,7 +171,7 @@ def check_finite(weights: Mapping[str, Tensor], file: Path, what: str = "") -> N
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise UserError(
-                f"{file} holds weights that are not finite, first in {what}{short(name)}: its training has failed, "
+                f"{file} holds weights that are not finite, first in {what}{shorten(name)}: its training has failed, "
                 "use an earlier checkpoint"
             )
 
@@ -181,7 +181,7 @@ def check_fits(weights: Mapping[str, Tensor], network: torch.nn.Module, file: Pa
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     stored = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     problems = [f"it lacks {name}" for name in expected if name not in stored]
-    problems += [f"it also holds {short(name)}" for name in stored if name not in expected]
+    problems += [f"it also holds {shorten(name)}" for name in stored if name not in expected]
     problems += [
         f"{name} is {list(stored[name])}, not {list(shape)}"
         for name, shape in expected.items()
@@ -197,13 +197,13 @@ def _check_tensors(weights: Any, key: str, file: Path) -> None:
         _wrong(file, key, weights, "a dictionary of tensors")
     for name, tensor in weights.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            _wrong(file, f"{key}[{short(name)}]", tensor, "a tensor")
+            _wrong(file, f"{key}[{shorten(name)}]", tensor, "a tensor")
         if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise UserError(
-                f"{file} is damaged: {key}.{short(name)} must hold float numbers, not {tensor.dtype} {tensor.layout}"
+                f"{file} is damaged: {key}.{shorten(name)} must hold float numbers, not {tensor.dtype} {tensor.layout}"
             )
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # expanded: of any size
-            raise UserError(f"{file} is damaged: {key}.{short(name)} claims more numbers than it stores")
+            raise UserError(f"{file} is damaged: {key}.{shorten(name)} claims more numbers than it stores")
 
 
 def _check_plain(node: Any, key: str, file: Path, depth: int = 0) -> None:
@@ -213,8 +213,8 @@ def _check_plain(node: Any, key: str, file: Path, depth: int = 0) -> None:
     if isinstance(node, dict):
         for name, value in node.items():
             if not isinstance(name, str):
-                _wrong(file, f"{key}[{short(name)}]", value, "under a name")
-            _check_plain(value, f"{key}.{short(name)}", file, depth + 1)
+                _wrong(file, f"{key}[{shorten(name)}]", value, "under a name")
+            _check_plain(value, f"{key}.{shorten(name)}", file, depth + 1)
     elif isinstance(node, list | tuple):
         for index, value in enumerate(node):
             _check_plain(value, f"{key}[{index}]", file, depth + 1)
@@ -223,4 +223,4 @@ def _check_plain(node: Any, key: str, file: Path, depth: int = 0) -> None:
 
 
 def _wrong(file: Path, key: str, value: Any, wanted: str) -> NoReturn:
-    raise UserError(f"{file} is damaged: {key} must be {wanted}, not {type(value).__name__} {short(value)}")
+    raise UserError(f"{file} is damaged: {key} must be {wanted}, not {type(value).__name__} {shorten(value)}")

@@ -9,7 +9,7 @@ from typing import Any
 from hydra.utils import get_class
 
 from relay_diffusion.errors import UserError, require
-from relay_diffusion.utils.messages import short, shown
+from relay_diffusion.utils.messages import shorten
 
 OWN_PACKAGE = "relay_diffusion"  # whose classes every stored config may name
 RENAMED = {  # modules and classes that stored configs of earlier versions name
@@ -49,10 +49,10 @@ def package_names(trusted: Any) -> tuple[str, ...]:
     Raises UserError for anything but a list of such names.
     """
     listed = isinstance(trusted, Sequence) and not isinstance(trusted, str)
-    require(listed, f"trusted={shown(trusted)}: must be a list of packages, e.g. [my_package]")
+    require(listed, f"trusted={shorten(trusted)}: must be a list of packages, e.g. [my_package]")
     for name in trusted:
         named = isinstance(name, str) and all(part.isidentifier() for part in name.split("."))
-        require(named, f"trusted holds {shown(name)}: must be names of packages, e.g. my_package.samplers")
+        require(named, f"trusted holds {shorten(name)}: must be names of packages, e.g. my_package.samplers")
     return tuple(trusted)
 
 
@@ -73,15 +73,15 @@ def check_targets(node: Any, packages: Sequence[str], file: Path) -> None:
 def _check_target(target: Any, packages: Sequence[str], file: Path) -> None:
     if not (isinstance(target, str) and _inside(target, packages)):
         package = target.partition(".")[0] if isinstance(target, str) else ""
-        remedy = f"refused; if you trust it, add trusted=[{short(package)}]" if package.isidentifier() else "refused"
-        raise UserError(f"{file} names '{short(target)}', which is not a class of {' or '.join(packages)}: {remedy}")
+        remedy = f"refused; if you trust it, add trusted=[{shorten(package)}]" if package.isidentifier() else "refused"
+        raise UserError(f"{file} names '{shorten(target)}', which is not a class of {' or '.join(packages)}: {remedy}")
     try:
         found = get_class(target)
     except Exception:
-        raise UserError(f"{file} names {short(target)}, which is not a class that can be imported here") from None
+        raise UserError(f"{file} names {shorten(target)}, which is not a class that can be imported here") from None
     if not _inside(found.__module__, packages):
         raise UserError(
-            f"{file} names {short(target)}, which comes from {short(found.__module__)}, outside "
+            f"{file} names {shorten(target)}, which comes from {shorten(found.__module__)}, outside "
             f"{' or '.join(packages)}: refused"
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from relay_diffusion.errors import UserError
+from relay_diffusion.utils.messages import did_you_mean
 
 Options = TypeVar("Options")
 
@@ -29,9 +29,7 @@ def parse_arguments(schema: type[Options], arguments: Sequence[str]) -> Options:
         if not equals:
             raise UserError(f"{argument!r} is not of the form key=value; keys: {', '.join(known)}")
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"keys: {', '.join(known)}"
-            raise UserError(f"unknown key {key!r}; {hint}")
+            raise UserError(f"unknown key {key!r}{did_you_mean(key, known)}")
         values[key] = value
     config = OmegaConf.structured(schema)
     for key, value in values.items():

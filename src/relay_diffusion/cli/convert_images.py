@@ -11,12 +11,11 @@ from typing import NoReturn
 from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.data.convert import Converted, ConvertOptions, convert
 from relay_diffusion.data.decode import UNUSED_BITS, dark_warning
-from relay_diffusion.utils.messages import printable
+from relay_diffusion.utils.messages import shorten
 
 MAX_ENDINGS = 8  # named in the line about files of other types
 MAX_CLASSES_SHOWN = 20
 MAX_NAMES_SHOWN = 5  # of classes, in a warning
-MAX_NAME_LENGTH = 60  # shown of a class name
 USAGE = """\
 python -m relay_diffusion.cli.convert_images source=FOLDER|ZIP|TAR destination=OUT.zip [key=value ...]
 
@@ -49,22 +48,16 @@ def _counted(count: int, thing: str) -> str:
     return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
-def _shown(name: str) -> str:
-    """A class name for the screen: one short line without control characters."""
-    text = printable(name)
-    return text if len(text) <= MAX_NAME_LENGTH else f"{text[: MAX_NAME_LENGTH - 3]}..."
-
-
 def _some(names: Sequence[str]) -> str:
     more = ", ..." if len(names) > MAX_NAMES_SHOWN else ""
-    return ", ".join(map(_shown, names[:MAX_NAMES_SHOWN])) + more
+    return ", ".join(shorten(name) for name in names[:MAX_NAMES_SHOWN]) + more
 
 
 def class_table(names: Sequence[str], counts: Sequence[int]) -> list[str]:
     """Lines of class names and image counts; of many classes the first ones, and the range of the others."""
     shown = len(names) if len(names) <= MAX_CLASSES_SHOWN + 1 else MAX_CLASSES_SHOWN
-    width = max((len(_shown(name)) for name in names[:shown]), default=0)
-    lines = [f"  {_shown(name):{width}} {count:8,}" for name, count in zip(names[:shown], counts[:shown], strict=True)]
+    width = max((len(shorten(name)) for name in names[:shown]), default=0)
+    lines = [f"  {shorten(name):{width}} {count:8,}" for name, count in zip(names[:shown], counts[:shown], strict=True)]
     if rest := counts[shown:]:
         lines.append(f"  ... and {len(rest):,} more, {min(rest):,} to {max(rest):,} images each")
     return lines
@@ -76,10 +69,10 @@ def _describe_classes(result: Converted) -> list[str]:
     if folders is not None:
         lines.append(f"classes: the folders of level {folders.level} (class_level)")
         if folders.wrappers:
-            lines.append(f"left out of the names: {', '.join(f'{_shown(name)}/' for name in folders.wrappers)}")
+            lines.append(f"left out of the names: {', '.join(f'{shorten(name)}/' for name in folders.wrappers)}")
         if folders.splits:
             sizes = Counter(name.partition("/")[0] for name in result.labels)
-            splits = ", ".join(f"{_shown(split)} ({_counted(sizes[split], 'image')})" for split in folders.splits)
+            splits = ", ".join(f"{shorten(split)} ({_counted(sizes[split], 'image')})" for split in folders.splits)
             lines.append(f"splits (data.dataset.subset): {splits}")
     counts = Counter(result.labels.values())
     return lines + class_table(names, [counts[label] for label in range(len(names))])
@@ -100,11 +93,13 @@ def _warnings(result: Converted, options: ConvertOptions) -> list[str]:
             missing = [name for label, name in enumerate(names) if label not in there]
             if missing:
                 lines.append(
-                    f"warning: {_shown(split)} has no image of {len(missing):,} of {len(names):,} classes: "
+                    f"warning: {shorten(split)} has no image of {len(missing):,} of {len(names):,} classes: "
                     f"{_some(missing)}"
                 )
         if len(names) == 1:
-            lines.append(f"warning: {_shown(names[0])} is the only class: classes=none if it is none, or class_level=N")
+            lines.append(
+                f"warning: {shorten(names[0])} is the only class: classes=none if it is none, or class_level=N"
+            )
     if result.exif_damaged:
         images = _counted(result.exif_damaged, "image")
         lines.append(f"warning: {images} with a damaged EXIF block: the pixels are taken as stored")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import shutil
 import signal
@@ -36,6 +35,7 @@ from relay_diffusion.config.train import validate_training
 from relay_diffusion.errors import UserError, require
 from relay_diffusion.utils.distributed import destroy_process_group, first_failure, rank, ranks_differ
 from relay_diffusion.utils.files import write_text
+from relay_diffusion.utils.messages import did_you_mean
 
 TRAIN, SAMPLE = CONF / "train.yaml", CONF / "sample.yaml"
 PACKAGES = {"hydra": "hydra-core", "torch": "torch", "lightning": "lightning"}  # whose versions results depend on
@@ -73,7 +73,10 @@ def explain(error: BaseException, config: Path) -> str:
     elif isinstance(error, MissingConfigException) and error.missing_cfg_file:
         text = _unknown_choice(error.missing_cfg_file, list(error.options or []))
     elif isinstance(unknown, OmegaConfBaseException) and unknown.full_key and isinstance(error, HydraException):
-        text = f"{unknown.full_key} is not an option{_did_you_mean(str(unknown.full_key), _known_keys(config))}"
+        name, known = str(unknown.full_key), _known_keys(config)
+        elsewhere = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]  # the same last word
+        nearest = f"; did you mean {elsewhere[0]}?" if elsewhere else did_you_mean(name, known, "")
+        text = f"{name} is not an option{nearest}"
     elif resolved is not None and resolved.full_key:
         text = f"{resolved.full_key}: {str(resolved).splitlines()[0]}"
     elif type(error) is ConfigCompositionException:
@@ -93,15 +96,7 @@ def _unknown_choice(choice: str, known: list[str]) -> str:
     group, _, name = choice.rpartition("/")
     if group == "hydra/launcher" and name.startswith("submitit"):
         return f"{group}={name}: the launcher is not installed; pip install -e '.[slurm]'"
-    nearest = _did_you_mean(name, known) or (f"; available: {', '.join(known)}" if known else "")
-    return f"unknown choice {group}={name}{nearest}"
-
-
-def _did_you_mean(name: str, known: list[str]) -> str:
-    """ " did you mean ...?", or nothing if nothing is close."""
-    same_word = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]  # in another place
-    matches = same_word or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {matches[0]}?" if matches else ""
+    return f"unknown choice {group}={name}{did_you_mean(name, known)}"
 
 
 def _known_keys(config: Path) -> list[str]:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from relay_diffusion.errors import UserError, require
-from relay_diffusion.utils.messages import shown
+from relay_diffusion.utils.messages import shorten
 
 INFINITY = math.inf
 HUGE = 1e12  # larger numbers are slips of the hand
@@ -30,7 +30,7 @@ def selected(cfg: DictConfig, key: str, absent: Any = None) -> Any:
         try:
             node = node[part]
         except OmegaConfBaseException as error:
-            raise UserError(f"{key}: {shown(str(error).partition(chr(10))[0])}") from None
+            raise UserError(f"{key}: {shorten(str(error).partition(chr(10))[0])}") from None
     return node
 
 
@@ -67,7 +67,7 @@ def check_whole(cfg: DictConfig, key: str, low: int, high: int, null: bool = Fal
 def check_flag(cfg: DictConfig, key: str, null: bool = False) -> None:
     """true or false."""
     value = selected(cfg, key)
-    require(isinstance(value, bool) or (null and value is None), f"{key}={shown(value)}: use true or false")
+    require(isinstance(value, bool) or (null and value is None), f"{key}={shorten(value)}: use true or false")
 
 
 def check_text(cfg: DictConfig, key: str, null: bool = False) -> None:
@@ -83,21 +83,21 @@ def check_run_id(run_id: Any) -> None:
     valid = text.isprintable() and text not in ("", ".", "..") and not set(text) & set("/\\\"'")
     require(
         valid and len(text.encode()) <= 200,
-        f"run_id={shown(run_id)!a}: must be the name of one directory: at most 200 bytes, no slashes, no quotes",
+        f"run_id={shorten(run_id)!a}: must be the name of one directory: at most 200 bytes, no slashes, no quotes",
     )
 
 
 def check_subset(cfg: DictConfig, key: str) -> None:
     """The name of a folder inside an image set; "" is all of it."""
     value = selected(cfg, key)
-    require(isinstance(value, str), f"{key}={shown(value)}: must be the name of a folder inside it")
+    require(isinstance(value, str), f"{key}={shorten(value)}: must be the name of a folder inside it")
 
 
 def check_list(cfg: DictConfig, key: str, low: int, high: int, example: str) -> None:
     """A list of whole numbers from low to high."""
     value = selected(cfg, key)
     valid = isinstance(value, ListConfig) and all(is_whole(item) and low <= item <= high for item in value)
-    require(valid, f"{key}={shown(value)}: must be a list of whole numbers, {low} to {high}, e.g. {example}")
+    require(valid, f"{key}={shorten(value)}: must be a list of whole numbers, {low} to {high}, e.g. {example}")
 
 
 def check_choice(cfg: DictConfig, key: str, choices: tuple[str, ...]) -> None:
@@ -105,7 +105,7 @@ def check_choice(cfg: DictConfig, key: str, choices: tuple[str, ...]) -> None:
     value = selected(cfg, key)
     known = isinstance(value, str) and value in choices
     listed = ", ".join(choices) if len(choices) > 2 else " or ".join(choices)
-    require(known, f"{key}={shown(value)}: use {'one of ' if len(choices) > 2 else ''}{listed}")
+    require(known, f"{key}={shorten(value)}: use {'one of ' if len(choices) > 2 else ''}{listed}")
 
 
 def check_built(cfg: DictConfig, key: str, null: bool = False) -> None:
@@ -118,7 +118,7 @@ def check_built(cfg: DictConfig, key: str, null: bool = False) -> None:
 def check_file(path: Any, key: str) -> None:
     """Raise UserError naming the option `key`, if there is nothing at `path`."""
     found = isinstance(path, str | int | float) and _exists(Path(str(path)))
-    require(found, f"{key}={shown(path)}: no such file or folder (relative paths start at {Path.cwd()})")
+    require(found, f"{key}={shorten(path)}: no such file or folder (relative paths start at {Path.cwd()})")
 
 
 def check_directory(cfg: DictConfig, key: str) -> None:
@@ -131,8 +131,8 @@ def check_directory(cfg: DictConfig, key: str) -> None:
         except (FileNotFoundError, NotADirectoryError):
             continue
         except (OSError, ValueError):  # too long, odd characters
-            raise UserError(f"{key}={shown(ascii(path))}: is no name of a directory") from None
-        require(stat.S_ISDIR(mode), f"{key}={shown(path)}: {shown(place)} is a file: choose another directory")
+            raise UserError(f"{key}={shorten(ascii(path))}: is no name of a directory") from None
+        require(stat.S_ISDIR(mode), f"{key}={shorten(path)}: {shorten(place)} is a file: choose another directory")
         break
 
 
@@ -144,7 +144,7 @@ def _exists(path: Path) -> bool:
 
 
 def _require_kind(key: str, value: Any, valid: bool, kind: str, null: bool) -> None:
-    require(valid or (null and value is None), f"{key}={shown(value)}: must be {kind}{', or null' if null else ''}")
+    require(valid or (null and value is None), f"{key}={shorten(value)}: must be {kind}{', or null' if null else ''}")
 
 
 def check_mapping(cfg: DictConfig, *keys: str) -> None:
@@ -152,7 +152,7 @@ def check_mapping(cfg: DictConfig, *keys: str) -> None:
     for key in keys:
         value = selected(cfg, key)
         require(
-            isinstance(value, DictConfig), f"{key}={shown(value)}: is a group of options, set those: {key}.NAME=..."
+            isinstance(value, DictConfig), f"{key}={shorten(value)}: is a group of options, set those: {key}.NAME=..."
         )
 
 
@@ -168,13 +168,13 @@ def check_complete(cfg: DictConfig, prefix: str = "", besides: str = "-") -> Non
             if is_whole(value):  # Python refuses to write those of thousands of digits
                 require(abs(value) < 10**100, f"{key}: holds a number of more than a hundred digits")
             if isinstance(value, str):
-                require(_writable(value), f"{key}={shown(ascii(value))}: holds characters that no file can hold")
+                require(_writable(value), f"{key}={shorten(ascii(value))}: holds characters that no file can hold")
             name = key.rpartition(".")[2]
             if name == "_target_":
                 named = isinstance(value, str) and all(part.isidentifier() for part in value.split("."))
-                require(named and "." in value, f"{key}={shown(value)}: must be the full name of a class or function")
+                require(named and "." in value, f"{key}={shorten(value)}: must be the full name of a class or function")
             elif name in READ_BY_HYDRA:
-                require(isinstance(value, bool), f"{key}={shown(value)}: use true or false")
+                require(isinstance(value, bool), f"{key}={shorten(value)}: use true or false")
 
 
 def _writable(text: str) -> bool:
@@ -200,7 +200,7 @@ def _leaves(node: DictConfig | ListConfig, prefix: str, copied: bool) -> Iterato
         try:
             value = node[part]
         except (OmegaConfBaseException, RecursionError) as error:  # an interpolation without end recurses
-            raise UserError(f"{key}: {shown(str(error).partition(chr(10))[0])}") from None
+            raise UserError(f"{key}: {shorten(str(error).partition(chr(10))[0])}") from None
         if OmegaConf.is_interpolation(node, part):
             yield key, value
         elif isinstance(value, DictConfig | ListConfig) and part not in READ_BY_HYDRA:
@@ -218,7 +218,7 @@ def check_devices(cfg: DictConfig) -> None:
     numbers = isinstance(devices, ListConfig) and len(devices) > 0 and all(is_whole(d) and d >= 0 for d in devices)
     require(
         devices == "auto" or numbers or (is_whole(devices) and 1 <= devices <= 2**20),
-        f"trainer.devices={shown(devices)}: must be at least 1, a list of device numbers, or auto",
+        f"trainer.devices={shorten(devices)}: must be at least 1, a list of device numbers, or auto",
     )
     check_text(cfg, "trainer.accelerator")
     if not isinstance(selected(cfg, "trainer.strategy"), str):

@@ -25,7 +25,7 @@ from relay_diffusion.config.checks import (
 from relay_diffusion.errors import require
 from relay_diffusion.sampling.options import chosen_stages, reference_of
 from relay_diffusion.sampling.seeds import parse_seeds
-from relay_diffusion.utils.messages import shown
+from relay_diffusion.utils.messages import shorten
 
 
 def _check_relay(cfg: DictConfig) -> None:
@@ -49,9 +49,9 @@ def _check_relay(cfg: DictConfig) -> None:
         check_file(relay.start, "relay.start")
     else:
         subset = relay.start_subset
-        require(subset == "", f"relay.start_subset={shown(subset)}: give relay.start=FOLDER or ZIP")
+        require(subset == "", f"relay.start_subset={shorten(subset)}: give relay.start=FOLDER or ZIP")
         exif = relay.start_exif
-        require(exif == "apply", f"relay.start_exif={shown(exif)}: give relay.start=FOLDER, ZIP or FILE")
+        require(exif == "apply", f"relay.start_exif={shorten(exif)}: give relay.start=FOLDER, ZIP or FILE")
     check_choice(cfg, "relay.rounding", ("nearest", "floor"))
     check_built(cfg, "relay.postprocess", null=True)
     if relay.hand_over_sigma is not None:
@@ -74,7 +74,7 @@ def validate_sampling(cfg: DictConfig) -> None:
     drawn = cfg.save_trajectory
     require(
         isinstance(drawn, int) and 0 <= drawn <= 10**6,
-        f"save_trajectory={shown(drawn)}: use true, false or a number of images",
+        f"save_trajectory={shorten(drawn)}: use true, false or a number of images",
     )
     check_choice(cfg, "mode", ("sample", "evaluate"))
     check_choice(cfg, "format", ("png", "zip"))
@@ -83,17 +83,17 @@ def validate_sampling(cfg: DictConfig) -> None:
     for key in ("run_dir", "output"):
         check_directory(cfg, key)
     if cfg.images is not None:
-        require(cfg.mode == "evaluate", f"images={shown(cfg.images)} are only measured: add mode=evaluate")
+        require(cfg.mode == "evaluate", f"images={shorten(cfg.images)} are only measured: add mode=evaluate")
         for key in ("seeds", "class"):
             require(
                 cfg[key] is None,
-                f"{key}={shown(cfg[key])} is for sampling: images={shown(cfg.images)} are only measured",
+                f"{key}={shorten(cfg[key])} is for sampling: images={shorten(cfg.images)} are only measured",
             )
         require(
             cfg.format == "png" and not cfg.npz and not drawn,
-            f"images={shown(cfg.images)} are only measured: no format, npz or save_trajectory",
+            f"images={shorten(cfg.images)} are only measured: no format, npz or save_trajectory",
         )
-        require(cfg.reference is not None, f"images={shown(cfg.images)}: give reference=... to compare them with")
+        require(cfg.reference is not None, f"images={shorten(cfg.images)}: give reference=... to compare them with")
         check_file(cfg.images, "images")
     else:
         _check_relay(cfg)

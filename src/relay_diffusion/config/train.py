@@ -31,7 +31,7 @@ from relay_diffusion.config.checks import (
     world_size,
 )
 from relay_diffusion.errors import require
-from relay_diffusion.utils.messages import shown
+from relay_diffusion.utils.messages import shorten
 
 MANY = 10**15  # images
 WHOLE = {  # key: lowest, highest
@@ -150,7 +150,7 @@ def validate_training(cfg: DictConfig) -> None:
     fused = selected(cfg, "stage.optimizer.fused")
     require(
         not fused or fused_optimizer(cfg.trainer.precision),
-        f"stage.optimizer.fused={shown(fused)} does not go with trainer.precision={cfg.trainer.precision}, whose "
+        f"stage.optimizer.fused={shorten(fused)} does not go with trainer.precision={cfg.trainer.precision}, whose "
         "infinite gradients are to be seen first: use stage.optimizer.fused=false or trainer.precision=bf16-mixed",
     )
     _check_network(cfg)
@@ -177,7 +177,7 @@ def _check_trainer(cfg: DictConfig) -> None:
     steps = selected(cfg, "trainer.fast_dev_run")
     require(
         isinstance(steps, bool) or (is_whole(steps) and 0 <= steps <= MANY),
-        f"trainer.fast_dev_run={shown(steps)}: use true, false or a number of batches",
+        f"trainer.fast_dev_run={shorten(steps)}: use true, false or a number of batches",
     )
     profiler = selected(cfg, "trainer.profiler")
     if profiler is not None:
@@ -187,7 +187,7 @@ def _check_trainer(cfg: DictConfig) -> None:
         valid = len(time) > 0 and all(unit in UNITS and is_number(n) and 0 <= n < 10**6 for unit, n in time.items())
     else:
         valid = time is None or (isinstance(time, str) and re.fullmatch(r"\d{1,6}:\d\d:\d\d:\d\d", time) is not None)
-    require(valid, f"trainer.max_time={shown(time)}: write DD:HH:MM:SS, or {{hours: 8}} ({', '.join(UNITS)})")
+    require(valid, f"trainer.max_time={shorten(time)}: write DD:HH:MM:SS, or {{hours: 8}} ({', '.join(UNITS)})")
 
 
 def _check_callbacks(cfg: DictConfig) -> None:
@@ -216,7 +216,7 @@ def _check_callbacks(cfg: DictConfig) -> None:
 
 def _check_resolution(cfg: DictConfig, key: str) -> None:
     value = selected(cfg, key)
-    require(value == cfg.resolution, f"{key}={shown(value)} is not resolution={cfg.resolution}: leave {key} out")
+    require(value == cfg.resolution, f"{key}={shorten(value)} is not resolution={cfg.resolution}: leave {key} out")
 
 
 def _check_dataset(cfg: DictConfig) -> None:
@@ -240,9 +240,9 @@ def _check_dataset(cfg: DictConfig) -> None:
 def _check_network(cfg: DictConfig) -> None:
     check_list(cfg, "network.channel_mult", 1, 64, "[1,2,2], one a level")
     levels = len(cfg.network.channel_mult)
-    require(1 <= levels <= 14, f"network.channel_mult={shown(cfg.network.channel_mult)}: needs 1 to 14 levels")
+    require(1 <= levels <= 14, f"network.channel_mult={shorten(cfg.network.channel_mult)}: needs 1 to 14 levels")
     require(
-        cfg.network.image_channels == 3, f"network.image_channels={shown(cfg.network.image_channels)}: images have 3"
+        cfg.network.image_channels == 3, f"network.image_channels={shorten(cfg.network.image_channels)}: images have 3"
     )
     require(
         cfg.resolution % 2 ** (levels - 1) == 0,
@@ -287,11 +287,11 @@ def _check_stage(cfg: DictConfig) -> None:
         pair = isinstance(interval, ListConfig) and len(interval) == 2 and all(is_number(sigma) for sigma in interval)
         require(
             pair and 0 <= interval[0] <= interval[1],
-            f"stage.guidance_interval={shown(interval)}: must be [lowest sigma, highest sigma], or null",
+            f"stage.guidance_interval={shorten(interval)}: must be [lowest sigma, highest sigma], or null",
         )
     require(
         interval is None or cfg.stage.guidance_scale != 1,
-        f"stage.guidance_interval={shown(interval)} has no use with stage.guidance_scale=1, which is no guidance",
+        f"stage.guidance_interval={shorten(interval)} has no use with stage.guidance_scale=1, which is no guidance",
     )
     require(
         cfg.network.num_classes == 0 or cfg.stage.guidance_scale == 1 or cfg.stage.label_dropout > 0,
@@ -309,7 +309,7 @@ def _check_batch(cfg: DictConfig) -> None:
     accumulate = selected(cfg, "trainer.accumulate")
     require(
         accumulate is None or accumulate == cfg.data.accumulate,
-        f"trainer.accumulate={shown(accumulate)} is not data.accumulate={cfg.data.accumulate}: set that alone",
+        f"trainer.accumulate={shorten(accumulate)} is not data.accumulate={cfg.data.accumulate}: set that alone",
     )
     world = world_size(cfg.trainer.devices, cfg.trainer.num_nodes)
     if world is not None:

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from relay_diffusion.errors import require
-from relay_diffusion.utils.messages import shown
+from relay_diffusion.utils.messages import shorten
 
 
 def chosen_stages(relay: DictConfig) -> dict[str, DictConfig]:
@@ -20,7 +20,7 @@ def chosen_stages(relay: DictConfig) -> dict[str, DictConfig]:
     names = [str(name) for name in relay.stages]
     require(len(names) > 0, "relay.stages is empty: a relay needs at least a first stage")
     for key in ("first", "last"):
-        require(relay[key] is None or relay[key] in names, f"relay.{key}={shown(relay[key])}: the stages are {names}")
+        require(relay[key] is None or relay[key] in names, f"relay.{key}={shorten(relay[key])}: the stages are {names}")
     start, first, last = relay.start is not None, relay.first, relay.last
     require(
         start or first in (None, names[0]),

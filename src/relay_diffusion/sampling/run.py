@@ -15,9 +15,9 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 
+from relay_diffusion.data.class_choice import AS_REFERENCE, class_indices, labels_like_reference
 from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.image_sets import open_image_set
-from relay_diffusion.data.labels import AS_REFERENCE, class_indices, labels_like_reference
 from relay_diffusion.data.npz import write_adm_samples
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import Evaluator

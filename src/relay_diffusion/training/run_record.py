@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from relay_diffusion.data.datamodule import ImageDataModule
 from relay_diffusion.utils.differences import differences
-from relay_diffusion.utils.messages import printable
+from relay_diffusion.utils.messages import shorten
 
 KEY = "run"  # of a checkpoint
 LEGACY_KEY = "dealt"  # what older checkpoints have in its place
@@ -107,5 +107,4 @@ def _derived(node: Any, prefix: str = "") -> Iterator[str]:
 def _shown(value: Any) -> str:
     """A value on one line; of a component its class."""
     target = value.get("_target_") if isinstance(value, Mapping) else None
-    text = printable(target.rpartition(".")[2] if isinstance(target, str) else value)
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return shorten(target.rpartition(".")[2] if isinstance(target, str) else value, LONGEST)

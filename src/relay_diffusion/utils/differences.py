@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from relay_diffusion.utils.messages import printable
+from relay_diffusion.utils.messages import shorten
 
 
 def differences(there: Any, here: Any, key: str = "", absent: Any = None) -> Iterator[tuple[str, Any, Any]]:
@@ -28,4 +28,4 @@ def first_difference(there: Any, here: Any) -> str:
         return f"{key} is missing there"
     if isinstance(before, Mapping):
         return f"{key} is there, but not here"
-    return f"{key} is {printable(before)} there, {printable(now)} here"
+    return f"{key} is {shorten(before)} there, {shorten(now)} here"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 
 import lightning as L
@@ -11,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.training.loggers import send_row
+from relay_diffusion.utils.messages import did_you_mean
 
 
 def log_row(
@@ -45,9 +45,8 @@ def check_monitors(callbacks: Sequence[Callback]) -> None:
         if name is None or name in known or not all(type(c).__module__.startswith(OWN) for c in callbacks):
             continue
         option = getattr(callback, "monitor_option", f"monitor of {type(callback).__name__}")
-        close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
-        meant = f"did you mean {close[0]}?" if close else f"logged are {', '.join(known) or 'no metrics'}"
+        meant = did_you_mean(str(name), known, f"; logged are {', '.join(known) or 'no metrics'}")
         raise UserError(
-            f"{option}={name}: no callback logs it; {meant} "
+            f"{option}={name}: no callback logs it{meant} "
             "(callbacks=evaluated logs eval/fid, callbacks=validation logs val/loss)"
         )

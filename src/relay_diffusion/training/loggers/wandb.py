@@ -17,7 +17,7 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from relay_diffusion.errors import UserError
 from relay_diffusion.training.loggers.metrics_csv import STEP
 from relay_diffusion.utils.files import json_text, write_text
-from relay_diffusion.utils.messages import printable
+from relay_diffusion.utils.messages import shorten
 
 LONGEST = 64  # characters of an id
 FILE = "wandb_run.json"  # in the run's directory: the id of the W&B run that a resumed run continues
@@ -67,7 +67,7 @@ class WandbRun(WandbLogger):
         except (OSError, ValueError, LookupError, TypeError):
             copied = False  # it was moved
         if copied:
-            print(f"note: {self.directory} is a copy of {printable(original)}: it becomes a W&B run of its own")
+            print(f"note: {self.directory} is a copy of {shorten(original)}: it becomes a W&B run of its own")
         return None if copied else record["id"]
 
     @property

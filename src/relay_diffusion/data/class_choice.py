@@ -1,0 +1,61 @@
+"""Choice of classes to sample: names, indices, or the proportions of a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from relay_diffusion.data.labels import read_labels
+from relay_diffusion.data.sources import open_images
+from relay_diffusion.diffusion.guidance import NO_CLASS
+from relay_diffusion.errors import UserError
+from relay_diffusion.utils.messages import did_you_mean, shorten
+
+AS_REFERENCE = "reference"  # class=reference: each class as often as in the reference
+
+
+def class_indices(chosen: object, num_classes: int, names: Sequence[str]) -> list[int]:
+    """Classes by name or number, one or a list of them; none means all, -1 no class; [-1] without classes.
+
+    Raises UserError for a class that the model does not know.
+    """
+    if chosen is None:
+        return list(range(num_classes)) or [NO_CLASS]
+    entries = list(chosen) if isinstance(chosen, Sequence) and not isinstance(chosen, str) else [chosen]
+    indices = []
+    for entry in entries:
+        text = str(entry)
+        if text == str(NO_CLASS):
+            indices.append(NO_CLASS)
+        elif not num_classes:
+            raise UserError(f"class={entry} was given, but the model is unconditional: leave it out (class=null)")
+        elif text in names:
+            indices.append(list(names).index(text))
+        elif text.isdecimal() and len(text) < 10 and int(text) < num_classes:
+            indices.append(int(text))
+        else:
+            numbers = f"0 to {num_classes - 1}"
+            every = f"it knows {', '.join(names)} (or as numbers {numbers})" if names else f"it knows {numbers}"
+            nearest = did_you_mean(text[:80], names, f"; {every}")
+            raise UserError(f"class={shorten(text)} is not known to the model{nearest}")
+    if not indices:
+        raise UserError("class=[] names no class: leave it out (class=null) for all in turn")
+    return indices
+
+
+def labels_like_reference(path: str | Path, subset: str, names: Sequence[str], option: str) -> list[int]:
+    """The classes of an image set in an order in which any stretch holds them about as often as all of it.
+
+    Always the same order. Raises UserError for a set without classes, or with others than the model's `names`.
+    """
+    source = open_images(path, option)
+    labels = read_labels(source)
+    if labels is None or (names and labels.class_names != list(names)):
+        there = "has no classes (dataset.json)" if labels is None else "has other classes than the model"
+        raise UserError(f"class={AS_REFERENCE}: {option}={path} {there}: name classes instead")
+    found = [labels.by_name[name] for name in source.names if not subset or name.startswith(f"{subset.strip('/')}/")]
+    if not found:
+        raise UserError(f"class={AS_REFERENCE}: {option}={path} holds nothing in {subset}")
+    return [found[k] for k in np.random.default_rng(0).permutation(len(found))]
