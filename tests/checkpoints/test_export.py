@@ -213,7 +213,7 @@ def test_the_rest_of_a_stage_is_that_of_an_experiment(tmp_path, monkeypatch):
     network = "network: {channels: 8, channel_mult: [1, 2], blocks: 1, dropout: 0.7}\n"
     (tmp_path / "conf/experiment/mine.yaml").write_text(header + network + "stage: {denoiser: {sigma_data: 0.4}}")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(convert, "CONF", tmp_path / "conf")
+    monkeypatch.setattr(convert_checkpoint, "CONF", tmp_path / "conf")
     assert tool(f"source={TRAINING_STATE}", "destination=relay", "experiment=mine", "dtype=bfloat16") == 0
     stage = load_stage("relay")
     assert stage.corruption.block == 4
@@ -270,7 +270,7 @@ def test_own_checkpoints(stage, tmp_path, capsys):
         (["source={tmp}/missing", "destination={out}"], "no checkpoint at"),
         (["source={edm}"], "missing: destination=..."),
         (["source={edm}", "destination={out}", "dtype=int8"], "int8"),
-        (["source={edm}", "destination={out}", "experiment=nothing"], "experiment=nothing is not there"),
+        (["source={edm}", "destination={out}", "experiment=nothing"], "unknown choice experiment=nothing; available: "),
         (["source={edm}", "destination={out}", "experiment=emoji_64"], "resolution=64 (the file: 8), channels=64"),
         (["source={tmp}", "destination={out}", "experiment=emoji_64"], "leave it out"),
         (["source={edm}", "destination={text}"], "is a file"),

@@ -96,7 +96,19 @@ def test_a_run_id_that_leaves_the_outputs(script):
     [
         (
             "train.py",
-            ["augment", "callbacks", "data", "experiment", "logger", "network", "stage", "strategy", "trainer"],
+            [
+                "augment",
+                "callbacks",
+                "data",
+                "experiment",
+                "logger",
+                "network",
+                "optimizer",
+                "sampler",
+                "stage",
+                "strategy",
+                "trainer",
+            ],
         ),
         ("sample.py", ["metrics", "relay", "strategy", "trainer"]),
     ],
