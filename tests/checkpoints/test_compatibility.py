@@ -6,15 +6,58 @@
 import shutil
 
 import numpy as np
+import pytest
 import torch
+from hydra.utils import get_object
 from safetensors.torch import load_file
 
 from relay_diffusion.checkpoints.loading import load_stage
+from relay_diffusion.checkpoints.targets import translate_targets
 from relay_diffusion.models.relay import Relay
 from relay_diffusion.training.run import train
 from support import PROJECT
 
 FILES = PROJECT / "tests/compatibility"
+TARGETS = [
+    "relay_diffusion.callbacks.Checkpoints",
+    "relay_diffusion.callbacks.EMA",
+    "relay_diffusion.callbacks.Evaluator",
+    "relay_diffusion.callbacks.PeriodicEvaluation",
+    "relay_diffusion.callbacks.Preemption",
+    "relay_diffusion.callbacks.SampleGrid",
+    "relay_diffusion.callbacks.TrainingLog",
+    "relay_diffusion.callbacks.TrainingProgress",
+    "relay_diffusion.callbacks.Validation",
+    "relay_diffusion.cascade.CascadeStage",
+    "relay_diffusion.data.ImageDataModule",
+    "relay_diffusion.data.ImageDataset",
+    "relay_diffusion.data.augment.Augmentation",
+    "relay_diffusion.diffusion.BlurringCorruption",
+    "relay_diffusion.diffusion.ConditionedCorruption",
+    "relay_diffusion.diffusion.DenoisingLoss",
+    "relay_diffusion.diffusion.GaussianCorruption",
+    "relay_diffusion.diffusion.LogNormal",
+    "relay_diffusion.diffusion.TruncatedLogNormal",
+    "relay_diffusion.loading.load_stage",
+    "relay_diffusion.loggers.MetricsCSV",
+    "relay_diffusion.loggers.wandb_run.WandbRun",
+    "relay_diffusion.metrics.FIDMeasure",
+    "relay_diffusion.metrics.Inception",
+    "relay_diffusion.metrics.InceptionScoreMeasure",
+    "relay_diffusion.metrics.KIDMeasure",
+    "relay_diffusion.metrics.PrecisionRecallMeasure",
+    "relay_diffusion.metrics.ReferenceSource",
+    "relay_diffusion.metrics.SFIDMeasure",
+    "relay_diffusion.metrics.protocol.adm",
+    "relay_diffusion.metrics.protocol.edm",
+    "relay_diffusion.networks.EDMPreconditioner",
+    "relay_diffusion.networks.UNet",
+    "relay_diffusion.postprocess.Enhance",
+    "relay_diffusion.samplers.BlurringSampler",
+    "relay_diffusion.samplers.EDMSampler",
+    "relay_diffusion.stage.DiffusionStage",
+    "relay_diffusion.trainer.build_trainer",
+]  # of the yaml files of that version
 
 
 def test_an_old_checkpoint_and_an_old_export_make_the_same_images():
@@ -41,3 +84,11 @@ def test_an_old_run_continues(configuration, tmp_path):
             continue
         found = content["state_dict"][f"denoiser.{key}"] if kind == "raw" else content["ema"]["weights"][key]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_names_of_old_configs_are_found(target):
+    (translated,) = translate_targets({"callbacks": [{"_target_": target}]})["callbacks"]
+    found = get_object(translated["_target_"])
+    assert found.__name__ == target.rpartition(".")[2]
+    assert translate_targets(translated) == translated

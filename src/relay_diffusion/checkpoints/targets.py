@@ -18,6 +18,7 @@ RENAMED = {  # modules and classes that stored configs of earlier versions name
     "relay_diffusion.data.augment": "relay_diffusion.diffusion.augment",
     "relay_diffusion.diffusion.conditioning": "relay_diffusion.diffusion.corruption",
     "relay_diffusion.loading": "relay_diffusion.checkpoints",
+    "relay_diffusion.postprocess": "relay_diffusion.sampling.postprocess",
     "relay_diffusion.trainer": "relay_diffusion.training.trainer",
     "relay_diffusion.callbacks.Evaluator": "relay_diffusion.metrics.Evaluator",
     "relay_diffusion.callbacks": "relay_diffusion.training.callbacks",
@@ -37,10 +38,8 @@ def translate_targets(node: Any) -> Any:
 
 
 def _translate(target: str) -> str:
-    for old, new in RENAMED.items():  # of two that fit, the longer one comes first
-        if target == old or target.startswith(f"{old}."):
-            return new + target.removeprefix(old)
-    return target
+    moved = max((old for old in RENAMED if _inside(target, [old])), key=len, default=None)
+    return target if moved is None else RENAMED[moved] + target.removeprefix(moved)
 
 
 def package_names(trusted: Any) -> tuple[str, ...]:
