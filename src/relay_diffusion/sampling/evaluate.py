@@ -91,19 +91,14 @@ def measure(
 @torch.inference_mode()
 def _compute(trainer: L.Trainer, evaluator: Evaluator, images: ImageSet, batch_size: int) -> dict[str, float | int]:
     """Feed this rank's images, every `world_size`-th one, and compute over all ranks."""
-    before, preemption = list(trainer.callbacks), Preemption()  # type: ignore[attr-defined]
-    trainer.callbacks = [*before, preemption]  # type: ignore[attr-defined]
-    preemption.leave_at_signals(trainer)
-    try:
-        device, world = trainer.strategy.root_device, trainer.world_size
-        evaluator.prepare(device, trainer.global_rank, trainer.strategy.barrier)
-        mine = torch.arange(len(images))[trainer.global_rank :: world]
-        done = 0
-        with progress("measuring", len(images), enabled=trainer.is_global_zero) as advance:
-            for batch in images.batches(batch_size, mine.tolist()):
-                evaluator.update(batch.to(device), mine[done : done + len(batch)])
-                done += len(batch)
-                advance(min(len(batch) * world, len(images) - advance.done))  # as if all ranks were equally fast
-        return evaluator.compute()
-    finally:
-        trainer.callbacks = before  # type: ignore[attr-defined]
+    Preemption().leave_at_signals(trainer)
+    device, world = trainer.strategy.root_device, trainer.world_size
+    evaluator.prepare(device, trainer.global_rank, trainer.strategy.barrier)
+    mine = torch.arange(len(images))[trainer.global_rank :: world]
+    done = 0
+    with progress("measuring", len(images), enabled=trainer.is_global_zero) as advance:
+        for batch in images.batches(batch_size, mine.tolist()):
+            evaluator.update(batch.to(device), mine[done : done + len(batch)])
+            done += len(batch)
+            advance(min(len(batch) * world, len(images) - advance.done))  # as if all ranks were equally fast
+    return evaluator.compute()

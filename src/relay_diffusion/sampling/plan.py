@@ -18,13 +18,15 @@ FOLDER_SIZE = 1000  # images in one sub-folder
 class Plan:
     """The images of a run in order: names (paths without .png), seeds and labels (-1: no class).
 
-    start: the images to start from, number k for seed k; None: noise.
+    start: the images to start from, number k for seed k; None: noise. classes: the chosen classes, which the labels
+    take in turn; None: not chosen.
     """
 
     names: list[str]
     seeds: list[int]
     labels: list[int]
     start: ImageDataset | None = None
+    classes: list[int] | None = None
 
 
 def plan_from_noise(seeds: object, classes: Sequence[int]) -> Plan:

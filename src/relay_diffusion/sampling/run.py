@@ -7,6 +7,7 @@ import os
 import time
 from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, cast
 
 import lightning as L
@@ -151,7 +152,8 @@ def make_plan(options: SamplingOptions, relay: Relay) -> Plan:
         if path is not None:
             raise UserError(f"relay.start={path}: the stage {first} starts from noise")
         every = class_indices(None, relay.num_classes, relay.class_names)
-        return plan_from_noise(options.default_seeds if options.seeds is None else options.seeds, chosen or every)
+        seeds = options.default_seeds if options.seeds is None else options.seeds
+        return replace(plan_from_noise(seeds, chosen or every), classes=chosen)
     if path is None:
         raise UserError(
             f"relay.stages.{first} enlarges images of {size}x{size}: give them with relay.start=FOLDER, ZIP or FILE"
@@ -169,7 +171,7 @@ def make_plan(options: SamplingOptions, relay: Relay) -> Plan:
     )
     if chosen is None and relay.num_classes:
         _check_classes(start, relay)
-    return plan_from_images(start, options.seeds, chosen)
+    return replace(plan_from_images(start, options.seeds, chosen), classes=chosen)
 
 
 def _read_start(plan: Plan, positions: list[int]) -> None:
@@ -218,7 +220,7 @@ def _report_uneven_classes(reference: ReferenceOptions, relay: Relay) -> None:
 def run_settings(options: SamplingOptions, relay: Relay, plan: Plan, device: str) -> dict[str, Any]:
     """Everything that determines the images of a plan, apart from its seeds."""
     settings = relay.describe() | {
-        "classes": _shown_classes(chosen_classes(options, relay)),
+        "classes": _shown_classes(plan.classes),
         "precision": options.precision,
         "device": device,
     }
