@@ -7,9 +7,9 @@ images = relay.sample(seeds=range(4), labels="animals-nature")  # [4,3,256,256] 
 relay.to_pil(images)[0].save("emoji.png")
 """
 
-import importlib
 import sys
-from typing import Any
+
+from relay_diffusion.utils.lazy import lazy_exports
 
 __version__ = "0.1.0"
 
@@ -27,10 +27,7 @@ _EXPORTS = {  # imported on first use (PEP 562): the package alone imports neith
 __all__ = [*_EXPORTS, "__version__"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+__getattr__ = lazy_exports(__name__, _EXPORTS)
 
 
 def __dir__() -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from relay_diffusion.utils.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from relay_diffusion.data.datamodule import ImageDataModule
@@ -11,10 +12,5 @@ if TYPE_CHECKING:
 
 __all__ = ["ImageDataModule", "ImageDataset"]
 
-
-def __getattr__(name: str) -> Any:
-    # Imported on first use: the command line tools of this package need neither torch nor lightning.
-    homes = {"ImageDataModule": "datamodule", "ImageDataset": "dataset"}
-    if name not in homes:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{homes[name]}"), name)
+# The command line tools of this package need neither torch nor lightning.
+__getattr__ = lazy_exports(__name__, {"ImageDataModule": "datamodule", "ImageDataset": "dataset"})
