@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -16,7 +14,7 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 
 from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.errors import UserError
-from relay_diffusion.utils.distributed import SIGNALS
+from relay_diffusion.utils.distributed import SIGNALS, exit_for_parent_only
 
 
 def micro_batch_size(batch_size: int, world_size: int, accumulate: int = 1) -> int:
@@ -123,7 +121,7 @@ class ImageDataModule(LightningDataModule):
             batch_sampler=sampler,
             collate_fn=collate,
             num_workers=num_workers,
-            worker_init_fn=_end_with_the_trainer,
+            worker_init_fn=exit_for_parent_only,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
@@ -143,18 +141,6 @@ class _TrainingLoader(DataLoader[tuple[Tensor, int]]):
             return super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _end_with_the_trainer(worker: int) -> None:  # noqa: ARG001
-    """Let the main process, and no other, end a worker by SIGTERM: so it does with one that hangs."""
-    trainer = os.getppid()
-
-    def wait() -> None:
-        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != trainer:
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def collate(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -36,6 +37,18 @@ def first_process() -> int | None:
     """Return the pid of local rank 0 if it launched this process; None under SLURM and torchrun."""
     launched = "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_PROCID" in os.environ
     return None if launched or "LOCAL_RANK" not in os.environ else os.getppid()
+
+
+def exit_for_parent_only(worker: int) -> None:  # noqa: ARG001
+    """Exit this data worker on SIGTERM from its parent, as it sends to a hung worker, and from no other process."""
+    parent = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def ranks_differ() -> bool:
