@@ -1,8 +1,11 @@
-"""A denoiser replayed from a CUDA graph: launching a thousand kernels one by one can take longer than running them."""
+"""Denoisers replayed from CUDA graphs, in sampling and in training.
+
+Launching a thousand kernels one by one can take longer than running them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +18,7 @@ from relay_diffusion.networks.layers import ResidualBlock
 from relay_diffusion.networks.preconditioning import Condition, EDMPreconditioner
 
 MAX_GRAPHS = 2  # shapes kept: guidance evaluates one and two batches in turns
+WARM_UP = 3  # evaluations before the capture: libraries choose their kernels
 
 
 @dataclass
@@ -47,9 +51,8 @@ class Graphed:
             return self._replayed(x, sigma, labels)
 
     def _replayed(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
-        precision = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        where = hash(tuple(weight.data_ptr() for weight in self._weights))
-        key = (tuple(x.shape), labels is None, precision, where)
+        precision = _precision()
+        key = (tuple(x.shape), labels is None, precision, _addresses(self._weights))
         if key not in self._graphs:
             while len(self._graphs) >= MAX_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
@@ -78,16 +81,13 @@ class Graphed:
         torch._foreach_copy_(list(places.values()), [self.denoiser.get_parameter(name) for name in places])
 
     def _capture(self, given: list[Tensor], precision: torch.dtype | None) -> _CapturedForward:
-        device = given[0].device
-        inputs = [value.to(device, torch.float32 if value.is_floating_point() else value.dtype) for value in given]
-        inputs = [torch.empty_like(value).copy_(value) for value in inputs]  # memory of its own
+        inputs = [_place(value, given[0].device) for value in given]
         weights = self._cast_by_autocast() if precision is not None else {}
         cast = {name: torch.empty_like(weight, dtype=precision) for name, weight in weights.items()}
         self._cast(cast)
         graph = torch.cuda.CUDAGraph()
-        autocast = torch.autocast("cuda", dtype=precision, enabled=precision is not None, cache_enabled=False)
         # other threads, which load data, may go on
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"), autocast:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"), _autocast(precision):
             output = functional_call(self.denoiser, cast, tuple(inputs))
         return _CapturedForward(graph, inputs, output, cast, self._version())
 
@@ -98,9 +98,6 @@ class Graphed:
         computed_with = [self.denoiser.network.conv_in, *(block.conv0 for block in blocks)]
         products = {k: m for k, m in modules.items() if isinstance(m, nn.Conv2d | nn.Linear) and m not in computed_with}
         return {f"{name}.weight": module.weight for name, module in products.items()}
-
-
-WARM_UP = 3  # evaluations before the capture: libraries choose their kernels
 
 
 @dataclass
@@ -145,10 +142,9 @@ class GraphedTraining:
         there = [value for value in given if value is not None]
         with torch.cuda.device_of(x):
             weights = {name: weight for name, weight in self.denoiser.named_parameters() if weight.requires_grad}
-            precision = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-            where = hash(tuple(weight.data_ptr() for weight in weights.values()))
+            precision = _precision()
             shapes = [None if value is None else value.shape for value in given]
-            key = (shapes, self.denoiser.training, precision, where)
+            key = (shapes, self.denoiser.training, precision, _addresses(weights.values()))
             if self._captured is None or self._captured[0] != key:
                 self._captured = None  # its memory first
                 self._captured = key, _capture(self.denoiser, given, weights, precision)
@@ -203,7 +199,7 @@ def _capture(
     condition = None if images is None or level is None else Condition(images, level)
 
     def evaluate() -> Tensor:
-        with torch.autocast("cuda", dtype=precision, enabled=precision is not None, cache_enabled=False):
+        with _autocast(precision):
             output: Tensor = functional_call(denoiser, leaves, (x, sigma, labels, augment_labels, condition))
             return output
 
@@ -241,6 +237,21 @@ def _apart(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         kept.append(gradient.clone() if gradient is not None and shared else gradient)
         seen |= set() if gradient is None else {gradient.data_ptr()}
     return kept
+
+
+def _precision() -> torch.dtype | None:
+    """Return the precision of autocast on the GPU; None without autocast."""
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+
+
+def _autocast(precision: torch.dtype | None) -> torch.autocast:
+    """Autocast to `precision` inside a graph, whose casts another call must not reuse."""
+    return torch.autocast("cuda", dtype=precision, enabled=precision is not None, cache_enabled=False)
+
+
+def _addresses(weights: Iterable[Tensor]) -> int:
+    """Hash where the weights lie: a graph reads them there."""
+    return hash(tuple(weight.data_ptr() for weight in weights))
 
 
 def _place(value: Tensor, device: torch.device) -> Tensor:
