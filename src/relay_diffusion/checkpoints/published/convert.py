@@ -1,4 +1,4 @@
-"""Make an exported stage of a published checkpoint, or of one of this project: see USAGE."""
+"""Build a stage around the network of a published checkpoint."""
 
 from __future__ import annotations
 
@@ -18,13 +18,11 @@ _SAME = ("resolution", "image_channels", "channels", "channel_mult", "blocks", "
 def published_stage(
     path: Path, config: dict[str, Any], experiment: str | None = None, trusted: Sequence[str] = ()
 ) -> DiffusionStage:
-    """A stage around the network of a published checkpoint; the rest of it is that of `config`, a stage config.
+    """Build the stage of `config` around the network of a published checkpoint.
 
-    experiment: the name of the experiment whose stage it is.
-
-    Without one it is a first stage, with the noise levels that the file was trained at, if it says so. The share of
-    labels hidden in training is that of the file, if it says more than 0. `trusted`: as for load_stage. Raises
-    UserError naming the file, or what disagrees.
+    `experiment`: the experiment that `config` is of, whose network must be that of the file. None: `config` is a first
+    stage and gets the noise levels of the file's loss. The label dropout is that of the file if it is above 0.
+    `trusted`: as for load_stage. Raises UserError naming the file or the setting that disagrees.
     """
     published = read_published(path)
     network = config["denoiser"]["network"]
