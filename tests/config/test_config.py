@@ -329,3 +329,11 @@ def test_the_optimizer_is_fused_unless_gradients_are_scaled(configuration, preci
     """A fused step would unscale gradients after the infinite ones were replaced, and find none to shrink the scale."""
     assert configuration("train", f"trainer.precision={precision}").stage.optimizer.fused is fused
     assert configuration("train", "experiment=imagenet_64").stage.optimizer.fused is False
+
+
+@pytest.mark.parametrize("stage", ["base", "relay", "cascade"])
+@pytest.mark.parametrize(("sampler", "target"), [("edm", "EDMSampler"), ("blurring", "BlurringSampler")])
+def test_a_sampler_replaces_that_of_the_stage(configuration, stage, sampler, target):
+    chosen = configuration("train", f"stage={stage}", f"sampler={sampler}").stage.sampler
+    assert chosen._target_ == f"relay_diffusion.samplers.{target}"
+    assert ("churn" in chosen, "s_noise" in chosen) == (sampler == "edm", sampler == "blurring")
