@@ -122,7 +122,7 @@ def build(options: EmojiOptions) -> EmojiSet:
         raise UserError(f"resolution={options.resolution}: must be at least 1")
     refuse_existing(Path(options.destination).expanduser(), "destination", options.overwrite)
     groups = read_groups(options.groups)
-    source = open_source(options.images, option="images")
+    source = open_source(options.images, "images", tar=True)
     code_points = {name: PurePosixPath(name).stem for name in source.names}
     group_by_name = {name: group_of(points, groups) for name, points in code_points.items()}
     chosen = {name: _slug(group) for name, group in group_by_name.items() if group not in (None, LEFT_OUT_GROUP)}

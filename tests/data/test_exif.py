@@ -169,5 +169,5 @@ def test_statistics_of_the_pixels_as_stored_are_not_taken_for_those_of_turned_im
 
 
 def test_another_word_than_apply_and_ignore_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^relay\.start_exif=no: use apply or ignore$"):
-        ImageDataset(tmp_path, 8, exif="no", exif_option="relay.start_exif")
+    with pytest.raises(ValueError, match=r"^exif=no: use apply or ignore$"):
+        ImageDataset(tmp_path, 8, exif="no")

@@ -121,7 +121,7 @@ def test_a_part_of_the_given_images(configuration, relay_overrides, tmp_path):
     sample(configuration("sample", *start, "relay.start_subset=b", f"run_dir={tmp_path / 'run'}"))
     images = tmp_path / "run/images"
     assert [path.relative_to(images).as_posix() for path in images.rglob("*.png")] == ["b/1.png"]
-    with pytest.raises(UserError, match=r"relay\.start_subset=c: not in .*; subsets there: a, b"):
+    with pytest.raises(UserError, match=r"relay\.start=.*: no images in its folder subset='c'; available: a, b"):
         sample(configuration("sample", *start, "relay.start_subset=c"))
 
 
@@ -131,7 +131,7 @@ def test_a_single_image_is_enlarged_under_its_name(configuration, relay_override
     start = [*relay_overrides, f"relay.start={tmp_path / 'photo.PNG'}", "class=-1"]
     assert sample(configuration("sample", *start, f"run_dir={tmp_path / 'run'}"))["images"] == 1
     assert [path.name for path in (tmp_path / "run/images").iterdir()] == ["photo.png"]
-    with pytest.raises(UserError, match=r"relay\.start_subset=a: not in .*photo\.PNG; subsets there: none"):
+    with pytest.raises(UserError, match=r"relay\.start=.*photo\.PNG: no images in .* subset='a'; available: none"):
         sample(configuration("sample", *start, "relay.start_subset=a"))
     with pytest.raises(UserError, match=r"seeds=1: relay\.start=.*photo\.PNG holds 1 images, numbers 0 to 0"):
         sample(configuration("sample", *start, "seeds=1"))
@@ -139,7 +139,7 @@ def test_a_single_image_is_enlarged_under_its_name(configuration, relay_override
     with pytest.raises(UserError, match=r"^relay\.start: '.*text\.jpg' is not a PNG, WEBP, JPEG image"):
         sample(configuration("sample", *relay_overrides, f"relay.start={tmp_path / 'text.jpg'}", "class=-1"))
     Image.new("RGB", (12, 8)).save(tmp_path / "wide.png")
-    with pytest.raises(UserError, match=r"resolution=8: '.*wide\.png' is 12x8; it is not square.*cli\.convert_images"):
+    with pytest.raises(UserError, match=r"relay\.start: '.*wide\.png' is 12x8; it must be 8x8 .*cli\.convert_images"):
         sample(configuration("sample", *relay_overrides, f"relay.start={tmp_path / 'wide.png'}", "class=-1"))
 
 
@@ -193,7 +193,7 @@ def test_a_damaged_image_among_the_given_ones_shows_before_anything_is_made(conf
 
 def test_given_images_of_another_size_are_named(configuration, relay_overrides, tmp_path):
     Image.new("RGB", (12, 12)).save(tmp_path / "a.png")
-    with pytest.raises(UserError, match=r"relay\.stages\.relay starts from resolution=8: 'a.png' .* is 12x12"):
+    with pytest.raises(UserError, match=r"relay\.start: 'a.png' .* is 12x12; it must be 8x8"):
         sample(configuration("sample", *relay_overrides, f"relay.start={tmp_path}", "class=0"))
 
 

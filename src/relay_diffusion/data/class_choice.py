@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from relay_diffusion.data.labels import read_labels
-from relay_diffusion.data.sources import open_images
+from relay_diffusion.data.sources import open_source
 from relay_diffusion.diffusion.guidance import NO_CLASS
-from relay_diffusion.errors import UserError
+from relay_diffusion.errors import UserError, prefix_errors
 from relay_diffusion.utils.messages import did_you_mean, shorten
 
 AS_REFERENCE = "reference"  # class=reference: each class as often as in the reference
@@ -50,12 +50,11 @@ def labels_like_reference(path: str | Path, subset: str, names: Sequence[str], o
 
     Always the same order. Raises UserError for a set without classes, or with others than the model's `names`.
     """
-    source = open_images(path, option)
+    source = open_source(path, option)
     labels = read_labels(source)
     if labels is None or (names and labels.class_names != list(names)):
         there = "has no classes (dataset.json)" if labels is None else "has other classes than the model"
         raise UserError(f"class={AS_REFERENCE}: {option}={path} {there}: name classes instead")
-    found = [labels.by_name[name] for name in source.names if not subset or name.startswith(f"{subset.strip('/')}/")]
-    if not found:
-        raise UserError(f"class={AS_REFERENCE}: {option}={path} holds nothing in {subset}")
+    with prefix_errors(f"class={AS_REFERENCE}"):
+        found = [labels.by_name[name] for name in source.names_in(subset)]
     return [found[k] for k in np.random.default_rng(0).permutation(len(found))]

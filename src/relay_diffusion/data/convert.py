@@ -122,7 +122,7 @@ def convert(options: ConvertOptions) -> Converted:
         raise UserError(f"resolution={options.resolution}: must be at least 1")
     if not 8 <= options.bit_depth <= FULL_DEPTH:
         raise UserError(f"bit_depth={options.bit_depth}: must be 8 to {FULL_DEPTH}")
-    source = open_source(options.source, option="source")
+    source = open_source(options.source, "source", tar=True)
     destination = Path(options.destination).expanduser()
     if destination.exists() and destination.samefile(source.path):
         raise UserError(f"destination={options.destination}: is the source itself; choose another name")

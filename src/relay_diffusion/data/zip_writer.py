@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -106,7 +107,7 @@ def encode_png(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-def png_names(names: list[str]) -> dict[str, str]:
+def png_names(names: Sequence[str]) -> dict[str, str]:
     """Names of images -> as PNG: a/x.jpg -> a/x.png; but x.jpg beside x.png -> x.jpg.png and x.png.png."""
     stems = {name: str(PurePosixPath(name).with_suffix("")) for name in names}
     uses = Counter(stems.values())

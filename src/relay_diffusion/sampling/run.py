@@ -164,10 +164,7 @@ def make_plan(options: SamplingOptions, relay: Relay) -> Plan:
         subset=options.start.subset,
         labels=bool(relay.num_classes) and chosen is None,
         exif=options.start.exif,
-        path_option="relay.start",
-        resolution_option=f"relay.stages.{first} starts from resolution",
-        subset_option="relay.start_subset",
-        exif_option="relay.start_exif",
+        option="relay.start",
     )
     if chosen is None and relay.num_classes:
         _check_classes(start, relay)

@@ -21,6 +21,11 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str | None = None) 
     return f"; available: {', '.join(names.values())}" if names else ""
 
 
+def one_line(error: Exception) -> str:
+    """Return the message of an error of another library in one line, or its class if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def shorten(value: Any, length: int = 80) -> str:
     """Return a value as one printable line of at most `length` characters; of a tensor its shape."""
     try:
