@@ -53,7 +53,7 @@ def speeds(options: Options, devices: int) -> list[float]:
         settings = [
             f"experiment={options.experiment}", "data=emoji", "data.dataset.path=demo/emoji-64.zip",
             "data.dataset.subset=train", "data.dataset.cache=true", "network.num_classes=8",
-            f"data.batch_size={batch}", "data.accumulate=1", f"trainer.precision={options.precision}",
+            f"data.batch_size={batch}", "trainer.accumulate_grad_batches=1", f"trainer.precision={options.precision}",
             f"trainer.max_images={batch * STEPS * options.windows}", f"callbacks.log.every_n_images={batch * STEPS}",
             "callbacks.grid.every_n_images=0", "~callbacks.checkpoints", f"run_dir={run_dir}",
             "logger=csv", f"strategy={strategy}",

@@ -115,7 +115,7 @@ def test_an_older_checkpoint_reports_what_it_knows(fit, tmp_path, capsys):
     old = torch.load(file, weights_only=True)
     del old["run"]
     old["dealt"] = {
-        "devices": 1, "data.batch_size": 4, "data.accumulate": 1, "data.dataset.path": "elsewhere.zip", "data.seed": 0,
+        "devices": 1, "data.batch_size": 4, "data.accumulate": 2, "data.dataset.path": "elsewhere.zip", "data.seed": 0,
         "images": 48,
     }  # fmt: skip
     torch.save(old, file)
@@ -123,7 +123,23 @@ def test_an_older_checkpoint_reports_what_it_knows(fit, tmp_path, capsys):
     fit("run", 12, "data.batch_size=2", "trainer.precision=bf16-mixed")
     said = capsys.readouterr().out
     assert " with data.batch_size 4 -> 2, data.dataset.path elsewhere.zip -> " in said
+    assert ", trainer.accumulate_grad_batches 2 -> 1, " in said
     assert "images" not in said.partition(" with ")[2].partition(" parameters, ")[0]
+
+
+def test_a_checkpoint_that_has_data_accumulate_is_continued(fit, tmp_path, capsys):
+    fit("run", 8, "trainer.accumulate_grad_batches=2")
+    file = tmp_path / "run/checkpoints/last.ckpt"
+    old = torch.load(file, weights_only=True)
+    old["run"]["config"]["data"]["accumulate"] = old["run"]["config"]["trainer"].pop("accumulate_grad_batches")
+    old["run"]["config"]["trainer"]["accumulate"] = 2
+    torch.save(old, file)
+    capsys.readouterr()
+    fit("run", 12, "trainer.accumulate_grad_batches=2")
+    assert " with " not in capsys.readouterr().out.partition(" parameters, ")[0]
+    torch.save(old, file)
+    fit("run", 12)
+    assert " with trainer.accumulate_grad_batches 2 -> 1, " in capsys.readouterr().out
 
 
 def test_another_optimizer_is_not_continued_but_another_lr_is(fit):
@@ -215,11 +231,11 @@ def test_a_full_disk_leaves_the_checkpoint_before(fit, tmp_path):
 
 def test_a_run_continued_in_another_way_says_so(fit, capsys):
     fit("run", 8)
-    fit("run", 16, "data.batch_size=8", "data.accumulate=2")
-    assert "with data.accumulate 1 -> 2, data.batch_size 4 -> 8," in capsys.readouterr().out
-    lr = fit("run", 20, "data.batch_size=8", "data.accumulate=2").info.config["optimizer"]["lr"]
+    fit("run", 16, "data.batch_size=8", "trainer.accumulate_grad_batches=2")
+    assert "with data.batch_size 4 -> 8, trainer.accumulate_grad_batches 1 -> 2, " in capsys.readouterr().out
+    lr = fit("run", 20, "data.batch_size=8", "trainer.accumulate_grad_batches=2").info.config["optimizer"]["lr"]
     assert "with" not in capsys.readouterr().out.splitlines()[0].rpartition("last.ckpt")[2]
-    fit("run", 32, "data.batch_size=8", "data.accumulate=2", "stage.optimizer.lr=5e-5", "data.seed=3")
+    fit("run", 32, "data.batch_size=8", "trainer.accumulate_grad_batches=2", "stage.optimizer.lr=5e-5", "data.seed=3")
     assert f"with data.seed 0 -> 3, stage.optimizer.lr {lr} -> 5e-05," in capsys.readouterr().out
 
 

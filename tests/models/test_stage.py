@@ -120,7 +120,7 @@ def test_a_guide_that_does_not_fit_is_refused(fit, tmp_path):
 
 
 def test_accumulation_counts_images_and_steps(fit, tmp_path):
-    stage = fit("run", 16, "data.accumulate=2")
+    stage = fit("run", 16, "trainer.accumulate_grad_batches=2")
     assert stage.images_seen == 16
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
 

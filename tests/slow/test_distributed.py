@@ -18,7 +18,7 @@ def test_two_processes_train_and_sample(configuration, tmp_path, small_zip):
     options = [*TINY, "resolution=16", f"data.dataset.path={small_zip}"]
     directories = {name: f"run_dir={tmp_path / name}" for name in ("one", "two")}
     ddp = ("strategy=ddp_cpu", "trainer.accelerator=cpu")
-    one = run("train.py", *options, "trainer.max_images=16", "data.accumulate=2", directories["one"])
+    one = run("train.py", *options, "trainer.max_images=16", "trainer.accumulate_grad_batches=2", directories["one"])
     two = run("train.py", *options, "trainer.max_images=16", *ddp, directories["two"])
     for result in (one, two):
         assert result.returncode == 0, result.stderr

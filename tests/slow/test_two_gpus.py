@@ -54,7 +54,7 @@ def runs(large, tmp_path_factory):
     """Both emoji stages, each on two GPUs and on one that works through two parts of the batch."""
     root = tmp_path_factory.mktemp("runs")
     for stage in EXPERIMENTS:
-        for name, how in (("two", TWO), ("one", ("data.accumulate=2",))):
+        for name, how in (("two", TWO), ("one", ("trainer.accumulate_grad_batches=2",))):
             result = run("train.py", *options(stage, large, 4 * WINDOW, root / f"{stage}-{name}"), *how)
             assert result.returncode == 0, result.stderr
     return root

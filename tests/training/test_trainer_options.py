@@ -96,7 +96,7 @@ def clock(monkeypatch):
 
 def test_training_saves_and_ends_when_its_time_is_over(fit, tmp_path, clock, capsys):
     """After a whole step; the time counts over all starts, as with Lightning's Trainer."""
-    half = "data.accumulate=2"
+    half = "trainer.accumulate_grad_batches=2"
     fit("whole", 40, half)
     assert fit("run", 40, half, "trainer.max_time=00:00:00:05").images_seen == 12  # six of its ten micro-batches
     said = "stopped early (trainer.max_time=00:00:00:05): trained on 12 of 40 images"
@@ -127,7 +127,7 @@ def test_a_number_of_batches_ends_each_start(fit, tmp_path, capsys):
     assert fit("run", 24, "trainer.limit_train_batches=3").images_seen == 24
     assert "stopped early" not in capsys.readouterr().out
     assert_same_weights(*(weights_of(tmp_path / name / "checkpoints/last.ckpt") for name in ("whole", "run")))
-    assert fit("parts", 24, "trainer.limit_train_batches=3", "data.accumulate=2").images_seen == 12
+    assert fit("parts", 24, "trainer.limit_train_batches=3", "trainer.accumulate_grad_batches=2").images_seen == 12
 
 
 @pytest.mark.parametrize("profiler", ["simple", "advanced"])
@@ -148,7 +148,13 @@ def test_a_fast_run_leaves_nothing(tmp_path, small_zip):
 def test_a_fast_run_trains_so_many_whole_steps_and_resumes_nothing(fit, tmp_path):
     fit("run", 8)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    stage = fit("run", 40, "trainer.fast_dev_run=3", "data.accumulate=2", "callbacks.checkpoints.every_n_images=4")
+    stage = fit(
+        "run",
+        40,
+        "trainer.fast_dev_run=3",
+        "trainer.accumulate_grad_batches=2",
+        "callbacks.checkpoints.every_n_images=4",
+    )
     assert (stage.images_seen, stage.trainer.global_step) == (12, 3)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 

@@ -39,7 +39,6 @@ WHOLE = {  # key: lowest, highest
     "seed": (0, 2**32 - 1),
     "network.resolution": (1, 2**14),
     "data.batch_size": (1, 2**24),
-    "data.accumulate": (1, 2**24),
     "data.num_workers": (0, 1024),
     "data.seed": (0, 2**63 - 1),
     "network.channels": (2, 2**14),
@@ -52,6 +51,7 @@ WHOLE = {  # key: lowest, highest
     "trainer.max_images": (1, MANY),
 }
 TRAINER = {  # options of our trainer, which others may lack
+    "accumulate_grad_batches": (1, 2**24),
     "max_nonfinite_steps": (1, 10**9),
     "limit_train_batches": (1, MANY),
 }
@@ -83,7 +83,6 @@ CALLBACKS = {  # option of any callback: lowest, highest
 NO_EPOCHS = "training is one endless stream of images, without epochs"
 NO_LOOP = "there is no validation loop: callbacks=validation and callbacks=evaluated measure while training"
 UNSUPPORTED = {  # options of Lightning's Trainer that do not apply, and why
-    "accumulate_grad_batches": "set data.accumulate",
     "barebones": "it would turn off logs and checkpoints",
     "benchmark": "it is on unless trainer.deterministic=true",
     "callbacks": "callbacks are a group of their own: callbacks.NAME.OPTION=..., +callbacks.NAME._target_=...",
@@ -306,17 +305,13 @@ def _check_stage(cfg: DictConfig) -> None:
 
 
 def _check_batch(cfg: DictConfig) -> None:
-    accumulate = selected(cfg, "trainer.accumulate")
-    require(
-        accumulate is None or accumulate == cfg.data.accumulate,
-        f"trainer.accumulate={shorten(accumulate)} is not data.accumulate={cfg.data.accumulate}: set that alone",
-    )
     world = world_size(cfg.trainer.devices, cfg.trainer.num_nodes)
     if world is not None:
-        parts = world * cfg.data.accumulate
+        accumulate = selected(cfg, "trainer.accumulate_grad_batches", 1)
+        parts = world * accumulate
         fits = max(parts, cfg.data.batch_size // parts * parts)
         require(
             cfg.data.batch_size % parts == 0,
             f"data.batch_size={cfg.data.batch_size} does not divide over {world} devices (trainer.devices x "
-            f"trainer.num_nodes) x data.accumulate={cfg.data.accumulate}: {fits} would",
+            f"trainer.num_nodes) x trainer.accumulate_grad_batches={accumulate}: {fits} would",
         )

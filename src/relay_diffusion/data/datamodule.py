@@ -25,7 +25,7 @@ def micro_batch_size(batch_size: int, world_size: int, accumulate: int = 1) -> i
         works = f"{below} or {above}" if below > 0 else f"{above}"
         raise UserError(
             f"data.batch_size={batch_size} does not divide evenly by {parts} "
-            f"(devices x nodes = {world_size}, data.accumulate = {accumulate}); {works} would work"
+            f"(devices x nodes = {world_size}, trainer.accumulate_grad_batches = {accumulate}); {works} would work"
         )
     return batch_size // parts
 
@@ -82,24 +82,19 @@ class InfiniteSampler(Sampler[list[int]]):
 
 
 class ImageDataModule(LightningDataModule):
-    """Endless training batches (uint8 [b, 3, R, R], int64 [b]), b = batch_size / (devices x nodes x accumulate).
+    """Endless training batches (uint8 [b, 3, R, R], int64 [b]) of `batch_size` images per step over all devices.
 
-    batch_size: images per optimizer step over all devices. accumulate: forward passes per optimizer step.
+    b = batch_size / (devices x nodes x accumulate_grad_batches of the Trainer).
     num_workers: decoding processes per device; a dataset in memory needs none. seed: of the order.
     The order continues at `images_seen` of the trained LightningModule, which counts them.
     Errors: UserError when the batch does not divide evenly.
     """
 
-    def __init__(
-        self, dataset: ImageDataset, batch_size: int, accumulate: int = 1, num_workers: int = 2, seed: int = 0
-    ) -> None:
+    def __init__(self, dataset: ImageDataset, batch_size: int, num_workers: int = 2, seed: int = 0) -> None:
         super().__init__()
-        if accumulate < 1:
-            raise UserError(f"data.accumulate={accumulate}: must be at least 1")
         if num_workers < 0:
             raise UserError(f"data.num_workers={num_workers}: must be 0 or more")
-        self.dataset, self.batch_size, self.accumulate = dataset, batch_size, accumulate
-        self.num_workers, self.seed = num_workers, seed
+        self.dataset, self.batch_size, self.num_workers, self.seed = dataset, batch_size, num_workers, seed
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         """The loader of this rank; Lightning must not replace its sampler (Trainer(use_distributed_sampler=False))."""
@@ -113,7 +108,7 @@ class ImageDataModule(LightningDataModule):
             seed=self.seed,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
-            accumulate=self.accumulate,
+            accumulate=trainer.accumulate_grad_batches,
             start=lambda: cast(int, trainer.lightning_module.images_seen),
         )
         return _TrainingLoader(

@@ -21,6 +21,7 @@ WITHOUT_EFFECT = (  # on what is trained; the number of devices is recorded as s
     "run_id", "run_dir", "resume", "init", "trainer.max_images", "trainer.devices", "trainer.num_nodes",
     "data.num_workers", "data.dataset.cache",
 )  # fmt: skip
+ACCUMULATE, LEGACY_ACCUMULATE = "trainer.accumulate_grad_batches", "data.accumulate"
 DATA_ORDER = ("data.seed", "data.dataset.x_flip", "images")
 
 
@@ -69,7 +70,13 @@ def _changes_of_record(before: Mapping[str, Any], now: Mapping[str, Any]) -> Ite
 
 
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {**record.get("config", {}), "devices": record.get("devices"), "images": record.get("images")}
+    config = dict(record.get("config", {}))
+    data, trainer = config.get("data"), config.get("trainer")
+    if isinstance(data, Mapping) and isinstance(trainer, Mapping) and "accumulate" in data:  # of an older checkpoint
+        config["data"] = {name: value for name, value in data.items() if name != "accumulate"}
+        config["trainer"] = {name: value for name, value in trainer.items() if name != "accumulate"}
+        config["trainer"]["accumulate_grad_batches"] = data["accumulate"]
+    return {**config, "devices": record.get("devices"), "images": record.get("images")}
 
 
 def _changes_of_legacy(
@@ -80,13 +87,14 @@ def _changes_of_legacy(
         "stage": config["stage"],
         "devices": record["devices"],
         "data.batch_size": data.batch_size,
-        "data.accumulate": data.accumulate,
         "data.dataset.path": str(data.dataset.path),
         "data.seed": data.seed,
+        ACCUMULATE: config["trainer"].get("accumulate_grad_batches"),
         "images (mirrored ones too)": len(data.dataset),
     }
     before = {"stage": content["stage_config"]} | content.get(LEGACY_KEY, {})
     before["images (mirrored ones too)"] = before.pop("images", None)
+    before[ACCUMULATE] = before.pop(LEGACY_ACCUMULATE, None)
     for key, there, here in differences(before, now):
         if there is not None and here is not None:  # what one of the versions does not know is no change
             yield key, there, here

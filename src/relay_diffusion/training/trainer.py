@@ -41,7 +41,7 @@ PROFILERS: dict[str, type[Profiler]] = {
 
 def build_trainer(
     max_images: int,
-    accumulate: int = 1,
+    accumulate_grad_batches: int = 1,
     accelerator: str = "auto",
     devices: int | str | Sequence[int] = 1,
     num_nodes: int = 1,
@@ -61,7 +61,7 @@ def build_trainer(
 ) -> L.Trainer:
     """Build a Trainer that stops once the stage has seen `max_images` images.
 
-    Each step is `accumulate` micro-batches. Epochs, validation loops and Lightning's own progress and
+    Each step is `accumulate_grad_batches` micro-batches. Epochs, validation loops and Lightning's own progress and
     checkpoint callbacks are off: the data is one endless stream, and ours count in images.
     max_nonfinite_steps: see StopIfDiverged. max_time: see TimeLimit. limit_train_batches: optimizer steps after which
     training ends. fast_dev_run: so many steps, without checkpoints and loggers. profiler: simple, advanced or
@@ -77,7 +77,7 @@ def build_trainer(
     trainer = L.Trainer(
         max_steps=-1,
         max_epochs=-1,
-        accumulate_grad_batches=accumulate,
+        accumulate_grad_batches=accumulate_grad_batches,
         accelerator=accelerator,
         devices=devices if isinstance(devices, int | str) else list(devices),
         num_nodes=num_nodes,
@@ -90,7 +90,7 @@ def build_trainer(
         default_root_dir=default_root_dir,
         gradient_clip_val=gradient_clip_val,
         gradient_clip_algorithm=gradient_clip_algorithm,
-        fast_dev_run=int(fast_dev_run) * accumulate,  # Lightning counts micro-batches
+        fast_dev_run=int(fast_dev_run) * accumulate_grad_batches,  # Lightning counts micro-batches
         profiler=None if profiler is None else PROFILERS[profiler](dirpath=default_root_dir, filename="profile"),
         use_distributed_sampler=False,
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),

@@ -146,7 +146,7 @@ def test_two_processes_measure_together(fit, tmp_path, small_zip, quick):
     train.append(f"{INCEPTION}=pixel_inception.pixels_in_a_process_of_their_own")
     result = run("train.py", *train, **path)
     assert result.returncode == 0, result.stderr
-    fit("one", 20, *options[len(TINY) :], "data.accumulate=2")
+    fit("one", 20, *options[len(TINY) :], "trainer.accumulate_grad_batches=2")
     one, two = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
     assert list(one) == list(two) == [8, 16, 20]
     for images, row in one.items():

@@ -116,10 +116,10 @@ def test_a_signal_amid_a_step_waits_for_its_end(fit, tmp_path, monkeypatch):
 
     monkeypatch.setattr(StopAtImages, "on_train_batch_end", on_train_batch_end)
     with pytest.raises(SystemExit):
-        fit("run", 24, "data.accumulate=4")
+        fit("run", 24, "trainer.accumulate_grad_batches=4")
     assert weights_of(tmp_path / "run/checkpoints/last.ckpt")
     monkeypatch.undo()
-    assert fit("run", 12, "data.accumulate=4").images_seen == 12
+    assert fit("run", 12, "trainer.accumulate_grad_batches=4").images_seen == 12
 
 
 def test_a_signal_with_the_last_step_changes_nothing(fit, signal_at):

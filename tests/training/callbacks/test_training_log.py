@@ -35,7 +35,7 @@ def test_the_gradient_norm_is_that_of_what_the_optimizer_gets(fit, tmp_path, mon
         step(stage, epoch, batch, optimizer, watched)
 
     monkeypatch.setattr(DiffusionStage, "optimizer_step", spy)
-    fit("run", 24, "callbacks.log.every_n_images=8", f"data.accumulate={accumulate}")
+    fit("run", 24, "callbacks.log.every_n_images=8", f"trainer.accumulate_grad_batches={accumulate}")
     pairs = [norms[i : i + 2] for i in (0, 2, 4)]
     assert [row["gradient_norm"] for row in rows_of(tmp_path / "run")] == pytest.approx([sum(p) / 2 for p in pairs])
     assert len(set(norms)) == 6
