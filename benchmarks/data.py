@@ -32,7 +32,7 @@ from timing import environment, line, seconds
 from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.data.datamodule import ImageDataModule
 from relay_diffusion.data.dataset import ImageDataset
-from relay_diffusion.data.zip_writer import ImageZipWriter
+from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.diffusion.pixels import to_float
 
 TRAINED = {64: 369.0, 256: 40.6}  # images/s
@@ -54,7 +54,7 @@ class Options:
 def write_zip(path: Path, images: int, side: int) -> None:
     """Smooth colours with a little grain: about 100 KB each at 256x256."""
     generator = np.random.default_rng(0)
-    with ImageZipWriter(path) as archive:
+    with image_zip(path) as archive:
         for index in range(images):
             coarse = Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8))
             smooth = np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC), dtype=np.int16)

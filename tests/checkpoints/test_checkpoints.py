@@ -16,7 +16,7 @@ from PIL import Image
 from relay_diffusion.checkpoints.export import export_stage
 from relay_diffusion.checkpoints.loading import load_stage
 from relay_diffusion.config.train import validate_training
-from relay_diffusion.data.zip_writer import ImageZipWriter
+from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.errors import UserError
 from relay_diffusion.training.resume import check_same_stage
 from relay_diffusion.training.trainer import StopAtImages
@@ -253,7 +253,7 @@ def test_a_run_continued_on_other_images_says_so(fit, small_zip, tmp_path, capsy
 def test_a_run_is_not_continued_on_other_classes(fit, tmp_path):
     fit("run", 8)
     other = tmp_path / "other.zip"
-    with ImageZipWriter(other, ["light", "dark"]) as archive:
+    with image_zip(other, ["light", "dark"]) as archive:
         for number in range(4):
             archive.add(f"{number}.png", Image.new("RGB", (16, 16)), number % 2)
     with pytest.raises(UserError, match=r"other classes .*class 0 is dark there, light here\): choose another run_dir"):

@@ -16,7 +16,7 @@ from pictures_on_disk import encoded, pixels, pngs, write_folder, write_tar, wri
 from relay_diffusion.cli.arguments import parse_arguments
 from relay_diffusion.data.convert import Classes, ConvertOptions, Crop, convert
 from relay_diffusion.data.dataset import ImageDataset
-from relay_diffusion.data.zip_writer import ImageZipWriter
+from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.errors import UserError
 
 NAMES = ["cat/b.png", "cat/sub/a.png", "dog/c.png"]
@@ -190,7 +190,7 @@ def test_wrong_sources_and_destinations(tmp_path: Path) -> None:
 
 def test_writer_refuses_a_name_twice_and_leaves_nothing(tmp_path: Path) -> None:
     def write() -> None:
-        with ImageZipWriter(tmp_path / "out.zip") as writer:
+        with image_zip(tmp_path / "out.zip") as writer:
             writer.add("a.png", Image.new("RGB", (4, 4)))
             writer.add("a.png", Image.new("RGB", (4, 4)))
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from pictures_on_disk import encoded, write_folder, write_zip
 from relay_diffusion.data.convert import Classes, ConvertOptions, Crop, Exif, convert
@@ -74,6 +75,13 @@ def test_a_png_chunk_behind_the_pixels_counts() -> None:
     end = start + 12 + int.from_bytes(data[start : start + 4])
     moved = data[:start] + data[end:-12] + data[start:end] + data[-12:]
     assert decode(moved, "a").turned
+
+
+def test_a_compressed_text_chunk_called_exif_is_not_a_block() -> None:
+    text = PngInfo()
+    text.add_text("exif", "a camera", zip=True)
+    found = decode(encoded(photograph(), pnginfo=text), "a")
+    assert (found.turned, found.exif_damaged) == (False, False)
 
 
 @pytest.mark.parametrize("kind", SAVED)

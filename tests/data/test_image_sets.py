@@ -16,7 +16,7 @@ from PIL import Image
 from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.image_sets import open_image_set
 from relay_diffusion.data.npz import Npz
-from relay_diffusion.data.zip_writer import ImageZipWriter
+from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.errors import UserError
 
 
@@ -32,7 +32,7 @@ def write_folder(path: Path, images: np.ndarray) -> Path:
 
 
 def write_zip(path: Path, images: np.ndarray) -> Path:
-    with ImageZipWriter(path.with_suffix(".zip")) as archive:
+    with image_zip(path.with_suffix(".zip")) as archive:
         for index, image in enumerate(images):
             archive.add(f"sub/{index:03d}.png", Image.fromarray(image))
     return path.with_suffix(".zip")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fake_inception import POOL, PixelFeatures, pixel_reference, random_images, write_adm, write_edm
 from relay_diffusion.data.npz import write_adm_samples
-from relay_diffusion.data.zip_writer import ImageZipWriter
+from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import Reference, ReferenceSource
 from relay_diffusion.metrics.reference_source import _choice
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("small")
 
 
 def write_zip(path: Path, images: Tensor) -> Path:
-    with ImageZipWriter(path) as archive:
+    with image_zip(path) as archive:
         for index, image in enumerate(images):
             archive.add(f"train/{index:03d}.png", Image.fromarray(image.permute(1, 2, 0).numpy()))
     return path

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from relay_diffusion.data.dataset import ImageDataset
-from relay_diffusion.data.zip_writer import ImageZipWriter
+from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.relay import Relay
 from relay_diffusion.sampling.run import sample
@@ -242,7 +242,7 @@ def test_anyones_images_are_measured(configuration, relay_overrides, small_zip):
 
 
 def test_an_averaged_reference_is_reported(configuration, relay_overrides, tmp_path, capsys):
-    with ImageZipWriter(tmp_path / "small.zip") as archive:
+    with image_zip(tmp_path / "small.zip") as archive:
         for i in range(3):
             archive.add(f"{i}.png", Image.new("RGB", (4, 4), (40 * i, 90, 10)))
     options = [*relay_overrides, "mode=evaluate", "metrics=fid", f"images={tmp_path / 'small.zip'}"]
@@ -281,7 +281,7 @@ def test_one_class_in_other_words_continues(configuration, relay_overrides):
 
 
 def test_classes_as_often_as_in_the_reference(configuration, relay_overrides, tmp_path, capsys):
-    with ImageZipWriter(tmp_path / "uneven.zip", ["dark", "light"]) as archive:
+    with image_zip(tmp_path / "uneven.zip", ["dark", "light"]) as archive:
         for i in range(8):
             pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3)).astype(np.uint8)
             archive.add(f"{'train' if i < 4 else 'other'}/{i}.png", Image.fromarray(pixels), int(i == 1))

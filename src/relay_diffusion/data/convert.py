@@ -21,33 +21,15 @@ from relay_diffusion.data.class_folders import ClassFolders, find_class_folders
 from relay_diffusion.data.decode import FULL_DEPTH, box_average, decode
 from relay_diffusion.data.labels import Labels, read_labels
 from relay_diffusion.data.sources import LABEL_FILE, Source, open_source
-from relay_diffusion.data.zip_writer import ImageZipWriter, encode_png, png_names
+from relay_diffusion.data.zip_writer import encode_png, image_zip, png_names
 from relay_diffusion.errors import UserError, prefix_errors
 from relay_diffusion.utils.files import refuse_existing
 from relay_diffusion.utils.parallel import map_in_order
 from relay_diffusion.utils.progress import progress
 
-
-class Crop(Enum):
-    """How an image becomes square."""
-
-    center = "center"
-    none = "none"
-
-
-class Classes(Enum):
-    """Where class labels come from."""
-
-    folders = "folders"
-    keep = "keep"
-    none = "none"
-
-
-class Exif(Enum):
-    """What is done about the EXIF orientation."""
-
-    apply = "apply"
-    ignore = "ignore"
+Crop = Enum("Crop", ["center", "none"])  # how an image becomes square
+Classes = Enum("Classes", ["folders", "keep", "none"])  # where class labels come from
+Exif = Enum("Exif", ["apply", "ignore"])  # of the orientation
 
 
 @dataclass
@@ -147,7 +129,7 @@ def convert(options: ConvertOptions) -> Converted:
     bits = 0
     with (
         progress("converting", len(source.names)) as advance,
-        ImageZipWriter(destination, labels.class_names if labels else None) as writer,
+        image_zip(destination, labels.class_names if labels else None) as writer,
     ):
         for name, result in map_in_order(encode, source.items()):
             if isinstance(result, _Encoded):
@@ -183,7 +165,7 @@ def _class_folders(source: Source, options: ConvertOptions) -> ClassFolders | No
     level = options.class_level
     if options.classes is not Classes.folders:
         if level is not None:
-            raise UserError(f"class_level={level}: is for classes=folders, not classes={options.classes.value}")
+            raise UserError(f"class_level={level}: is for classes=folders, not classes={options.classes.name}")
         return None
     if level is not None and level < 1:
         raise UserError(f"class_level={level}: must be at least 1, the outermost folder")

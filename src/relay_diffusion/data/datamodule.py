@@ -1,4 +1,4 @@
-"""Training batches in an order that depends on the seed and the number of images seen, and on nothing else."""
+"""Training batches in an order that depends on the seed and the number of images seen alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, default_collate
+from torch.utils.data import DataLoader, Sampler
 
 from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.errors import UserError
@@ -38,7 +38,7 @@ class InfiniteSampler(Sampler[list[int]]):
     B = `batch_size`, cut into accumulate x world_size equal slices: micro-batch m of rank r is slice
     m * world_size + r. So the images of a step are the same for any number of devices.
 
-    length: items in the dataset. start: images seen so far, or a function that tells; asked at every `iter`.
+    length: items in the dataset. start: images seen so far, or a function that returns them, called at every `iter`.
     Errors: UserError when B does not divide evenly or the seed is negative.
     """
 
@@ -114,7 +114,6 @@ class ImageDataModule(LightningDataModule):
         return _TrainingLoader(
             self.dataset,
             batch_sampler=sampler,
-            collate_fn=collate,
             num_workers=num_workers,
             worker_init_fn=exit_for_parent_only,
             persistent_workers=num_workers > 0,
@@ -123,22 +122,16 @@ class ImageDataModule(LightningDataModule):
 
 
 class _TrainingLoader(DataLoader[tuple[Tensor, int]]):
-    """A loader whose workers ignore the signals that ask a run to stop.
+    """A loader whose workers ignore the signals that stop a run.
 
     A closed terminal, `timeout` and `scancel` signal every process of a run, and the step that training then finishes
-    still needs its images. Workers inherit a blocked signal, so it cannot reach them while they start either.
+    still needs its images. Workers inherit the blocked signals, so they cannot be stopped while they start either.
     """
 
     def __iter__(self) -> Any:
-        """Start the workers; signals wait for this process meanwhile."""
+        """Start the workers while signals to this process are blocked."""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             return super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def collate(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-    """[(uint8 [3, R, R], label), ...] -> (uint8 [B, 3, R, R], int64 [B])."""
-    images, labels = default_collate(items)
-    return images, labels

@@ -15,6 +15,7 @@ from torch import Tensor
 from relay_diffusion.data.bounded_io import check_size, check_zip_member, read_exactly
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.files import atomic_write
+from relay_diffusion.utils.messages import one_line
 
 MAX_ARRAY = 2**30  # bytes of one array of statistics or features, which are held in memory
 
@@ -48,8 +49,7 @@ class Npz:
         except UserError:
             raise
         except Exception as error:  # foreign bytes: zipfile, zlib and numpy raise a dozen types
-            text = " ".join(str(error).split())
-            raise UserError(f"{self.where}: {problem} ({text or type(error).__name__})") from error
+            raise UserError(f"{self.where}: {problem} ({one_line(error)})") from error
 
     def fingerprint(self) -> str:
         """Identifies the content by the archive's directory, which has a checksum of every array; reads nothing."""

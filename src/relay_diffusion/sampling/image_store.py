@@ -16,7 +16,7 @@ from torch import Tensor
 from relay_diffusion.data.decode import decode_rgb
 from relay_diffusion.data.image_sets import ImageSet
 from relay_diffusion.data.sources import LABEL_FILE
-from relay_diffusion.data.zip_writer import ImageZipWriter, encode_png
+from relay_diffusion.data.zip_writer import encode_png, image_zip
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.differences import first_difference
 from relay_diffusion.utils.files import atomic_write, json_text, remove_temporaries, write_text
@@ -119,7 +119,7 @@ class ImageStore:
         classed = class_names is not None and all(labels.get(member, -1) >= 0 for member in members)
         with (
             self.reading() as archive,
-            ImageZipWriter(self.archive, class_names if classed else None, option="output") as writer,
+            image_zip(self.archive, class_names if classed else None, option="output") as writer,
         ):
             for member in members:
                 content = self.encoded(member.removesuffix(".png"), archive)

@@ -38,14 +38,15 @@ def writing(what: object) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path, what: object = None) -> Iterator[IO[bytes]]:
     """Write a file atomically: to a temporary name, synced, then renamed to `path`.
 
-    An error inside the block removes the temporary file. Raises UserError if the folder is not writable or full.
+    An error inside the block removes the temporary file. Raises UserError if the folder is not writable or full;
+    `what` names the file in it, by default its path.
     """
     temporary = temporary_name(path)
     try:
-        with writing(path):
+        with writing(path if what is None else what):
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
                 yield file

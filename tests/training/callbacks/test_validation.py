@@ -9,7 +9,7 @@ from PIL import Image
 
 from relay_diffusion.checkpoints.loading import load_stage
 from relay_diffusion.data.dataset import ImageDataset
-from relay_diffusion.data.zip_writer import ImageZipWriter
+from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.diffusion.generators import PerImageGenerator
 from relay_diffusion.diffusion.pixels import to_float
 from relay_diffusion.errors import UserError
@@ -25,7 +25,7 @@ def split_zip(tmp_path_factory):
     """24 images to train on and 10 that are held out, of two classes."""
     path = tmp_path_factory.mktemp("data") / "split.zip"
     generator = np.random.default_rng(0)
-    with ImageZipWriter(path, ["dark", "light"]) as archive:
+    with image_zip(path, ["dark", "light"]) as archive:
         for subset, count in (("train", 24), ("heldout", 10)):
             for i in range(count):
                 pixels = generator.integers(0, 128, (16, 16, 3)) + 127 * (i % 2)
