@@ -50,7 +50,7 @@ HELD_OUT_ONE_IN = 10
 
 
 class Format(Enum):
-    """How the pictures are stored: both without loss."""
+    """File format of the images; both are lossless."""
 
     png = "png"
     webp = "webp"
@@ -147,8 +147,8 @@ def build(options: EmojiOptions) -> EmojiSet:
         for name, content in map_in_order(encode, (item for item in source.items() if item[0] in chosen)):
             subset = subset_of(code_points[name])
             subsets[subset] += 1
-            stored = f"{subset}/{code_points[name]}.{options.format.value}"
-            writer.add_encoded(stored, content, class_names.index(chosen[name]))
+            member = f"{subset}/{code_points[name]}.{options.format.value}"
+            writer.add_encoded(member, content, class_names.index(chosen[name]))
             advance()
     return EmojiSet(
         images_per_class=dict(sorted(Counter(chosen.values()).items())),

@@ -192,7 +192,7 @@ def test_smaller_reference_images_are_refused(
     assert run(f"images={tmp_path}/images", f"reference={small_zip}", f"destination={tmp_path}/new") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: reference: 'train/000.png' in")
-    assert error.endswith("is 16x16; it must be 32x32 or a whole multiple\n")
+    assert "is 16x16; it must be 32x32 or a whole multiple; " in error
     assert not (tmp_path / "new").exists()
 
 

@@ -56,7 +56,7 @@ def test_start_skips_exactly_that_many_images(start: int) -> None:
     assert step(17, 12, world=3, accumulate=2, number=1, start=start) == whole.stream(start + 12, 12)
 
 
-def test_start_may_be_asked_at_every_epoch() -> None:
+def test_start_may_be_a_function_called_at_every_iter() -> None:
     seen = 0
     sampler = InfiniteSampler(17, 4, start=lambda: seen)
     first = next(iter(sampler))

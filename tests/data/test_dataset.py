@@ -111,7 +111,7 @@ def test_second_half_is_mirrored(archive: Path, cache: bool) -> None:
         flipped[8]
 
 
-def test_cache_changes_nothing_and_speaks_once(archive: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cache_changes_nothing_and_reports_progress_once(archive: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain, cached = (ImageDataset(archive, 4, x_flip=True, cache=cache) for cache in (False, True))
     order = [7, 0, 3, 3, 4]
     for (a, label_a), (b, label_b) in zip(plain.__getitems__(order), cached.__getitems__(order), strict=True):
@@ -269,7 +269,7 @@ def test_nothing_inside(tmp_path: Path) -> None:
             ImageDataset(path, 8)
 
 
-def test_unknown_subset_lists_what_is_there(archive: Path, tmp_path: Path) -> None:
+def test_unknown_subset_lists_the_available_ones(archive: Path, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"data\.dataset\.path=.*: no images in .* subset='test'; available: heldout, train"
     ):

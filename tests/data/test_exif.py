@@ -46,7 +46,7 @@ def photo(kind: str, orientation: int, image: Image.Image | None = None) -> byte
 
 
 def upright(data: bytes) -> np.ndarray:
-    """What Pillow makes of it."""
+    """Decode with Pillow, its EXIF orientation applied."""
     with Image.open(io.BytesIO(data)) as image:
         return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 

@@ -1,4 +1,4 @@
-"""What identifies a set of images, so that statistics of it can be kept."""
+"""Hashes that identify image sets, for cached statistics."""
 
 from __future__ import annotations
 

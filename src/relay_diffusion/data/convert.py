@@ -1,4 +1,4 @@
-"""Make an image zip from a folder, zip or tar (the command is relay_diffusion.cli.convert_images).
+"""Conversion of a folder, zip or tar to an image zip (command: relay_diffusion.cli.convert_images).
 
 One zip at the highest resolution serves every stage: a relay stage ends its forward process at block *means*, so the
 lower stages box-average this zip while they load it (`resolution`). A second zip made with another filter
@@ -50,9 +50,9 @@ class ConvertOptions:
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion wrote: image count, class names (None without classes), why images were left out.
+    """Result of a conversion: image count, class names (None without classes), errors of the images left out.
 
-    ignored: names of the files that are of other types, by their endings. labels: class index (None without classes) by
+    ignored: names of the files with other suffixes. labels: class index (None without classes) by
     written name. folders: how folders became classes, if they did. turned, exif_damaged: images whose pixels follow
     their EXIF orientation, and whose EXIF block cannot be read. deep_images, bits: 16-bit images, and the bits that
     their brightest sample needs.
@@ -71,7 +71,7 @@ class Converted:
 
 
 class _Encoded(NamedTuple):
-    """A finished image, and what `decode` says of it."""
+    """An encoded image and the facts that `decode` returned."""
 
     png: bytes
     turned: bool
@@ -99,7 +99,7 @@ def fit(image: Image.Image, resolution: int, crop: Crop, where: str) -> Image.Im
 
 
 def convert(options: ConvertOptions) -> Converted:
-    """Write the image zip that `options` describe. Errors: UserError; the destination is as before then."""
+    """Write the image zip that `options` describe. Errors: UserError, which leaves the destination unchanged."""
     if options.resolution < 1:
         raise UserError(f"resolution={options.resolution}: must be at least 1")
     if not 8 <= options.bit_depth <= FULL_DEPTH:
@@ -171,7 +171,7 @@ def _class_folders(source: Source, options: ConvertOptions) -> ClassFolders | No
         raise UserError(f"class_level={level}: must be at least 1, the outermost folder")
     if read_labels(source) is not None:
         raise UserError(
-            f"classes=folders: {source.path} has labels of its own in {LABEL_FILE}; "
+            f"classes=folders: {source.path} has labels in {LABEL_FILE}; "
             f"classes=keep takes them, classes=none drops them"
         )
     with prefix_errors("classes=folders"):

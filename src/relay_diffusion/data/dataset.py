@@ -28,7 +28,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     labels: read classes from `dataset.json` if it exists.
     x_flip: indices N..2N-1 are the mirrored images 0..N-1, so mirroring is part of the data order.
     cache: decode everything once, at the first access, and keep it as one uint8 tensor in memory.
-    exif: "apply" turns images as their EXIF orientation says, "ignore" takes the pixels as stored.
+    exif: "apply" turns images by their EXIF orientation, "ignore" does not.
     option: the user's name of `path`, for messages.
     Attributes: `names` [N] and their `labels` [N]; `class_names` and `num_classes` of the whole set, not of the subset;
     `source_hash`, `path`, `subset`; `turned`, the names of images that this process has turned so far.
@@ -61,7 +61,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes; 0 when there are no labels."""
+        """Number of classes; 0 without labels."""
         return len(self.class_names)
 
     @cached_property

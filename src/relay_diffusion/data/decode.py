@@ -24,7 +24,7 @@ OPENERS: dict[bytes, Callable[[BytesIO], ImageFile]] = {
     b"RIFF": WebPImageFile,
     b"\xff\xd8\xff": JpegImageFile,
 }
-EXIF_APPLIED = "exif\n"  # in hashes of sets whose images are turned: their pixels may differ from those stored
+EXIF_APPLIED = "exif\n"  # in hashes of sets that apply EXIF: their pixels may differ from those in the files
 FULL_DEPTH = 16  # bits that a 16-bit sample has unless bit_depth says fewer
 UNUSED_BITS = 2  # a set of 16-bit images that needs these fewer uses a quarter of its range or less
 ORIENTATION = 0x0112
@@ -32,7 +32,7 @@ SHORT, LONG = 3, 4  # TIFF types
 APP1 = 0xE1  # JPEG marker of the segment that holds EXIF
 END_OF_HEADERS = (b"", b"\xff", b"\xd9", b"\xda")  # after a 0xff: nothing, padding, end of image, start of scan
 PREFIX = b"Exif\0\0"
-TURNS = {  # orientation: what brings the stored pixels upright (EXIF 2.32, table 6)
+TURNS = {  # orientation: operation that turns the pixels upright (EXIF 2.32, table 6)
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -90,7 +90,7 @@ def dark_warning(what: str, bits: int, bit_depth: int, where: str = "") -> str:
 
 
 def decode_rgb(data: bytes, where: str) -> Image.Image:
-    """The image of `decode` with its default options."""
+    """Decode an image with the default options of `decode`."""
     return decode(data, where).image
 
 
@@ -171,7 +171,7 @@ def _open(data: bytes, where: str) -> ImageFile:
     opener = next((opener for start, opener in OPENERS.items() if data.startswith(start)), None)
     try:
         image = opener(BytesIO(data)) if opener is not None else None
-    except (SyntaxError, IndexError, TypeError, struct.error):  # how plugins say that it is not theirs
+    except (SyntaxError, IndexError, TypeError, struct.error):  # plugins raise these for other formats
         image = None
     if image is None:
         raise UnidentifiedImageError
@@ -182,11 +182,11 @@ def _open(data: bytes, where: str) -> ImageFile:
 
 
 def _check_png(data: bytes, image: Image.Image) -> None:
-    """Raise ValueError for a PNG that Pillow would read otherwise than it was written."""
+    """Raise ValueError for a PNG that Pillow would misread."""
     if data[24] == 16 and "transparency" in image.info:  # Pillow compares the colour with 8-bit samples
         raise ValueError("a transparent colour of 16 bits is not read; save it with 8 bits or an alpha channel")
     content, at, kind = memoryview(data), 8, b""
-    while kind != b"IEND":  # checksums: Pillow leaves out those of the pixels
+    while kind != b"IEND":  # Pillow does not check the checksums of the pixels
         end = at + 8 + int.from_bytes(content[at : at + 4])
         kind = bytes(content[at + 4 : at + 8])
         if zlib.crc32(content[at + 4 : end]) != int.from_bytes(content[end : end + 4]) or end + 4 > len(data):

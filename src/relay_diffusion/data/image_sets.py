@@ -1,6 +1,6 @@
-"""Finished sets of images to measure or to compare with: a folder, an image zip, or an .npz of ADM samples.
+"""Image sets to evaluate or to compare with: a folder, an image zip, or an .npz of ADM samples.
 
-Everything streams: no set is ever held in memory.
+Images are streamed: no set is held in memory.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from relay_diffusion.data.sources import CONVERTER, Source, existing_path, open_
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.parallel import map_in_order
 
-IMAGES_KEY = "arr_0"  # what numpy.savez calls its first array: ADM's samples are written so
+IMAGES_KEY = "arr_0"  # numpy.savez names its first array so, and ADM writes its samples so
 INSPECTED = 16  # images of a set, evenly over it, whose 16-bit range is measured
-MAX_PIXELS = 2**27  # of one image; a file that claims more is damaged or hostile
+MAX_PIXELS = 2**27  # of one image; a header with more is damaged or hostile
 
 
 class ImageSet(ABC):
     """Images of one size in a fixed order.
 
-    kind: "folder", "zip", "file" or "npz". names [N]: what messages and files call the images. resolution: (H, W).
-    averaging: the factors by which the images read so far were box-averaged; 1: as stored.
+    kind: "folder", "zip", "file" or "npz". names [N]: of the images, in messages and files. resolution: (H, W).
+    averaging: the factors by which the images read so far were box-averaged; 1: not at all.
     """
 
     kind: str
@@ -174,7 +174,7 @@ class ArraySet(ImageSet):
 
 
 def _factor(size: tuple[int, int], target: tuple[int, int]) -> int | None:
-    """How many times larger a size is than the target, None if it is no whole multiple."""
+    """Return the whole factor from the target to a size, None if it is not a multiple."""
     factor = size[0] // target[0]
     return factor if factor and size == (target[0] * factor, target[1] * factor) else None
 

@@ -27,11 +27,11 @@ class ImageZipWriter:
         self.labels: dict[str, int | None] = {}  # of every image written, in order
 
     def add(self, name: str, image: Image.Image, label: int | None = None) -> None:
-        """Add one picture as a PNG; `label` is an index into the class names, None when there are none."""
+        """Add one image as a PNG; `label` is an index into the class names, None when there are none."""
         self.add_encoded(name, encode_png(image), label)
 
     def add_encoded(self, name: str, content: bytes, label: int | None = None) -> None:
-        """Add one picture that is encoded already (encoding can run in threads, this cannot)."""
+        """Add one encoded image (encoding can run in threads, this cannot)."""
         if name in self.labels:
             raise UserError(f"{self._what}: two images would be named {name!r}")
         assert (label is None) == (self.class_names is None), "all images have a label, or none has"
@@ -40,7 +40,7 @@ class ImageZipWriter:
         self._write(name, content)
 
     def drop_empty_classes(self) -> None:
-        """Forget the classes that no image has so far; the others keep their order."""
+        """Remove the classes without images; the others keep their order."""
         if self.class_names is not None:
             used = sorted({label for label in self.labels.values() if label is not None})
             self.class_names = [self.class_names[label] for label in used]
