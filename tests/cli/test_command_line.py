@@ -241,7 +241,7 @@ def test_mistakes_that_need_the_checkpoints(relay_overrides, relay_runs, tmp_pat
 
 def test_a_directory_that_cannot_be_made_is_one_line():
     result = run("sample.py", "relay=emoji", "output=/proc/samples")
-    assert_one_line(result, "the directory of the run cannot be made", "/proc/samples", "choose another output=")
+    assert_one_line(result, "output=/proc/samples: cannot be created or locked", "choose another output")
 
 
 def test_help_that_nobody_reads():

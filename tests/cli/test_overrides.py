@@ -3,7 +3,7 @@
 import pytest
 from hydra.errors import HydraException
 
-from relay_diffusion.cli.main import explain
+from relay_diffusion.cli.errors import explain
 from relay_diffusion.config import CONF
 
 

@@ -222,7 +222,7 @@ def test_a_change_of_the_corruption_is_one_of_the_samplers_too(fit, tmp_path):
 
 def test_a_checkpoint_of_another_stage_is_not_continued(fit):
     fit("run", 4)
-    with pytest.raises(UserError, match=r"different settings \(denoiser\.network\.channels is 8 there, 16 here\)"):
+    with pytest.raises(UserError, match=r"different settings \(denoiser\.network\.channels was 8, is 16\)"):
         fit("run", 8, "network.channels=16")
     with pytest.raises(UserError, match="different settings"):
         fit("run", 8, stage="relay")

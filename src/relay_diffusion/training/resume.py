@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import lightning as L
+from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from relay_diffusion.checkpoints.loading import read_checkpoint
@@ -23,8 +26,63 @@ from relay_diffusion.checkpoints.reading import (
 from relay_diffusion.data.datamodule import ImageDataModule
 from relay_diffusion.errors import UserError, prefix_errors
 from relay_diffusion.models.stage import DiffusionStage
-from relay_diffusion.training.run_record import KEY, changes
-from relay_diffusion.utils.differences import first_difference
+from relay_diffusion.utils.messages import differences, first_difference, shown
+
+KEY = "run"  # of a checkpoint: the run's settings
+LONGEST = 200  # characters of a value in messages
+WITHOUT_EFFECT = (  # on what is trained; the number of devices is recorded as such
+    "run_id", "run_dir", "resume", "init", "trainer.max_images", "trainer.devices", "trainer.num_nodes",
+    "data.num_workers", "data.dataset.cache",
+)  # fmt: skip
+DATA_ORDER = ("data.seed", "data.dataset.x_flip", "images")  # settings that change the order of the images
+
+
+class RunRecord(Callback):
+    """Store the settings of the run in every checkpoint, as "run".
+
+    config: the resolved settings. derived: the keys whose values refer to other keys. devices: ranks of the run.
+    images: of the data set, without mirrored ones. wandb: what a WandbRun continues from.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.settings = {"config": OmegaConf.to_container(cfg, resolve=True), "derived": list(_derived(cfg))}
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+        """Add the record."""
+        wandb = next((logger.run_record for logger in trainer.loggers if hasattr(logger, "run_record")), None)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        checkpoint[KEY] = self.of(trainer, data) | ({"wandb": wandb} if wandb else {})
+
+    def of(self, trainer: L.Trainer, data: ImageDataModule) -> dict[str, Any]:
+        """The settings, the number of ranks and the number of images."""
+        return {**self.settings, "devices": trainer.world_size, "images": len(data.dataset.names)}
+
+
+def _derived(node: Any, prefix: str = "") -> Iterator[str]:
+    """Keys whose values are written as references to others."""
+    if not isinstance(node, DictConfig):
+        return
+    for name in map(str, node):
+        key = f"{prefix}{name}"
+        if OmegaConf.is_interpolation(node, name):
+            yield key
+        elif not OmegaConf.is_missing(node, name):
+            yield from _derived(node[name], f"{key}.")
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(setting, before, now) of each setting in which a run differs from the record that it continues."""
+    derived = set(before.get("derived", [])) & set(now["derived"])  # what they refer to is compared itself
+    found = []
+    for key, old, new in differences(_flat(before), _flat(now)):
+        parents = {key[:end] for end in range(len(key) + 1) if key[end : end + 1] in (".", "")}
+        if key not in WITHOUT_EFFECT and not parents & derived:
+            found.append((key, shown(old, LONGEST), shown(new, LONGEST)))
+    return found
+
+
+def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {**record.get("config", {}), "devices": record.get("devices"), "images": record.get("images")}
 
 
 @dataclass(frozen=True)
@@ -86,8 +144,8 @@ def check_same_classes(path: Path, checkpoint: dict[str, Any], data: ImageDataMo
         pairs = enumerate(zip_longest(stored, present))
         number, before, now = next((i, *pair) for i, pair in pairs if len({*pair}) > 1)
         raise UserError(
-            f"{path} was trained on other classes than data.dataset.path={data.dataset.path} has (class {number} is "
-            f"{before} there, {now} here): choose another run_dir; init={path} begins there with its weights"
+            f"{path} was trained on other classes than data.dataset.path={data.dataset.path} has (class {number} was "
+            f"{before}, is {now}): use another run_dir; init={path} starts from its weights"
         )
 
 
@@ -144,5 +202,5 @@ def find_start(cfg: DictConfig, data: ImageDataModule, record: dict[str, Any]) -
             f"resume={os.path.relpath(path)} has seen {seen:,} images already: raise "
             f"trainer.max_images={cfg.trainer.max_images} to continue it"
         )
-    stored = content.get(KEY, {}).get("wandb") if own else None
-    return Start(path, own, seen, changes(content, record, data), stored)
+    stored = content.get(KEY, {})  # older checkpoints have none
+    return Start(path, own, seen, changes(stored, record) if stored else [], stored.get("wandb") if own else None)

@@ -18,8 +18,7 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.models.info import StageInfo
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.training.callbacks.preemption import leave_after_signal
-from relay_diffusion.training.resume import Start, find_start, init_from
-from relay_diffusion.training.run_record import RunRecord, changes_data_order
+from relay_diffusion.training.resume import DATA_ORDER, RunRecord, Start, find_start, init_from
 from relay_diffusion.utils.distributed import destroy_process_group, on_rank_zero, started_ranks
 from relay_diffusion.utils.files import write_text
 from relay_diffusion.utils.git import git_revision
@@ -146,6 +145,6 @@ def _announce(
         how = f"continues {os.path.relpath(start.checkpoint)}{f' with {changed}' if changed else ''}"
     images = len(data.dataset.names)
     print(f"{os.path.relpath(cfg.run_dir)}: {how}, {parameters:,} parameters, {images:,} images", flush=True)
-    if order := changes_data_order(start.changed):
+    if order := [key for key, _, _ in start.changed if key in DATA_ORDER]:
         print(f"note: {', '.join(order)} changed, so images come in another order than before", flush=True)
     report_slow_settings(trainer.strategy.root_device, {"network.channels_last": stage.denoiser.network})

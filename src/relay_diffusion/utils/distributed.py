@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.host import prepare_host
 from relay_diffusion.utils.run_lock import run_lock
+from relay_diffusion.utils.slurm import is_interactive
 
 if TYPE_CHECKING:
     import lightning as L
@@ -25,7 +26,6 @@ REQUEUED = (signal.SIGUSR1, signal.SIGUSR2)
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, *REQUEUED)  # ask a run to stop
 FAILED = "relay_diffusion/failed"  # key of the store that says which rank failed first
 STORE_SECONDS = 3  # until rank 0 counts as gone
-INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs in which commands are started by hand
 
 
 def rank() -> int:
@@ -85,7 +85,7 @@ def first_failure(code: int) -> tuple[int, int]:
 def check_processes(world: int) -> None:
     """Raise UserError unless the launcher started one process per device."""
     for name, launcher in (("SLURM_NTASKS", "SLURM"), ("WORLD_SIZE", "torchrun")):
-        by_hand = launcher == "SLURM" and os.environ.get("SLURM_JOB_NAME") in INTERACTIVE
+        by_hand = launcher == "SLURM" and is_interactive()
         by_lightning = "TORCHELASTIC_RUN_ID" not in os.environ and launcher == "torchrun"
         if name in os.environ and not by_hand and not by_lightning and int(os.environ[name]) != world:
             raise UserError(

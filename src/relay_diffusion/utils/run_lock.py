@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from relay_diffusion.errors import UserError
-from relay_diffusion.utils.files import writing
 
 LOCK = "run.lock"
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # file systems without locks
@@ -79,7 +78,7 @@ class Holder:
 
 @contextmanager
 def run_lock(directory: str | Path, option: str) -> Iterator[None]:
-    """Lock a run directory, which is created; `option` names it in messages.
+    """Create and lock a run directory; remove what stays empty of it. `option` names it in messages.
 
     Two mechanisms cover each other's gaps. A POSIX lock on `directory`/run.lock ends with its process, whatever
     ends that, and also works between hosts where the file system supports it; unlike flock() it is not inherited by
@@ -88,19 +87,27 @@ def run_lock(directory: str | Path, option: str) -> Iterator[None]:
     Raises UserError if another process uses the directory, or another host may.
     """
     directory = Path(directory)
-    path, created = directory / LOCK, not directory.exists()
-    with writing(path):
-        directory.mkdir(parents=True, exist_ok=True)
-        handle = _acquire(path, option)
+    path = directory / LOCK
+    created: list[Path] = []
     try:
-        yield
+        try:
+            created = [place for place in (directory, *directory.parents) if not place.exists()]
+            directory.mkdir(parents=True, exist_ok=True)
+            handle = _acquire(path, option)
+        except OSError as error:
+            raise UserError(
+                f"{option}={directory}: cannot be created or locked ({error.strerror}); choose another {option}"
+            ) from None
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink()  # before the lock ends, so that it is not the file of the next process
+            os.close(handle)
     finally:
         with suppress(OSError):
-            path.unlink()  # before the lock ends, so that it is not the file of the next process
-        os.close(handle)
-        if created:
-            with suppress(OSError):
-                directory.rmdir()  # remove the empty run directory
+            for place in created:
+                place.rmdir()  # of a run that failed early: one with files stays
 
 
 def _acquire(path: Path, option: str) -> int:

@@ -12,7 +12,7 @@ from relay_diffusion.config.train import validate_training
 from relay_diffusion.diffusion import DenoisingLoss
 from relay_diffusion.errors import UserError
 from relay_diffusion.training.callbacks.checkpoints import Checkpoints
-from relay_diffusion.training.callbacks.measurement import PeriodicMeasurement
+from relay_diffusion.training.callbacks.periodic import PeriodicMeasurement
 from relay_diffusion.training.callbacks.training_log import TrainingLog
 from support import TINY, assert_same_weights, run, weights_of
 

@@ -61,7 +61,7 @@ class Checkpoints(PeriodicCallback, Checkpoint):
         self._better: float | None = None  # a value of the present state that is better
         self._measured = False  # whether the metric was ever logged
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
+    def setup(self, trainer: L.Trainer, pl_module: DiffusionStage, stage: str) -> None:
         """Check before training that the directory is writable."""
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_text(self.directory / ".probe", "")
@@ -73,21 +73,19 @@ class Checkpoints(PeriodicCallback, Checkpoint):
 
     def on_save_checkpoint(
         self,
-        trainer: L.Trainer,  # noqa: ARG002
-        pl_module: L.LightningModule,
+        trainer: L.Trainer,
+        pl_module: DiffusionStage,
         checkpoint: dict[str, Any],
     ) -> None:
         """Mark the best state so far."""
-        assert isinstance(pl_module, DiffusionStage)
         if self._best is not None and self._best["images_seen"] == pl_module.images_seen:
             checkpoint["best"] = dict(self._best)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
         """Count from where training starts."""
         self._start = None if trainer.ckpt_path is None else Path(trainer.ckpt_path)
         self._last_is_whole = self._start is not None and self._start.resolve() == (self.directory / LAST).resolve()
         super().on_train_start(trainer, pl_module)
-        assert isinstance(pl_module, DiffusionStage)
         self._saved = pl_module.images_seen
         pl_module.fit_state.kept_checkpoint = self.kept()
         if self.monitor is not None:
@@ -111,7 +109,7 @@ class Checkpoints(PeriodicCallback, Checkpoint):
             return None
         return best
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+    def on_validation_end(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
         """Compare the monitored metric, which was just logged, with its best value."""
         assert self.monitor is not None
         # of rank 0 on all of them: speeds differ
@@ -121,9 +119,8 @@ class Checkpoints(PeriodicCallback, Checkpoint):
         if math.isfinite(value) and (self._best is None or sign * value < sign * self._best["value"]):
             self._better = value
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: DiffusionStage, *args: Any) -> None:
         """Save when due, and at the end of training before other callbacks measure it."""
-        assert isinstance(pl_module, DiffusionStage)
         if trainer.fast_dev_run or pl_module.mid_accumulation:  # type: ignore[attr-defined]
             return
         self._due |= self.due(pl_module.images_seen)
@@ -131,9 +128,8 @@ class Checkpoints(PeriodicCallback, Checkpoint):
             self.act(trainer, pl_module)
         self._save_best(trainer, pl_module)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
         """Save the end of training, unless that was just done, and what was measured of it."""
-        assert isinstance(pl_module, DiffusionStage)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         signal = pl_module.fit_state.stop_signal

@@ -18,7 +18,7 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import Evaluator
 from relay_diffusion.models.finite_samples import NonFiniteSamplesError
 from relay_diffusion.models.stage import DiffusionStage
-from relay_diffusion.training.callbacks.measurement import PeriodicMeasurement
+from relay_diffusion.training.callbacks.periodic import PeriodicMeasurement
 
 
 class PeriodicEvaluation(PeriodicMeasurement):
@@ -38,7 +38,7 @@ class PeriodicEvaluation(PeriodicMeasurement):
         self.evaluator, self.count, self.batch_size = evaluator, count, batch_size
         super().__init__(every_n_images)
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
         """Load the reference before training starts, so that errors in it show early."""
         if self.every_n_images <= 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -14,8 +13,9 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from relay_diffusion.models.stage import DiffusionStage
-from relay_diffusion.training.callbacks.agreement import Agreement
-from relay_diffusion.utils.distributed import INTERACTIVE, REQUEUED, SIGNALS, first_process, rank
+from relay_diffusion.training.callbacks.stopping import Agreement
+from relay_diffusion.utils.distributed import REQUEUED, SIGNALS, first_process, rank
+from relay_diffusion.utils.slurm import requeue
 
 IGNORABLE = (signal.SIGINT, signal.SIGHUP)  # a shell's job in the background and nohup are to ignore them
 
@@ -36,22 +36,21 @@ class Preemption(Callback):
         self._before: dict[int, Any] = {}  # handlers
         self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]  # found now: a closed terminal is no tty
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
+    def setup(self, trainer: L.Trainer, pl_module: DiffusionStage, stage: str) -> None:
         """Handle signals before the first step, after which training then stops."""
         if stage == "fit":
             self._before = {number: signal.getsignal(number) for number in SIGNALS}
             _handle_signals(self._note)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
+    def teardown(self, trainer: L.Trainer, pl_module: DiffusionStage, stage: str) -> None:
         """Restore the previous signal handlers."""
         if stage == "fit" and threading.current_thread() is threading.main_thread():
             for number, handler in self._before.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
         """Replace Lightning's handlers, which save nothing."""
-        if trainer.world_size > 1:
-            self._reading = Agreement(pl_module.device)
+        self._reading = Agreement(trainer, pl_module.device)
         _handle_signals(self._note)
 
     def _note(self, number: int, _: Any) -> None:
@@ -65,21 +64,20 @@ class Preemption(Callback):
                 raise KeyboardInterrupt
         self.received = number
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: DiffusionStage, *args: Any) -> None:
         """Stop after a whole step, the same one on every rank."""
-        assert isinstance(pl_module, DiffusionStage)
         if pl_module.mid_accumulation:
             return
-        agreed = self.received if self._reading is None else self._reading.largest(self.received)
-        pl_module.fit_state.stop_signal = agreed
-        if agreed:
+        assert self._reading is not None
+        pl_module.fit_state.stop_signal = self._reading.largest(self.received)
+        if pl_module.fit_state.stop_signal:
             trainer.should_stop = True
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+    def on_train_end(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
         """Ignore signals from now on."""
         _handle_signals(signal.SIG_IGN)
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+    def on_predict_start(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
         """Exit at signals while sampling."""
         self.leave_at_signals(trainer)
 
@@ -122,19 +120,5 @@ def leave_after_signal(trainer: L.Trainer, number: int) -> None:
         raise SystemExit(0)  # one process tells how it ended
     print(f"stopped by {signal.Signals(number).name}: the same command continues", flush=True)
     if number in REQUEUED:
-        _requeue()
+        requeue()
     raise SystemExit(128 + number)
-
-
-def _requeue() -> None:
-    """Requeue the SLURM job; it resumes its run, which is named after the job."""
-    job = os.environ.get("SLURM_JOB_ID")
-    if job is None or os.environ.get("SLURM_JOB_NAME") in INTERACTIVE:
-        return
-    if "SLURM_ARRAY_JOB_ID" in os.environ:
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    try:
-        subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
-        print(f"requeued job {job}", flush=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        print(f"job {job} could not be requeued: {error}", flush=True)

@@ -13,8 +13,7 @@ from relay_diffusion.diffusion.corruption import block_mean, upsample_blocks
 from relay_diffusion.diffusion.pixels import to_float, to_uint8
 from relay_diffusion.models.finite_samples import NonFiniteSamplesError
 from relay_diffusion.models.stage import DiffusionStage
-from relay_diffusion.training.callbacks.periodic import PeriodicCallback
-from relay_diffusion.training.callbacks.training_log import exclude_from_throughput
+from relay_diffusion.training.callbacks.periodic import PeriodicCallback, exclude_from_throughput
 from relay_diffusion.utils.pictures import image_grid, save_png, side_by_side
 
 
