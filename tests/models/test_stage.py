@@ -8,14 +8,14 @@ import torch
 
 from relay_diffusion.checkpoints.loading import load_stage
 from relay_diffusion.errors import UserError
-from relay_diffusion.models.fit_state import FitState
-from relay_diffusion.models.info import StageInfo
+from relay_diffusion.models.optimization import FitState
 from relay_diffusion.models.relay import Relay
+from relay_diffusion.models.stage import StageInfo
 from relay_diffusion.networks import EDMPreconditioner, Graphed
 from support import assert_same_weights, tiny_stage, weights_of
 
 
-def test_the_network_is_told_how_images_were_augmented(fit, monkeypatch):
+def test_augmentation_labels_are_an_input_of_the_network(fit, monkeypatch):
     told, forward = [], EDMPreconditioner.forward
 
     def spy(self, x, sigma, labels=None, augment_labels=None, condition=None):
