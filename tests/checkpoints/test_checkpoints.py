@@ -106,7 +106,7 @@ def test_every_changed_setting_is_reported(fit, capsys):
     fit("run", 16, "~callbacks.ema", "data.dataset.x_flip=false")
     said = capsys.readouterr().out
     assert "callbacks.ema EMA -> not set, data.dataset.x_flip True -> False, trainer.precision bf16-mixed" in said
-    assert "note: data.dataset.x_flip changed, so images come in another order than before" in said
+    assert "note: data.dataset.x_flip changed, so the order of the images changes" in said
 
 
 def test_a_checkpoint_without_record_continues(fit, tmp_path, capsys):
@@ -183,7 +183,7 @@ def test_a_damaged_checkpoint_is_passed_over(fit, tmp_path, capsys):
     assert_same_weights(weights_of(last), whole)
     for path in directory.iterdir():
         path.write_bytes(b"")
-    with pytest.raises(UserError, match=r"no checkpoint in .* can be read: delete them to begin anew"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read: delete them to start a new run"):
         fit("run", 16, often)
 
 
@@ -226,7 +226,7 @@ def test_a_run_continued_on_other_images_says_so(fit, small_zip, tmp_path, capsy
     said = capsys.readouterr().out
     changed = f"with data.dataset.path {small_zip} -> {tmp_path / 'images'}, data.dataset.x_flip False -> True, "
     assert re.search(re.escape(changed) + "[0-9,]+ parameters, 24 images", said)  # mirrored ones do not count
-    assert "note: data.dataset.x_flip changed, so images come in another order than before" in said
+    assert "note: data.dataset.x_flip changed, so the order of the images changes" in said
 
 
 def test_a_run_is_not_continued_on_other_classes(fit, tmp_path):

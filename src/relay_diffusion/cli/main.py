@@ -134,12 +134,6 @@ def _check_sweep(words: list[str]) -> None:
     )
 
 
-def versions() -> str:
-    """Return one line: the version of this package and of those it depends on."""
-    others = ", ".join(f"{name} {version(package)}" for name, package in PACKAGES.items())
-    return f"relay-diffusion {__version__} ({others})"
-
-
 def command_line(task: Callable[[DictConfig], float | None], config: Path) -> NoReturn:
     """Run `task` with the config that Hydra composes from the yaml `config` and the command line.
 
@@ -149,7 +143,8 @@ def command_line(task: Callable[[DictConfig], float | None], config: Path) -> No
     register_resolvers()
     sys.argv[1:] = sys.argv[1:] or ["--help"]
     if "--version" in sys.argv:
-        print(versions())
+        others = ", ".join(f"{name} {version(package)}" for name, package in PACKAGES.items())
+        print(f"relay-diffusion {__version__} ({others})")
         sys.exit(0)
     os.environ.setdefault(SHOW_TRACEBACK, os.environ.get(FULL_ERROR, "0"))  # processes that this one starts inherit it
     os.environ[FULL_ERROR] = "1"  # let errors through to here

@@ -1,4 +1,4 @@
-"""Where a run starts: from its own last checkpoint, from `resume`, from the weights of `init`, or anew."""
+"""Start of a run: its own last checkpoint, `resume`, the weights of `init`, or new; and the record for it."""
 
 from __future__ import annotations
 
@@ -87,9 +87,9 @@ def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts, as rank 0 decides it.
+    """Start of a run, as rank 0 decides it.
 
-    checkpoint: the file to continue from; None for a new run. own: it is of this run, and not `resume`. changed:
+    checkpoint: the file to continue from; None for a new run. own: it belongs to this run, not to `resume`. changed:
     (setting, before, now) of each setting that differs. wandb: what its W&B run continues from.
     """
 
@@ -117,7 +117,7 @@ def last_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any], bool] | None
                 failures.append(str(error))
                 print(f"warning: {error}; trying the checkpoint before", file=sys.stderr, flush=True)
     if failures:
-        raise UserError(f"no checkpoint in {directory} can be read: delete them to begin anew ({failures[0]})")
+        raise UserError(f"no checkpoint in {directory} can be read: delete them to start a new run ({failures[0]})")
     if cfg.resume is None:
         return None
     with prefix_errors("resume"):
@@ -125,7 +125,7 @@ def last_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any], bool] | None
 
 
 def check_same_stage(path: Path, checkpoint: dict[str, Any], stage_config: dict[str, Any]) -> None:
-    """Refuse to continue from a checkpoint of another stage or with another optimizer.
+    """Require that a checkpoint has the same stage and optimizer.
 
     The learning rate may change, and so may settings that affect speed and memory alone.
     """
@@ -138,35 +138,28 @@ def check_same_stage(path: Path, checkpoint: dict[str, Any], stage_config: dict[
 
 
 def check_same_classes(path: Path, checkpoint: dict[str, Any], data: ImageDataModule) -> None:
-    """Refuse to continue with classes of other names or order: labels would change meaning."""
+    """Require the same classes in the same order: otherwise labels change their meaning."""
     stored, present = checkpoint.get("class_names", []), data.dataset.class_names
     if stored and present and stored != present:
         pairs = enumerate(zip_longest(stored, present))
         number, before, now = next((i, *pair) for i, pair in pairs if len({*pair}) > 1)
         raise UserError(
-            f"{path} was trained on other classes than data.dataset.path={data.dataset.path} has (class {number} was "
+            f"{path} was trained on other classes than data.dataset.path={data.dataset.path} (class {number} was "
             f"{before}, is {now}): use another run_dir; init={path} starts from its weights"
         )
 
 
 def _fixed_settings(stage_config: dict[str, Any]) -> dict[str, Any]:
     """Settings of a stage that a resumed run may not change."""
-    parts: dict[str, dict[str, Any]] = {
-        part: stage_config.get(part) or {} for part in ("denoiser", "corruption", "optimizer")
-    }
+    denoiser, corruption, optimizer = (stage_config.get(part) or {} for part in ("denoiser", "corruption", "optimizer"))
     # older files lack condition_channels, and the log-normal of a relay stage
-    network = {"condition_channels": 0} | (parts["denoiser"].get("network") or {})
-    schedule = {"p_mean": -1.2, "p_std": 1.2} | (parts["corruption"].get("schedule") or {})
-    network = _without(network, "checkpoint_levels")
-    return parts | {
-        "denoiser": parts["denoiser"] | {"network": network},
-        "corruption": parts["corruption"] | {"schedule": schedule},
-        "optimizer": _without(parts["optimizer"], "lr", "fused"),
+    network = {"condition_channels": 0} | (denoiser.get("network") or {}) | {"checkpoint_levels": None}
+    schedule = {"p_mean": -1.2, "p_std": 1.2} | (corruption.get("schedule") or {})
+    return {
+        "denoiser": denoiser | {"network": network},
+        "corruption": corruption | {"schedule": schedule},
+        "optimizer": optimizer | {"lr": None, "fused": None},
     }
-
-
-def _without(options: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key not in names}
 
 
 def init_from(stage: DiffusionStage, path: str) -> Path:
@@ -178,7 +171,7 @@ def init_from(stage: DiffusionStage, path: str) -> Path:
         file = find_stage(path)
         content = read_stage(file)
     kind = "ema" if content.get("ema", {}).get("weights") else "raw"
-    with prefix_errors("init takes the weights of a stage that has the network of this run"):
+    with prefix_errors("init needs the weights of a stage with the network of this run"):
         weights = stored_weights(content, kind, stage.denoiser, file)
     stage.denoiser.load_state_dict(weights)
     return file

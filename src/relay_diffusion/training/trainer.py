@@ -65,7 +65,7 @@ def build_trainer(
         devices=devices if isinstance(devices, int | str) else list(devices),
         num_nodes=num_nodes,
         strategy=strategy,
-        precision=precision,  # type: ignore[arg-type]  # Lightning names its choices and says so when wrong
+        precision=precision,  # type: ignore[arg-type]  # Lightning lists the choices in its error
         deterministic=deterministic,
         benchmark=not deterministic,
         callbacks=callbacks,
@@ -80,11 +80,11 @@ def build_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        # callbacks that monitor a metric look where it is logged, not at the end of the only epoch
+        # log_row calls callbacks that monitor a metric; the only epoch never ends
         check_val_every_n_epoch=None,
         val_check_interval=1,
     )
-    # at every step Lightning would wait for the device to ask all ranks for a SIGTERM: Preemption does without waiting
+    # Lightning synchronizes ranks and device at every step to detect SIGTERM; Preemption does not wait
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     return trainer
 
@@ -109,7 +109,7 @@ def _check_monitors(callbacks: Sequence[Callback]) -> None:
 
 
 def check_gpus(trainer: DictConfig) -> None:
-    """Raise UserError naming the option, if a run asks for GPUs on a host without any; `trainer`: its options."""
+    """Raise UserError if the options `trainer` ask for GPUs on a host without any."""
     accelerator = trainer.accelerator
     missing = accelerator in ("gpu", "cuda") and not torch.cuda.is_available()
     if not missing or (accelerator == "gpu" and torch.backends.mps.is_available()):
@@ -118,4 +118,4 @@ def check_gpus(trainer: DictConfig) -> None:
         option, instead = "strategy=ddp", "use strategy=ddp_cpu"
     else:
         option, instead = f"trainer.accelerator={accelerator}", "use trainer.accelerator=cpu"
-    raise UserError(f"{option} needs GPUs, and there are none here: {instead}, or leave it out")
+    raise UserError(f"{option} needs GPUs, and this host has none: {instead}, or leave it out")

@@ -82,7 +82,7 @@ def test_an_interrupt_that_was_ignored_stays_so(fit):
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
-def test_a_signal_that_comes_before_the_first_step(fit, tmp_path, monkeypatch):
+def test_a_signal_before_the_first_step(fit, tmp_path, monkeypatch):
     """It is noted, and training saves and stops after that step."""
     begin = EMA.on_fit_start
     monkeypatch.setattr(EMA, "on_fit_start", lambda *args: os.kill(os.getpid(), signal.SIGUSR1) or begin(*args))
@@ -94,7 +94,7 @@ def test_a_signal_that_comes_before_the_first_step(fit, tmp_path, monkeypatch):
     assert content["images_seen"] == 4
 
 
-def test_a_signal_amid_a_step_waits_for_its_end(fit, tmp_path, monkeypatch):
+def test_a_signal_during_accumulation_waits_for_the_step(fit, tmp_path, monkeypatch):
     """Of four parts of a batch the first is done: the others follow."""
     plain = StopAtImages.on_train_batch_end
 
@@ -116,7 +116,7 @@ def test_a_signal_with_the_last_step_changes_nothing(fit, signal_at):
     assert fit("run", 8).images_seen == 8
 
 
-def test_training_in_a_thread_does_without_signals(fit):
+def test_training_in_a_thread_handles_no_signals(fit):
     ended = []
     thread = threading.Thread(target=lambda: ended.append(fit("run", 8).images_seen))
     thread.start()
@@ -124,7 +124,7 @@ def test_training_in_a_thread_does_without_signals(fit):
     assert ended == [8]
 
 
-def test_lightning_asks_no_device_for_signals_at_every_step():
+def test_lightning_does_not_synchronize_for_signals_at_every_step():
     """What the trainer takes away is there to be taken away."""
     trainer = build_trainer(8, accelerator="cpu")
     loop = trainer.fit_loop.epoch_loop

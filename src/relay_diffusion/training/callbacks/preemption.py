@@ -17,27 +17,27 @@ from relay_diffusion.training.callbacks.stopping import Agreement
 from relay_diffusion.utils.distributed import REQUEUED, SIGNALS, first_process, rank
 from relay_diffusion.utils.slurm import requeue
 
-IGNORABLE = (signal.SIGINT, signal.SIGHUP)  # a shell's job in the background and nohup are to ignore them
+IGNORABLE = (signal.SIGINT, signal.SIGHUP)  # ignored by background jobs of a shell and under nohup
 
 
 class Preemption(Callback):
     """Stop at a signal: training after it has saved, sampling at once.
 
     Signals: SIGINT (Ctrl-C), SIGHUP (the terminal was closed), SIGTERM, SIGUSR1 and SIGUSR2.
-    Sampling keeps every image that it finished. A signal to one process stops all; a second SIGINT stops training at
-    once, and saves nothing. Under SLURM, SIGUSR1 and SIGUSR2 (sent before the time limit, with `--signal=USR1@300`)
-    also put the job back into the queue. SIGTERM does not: SLURM requeues the jobs that it preempts, and one that was
-    cancelled shall stay so. The exit code is 128 + the signal's number.
+    Sampling keeps every finished image. A signal to one process stops all ranks; a second SIGINT stops training at
+    once, without saving. Under SLURM, SIGUSR1 and SIGUSR2 (sent before the time limit, with `--signal=USR1@300`)
+    also requeue the job. SIGTERM does not: SLURM requeues preempted jobs itself, and a cancelled job must not restart.
+    The exit code is 128 + the signal's number.
     """
 
     def __init__(self) -> None:
         self.received = 0  # the signal that this process got
         self._reading: Agreement | None = None
         self._before: dict[int, Any] = {}  # handlers
-        self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]  # found now: a closed terminal is no tty
+        self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]  # now, because a closed terminal is no tty
 
     def setup(self, trainer: L.Trainer, pl_module: DiffusionStage, stage: str) -> None:
-        """Handle signals before the first step, after which training then stops."""
+        """Handle signals that arrive before the first step; training stops after it."""
         if stage == "fit":
             self._before = {number: signal.getsignal(number) for number in SIGNALS}
             _handle_signals(self._note)
@@ -58,14 +58,14 @@ class Preemption(Callback):
         if number == signal.SIGINT:
             again = self.received == number
             if rank() == 0:
-                said = "stopped at once" if again else "finishing this step and saving; Ctrl-C again stops at once"
-                print(f"\n{said}", file=sys.stderr, flush=True)
+                text = "stopped at once" if again else "finishing this step and saving; Ctrl-C again stops at once"
+                print(f"\n{text}", file=sys.stderr, flush=True)
             if again:
                 raise KeyboardInterrupt
         self.received = number
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: DiffusionStage, *args: Any) -> None:
-        """Stop after a whole step, the same one on every rank."""
+        """Stop after an optimizer step, the same one on every rank."""
         if pl_module.mid_accumulation:
             return
         assert self._reading is not None
@@ -86,12 +86,12 @@ class Preemption(Callback):
 
         def leave(number: int, _: Any) -> None:
             if self.received:
-                return  # on the way out
+                return  # already exiting
             self.received = number
             self._leave_closed_terminal(number)
             first = first_process()
             if first is not None and not trainer.is_global_zero:
-                os.kill(first, number)  # which ends the others, and says so
+                os.kill(first, number)  # it terminates the others and prints the message
             leave_after_signal(trainer, number)
 
         _handle_signals(leave)
@@ -107,7 +107,7 @@ class Preemption(Callback):
 
 def _handle_signals(handler: Callable[[int, Any], None] | signal.Handlers) -> None:
     if threading.current_thread() is not threading.main_thread():
-        return  # others get no signals
+        return  # Python runs handlers in the main thread only
     for number in SIGNALS:
         if number in IGNORABLE and signal.getsignal(number) is signal.SIG_IGN:
             continue
@@ -117,7 +117,7 @@ def _handle_signals(handler: Callable[[int, Any], None] | signal.Handlers) -> No
 def leave_after_signal(trainer: L.Trainer, number: int) -> None:
     """Requeue the job if signal `number` asks for it, then end the process."""
     if not trainer.is_global_zero:
-        raise SystemExit(0)  # one process tells how it ended
+        raise SystemExit(0)  # rank 0 reports the end
     print(f"stopped by {signal.Signals(number).name}: the same command continues", flush=True)
     if number in REQUEUED:
         requeue()

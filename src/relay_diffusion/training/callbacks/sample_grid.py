@@ -18,9 +18,9 @@ from relay_diffusion.utils.pictures import image_grid, save_png, side_by_side
 
 
 class SampleGrid(PeriodicCallback):
-    """Samples with fixed seeds and the averaged weights, every `every_n_images` and at the end.
+    """Draw samples of fixed seeds and the averaged weights, every `every_n_images` and at the end.
 
-    Written to `directory`/images-<images seen>.png and sent to the loggers that take pictures, as samples/base or
+    Written to `directory`/images-<images seen>.png and sent to loggers with `log_image`, as samples/base or
     samples/relay; an existing picture is not drawn again. Samples that are not finite are reported instead. A relay
     stage starts from block means of `count` training images, shown left of its output, the real images right of it; a
     first stage takes their classes.

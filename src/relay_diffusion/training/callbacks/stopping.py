@@ -101,7 +101,7 @@ class StopIfDiverged(Callback):
 class TimeLimit(Timer):
     """End training after `duration` (DD:HH:MM:SS, or {hours: 8}), over all starts of a run.
 
-    All ranks stop after the same whole step; Lightning's Timer would wait for all ranks at every micro-batch.
+    All ranks stop after the same optimizer step; Lightning's Timer would wait for all ranks at every micro-batch.
     """
 
     def __init__(self, duration: str | timedelta | dict[str, int]) -> None:
@@ -121,7 +121,7 @@ class TimeLimit(Timer):
         self._agreement = Agreement(trainer, pl_module.device)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: DiffusionStage, *args: Any) -> None:
-        """Stop after a whole step, the same one on every rank."""
+        """Stop after an optimizer step, the same one on every rank."""
         assert self._agreement is not None
         if pl_module.mid_accumulation:
             return

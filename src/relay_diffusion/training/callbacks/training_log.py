@@ -105,5 +105,5 @@ class TrainingLog(PeriodicCallback):
 
 
 def _training_seconds(stage: DiffusionStage) -> float:
-    """A clock that stands still while work is excluded."""
+    """Return the time of a clock that stops in `exclude_from_throughput`."""
     return time.perf_counter() - stage.fit_state.excluded_seconds

@@ -52,8 +52,8 @@ class Validation(PeriodicMeasurement):
         same = set(self.dataset.names) & set(training.names) if self.dataset.path == training.path else set()
         if same:
             raise UserError(
-                f"callbacks.validation.dataset: {len(same):,} of {len(self.dataset.names):,} images are trained on; "
-                "set data.dataset.subset to a folder without them, such as train"
+                f"callbacks.validation.dataset: {len(same):,} of {len(self.dataset.names):,} images are "
+                "also in data.dataset; set data.dataset.subset to a folder without them, such as train"
             )
 
     @property
