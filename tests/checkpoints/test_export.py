@@ -180,7 +180,7 @@ def test_damaged_descriptions(exported):
     file.write_text(
         text.replace('"_target_": "relay_diffusion.networks.EDM', '"target": "relay_diffusion.networks.EDM')
     )
-    refused(exported, "a stage without a network")
+    refused(exported, "denoiser must be a network")
     file.write_text(text.replace('"format": 1', '"format": 2'))
     refused(exported, "in format 2: this version reads 1")
 

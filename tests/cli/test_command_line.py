@@ -36,7 +36,7 @@ def test_a_run_leaves_config_log_checkpoint_and_pictures(relay_runs):
     ("script", "said"),
     [("train.py", "python train.py experiment=quickstart_base"), ("sample.py", "python sample.py relay=emoji")],
 )
-def test_without_a_word_they_say_what_they_can_do(script, said):
+def test_commands_without_arguments_print_the_help(script, said):
     result = run(script)
     assert result.returncode == 0
     assert said in result.stdout
@@ -81,7 +81,7 @@ def test_mistakes_in_training_options(arguments, parts, tmp_path):
 )
 def test_gpus_that_are_not_there(script, asked, option, instead, tmp_path):
     result = run(script, *asked, f"run_dir={tmp_path / 'run'}", CUDA_VISIBLE_DEVICES="")
-    assert_one_line(result, f"error: {option} needs GPUs, and there are none here: use {instead}, or leave it out")
+    assert_one_line(result, f"error: {option} needs GPUs, and this host has none: use {instead}, or leave it out")
     assert not (tmp_path / "run").exists()
 
 
@@ -148,7 +148,7 @@ def test_a_failed_command_leaves_no_directories(start, arguments, tmp_path, smal
 @pytest.mark.parametrize(
     "module", ["relay_diffusion", "relay_diffusion.training.run", "relay_diffusion.data", "relay_diffusion.nothing"]
 )
-def test_a_module_that_is_no_command_says_so(module):
+def test_a_module_that_is_no_command_is_refused(module):
     result = run(f"-m {module}", "a=1")
     assert_one_line(result, f"{module} is not a command", "train.py", "-m relay_diffusion.cli.convert_images")
     assert result.stdout == ""
@@ -241,7 +241,7 @@ def test_mistakes_that_need_the_checkpoints(relay_overrides, relay_runs, tmp_pat
 
 def test_a_directory_that_cannot_be_made_is_one_line():
     result = run("sample.py", "relay=emoji", "output=/proc/samples")
-    assert_one_line(result, "the directory of the run cannot be made", "/proc/samples", "choose another output=")
+    assert_one_line(result, "output=/proc/samples: cannot be created or locked", "choose another output")
 
 
 def test_help_that_nobody_reads():

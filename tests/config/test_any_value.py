@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from relay_diffusion.cli.main import _caused_by_user, explain
+from relay_diffusion.cli.errors import caused_by_user, explain
 from relay_diffusion.config.run_dir import register_resolvers
 from relay_diffusion.config.sample import validate_sampling
 from relay_diffusion.config.train import validate_training
@@ -126,7 +126,7 @@ def _built(cfg: DictConfig, key: str) -> None:
         with torch.device("meta"):
             instantiate(node, _convert_="all")
     except Exception as error:
-        if not _caused_by_user(error):
+        if not caused_by_user(error):
             raise
         line = explain(error, PROJECT / "conf/train.yaml")
         assert line

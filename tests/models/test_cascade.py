@@ -83,7 +83,7 @@ def test_guidance_is_applied_with_the_condition():
         cascade(guide=tiny_stage(8, 2))
 
 
-def test_a_stage_and_its_network_agree_on_what_is_shown():
+def test_a_stage_and_its_network_agree_on_the_condition():
     with pytest.raises(ValueError, match="condition_channels=3: DiffusionStage provides 0 condition"):
         cascade(stage=DiffusionStage)
     with pytest.raises(ValueError, match="condition_channels=0: CascadeStage provides 3 condition"):

@@ -8,14 +8,14 @@ import torch
 
 from relay_diffusion.checkpoints.loading import load_stage
 from relay_diffusion.errors import UserError
-from relay_diffusion.models.fit_state import FitState
-from relay_diffusion.models.info import StageInfo
+from relay_diffusion.models.optimization import FitState
 from relay_diffusion.models.relay import Relay
+from relay_diffusion.models.stage import StageInfo
 from relay_diffusion.networks import EDMPreconditioner, Graphed
 from support import assert_same_weights, tiny_stage, weights_of
 
 
-def test_the_network_is_told_how_images_were_augmented(fit, monkeypatch):
+def test_augmentation_labels_are_an_input_of_the_network(fit, monkeypatch):
     told, forward = [], EDMPreconditioner.forward
 
     def spy(self, x, sigma, labels=None, augment_labels=None, condition=None):
@@ -222,7 +222,7 @@ def test_a_change_of_the_corruption_is_one_of_the_samplers_too(fit, tmp_path):
 
 def test_a_checkpoint_of_another_stage_is_not_continued(fit):
     fit("run", 4)
-    with pytest.raises(UserError, match=r"different settings \(denoiser\.network\.channels is 8 there, 16 here\)"):
+    with pytest.raises(UserError, match=r"different settings \(denoiser\.network\.channels was 8, is 16\)"):
         fit("run", 8, "network.channels=16")
     with pytest.raises(UserError, match="different settings"):
         fit("run", 8, stage="relay")
@@ -304,7 +304,7 @@ def test_sampling_leaves_the_mode_of_the_stage():
 def test_labels_that_the_network_does_not_know_are_refused():
     with pytest.raises(UserError, match="unconditional"):
         tiny_stage(8, num_classes=0).sample((1, 3, 8, 8), [0], torch.tensor([1]))
-    with pytest.raises(UserError, match=r"class 2 .* 0\.\.1"):
+    with pytest.raises(UserError, match=r"class 2: .* 0\.\.1"):
         tiny_stage(8).sample((1, 3, 8, 8), [0], torch.tensor([2]))
 
 

@@ -207,7 +207,7 @@ def test_early_hand_over_is_reported(configuration, relay_overrides, tmp_path, c
     stored = json.loads((tmp_path / "samples/metrics.json").read_text())
     assert stored["saved_evaluations"] == saved
     assert stored["settings"]["hand_over_sigma"] == 1
-    with pytest.raises(UserError, match=r"hand_over_sigma is 1 there, 2 here"):
+    with pytest.raises(UserError, match=r"hand_over_sigma was 1, is 2"):
         sample(configuration("sample", *relay_overrides, "relay.hand_over_sigma=2", options[-1]))
 
 

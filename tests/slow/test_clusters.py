@@ -212,7 +212,7 @@ def test_a_bug_of_one_rank_is_shown_once_and_ends_all(tmp_path, small_zip):
         assert process.wait() == 1, process.text()
     text = process.text()
     assert text.count("ZeroDivisionError: a bug") == 1
-    assert "error: rank 1 has failed, and says why" in text
+    assert "error: rank 1 failed: see its error message" in text
     assert "RuntimeError" not in text
 
 

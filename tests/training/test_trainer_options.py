@@ -38,7 +38,7 @@ def gradients(monkeypatch):
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_gradients_are_clipped_and_the_log_says_what_they_were(fit, gradients, tmp_path, device, precision):
+def test_gradients_are_clipped_and_logged_unclipped(fit, gradients, tmp_path, device, precision):
     """With the fused Adam of these precisions, which Lightning's own clipping refuses."""
     options = [f"trainer.precision={precision}", f"trainer.accelerator={device}", "callbacks.log.every_n_images=4"]
     fit("free", 4, *options)
@@ -145,7 +145,7 @@ def test_a_fast_run_leaves_nothing(tmp_path, small_zip):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_fast_run_trains_so_many_whole_steps_and_resumes_nothing(fit, tmp_path):
+def test_a_fast_run_trains_full_steps_and_does_not_resume(fit, tmp_path):
     fit("run", 8)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     stage = fit(

@@ -23,9 +23,8 @@ from relay_diffusion.checkpoints.reading import (
 )
 from relay_diffusion.checkpoints.targets import OWN_PACKAGE, check_targets, package_names, translate_targets
 from relay_diffusion.errors import UserError
-from relay_diffusion.models.info import StageInfo
 from relay_diffusion.models.relay import Relay
-from relay_diffusion.models.stage import DiffusionStage
+from relay_diffusion.models.stage import DiffusionStage, StageInfo
 from relay_diffusion.utils.files import file_sha256, parse_json
 from relay_diffusion.utils.messages import did_you_mean, shorten
 

@@ -18,8 +18,8 @@ from relay_diffusion.data.image_sets import ImageSet
 from relay_diffusion.data.sources import LABEL_FILE
 from relay_diffusion.data.zip_writer import encode_png, image_zip
 from relay_diffusion.errors import UserError
-from relay_diffusion.utils.differences import first_difference
 from relay_diffusion.utils.files import atomic_write, json_text, remove_temporaries, write_text
+from relay_diffusion.utils.messages import first_difference
 from relay_diffusion.utils.parallel import map_in_order
 
 

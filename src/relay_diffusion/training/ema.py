@@ -13,7 +13,7 @@ from relay_diffusion.models.stage import DiffusionStage
 
 
 class EMA(Callback):
-    """Give the stage an average of its weights, `stage.ema`; a checkpoint's key "ema" holds it.
+    """Keep an average of the stage's weights as `stage.ema`, and in checkpoints as "ema".
 
     The stage updates it in its optimizer step, so every callback sees the present average in any order.
     `half_life_images`: images after which the weight of an old state has halved. `ramp_up`: share of the images seen

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import lightning as L
 import torch
@@ -14,24 +13,10 @@ from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig
 
 from relay_diffusion.errors import UserError
-from relay_diffusion.models.stage import DiffusionStage
-from relay_diffusion.training.callbacks.rows import check_monitors
-from relay_diffusion.training.callbacks.stopping import StopAfterBatches, StopIfDiverged, TimeLimit
+from relay_diffusion.training.callbacks.stopping import StopAtImages, StopIfDiverged, TimeLimit
+from relay_diffusion.utils.messages import did_you_mean
 
-
-class StopAtImages(Callback):
-    """End training once the stage has seen `max_images` images, at any batch size."""
-
-    def __init__(self, max_images: int) -> None:
-        self.max_images = max_images
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
-        """Stop when all images were seen."""
-        assert isinstance(pl_module, DiffusionStage)
-        if pl_module.images_seen >= self.max_images:
-            trainer.should_stop = True
-
-
+OWN = ("relay_diffusion.", "lightning.")  # packages whose callbacks list in `logged` what they log
 PROFILERS: dict[str, type[Profiler]] = {
     "simple": SimpleProfiler,
     "advanced": AdvancedProfiler,
@@ -67,13 +52,11 @@ def build_trainer(
     training ends. fast_dev_run: so many steps, without checkpoints and loggers. profiler: simple, advanced or
     pytorch; its report is written to `default_root_dir`.
     """
-    limits: list[Callback] = [StopIfDiverged(max_nonfinite_steps), StopAtImages(max_images)]
+    limits: list[Callback] = [StopIfDiverged(max_nonfinite_steps), StopAtImages(max_images, limit_train_batches)]
     if max_time is not None:
         limits.append(TimeLimit(max_time))
-    if limit_train_batches is not None:
-        limits.append(StopAfterBatches(limit_train_batches))
     callbacks = [*limits, *callbacks]  # first, so that the others know whether training goes on
-    check_monitors(callbacks)
+    _check_monitors(callbacks)
     trainer = L.Trainer(
         max_steps=-1,
         max_epochs=-1,
@@ -82,7 +65,7 @@ def build_trainer(
         devices=devices if isinstance(devices, int | str) else list(devices),
         num_nodes=num_nodes,
         strategy=strategy,
-        precision=precision,  # type: ignore[arg-type]  # Lightning names its choices and says so when wrong
+        precision=precision,  # type: ignore[arg-type]  # Lightning lists the choices in its error
         deterministic=deterministic,
         benchmark=not deterministic,
         callbacks=callbacks,
@@ -97,21 +80,36 @@ def build_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        # callbacks that monitor a metric look where it is logged, not at the end of the only epoch
+        # log_row calls callbacks that monitor a metric; the only epoch never ends
         check_val_every_n_epoch=None,
         val_check_interval=1,
     )
-    # at every step Lightning would wait for the device to ask all ranks for a SIGTERM: Preemption does without waiting
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+    # Lightning synchronizes ranks and device at every step to detect SIGTERM; Preemption does not wait
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     return trainer
 
 
-def _nothing() -> None:
-    pass
+def _check_monitors(callbacks: Sequence[Callback]) -> None:
+    """Raise UserError if a callback monitors a metric that none of them logs.
+
+    A callback from elsewhere may log anything.
+    """
+    known = [name for callback in callbacks for name in getattr(callback, "logged", ())]
+    if not all(type(callback).__module__.startswith(OWN) for callback in callbacks):
+        return
+    for callback in callbacks:
+        name = getattr(callback, "monitor", None)
+        if name is not None and name not in known:
+            option = getattr(callback, "monitor_option", f"monitor of {type(callback).__name__}")
+            meant = did_you_mean(str(name), known, f"; logged are {', '.join(known) or 'no metrics'}")
+            raise UserError(
+                f"{option}={name}: no callback logs it{meant} "
+                "(callbacks=evaluated logs eval/fid, callbacks=validation logs val/loss)"
+            )
 
 
 def check_gpus(trainer: DictConfig) -> None:
-    """Raise UserError naming the option, if a run asks for GPUs on a host without any; `trainer`: its options."""
+    """Raise UserError if the options `trainer` ask for GPUs on a host without any."""
     accelerator = trainer.accelerator
     missing = accelerator in ("gpu", "cuda") and not torch.cuda.is_available()
     if not missing or (accelerator == "gpu" and torch.backends.mps.is_available()):
@@ -120,4 +118,4 @@ def check_gpus(trainer: DictConfig) -> None:
         option, instead = "strategy=ddp", "use strategy=ddp_cpu"
     else:
         option, instead = f"trainer.accelerator={accelerator}", "use trainer.accelerator=cpu"
-    raise UserError(f"{option} needs GPUs, and there are none here: {instead}, or leave it out")
+    raise UserError(f"{option} needs GPUs, and this host has none: {instead}, or leave it out")

@@ -83,7 +83,7 @@ def test_training_is_the_same_with_and_without(fit, tmp_path, quick):
         assert torch.equal(without[key], with_it[key]), key
 
 
-def test_what_was_measured_is_not_measured_again(fit, tmp_path, quick, monkeypatch):
+def test_a_resumed_run_repeats_no_measurement(fit, tmp_path, quick, monkeypatch):
     measured, update = [], Evaluator.update
     monkeypatch.setattr(Evaluator, "update", lambda self, *a: measured.append(len(a[0])) or update(self, *a))
     fit("run", 16, *quick)
@@ -99,7 +99,7 @@ def test_what_was_measured_is_not_measured_again(fit, tmp_path, quick, monkeypat
     assert rows[24]["eval/fid"]
 
 
-def test_without_a_period_nothing_is_measured_or_read(fit, tmp_path, quick):
+def test_zero_disables_the_evaluation(fit, tmp_path, quick):
     fit("run", 8, *quick, "callbacks.evaluation.every_n_images=0")
     assert "eval/fid" not in rows_of(tmp_path / "run")[8]
     assert not (tmp_path / "reference").exists()
@@ -115,7 +115,7 @@ def test_numbers_that_make_no_sense_are_named(configuration, small_zip, quick, s
     assert isinstance(caught.value.__cause__, UserError)
 
 
-def test_a_measure_without_what_it_needs_is_left_out_with_a_word(fit, tmp_path, quick):
+def test_a_metric_that_cannot_be_computed_is_reported(fit, tmp_path, quick):
     fit("first", 8, *quick)
     cached = next(iter((tmp_path / "reference").glob("*.npz")))
     write_edm(read_reference(Npz(cached, "reference")), tmp_path / "edm.npz")

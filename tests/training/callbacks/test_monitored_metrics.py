@@ -12,7 +12,7 @@ from relay_diffusion.config.train import validate_training
 from relay_diffusion.diffusion import DenoisingLoss
 from relay_diffusion.errors import UserError
 from relay_diffusion.training.callbacks.checkpoints import Checkpoints
-from relay_diffusion.training.callbacks.measurement import PeriodicMeasurement
+from relay_diffusion.training.callbacks.periodic import PeriodicMeasurement
 from relay_diffusion.training.callbacks.training_log import TrainingLog
 from support import TINY, assert_same_weights, run, weights_of
 
@@ -84,7 +84,7 @@ def test_a_resumed_run_has_the_patience_that_was_left(fit):
     assert fit("run", 100, *MEASURED, *stopping).images_seen == 16
 
 
-def test_numbers_of_the_log_count_again_where_a_run_goes_back(fit, tmp_path):
+def test_a_run_that_goes_back_repeats_the_logged_numbers(fit, tmp_path):
     fit("run", 16, *MEASURED)
     (tmp_path / "run/checkpoints/last.ckpt").unlink()
     stopping = [STOPPING, "+callbacks.stopping.monitor=eval/fid", "+callbacks.stopping.patience=2"]
@@ -179,7 +179,7 @@ def test_the_state_of_a_bad_step_is_not_the_best(fit, tmp_path, monkeypatch):
         ([STOPPING, "+callbacks.stopping.monitor=val/loss"], r"monitor of EarlyStopping=val/loss: no callback logs it"),
     ],
 )
-def test_a_metric_that_nothing_logs_is_an_error_at_the_start(fit, tmp_path, options, message):
+def test_monitoring_an_unknown_metric_is_an_error(fit, tmp_path, options, message):
     with pytest.raises(Exception, match=message) as caught:
         fit("run", 8, *options)
     assert isinstance(caught.value.__cause__, UserError)  # build_trainer's, which the command line prints
@@ -241,7 +241,7 @@ def test_the_average_does_not_depend_on_the_order_of_callbacks(fit, tmp_path, mo
     assert isinstance(stage.trainer.callbacks[-1], Checkpoints)
 
 
-def test_what_is_logged_is_what_the_log_says_it_logs(fit, tmp_path):
+def test_the_logged_property_lists_the_logged_metrics(fit, tmp_path):
     callbacks = fit("run", 64).trainer.callbacks
     log = next(c for c in callbacks if isinstance(c, TrainingLog))
     logged = {key for row in rows_of(tmp_path / "run") for key in row} - {"images_seen"}

@@ -23,7 +23,7 @@ def test_a_short_run_is_logged_too(fit, tmp_path):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_gradient_norm_is_that_of_what_the_optimizer_gets(fit, tmp_path, monkeypatch, accumulate):
+def test_the_gradient_norm_is_that_of_the_optimizer_step(fit, tmp_path, monkeypatch, accumulate):
     norms, step = [], DiffusionStage.optimizer_step
 
     def spy(stage, epoch, batch, optimizer, closure):

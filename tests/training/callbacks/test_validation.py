@@ -99,7 +99,7 @@ def test_the_numbers_do_not_depend_on_batches_processes_or_the_seed_of_training(
     assert rows_of(tmp_path / "two")[8] == pytest.approx(one, rel=1e-5)
 
 
-def test_it_can_choose_the_best_checkpoint(fit, tmp_path, data):
+def test_validation_chooses_the_best_checkpoint(fit, tmp_path, data):
     fit("run", 40, *data, *OFTEN, "callbacks.checkpoints.best=val/loss")
     rows = rows_of(tmp_path / "run")
     best = torch.load(tmp_path / "run/checkpoints/best.ckpt", weights_only=True)["best"]
@@ -107,7 +107,7 @@ def test_it_can_choose_the_best_checkpoint(fit, tmp_path, data):
     assert rows[best["images_seen"]]["val/loss"] == pytest.approx(best["value"], rel=1e-6)
 
 
-def test_what_was_measured_is_not_measured_again(fit, tmp_path, data, monkeypatch):
+def test_a_resumed_run_repeats_no_measurement(fit, tmp_path, data, monkeypatch):
     fit("run", 16, *data, *OFTEN)
     before = rows_of(tmp_path / "run")
     (tmp_path / "run/checkpoints/last.ckpt").unlink()
@@ -119,11 +119,11 @@ def test_what_was_measured_is_not_measured_again(fit, tmp_path, data, monkeypatc
 
 
 def test_images_that_are_trained_on_are_refused(fit, data):
-    with pytest.raises(UserError, match=r"10 of 10 images are trained on; set data\.dataset\.subset"):
+    with pytest.raises(UserError, match=r"10 of 10 images are also in data\.dataset; set data\.dataset\.subset"):
         fit("run", 8, *data, *OFTEN, "data.dataset.subset=''")
 
 
-def test_images_that_are_not_there_are_named(fit):
+def test_missing_images_are_named(fit):
     with pytest.raises(Exception, match=r"callbacks\.validation\.dataset\.path=.* subset='heldout'") as caught:
         fit("run", 8, *OFTEN)
     assert isinstance(caught.value.__cause__, UserError)
@@ -140,7 +140,7 @@ def test_numbers_that_make_no_sense_are_named(split_zip, setting):
         Validation(ImageDataset(split_zip, 16, "heldout"), 8, **{setting: 0})
 
 
-def test_it_goes_with_the_evaluation_of_samples(configuration):
+def test_validation_and_evaluation_combine(configuration):
     callbacks = configuration("train", "callbacks=evaluated", "+callbacks/parts@callbacks=validation").callbacks
     assert {"evaluation", "validation", "ema"} < set(callbacks)
     assert callbacks.validation == configuration("train", "callbacks=validation").callbacks.validation

@@ -18,15 +18,15 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import Evaluator
 from relay_diffusion.models.finite_samples import NonFiniteSamplesError
 from relay_diffusion.models.stage import DiffusionStage
-from relay_diffusion.training.callbacks.measurement import PeriodicMeasurement
+from relay_diffusion.training.callbacks.periodic import PeriodicMeasurement
 
 
 class PeriodicEvaluation(PeriodicMeasurement):
-    """Measures samples with the averaged weights, every `every_n_images` and at the end; logs eval/fid and so on.
+    """Evaluate samples of the averaged weights every `every_n_images` and at the end; log eval/fid and others.
 
-    `count` images from the seeds 0..count-1, dealt out to the devices, `batch_size` at once, with the classes of
-    training images that are spread over the set; a relay stage starts from the block means of these images. Samples
-    that are not finite are reported, and nothing is logged. Raises UserError where the numbers make no sense.
+    `count` images from the seeds 0..count-1, split over the ranks, in batches of `batch_size`, with the classes of
+    training images spaced evenly over the dataset; a relay stage starts from the block means of these images. Samples
+    that are not finite are reported and not logged. Raises UserError for invalid numbers.
     """
 
     group = "eval"
@@ -38,7 +38,7 @@ class PeriodicEvaluation(PeriodicMeasurement):
         self.evaluator, self.count, self.batch_size = evaluator, count, batch_size
         super().__init__(every_n_images)
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
         """Load the reference before training starts, so that errors in it show early."""
         if self.every_n_images <= 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -52,11 +52,11 @@ class PeriodicEvaluation(PeriodicMeasurement):
 
     @property
     def names(self) -> list[str]:
-        """Return the names of the numbers."""
+        """Names of the metrics."""
         return self.evaluator.names
 
     def measure(self, trainer: L.Trainer, stage: DiffusionStage) -> dict[str, float]:
-        """Sample, and compare with the reference; empty if samples of any rank are not finite."""
+        """Sample and compare with the reference; empty if samples of any rank are not finite."""
         evaluator = self.evaluator.to(stage.device)
         evaluator.reset()
         mine = range(self.count)[trainer.global_rank :: trainer.world_size]
