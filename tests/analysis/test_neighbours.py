@@ -228,7 +228,7 @@ def test_the_picture_is_about_square(
         ("subset=nowhere", "reference={zip}: no images in its folder subset='nowhere'"),
         ("images=nowhere", "images=nowhere: no such file or folder"),
         ("reference=nowhere", "reference=nowhere: no such file or folder"),
-        ("weights=nowhere.pth", "weights: there is no file nowhere.pth"),
+        ("weights=nowhere.pth", "weights=nowhere.pth: no such file"),
         ("weights={zip}", "weights: {zip} is neither"),
         ("destination={zip}", "destination={zip}: is no folder and cannot become one (File exists); choose another"),
         ("destination={zip}/new", "destination={zip}/new: is no folder and cannot become one (Not a directory)"),
