@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from relay_diffusion.errors import UserError
-from relay_diffusion.metrics import InceptionScore, PrecisionRecallMeasure
-from relay_diffusion.metrics.base import FeatureBank
+from relay_diffusion.metrics import InceptionScore, PrecisionRecallMetric
+from relay_diffusion.metrics.base import ImageStore
 from relay_diffusion.metrics.precision_recall import precision_recall
 
 
@@ -104,13 +104,13 @@ def test_senseless_settings():
     with pytest.raises(UserError, match="split_size=0"):
         InceptionScore(0)
     with pytest.raises(UserError, match="nearest_k=0"):
-        PrecisionRecallMeasure(0)
+        PrecisionRecallMetric(0)
 
 
 def test_states_keep_their_dtype_under_another_precision():
-    module = torch.nn.ModuleList([InceptionScore(), FeatureBank()])
+    module = torch.nn.ModuleList([InceptionScore(), ImageStore(keeps_features=True)])
     module[0].update(torch.randn(3, 4))
     module[1].update(torch.randn(3, 4), torch.arange(3))
     module.to(torch.bfloat16).half()
     assert module[0].sums[0].dtype == torch.float64
-    assert module[1].rows[0].dtype == torch.float32
+    assert module[1].features[0].dtype == torch.float32

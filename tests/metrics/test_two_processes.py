@@ -11,11 +11,11 @@ import torch
 from fake_inception import PixelFeatures, pixel_reference, random_images
 from relay_diffusion.metrics import (
     Evaluator,
-    FIDMeasure,
-    InceptionScoreMeasure,
-    KIDMeasure,
-    PrecisionRecallMeasure,
-    SFIDMeasure,
+    FIDMetric,
+    InceptionScoreMetric,
+    KIDMetric,
+    PrecisionRecallMetric,
+    SFIDMetric,
 )
 
 COUNT = 11
@@ -28,14 +28,14 @@ SHARES = {
 
 
 def build() -> Evaluator:
-    measures = {
-        "fid": FIDMeasure(),
-        "sfid": SFIDMeasure(),
-        "inception_score": InceptionScoreMeasure(split_size=3),
-        "precision_recall": PrecisionRecallMeasure(nearest_k=2),
-        "kid": KIDMeasure(),
+    metrics = {
+        "fid": FIDMetric(),
+        "sfid": SFIDMetric(),
+        "inception_score": InceptionScoreMetric(split_size=3),
+        "precision_recall": PrecisionRecallMetric(nearest_k=2),
+        "kid": KIDMetric(),
     }
-    return Evaluator(PixelFeatures(), pixel_reference(random_images(30, 1)), measures)
+    return Evaluator(PixelFeatures(), pixel_reference(random_images(30, 1)), metrics)
 
 
 def feed(evaluation: Evaluator, positions: list[int]) -> None:
