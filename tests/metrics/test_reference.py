@@ -57,7 +57,7 @@ def test_own_round_trip(reference: Reference, tmp_path: Path) -> None:
     assert again.features is not None
     assert torch.equal(again.features, reference.features)
     assert again.features.dtype == torch.float32
-    assert (again.images, again.layout, again.kind, again.path) == (50, "NCHW", "statistics", path)
+    assert (again.pool.n, again.layout, again.kind, again.path) == (50, "NCHW", "statistics", path)
     assert [file.name for file in path.parent.iterdir()] == ["reference.npz"], "no temporary file stays"
 
 
@@ -70,7 +70,7 @@ def test_edm_round_trip(reference: Reference, tmp_path: Path) -> None:
     again = read(path)
     assert torch.equal(again.pool.mean, reference.pool.mean)
     assert torch.equal(again.pool.covariance, reference.pool.covariance)
-    assert (again.spatial, again.features, again.images, again.layout) == (None, None, None, None)
+    assert (again.spatial, again.features, again.pool.n, again.layout) == (None, None, None, None)
     assert again.kind == "edm_statistics"
 
 
@@ -85,7 +85,7 @@ def test_adm_round_trip(reference: Reference, tmp_path: Path) -> None:
         torch.testing.assert_close(torch.from_numpy(arrays["sigma_s"]), nhwc.covariance)
     again = read(path)
     assert_same(again, reference)
-    assert (again.images, again.layout, again.kind) == (None, "NHWC", "adm_reference")
+    assert (again.pool.n, again.layout, again.kind) == (None, "NHWC", "adm_reference")
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_images_are_passed_through_once(
     assert "reference statistics: 50/50 images" in capsys.readouterr().out
     assert_close(first, pixel_reference(images))
     assert torch.equal(first.features, PixelFeatures()(images).pool)
-    assert (first.images, first.kind, first.layout, first.path) == (50, kind, "NCHW", path)
+    assert (first.pool.n, first.kind, first.layout, first.path) == (50, kind, "NCHW", path)
     assert inception.seen == 50
     again = load(path, inception)
     assert inception.seen == 50
@@ -108,7 +108,7 @@ def test_edm_statistics_need_no_cache(tmp_path: Path) -> None:
     inception = PixelFeatures()
     got = load(path, inception)
     assert torch.equal(got.pool.covariance, expected.pool.covariance)
-    assert (got.spatial, got.features, got.images, got.kind) == (None, None, None, "edm_statistics")
+    assert (got.spatial, got.features, got.pool.n, got.kind) == (None, None, None, "edm_statistics")
     assert len(got.source_hash) == 64
     assert inception.seen == 0
     assert not (tmp_path / "cache").exists()
@@ -128,7 +128,7 @@ def test_adm_reference_keeps_its_statistics(most: int, tmp_path: Path) -> None:
     for reference in got:
         assert torch.equal(reference.pool.mean, expected.pool.mean)
         assert torch.equal(reference.spatial.covariance, expected.spatial.covariance)
-        assert (reference.images, reference.kind, reference.layout) == (None, "adm_reference", "NHWC")
+        assert (reference.pool.n, reference.kind, reference.layout) == (None, "adm_reference", "NHWC")
         assert reference.describe()["features_kept"] == kept
         if most:
             assert torch.equal(reference.features, PixelFeatures()(images[_choice(20, most)]).pool)

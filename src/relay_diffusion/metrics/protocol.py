@@ -36,10 +36,10 @@ class Protocol:
         """Return in words where these images differ from the protocol; rounding None: unknown."""
         found = []
         if rounding not in (None, self.rounding):
-            found.append(f"images are rounded {rounding}, where {self.name} uses {self.rounding}")
+            found.append(f"images are rounded {rounding}, where {self.name} has {self.rounding}")
         if self.reference_features not in (None, max_features):
             found.append(
-                f"at most {max_features:,} reference images, where {self.name} uses {self.reference_features:,}"
+                f"at most {max_features:,} reference images, where {self.name} has {self.reference_features:,}"
             )
         return found
 
