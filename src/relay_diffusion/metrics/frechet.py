@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -91,30 +90,23 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
 class FrechetMetric(ImageMetric):
     """Fréchet distance of one kind of Inception features to the reference.
 
-    label: its name in warnings.
+    label: its name in warnings. layer: the field of `InceptionFeatures` and `Reference`.
     """
 
     label: ClassVar[str]
-
-    @abstractmethod
-    def statistics(self, reference: Reference) -> FeatureStatistics | None:
-        """Return the reference's statistics of these features, or None if it has none."""
-
-    @abstractmethod
-    def rows(self, features: InceptionFeatures) -> Tensor:
-        """Return these features [B,D] of a batch."""
+    layer: ClassVar[Literal["pool", "spatial"]]
 
     def prepare(self, reference: Reference, inception: Inception) -> str | None:  # noqa: ARG002
         """Take the reference's statistics."""
-        statistics = self.statistics(reference)
+        statistics: FeatureStatistics | None = getattr(reference, self.layer)
         if statistics is None:
-            return f"the reference {reference.path} holds no spatial statistics"
+            return f"the reference {reference.path} holds no {self.layer} statistics"
         self.distance = FrechetDistance(len(statistics.mean), statistics)
         return None
 
     def update(self, features: InceptionFeatures, positions: Tensor) -> None:  # noqa: ARG002
         """Add generated images."""
-        self.distance.update(self.rows(features), real=False)
+        self.distance.update(getattr(features, self.layer).flatten(1), real=False)
 
     def compute(self, features: Tensor) -> dict[str, float]:  # noqa: ARG002
         """Return the distance by name; raise UserError for fewer than 2 images."""
@@ -137,26 +129,12 @@ class FIDMetric(FrechetMetric):
 
     names = ("fid",)
     label = "FID"
-
-    def statistics(self, reference: Reference) -> FeatureStatistics | None:
-        """Return the pool statistics, which every reference has."""
-        return reference.pool
-
-    def rows(self, features: InceptionFeatures) -> Tensor:
-        """Return the pool features [B,2048]."""
-        return features.pool
+    layer = "pool"
 
 
 class SFIDMetric(FrechetMetric):
-    """Fréchet distance of the first 7 channels of a 17x17 layer (Nash et al., arXiv 2103.03841)."""
+    """Fréchet distance of the first 7 channels of a 17x17 layer (Nash et al., arXiv 2103.03841), in NCHW order."""
 
     names = ("sfid",)
     label = "sFID"
-
-    def statistics(self, reference: Reference) -> FeatureStatistics | None:
-        """Return the spatial statistics, which EDM's files lack."""
-        return reference.spatial
-
-    def rows(self, features: InceptionFeatures) -> Tensor:
-        """Return the spatial features [B,2023] in NCHW order."""
-        return features.spatial.flatten(1)
+    layer = "spatial"
