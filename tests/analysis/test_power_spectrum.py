@@ -1,4 +1,4 @@
-"""Power by frequency: what is exact about the DCT, white noise, block noise and box averages."""
+"""Power by frequency: exact values for the DCT, white noise, block noise and box averages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation: one Inception pass for all measures, what it skips and why, and the record of how it measured."""
+"""Evaluator: one Inception pass for all metrics, skipped metrics, warnings, description."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def feed(evaluation: Evaluator, images: Tensor, order: Sequence[int] | Tensor, b
         evaluation.update(images[at], at)
 
 
-def test_every_measure_is_what_its_formula_says(reference: Reference) -> None:
+def test_every_metric_equals_its_formula(reference: Reference) -> None:
     inception, fake = PixelFeatures(), random_images(30, 4)
     evaluation = Evaluator(inception, reference, all_metrics())
     feed(evaluation, random_images(5, 5), range(5))
@@ -88,7 +88,7 @@ def test_every_measure_is_what_its_formula_says(reference: Reference) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 4, 30])
-def test_batches_and_order_change_nothing(reference: Reference, batch: int) -> None:
+def test_results_do_not_depend_on_batches_and_order(reference: Reference, batch: int) -> None:
     fake = random_images(30, 4)
     plain, mixed = (Evaluator(PixelFeatures(), reference, all_metrics()) for _ in range(2))
     feed(plain, fake, range(30))
@@ -96,7 +96,7 @@ def test_batches_and_order_change_nothing(reference: Reference, batch: int) -> N
     assert mixed.compute() == pytest.approx(plain.compute(), rel=1e-10)
 
 
-def test_only_features_that_are_compared_stay_in_memory(reference: Reference) -> None:
+def test_features_are_kept_only_if_a_metric_needs_them(reference: Reference) -> None:
     def state_bytes(evaluation: Evaluator) -> int:
         total = 0
         for metric in (module for module in evaluation.modules() if isinstance(module, Metric)):
@@ -116,7 +116,7 @@ def test_only_features_that_are_compared_stay_in_memory(reference: Reference) ->
         assert state_bytes(evaluation) - before == (grows + 8) * 400, "features are kept once, a position is 8 bytes"
 
 
-def test_what_cannot_be_measured_and_why(reference: Reference) -> None:
+def test_skipped_metrics_and_reasons(reference: Reference) -> None:
     poor = replace(reference, spatial=None, features=None)
     evaluation = Evaluator(PixelFeatures(has_classes=False), poor, all_metrics())
     none = "the reference set.zip holds statistics only, no images"
@@ -143,7 +143,7 @@ def test_what_cannot_be_measured_and_why(reference: Reference) -> None:
     assert one.skipped["kid"] == "needs 2 reference images, and set.zip has 1"
 
 
-def test_too_few_images_lose_only_the_measures_that_need_more(reference: Reference) -> None:
+def test_too_few_images_skip_only_metrics_that_need_more(reference: Reference) -> None:
     evaluation = Evaluator(PixelFeatures(), reference, all_metrics())
     assert evaluation.compute() == {"images": 0}
     assert evaluation.skipped == {
@@ -164,7 +164,7 @@ def test_too_few_images_lose_only_the_measures_that_need_more(reference: Referen
     "positions",
     [[0, 1, 1], [0, 1, 3], [1, 2, 3], [0, 0, 3], [-1, 1, 3], [1, 1, 2, 2, 3, 6, 6]],  # the last: sums as of 0..6
 )
-def test_every_position_comes_once(reference: Reference, positions: list[int]) -> None:
+def test_missing_or_repeated_positions_raise(reference: Reference, positions: list[int]) -> None:
     evaluation, count = Evaluator(PixelFeatures(), reference, all_metrics()), len(positions)
     evaluation.update(random_images(count, 4), torch.tensor(positions))
     with pytest.raises(ValueError, match=rf"the positions of {count} images are not 0\.\.{count - 1}, each once"):
@@ -207,7 +207,7 @@ def test_2049_images_give_a_covariance_of_full_rank() -> None:
     assert "2,048 features need at least 2,049" in line
 
 
-def test_wrong_calls(reference: Reference) -> None:
+def test_invalid_calls(reference: Reference) -> None:
     evaluation = Evaluator(PixelFeatures(), reference, all_metrics())
     for positions in (torch.arange(2), torch.arange(3).float(), torch.arange(3)[:, None]):
         with pytest.raises(ValueError, match="3 images need as many int64 positions"):
@@ -216,7 +216,7 @@ def test_wrong_calls(reference: Reference) -> None:
         Evaluator(PixelFeatures(), reference, {"a": FIDMetric(), "b": FIDMetric()})
 
 
-def test_protocols_and_the_record(reference: Reference) -> None:
+def test_protocol_checks_and_description(reference: Reference) -> None:
     evaluation = Evaluator(PixelFeatures(), reference, all_metrics(split_size=5000), adm())
     record = json.loads(json.dumps(evaluation.describe()))
     assert record["protocol"]["name"] == "adm"
@@ -227,7 +227,7 @@ def test_protocols_and_the_record(reference: Reference) -> None:
     assert record["reference"]["path"] == "set.zip"
     assert (record["reference"]["images"], record["reference"]["features_kept"]) == (50, 50)
     assert edm().describe()["rounding"] == "nearest"
-    Evaluator(PixelFeatures(), reference, all_metrics(split_size=7), edm())  # which does not say
+    Evaluator(PixelFeatures(), reference, all_metrics(split_size=7), edm())  # which does not define it
     with pytest.raises(
         UserError, match=r"^metrics\.evaluator\.metrics\.inception_score\.split_size=7: the protocol adm uses 5000"
     ):
@@ -236,8 +236,8 @@ def test_protocols_and_the_record(reference: Reference) -> None:
         Evaluator(PixelFeatures(), reference, {"pr": PrecisionRecallMetric(5)}, adm())
 
 
-def test_the_real_network_end_to_end(inception: Inception, tmp_path: Path) -> None:
-    """A set against itself, through the files of this project and of ADM; the order of real spatial values is seen."""
+def test_evaluation_with_the_real_network(inception: Inception, tmp_path: Path) -> None:
+    """Compare a set with itself through files of this project and ADM; detect the order of real spatial values."""
     images = torch.cat(list(open_image_set(PROJECT / "demo" / "emoji-64.zip", "set").batches(9, range(0, 2700, 300))))
     samples = tmp_path / "samples.npz"
     write_adm_samples(samples, [images], 9, (64, 64))

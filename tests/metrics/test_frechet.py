@@ -38,11 +38,11 @@ def test_recorded_distance(reference: Reference, name: str, key: str) -> None:
 
 
 @pytest.mark.parametrize("count", [5, 200])
-def test_a_set_has_no_distance_to_itself(count: int) -> None:
+def test_distance_of_a_set_to_itself_is_0(count: int) -> None:
     assert float(distance(features(count), features(count))) == pytest.approx(0, abs=1e-5)
 
 
-def test_is_symmetric_and_knows_a_shift() -> None:
+def test_distance_is_symmetric_and_adds_the_squared_shift() -> None:
     real, fake = features(100), features(80, seed=1)
     torch.testing.assert_close(distance(real, fake), distance(fake, real))
     torch.testing.assert_close(distance(real, real + 3), torch.tensor(9.0 * FEATURES).double(), rtol=1e-5, atol=0)
@@ -86,7 +86,7 @@ def test_reference_is_the_real_set_and_survives_reset() -> None:
         metric.update(real, real=True)
 
 
-def test_batches_add_up_and_reset_forgets() -> None:
+def test_batches_accumulate_and_reset_clears() -> None:
     real, fake = features(64), features(50, 0.5, seed=1)
     metric = FrechetDistance(FEATURES)
     metric.update(features(9, 5.0), real=True)
@@ -99,7 +99,7 @@ def test_batches_add_up_and_reset_forgets() -> None:
     torch.testing.assert_close(metric.compute(), distance(real, fake))
 
 
-def test_states_of_two_ranks_add_up() -> None:
+def test_states_of_two_ranks_sum() -> None:
     real, fake = features(64), features(50, 0.5, seed=1)
     ranks = [FrechetDistance(FEATURES) for _ in range(2)]
     for rank, metric in enumerate(ranks):
@@ -116,7 +116,7 @@ def test_states_stay_float64() -> None:
     metric = torch.nn.Sequential(FrechetDistance(FEATURES)).to(torch.bfloat16).half()[0]
     metric.update(features(20).to(torch.bfloat16), real=True)
     assert metric.real_outer.dtype == torch.float64
-    assert torch.nn.Sequential(metric).state_dict() == {}, "checkpoints carry no sums"
+    assert torch.nn.Sequential(metric).state_dict() == {}, "checkpoints hold no sums"
 
 
 def test_errors() -> None:

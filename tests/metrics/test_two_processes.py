@@ -1,4 +1,4 @@
-"""All measures on two processes are those of one, with uneven shares of images and with none at all."""
+"""All metrics on two processes agree with one process, with uneven and with empty shares of images."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _rank(rank: int, store: str, answers: multiprocessing.Queue[object]) -> None
 
 
 @pytest.mark.slow
-def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
+def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     processes = [context.Process(target=_rank, args=(rank, str(tmp_path / "store"), answers)) for rank in range(2)]
