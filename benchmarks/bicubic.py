@@ -1,4 +1,4 @@
-"""What a relay stage has to beat: small images enlarged bicubically. `python benchmarks/bicubic.py [key=value ...]`.
+"""Bicubic enlargement, the baseline of a relay stage: `python benchmarks/bicubic.py [key=value ...]`.
 
 source       folder or zip of images                       (a relay.last=base run's images, or the real ones)
 destination  the zip to write, for `sample.py mode=evaluate images=...`
@@ -28,7 +28,7 @@ from relay_diffusion.utils.parallel import map_in_order
 
 @dataclass
 class Options:
-    """The command line; see above."""
+    """Options of this command; see above."""
 
     source: str = MISSING
     destination: str = MISSING

@@ -14,7 +14,7 @@ from relay_diffusion.data.npz import Npz
 from relay_diffusion.diffusion.corruption import block_mean
 from relay_diffusion.diffusion.pixels import to_float, to_uint8
 from relay_diffusion.errors import UserError
-from relay_diffusion.metrics import Evaluator, FIDMeasure, SFIDMeasure
+from relay_diffusion.metrics import Evaluator, FIDMetric, SFIDMetric
 from relay_diffusion.metrics.reference import read_reference
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.training.callbacks.evaluation import PeriodicEvaluation
@@ -64,8 +64,8 @@ def test_the_numbers_are_those_of_the_averaged_weights(fit, tmp_path, quick, sta
     expected = {}
     for weights in ("ema", "raw"):
         images = load_stage(tmp_path / "run", weights).sample((10, 3, 16, 16), range(10), labels, previous)
-        measures = {"fid": FIDMeasure(), "sfid": SFIDMeasure()}
-        evaluation = Evaluator(callback.evaluator.inception, callback.evaluator.reference, measures)
+        metrics = {"fid": FIDMetric(), "sfid": SFIDMetric()}
+        evaluation = Evaluator(callback.evaluator.inception, callback.evaluator.reference, metrics)
         evaluation.update(to_uint8(images), torch.arange(10))
         expected[weights] = evaluation.compute()
     for key in ("fid", "sfid"):

@@ -45,7 +45,7 @@ class PeriodicEvaluation(PeriodicMeasurement):
         self.evaluator.prepare(pl_module.device, trainer.global_rank, trainer.strategy.barrier)
         for name, reason in self.evaluator.skipped.items():
             rank_zero_warn(f"callbacks.evaluation does not measure {name}: {reason}")
-        limits = [line for measure in self.evaluator.measures.values() for line in measure.warnings(self.count)]
+        limits = [line for metric in self.evaluator.metrics.values() for line in metric.warnings(self.count)]
         for line in limits if trainer.is_global_zero else []:
             print(f"warning: callbacks.evaluation.count={self.count}: {line}", file=sys.stderr, flush=True)
         self.evaluator.cpu()  # training needs the memory
