@@ -55,8 +55,8 @@ def package_names(trusted: Any) -> tuple[str, ...]:
     return tuple(trusted)
 
 
-def check_targets(node: Any, packages: Sequence[str], file: Path) -> None:
-    """Refuse a stored config that would call anything but a class of the trusted packages."""
+def check_targets(node: Any, packages: Sequence[str], file: Path | str) -> None:
+    """Refuse a config that would call anything but a class of the trusted packages. file: its source, for messages."""
     if isinstance(node, str) and "${" in node:
         raise UserError(f"{file} holds a config with an interpolation ({node[:60]}): refused")
     if isinstance(node, Mapping):
@@ -69,7 +69,7 @@ def check_targets(node: Any, packages: Sequence[str], file: Path) -> None:
             check_targets(value, packages, file)
 
 
-def _check_target(target: Any, packages: Sequence[str], file: Path) -> None:
+def _check_target(target: Any, packages: Sequence[str], file: Path | str) -> None:
     if not (isinstance(target, str) and _inside(target, packages)):
         package = target.partition(".")[0] if isinstance(target, str) else ""
         remedy = f"refused; if you trust it, add trusted=[{shorten(package)}]" if package.isidentifier() else "refused"

@@ -8,22 +8,21 @@ import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 
+from relay_diffusion.checkpoints.loading import build_configured, relay_options
 from relay_diffusion.data.class_choice import AS_REFERENCE, class_indices, labels_like_reference
 from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.image_sets import open_image_set
 from relay_diffusion.data.npz import write_adm_samples
-from relay_diffusion.errors import UserError
+from relay_diffusion.errors import UserError, prefix_errors
 from relay_diffusion.metrics import Evaluator
 from relay_diffusion.models.relay import Relay
-from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.sampling.batches import PlanDataModule, rank_order
 from relay_diffusion.sampling.callbacks.image_writer import ImageWriter
 from relay_diffusion.sampling.callbacks.progress import SamplingProgress
@@ -123,24 +122,15 @@ def _make_and_measure(
 
 def build_relay(settings: DictConfig) -> Relay:
     """Build the stages that a relay config chooses, as one relay."""
-    stages = {name: _build_stage(name, stage) for name, stage in chosen_stages(settings).items()}
-    for name, stage in stages.items():
-        if stage.image_channels != 3:
+    stages = {}
+    for name, stage in chosen_stages(settings).items():
+        with prefix_errors(f"relay.stages.{name}"):
+            stages[name] = build_configured(stage)
+        if stages[name].image_channels != 3:
             raise UserError(
-                f"relay.stages.{name} makes images of {stage.image_channels} channels: only 3 are drawn here"
+                f"relay.stages.{name} makes images of {stages[name].image_channels} channels: only 3 are drawn here"
             )
-    postprocess = instantiate(settings.postprocess)
-    return Relay(stages, settings.hand_over_sigma, settings.rounding, postprocess)
-
-
-def _build_stage(name: str, stage: DictConfig) -> DiffusionStage:
-    """A stage of the relay. Raises UserError naming it for files that it cannot be built from."""
-    try:
-        return cast(DiffusionStage, instantiate(stage, _convert_="all"))
-    except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            raise UserError(f"relay.stages.{name}: {error.__cause__}") from None
-        raise
+    return Relay(stages, **relay_options(settings))
 
 
 def make_plan(options: SamplingOptions, relay: Relay) -> Plan:
