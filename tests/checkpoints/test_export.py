@@ -132,7 +132,7 @@ def test_an_interrupted_export_is_none(stage, exported, monkeypatch):
     monkeypatch.setattr(export, "write_text", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export_stage(stage.info.config, stage.denoiser.state_dict(), exported, dtype="float16")
-    refused(exported, "no whole export", "stage.json is missing")
+    refused(exported, "incomplete export", "stage.json is missing")
 
 
 def test_where_an_export_may_go(stage, exported, tmp_path):

@@ -1,4 +1,4 @@
-"""Stages and relays from checkpoints, training runs and exports."""
+"""Load stages and relays from checkpoints, training runs and exports."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def _relay_file(path: Path) -> Path | None:
 
 
 def _stage_paths(file: Path) -> dict[str, Path]:
-    """The path of each stage in a relay.json."""
+    """Return the path of each stage in a relay.json."""
     try:
         content = parse_json(file.read_text(encoding="utf-8"))
         if content["format"] != RELAY_FORMAT:
@@ -200,7 +200,7 @@ def _stage_paths(file: Path) -> dict[str, Path]:
 
 
 def read_checkpoint(path: str | Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
-    """The content of a checkpoint that training can continue from, on the CPU: tensors and plain values only.
+    """Read a checkpoint to resume from: tensors and plain values, on the CPU.
 
     trusted: as for load_stage. Raises UserError naming the file, and the first key or tensor that is wrong.
     """
@@ -218,7 +218,7 @@ def read_checkpoint(path: str | Path, trusted: Sequence[str] = ()) -> dict[str, 
 
 
 def _described(config: Mapping[str, Any], file: Path, trusted: Sequence[str]) -> torch.nn.Module | None:
-    """The stage of a stored config without memory for its weights; None if it is of classes that are not trusted.
+    """Build the stage of a stored config on the meta device; None for untrusted classes.
 
     Training builds its own config, and compares the stored one with that.
     """
@@ -250,10 +250,10 @@ def check_loadable(stage_config: Mapping[str, Any], trusted: Sequence[str], file
 
 
 def build_stored(config: Mapping[str, Any], file: Path, trusted: Sequence[str] = (), **arguments: Any) -> Any:
-    """Build the object of a stored config, with `arguments` that no config can hold.
+    """Build the object of a stored config, with additional `arguments`.
 
     trusted: packages besides this one whose classes it may name. Raises UserError for a class of another package, and
-    for one that refuses its settings.
+    for one that raises an error for its settings.
     """
     check_targets(config, (OWN_PACKAGE, *package_names(trusted)), file)
     try:
@@ -265,17 +265,16 @@ def build_stored(config: Mapping[str, Any], file: Path, trusted: Sequence[str] =
 
 
 def build_empty(config: Mapping[str, Any], file: Path, trusted: Sequence[str] = ()) -> Any:
-    """As build_stored, without memory for weights: what a file describes may be of any size."""
+    """Build the object on the meta device: what a file describes may be of any size."""
     with torch.device("meta"):
         return build_stored(config, file, trusted)
 
 
 def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any] | None, file: Path) -> dict[str, Any]:
-    """A stored config with some values replaced; nulls in `changes` change nothing.
+    """Replace values of a stored config; nulls in `changes` change nothing.
 
-    `changes` has the shape of the config; what it says of the corruption holds for the sampler too, unless it says
-    something else of the sampler's. Raises UserError if it names something that is not there, or gives it
-    another kind of value.
+    `changes` has the structure of the config. Changes of the corruption also apply to that of the sampler, unless
+    `changes` sets the latter. Raises UserError for an unknown key and for a value of another kind.
     """
     _check_changes(config, changes or {}, f"changes to the stage of {file}: ")
     stored, given = OmegaConf.create(dict(config)), _without_nulls(changes or {})
@@ -291,9 +290,9 @@ def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any] | None,
 
 
 def _check_changes(stored: Mapping[str, Any], changes: Mapping[str, Any], said: str, prefix: str = "") -> None:
-    """Raise UserError for an unknown key, or a value of another kind than the stored one; null may become anything.
+    """Raise UserError for an unknown key, or a value of another kind than the stored one.
 
-    `said`: how messages begin.
+    A stored null accepts any value. `said`: prefix of messages.
     """
     for name, value in changes.items():
         before, key = stored.get(name), f"{prefix}{name}"

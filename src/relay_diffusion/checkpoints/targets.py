@@ -43,7 +43,7 @@ def _translate(target: str) -> str:
 
 
 def package_names(trusted: Any) -> tuple[str, ...]:
-    """Names of packages whose classes a stored config may instantiate, such as my_package or my_package.samplers.
+    """Return the packages whose classes a stored config may instantiate, e.g. my_package.samplers.
 
     Raises UserError for anything but a list of such names.
     """
