@@ -229,7 +229,7 @@ def test_postprocessing_is_done_before_writing_and_recorded(configuration, relay
     assert "Enhance(contrast=1.0, brightness=0.5" in (tmp_path / "dark/settings.json").read_text()
 
 
-def test_anyones_images_are_measured(configuration, relay_overrides, small_zip):
+def test_existing_images_are_evaluated(configuration, relay_overrides, small_zip):
     """The set against itself: distances vanish, precision and recall are whole; what is missing is said."""
     options = [*relay_overrides, "mode=evaluate", "metrics=adm", f"images={small_zip}"]
     results = sample(configuration("sample", *options))
@@ -288,7 +288,7 @@ def test_classes_as_often_as_in_the_reference(configuration, relay_overrides, tm
             archive.add(f"{'train' if i < 4 else 'other'}/{i}.png", Image.fromarray(pixels), int(i == 1))
     options = [*relay_overrides, "mode=evaluate", "seeds=0-7", f"reference={tmp_path / 'uneven.zip'}"]
     sample(configuration("sample", *options))
-    assert "class=reference takes them as there" in capsys.readouterr().out
+    assert "class=reference samples them with its frequencies" in capsys.readouterr().out
     sample(configuration("sample", *options, "class=reference", f"run_dir={tmp_path / 'as-there'}"))
     assert "class=reference" not in capsys.readouterr().out
     made = ImageDataset(tmp_path / "as-there/images", 16)
