@@ -288,7 +288,7 @@ def test_classes_as_often_as_in_the_reference(configuration, relay_overrides, tm
             archive.add(f"{'train' if i < 4 else 'other'}/{i}.png", Image.fromarray(pixels), int(i == 1))
     options = [*relay_overrides, "mode=evaluate", "seeds=0-7", f"reference={tmp_path / 'uneven.zip'}"]
     sample(configuration("sample", *options))
-    assert "class=reference samples them with its frequencies" in capsys.readouterr().out
+    assert "class=reference uses its frequencies" in capsys.readouterr().out
     sample(configuration("sample", *options, "class=reference", f"run_dir={tmp_path / 'as-there'}"))
     assert "class=reference" not in capsys.readouterr().out
     made = ImageDataset(tmp_path / "as-there/images", 16)

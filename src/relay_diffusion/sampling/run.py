@@ -204,7 +204,9 @@ def _report_uneven_classes(reference: ReferenceOptions, relay: Relay) -> None:
         labels = labels_like_reference(reference.path, reference.subset, relay.class_names, "reference")
         counts = Counter(labels)
         if relay.num_classes and max(counts.values()) > UNEVEN * min(counts[k] for k in range(relay.num_classes)):
-            print("note: classes come equally often, but not in the reference: class=reference samples them with its frequencies")
+            print(
+                "note: classes are sampled equally often, unlike in the reference: class=reference uses its frequencies"
+            )
 
 
 def run_settings(options: SamplingOptions, relay: Relay, plan: Plan, device: str) -> dict[str, Any]:
