@@ -43,7 +43,7 @@ def test_own_progress_comes_before_resume(fit, tmp_path):
     assert [row.split(",")[0] for row in rows[1:]] == ["16", "20"]
 
 
-def test_a_completed_run_says_so_and_changes_nothing(fit, tmp_path, capsys):
+def test_a_completed_run_is_reported_and_left_unchanged(fit, tmp_path, capsys):
     fit("run", 8)
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
     capsys.readouterr()
@@ -178,7 +178,7 @@ def test_kept_checkpoints(fit, tmp_path):
     assert names == ["images-000000000008.ckpt", "images-000000000012.ckpt", "last.ckpt"]
 
 
-def test_a_damaged_checkpoint_is_passed_over(fit, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_skipped(fit, tmp_path, capsys):
     """A truncated last.ckpt costs the images since the one before, and never that one."""
     directory, often = tmp_path / "run/checkpoints", "callbacks.checkpoints.every_n_images=4"
     fit("run", 12, often)
@@ -223,7 +223,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(fit, tmp_path):
     assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
 
 
-def test_a_run_continued_in_another_way_says_so(fit, capsys):
+def test_a_resumed_run_reports_changed_values(fit, capsys):
     fit("run", 8)
     fit("run", 16, "data.batch_size=8", "trainer.accumulate_grad_batches=2")
     assert "with data.batch_size 4 -> 8, trainer.accumulate_grad_batches 1 -> 2, " in capsys.readouterr().out
@@ -233,7 +233,7 @@ def test_a_run_continued_in_another_way_says_so(fit, capsys):
     assert f"with data.seed 0 -> 3, stage.optimizer.lr {lr} -> 5e-05," in capsys.readouterr().out
 
 
-def test_a_run_continued_on_other_images_says_so(fit, small_zip, tmp_path, capsys):
+def test_a_run_resumed_on_other_images_reports_it(fit, small_zip, tmp_path, capsys):
     with zipfile.ZipFile(small_zip) as archive:
         archive.extractall(tmp_path / "images")
     fit("run", 8, "data.dataset.x_flip=false")
@@ -265,7 +265,7 @@ def test_checkpoints_where_files_cannot_be_linked(fit, tmp_path, monkeypatch):
     assert torch.load(kept, weights_only=True)["images_seen"] == 4
 
 
-def test_a_run_begins_with_the_weights_of_another(fit, tmp_path, capsys):
+def test_init_starts_from_the_weights_of_another_run(fit, tmp_path, capsys):
     """The averaged ones; images are counted anew, and what the run has done itself comes first."""
     trained = fit("trained", 16)
     export_stage(
@@ -284,13 +284,13 @@ def test_a_run_begins_with_the_weights_of_another(fit, tmp_path, capsys):
     assert "continues" in capsys.readouterr().out
 
 
-def test_raw_weights_begin_a_run_where_there_is_no_average(fit, tmp_path):
+def test_init_takes_raw_weights_without_an_average(fit, tmp_path):
     fit("trained", 16, "~callbacks.ema")
     still = fit("on", 4, f"init={tmp_path / 'trained'}", "stage.optimizer.lr=0")
     assert_same_weights(still.state_dict(), load_stage(tmp_path / "trained", "raw").state_dict())
 
 
-def test_weights_of_another_network_begin_nothing(fit, configuration, tmp_path):
+def test_init_refuses_weights_of_another_network(fit, configuration, tmp_path):
     fit("trained", 4)
     with pytest.raises(
         UserError, match=r"^init needs .* network of this run: .*trained.*do not fit the network: it lacks network"

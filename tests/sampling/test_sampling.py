@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from relay_diffusion.config.sample import validate_sampling
 from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.relay import Relay
-from relay_diffusion.sampling.run import sample
+from relay_diffusion.sampling.run import build_relay, sample
 
 
 def pngs(folder):
@@ -228,7 +229,7 @@ def test_postprocessing_is_done_before_writing_and_recorded(configuration, relay
     assert "Enhance(contrast=1.0, brightness=0.5" in (tmp_path / "dark/settings.json").read_text()
 
 
-def test_anyones_images_are_measured(configuration, relay_overrides, small_zip):
+def test_existing_images_are_evaluated(configuration, relay_overrides, small_zip):
     """The set against itself: distances vanish, precision and recall are whole; what is missing is said."""
     options = [*relay_overrides, "mode=evaluate", "metrics=adm", f"images={small_zip}"]
     results = sample(configuration("sample", *options))
@@ -287,7 +288,7 @@ def test_classes_as_often_as_in_the_reference(configuration, relay_overrides, tm
             archive.add(f"{'train' if i < 4 else 'other'}/{i}.png", Image.fromarray(pixels), int(i == 1))
     options = [*relay_overrides, "mode=evaluate", "seeds=0-7", f"reference={tmp_path / 'uneven.zip'}"]
     sample(configuration("sample", *options))
-    assert "class=reference takes them as there" in capsys.readouterr().out
+    assert "class=reference uses its frequencies" in capsys.readouterr().out
     sample(configuration("sample", *options, "class=reference", f"run_dir={tmp_path / 'as-there'}"))
     assert "class=reference" not in capsys.readouterr().out
     made = ImageDataset(tmp_path / "as-there/images", 16)
@@ -316,6 +317,34 @@ def test_guidance_and_rounding_reach_the_relay(configuration, relay_overrides, m
     first = next(iter(built[0].chain().values()))
     assert (first.guidance_scale, list(first.guidance_interval)) == (2, [0.1, 2])
     assert built[0].rounding == "floor"
+
+
+def test_a_stage_of_a_relay_gets_another_sampler(configuration, relay_overrides):
+    """As a choice of the group or as a mapping; changes of the trained sampler do not matter then."""
+    choice = ("sampler@relay.stages.relay.sampler=blurring", "relay.stages.relay.sampler.steps=8")
+    mapping = "relay.stages.base.sampler={_target_: relay_diffusion.samplers.EDMSampler, steps: 3}"
+    trained = ("relay.stages.base.changes.sampler.churn=40", "relay.stages.relay.changes.sampler.s_noise=0.9")
+    cfg = configuration("sample", *relay_overrides, *choice, mapping, *trained)
+    validate_sampling(cfg)
+    relay = build_relay(cfg.relay)
+    base, second = relay.samplers.values()
+    assert (base.evaluations, base.churn) == (5, 0)
+    assert (second.s_noise, second.sigmas[-1]) == (0.2, pytest.approx(0.008))
+    assert second.corruption.block == relay.chain()["relay"].corruption.block == 2
+    assert relay.describe()["stages"]["base"]["sampler"] == {
+        "_target_": "relay_diffusion.samplers.EDMSampler",
+        "steps": 3,
+    }
+
+
+def test_a_sampler_must_be_a_choice_or_a_class(configuration, relay_overrides):
+    for value in ("edm", "{steps: 3}"):
+        cfg = configuration("sample", *relay_overrides, f"relay.stages.base.sampler={value}")
+        with pytest.raises(UserError, match=r"base\.sampler=.*: write sampler@relay\.stages\.base\.sampler=CHOICE"):
+            validate_sampling(cfg)
+    unknown = "relay.stages.base.sampler={_target_: relay_diffusion.samplers.EDMSampler, step: 3}"
+    with pytest.raises(UserError, match=r"relay\.stages\.base: sampler\.step: unknown key; did you mean steps\?"):
+        sample(configuration("sample", *relay_overrides, unknown))
 
 
 def test_a_damaged_reference_is_found_before_images_are_made(configuration, relay_overrides, tmp_path):

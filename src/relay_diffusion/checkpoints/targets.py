@@ -49,7 +49,7 @@ def _translate(target: str) -> str:
 
 
 def package_names(trusted: Any) -> tuple[str, ...]:
-    """Names of packages whose classes a stored config may instantiate, such as my_package or my_package.samplers.
+    """Return the packages whose classes a stored config may instantiate, e.g. my_package.samplers.
 
     Raises UserError for anything but a list of such names.
     """
@@ -61,8 +61,8 @@ def package_names(trusted: Any) -> tuple[str, ...]:
     return tuple(trusted)
 
 
-def check_targets(node: Any, packages: Sequence[str], file: Path) -> None:
-    """Refuse a stored config that would call anything but a class of the trusted packages."""
+def check_targets(node: Any, packages: Sequence[str], file: Path | str) -> None:
+    """Refuse a config that would call anything but a class of the trusted packages. file: its source, for messages."""
     if isinstance(node, str) and "${" in node:
         raise UserError(f"{file} holds a config with an interpolation ({node[:60]}): refused")
     if isinstance(node, Mapping):
@@ -75,7 +75,7 @@ def check_targets(node: Any, packages: Sequence[str], file: Path) -> None:
             check_targets(value, packages, file)
 
 
-def _check_target(target: Any, packages: Sequence[str], file: Path) -> None:
+def _check_target(target: Any, packages: Sequence[str], file: Path | str) -> None:
     if not (isinstance(target, str) and _inside(target, packages)):
         package = target.partition(".")[0] if isinstance(target, str) else ""
         remedy = f"refused; if you trust it, add trusted=[{shorten(package)}]" if package.isidentifier() else "refused"

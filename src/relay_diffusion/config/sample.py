@@ -43,6 +43,12 @@ def _check_relay(cfg: DictConfig) -> None:
             check_file(guide, f"{place}.guide")
         if changes is not None:
             check_mapping(cfg, f"{place}.changes")
+        sampler = selected(cfg, f"{place}.sampler")
+        require(
+            sampler is None or (isinstance(sampler, DictConfig) and "_target_" in sampler),
+            f"{place}.sampler={shorten(sampler)}: write sampler@{place}.sampler=CHOICE, or name a class: "
+            f"{place}.sampler={{_target_: CLASS, steps: 10}}",
+        )
     check_subset(cfg, "relay.start_subset")
     check_choice(cfg, "relay.start_exif", ("apply", "ignore"))
     if relay.start is not None:

@@ -15,6 +15,10 @@ from typing import IO, Any
 
 from relay_diffusion.errors import UserError
 
+_PACKAGE = Path(__file__).resolve().parents[1]
+_INSTALLED = _PACKAGE / "conf"
+CONF = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parents[1] / "conf"  # of an installed package, or the project
+
 
 def temporary_name(path: Path) -> Path:
     """Name a temporary file in the folder of `path`, so that a rename moves it."""

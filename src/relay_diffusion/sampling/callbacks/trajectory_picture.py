@@ -1,4 +1,4 @@
-"""A picture and an animation of the way from noise to images, through all stages of a relay."""
+"""Draw the sampling trajectory of a relay as a picture and an animation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEP, STAGE_END, END = 100, 800, 2500  # milliseconds
 
 
 class TrajectoryPicture(Callback):
-    """Watches the samplers of a relay make the first `count` images of the first device, then leaves them alone.
+    """Record the samplers of a relay for the first `count` images of rank 0.
 
     Written into `folder` as soon as those are made: trajectory.png, two rows an image (noisy states above the
     estimates of the clean image), some steps of each stage; trajectory.webp, all steps, one column an image.
@@ -36,7 +36,7 @@ class TrajectoryPicture(Callback):
         self._side = MAX_SIDE
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Watch the samplers of all stages, on the first device only."""
+        """Record the samplers of all stages, on rank 0 only."""
         if not trainer.is_global_zero:
             return
         assert isinstance(pl_module, Relay)
@@ -52,7 +52,7 @@ class TrajectoryPicture(Callback):
         outputs: Samples,
         *args: Any,  # noqa: ARG002
     ) -> None:
-        """Keep the steps of the images that are wanted, and draw them when they are enough."""
+        """Collect the steps of the first `count` images, then draw them."""
         for name, sampler in self._watched.items():
             steps = [Step(s, x[: len(outputs.positions)], y[: len(outputs.positions)]) for s, x, y in sampler.steps]
             self._steps[name] = joined(self._steps[name], steps) if name in self._steps else steps
@@ -61,12 +61,12 @@ class TrajectoryPicture(Callback):
             self._finish(pl_module)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-        """Draw fewer images, if there were not enough."""
+        """Draw what was collected, if fewer than `count`."""
         if self._watched:
             self._finish(pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:  # noqa: ARG002
-        """Leave the samplers alone."""
+        """Restore the samplers."""
         self._stop_watching(pl_module)
 
     def _finish(self, pl_module: L.LightningModule) -> None:
