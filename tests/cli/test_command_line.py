@@ -32,6 +32,7 @@ def test_a_run_leaves_config_log_checkpoint_and_pictures(relay_runs):
         assert not list(run_dir.rglob(".*"))  # no temporary files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "said"),
     [("train.py", "python train.py experiment=quickstart_base"), ("sample.py", "python sample.py relay=emoji")],
@@ -224,6 +225,7 @@ def test_mistakes_in_sampling_options(arguments, parts, tmp_path, small_zip):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_mistakes_that_need_the_checkpoints(relay_overrides, relay_runs, tmp_path):
     text = tmp_path / "text.ckpt"
     text.write_text("hello")
@@ -247,6 +249,7 @@ def test_a_directory_that_cannot_be_made_is_one_line():
     assert_one_line(result, "the directory of the run cannot be made", "/proc/samples", "choose another output=")
 
 
+@pytest.mark.slow
 def test_help_that_nobody_reads():
     """As in `--help | head`: no word about it."""
     nobody, pipe = os.pipe()
@@ -274,6 +277,7 @@ def test_the_version_is_that_of_this_package(script):
         assert name in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argument", ["--help", "--version"])
 def test_help_and_version_do_not_import_torch(argument):
     code = f"import runpy, sys; sys.argv = ['train.py', {argument!r}]; runpy.run_path('train.py', run_name='__main__')"
@@ -288,6 +292,7 @@ def test_a_user_who_asks_for_a_traceback_gets_it():
     assert "Traceback" in result.stderr
 
 
+@pytest.mark.slow
 def test_offline_wandb_needs_no_account(tmp_path, small_zip):
     result = run(
         "train.py", *TINY, "logger=wandb", "resolution=16", f"data.dataset.path={small_zip}", "trainer.max_images=8",

@@ -325,6 +325,7 @@ def _flipped(content, first, last, seed):
     return bytes(changed)
 
 
+@pytest.mark.slow
 def test_flipped_bits(tmp_path):
     pickle_file, zip_file = EDM.read_bytes(), TRAINING_STATE.read_bytes()
     size = len(zip_file)

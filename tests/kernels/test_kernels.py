@@ -67,6 +67,7 @@ def compare(call, arguments, tolerance):
             close(argument.grad, reference.grad, 2 * tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("use_kernels")
 @pytest.mark.parametrize(
     ("channels", "skip", "groups", "down"),
@@ -165,6 +166,7 @@ def test_one_modulation_for_all_samples():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("use_kernels")
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropout(rate):
@@ -237,6 +239,7 @@ def test_projection(skip):
     compare(call, [image(2, 8, 4, 6), image(2, 12, 4, 6) if skip else None, conv.weight, conv.bias, extra], 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("use_kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_whole_network_and_its_gradients(dtype):

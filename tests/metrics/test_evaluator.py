@@ -234,6 +234,7 @@ def test_protocols_and_the_record(reference: Reference) -> None:
         Evaluator(PixelFeatures(), reference, {"pr": PrecisionRecallMeasure(5)}, adm())
 
 
+@pytest.mark.slow
 def test_the_real_network_end_to_end(inception: Inception, tmp_path: Path) -> None:
     """A set against itself, through the files of this project and of ADM; the order of real spatial values is seen."""
     images = torch.cat(list(open_image_set(PROJECT / "demo" / "emoji-64.zip", "set").batches(9, range(0, 2700, 300))))

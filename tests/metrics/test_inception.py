@@ -88,6 +88,7 @@ def test_default_file_by_its_path(inception: Inception) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_state_dict_with_classes(inception: Inception, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)

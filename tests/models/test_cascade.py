@@ -90,6 +90,7 @@ def test_a_stage_and_its_network_agree_on_what_is_shown():
         cascade(condition_channels=0)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_uses_the_condition(fit, tmp_path):
     """The images are dark or light noise: what is behind much noise, the small image alone can tell."""
     quick = ("stage.optimizer.lr=3e-3", "callbacks.grid.every_n_images=4", "network.num_classes=0")

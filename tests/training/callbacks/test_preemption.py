@@ -39,6 +39,7 @@ def signal_at(monkeypatch):
     return send
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", preemption.SIGNALS)
 def test_training_saves_stops_and_continues(fit, tmp_path, signal_at, monkeypatch, capsys, number):
     fit("whole", 24)
@@ -105,6 +106,7 @@ def test_a_queue_that_does_not_answer(monkeypatch, capsys):
     assert "job 7 could not be requeued" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_signal_amid_a_step_waits_for_its_end(fit, tmp_path, monkeypatch):
     """Of four parts of a batch the first is done: the others follow."""
     plain = StopAtImages.on_train_batch_end
