@@ -73,10 +73,10 @@ class Fork:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        limit = time.monotonic() + (timeout or float("inf"))
+        start = time.monotonic()
         while (code := self.poll()) is None:
-            if time.monotonic() > limit:
-                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            if timeout is not None and time.monotonic() > start + timeout:
+                raise subprocess.TimeoutExpired(self.args, timeout)
             time.sleep(0.01)
         return code
 
@@ -89,6 +89,13 @@ class Fork:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+def can_fork() -> bool:
+    """CUDA needs a new process, and only Linux lets a process adopt orphans."""
+    import torch
+
+    return sys.platform == "linux" and not torch.cuda.is_available()
 
 
 def run_forked(arguments: list[str], cwd: Path, timeout: float, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -131,7 +138,7 @@ def _serve(requests: TextIO, replies: TextIO) -> dict[str, Any]:
         if intermediate == 0:
             intermediate = os.getpid()
             if os.fork():
-                os._exit(0)  # which makes the requesting process the parent of the fork
+                os._exit(0)  # makes the requesting process the parent of the fork
             while os.getppid() == intermediate:
                 time.sleep(0.001)
             if request["session"]:

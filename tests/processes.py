@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import torch
-
-from forked import Fork
+from forked import Fork, can_fork
 
 PATIENCE = 900  # seconds, on a machine that is busy
 
@@ -26,7 +24,7 @@ class Process:
         command = [sys.executable, *map(str, arguments)]
         env = {**os.environ, **environment}
         output.touch()
-        if not torch.cuda.is_available():  # CUDA needs a new process
+        if can_fork():
             self.popen = Fork(command, output.parent, env, start_new_session=True, stdout=output, stderr=output)
             return
         with output.open("ab") as file:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from forked import run_forked
+from forked import can_fork, run_forked
 from relay_diffusion.diffusion import (
     BlurringCorruption,
     DenoisingLoss,
@@ -99,8 +99,8 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command of the project as a user would."""
     command = [*script.split(), *arguments]
-    if torch.cuda.is_available() or "PYTHONPROFILEIMPORTTIME" in environment:
-        return subprocess.run(  # CUDA and the interpreter's own settings need a new process
+    if not can_fork() or "PYTHONPROFILEIMPORTTIME" in environment:  # which the interpreter reads when it starts
+        return subprocess.run(
             [sys.executable, *command],
             cwd=cwd,
             env=os.environ | environment,

@@ -73,8 +73,9 @@ def compare(call, arguments, tolerance):
     ("channels", "skip", "groups", "down"),
     [(8, 0, 2, False), (48, 0, 8, True), (80, 0, 5, False), (128, 0, 32, True), (72, 24, 32, False)],
 )
-@pytest.mark.parametrize("modulated", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "modulated"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)]
+)
 def test_normalisation_with_all_around_it(channels, skip, groups, down, modulated, dtype):
     total, batch, height, width = channels + skip, 3, 10, 14
     x, s = image(batch, channels, height, width, dtype=dtype), image(batch, skip, height, width, dtype=dtype)
