@@ -167,6 +167,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BOMBS)
 def test_small_files_take_little_memory(name, tmp_path):
     path = tmp_path / "bomb.pkl"

@@ -112,6 +112,7 @@ def test_training_lowers_the_loss_and_uses_the_condition(fit, tmp_path):
     assert trained < 0.5 * other  # dark images told that they are light
 
 
+@pytest.mark.slow
 def test_a_cascade_is_sampled_from_its_checkpoints(fit, relay_runs, configuration, tmp_path):
     fit("cascade", 8, "stage.corruption.block=2", "stage.label_dropout=0.1", stage="cascade")
     options = [

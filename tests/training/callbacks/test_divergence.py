@@ -150,6 +150,7 @@ def test_the_end_of_training_is_not_saved_amid_bad_steps(fit, spoil, tmp_path):
     assert last.read_bytes() == good
 
 
+@pytest.mark.slow
 def test_a_signal_amid_bad_steps_saves_nothing(fit, spoil, tmp_path, monkeypatch, capsys):
     last = tmp_path / "run/checkpoints/last.ckpt"
     fit("run", 8)
