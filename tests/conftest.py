@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import torch
@@ -40,6 +41,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.parent.name
         if folder in ("slow", "hostile"):
             item.add_marker(folder)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # collections would visit all objects of the libraries
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # otherwise a library reports these objects as leaks at exit
 
 
 @pytest.fixture(autouse=True)

@@ -109,6 +109,7 @@ def test_an_import_circle_is_found(tmp_path, line):
     assert set(circle(tmp_path / "toy")) == {"toy.a", "toy.b", "toy.c"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [("train.py", "--help"), ("sample.py", "--help")])
 def test_help_names_the_groups_without_loading_torch(arguments):
     result = run(*arguments, PYTHONPROFILEIMPORTTIME="1")

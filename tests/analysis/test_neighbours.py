@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -25,6 +23,7 @@ from relay_diffusion.data.image_sets import open_image_set
 from relay_diffusion.metrics import Inception
 from relay_diffusion.metrics.neighbours import Neighbours
 from support import PROJECT
+from support import run as run_command
 
 COPY, MIRRORED = 5, 10  # of the reference
 
@@ -258,8 +257,7 @@ def test_invalid_options_give_one_line(
 
 
 def test_usage_names_every_option() -> None:
-    command = [sys.executable, "-m", "relay_diffusion.cli.neighbours", "--help"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert shown.stderr == ""
+    shown = run_command("-m relay_diffusion.cli.neighbours", "--help")
+    assert (shown.returncode, shown.stderr) == (0, "")
     explained = {line.split()[0] for line in shown.stdout.splitlines() if line.startswith("  ")}
     assert explained == {field.name for field in fields(NeighboursOptions)}

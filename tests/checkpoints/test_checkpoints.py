@@ -23,7 +23,9 @@ from relay_diffusion.training.resume import check_same_stage
 from support import TINY, assert_same_weights, run, weights_of
 
 
-@pytest.mark.parametrize("stage", ["base", "relay", "cascade"])
+@pytest.mark.parametrize(
+    "stage", ["base", *(pytest.param(name, marks=pytest.mark.slow) for name in ("relay", "cascade"))]
+)
 def test_interrupted_and_resumed_training_equals_uninterrupted(fit, tmp_path, stage):
     dropout = ("network.dropout=0.2", "stage.label_dropout=0.3", "augment=edm", "stage.augment.probability=0.5")
     fit("whole", 40, *dropout, stage=stage)
@@ -35,6 +37,7 @@ def test_interrupted_and_resumed_training_equals_uninterrupted(fit, tmp_path, st
     assert any(not torch.equal(halfway[key], resumed[key]) for key in halfway)
 
 
+@pytest.mark.slow
 def test_own_progress_comes_before_resume(fit, tmp_path):
     fit("first", 8)
     fit("second", 16, f"resume={tmp_path / 'first'}")
@@ -43,6 +46,7 @@ def test_own_progress_comes_before_resume(fit, tmp_path):
     assert [row.split(",")[0] for row in rows[1:]] == ["16", "20"]
 
 
+@pytest.mark.slow
 def test_a_completed_run_is_reported_and_left_unchanged(fit, tmp_path, capsys):
     fit("run", 8)
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -62,6 +66,7 @@ def test_a_new_run_that_would_train_nothing_is_refused(fit, tmp_path):
     assert not (tmp_path / "second").exists()
 
 
+@pytest.mark.slow
 def test_a_completed_run_ends_without_an_error(tmp_path, small_zip):
     """As scripts with `set -e` and job arrays depend on."""
     command = [*TINY, "resolution=16", f"data.dataset.path={small_zip}", f"run_dir={tmp_path / 'run'}"]
@@ -71,6 +76,7 @@ def test_a_completed_run_ends_without_an_error(tmp_path, small_zip):
         assert expected in result.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_old_checkpoint_is_released_before_training_continues(fit, tmp_path, monkeypatch):
     fit("run", 8)
     last, mapped = tmp_path / "run/checkpoints/last.ckpt", []
@@ -92,6 +98,7 @@ def test_the_old_checkpoint_is_released_before_training_continues(fit, tmp_path,
     assert mapped == [[]] * 5
 
 
+@pytest.mark.slow
 def test_every_changed_setting_is_reported(fit, capsys):
     fit("run", 8)
     changed = ["trainer.precision=bf16-mixed", "callbacks.ema.half_life_images=1000", "callbacks.ema.ramp_up=null"]
@@ -109,6 +116,7 @@ def test_every_changed_setting_is_reported(fit, capsys):
     assert "note: data.dataset.x_flip changed, so the order of the images changes" in said
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_record_continues(fit, tmp_path, capsys):
     fit("run", 8)
     file = tmp_path / "run/checkpoints/last.ckpt"
@@ -136,6 +144,7 @@ def test_a_checkpoint_that_has_data_accumulate_is_continued(fit, tmp_path, capsy
     assert " with trainer.accumulate_grad_batches 2 -> 1, " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_another_optimizer_is_not_continued_but_another_lr_is(fit):
     fit("run", 4)
     with pytest.raises(UserError, match="optimizer"):
@@ -143,6 +152,7 @@ def test_another_optimizer_is_not_continued_but_another_lr_is(fit):
     assert fit("run", 8, "stage.optimizer.lr=5e-4").images_seen == 8
 
 
+@pytest.mark.slow
 def test_what_changes_speed_and_memory_alone_may_change(fit, tmp_path):
     fit("run", 4, "stage.optimizer.fused=false")
     file = tmp_path / "run/checkpoints/last.ckpt"
@@ -171,6 +181,7 @@ def test_older_relay_runs_have_the_log_normal_of_today(configuration):
         check_same_stage(Path("old.ckpt"), {"stage_config": old}, mine)
 
 
+@pytest.mark.slow
 def test_kept_checkpoints(fit, tmp_path):
     fit("run", 16, "callbacks.checkpoints.every_n_images=4", "callbacks.checkpoints.keep=2")
     fit("run", 20, "callbacks.checkpoints.every_n_images=4", "callbacks.checkpoints.keep=0")  # removes none
@@ -178,6 +189,7 @@ def test_kept_checkpoints(fit, tmp_path):
     assert names == ["images-000000000008.ckpt", "images-000000000012.ckpt", "last.ckpt"]
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_skipped(fit, tmp_path, capsys):
     """A truncated last.ckpt costs the images since the one before, and never that one."""
     directory, often = tmp_path / "run/checkpoints", "callbacks.checkpoints.every_n_images=4"
@@ -208,6 +220,7 @@ def test_a_directory_that_cannot_be_written_to_shows_before_training(fit, tmp_pa
         fit("run", 4, f"callbacks.checkpoints.directory={tmp_path / 'file/below'}")
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoint_before(fit, tmp_path):
     fit("run", 4)
     last = tmp_path / "run/checkpoints/last.ckpt"
@@ -223,6 +236,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(fit, tmp_path):
     assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_reports_changed_values(fit, capsys):
     fit("run", 8)
     fit("run", 16, "data.batch_size=8", "trainer.accumulate_grad_batches=2")
@@ -233,6 +247,7 @@ def test_a_resumed_run_reports_changed_values(fit, capsys):
     assert f"with data.seed 0 -> 3, stage.optimizer.lr {lr} -> 5e-05," in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_resumed_on_other_images_reports_it(fit, small_zip, tmp_path, capsys):
     with zipfile.ZipFile(small_zip) as archive:
         archive.extractall(tmp_path / "images")
@@ -244,6 +259,7 @@ def test_a_run_resumed_on_other_images_reports_it(fit, small_zip, tmp_path, caps
     assert "note: data.dataset.x_flip changed, so the order of the images changes" in said
 
 
+@pytest.mark.slow
 def test_a_run_is_not_continued_on_other_classes(fit, tmp_path):
     fit("run", 8)
     other = tmp_path / "other.zip"
@@ -265,6 +281,7 @@ def test_checkpoints_where_files_cannot_be_linked(fit, tmp_path, monkeypatch):
     assert torch.load(kept, weights_only=True)["images_seen"] == 4
 
 
+@pytest.mark.slow
 def test_init_starts_from_the_weights_of_another_run(fit, tmp_path, capsys):
     """The averaged ones; images are counted anew, and what the run has done itself comes first."""
     trained = fit("trained", 16)
@@ -284,12 +301,14 @@ def test_init_starts_from_the_weights_of_another_run(fit, tmp_path, capsys):
     assert "continues" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_init_takes_raw_weights_without_an_average(fit, tmp_path):
     fit("trained", 16, "~callbacks.ema")
     still = fit("on", 4, f"init={tmp_path / 'trained'}", "stage.optimizer.lr=0")
     assert_same_weights(still.state_dict(), load_stage(tmp_path / "trained", "raw").state_dict())
 
 
+@pytest.mark.slow
 def test_init_refuses_weights_of_another_network(fit, configuration, tmp_path):
     fit("trained", 4)
     with pytest.raises(

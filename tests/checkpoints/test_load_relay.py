@@ -21,6 +21,7 @@ from support import PROJECT
 FEW_STEPS = {"base": {"sampler": {"steps": 2}}, "relay": {"sampler": {"steps": 4}}}
 
 
+@pytest.mark.slow
 def test_the_example_of_the_package_runs(monkeypatch, tmp_path):
     example = textwrap.dedent(rd.__doc__.split("\n\n", 1)[1])
     example = example.replace('"demo/emoji"', repr(str(PROJECT / "demo/emoji"))).replace("range(4)", "range(1)")
@@ -68,6 +69,7 @@ def write(folder, content):
     (folder / "relay.json").write_text(json.dumps(content))
 
 
+@pytest.mark.slow
 def test_paths_are_relative_to_the_file(folder):
     for source in (folder, str(folder), folder / "relay.json", {"base": folder / "base"}):
         relay = rd.load_relay(source, changes={"base": {"sampler": {"steps": 2}}})

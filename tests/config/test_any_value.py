@@ -98,22 +98,25 @@ def test_the_unchanged_configurations_are_accepted() -> None:
     validate_sampling(copy.deepcopy(SAMPLE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cfg", "validate"), [(TRAIN, validate_training), (SAMPLE, validate_sampling)])
 def test_every_option_with_odd_constants(cfg: DictConfig, validate: Any) -> None:
     refused = 0
     for index, key in enumerate(list(_keys(cfg))):
-        for value in CONSTANTS[index % 8 :: 8]:
+        for value in CONSTANTS[index % 16 :: 16]:
             refused += _accepted(cfg, key, value, validate) is None
-    assert refused > 200
+    assert refused > 100
 
 
-@settings(BOUNDED, max_examples=200)
+@pytest.mark.slow
+@settings(BOUNDED, max_examples=100)
 @given(key=st.sampled_from(TRAIN_KEYS), value=VALUES)
 def test_training_options(key: str, value: Any) -> None:
     _accepted(TRAIN, key, value, validate_training)
 
 
-@settings(BOUNDED, max_examples=200)
+@pytest.mark.slow
+@settings(BOUNDED, max_examples=100)
 @given(key=st.sampled_from(SAMPLE_KEYS), value=VALUES)
 def test_sampling_options(key: str, value: Any) -> None:
     _accepted(SAMPLE, key, value, validate_sampling)
@@ -137,7 +140,8 @@ PARTS = {"data": "data", "network": "stage", "stage": "stage", "callbacks": "cal
 BUILT_KEYS = [key for key in TRAIN_KEYS if key.partition(".")[0] in PARTS]
 
 
-@settings(BOUNDED, max_examples=150)
+@pytest.mark.slow
+@settings(BOUNDED, max_examples=100)
 @given(key=st.sampled_from(BUILT_KEYS), value=VALUES)
 def test_what_is_accepted_is_built_or_explained(key: str, value: Any) -> None:
     changed = _accepted(TRAIN, key, value, validate_training)

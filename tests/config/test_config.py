@@ -48,6 +48,7 @@ def test_the_schedule_of_every_stage_can_be_set(configuration, stage):
     assert (written.p_mean, written.p_std) == (default.p_mean, default.p_std)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", ["data", "trainer", "strategy", "callbacks", "logger", "metrics", "relay", "augment"])
 def test_every_choice_of_the_other_groups(configuration, small_zip, tmp_path, group):
     name = "sample" if group in ("metrics", "relay") else "train"
@@ -88,6 +89,7 @@ def test_the_sampling_trainer_builds(configuration):
     assert instantiate(cfg.trainer, _convert_="all").world_size == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_trains_a_step(configuration, large_zip, tmp_path, experiment):
     """With thin networks; the settings of the published ones are tested below."""

@@ -236,6 +236,7 @@ def test_protocol_checks_and_description(reference: Reference) -> None:
         Evaluator(PixelFeatures(), reference, {"pr": PrecisionRecallMetric(5)}, adm())
 
 
+@pytest.mark.slow
 def test_evaluation_with_the_real_network(inception: Inception, tmp_path: Path) -> None:
     """Compare a set with itself through files of this project and ADM; detect the order of real spatial values."""
     images = torch.cat(list(open_image_set(PROJECT / "demo" / "emoji-64.zip", "set").batches(9, range(0, 2700, 300))))

@@ -88,6 +88,7 @@ def test_default_weights_given_by_path(inception: Inception) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_state_dict_with_class_layer(inception: Inception, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -90,6 +90,7 @@ def test_a_stage_and_its_network_agree_on_the_condition():
         cascade(condition_channels=0)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_uses_the_condition(fit, tmp_path):
     """The images are dark or light noise: what is behind much noise, the small image alone can tell."""
     quick = ("stage.optimizer.lr=3e-3", "callbacks.grid.every_n_images=4", "network.num_classes=0")
@@ -111,6 +112,7 @@ def test_training_lowers_the_loss_and_uses_the_condition(fit, tmp_path):
     assert trained < 0.5 * other  # dark images told that they are light
 
 
+@pytest.mark.slow
 def test_a_cascade_is_sampled_from_its_checkpoints(fit, relay_runs, configuration, tmp_path):
     fit("cascade", 8, "stage.corruption.block=2", "stage.label_dropout=0.1", stage="cascade")
     options = [

@@ -123,6 +123,7 @@ def broken(relay_runs, tmp_path):
     return f"relay.stages.base.path={tmp_path / 'broken.ckpt'}"
 
 
+@pytest.mark.slow
 def test_nothing_is_written_or_measured(relay_overrides, broken, tmp_path):
     options = [*relay_overrides, broken, "mode=evaluate", "seeds=0-3", "save_trajectory=2"]
     result = run("sample.py", *options)
@@ -137,6 +138,7 @@ def test_nothing_is_written_or_measured(relay_overrides, broken, tmp_path):
     assert not [name for name in left if name.endswith((".png", ".webp")) or name == "metrics.json"]
 
 
+@pytest.mark.slow
 def test_batches_before_the_one_that_fails_are_kept(configuration, relay_overrides, tmp_path, monkeypatch):
     draw = DiffusionStage.draw
 
@@ -154,6 +156,7 @@ def test_batches_before_the_one_that_fails_are_kept(configuration, relay_overrid
     assert sample(configuration("sample", *options))["sampled_now"] == 4  # continued with a checkpoint that works
 
 
+@pytest.mark.slow
 def test_training_goes_on_without_a_picture(fit, tmp_path, monkeypatch, capsys):
     draw = DiffusionStage.draw
     monkeypatch.setattr(DiffusionStage, "draw", lambda *given: draw(*given) * math.nan)

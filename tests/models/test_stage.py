@@ -15,6 +15,7 @@ from relay_diffusion.networks import EDMPreconditioner, Graphed
 from support import assert_same_weights, tiny_stage, weights_of
 
 
+@pytest.mark.slow
 def test_augmentation_labels_are_an_input_of_the_network(fit, monkeypatch):
     told, forward = [], EDMPreconditioner.forward
 
@@ -35,6 +36,7 @@ def test_augmentation_labels_are_an_input_of_the_network(fit, monkeypatch):
     assert told[-1] is None
 
 
+@pytest.mark.slow
 def test_a_guide_is_a_weaker_checkpoint(fit, tmp_path):
     fit("weak", 12)
     fit("strong", 40)
@@ -50,6 +52,7 @@ def test_a_guide_is_a_weaker_checkpoint(fit, tmp_path):
     assert guided.sample((1, 3, 16, 16), [0], torch.tensor([1])).isfinite().all()
 
 
+@pytest.mark.slow
 def test_guidance_outside_its_interval_is_none(fit, tmp_path):
     fit("run", 40, "stage.label_dropout=0.1")
     plain = load_stage(tmp_path / "run")
@@ -70,6 +73,7 @@ def test_an_interval_that_makes_no_sense_is_refused(fit, tmp_path, interval):
         load_stage(tmp_path / "run", changes={"guidance_interval": interval})
 
 
+@pytest.mark.slow
 def test_guidance_is_disabled_by_scale_one_whatever_interval_is_stored(fit, tmp_path):
     trained = ("stage.label_dropout=0.1", "stage.guidance_scale=3", "stage.guidance_interval=[0.1,2]")
     fit("run", 8, *trained)
@@ -91,6 +95,7 @@ def test_guidance_is_disabled_by_scale_one_whatever_interval_is_stored(fit, tmp_
         load_stage(run, changes={"guidance_scale": 1}, guide=run)
 
 
+@pytest.mark.slow
 def test_guidance_needs_a_stage_trained_with_label_dropout(fit, tmp_path):
     fit("run", 4)
     with pytest.raises(UserError, match=r"last\.ckpt: guidance_scale=2 needs .*train with stage\.label_dropout=0\.1"):
@@ -112,6 +117,7 @@ def test_guidance_without_classes_or_guide_is_refused():
         tiny_stage(8, num_classes=0, guidance_scale=2.0).guided()
 
 
+@pytest.mark.slow
 def test_a_guide_that_does_not_fit_is_refused(fit, tmp_path):
     fit("run", 4)
     fit("other", 4, "resolution=8")
@@ -125,11 +131,13 @@ def test_accumulation_counts_images_and_steps(fit, tmp_path):
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
 
 
+@pytest.mark.slow
 def test_the_number_of_images_holds_when_the_batch_changes(fit):
     fit("run", 16)
     assert fit("run", 40, "data.batch_size=8").images_seen == 40
 
 
+@pytest.mark.slow
 def test_an_optimizer_without_some_options_can_leave_them_out(fit):
     sgd = ("stage.optimizer._target_=torch.optim.SGD", "~stage.optimizer.betas", "~stage.optimizer.eps")
     with pytest.raises(UserError, match=r"stage\.optimizer: .*'betas'.*~stage\.optimizer"):
@@ -140,6 +148,7 @@ def test_an_optimizer_without_some_options_can_leave_them_out(fit):
     assert fit("other", 8, *sprop, "~stage.optimizer.fused").images_seen == 8
 
 
+@pytest.mark.slow
 def test_a_run_without_average_can_get_one(fit, tmp_path):
     fit("run", 4, "~callbacks.ema")
     with pytest.raises(UserError, match="no ema weights: use weights=raw"):
@@ -148,6 +157,7 @@ def test_a_run_without_average_can_get_one(fit, tmp_path):
     assert load_stage(tmp_path / "run").images_seen == 8
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run(fit, tmp_path):
     fit("a", 8)
     fit("b", 8, "seed=1")
@@ -155,6 +165,7 @@ def test_another_seed_is_another_run(fit, tmp_path):
     assert any(not torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.slow
 def test_warm_up_is_linear_in_images(fit):
     rates = {}
     for images in (12, 16, 24):
@@ -179,6 +190,7 @@ def test_ema_in_the_checkpoint_is_the_formula(fit, tmp_path):
             torch.testing.assert_close(value, average[key], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_load_stage_needs_nothing_but_the_file(fit, tmp_path):
     trained = fit("run", 24)
     for path in (tmp_path / "run", tmp_path / "run/checkpoints", tmp_path / "run/checkpoints/last.ckpt"):
@@ -205,6 +217,7 @@ def test_changes_replace_stored_settings(fit, tmp_path):
         load_stage(tmp_path / "run", weights="best")
 
 
+@pytest.mark.slow
 def test_a_change_of_the_corruption_is_one_of_the_samplers_too(fit, tmp_path):
     """The sampler holds a copy of it, which may also be changed alone, as the published settings do."""
     fit("run", 4, stage="relay")
@@ -220,6 +233,7 @@ def test_a_change_of_the_corruption_is_one_of_the_samplers_too(fit, tmp_path):
     assert changed.sampler.corruption.blur_sigma_max == 0.5
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_stage_is_not_continued(fit):
     fit("run", 4)
     with pytest.raises(UserError, match=r"different settings \(denoiser\.network\.channels was 8, is 16\)"):
@@ -258,6 +272,7 @@ def test_hostile_and_damaged_checkpoints_are_refused(fit, tmp_path):
     assert not trap.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "target",
     [

@@ -142,6 +142,7 @@ def drawn(folder):
     return [(folder / f"trajectory.{kind}").read_bytes() for kind in ("png", "webp")]
 
 
+@pytest.mark.slow
 def test_the_same_images_with_and_without_and_after_an_interruption(configuration, relay_overrides, tmp_path):
     """With guidance and early hand-over; three of five images, in batches of two."""
     first = "relay.stages.base.changes"

@@ -57,6 +57,7 @@ def test_the_users_choice_of_threads_holds(monkeypatch):
     assert torch.get_num_threads() == 6
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
 def test_freed_memory_is_kept_on_a_cpu():
     """The same large tensors again cost next to no new pages."""

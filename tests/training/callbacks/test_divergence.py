@@ -65,6 +65,7 @@ def test_steps_that_the_loss_scaler_skips_are_not_counted():
     assert counted(([NAN], NO, NO), skipped, ([NAN], NO, NO), taken) == [1, 1, 2, 0]
 
 
+@pytest.mark.slow
 def test_training_that_diverges_ends_with_an_error_and_keeps_the_good_checkpoint(tmp_path, small_zip):
     options = [*TINY, "resolution=16", f"data.dataset.path={small_zip}", f"run_dir={tmp_path / 'run'}"]
     assert run("train.py", *options, "trainer.max_images=16").returncode == 0
@@ -84,6 +85,7 @@ def test_training_that_diverges_ends_with_an_error_and_keeps_the_good_checkpoint
     assert load_stage(tmp_path / "run").images_seen == 16
 
 
+@pytest.mark.slow
 def test_two_processes_end_together(tmp_path, small_zip):
     result = run(
         "train.py", *TINY, "resolution=16", f"data.dataset.path={small_zip}", f"run_dir={tmp_path / 'run'}",
@@ -108,6 +110,7 @@ def test_steps_that_recover_do_not_end_it(fit, spoil):
     assert fit("run", 20, "trainer.max_nonfinite_steps=3").images_seen == 20
 
 
+@pytest.mark.slow
 def test_a_resumed_run_resets_the_count(fit, spoil):
     spoil(lambda step: step in (2, 4, 5))
     fit("run", 12, "trainer.max_nonfinite_steps=3")
@@ -136,6 +139,7 @@ def test_a_periodic_checkpoint_waits_for_a_good_step(fit, spoil, tmp_path, capsy
     assert "in the last 1 steps of 8 images; no checkpoint exists" in said
 
 
+@pytest.mark.slow
 def test_the_end_of_training_is_not_saved_during_bad_steps(fit, spoil, tmp_path):
     last = tmp_path / "run/checkpoints/last.ckpt"
     fit("run", 8)
@@ -146,6 +150,7 @@ def test_the_end_of_training_is_not_saved_during_bad_steps(fit, spoil, tmp_path)
     assert last.read_bytes() == good
 
 
+@pytest.mark.slow
 def test_a_signal_during_bad_steps_saves_nothing(fit, spoil, tmp_path, monkeypatch, capsys):
     last = tmp_path / "run/checkpoints/last.ckpt"
     fit("run", 8)
@@ -165,6 +170,7 @@ def test_a_signal_during_bad_steps_saves_nothing(fit, spoil, tmp_path, monkeypat
     assert last.read_bytes() == good
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["weight", "averaged weight", "optimizer state exp_avg of"])
 def test_a_state_that_is_not_finite_is_not_saved(fit, tmp_path, monkeypatch, part):
     last = tmp_path / "run/checkpoints/last.ckpt"

@@ -45,6 +45,7 @@ def weights_of(directory):
     return content["state_dict"] | moments | {f"ema.{k}": v for k, v in content["ema"]["weights"].items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["base", "relay"])
 def test_the_numbers_are_those_of_the_averaged_weights(fit, tmp_path, quick, stage):
     slow = ("callbacks.ema.ramp_up=null", "callbacks.ema.half_life_images=20", "stage.optimizer.lr=1e-2")
@@ -73,6 +74,7 @@ def test_the_numbers_are_those_of_the_averaged_weights(fit, tmp_path, quick, sta
         assert expected["raw"][key] != pytest.approx(expected["ema"][key], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_training_is_the_same_with_and_without(fit, tmp_path, quick):
     hard = ("network.dropout=0.2", "stage.label_dropout=0.3", "augment=edm", "stage.augment.probability=0.5")
     fit("without", 24, *hard)
@@ -83,6 +85,7 @@ def test_training_is_the_same_with_and_without(fit, tmp_path, quick):
         assert torch.equal(without[key], with_it[key]), key
 
 
+@pytest.mark.slow
 def test_a_resumed_run_repeats_no_measurement(fit, tmp_path, quick, monkeypatch):
     measured, update = [], Evaluator.update
     monkeypatch.setattr(Evaluator, "update", lambda self, *a: measured.append(len(a[0])) or update(self, *a))
@@ -115,6 +118,7 @@ def test_numbers_that_make_no_sense_are_named(configuration, small_zip, quick, s
     assert isinstance(caught.value.__cause__, UserError)
 
 
+@pytest.mark.slow
 def test_a_metric_that_cannot_be_computed_is_reported(fit, tmp_path, quick):
     fit("first", 8, *quick)
     cached = next(iter((tmp_path / "reference").glob("*.npz")))
@@ -136,6 +140,7 @@ def test_a_singular_covariance_is_reported_before_training(fit, quick, capsys):
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_measure_together(fit, tmp_path, small_zip, quick):
     """An uneven share each, then fewer images than processes at the last batch; both go on training afterwards."""
     options = [*TINY, *quick, "resolution=16", f"data.dataset.path={small_zip}", "callbacks.evaluation.count=7"]
@@ -154,6 +159,7 @@ def test_two_processes_measure_together(fit, tmp_path, small_zip, quick):
             assert float(two[images][key]) == pytest.approx(float(row[key]), rel=1e-2), (images, key)
 
 
+@pytest.mark.slow
 def test_samples_that_are_not_finite_are_reported_and_not_logged(fit, tmp_path, quick, monkeypatch, capsys):
     draw = DiffusionStage.draw
 

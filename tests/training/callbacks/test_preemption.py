@@ -39,6 +39,7 @@ def signal_at(monkeypatch):
     return send
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", preemption.SIGNALS)
 def test_training_saves_stops_and_continues(fit, tmp_path, signal_at, monkeypatch, capsys, number):
     fit("whole", 24)
@@ -94,6 +95,7 @@ def test_a_signal_before_the_first_step(fit, tmp_path, monkeypatch):
     assert content["images_seen"] == 4
 
 
+@pytest.mark.slow
 def test_a_signal_during_accumulation_waits_for_the_step(fit, tmp_path, monkeypatch):
     """Of four parts of a batch the first is done: the others follow."""
     plain = StopAtImages.on_train_batch_end

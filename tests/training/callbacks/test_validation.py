@@ -44,6 +44,7 @@ def rows_of(directory):
     return {int(row["images_seen"]): {k: v for k, v in row.items() if k.startswith("val/")} for row in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["base", "relay", "cascade"])
 def test_training_is_the_same_with_and_without(fit, tmp_path, data, stage):
     contents = []
@@ -60,6 +61,7 @@ def test_training_is_the_same_with_and_without(fit, tmp_path, data, stage):
     assert all(len(row) == 5 for row in rows.values())
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_the_averaged_weights_at_fixed_noise(fit, tmp_path, data, split_zip):
     """Written out for one image after the other: level (part + place of the image) / 4, noise of the case's seed."""
     slow = ("callbacks.ema.ramp_up=null", "callbacks.ema.half_life_images=20", "stage.optimizer.lr=1e-2")
@@ -84,6 +86,7 @@ def test_the_numbers_are_those_of_the_averaged_weights_at_fixed_noise(fit, tmp_p
     assert row["val/loss"] != pytest.approx(expected["raw"]["val/loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_numbers_do_not_depend_on_batches_processes_or_the_seed_of_training(fit, tmp_path, data):
     still = ("stage.optimizer.lr=0", "init=" + str(tmp_path / "start"))
     fit("start", 4, *data)
@@ -99,6 +102,7 @@ def test_the_numbers_do_not_depend_on_batches_processes_or_the_seed_of_training(
     assert rows_of(tmp_path / "two")[8] == pytest.approx(one, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_validation_chooses_the_best_checkpoint(fit, tmp_path, data):
     fit("run", 40, *data, *OFTEN, "callbacks.checkpoints.best=val/loss")
     rows = rows_of(tmp_path / "run")
@@ -107,6 +111,7 @@ def test_validation_chooses_the_best_checkpoint(fit, tmp_path, data):
     assert rows[best["images_seen"]]["val/loss"] == pytest.approx(best["value"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_repeats_no_measurement(fit, tmp_path, data, monkeypatch):
     fit("run", 16, *data, *OFTEN)
     before = rows_of(tmp_path / "run")
