@@ -96,4 +96,5 @@ def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float) ->
         )
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu")
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return (high + ramp * (low - high)) ** rho
+    sigmas: Tensor = (high + ramp * (low - high)) ** rho
+    return sigmas

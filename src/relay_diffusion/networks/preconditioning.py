@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ class Condition(NamedTuple):
 
 class EDMPreconditioner(nn.Module):
     """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise, labels) (Karras et al. 2022, section 5)."""
+
+    __call__: Callable[..., Tensor]  # of Module it returns Any
 
     def __init__(self, network: UNet, sigma_data: float = 0.5) -> None:
         super().__init__()

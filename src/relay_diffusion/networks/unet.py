@@ -156,4 +156,5 @@ class UNet(nn.Module):
             x = block(x, embedding)
         for block, joins in zip(self.decoder, self.joins, strict=True):
             x = block(x, embedding, skips.pop() if joins else None)
-        return self.conv_out(norm_act(x, self.norm_out)[0])
+        out: Tensor = self.conv_out(norm_act(x, self.norm_out)[0])
+        return out

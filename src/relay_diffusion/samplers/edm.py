@@ -38,7 +38,7 @@ class EDMSampler:
             raise ValueError(f"churn={churn}, sde_scale={sde_scale}: need churn >= 0 and 0 <= sde_scale <= 1")
         if not (math.isfinite(churn_noise) and churn_min >= 0 and churn_max >= 0):
             raise ValueError(f"churn_min={churn_min}, churn_max={churn_max}, churn_noise={churn_noise}: need numbers")
-        self.sigmas = [*karras_sigmas(steps, sigma_min, sigma_max, rho).tolist(), 0.0]
+        self.sigmas: list[float] = [*karras_sigmas(steps, sigma_min, sigma_max, rho).tolist(), 0.0]
         self.churn, self.churn_min, self.churn_max = churn / steps, churn_min, churn_max
         self.churn_noise, self.sde_scale = churn_noise, sde_scale
 
