@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,6 +28,8 @@ class EDMPreconditioner(nn.Module):
 
     def __init__(self, network: UNet, sigma_data: float = 0.5) -> None:
         super().__init__()
+        if not 0 < sigma_data < math.inf:
+            raise ValueError(f"sigma_data={sigma_data}: must be positive and finite")
         self.network, self.sigma_data = network, sigma_data
 
     def forward(
