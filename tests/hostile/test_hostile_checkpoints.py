@@ -240,7 +240,7 @@ def test_changes_of_another_kind(checkpoint) -> None:
     path, _ = checkpoint
     for changes, words in (
         ({"sampler": {"steps": "abc"}}, "sampler.steps=abc must be a number; stored is 4"),
-        ({"sampler": {"steps": 2.5}}, "steps is 2.5: must be a whole number"),
+        ({"sampler": {"steps": 2.5}}, "steps=2.5: must be a whole number"),
         ({"sampler": {"steps": True}}, "sampler.steps=True must be a number"),
         ({"sampler": {"rho": [7]}}, "sampler.rho=[7] must be a number; stored is 7.0"),
         ({"sampler": 5}, "sampler=5 must be a mapping"),

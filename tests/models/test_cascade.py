@@ -136,7 +136,7 @@ def test_a_cascade_is_rebuilt_from_its_checkpoint(fit, tmp_path):
     assert type(loaded) is CascadeStage
     assert loaded.corruption.condition_noise == 0.2
     trained.corruption.condition_noise = 0.2
-    with pytest.raises(UserError, match=r"condition_noise=2 must lie between 0 and condition_noise_max=0\.5"):
+    with pytest.raises(UserError, match=r"condition_noise=2: must lie between 0 and condition_noise_max=0\.5"):
         load_stage(tmp_path / "run", "raw", {"corruption": {"condition_noise": 2}})
     small = torch.randn(2, 3, 4, 4)
     expected = trained.sample((2, 3, 16, 16), [0, 1], previous=small)

@@ -36,7 +36,9 @@ def explain(error: BaseException, config: Path) -> str:
         text = str(users).rpartition("UserError: ")[2]  # a data worker sends its traceback along
     elif isinstance(error, InstantiationException) and error.__cause__ is not None:
         key = str(error).rpartition("full_key: ")[2]
-        text = f"{key}: {error.__cause__}"
+        cause = str(error.__cause__)
+        named = cause.partition("=")[0].isidentifier()  # a constructor names its argument
+        text = f"{key}{'.' if named else ': '}{cause}"
     elif isinstance(error, OverrideParseException):
         text = (
             f"{error.override}: options are KEY=VALUE, as seeds=0-7; brackets must close, and a value with spaces or "

@@ -41,6 +41,8 @@ class OptimizationHooks(L.LightningModule):
 
     def __init__(self, warmup_images: int = 0, images_seen: int = 0) -> None:
         super().__init__()
+        if not warmup_images >= 0:
+            raise ValueError(f"warmup_images={warmup_images}: must be at least 0")
         self.warmup_images = warmup_images
         self.images_seen = images_seen  # images whose gradients the weights have seen
         self.ema: WeightAverage | None = None  # of the denoiser; set by a callback at the start of a fit

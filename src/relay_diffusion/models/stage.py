@@ -85,6 +85,10 @@ class DiffusionStage(OptimizationHooks):
         super().__init__(warmup_images, info.images_seen)
         if not isinstance(denoiser, torch.nn.Module):
             raise ValueError(f"denoiser must be a network, not a {type(denoiser).__name__}")
+        if not 0 <= label_dropout <= 1:
+            raise ValueError(f"label_dropout={label_dropout}: must lie between 0 and 1")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed={seed}: must lie between 0 and 2^63 - 1")
         self.denoiser, self.corruption, self.loss, self.sampler = denoiser, corruption, loss, sampler
         self.optimizer_factory, self.augment = optimizer, augment
         if augment is not None and augment.labels != denoiser.network.augment_labels:

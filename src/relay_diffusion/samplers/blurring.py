@@ -35,19 +35,21 @@ class BlurringSampler:
         s_noise: float = 0.2,
     ) -> None:
         if not 0 <= s_noise <= 1:
-            raise ValueError(f"s_noise is {s_noise}, must lie in [0, 1]")
+            raise ValueError(f"s_noise={s_noise}: must lie between 0 and 1")
         grid = karras_sigmas(steps, sigma_min, sigma_max, rho).tolist()
         self.sigmas = [sigma for sigma in grid if sigma < truncation_sigma]
         if len(self.sigmas) < 2:
             raise ValueError(
-                f"only {len(self.sigmas)} of {steps} noise levels lie below truncation_sigma {truncation_sigma}: "
-                "raise steps or truncation_sigma"
+                f"truncation_sigma={truncation_sigma}: only {len(self.sigmas)} of {steps} noise levels lie below it "
+                f"(sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho}); raise steps or truncation_sigma"
             )
         start_level = corruption.schedule.level(torch.tensor(self.sigmas[0], dtype=torch.float64, device="cpu")).item()
         if start_level > 1:
+            schedule = corruption.schedule
             raise ValueError(
-                f"sampling would start at sigma {self.sigmas[0]:.3f}, beyond the end of the corruption's schedule "
-                f"(level {start_level:.3f} > 1): lower truncation_sigma or raise prob_length"
+                f"truncation_sigma={truncation_sigma}: sampling would start at sigma {self.sigmas[0]:.3f}, beyond the "
+                f"end of the corruption's schedule (level {start_level:.3f} > 1, p_mean={schedule.p_mean}, "
+                f"p_std={schedule.p_std}); lower it or raise prob_length={schedule.prob_length}"
             )
         self.corruption, self.s_noise = corruption, s_noise
 

@@ -34,11 +34,14 @@ class EDMSampler:
         churn_noise: float = 1.0,
         sde_scale: float = 0.0,
     ) -> None:
-        if not churn >= 0 or not 0 <= sde_scale <= 1:
-            raise ValueError(f"churn={churn}, sde_scale={sde_scale}: need churn >= 0 and 0 <= sde_scale <= 1")
-        if not (math.isfinite(churn_noise) and churn_min >= 0 and churn_max >= 0):
-            raise ValueError(f"churn_min={churn_min}, churn_max={churn_max}, churn_noise={churn_noise}: need numbers")
-        self.sigmas = [*karras_sigmas(steps, sigma_min, sigma_max, rho).tolist(), 0.0]
+        for name, value in (("churn", churn), ("churn_min", churn_min), ("churn_max", churn_max)):
+            if not value >= 0:
+                raise ValueError(f"{name}={value}: must be at least 0")
+        if not math.isfinite(churn_noise):
+            raise ValueError(f"churn_noise={churn_noise}: must be a finite number")
+        if not 0 <= sde_scale <= 1:
+            raise ValueError(f"sde_scale={sde_scale}: must lie between 0 and 1")
+        self.sigmas: list[float] = [*karras_sigmas(steps, sigma_min, sigma_max, rho).tolist(), 0.0]
         self.churn, self.churn_min, self.churn_max = churn / steps, churn_min, churn_max
         self.churn_noise, self.sde_scale = churn_noise, sde_scale
 

@@ -21,6 +21,10 @@ class EMA(Callback):
     """
 
     def __init__(self, half_life_images: float = 500_000, ramp_up: float | None = 0.05) -> None:
+        if not half_life_images >= 0:
+            raise ValueError(f"half_life_images={half_life_images}: must be at least 0")
+        if ramp_up is not None and not ramp_up >= 0:
+            raise ValueError(f"ramp_up={ramp_up}: must be at least 0, or null")
         self.half_life_images, self.ramp_up = half_life_images, ramp_up
         self._weights: dict[str, Tensor] = {}
 

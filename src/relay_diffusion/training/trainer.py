@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import lightning as L
 import torch
@@ -17,11 +18,37 @@ from relay_diffusion.training.callbacks.stopping import StopAtImages, StopIfDive
 from relay_diffusion.utils.messages import did_you_mean
 
 OWN = ("relay_diffusion.", "lightning.")  # packages whose callbacks list in `logged` what they log
+MANY = 10**15  # images: no run trains on so many
 PROFILERS: dict[str, type[Profiler]] = {
     "simple": SimpleProfiler,
     "advanced": AdvancedProfiler,
     "pytorch": PyTorchProfiler,
 }
+
+
+def training_limits(
+    max_images: int,
+    max_nonfinite_steps: int = 20,
+    max_time: str | dict[str, int] | None = None,
+    limit_train_batches: int | None = None,
+    gradient_clip_val: float | None = None,
+    fast_dev_run: bool | int = False,
+    accumulate_grad_batches: int = 1,
+) -> list[Callback]:
+    """Build the callbacks that end training, for options of `build_trainer`. Raises ValueError that names an option."""
+    for name, value, least in (
+        ("max_images", max_images, 1),
+        ("limit_train_batches", limit_train_batches, 1),
+        ("gradient_clip_val", gradient_clip_val, 0),
+        ("fast_dev_run", fast_dev_run, 0),
+        ("accumulate_grad_batches", accumulate_grad_batches, 1),
+    ):
+        if value is not None and not least <= value <= MANY:
+            raise ValueError(f"{name}={value}: must be at least {least} and at most {MANY:.0e}")
+    limits: list[Callback] = [StopIfDiverged(max_nonfinite_steps), StopAtImages(max_images, limit_train_batches)]
+    if max_time is not None:
+        limits.append(TimeLimit(max_time))
+    return limits
 
 
 def build_trainer(
@@ -38,11 +65,11 @@ def build_trainer(
     default_root_dir: str | None = None,
     max_nonfinite_steps: int = 20,
     gradient_clip_val: float | None = None,
-    gradient_clip_algorithm: str = "norm",
+    gradient_clip_algorithm: Literal["norm", "value"] = "norm",
     max_time: str | dict[str, int] | None = None,
     limit_train_batches: int | None = None,
     fast_dev_run: bool | int = False,
-    profiler: str | None = None,
+    profiler: Literal["simple", "advanced", "pytorch"] | None = None,
 ) -> L.Trainer:
     """Build a Trainer that stops once the stage has seen `max_images` images.
 
@@ -52,9 +79,10 @@ def build_trainer(
     training ends. fast_dev_run: so many steps, without checkpoints and loggers. profiler: simple, advanced or
     pytorch; its report is written to `default_root_dir`.
     """
-    limits: list[Callback] = [StopIfDiverged(max_nonfinite_steps), StopAtImages(max_images, limit_train_batches)]
-    if max_time is not None:
-        limits.append(TimeLimit(max_time))
+    limits = training_limits(
+        max_images, max_nonfinite_steps, max_time, limit_train_batches, gradient_clip_val, fast_dev_run,
+        accumulate_grad_batches,
+    )  # fmt: skip
     callbacks = [*limits, *callbacks]  # first, so that the others know whether training goes on
     _check_monitors(callbacks)
     trainer = L.Trainer(

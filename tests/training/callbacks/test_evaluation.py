@@ -13,7 +13,6 @@ from relay_diffusion.checkpoints.loading import load_stage
 from relay_diffusion.data.npz import Npz
 from relay_diffusion.diffusion.corruption import block_mean
 from relay_diffusion.diffusion.pixels import to_float, to_uint8
-from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import Evaluator, FIDMetric, SFIDMetric
 from relay_diffusion.metrics.reference import read_reference
 from relay_diffusion.models.stage import DiffusionStage
@@ -115,7 +114,7 @@ def test_numbers_that_make_no_sense_are_named(configuration, small_zip, quick, s
     )
     with pytest.raises(Exception, match=r"callbacks\.evaluation\.") as caught:
         instantiate(cfg.callbacks, _convert_="all")
-    assert isinstance(caught.value.__cause__, UserError)
+    assert str(caught.value.__cause__).startswith(setting)
 
 
 @pytest.mark.slow

@@ -50,6 +50,8 @@ class Checkpoints(PeriodicCallback, Checkpoint):
     ) -> None:
         if best_mode not in ("min", "max"):
             raise ValueError(f"best_mode={best_mode}: use min or max")
+        if not keep >= 0:
+            raise ValueError(f"keep={keep}: must be at least 0")
         super().__init__(every_n_images)
         self.directory, self.keep, self.upload = Path(directory), keep, upload
         self.monitor, self.best_mode = best, best_mode

@@ -14,7 +14,6 @@ from relay_diffusion.data.dataset import spread_images
 from relay_diffusion.data.image_sets import spread
 from relay_diffusion.diffusion.corruption import block_mean
 from relay_diffusion.diffusion.pixels import to_float, to_uint8
-from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import Evaluator
 from relay_diffusion.models.finite_samples import NonFiniteSamplesError
 from relay_diffusion.models.stage import DiffusionStage
@@ -26,7 +25,7 @@ class PeriodicEvaluation(PeriodicMeasurement):
 
     `count` images from the seeds 0..count-1, split over the ranks, in batches of `batch_size`, with the classes of
     training images spaced evenly over the dataset; a relay stage starts from the block means of these images. Samples
-    that are not finite are reported and not logged. Raises UserError for invalid numbers.
+    that are not finite are reported and not logged. Raises ValueError for a count or batch size out of range.
     """
 
     group = "eval"
@@ -34,7 +33,7 @@ class PeriodicEvaluation(PeriodicMeasurement):
     def __init__(self, evaluator: Evaluator, every_n_images: int, count: int = 5_000, batch_size: int = 64) -> None:
         for name, value, least in (("count", count, 2), ("batch_size", batch_size, 1)):
             if not isinstance(value, int) or value < least:
-                raise UserError(f"callbacks.evaluation.{name}={value}: must be a whole number, at least {least}")
+                raise ValueError(f"{name}={value}: must be a whole number, at least {least}")
         self.evaluator, self.count, self.batch_size = evaluator, count, batch_size
         super().__init__(every_n_images)
 

@@ -54,6 +54,8 @@ class PeriodicCallback(Callback, ABC):
     """
 
     def __init__(self, every_n_images: int) -> None:
+        if not every_n_images >= 0:
+            raise ValueError(f"every_n_images={every_n_images}: must be at least 0")
         self.every_n_images = every_n_images
         self._checked = 0  # images seen when `due` was last called
         self._acted = -1  # images seen at the last action

@@ -28,6 +28,8 @@ class SampleGrid(PeriodicCallback):
 
     def __init__(self, directory: str, every_n_images: int, count: int = 16) -> None:
         super().__init__(every_n_images)
+        if not count >= 1:
+            raise ValueError(f"count={count}: must be at least 1")
         self.directory, self.count = Path(directory), count
 
     def act(self, trainer: L.Trainer, stage: DiffusionStage) -> None:

@@ -9,6 +9,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, Timer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from relay_diffusion.errors import UserError
@@ -76,8 +77,8 @@ class StopIfDiverged(Callback):
     """
 
     def __init__(self, max_steps: int) -> None:
-        if max_steps < 1:
-            raise ValueError(f"max_nonfinite_steps={max_steps}: must be at least 1")
+        if not 1 <= max_steps <= 10**9:
+            raise ValueError(f"max_nonfinite_steps={max_steps}: must lie between 1 and 10^9")
         self.max_steps = max_steps
         self._count: Delayed | None = None
 
@@ -105,7 +106,12 @@ class TimeLimit(Timer):
     """
 
     def __init__(self, duration: str | timedelta | dict[str, int]) -> None:
-        super().__init__(duration, verbose=False)
+        try:
+            super().__init__(duration if isinstance(duration, dict | timedelta) else str(duration), verbose=False)
+        except (MisconfigurationException, TypeError, ValueError, OverflowError):
+            raise ValueError(f"max_time={duration}: write DD:HH:MM:SS, or a mapping such as {{hours: 8}}") from None
+        if (self.time_remaining() or 0) < 0:
+            raise ValueError(f"max_time={duration}: must not be negative")
         self._reason = f"trainer.max_time={duration}"
         self._agreement: Agreement | None = None
 

@@ -31,6 +31,8 @@ class TrainingLog(PeriodicCallback):
 
     def __init__(self, every_n_images: int, bins: int = 4) -> None:
         super().__init__(every_n_images)
+        if not 1 <= bins <= 1000:
+            raise ValueError(f"bins={bins}: must lie between 1 and 1000")
         self.bins = bins
         self._sums: Tensor | None = None
         self._counted_from, self._clock, self._logged = 0, 0.0, -1
