@@ -33,7 +33,7 @@ def sweep_job() -> Any:
 
 
 def _launcher_id() -> str | None:
-    """What all ranks of a job started by SLURM or torchrun share; None for a run started by hand."""
+    """Return the id that the launcher (SLURM, torchrun) gives all ranks; None without one."""
     command = hashlib.sha256("\0".join(sys.argv).encode()).hexdigest()[:4]  # one job may run several commands
     if "SLURM_JOB_ID" in os.environ:
         return f"{os.environ['SLURM_JOB_ID']}-{command}"
@@ -93,5 +93,5 @@ def register_resolvers() -> None:
     }
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
-    # kept in the config that asks for it: the same for all of a run's settings, another for the next run
+    # cached per config: one id for all settings of a run, a new one for the next run
     OmegaConf.register_new_resolver("new_run_id", _new_run_id, replace=True, use_cache=True)

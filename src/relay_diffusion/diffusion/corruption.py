@@ -18,8 +18,8 @@ from relay_diffusion.diffusion.schedule import LogNormal, TruncatedLogNormal
 def expand(sigma: Tensor, like: Tensor) -> Tensor:
     """[B] -> [B,1,1,1] on the device of `like`, to multiply images with.
 
-    sigma may lie on the CPU: what depends on it alone is a handful of numbers, which a GPU would take longer to
-    launch kernels for than they take there. Sending them waits for nothing.
+    sigma may be on the CPU: computing a few numbers there is faster than launching GPU kernels, and the copy is
+    asynchronous.
     """
     return sigma.view(-1, 1, 1, 1).to(like.device, non_blocking=True)
 
@@ -69,7 +69,7 @@ def block_mean(images: Tensor, block: int) -> Tensor:
 class GaussianCorruption:
     """Add white noise: x_sigma = x0 + sigma eps. Every relay's first stage."""
 
-    block = 1  # enlarges nothing: there is no earlier stage
+    block = 1  # a first stage has no upsampling factor
 
     def __init__(self, schedule: LogNormal) -> None:
         self.schedule = schedule
@@ -100,7 +100,7 @@ def _widest_exponents(block: int, blur_sigma_max: float, dtype: torch.dtype, dev
 
 
 class BlurringCorruption:
-    """Noise while every block fades towards its mean, so that the end state is the upsampled small image.
+    """Block blur with noise; its end state is the upsampled small image.
 
     x_u = DCT^-1[A(u) DCT[x0]] + sigma(u) (eps + block_strength block(eps')), per block x block piece, with
     A_kl(u) = (1 - min_gain) exp(-(w_k^2 + w_l^2) b(u)^2 / 2) + min_gain, w_k = pi k / block,
@@ -181,7 +181,7 @@ class Corruption(Protocol):
 
 
 class ConditionedCorruption(GaussianCorruption):
-    """White noise, x_sigma = x0 + sigma eps; beside it a condition, the small image with noise of its own, enlarged.
+    """Gaussian corruption, conditioned on the noisy, upsampled small image.
 
     y = bicubic(block_mean(x0) + level eps'), level ~ U(0, condition_noise_max) for each training image, and
     condition_noise in sampling: conditioning augmentation (Ho et al. 2021, arXiv 2106.15282, section 4), which hides
@@ -210,7 +210,7 @@ class ConditionedCorruption(GaussianCorruption):
         Raises ValueError if `previous` [B,C,H/block,W/block], which becomes the condition, is missing or does not fit.
         """
         if previous is None:
-            raise ValueError("a conditioned stage sees the images of the stage before: give `previous`")
+            raise ValueError("a conditioned stage needs the images of the stage before: give `previous`")
         check_images("previous", previous)
         height, width = (size * self.block for size in previous.shape[2:])
         if (*previous.shape[:2], height, width) != tuple(like.shape):

@@ -35,7 +35,7 @@ OptimizerFactory = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
 
 @dataclass(frozen=True)
 class StageInfo:
-    """What is known about a stage besides its weights.
+    """Metadata of a stage.
 
     config: the stage config from which a checkpoint rebuilds it. class_names: names of the classes, in order.
     origin: the file and weights that a loaded stage came from, and those of its guide. images_seen: images of its
@@ -49,7 +49,7 @@ class StageInfo:
 
 
 class DiffusionStage(OptimizationHooks):
-    """A denoiser that learns to undo a corruption, and the sampler that turns it into images.
+    """Denoiser of a corruption with its loss, optimizer and sampler.
 
     `augment`: augments training images; its labels are an input of the network, 0 in sampling.
     `label_dropout`: share of labels hidden in training, which guidance away from the estimate without class needs.
@@ -130,7 +130,7 @@ class DiffusionStage(OptimizationHooks):
     # ---- training ----
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:  # noqa: ARG002
-        """uint8 images [B,C,H,W], labels [B] -> the loss to minimise; for the log, each loss and sigma (on the CPU)."""
+        """Return the loss of uint8 images [B,C,H,W] with labels [B], and each image's loss and sigma (CPU)."""
         images, labels = batch
         position = self.images_seen + self._pending + self.global_rank * len(images)
         torch.manual_seed(mix_seeds(self.seed, position))

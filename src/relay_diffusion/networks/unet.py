@@ -46,7 +46,7 @@ class UNet(nn.Module):
         condition_channels: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, low, high in (  # a stored config that asks for more would take hours, or all memory
+        for name, value, low, high in (  # a damaged config must not take hours or all memory
             ("resolution", resolution, 1, 2**14),
             ("image_channels", image_channels, 1, 1024),
             ("channels", channels, 2, 2**14),
@@ -99,7 +99,7 @@ class UNet(nn.Module):
         self.middle = nn.ModuleList(block(levels - 1, current, current, attention) for attention in (True, False))
 
         self.decoder = nn.ModuleList()
-        self.joins = []  # for each decoder block: does it take a skip connection?
+        self.joins = []  # for each decoder block, whether it takes a skip connection
         for level, mult in reversed(list(enumerate(channel_mult))):
             attention = resolution >> level in attention_resolutions
             if level < levels - 1:
@@ -126,7 +126,7 @@ class UNet(nn.Module):
         """Convert weights to the memory format of the activations."""
         self.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         for layer in self.modules():
-            if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):  # used as a matrix: its gradient is one
+            if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):  # a matrix, with a contiguous gradient
                 layer.weight.data = layer.weight.data.clone(memory_format=torch.contiguous_format)
 
     def embed(

@@ -28,7 +28,7 @@ def initial_state(start: Tensor, labels: Tensor | None) -> Tensor:
 
 
 def second_order(both: Tensor, residual: Tensor, ratio: float) -> Tensor:
-    """The clean images that the mean of the slopes at both ends of a step points to (Heun), all [B,C,H,W].
+    """Clean estimate of Heun's second-order step, all [B,C,H,W].
 
     x - sigma (d + d')/2 with d = (x - x0^)/sigma and d' = (x' - x0^')/sigma', that is (both - ratio residual)/2 with
     both = x + x0^, residual = x' - x0^', ratio = sigma/sigma'.

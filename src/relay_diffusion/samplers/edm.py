@@ -57,9 +57,7 @@ class EDMSampler:
         """
         rounding = 1 + 1e-9  # the grid ends at sigma_min to within that
         if not self.sigmas[-2] <= sigma * rounding < self.sigmas[0]:
-            raise ValueError(
-                f"cannot stop at sigma {sigma}: the sampler walks from {self.sigmas[0]:g} to {self.sigmas[-2]:g}"
-            )
+            raise ValueError(f"cannot stop at sigma {sigma}: give {self.sigmas[-2]:g} to below {self.sigmas[0]:g}")
         stopped = copy.copy(self)
         stopped.sigmas = [*(level for level in self.sigmas if level > sigma * rounding), sigma, 0.0]
         stopped.churn_min = max(self.churn_min, sigma * rounding)  # the estimate is that of this level, not above
@@ -73,7 +71,7 @@ class EDMSampler:
     def __call__(self, denoise: Denoiser, start: Tensor, randn_like: RandnLike, labels: Tensor | None = None) -> Tensor:
         """start: unit-variance noise [B,C,H,W]; labels [B] or None -> images [B,C,H,W] in the state's dtype."""
         x = initial_state(start, labels) * self.sigmas[0]
-        ones = torch.ones(len(x), dtype=torch.float64, device="cpu")  # wrappers may look at sigma without waiting
+        ones = torch.ones(len(x), dtype=torch.float64, device="cpu")  # CPU: no sync for guidance intervals
         for sigma, sigma_next in zip(self.sigmas, self.sigmas[1:], strict=False):
             gamma = self._gamma(sigma)
             sigma_hat = sigma * (1 + gamma)
@@ -83,7 +81,7 @@ class EDMSampler:
             proposal = self._step(x, denoised, sigma_hat, sigma_next, randn_like)
             if sigma_next == 0:
                 return proposal
-            both = x + denoised  # now: a denoiser may write its next answer over this one
+            both = x + denoised  # before the next evaluation, which may reuse this memory
             residual = proposal - denoise(proposal, sigma_next * ones, labels)
             x = self._step(x, second_order(both, residual, sigma_hat / sigma_next), sigma_hat, sigma_next, randn_like)
         return x
