@@ -51,7 +51,7 @@ def test_splits_share_the_classes_and_a_subset_keeps_their_indices(tmp_path: Pat
     train, val = (ImageDataset(whole.path, 8, subset=subset) for subset in ("train", "val"))
     assert (train.num_classes, train.labels) == (3, [0, 1, 2, 2])
     assert (val.num_classes, val.labels) == (3, [1, 2])
-    assert sorted(labels_like_reference(whole.path, "val", ["ant", "cat", "dog"], "reference")) == [1, 2]
+    assert sorted(labels_like_reference(whole.path, "val", 3, ["ant", "cat", "dog"], "reference")) == [1, 2]
 
 
 def test_class_level_chooses_the_folder(tmp_path: Path) -> None:

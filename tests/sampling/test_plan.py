@@ -127,12 +127,20 @@ def test_every_device_gets_its_share_with_the_images_to_start_from(small_images)
     assert (batch.positions.tolist(), batch.seeds.tolist(), batch.start) == ([1], [4, 4], None)
 
 
+def test_classes_like_a_reference_are_known_to_the_model(small_zip):
+    """Published checkpoints have no class names: then the number of classes decides."""
+    assert sorted(labels_like_reference(small_zip, "", 2, [], "reference")) == [0] * 12 + [1] * 12
+    for num_classes, names in ((1, []), (2, ["a", "b"])):
+        with pytest.raises(UserError, match=r"^class=reference: reference=.* has other classes than the model"):
+            labels_like_reference(small_zip, "", num_classes, names, "reference")
+
+
 def test_any_stretch_has_the_classes_about_as_often_as_the_whole(tmp_path):
     with image_zip(tmp_path / "set.zip", ["a", "b"]) as archive:
         for i in range(400):
             archive.add(f"{i:03d}.png", Image.new("RGB", (1, 1)), int(i >= 300))
-    labels = labels_like_reference(tmp_path / "set.zip", "", ["a", "b"], "reference")
-    assert labels == labels_like_reference(tmp_path / "set.zip", "", ["a", "b"], "reference")
+    labels = labels_like_reference(tmp_path / "set.zip", "", 2, ["a", "b"], "reference")
+    assert labels == labels_like_reference(tmp_path / "set.zip", "", 2, ["a", "b"], "reference")
     assert sum(labels) == 100
     for first in range(0, 400, 100):
         assert 10 < sum(labels[first : first + 100]) < 40  # 25 expected, 4.3 the standard deviation

@@ -45,16 +45,18 @@ def class_indices(chosen: object, num_classes: int, names: Sequence[str]) -> lis
     return indices
 
 
-def labels_like_reference(path: str | Path, subset: str, names: Sequence[str], option: str) -> list[int]:
+def labels_like_reference(
+    path: str | Path, subset: str, num_classes: int, names: Sequence[str], option: str
+) -> list[int]:
     """Return the class indices of an image set in a fixed random order.
 
     Any part of them has about the same class proportions.
 
-    Raises UserError for a set without classes, or with others than the model's `names`.
+    Raises UserError for a set without classes, or with others than the model's; it may have no `names`.
     """
     source = open_source(path, option)
     labels = read_labels(source)
-    if labels is None or (names and labels.class_names != list(names)):
+    if labels is None or len(labels.class_names) > num_classes or (names and labels.class_names != list(names)):
         problem = "has no classes (dataset.json)" if labels is None else "has other classes than the model"
         raise UserError(f"class={AS_REFERENCE}: {option}={path} {problem}: name classes instead")
     with prefix_errors(f"class={AS_REFERENCE}"):
