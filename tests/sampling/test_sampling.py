@@ -1,6 +1,7 @@
 """Sampling and measuring from a config: continued runs, given images, early hand-over, packing."""
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ from relay_diffusion.config.sample import validate_sampling
 from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.errors import UserError
+from relay_diffusion.metrics import Evaluator
 from relay_diffusion.models.relay import Relay
 from relay_diffusion.sampling.run import build_relay, sample
+from relay_diffusion.utils.distributed import SIGNALS
 
 
 @pytest.fixture
@@ -265,6 +268,23 @@ def test_an_averaged_reference_is_reported(configuration, evaluate, tmp_path, ca
     printed = " ".join(capsys.readouterr().out.split())
     assert "warning the reference images were averaged over blocks of side 4 to the size of the samples" in printed
     assert "warning FID: the covariance of 3 generated images is singular" in printed
+
+
+def test_signal_handlers_are_restored(configuration, evaluate, monkeypatch):
+    """After sampling and after evaluation: Ctrl-C then interrupts the calling program again."""
+    seen = []
+
+    def handlers():
+        return [signal.getsignal(number) for number in SIGNALS]
+
+    for kind, name in ((Relay, "predict_step"), (Evaluator, "update")):
+        plain = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda *args, plain=plain: seen.append(handlers()) or plain(*args))
+    before = handlers()
+    sample(configuration("sample", *evaluate, "seeds=0-1", "metrics=fid"))
+    assert handlers() == before
+    assert len(seen) > 2
+    assert before not in seen
 
 
 def test_samples_measured_from_files_are_those_measured_on_the_way(configuration, evaluate, tmp_path):

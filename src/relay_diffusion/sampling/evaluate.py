@@ -17,7 +17,7 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import Evaluator
 from relay_diffusion.sampling.options import ReferenceOptions, SamplingOptions
 from relay_diffusion.sampling.report import report
-from relay_diffusion.training.callbacks.preemption import Preemption
+from relay_diffusion.training.callbacks.preemption import Preemption, restored_signal_handlers
 from relay_diffusion.utils.distributed import started_ranks
 from relay_diffusion.utils.files import json_text, write_text
 from relay_diffusion.utils.progress import progress
@@ -66,7 +66,8 @@ def measure(
 ) -> dict[str, Any]:
     """Return the numbers of images; rank 0 also writes metrics.json with how they were obtained."""
     began = time.perf_counter()
-    numbers = _compute(trainer, evaluator, images, options.batch_size)
+    with restored_signal_handlers():
+        numbers = _compute(trainer, evaluator, images, options.batch_size)
     if not trainer.is_global_zero:
         return dict(numbers)
     results = how | numbers

@@ -38,7 +38,7 @@ from relay_diffusion.sampling.options import (
 )
 from relay_diffusion.sampling.plan import Plan, plan_from_images, plan_from_noise
 from relay_diffusion.sampling.report import report
-from relay_diffusion.training.callbacks.preemption import Preemption
+from relay_diffusion.training.callbacks.preemption import Preemption, restored_signal_handlers
 from relay_diffusion.utils.distributed import on_rank_zero, started_ranks
 from relay_diffusion.utils.files import write_text
 from relay_diffusion.utils.host import report_slow_settings
@@ -182,7 +182,9 @@ def chosen_classes(options: SamplingOptions, relay: Relay) -> list[int] | None:
         return class_indices(chosen, relay.num_classes, relay.class_names)
     if reference.path is None:
         raise UserError(f"class={AS_REFERENCE}: there is no {reference.option}; give reference=FOLDER or ZIP")
-    return labels_like_reference(reference.path, reference.subset, relay.class_names, reference.option)
+    return labels_like_reference(
+        reference.path, reference.subset, relay.num_classes, relay.class_names, reference.option
+    )
 
 
 def _check_classes(start: ImageDataset, relay: Relay) -> None:
@@ -198,7 +200,9 @@ def _report_uneven_classes(reference: ReferenceOptions, relay: Relay) -> None:
     """Report class shares that differ between reference and samples, which raises all distances."""
     assert reference.path is not None
     with suppress(UserError):  # no classes, or no set of images
-        labels = labels_like_reference(reference.path, reference.subset, relay.class_names, "reference")
+        labels = labels_like_reference(
+            reference.path, reference.subset, relay.num_classes, relay.class_names, "reference"
+        )
         counts = Counter(labels)
         if relay.num_classes and max(counts.values()) > UNEVEN * min(counts[k] for k in range(relay.num_classes)):
             print(
@@ -229,7 +233,8 @@ def _predict(trainer: L.Trainer, model: L.LightningModule, data: L.LightningData
     before = list(trainer.callbacks)  # type: ignore[attr-defined]
     trainer.callbacks = [*before, *own, Preemption()]  # type: ignore[attr-defined]
     try:
-        trainer.predict(model, datamodule=data, return_predictions=False)
+        with restored_signal_handlers():
+            trainer.predict(model, datamodule=data, return_predictions=False)
     finally:
         trainer.callbacks = before  # type: ignore[attr-defined]
 

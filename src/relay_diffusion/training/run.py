@@ -15,7 +15,7 @@ from relay_diffusion.checkpoints.reading import LAST
 from relay_diffusion.data.datamodule import ImageDataModule
 from relay_diffusion.errors import UserError, prefix_errors, require
 from relay_diffusion.models.stage import DiffusionStage, StageInfo
-from relay_diffusion.training.callbacks.preemption import leave_after_signal
+from relay_diffusion.training.callbacks.preemption import leave_after_signal, restored_signal_handlers
 from relay_diffusion.training.resume import DATA_ORDER, RunRecord, Start, find_start, init_from
 from relay_diffusion.utils.distributed import destroy_process_group, on_rank_zero, started_ranks
 from relay_diffusion.utils.files import write_text
@@ -75,7 +75,8 @@ def train(cfg: DictConfig) -> DiffusionStage | None:
         initial = init_from(stage, cfg.init) if start.checkpoint is None and cfg.init is not None else None
         if trainer.is_global_zero:
             _announce(cfg, trainer, stage, data, start, initial)
-        trainer.fit(stage, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
+        with restored_signal_handlers():
+            trainer.fit(stage, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
     if stage.images_seen < cfg.trainer.max_images and stage.fit_state.stop_signal:
         destroy_process_group()  # all ranks are here
         leave_after_signal(trainer, stage.fit_state.stop_signal)

@@ -113,6 +113,23 @@ def test_a_signal_during_accumulation_waits_for_the_step(fit, tmp_path, monkeypa
     assert fit("run", 12, "trainer.accumulate_grad_batches=4").images_seen == 12
 
 
+def handlers():
+    return [signal.getsignal(number) for number in preemption.SIGNALS]
+
+
+def test_training_that_fails_restores_the_signal_handlers(fit, monkeypatch):
+    before = handlers()
+
+    def on_train_batch_end(*_):
+        assert handlers() != before
+        raise ValueError("an error in training")
+
+    monkeypatch.setattr(StopAtImages, "on_train_batch_end", on_train_batch_end)
+    with pytest.raises(ValueError, match="an error in training"):
+        fit("run", 8)
+    assert handlers() == before
+
+
 def test_a_signal_with_the_last_step_changes_nothing(fit, signal_at):
     signal_at(signal.SIGTERM, 8)
     assert fit("run", 8).images_seen == 8

@@ -6,7 +6,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -20,6 +21,25 @@ from relay_diffusion.utils.slurm import requeue
 IGNORABLE = (signal.SIGINT, signal.SIGHUP)  # ignored by background jobs of a shell and under nohup
 
 
+@contextmanager
+def restored_signal_handlers() -> Iterator[None]:
+    """Restore the present signal handlers after the block, unless the process exits.
+
+    Around a Trainer: on an error, Lightning restores handlers after the last hook of a callback.
+    """
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    exits = False
+    try:
+        yield
+    except SystemExit:
+        exits = True  # a second signal must not interrupt that
+        raise
+    finally:
+        if not exits and threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
 class Preemption(Callback):
     """Stop at a signal: training after it has saved, sampling at once.
 
@@ -27,26 +47,18 @@ class Preemption(Callback):
     Sampling keeps every finished image. A signal to one process stops all ranks; a second SIGINT stops training at
     once, without saving. Under SLURM, SIGUSR1 and SIGUSR2 (sent before the time limit, with `--signal=USR1@300`)
     also requeue the job. SIGTERM does not: SLURM requeues preempted jobs itself, and a cancelled job must not restart.
-    The exit code is 128 + the signal's number.
+    The exit code is 128 + the signal's number. Run it inside `restored_signal_handlers`.
     """
 
     def __init__(self) -> None:
         self.received = 0  # the signal that this process got
         self._reading: Agreement | None = None
-        self._before: dict[int, Any] = {}  # handlers
         self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]  # now, because a closed terminal is no tty
 
     def setup(self, trainer: L.Trainer, pl_module: DiffusionStage, stage: str) -> None:
         """Handle signals that arrive before the first step; training stops after it."""
         if stage == "fit":
-            self._before = {number: signal.getsignal(number) for number in SIGNALS}
             _handle_signals(self._note)
-
-    def teardown(self, trainer: L.Trainer, pl_module: DiffusionStage, stage: str) -> None:
-        """Restore the previous signal handlers."""
-        if stage == "fit" and threading.current_thread() is threading.main_thread():
-            for number, handler in self._before.items():
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
         """Replace Lightning's handlers, which save nothing."""
