@@ -8,6 +8,7 @@ import pytest
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.networks.flops import forward_flops
 from relay_diffusion.training.callbacks.sample_grid import SampleGrid
+from relay_diffusion.training.callbacks.training_log import TrainingLog
 
 
 def rows_of(directory):
@@ -20,6 +21,12 @@ def rows_of(directory):
 def test_a_short_run_is_logged_too(fit, tmp_path):
     fit("run", 8, "callbacks.log.every_n_images=1000")
     assert len(rows_of(tmp_path / "run")) == 1
+
+
+def test_zero_disables_the_log(fit, tmp_path):
+    assert TrainingLog(0).logged == []
+    fit("run", 8, "callbacks.log.every_n_images=0")
+    assert not (tmp_path / "run/log/metrics.csv").exists()
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -27,7 +27,8 @@ DIVERGED = "lower stage.optimizer.lr, raise stage.warmup_images, or set trainer.
 class Checkpoints(PeriodicCallback, Checkpoint):
     """Write `directory`/last.ckpt every `every_n_images` and at the end.
 
-    `keep`: number of earlier checkpoints (images-000128000.ckpt, ...) to keep.
+    `keep`: number of earlier checkpoints (images-000128000.ckpt, ...) to keep; 0 adds none, and removes none that the
+    run has kept before.
     `upload`: also send each one to loggers with `log_file`, as a "model".
     `best`: a logged metric, such as eval/fid; `directory`/best.ckpt then holds the state of its lowest value, or the
     highest with `best_mode` max, and the value under its key "best".
@@ -52,6 +53,10 @@ class Checkpoints(PeriodicCallback, Checkpoint):
             raise ValueError(f"best_mode={best_mode}: use min or max")
         if not keep >= 0:
             raise ValueError(f"keep={keep}: must be at least 0")
+        if not every_n_images >= 1:
+            raise ValueError(
+                f"every_n_images={every_n_images}: must be at least 1; above trainer.max_images, only the end is saved"
+            )
         super().__init__(every_n_images)
         self.directory, self.keep, self.upload = Path(directory), keep, upload
         self.monitor, self.best_mode = best, best_mode

@@ -55,6 +55,8 @@ class TrainingLog(PeriodicCallback):
     @property
     def logged(self) -> list[str]:
         """The metrics that callbacks can monitor."""
+        if self.every_n_images <= 0:
+            return []
         bins = [f"loss_noise_{i + 1}" for i in range(self.bins)]
         others = ["loss", "gradient_norm", "replaced_gradients", "lr", "ema_half_life", "images_per_second", "tflops"]
         return [f"train/{name}" for name in (*others, *bins, "utilisation", "memory_gib")]
@@ -76,8 +78,8 @@ class TrainingLog(PeriodicCallback):
             self.act(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
-        """Log the images after the last row."""
-        if pl_module.images_seen > self._counted_from:
+        """Log the images after the last row, also if a signal stops the run."""
+        if self.every_n_images > 0 and pl_module.images_seen > self._counted_from:
             self.act(trainer, pl_module)
 
     def act(self, trainer: L.Trainer, stage: DiffusionStage) -> None:
