@@ -3,9 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from relay_diffusion.training.callbacks.checkpoints import Checkpoints
 from relay_diffusion.training.callbacks.periodic import PeriodicCallback
+from relay_diffusion.training.callbacks.sample_grid import SampleGrid
 from support import tiny_stage
 
 
@@ -53,6 +55,24 @@ def test_a_signal_skips_the_end():
 
 def test_fast_dev_run_skips_all():
     assert train(Recorder(4), [0, 4, 8], fast=True) == []
+
+
+def test_pictures_are_drawn_at_the_precision_of_the_run(fit, monkeypatch):
+    seen, picture = [], SampleGrid.picture
+    monkeypatch.setattr(
+        SampleGrid, "picture", lambda *args: seen.append(torch.is_autocast_enabled("cpu")) or picture(*args)
+    )
+    fit("plain", 4, "callbacks.grid.every_n_images=4")
+    fit("mixed", 4, "callbacks.grid.every_n_images=4", "trainer.precision=bf16-mixed")
+    assert seen == [False, True]
+
+
+def test_checkpoints_cannot_be_disabled_by_zero(configuration, tmp_path):
+    """The pictures follow their interval: with 0 they would be disabled without a word."""
+    with pytest.raises(ValueError, match=r"^every_n_images=0: must be at least 1; above trainer\.max_images, only the"):
+        Checkpoints(str(tmp_path), 0)
+    cfg = configuration("train", "callbacks.checkpoints.every_n_images=5_000_000")
+    assert cfg.callbacks.grid.every_n_images == 5_000_000
 
 
 def test_checkpoints_count_the_same_way(tmp_path):

@@ -38,7 +38,8 @@ class SampleGrid(PeriodicCallback):
         if not trainer.is_global_zero or path.exists():
             return
         try:
-            with exclude_from_throughput(stage), stage.averaged():
+            precision = trainer.precision_plugin.predict_step_context()
+            with exclude_from_throughput(stage), stage.averaged(), precision:
                 picture = self.picture(stage, trainer.datamodule.dataset)  # type: ignore[attr-defined]
         except NonFiniteSamplesError as error:  # training goes on: its own checks decide whether it has diverged
             print(f"warning: no {path.name}, {error}", file=sys.stderr, flush=True)
