@@ -23,6 +23,7 @@ from relay_diffusion.metrics import (
     FrechetDistance,
     ImageMetric,
     Inception,
+    InceptionFeatures,
     InceptionScore,
     InceptionScoreMetric,
     KIDMetric,
@@ -205,6 +206,19 @@ def test_2049_images_give_a_covariance_of_full_rank() -> None:
     assert metric.warnings(2049) == []
     (line,) = metric.warnings(2048)
     assert "2,048 features need at least 2,049" in line
+
+
+def test_the_device_of_inception_may_differ_from_that_of_the_states(reference: Reference) -> None:
+    """States stay on the CPU on Apple GPUs, while Inception takes its images from its own device."""
+
+    class Elsewhere(PixelFeatures):
+        device = torch.device("meta")
+
+        def forward(self, images: Tensor) -> InceptionFeatures:
+            assert images.device == self.device
+            return super().forward(torch.zeros(images.shape, dtype=torch.uint8))
+
+    assert Evaluator(Elsewhere(), reference, all_metrics()).compute() == {"images": 0}
 
 
 def test_invalid_calls(reference: Reference) -> None:

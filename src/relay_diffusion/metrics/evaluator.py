@@ -96,7 +96,7 @@ class Evaluator(nn.Module):
         A metric that needs more images is added to `skipped`. Raises ValueError if positions are missing or repeated.
         """
         # A rank without images gets states of the right shapes, and takes part in every sum.
-        nothing = torch.zeros(0, 3, 32, 32, dtype=torch.uint8, device=self._store.device)
+        nothing = torch.zeros(0, 3, 32, 32, dtype=torch.uint8, device=self.inception.device)
         self.update(nothing, torch.zeros(0, dtype=torch.int64))
         images, features = self._store.compute()
         self.skipped, self.warnings = dict(self._unavailable), []

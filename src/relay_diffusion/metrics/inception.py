@@ -57,6 +57,11 @@ class Inception(nn.Module):
         """Whether the weights have a class layer, which logits need."""
         return self.network.fc is not None
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.network.parameters()).device
+
     @torch.no_grad()
     def forward(self, images: Tensor) -> InceptionFeatures:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
