@@ -40,6 +40,10 @@ def test_images_come_back_bit_for_bit(store):
     assert torch.equal(torch.cat(list(store.images(NAMES[:3], (8, 8)).batches(2, [0, 2]))), PIXELS[[0, 2]])
 
 
+def test_images_of_a_run_are_not_averaged(store):
+    assert store.images(NAMES[:3], (8, 8)).averaging == set()
+
+
 @pytest.mark.usefixtures("store")
 def test_other_settings_are_refused_and_the_first_is_named(tmp_path):
     assert "0/a" in ImageStore(tmp_path, {"sampler": {"steps": 5, "churn": 0.0}})

@@ -163,6 +163,7 @@ class _KeptImages(ImageSet):
     kind = "run"
 
     def __init__(self, store: ImageStore, names: Sequence[str], resolution: tuple[int, int]) -> None:
+        super().__init__()
         self.store, self.names, self.resolution, self.path = store, names, resolution, store.folder
 
     @property
