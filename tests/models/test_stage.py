@@ -343,6 +343,16 @@ def test_a_second_fit_without_average_keeps_none(fit):
     assert (stage.ema, stage.fit_state) == (None, FitState())
 
 
+def test_a_fit_counts_nothing_of_one_that_failed_between_micro_batches():
+    stage = tiny_stage(4)
+    stage.add_pending(4, torch.ones(4))
+    next(stage.parameters()).grad = torch.ones_like(next(stage.parameters()))
+    stage.gradient_norm.add(stage.denoiser.parameters())
+    stage.setup("fit")
+    assert not stage.mid_accumulation
+    assert stage.gradient_norm.take() is None
+
+
 def test_a_stage_that_refuses_its_settings_is_named(fit):
     with pytest.raises(UserError, match=r"^stage: network\.condition_channels=3: DiffusionStage provides 0"):
         fit("run", 4, "network.condition_channels=3")

@@ -118,6 +118,7 @@ class OptimizationHooks(L.LightningModule):
         """Reset the state of an earlier fit."""
         if stage == "fit":
             self.nonfinite_steps, self.fit_state, self.ema = NonfiniteSteps(), FitState(), None
+            self.gradient_norm, self._pending = GradientNorm(), 0  # left by a fit that failed between two steps
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the counts."""
