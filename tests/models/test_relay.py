@@ -98,6 +98,11 @@ def test_a_relay_of_later_stages_starts_from_given_images():
     assert torch.equal(samples.images, to_uint8(samples.stages["c"]))
 
 
+def test_an_unknown_rounding_is_named():
+    with pytest.raises(ValueError, match=r"^rounding=up: use nearest or floor"):
+        Relay({"a": tiny_stage(4)}, rounding="up")
+
+
 def test_rounding_and_postprocessing_of_the_final_images():
     images = torch.linspace(-1, 1, 48).reshape(1, 3, 4, 4)
     floor = Relay({"a": tiny_stage(4)}, rounding="floor").finish(images)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from relay_diffusion.diffusion.pixels import to_float, to_uint8
+from relay_diffusion.diffusion.pixels import ROUNDING, to_float, to_uint8
 from relay_diffusion.errors import UserError, require
 from relay_diffusion.models.finite_samples import finite, nonfinite_samples
 from relay_diffusion.models.sample_arguments import ClassLabels, Integers, image_batch, label_tensor, seed_list
@@ -49,7 +49,7 @@ class Relay(L.LightningModule):
     `hand_over_sigma`: the first stage stops at that noise level and hands over its estimate. `rounding` to 8 bits
     is "nearest" or "floor"; `postprocess` changes the 8-bit images [B,C,H,W]. `samplers`: those of the stages, by name;
     replacing one here leaves the stage as it is.
-    Raises UserError if a stage's output is not what the next one starts from.
+    Raises UserError if a stage's output is not what the next one starts from, ValueError for another rounding.
     """
 
     def __init__(
@@ -61,6 +61,8 @@ class Relay(L.LightningModule):
     ) -> None:
         super().__init__()
         _check_chain(stages)
+        if rounding not in ROUNDING:
+            raise ValueError(f"rounding={rounding}: use {' or '.join(ROUNDING)}")
         self._names = list(stages)  # a ModuleDict refuses some names ("keys", "pop")
         self.stages = nn.ModuleList(stages.values())
         self.rounding, self.postprocess = rounding, postprocess
