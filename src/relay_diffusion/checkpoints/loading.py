@@ -62,11 +62,10 @@ def load_stage(
     file = find_stage(path)
     checkpoint = read_stage(file)
     stored = {key: value for key, value in checkpoint["stage_config"].items() if key != "optimizer"}
-    config = changed_config(
-        {"cuda_graphs": True, "label_dropout": 0.0} | stored, changes, file
-    )  # older files lack them
+    defaults = {"cuda_graphs": True, "label_dropout": 0.0}  # older files lack them
+    config = changed_config(defaults | stored, changes, f"changes to the stage of {file}: ")
     if sampler is not None:
-        config["sampler"] = _replaced_sampler(sampler, config["corruption"], file, trusted)
+        config["sampler"] = _replaced_sampler(sampler, config["corruption"], trusted)
     if config.get("guidance_scale", 1) == 1 and (changes or {}).get("guidance_interval") is not None:
         raise UserError(
             f"changes to the stage of {file}: guidance_interval needs a guidance_scale other than 1, e.g. 2"
@@ -269,13 +268,14 @@ def build_empty(config: Mapping[str, Any], file: Path, trusted: Sequence[str] = 
         return build_stored(config, file, trusted)
 
 
-def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any] | None, file: Path) -> dict[str, Any]:
+def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any] | None, said: str) -> dict[str, Any]:
     """Replace values of a stored config; nulls in `changes` change nothing.
 
     `changes` has the structure of the config. Changes of the corruption also apply to that of the sampler, unless
-    `changes` sets the latter. Raises UserError for an unknown key and for a value of another kind.
+    `changes` sets the latter. said: prefix of messages. Raises UserError for an unknown key and for a value of another
+    kind.
     """
-    _check_changes(config, changes or {}, f"changes to the stage of {file}: ")
+    _check_changes(config, changes or {}, said)
     stored, given = OmegaConf.create(dict(config)), _without_nulls(changes or {})
     OmegaConf.set_struct(stored, True)
     copied = {}
@@ -284,7 +284,7 @@ def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any] | None,
     try:
         merged = OmegaConf.merge(stored, copied, given)
     except OmegaConfBaseException as error:
-        raise UserError(f"changes to the stage of {file}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{said.rstrip('.: ')}: {str(error).splitlines()[0]}") from None
     return cast(dict[str, Any], OmegaConf.to_container(merged))
 
 
@@ -308,7 +308,7 @@ def _check_changes(stored: Mapping[str, Any], changes: Mapping[str, Any], said: 
 
 
 def _replaced_sampler(
-    settings: Mapping[str, Any], corruption: Mapping[str, Any], file: Path, trusted: Sequence[str]
+    settings: Mapping[str, Any], corruption: Mapping[str, Any], trusted: Sequence[str]
 ) -> dict[str, Any]:
     """Return the settings of another sampler with the corruption of the stage.
 
@@ -327,7 +327,7 @@ def _replaced_sampler(
             raise UserError(f"sampler.{shorten(key)}: unknown key{did_you_mean(str(key), known)}")
     replaced = dict(settings)
     if "corruption" in known:
-        replaced["corruption"] = changed_config(corruption, settings.get("corruption"), file)
+        replaced["corruption"] = changed_config(corruption, settings.get("corruption"), "sampler.corruption.")
     return replaced
 
 
