@@ -49,7 +49,7 @@ def explain(error: BaseException, config: Path) -> str:
     elif isinstance(unknown, OmegaConfBaseException) and unknown.full_key and isinstance(error, HydraException):
         name, known = str(unknown.full_key), _known_keys(config)
         elsewhere = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]  # the same last word
-        nearest = f"; did you mean {elsewhere[0]}?" if elsewhere else did_you_mean(name, known, "")
+        nearest = did_you_mean(name, elsewhere or known, f"; did you mean {elsewhere[0]}?" if elsewhere else "")
         text = f"{name} is not an option{nearest}"
     elif resolved is not None and resolved.full_key:
         text = f"{resolved.full_key}: {str(resolved).splitlines()[0]}"
