@@ -38,7 +38,7 @@ from relay_diffusion.sampling.options import (
 )
 from relay_diffusion.sampling.plan import Plan, plan_from_images, plan_from_noise
 from relay_diffusion.sampling.report import report
-from relay_diffusion.training.callbacks.preemption import Preemption, restored_signal_handlers
+from relay_diffusion.training.callbacks.preemption import Preemption
 from relay_diffusion.utils.distributed import on_rank_zero, started_ranks
 from relay_diffusion.utils.files import write_text
 from relay_diffusion.utils.host import report_slow_settings
@@ -233,8 +233,7 @@ def _predict(trainer: L.Trainer, model: L.LightningModule, data: L.LightningData
     before = list(trainer.callbacks)  # type: ignore[attr-defined]
     trainer.callbacks = [*before, *own, Preemption()]  # type: ignore[attr-defined]
     try:
-        with restored_signal_handlers():
-            trainer.predict(model, datamodule=data, return_predictions=False)
+        trainer.predict(model, datamodule=data, return_predictions=False)
     finally:
         trainer.callbacks = before  # type: ignore[attr-defined]
 

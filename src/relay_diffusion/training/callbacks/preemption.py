@@ -25,7 +25,7 @@ IGNORABLE = (signal.SIGINT, signal.SIGHUP)  # ignored by background jobs of a sh
 def restored_signal_handlers() -> Iterator[None]:
     """Restore the present signal handlers after the block, unless the process exits.
 
-    Around a Trainer: on an error, Lightning restores handlers after the last hook of a callback.
+    Lightning restores handlers that were set after `setup`, as for sampling; those of training are set earlier.
     """
     before = {number: signal.getsignal(number) for number in SIGNALS}
     exits = False
@@ -47,7 +47,7 @@ class Preemption(Callback):
     Sampling keeps every finished image. A signal to one process stops all ranks; a second SIGINT stops training at
     once, without saving. Under SLURM, SIGUSR1 and SIGUSR2 (sent before the time limit, with `--signal=USR1@300`)
     also requeue the job. SIGTERM does not: SLURM requeues preempted jobs itself, and a cancelled job must not restart.
-    The exit code is 128 + the signal's number. Run it inside `restored_signal_handlers`.
+    The exit code is 128 + the signal's number. Run `fit` inside `restored_signal_handlers`.
     """
 
     def __init__(self) -> None:
