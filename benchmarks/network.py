@@ -79,7 +79,7 @@ def evaluation(stage: DiffusionStage, batch: int) -> Callable[[], None]:
     device = stage.device
     x = torch.randn(batch, 3, stage.resolution, stage.resolution, device=device)
     sigma, labels = torch.ones(batch), torch.zeros(batch, dtype=torch.long, device=device)
-    denoise = stage.eval().guided()
+    denoise = stage.eval().guided_denoiser()
 
     def work() -> None:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):

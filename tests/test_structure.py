@@ -120,7 +120,7 @@ def test_help_names_the_groups_without_loading_torch(arguments):
     assert "strategy: ddp, ddp_cpu, single" in result.stdout
 
 
-def test_the_door_opens_without_torch():
+def test_entry_points_import_no_torch():
     program = (
         "import sys, relay_diffusion, relay_diffusion.cli.main, relay_diffusion.config.run_dir;"
         "import relay_diffusion.utils.distributed, relay_diffusion.utils.host;"

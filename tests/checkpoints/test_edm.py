@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from forging import EDM, TRAINING_STATE, rewritten
+from forged_checkpoints import EDM, TRAINING_STATE, rewritten
 from relay_diffusion.checkpoints.published.edm import (
     DHARIWAL_UNET,
     EDM_PRECOND,

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from forging import EDM, TRAINING_STATE, rewritten
+from forged_checkpoints import EDM, TRAINING_STATE, rewritten
 from relay_diffusion import __version__
 from relay_diffusion.checkpoints import export
 from relay_diffusion.checkpoints.export import export_stage

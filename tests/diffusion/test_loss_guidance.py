@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from relay_diffusion.diffusion import AutoGuidance, ClassifierFreeGuidance, DenoisingLoss, GuidanceInterval, drop_labels
-from relay_diffusion.diffusion.guidance import check_guidance, guided
+from relay_diffusion.diffusion.guidance import check_guidance, with_guidance
 
 SIGMAS = torch.tensor([0.002, 0.1, 0.5, 3.0, 80.0], dtype=torch.float64)
 LABELS = torch.tensor([3, 1])
@@ -189,14 +189,14 @@ def test_scale_one_is_the_plain_denoiser_itself():
     def plain(*_):
         raise AssertionError
 
-    assert guided(plain, 1.0) is plain
-    assert isinstance(guided(plain, 2.0), ClassifierFreeGuidance)
-    assert isinstance(guided(plain, 2.0, [0.0, 1.0]), GuidanceInterval)
+    assert with_guidance(plain, 1.0) is plain
+    assert isinstance(with_guidance(plain, 2.0), ClassifierFreeGuidance)
+    assert isinstance(with_guidance(plain, 2.0, [0.0, 1.0]), GuidanceInterval)
     with pytest.raises(ValueError, match="knows no classes"):
-        guided(plain, 2.0, classes=False)
-    assert guided(plain, 1.0, [0.0, 1.0]) is plain  # a stage may have been trained with an interval
+        with_guidance(plain, 2.0, classes=False)
+    assert with_guidance(plain, 1.0, [0.0, 1.0]) is plain  # a stage may have been trained with an interval
     with pytest.raises(ValueError, match="guidance_scale=1 disables guidance: remove guide"):
-        guided(plain, 1.0, guide=plain)
+        with_guidance(plain, 1.0, guide=plain)
 
 
 @pytest.mark.parametrize("settings", [{"sigma_data": 0.0}, {"sigma_data": math.inf}, {"max_weight": -1.0}])

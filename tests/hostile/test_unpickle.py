@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch._utils import _rebuild_parameter, _rebuild_tensor_v2
 
-from forging import EDM, TRAINING_STATE, Call, Outside, pickled, unframed, write_zip
+from forged_checkpoints import EDM, TRAINING_STATE, Call, Outside, pickled, unframed, write_zip
 from relay_diffusion.checkpoints.published.edm import load_published, read_published
 from relay_diffusion.checkpoints.published.unpickle import _STAND_INS, StoredTensor, open_checkpoint
 from relay_diffusion.errors import UserError

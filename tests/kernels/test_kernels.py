@@ -11,7 +11,7 @@ from torch import nn
 
 from relay_diffusion.networks import UNet, ops
 from support import TRITON
-from waking import awake
+from zero_layers import randomize_zero_layers
 
 pytest.importorskip("triton", TRITON)
 from relay_diffusion.kernels import autograd as fused
@@ -245,8 +245,8 @@ def test_projection(skip):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_whole_network_and_its_gradients(dtype):
     options = {"channels": 8, "channel_mult": (1, 2), "blocks": 1, "attention_resolutions": (), "num_classes": 3}
-    network = awake(UNet(8, **options, augment_labels=2, channels_last=True)).to(DEVICE)
-    reference = awake(UNet(8, **options, augment_labels=2)).double().to(DEVICE)
+    network = randomize_zero_layers(UNet(8, **options, augment_labels=2, channels_last=True)).to(DEVICE)
+    reference = randomize_zero_layers(UNet(8, **options, augment_labels=2)).double().to(DEVICE)
     reference.load_state_dict({name: value.double() for name, value in network.state_dict().items()})
     x, noise = torch.randn(2, 3, 8, 8, device=DEVICE), torch.randn(2, device=DEVICE)
     labels, augment = torch.tensor([2, -1], device=DEVICE), torch.randn(2, 2, device=DEVICE)

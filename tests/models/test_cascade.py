@@ -73,12 +73,14 @@ def test_guidance_is_applied_with_the_condition():
     condition = stage.sampling_condition(small, torch.randn_like)
     x, sigma = torch.randn(SHAPE), torch.tensor([0.3, 1.0, 5.0])
     with torch.no_grad():
-        plain, none = (stage.guided(condition)(x, sigma, given) for given in (labels, torch.full((3,), -1)))
+        plain, none = (stage.guided_denoiser(condition)(x, sigma, given) for given in (labels, torch.full((3,), -1)))
         stage.guidance_scale = 3.0
-        torch.testing.assert_close(stage.guided(condition)(x, sigma, labels), none + 3 * (plain - none))
-        expected = weaker.guided(condition)(x, sigma, labels)
+        torch.testing.assert_close(stage.guided_denoiser(condition)(x, sigma, labels), none + 3 * (plain - none))
+        expected = weaker.guided_denoiser(condition)(x, sigma, labels)
         stage.guide = weaker.denoiser
-        torch.testing.assert_close(stage.guided(condition)(x, sigma, labels), expected + 3 * (plain - expected))
+        torch.testing.assert_close(
+            stage.guided_denoiser(condition)(x, sigma, labels), expected + 3 * (plain - expected)
+        )
     with pytest.raises(UserError, match="conditioned"):
         cascade(guide=tiny_stage(8, 2))
 

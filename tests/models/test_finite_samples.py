@@ -8,7 +8,7 @@ import torch
 
 from relay_diffusion.errors import UserError
 from relay_diffusion.models import relay as relay_module
-from relay_diffusion.models.finite_samples import NonFiniteSamplesError, finite, first_nonfinite
+from relay_diffusion.models.finite_samples import NonFiniteSamplesError, finite, first_nonfinite_level
 from relay_diffusion.models.relay import Relay, SampleBatch
 from relay_diffusion.models.stage import DiffusionStage, StageInfo
 from relay_diffusion.samplers import EDMSampler
@@ -20,7 +20,7 @@ REMEDY = "use another checkpoint, or precision 32-true or bf16-mixed if it was 1
 
 def failing(stage, below=math.inf, value=math.nan, images=slice(None)):
     """The stage, whose estimates are `value` for some of the images at noise levels up to `below`."""
-    guided = stage.guided
+    guided = stage.guided_denoiser
 
     def denoise(x, sigma, labels, inner):
         estimates = inner(x, sigma, labels)
@@ -29,7 +29,7 @@ def failing(stage, below=math.inf, value=math.nan, images=slice(None)):
             estimates[images] = value
         return estimates
 
-    stage.guided = lambda condition=None: lambda *given: denoise(*given, guided(condition))
+    stage.guided_denoiser = lambda condition=None: lambda *given: denoise(*given, guided(condition))
     return stage
 
 
@@ -92,7 +92,7 @@ def test_the_first_level_that_fails_is_described():
         return x * (math.inf if sigma[0] < 10 else 0.0)
 
     def found(start, value=denoise):
-        return first_nonfinite(EDMSampler(steps=8), lambda sampler: sampler(value, start, torch.randn_like))
+        return first_nonfinite_level(EDMSampler(steps=8), lambda sampler: sampler(value, start, torch.randn_like))
 
     expected = next(sigma for sigma in EDMSampler(steps=8).sigmas if sigma < 10)
     assert found(torch.randn(2, 3, 4, 4)) == f"first the network's estimate at sigma={expected:.4g}"

@@ -47,7 +47,7 @@ def test_a_guide_is_a_weaker_checkpoint(fit, tmp_path):
     with torch.no_grad():
         expected = 2 * strong.denoiser(x, sigma, labels) - weak.denoiser(x, sigma, labels)
         assert not torch.equal(expected, strong.denoiser(x, sigma, labels))
-        torch.testing.assert_close(guided.guided()(x, sigma, labels), expected)
+        torch.testing.assert_close(guided.guided_denoiser()(x, sigma, labels), expected)
     assert guided.info.origin["guide"]["sha256"] == weak.info.origin["sha256"]
     assert guided.sample((1, 3, 16, 16), [0], torch.tensor([1])).isfinite().all()
 
@@ -80,7 +80,7 @@ def test_guidance_is_disabled_by_scale_one_whatever_interval_is_stored(fit, tmp_
     shape, labels, run = (1, 3, 16, 16), torch.tensor([1]), tmp_path / "run"
     stored, disabled = load_stage(run), load_stage(run, changes={"guidance_scale": 1, "guidance_interval": None})
     assert (stored.guidance_scale, list(stored.guidance_interval)) == (3, [0.1, 2])
-    assert disabled.guided() is disabled._evaluator(disabled.denoiser)
+    assert disabled.guided_denoiser() is disabled._evaluator(disabled.denoiser)
     everywhere = load_stage(run, changes={"guidance_interval": [0.0, float("inf")]})
     no_interval = load_stage(run)
     no_interval.guidance_interval = None
@@ -114,7 +114,7 @@ def test_guidance_needs_a_stage_trained_with_label_dropout(fit, tmp_path):
 
 def test_guidance_without_classes_or_guide_is_refused():
     with pytest.raises(UserError, match="knows no classes and there is no guide"):
-        tiny_stage(8, num_classes=0, guidance_scale=2.0).guided()
+        tiny_stage(8, num_classes=0, guidance_scale=2.0).guided_denoiser()
 
 
 @pytest.mark.slow

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from relay_diffusion.networks import EDMPreconditioner, Graphed, UNet
-from waking import awake
+from zero_layers import randomize_zero_layers
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
 
 
 def denoiser(**options):
     network = UNet(16, channels=16, channel_mult=(1, 2), blocks=1, attention_resolutions=(8,), num_classes=3, **options)
-    return awake(EDMPreconditioner(network))
+    return randomize_zero_layers(EDMPreconditioner(network))
 
 
 def test_without_a_gpu_it_is_the_denoiser():

@@ -84,7 +84,7 @@ def load_stage(
     stage = cast(DiffusionStage, build_stored(config, file, trusted, info=info, **arguments))
     stage.denoiser.load_state_dict(state)
     try:
-        stage.guided()
+        stage.guided_denoiser()
     except UserError as error:  # guidance that cannot work shows before sampling
         raise UserError(f"{file}: {error}") from None
     return stage.eval()

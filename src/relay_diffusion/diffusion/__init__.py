@@ -15,7 +15,7 @@ from relay_diffusion.diffusion.guidance import (
     GuidanceInterval,
     check_guidance,
     drop_labels,
-    guided,
+    with_guidance,
 )
 from relay_diffusion.diffusion.loss import DenoisingLoss
 from relay_diffusion.diffusion.noise import RandnLike, block_noise
@@ -41,6 +41,6 @@ __all__ = [
     "block_noise",
     "check_guidance",
     "drop_labels",
-    "guided",
     "karras_sigmas",
+    "with_guidance",
 ]

@@ -107,7 +107,7 @@ class GuidanceInterval:
         return torch.where(inside.to(x.device)[:, None, None, None], self.guided(x, sigma, labels), plain)
 
 
-def guided(
+def with_guidance(
     plain: Denoiser,
     scale: float,
     interval: Sequence[float] | None = None,

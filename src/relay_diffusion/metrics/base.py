@@ -82,7 +82,7 @@ class ExactMetric(Metric):
         return super()._apply(lambda tensor: tensor.to(device), exclude_state)
 
 
-class ImageStore(ExactMetric):
+class FeatureStore(ExactMetric):
     """Positions of the images of all ranks (8 bytes an image), and their features [N,D] if `keeps_features`.
 
     The order of the features depends on neither batches nor ranks; they keep their dtype (float32: 8 KB an image). A

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from relay_diffusion.errors import UserError
-from relay_diffusion.metrics.base import ImageMetric, ImageStore
+from relay_diffusion.metrics.base import FeatureStore, ImageMetric
 from relay_diffusion.metrics.inception import Inception
 from relay_diffusion.metrics.protocol import Protocol
 from relay_diffusion.metrics.reference import Reference
@@ -43,7 +43,7 @@ class Evaluator(nn.Module):
         if protocol is not None:
             for name, metric in metrics.items():
                 protocol.check(metric.describe(), f"metrics.evaluator.metrics.{name}")
-        self._store = ImageStore(any(metric.keeps_features for metric in metrics.values()))
+        self._store = FeatureStore(any(metric.keeps_features for metric in metrics.values()))
         self.source = reference if isinstance(reference, ReferenceSource) else None
         if isinstance(reference, Reference):
             self._compare_with(reference)

@@ -24,7 +24,7 @@ def finite(images: Tensor) -> Tensor:
     return torch.stack(torch.aminmax(images.flatten(1), dim=1)).isfinite().all(0)
 
 
-def first_nonfinite(sampler: Sampler, draw: Callable[[Callable[..., Tensor]], Tensor]) -> str | None:
+def first_nonfinite_level(sampler: Sampler, draw: Callable[[Callable[..., Tensor]], Tensor]) -> str | None:
     """Draw a batch once more; describe the first state or estimate that is not finite.
 
     draw: samples the batch with another sampler. None if everything stayed finite. Waits for the device at each step.
@@ -55,8 +55,8 @@ def nonfinite_samples(
     sampler: Sampler,
     draw: Callable[[Callable[..., Tensor]], Tensor],
 ) -> NonFiniteSamplesError:
-    """Build the error for a batch in which some samples are not `finite` [B]; `draw` as in `first_nonfinite`."""
-    where = first_nonfinite(sampler, draw) or "but not when sampled once more"
+    """Build the error for a batch in which some samples are not `finite` [B]; `draw` as in `first_nonfinite_level`."""
+    where = first_nonfinite_level(sampler, draw) or "but not when sampled once more"
     lost = list(dict.fromkeys(seed for seed, fine in zip(seeds, finite, strict=True) if not fine))
     named = ", ".join(map(str, lost[:SHOWN_SEEDS]))
     named += f" and {len(lost) - SHOWN_SEEDS} more" if len(lost) > SHOWN_SEEDS else ""

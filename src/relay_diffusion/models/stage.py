@@ -18,7 +18,7 @@ from relay_diffusion.diffusion import (
     RandnLike,
     check_guidance,
     drop_labels,
-    guided,
+    with_guidance,
 )
 from relay_diffusion.diffusion.augment import Augmentation
 from relay_diffusion.diffusion.generators import PerImageGenerator, mix_seeds
@@ -192,7 +192,7 @@ class DiffusionStage(OptimizationHooks):
             raise UserError(f"the guide {weaker.info.origin.get('file')} has {what} {theirs}, the stage {mine}")
         return weaker.denoiser
 
-    def guided(self, condition: Condition | None = None) -> Denoiser:
+    def guided_denoiser(self, condition: Condition | None = None) -> Denoiser:
         """Return the denoiser with this stage's guidance. Raises UserError if guidance is impossible."""
         known = self.num_classes > 0
         if self.guidance_scale != 1 and self.guide is None and known and not self.label_dropout:
@@ -205,7 +205,7 @@ class DiffusionStage(OptimizationHooks):
         guide = None if self.guide is None else self._evaluator(self.guide, condition)
         plain = self._evaluator(self.denoiser, condition)
         try:
-            return guided(plain, self.guidance_scale, self.guidance_interval, guide, known)
+            return with_guidance(plain, self.guidance_scale, self.guidance_interval, guide, known)
         except ValueError as error:
             raise UserError(str(error)) from None
 
@@ -273,7 +273,7 @@ class DiffusionStage(OptimizationHooks):
         start = self.corruption.start(like, previous, noise.randn_like)
         if labels is not None:
             labels = labels.to(self.device)
-        denoise = self.guided(self.sampling_condition(previous, noise.randn_like))
+        denoise = self.guided_denoiser(self.sampling_condition(previous, noise.randn_like))
         training = self.training
         self.eval()
         try:

@@ -26,7 +26,7 @@ from relay_diffusion.checkpoints.reading import (
 from relay_diffusion.data.datamodule import ImageDataModule
 from relay_diffusion.errors import UserError, prefix_errors
 from relay_diffusion.models.stage import DiffusionStage
-from relay_diffusion.utils.messages import differences, first_difference, shown
+from relay_diffusion.utils.messages import differences, first_difference, setting_text
 
 KEY = "run"  # key of the run's settings in a checkpoint
 LONGEST = 200  # characters of a value in messages
@@ -77,7 +77,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str
     for key, old, new in differences(_flat(before), _flat(now)):
         parents = {key[:end] for end in range(len(key) + 1) if key[end : end + 1] in (".", "")}
         if key not in WITHOUT_EFFECT and not parents & derived:
-            found.append((key, shown(old, LONGEST), shown(new, LONGEST)))
+            found.append((key, setting_text(old, LONGEST), setting_text(new, LONGEST)))
     return found
 
 

@@ -48,7 +48,7 @@ def differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any
         yield key, before, now
 
 
-def shown(value: Any, length: int = 80) -> str:
+def setting_text(value: Any, length: int = 80) -> str:
     """Return a setting as one short line; of a component its class."""
     target = value.get("_target_") if isinstance(value, Mapping) else None
     return shorten(target.rpartition(".")[2] if isinstance(target, str) else value, length)
@@ -57,4 +57,4 @@ def shown(value: Any, length: int = 80) -> str:
 def first_difference(before: Any, now: Any) -> str:
     """Describe the first difference, as "KEY was A, is B"."""
     key, old, new = next(differences(before, now))
-    return f"{key} was {shown(old)}, is {shown(new)}"
+    return f"{key} was {setting_text(old)}, is {setting_text(new)}"

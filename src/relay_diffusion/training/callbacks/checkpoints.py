@@ -181,7 +181,7 @@ class Checkpoints(PeriodicCallback, Checkpoint):
 
     def _good(self, trainer: L.Trainer, stage: DiffusionStage) -> bool:
         """Whether the state may replace a checkpoint; UserError if training cannot continue from it."""
-        nonfinite = trainer.strategy.broadcast(first_nonfinite(trainer, stage))  # what rank 0 would write
+        nonfinite = trainer.strategy.broadcast(first_nonfinite_tensor(trainer, stage))  # what rank 0 would write
         if nonfinite is not None:
             raise UserError(
                 f"training has diverged: {nonfinite} is not finite after {stage.images_seen:,} images; "
@@ -242,7 +242,7 @@ def _keep(last: Path, kept: Path) -> None:
             shutil.copyfileobj(file, copy)
 
 
-def first_nonfinite(trainer: L.Trainer, stage: DiffusionStage) -> str | None:
+def first_nonfinite_tensor(trainer: L.Trainer, stage: DiffusionStage) -> str | None:
     """Name the first tensor of weights, average and optimizer state with nan or infinity, if any.
 
     Waits for the device once.
