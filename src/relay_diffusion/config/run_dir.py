@@ -76,10 +76,10 @@ def _wandb_offline() -> bool:
 
 
 def _group_choices() -> str:
-    """The config groups that this command accepts with their choices, one group a line."""
+    """List the config groups of this command with their choices, one group a line."""
     loader = GlobalHydra.instance().config_loader()
     groups = sorted(group for group in HydraConfig.get().runtime.choices if "/" not in group)
-    return "\n".join(f"{group}: {', '.join(loader.get_group_options(group))}" for group in groups)
+    return "\n".join(f"{group}: {', '.join(loader.get_group_options(group.partition('@')[0]))}" for group in groups)
 
 
 def register_resolvers() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from relay_diffusion.networks.layers import ResidualBlock, SinusoidalEmbedding, group_norm, zero
 from relay_diffusion.networks.ops import convolve_image, norm_act
+from relay_diffusion.utils.messages import shorten
 
 MAX_LEVELS = 14
 
@@ -60,15 +61,15 @@ class UNet(nn.Module):
         levels = len(channel_mult)
         if not 1 <= levels <= MAX_LEVELS or not all(1 <= mult <= 64 for mult in channel_mult):
             raise ValueError(
-                f"channel_mult={list(channel_mult)}: needs 1 to {MAX_LEVELS} levels of at most 64 times the channels"
+                f"channel_mult={shorten(list(channel_mult))}: needs 1 to {MAX_LEVELS} levels of at most 64 times the "
+                "channels"
             )
         if resolution % 2 ** (levels - 1):
             raise ValueError(
-                f"resolution={resolution}: is not divisible by 2^{levels - 1}, as channel_mult with {levels} levels "
-                "demands"
+                f"resolution={resolution}: not divisible by 2^{levels - 1}, which {levels} levels of channel_mult need"
             )
         if not set(checkpoint_levels) <= set(range(levels)):
-            raise ValueError(f"checkpoint_levels={list(checkpoint_levels)}: the levels are 0 to {levels - 1}")
+            raise ValueError(f"checkpoint_levels={shorten(list(checkpoint_levels))}: the levels are 0 to {levels - 1}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout}: must be at least 0 and below 1")
         if channels % 2:
