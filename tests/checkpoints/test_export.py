@@ -272,7 +272,7 @@ def test_own_checkpoints(stage, tmp_path, capsys):
         (["source={edm}", "destination={out}", "dtype=int8"], "int8"),
         (["source={edm}", "destination={out}", "experiment=nothing"], "unknown choice experiment=nothing; available: "),
         (["source={edm}", "destination={out}", "experiment=emoji_64"], "resolution=64 (the file: 8), channels=64"),
-        (["source={tmp}", "destination={out}", "experiment=emoji_64"], "leave it out"),
+        (["source={tmp}", "destination={out}", "experiment=emoji_64"], "leave experiment out"),
         (["source={edm}", "destination={text}"], "is a file"),
         (["source={edm}", "destination={edm}"], "is the source itself"),
     ],

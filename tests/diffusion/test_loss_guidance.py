@@ -192,7 +192,7 @@ def test_scale_one_is_the_plain_denoiser_itself():
     assert with_guidance(plain, 1.0) is plain
     assert isinstance(with_guidance(plain, 2.0), ClassifierFreeGuidance)
     assert isinstance(with_guidance(plain, 2.0, [0.0, 1.0]), GuidanceInterval)
-    with pytest.raises(ValueError, match="knows no classes"):
+    with pytest.raises(ValueError, match="network is unconditional"):
         with_guidance(plain, 2.0, classes=False)
     assert with_guidance(plain, 1.0, [0.0, 1.0]) is plain  # a stage may have been trained with an interval
     with pytest.raises(ValueError, match="guidance_scale=1 disables guidance: remove guide"):
