@@ -23,6 +23,7 @@ from relay_diffusion.data.npz import write_adm_samples
 from relay_diffusion.errors import UserError, prefix_errors
 from relay_diffusion.metrics import Evaluator
 from relay_diffusion.models.relay import Relay
+from relay_diffusion.networks.ops import report_slow_settings
 from relay_diffusion.sampling.batches import PlanDataModule, rank_order
 from relay_diffusion.sampling.callbacks.image_writer import ImageWriter
 from relay_diffusion.sampling.callbacks.relay_picture import RelayPicture
@@ -41,7 +42,6 @@ from relay_diffusion.training.callbacks.preemption import Preemption
 from relay_diffusion.training.callbacks.progress import ImagesProgress
 from relay_diffusion.utils.distributed import on_rank_zero, started_ranks
 from relay_diffusion.utils.files import write_text
-from relay_diffusion.utils.host import report_slow_settings
 from relay_diffusion.utils.parallel import map_in_order
 from relay_diffusion.utils.quiet import quiet_libraries
 

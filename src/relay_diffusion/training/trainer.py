@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import Strategy
-from omegaconf import DictConfig
 
 from relay_diffusion.errors import UserError
 from relay_diffusion.training.callbacks.stopping import StopAtImages, StopIfDiverged, TimeLimit
@@ -122,16 +120,3 @@ def _check_monitors(callbacks: Sequence[Callback]) -> None:
                 f"{option}={name}: no callback logs it{meant} "
                 "(callbacks=evaluated logs eval/fid, callbacks=validation logs val/loss)"
             )
-
-
-def check_gpus(trainer: DictConfig) -> None:
-    """Raise UserError if the options `trainer` ask for GPUs on a host without any."""
-    accelerator = trainer.accelerator
-    missing = accelerator in ("gpu", "cuda") and not torch.cuda.is_available()
-    if not missing or (accelerator == "gpu" and torch.backends.mps.is_available()):
-        return
-    if accelerator == "gpu" and not isinstance(trainer.strategy, str):  # as conf/strategy/ddp.yaml has it
-        option, instead = "strategy=ddp", "use strategy=ddp_cpu"
-    else:
-        option, instead = f"trainer.accelerator={accelerator}", "use trainer.accelerator=cpu"
-    raise UserError(f"{option} needs GPUs, and this host has none: {instead}, or leave it out")
