@@ -16,9 +16,10 @@ from relay_diffusion.analysis.spectrum import (
     rings,
     summed_power,
 )
-from relay_diffusion.diffusion import BlurringCorruption, TruncatedLogNormal, block_noise
+from relay_diffusion.diffusion import BlurringCorruption, TruncatedLogNormal
 from relay_diffusion.diffusion.corruption import block_mean
 from relay_diffusion.diffusion.dct import block_idct
+from relay_diffusion.diffusion.noise import block_noise
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 

@@ -8,6 +8,7 @@ import torch
 
 from relay_diffusion.checkpoints.loading import load_stage, read_checkpoint
 from relay_diffusion.cli import convert_checkpoint as convert
+from relay_diffusion.config.train import validate_training
 from relay_diffusion.errors import UserError
 from relay_diffusion.sampling.run import sample
 from support import TINY, run
@@ -147,10 +148,12 @@ def test_a_trusted_package_gives_its_own_classes_alone(fit, tmp_path, target, me
         load_stage(tmp_path / "evil.ckpt", trusted=["my_parts"])
 
 
-def test_functions_and_classes_that_cannot_be_built_again_are_refused_before_training(fit):
-    for name, message in (("make_sampler", "which is not a class"), ("Reading", "on the meta device")):
-        with pytest.raises(UserError, match=rf"^stage: its checkpoint could not be loaded: .*last\.ckpt.*{message}"):
-            fit("run", 4, f"stage.sampler._target_=my_parts.{name}", "trusted=[my_parts]")
+def test_functions_and_classes_that_cannot_be_built_again_are_refused_before_training(fit, configuration, small_zip):
+    with pytest.raises(UserError, match=r"^stage: its checkpoint could not be loaded: last\.ckpt.* not a class"):
+        fit("run", 4, "stage.sampler._target_=my_parts.make_sampler", "trusted=[my_parts]")
+    reading = ("stage.sampler._target_=my_parts.Reading", f"data.dataset.path={small_zip}", "trusted=[my_parts]")
+    with pytest.raises(UserError, match=r"^stage\.sampler: .*on the meta device"):
+        validate_training(configuration("train", *TINY, "resolution=16", *reading))
 
 
 @pytest.mark.slow

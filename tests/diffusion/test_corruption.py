@@ -5,16 +5,10 @@ import math
 import pytest
 import torch
 
-from relay_diffusion.diffusion import (
-    BlurringCorruption,
-    GaussianCorruption,
-    LogNormal,
-    TruncatedLogNormal,
-    block_dct,
-    block_idct,
-    block_noise,
-)
+from relay_diffusion.diffusion import BlurringCorruption, GaussianCorruption, LogNormal, TruncatedLogNormal
 from relay_diffusion.diffusion.corruption import block_mean, upsample_blocks
+from relay_diffusion.diffusion.dct import block_dct, block_idct
+from relay_diffusion.diffusion.noise import block_noise
 from support import Replay
 
 SCHEDULE = TruncatedLogNormal()

@@ -5,9 +5,15 @@ import math
 import pytest
 import torch
 
-from relay_diffusion.diffusion import block_dct, block_filter, block_idct
 from relay_diffusion.diffusion.corruption import block_mean, upsample_blocks
-from relay_diffusion.diffusion.dct import _dct_matrix_of_pieces, dct_matrix, filter_and_add
+from relay_diffusion.diffusion.dct import (
+    _dct_matrix_of_pieces,
+    block_dct,
+    block_filter,
+    block_idct,
+    dct_matrix,
+    filter_and_add,
+)
 from support import TRITON
 
 CPU = torch.device("cpu")

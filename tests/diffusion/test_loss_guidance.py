@@ -5,8 +5,15 @@ import math
 import pytest
 import torch
 
-from relay_diffusion.diffusion import AutoGuidance, ClassifierFreeGuidance, DenoisingLoss, GuidanceInterval, drop_labels
-from relay_diffusion.diffusion.guidance import check_guidance, with_guidance
+from relay_diffusion.diffusion import DenoisingLoss
+from relay_diffusion.diffusion.guidance import (
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    GuidanceInterval,
+    check_guidance,
+    drop_labels,
+    with_guidance,
+)
 
 SIGMAS = torch.tensor([0.002, 0.1, 0.5, 3.0, 80.0], dtype=torch.float64)
 LABELS = torch.tensor([3, 1])

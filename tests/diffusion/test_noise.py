@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from relay_diffusion.diffusion import block_noise
 from relay_diffusion.diffusion.generators import PerImageGenerator, mix_seeds
-from relay_diffusion.diffusion.noise import AHEAD
+from relay_diffusion.diffusion.noise import AHEAD, block_noise
 from support import TRITON
 
 

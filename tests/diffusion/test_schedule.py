@@ -6,7 +6,8 @@ from statistics import NormalDist
 import pytest
 import torch
 
-from relay_diffusion.diffusion import LogNormal, TruncatedLogNormal, karras_sigmas
+from relay_diffusion.diffusion import LogNormal, TruncatedLogNormal
+from relay_diffusion.diffusion.schedule import karras_sigmas
 
 NORMAL = NormalDist()
 SCHEDULES = [LogNormal(), LogNormal(-0.4, 0.7), TruncatedLogNormal(), TruncatedLogNormal(-0.5, 1.5, 0.6)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from relay_diffusion.diffusion import ClassifierFreeGuidance
+from relay_diffusion.diffusion.guidance import ClassifierFreeGuidance
 from relay_diffusion.networks import Condition, Conditioned, EDMPreconditioner
 
 

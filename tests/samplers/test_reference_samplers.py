@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from relay_diffusion.diffusion import BlurringCorruption, ClassifierFreeGuidance, TruncatedLogNormal
+from relay_diffusion.diffusion import BlurringCorruption, TruncatedLogNormal
+from relay_diffusion.diffusion.guidance import ClassifierFreeGuidance
 from relay_diffusion.samplers import BlurringSampler, EDMSampler
 from support import Replay, class_indices, toy_denoiser
 

@@ -7,16 +7,11 @@ import pytest
 import torch
 
 from recorder import Recorder
-from relay_diffusion.diffusion import (
-    BlurringCorruption,
-    TruncatedLogNormal,
-    block_dct,
-    block_filter,
-    block_idct,
-    block_noise,
-    karras_sigmas,
-)
+from relay_diffusion.diffusion import BlurringCorruption, TruncatedLogNormal
+from relay_diffusion.diffusion.dct import block_dct, block_filter, block_idct
 from relay_diffusion.diffusion.generators import PerImageGenerator
+from relay_diffusion.diffusion.noise import block_noise
+from relay_diffusion.diffusion.schedule import karras_sigmas
 from relay_diffusion.samplers import BlurringSampler, EDMSampler
 from support import Replay, toy_denoiser
 

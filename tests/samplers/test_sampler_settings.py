@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from recorder import Recorder
-from relay_diffusion.diffusion import BlurringCorruption, TruncatedLogNormal, karras_sigmas
+from relay_diffusion.diffusion import BlurringCorruption, TruncatedLogNormal
 from relay_diffusion.diffusion.generators import PerImageGenerator
+from relay_diffusion.diffusion.schedule import karras_sigmas
 from relay_diffusion.samplers import BlurringSampler, EDMSampler
 from support import Replay, toy_denoiser
 

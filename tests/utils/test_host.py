@@ -1,4 +1,3 @@
-import importlib.util
 import os
 import subprocess
 import sys
@@ -6,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from relay_diffusion.networks import UNet
-from relay_diffusion.utils.host import THREADS_KEY, prepare_host, report_slow_settings
+from relay_diffusion.networks import UNet, ops
+from relay_diffusion.utils.host import THREADS_KEY, prepare_host
 
 PAGES = """
 import resource, sys, torch
@@ -80,8 +79,8 @@ def test_settings_that_are_slow_on_a_gpu_are_reported(
     monkeypatch, capsys, device, have_triton, channels_last, reported
 ):
     network = UNet(8, channels=8, channel_mult=[1], blocks=1, attention_resolutions=[], channels_last=channels_last)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object() if have_triton else None)
-    report_slow_settings(torch.device(device, 0), {"network.channels_last": network, "another": object()})
+    monkeypatch.setattr(ops, "HAVE_TRITON", have_triton)
+    ops.report_slow_settings(torch.device(device, 0), {"network.channels_last": network, "another": object()})
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(reported)
     for line, part in zip(lines, reported, strict=True):

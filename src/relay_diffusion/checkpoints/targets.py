@@ -27,6 +27,7 @@ RENAMED = {  # modules and classes that stored configs of earlier versions name
     "relay_diffusion.postprocess": "relay_diffusion.sampling.postprocess",
     "relay_diffusion.trainer": "relay_diffusion.training.trainer",
     "relay_diffusion.callbacks.Evaluator": "relay_diffusion.metrics.Evaluator",
+    "relay_diffusion.callbacks.TrainingProgress": "relay_diffusion.training.callbacks.ImagesProgress",
     "relay_diffusion.callbacks": "relay_diffusion.training.callbacks",
     "relay_diffusion.loggers.wandb_run": "relay_diffusion.training.loggers.wandb",
     "relay_diffusion.loggers": "relay_diffusion.training.loggers",

@@ -28,6 +28,7 @@ from relay_diffusion.config.train import validate_training
 from relay_diffusion.errors import UserError, require
 from relay_diffusion.utils.distributed import destroy_process_group, first_failure, rank, ranks_differ
 from relay_diffusion.utils.files import write_text
+from relay_diffusion.utils.host import check_gpus
 
 TRAIN, SAMPLE = CONF / "train.yaml", CONF / "sample.yaml"
 PACKAGES = {"hydra": "hydra-core", "torch": "torch", "lightning": "lightning"}  # whose versions results depend on
@@ -176,8 +177,6 @@ def command_line(task: Callable[[DictConfig], float | None], config: Path) -> No
 
 def _begin(cfg: DictConfig, directory: str) -> None:
     """Check that the devices exist, and record the overrides of a sweep's job in its directory."""
-    from relay_diffusion.training.trainer import check_gpus  # loads torch: only after the settings are validated
-
     check_gpus(cfg.trainer)
     job = sweep_job()
     if job is not None and rank() == 0:

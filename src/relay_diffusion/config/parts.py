@@ -24,6 +24,11 @@ KINDS = types.MappingProxyType(
     {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
 )
 
+META_HINT = (
+    "loading first builds stages on the meta device, so a constructor that reads numbers of a tensor must make it with "
+    "device='cpu'"
+)
+
 
 def check_types(cfg: DictConfig, key: str) -> None:
     """Check option names and types of `key`, and of the parts inside it, against their constructors.
@@ -151,7 +156,9 @@ class MetaBuilder:
             with torch.device("meta"):
                 return instantiate(node, **options, _recursive_=False, _convert_="all")
         except InstantiationException as error:
-            raise UserError(explain_option(key, error.__cause__ or error, options)) from error
+            text = explain_option(key, error.__cause__ or error, options)
+            hint = f"; {META_HINT}" if "meta tensor" in text else ""
+            raise UserError(text + hint) from error
 
 
 def explain_option(key: str, error: BaseException, options: Mapping[str, Any]) -> str:

@@ -32,33 +32,19 @@ WHOLE = {  # settings of the whole run, and of the data, which only training bui
 }
 NO_EPOCHS = "training is one endless stream of images, without epochs"
 NO_LOOP = "there is no validation loop: callbacks=validation and callbacks=evaluated measure while training"
-UNSUPPORTED = {  # options of Lightning's Trainer that do not apply, and why
-    "barebones": "it would turn off logs and checkpoints",
+UNSUPPORTED = {  # options of Lightning's Trainer that have an alternative
     "benchmark": "it is on unless trainer.deterministic=true",
     "callbacks": "callbacks are a group of their own: callbacks.NAME.OPTION=..., +callbacks.NAME._target_=...",
-    "check_val_every_n_epoch": NO_LOOP,
-    "detect_anomaly": "it does not go with CUDA graphs; train/replaced_gradients counts non-finite gradients",
-    "enable_autolog_hparams": "the run's resolved configuration is always logged",
     "enable_checkpointing": "use ~callbacks.checkpoints to write none",
-    "enable_model_summary": "the number of parameters is on the first line of every run",
     "enable_progress_bar": "RELAY_DIFFUSION_QUIET=1 turns progress off",
-    "inference_mode": "it is about validation and prediction; training does neither",
-    "limit_predict_batches": "training predicts nothing",
-    "limit_test_batches": "training tests nothing",
     "limit_val_batches": NO_LOOP,
     "log_every_n_steps": "set callbacks.log.every_n_images",
     "logger": "loggers are a group of their own: logger=wandb",
     "max_epochs": f"{NO_EPOCHS}: set trainer.max_images",
     "max_steps": "amounts are in images: set trainer.max_images, or trainer.limit_train_batches for this start alone",
-    "min_epochs": NO_EPOCHS,
-    "min_steps": "amounts are in images, and no other condition ends a run early by default",
     "model_registry": "callbacks.checkpoints.upload=true hands checkpoints to the loggers",
-    "num_sanity_val_steps": NO_LOOP,
     "overfit_batches": "train on a folder of a few images instead: data.dataset.subset",
     "plugins": "precision and strategy are set by trainer.precision and strategy=",
-    "reload_dataloaders_every_n_epochs": NO_EPOCHS,
-    "sync_batchnorm": "the networks have no batch normalisation",
-    "use_distributed_sampler": "the data module deals the stream out to the devices itself",
     "val_check_interval": NO_LOOP,
 }
 BUILT_BY = "relay_diffusion.training.trainer.build_trainer"
@@ -90,7 +76,12 @@ def validate_training(cfg: DictConfig) -> None:
     for key in ("network", "stage.corruption"):  # before the stage, so that messages name these
         builder.build(key)
     _check_stage(cfg)
-    _check_optimizer(cfg, builder.build("stage"))
+    stage = builder.build("stage")
+    try:
+        stage.guided_denoiser()
+    except UserError as error:
+        raise UserError(explain_option("stage", error, cfg.stage)) from None
+    _check_optimizer(cfg, stage)
     _check_dataset(cfg)
     for key in ("resume", "init"):
         if cfg[key] is not None:
@@ -103,14 +94,12 @@ def validate_training(cfg: DictConfig) -> None:
 
 
 def _check_trainer(cfg: DictConfig) -> None:
-    """Check the options that our trainer takes, and refuse those of Lightning that do not apply."""
-    if selected(cfg, "trainer._target_") == BUILT_BY:
-        for option in cfg.trainer:
-            require(
-                str(option) not in UNSUPPORTED, f"trainer.{option} is not supported: {UNSUPPORTED.get(str(option))}"
-            )
+    """Check the options that our trainer takes, and refuse those of Lightning that have an alternative."""
+    ours = selected(cfg, "trainer._target_") == BUILT_BY
+    for option in map(str, cfg.trainer if ours else ()):
+        require(option not in UNSUPPORTED, f"trainer.{option} is not supported: {UNSUPPORTED.get(option)}")
     check_types(cfg, "trainer")
-    if selected(cfg, "trainer._target_") == BUILT_BY:
+    if ours:
         from relay_diffusion.training.trainer import training_limits  # --help does without torch
 
         check_call("trainer", training_limits, cfg.trainer)
@@ -195,26 +184,15 @@ def _check_stage(cfg: DictConfig) -> None:
         interval is None or cfg.stage.guidance_scale != 1,
         f"stage.guidance_interval={shorten(interval)} has no use with stage.guidance_scale=1, which is no guidance",
     )
+    dropout = cfg.stage.label_dropout
     require(
-        cfg.network.num_classes == 0 or cfg.stage.guidance_scale == 1 or cfg.stage.label_dropout > 0,
-        f"stage.guidance_scale={cfg.stage.guidance_scale} needs stage.label_dropout above 0, e.g. 0.1: the network "
-        "must also learn the estimate without class",
+        dropout == 0 or cfg.network.num_classes > 0,
+        f"stage.label_dropout={dropout} needs classes, but network.num_classes is 0",
     )
-    for key, idle in (("guidance_scale", 1), ("label_dropout", 0)):
-        require(
-            cfg.network.num_classes > 0 or cfg.stage[key] == idle,
-            f"stage.{key}={cfg.stage[key]} needs classes, but network.num_classes is 0",
-        )
 
 
 def _check_batch(cfg: DictConfig) -> None:
-    world = world_size(cfg.trainer.devices, cfg.trainer.num_nodes)
-    if world is not None:
-        accumulate = selected(cfg, "trainer.accumulate_grad_batches", 1)
-        parts = world * accumulate
-        fits = max(parts, cfg.data.batch_size // parts * parts)
-        require(
-            cfg.data.batch_size % parts == 0,
-            f"data.batch_size={cfg.data.batch_size} does not divide over {world} devices (trainer.devices x "
-            f"trainer.num_nodes) x trainer.accumulate_grad_batches={accumulate}: {fits} would",
-        )
+    from relay_diffusion.data.datamodule import micro_batch_size  # --help does without torch
+
+    world = world_size(cfg.trainer.devices, cfg.trainer.num_nodes) or 1  # "auto": checked again once it is known
+    micro_batch_size(cfg.data.batch_size, world, selected(cfg, "trainer.accumulate_grad_batches", 1))

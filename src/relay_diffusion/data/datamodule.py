@@ -19,6 +19,8 @@ from relay_diffusion.utils.distributed import SIGNALS, exit_for_parent_only
 
 def micro_batch_size(batch_size: int, world_size: int, accumulate: int = 1) -> int:
     """Return images per device and forward pass. Raises UserError unless `batch_size` divides evenly."""
+    if accumulate < 1:
+        raise UserError(f"trainer.accumulate_grad_batches={accumulate}: must be at least 1")
     parts = world_size * accumulate
     if batch_size < 1 or batch_size % parts:
         below, above = batch_size // parts * parts, (batch_size // parts + 1) * parts

@@ -13,40 +13,23 @@ from torch import Tensor
 from relay_diffusion.diffusion.dct import filter_and_add
 from relay_diffusion.diffusion.noise import RandnLike, add_block_noise
 from relay_diffusion.diffusion.schedule import LogNormal, TruncatedLogNormal
+from relay_diffusion.diffusion.tensors import check_images, expand, noise_levels
 
 
-def expand(sigma: Tensor, like: Tensor) -> Tensor:
-    """[B] -> [B,1,1,1] on the device of `like`, to multiply images with.
+class Corruption(Protocol):
+    """Interface of a corruption: forward process, noise schedule and start of sampling."""
 
-    sigma may be on the CPU: computing a few numbers there is faster than launching GPU kernels, and the copy is
-    asynchronous.
-    """
-    return sigma.view(-1, 1, 1, 1).to(like.device, non_blocking=True)
+    schedule: LogNormal
+    block: int  # factor by which the stage enlarges; 1: it starts from noise
 
+    def start(self, like: Tensor, previous: Tensor | None, randn_like: RandnLike) -> Tensor:
+        """Where sampling starts, like `like` [B,C,H,W], from images [B,C,H/block,W/block] of the stage before."""
 
-def noise_levels(sigma: Tensor | float, count: int) -> Tensor:
-    """Expand noise levels to `count` images: a number, tensor [] or tensor [B] -> [B]; not copied.
+    def draw_noise(self, like: Tensor, randn_like: RandnLike) -> Tensor:
+        """Draw noise of the forward process at sigma 1, like `like` [B,C,H,W]."""
 
-    Raises ValueError for another type, dtype or shape, and for a number that is not above 0 and finite. Values of
-    tensors are not looked at, which would wait for the device.
-    """
-    if not isinstance(sigma, Tensor):
-        if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not 0 < sigma < math.inf:
-            raise ValueError(f"sigma is {sigma!r}: must be a number above 0, or a tensor of floats [{count}]")
-        return torch.full((count,), float(sigma), device="cpu")
-    levels = sigma.expand(count) if sigma.ndim == 0 else sigma
-    if levels.shape != (count,) or not levels.is_floating_point():
-        raise ValueError(f"sigma is {sigma.dtype} of shape {tuple(sigma.shape)}: must be floats, one or [{count}]")
-    return levels
-
-
-def check_images(name: str, images: Tensor) -> None:
-    """Raise ValueError naming the argument unless images are floats [B,C,H,W]; values are not checked."""
-    if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4:
-        given = (
-            f"{images.dtype} of shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        )
-        raise ValueError(f"{name} is {given}: must be floats [B,C,H,W]; uint8 images become such by pixels / 127.5 - 1")
+    def corrupt(self, x0: Tensor, sigma: Tensor | float, noise: Tensor) -> Tensor:
+        """x0 [B,C,H,W], sigma [B] (may lie on the CPU) or a number, noise of `draw_noise` -> noisy images [B,C,H,W]."""
 
 
 def _check_corrupted(x0: Tensor, noise: Tensor) -> None:
@@ -162,22 +145,6 @@ class BlurringCorruption:
         _check_corrupted(x0, noise)
         sigma = noise_levels(sigma, len(x0))
         return filter_and_add(x0, self.gains(sigma), sigma, noise)
-
-
-class Corruption(Protocol):
-    """Interface of a corruption: forward process, noise schedule and start of sampling."""
-
-    schedule: LogNormal
-    block: int  # factor by which the stage enlarges; 1: it starts from noise
-
-    def start(self, like: Tensor, previous: Tensor | None, randn_like: RandnLike) -> Tensor:
-        """Where sampling starts, like `like` [B,C,H,W], from images [B,C,H/block,W/block] of the stage before."""
-
-    def draw_noise(self, like: Tensor, randn_like: RandnLike) -> Tensor:
-        """Draw noise of the forward process at sigma 1, like `like` [B,C,H,W]."""
-
-    def corrupt(self, x0: Tensor, sigma: Tensor | float, noise: Tensor) -> Tensor:
-        """x0 [B,C,H,W], sigma [B] (may lie on the CPU) or a number, noise of `draw_noise` -> noisy images [B,C,H,W]."""
 
 
 class ConditionedCorruption(GaussianCorruption):

@@ -7,7 +7,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from relay_diffusion.diffusion.corruption import expand
+from relay_diffusion.diffusion.tensors import expand
 
 
 class DenoisingLoss:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from relay_diffusion.diffusion import ConditionedCorruption, RandnLike
+from relay_diffusion.diffusion.corruption import ConditionedCorruption
+from relay_diffusion.diffusion.noise import RandnLike
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.networks import Condition
 

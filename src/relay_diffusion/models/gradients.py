@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim import Optimizer
 
 from relay_diffusion.kernels import HAVE_TRITON
 
@@ -31,14 +29,6 @@ def replace_nonfinite(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
     for gradient in gradients:
         torch.nan_to_num_(gradient, nan=0.0, posinf=GRADIENT_LIMIT, neginf=-GRADIENT_LIMIT)
     return torch.stack(counts).sum()
-
-
-def keep_fused(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Keep this run's `fused` setting in a loaded optimizer state."""
-    if "fused" not in optimizer.defaults:
-        return state
-    fused = optimizer.defaults["fused"]
-    return state | {"param_groups": [group | {"fused": fused} for group in state["param_groups"]]}
 
 
 class GradientNorm:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from relay_diffusion.models.ema import WeightAverage
-from relay_diffusion.models.gradients import GradientNorm, NonfiniteSteps, keep_fused, replace_nonfinite
+from relay_diffusion.models.gradients import GradientNorm, NonfiniteSteps, replace_nonfinite
 
 
 @dataclass
@@ -66,7 +66,7 @@ class OptimizationHooks(L.LightningModule):
 
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
         """Note the learning rates that warm-up scales, and keep this run's `fused` setting."""
-        optimizer.register_load_state_dict_pre_hook(keep_fused)
+        optimizer.register_load_state_dict_pre_hook(_keep_fused)
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -129,3 +129,11 @@ class OptimizationHooks(L.LightningModule):
         """Restore the counts."""
         self.images_seen = checkpoint["images_seen"]
         self.replaced_gradients = checkpoint["replaced_gradients"]
+
+
+def _keep_fused(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Keep this run's `fused` setting in a loaded optimizer state."""
+    if "fused" not in optimizer.defaults:
+        return state
+    fused = optimizer.defaults["fused"]
+    return state | {"param_groups": [group | {"fused": fused} for group in state["param_groups"]]}

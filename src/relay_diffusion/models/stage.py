@@ -11,17 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from relay_diffusion.diffusion import (
-    Corruption,
-    Denoiser,
-    DenoisingLoss,
-    RandnLike,
-    check_guidance,
-    drop_labels,
-    with_guidance,
-)
 from relay_diffusion.diffusion.augment import Augmentation
+from relay_diffusion.diffusion.corruption import Corruption
 from relay_diffusion.diffusion.generators import PerImageGenerator, mix_seeds
+from relay_diffusion.diffusion.guidance import Denoiser, check_guidance, drop_labels, with_guidance
+from relay_diffusion.diffusion.loss import DenoisingLoss
+from relay_diffusion.diffusion.noise import RandnLike
 from relay_diffusion.diffusion.pixels import to_float
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.finite_samples import finite, nonfinite_samples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -192,3 +193,16 @@ def project(conv: nn.Conv2d, x: Tensor, skip: Tensor | None, bias: Tensor | None
 def _rows(x: Tensor) -> Tensor:
     """Pixels of a channels_last tensor as rows, without a copy: [B,C,H,W] -> [B H W, C]."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def report_slow_settings(device: torch.device, networks: Mapping[str, object]) -> None:
+    """Print settings that slow down a run on a GPU; `networks`: by the option that sets channels_last."""
+    if device.type != "cuda":
+        return
+    slow = "and the fused kernels are not used"
+    if not HAVE_TRITON:
+        print(f"note: Triton is not installed, {slow}: slower, same images; pip install triton", flush=True)
+    for option, network in networks.items():
+        # networks of other packages have no memory_format
+        if getattr(network, "memory_format", torch.channels_last) is not torch.channels_last:
+            print(f"note: {option}=false is slow on a GPU, {slow}: same numbers with true", flush=True)

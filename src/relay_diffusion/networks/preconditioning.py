@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from relay_diffusion.diffusion.corruption import check_images, noise_levels
 from relay_diffusion.diffusion.guidance import check_label_tensor
+from relay_diffusion.diffusion.tensors import check_images, noise_levels
 from relay_diffusion.networks.unet import UNet
 
 

@@ -7,9 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from relay_diffusion.diffusion.corruption import check_images
 from relay_diffusion.diffusion.guidance import Denoiser, check_label_tensor
 from relay_diffusion.diffusion.noise import RandnLike
+from relay_diffusion.diffusion.tensors import check_images
 
 
 def state_dtype(device: torch.device) -> torch.dtype:

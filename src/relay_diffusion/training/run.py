@@ -15,12 +15,12 @@ from relay_diffusion.checkpoints.reading import LAST
 from relay_diffusion.data.datamodule import ImageDataModule
 from relay_diffusion.errors import UserError, prefix_errors, require
 from relay_diffusion.models.stage import DiffusionStage, StageInfo
+from relay_diffusion.networks.ops import report_slow_settings
 from relay_diffusion.training.callbacks.preemption import leave_after_signal, restored_signal_handlers
 from relay_diffusion.training.resume import DATA_ORDER, RunRecord, Start, find_start, init_from
 from relay_diffusion.utils.distributed import destroy_process_group, on_rank_zero, started_ranks
 from relay_diffusion.utils.files import write_text
 from relay_diffusion.utils.git import git_revision
-from relay_diffusion.utils.host import report_slow_settings
 from relay_diffusion.utils.quiet import quiet_libraries
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from relay_diffusion.training.callbacks import preemption
+from relay_diffusion.training.callbacks.ema import EMA
 from relay_diffusion.training.callbacks.stopping import StopAtImages
-from relay_diffusion.training.ema import EMA
 from relay_diffusion.training.trainer import build_trainer
 from support import assert_same_weights, weights_of
 

@@ -52,10 +52,14 @@ class Agreement:
 
 
 class StopAtImages(Callback):
-    """End training at `max_images` images seen, or after `batches` optimizer steps of this start."""
+    """End training at `max_images` images seen, or after `limit_train_batches` optimizer steps of this start."""
 
-    def __init__(self, max_images: int, batches: int | None = None) -> None:
-        self.max_images, self.batches = max_images, batches
+    def __init__(self, max_images: int, limit_train_batches: int | None = None) -> None:
+        if not max_images >= 1:
+            raise ValueError(f"max_images={max_images}: must be at least 1")
+        if limit_train_batches is not None and not limit_train_batches >= 1:
+            raise ValueError(f"limit_train_batches={limit_train_batches}: must be at least 1, or null")
+        self.max_images, self.batches = max_images, limit_train_batches
         self._first_step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:

@@ -28,16 +28,16 @@ class EMA(Callback):
         self.half_life_images, self.ramp_up = half_life_images, ramp_up
         self._weights: dict[str, Tensor] = {}
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start from the present weights, or bring loaded ones to the device."""
         assert isinstance(pl_module, DiffusionStage)
         pl_module.ema = WeightAverage(pl_module.denoiser, self.half_life_images, self.ramp_up, self._weights)
         self._weights = pl_module.ema.weights
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the average to the checkpoint."""
         checkpoint["ema"] = {"weights": dict(self._weights)}
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Continue from the checkpoint's average; one trained without starts from its weights."""
         self._weights = dict(checkpoint.get("ema", {}).get("weights", {}))
