@@ -204,7 +204,7 @@ def test_gaussian_start_is_the_noise_itself():
 
 
 def test_gaussian_start_takes_no_image():
-    with pytest.raises(ValueError, match="takes no image"):
+    with pytest.raises(ValueError, match="starts from noise; remove `previous`"):
         GaussianCorruption(LogNormal()).start(images(), images(), torch.randn_like)
 
 
@@ -220,7 +220,7 @@ def test_blurring_start_needs_an_image():
 
 
 def test_blurring_start_refuses_an_image_that_does_not_fit():
-    with pytest.raises(ValueError, match=r"\(2, 3, 2, 2\) enlarged 4 times are not of \(2, 3, 8, 12\)"):
+    with pytest.raises(ValueError, match=r"\(2, 3, 2, 2\): its images enlarged 4 times are not of \(2, 3, 8, 12\)"):
         BlurringCorruption(SCHEDULE, block=4).start(images(), torch.zeros(2, 3, 2, 2), torch.randn_like)
 
 

@@ -113,7 +113,7 @@ def test_guidance_needs_a_stage_trained_with_label_dropout(fit, tmp_path):
 
 
 def test_guidance_without_classes_or_guide_is_refused():
-    with pytest.raises(UserError, match="knows no classes and there is no guide"):
+    with pytest.raises(UserError, match="network is unconditional and there is no guide"):
         tiny_stage(8, num_classes=0, guidance_scale=2.0).guided()
 
 
