@@ -15,7 +15,7 @@ from relay_diffusion.samplers import EDMSampler
 from relay_diffusion.sampling.run import sample
 from support import run, tiny_stage
 
-REMEDY = "use another checkpoint, or precision 32-true or bf16-mixed if it was 16-mixed"
+REMEDY = "use another checkpoint, or precision 32-true or bf16-mixed instead of 16-mixed"
 
 
 def failing(stage, below=math.inf, value=math.nan, images=slice(None)):

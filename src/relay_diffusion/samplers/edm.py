@@ -61,7 +61,7 @@ class EDMSampler:
         """
         rounding = 1 + 1e-9  # rounding error of sigma_min at the end of the grid
         if not self.sigmas[-2] <= sigma * rounding < self.sigmas[0]:
-            raise ValueError(f"sigma={sigma}: cannot stop there; use {self.sigmas[-2]:g} to below {self.sigmas[0]:g}")
+            raise ValueError(f"cannot stop at sigma {sigma}: use {self.sigmas[-2]:g} to below {self.sigmas[0]:g}")
         stopped = copy.copy(self)
         stopped.sigmas = [*(level for level in self.sigmas if level > sigma * rounding), sigma, 0.0]
         stopped.churn_min = max(self.churn_min, sigma * rounding)  # no churn before the last estimate
