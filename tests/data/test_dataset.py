@@ -299,7 +299,7 @@ def test_hostile_member_names_are_refused(tmp_path: Path, name: str) -> None:
         ({"labels": [["gone.png", 0]]}, "labels[0] is for 'gone.png', which is not among the images"),
         ({"labels": LABELS["labels"][:3]}, "\"labels\" has no entry for 'train/c.png'"),
         ({"labels": [["train/a.png", -1]]}, "labels[0], 'train/a.png': class -1 must be 0..999999"),
-        ({"labels": LABELS["labels"] * 2}, "labels[4] labels 'heldout/d.png' a second time"),
+        ({"labels": LABELS["labels"] * 2}, "labels[4] repeats 'heldout/d.png'; remove one entry"),
         ({**LABELS, "classes": ["x", "y"]}, "'train/c.png': class 2 must be 0..1"),
         ({**LABELS, "classes": "xyz"}, '"classes" must be a list of class names'),
     ],

@@ -34,7 +34,7 @@ GOOD = [["a.png", 0], ["b.png", 1]]
         ({"labels": []}, "no entry for 'a.png'"),
         ({"labels": [GOOD[0]]}, "no entry for 'b.png'"),
         ({"labels": [*GOOD, ["c.png", 0]]}, "labels[2] is for 'c.png', which is not among the images"),
-        ({"labels": [*GOOD, GOOD[0]]}, "labels[2] labels 'a.png' a second time"),
+        ({"labels": [*GOOD, GOOD[0]]}, "labels[2] repeats 'a.png'; remove one entry"),
         ({"labels": [["a.png"]]}, "labels[0] = ['a.png'] must be [name, class index]"),
         ({"labels": [["a.png", 0, 0]]}, "labels[0] ="),
         ({"labels": [[0, "a.png"]]}, "labels[0] ="),
