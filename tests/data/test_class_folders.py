@@ -1,4 +1,4 @@
-"""Which folders are classes: below folders around everything and below splits, the same over all splits."""
+"""Class folders below wrapping folders and splits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""dataset.json that is wrong in many ways: one short line that names the entry."""
+"""Malformed dataset.json: one short line that names the entry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What sampling accepts from Python, and how it refuses the rest."""
+"""Arguments of sampling from Python: accepted types and error messages."""
 
 import math
 
@@ -120,7 +120,7 @@ def test_other_images_to_start_from_are_refused(start, message):
         Relay({"a": stage}).sample([5, 6], start=start)
 
 
-def test_a_relay_that_enlarges_needs_a_start(stage):
+def test_a_relay_that_enlarges_needs_start_images(stage):
     with pytest.raises(ValueError, match=r"^start: the first stage of this relay starts from noise: remove it"):
         Relay({"a": stage}).sample([5, 6], start=torch.zeros(SHAPE))
     with pytest.raises(ValueError, match=r"^start: the first stage of this relay enlarges images of 4x4: give them"):
