@@ -16,7 +16,7 @@ def to_float(images: Tensor) -> Tensor:
 
 
 ROUNDING = {"nearest": 128.0, "floor": 127.5}
-"""How [-1, 1] becomes 0..255: EDM's floor(127.5 x + 128), ADM's floor(127.5 x + 127.5)."""
+"""Offsets of the conversion from [-1, 1] to 0..255: EDM's floor(127.5 x + 128), ADM's floor(127.5 x + 127.5)."""
 
 
 def to_uint8(images: Tensor, rounding: str = "nearest") -> Tensor:

@@ -57,7 +57,7 @@ class OptimizationHooks(L.LightningModule):
 
     @property
     def mid_accumulation(self) -> bool:
-        """Whether accumulated gradients have not updated the weights yet."""
+        """Return whether accumulated gradients have not updated the weights yet."""
         return self._pending > 0
 
     def add_pending(self, images: int, per_image: Tensor) -> None:

@@ -24,7 +24,7 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str | None = None) 
 
 
 def one_line(error: Exception) -> str:
-    """Return the message of a foreign error in one line.
+    """Return the message of another library's error in one line.
 
     An error without a message gives its class name.
     """
