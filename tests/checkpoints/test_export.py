@@ -180,7 +180,7 @@ def test_damaged_descriptions(exported):
     file.write_text(
         text.replace('"_target_": "relay_diffusion.networks.EDM', '"target": "relay_diffusion.networks.EDM')
     )
-    refused(exported, "denoiser must be a network")
+    refused(exported, "must be an EDMPreconditioner")
     file.write_text(text.replace('"format": 1', '"format": 2'))
     refused(exported, "in format 2: this version reads 1")
 

@@ -1,4 +1,4 @@
-"""Class, split and wrapping folders in the converter, and its report about them."""
+"""Class, split and wrapping folders in the converter and its report."""
 
 from __future__ import annotations
 

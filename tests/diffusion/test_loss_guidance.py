@@ -1,4 +1,4 @@
-"""The loss weight, classifier-free guidance and label dropout."""
+"""Loss weight, guidance and label dropout."""
 
 import math
 
@@ -100,7 +100,7 @@ def test_guidance_of_images_without_a_class_changes_nothing():
 
 
 def test_guidance_without_labels_is_refused():
-    with pytest.raises(ValueError, match="guidance needs labels"):
+    with pytest.raises(ValueError, match="guidance needs class labels"):
         ClassifierFreeGuidance(LabelDenoiser(), 2.0)(X, SIGMA, None)
 
 
@@ -112,7 +112,7 @@ def test_autoguidance_moves_away_from_the_guide():
         torch.testing.assert_close(guided, (1 - scale) * weak + scale * strong, atol=1e-12, rtol=0)
 
 
-def test_autoguidance_of_scale_one_never_asks_the_guide():
+def test_autoguidance_of_scale_one_does_not_evaluate_the_guide():
     def guide(*_):
         raise AssertionError
 
@@ -135,11 +135,11 @@ def test_guidance_is_applied_inside_its_interval_only(low, high, guided):
     inside = ClassifierFreeGuidance(LabelDenoiser(), 3.0)(X, SIGMA, LABELS)
     for i, here in enumerate(guided):
         assert torch.equal(result[i], inside[i] if here else plain[i])
-    assert len(calls) == bool(sum(guided))  # outside, guidance is not even computed
+    assert len(calls) == bool(sum(guided))  # no evaluation outside the interval
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 2.0), (2.0, 1.0)])
-def test_an_interval_that_holds_nothing_is_refused(low, high):
+def test_an_empty_interval_is_refused(low, high):
     with pytest.raises(ValueError, match="interval"):
         GuidanceInterval(LabelDenoiser(), LabelDenoiser(), low, high)
 
@@ -174,7 +174,7 @@ def test_an_interval_without_ends_holds_every_noise_level():
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf, "2", None])
-def test_what_is_no_guidance_scale_is_refused(scale):
+def test_an_invalid_guidance_scale_is_refused(scale):
     with pytest.raises(ValueError, match=r"^guidance_scale="):
         check_guidance(scale, None)
 
@@ -182,12 +182,12 @@ def test_what_is_no_guidance_scale_is_refused(scale):
 @pytest.mark.parametrize(
     "interval", [["a", "b"], [math.nan, 1.0], [0.0, None], [], [1.0], [0.0, 1.0, 2.0], [2.0, 1.0], [-1.0, 1.0], 3.0]
 )
-def test_what_is_no_guidance_interval_is_refused(interval):
+def test_an_invalid_guidance_interval_is_refused(interval):
     with pytest.raises(ValueError, match=r"^guidance_interval="):
         check_guidance(2.0, interval)
 
 
-def test_guidance_intervals_may_begin_at_zero_and_hold_one_level():
+def test_guidance_intervals_may_start_at_zero_and_contain_one_level():
     for interval in (None, [0.0, 1.0], [1.0, 1.0]):
         check_guidance(2.0, interval)
 

@@ -37,7 +37,7 @@ def test_truncated_level_one_is_the_prob_length_quantile(prob_length):
 
 
 def test_small_levels_keep_their_digits_in_single_precision():
-    """(1 + erf(z / sqrt 2)) / 2 would lose them: at these levels it is a difference of almost equal numbers."""
+    """(1 + erf(z / sqrt 2)) / 2 would lose precision by cancellation at these levels."""
     sigma = torch.tensor([1e-3, 3e-3, 0.0075])
     level = torch.tensor([NORMAL.cdf((math.log(s) + 1.2) / 1.2) for s in sigma.tolist()])
     torch.testing.assert_close(LogNormal().level(sigma), level, atol=0, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Relays: what fits, what does not, and what comes out."""
+"""Relays: compatible stages and their samples."""
 
 import pytest
 import torch
@@ -153,6 +153,6 @@ def test_a_stage_may_have_any_name(name):
 
 
 @pytest.mark.parametrize(("stage", "sigma"), [((4, 1), 100.0), ((8, 2), 1.0)])
-def test_a_hand_over_that_makes_no_sense_is_refused(stage, sigma):
+def test_an_invalid_hand_over_is_refused(stage, sigma):
     with pytest.raises(UserError, match="hand_over_sigma"):
         Relay({"a": tiny_stage(*stage)}, hand_over_sigma=sigma)

@@ -1,4 +1,4 @@
-"""The parts of the UNet, by their formulas."""
+"""Layers of the UNet against their formulas."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_downsampling_undoes_upsampling():
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 1, 1), (1, 3, 4, 5)])
-def test_enlarging_and_convolving_in_one(shape):
+def test_convolve_enlarged_equals_upsampling_and_convolving(shape):
     conv, x = nn.Conv2d(3, 5, 3, padding=1).double(), torch.randn(shape).double()
     out, bias = convolve_enlarged(conv, x)
     assert bias is None
@@ -74,7 +74,7 @@ def test_a_residual_block_starts_as_its_shortcut(options, resample):
 
 
 @torch.no_grad()
-def test_a_residual_block_by_its_formula():
+def test_a_residual_block_equals_its_formula():
     block = randomize_zero_layers(ResidualBlock(4, 8, 6)).double()
     x, embedding = torch.randn(2, 4, 5, 5).double(), torch.randn(2, 6).double()
     silu = nn.SiLU()

@@ -137,7 +137,7 @@ def test_a_condition_and_its_level_change_the_output_of_their_image_alone():
 
 @pytest.mark.parametrize("channels", [3, 6, 7])
 def test_the_first_convolution_of_eight_channels_is_that_of_fewer(monkeypatch, channels):
-    """What a GPU computes, here on the CPU."""
+    """The path of a GPU, computed on the CPU."""
     monkeypatch.setattr(ops, "fusible", lambda *_: True)
     conv, x = torch.nn.Conv2d(channels, 4, 3, padding=1), torch.randn(2, channels, 8, 8)
     torch.testing.assert_close(ops.convolve_image(conv, x), conv(x), rtol=0, atol=1e-5)
@@ -240,7 +240,7 @@ def test_weights_and_activations_have_the_memory_layout_asked_for(channels_last)
 
 @pytest.mark.parametrize("levels", [(0,), (1,), (0, 1, 2)])
 def test_checkpointing_changes_no_gradient(levels):
-    """Also with dropout, whose mask must be the same the second time."""
+    """Also with dropout, whose mask must be the same in the recomputation."""
     plain = randomize_zero_layers(unet(channel_mult=(1, 2, 2), dropout=0.3)).train()
     saving = randomize_zero_layers(unet(channel_mult=(1, 2, 2), dropout=0.3, checkpoint_levels=levels)).train()
     saving.load_state_dict(plain.state_dict())
@@ -254,7 +254,7 @@ def test_checkpointing_changes_no_gradient(levels):
 
 
 def test_checkpointed_blocks_keep_nothing_but_their_input():
-    """What a block saves is counted: all of it without, nothing inside with checkpointing."""
+    """Counts the saved tensors: all without checkpointing, only the input with it."""
     kept = {}
     for levels in ((), (0, 1)):
         network, saved = randomize_zero_layers(unet(channel_mult=(1, 2), checkpoint_levels=levels)).train(), []
@@ -276,7 +276,7 @@ def test_blocks_are_computed_again_in_training_only(monkeypatch):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_gradients_lie_as_their_weights_do(channels_last):
-    """Else DDP copies them, and warns."""
+    """DDP would copy other layouts, and warn."""
     network = randomize_zero_layers(unet(channel_mult=(1, 2), channels_last=channels_last))
     network(x_of(network), NOISE).square().sum().backward()
     for name, parameter in network.named_parameters():

@@ -1,4 +1,4 @@
-"""Samplers against the images that the published implementation made from the same noise."""
+"""Samplers against images of the published implementation from the same noise."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from support import Replay, class_indices, toy_denoiser
 
 
 def churn_draws(sampler, draws):
-    """The reference draws churn noise also where it is multiplied by zero; keep only what is used."""
+    """Keep the used churn noise: the reference draws it also where it is multiplied by zero."""
     return [d for d, sigma in zip(draws, sampler.sigmas, strict=False) if sampler._gamma(sigma) > 0]
 
 

@@ -1,4 +1,4 @@
-"""What the samplers must do by mathematics alone: Heun, order two, exact marginals."""
+"""Mathematical properties of the samplers: Heun, second order, exact marginals."""
 
 import math
 from itertools import pairwise
@@ -77,7 +77,7 @@ def noisy_steps(move, x, draws, sigmas, eta, denoise):
 
 @pytest.mark.parametrize("of_network", [torch.float64, torch.float32])
 @pytest.mark.parametrize("block", [2, 4, 16])
-def test_relay_steps_are_the_written_ones(block, of_network):
+def test_relay_steps_equal_the_formula(block, of_network):
     corruption = BlurringCorruption(SCHEDULE, block, blur_sigma_max=2.0, block_strength=0.4)
     sampler = BlurringSampler(corruption, steps=10, s_noise=0.3)
     start, white = images(size=32), [images(size=32) for _ in range(2 * (2 * len(sampler.sigmas) - 1))]
@@ -105,7 +105,7 @@ def test_relay_steps_are_the_written_ones(block, of_network):
 
 
 @pytest.mark.parametrize("of_network", [torch.float64, torch.float32])
-def test_edm_steps_are_the_written_ones(of_network):
+def test_edm_steps_equal_the_formula(of_network):
     sampler = EDMSampler(steps=8, sde_scale=0.3)
     white = [images() for _ in range(2 * 7 + 1)]
 
@@ -129,8 +129,8 @@ def test_edm_steps_are_the_written_ones(of_network):
 
 
 @pytest.mark.parametrize("sampler", [EDMSampler(steps=5, churn=3.0, sde_scale=0.3), relay_with_noise()])
-def test_nothing_that_a_denoiser_or_a_source_handed_out_is_changed(sampler):
-    """Steps work in place, but on their own memory only."""
+def test_outputs_of_denoiser_and_noise_source_are_not_modified(sampler):
+    """Steps modify only their own memory in place."""
     handed, copies = [], []
 
     def keep(x):
@@ -147,8 +147,8 @@ def test_nothing_that_a_denoiser_or_a_source_handed_out_is_changed(sampler):
 
 
 @pytest.mark.parametrize("sampler", [EDMSampler(steps=5), relay_with_noise()])
-def test_a_network_may_write_all_its_answers_to_the_same_memory(sampler):
-    """As one captured in a CUDA graph does."""
+def test_a_network_may_reuse_its_output_memory(sampler):
+    """A network captured in a CUDA graph does."""
     start, memory = images(), torch.empty(2, 3, 8, 8)
 
     def overwriting(x, sigma, labels):

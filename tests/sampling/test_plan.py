@@ -65,7 +65,7 @@ def test_classes_by_name_or_number(chosen, classes, names, indices):
         ("Animals-Nature", 2, ["flags", "animals-nature"], r"did you mean animals-nature\?$"),
         ("flag", 2, ["Flags", "animals-nature"], r"did you mean Flags\?$"),
         (2, 2, [], "0 to 1"),
-        ([], 2, [], "names no class"),
+        ([], 2, [], "is empty"),
     ],
 )
 def test_unknown_classes(chosen, classes, names, message):

@@ -38,19 +38,19 @@ def many(monkeypatch):
     torch.set_num_threads(before)
 
 
-def test_few_threads_beside_a_gpu():
+def test_cpu_threads_are_limited_beside_a_gpu():
     prepare_host(torch.device("cuda", 0))
     assert torch.get_num_threads() == 4
     assert os.environ[THREADS_KEY] == "4"
 
 
-def test_all_threads_on_a_cpu():
+def test_all_threads_are_used_on_a_cpu():
     prepare_host(torch.device("cpu"))
     assert torch.get_num_threads() == 6
     assert THREADS_KEY not in os.environ
 
 
-def test_the_users_choice_of_threads_holds(monkeypatch):
+def test_omp_num_threads_is_kept(monkeypatch):
     monkeypatch.setenv(THREADS_KEY, "6")
     prepare_host(torch.device("cuda", 0))
     assert torch.get_num_threads() == 6
@@ -59,7 +59,7 @@ def test_the_users_choice_of_threads_holds(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
 def test_freed_memory_is_kept_on_a_cpu():
-    """The same large tensors again cost next to no new pages."""
+    """Allocating the same large tensors again needs almost no new pages."""
     result = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=True)
     given_back, kept = map(int, result.stdout.split())
     assert kept < given_back / 10

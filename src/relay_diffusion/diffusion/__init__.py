@@ -1,4 +1,4 @@
-"""The mathematics of Relay Diffusion: torch only."""
+"""Mathematics of Relay Diffusion; imports torch only."""
 
 from relay_diffusion.diffusion.corruption import BlurringCorruption, ConditionedCorruption, GaussianCorruption
 from relay_diffusion.diffusion.loss import DenoisingLoss

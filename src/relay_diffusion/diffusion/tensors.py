@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def expand(sigma: Tensor, like: Tensor) -> Tensor:
-    """[B] -> [B,1,1,1] on the device of `like`, to multiply images with.
+    """Reshape [B] to [B,1,1,1] on the device of `like`.
 
     sigma may be on the CPU: computing a few numbers there is faster than launching GPU kernels, and the copy is
     asynchronous.
@@ -18,10 +18,10 @@ def expand(sigma: Tensor, like: Tensor) -> Tensor:
 
 
 def noise_levels(sigma: Tensor | float, count: int) -> Tensor:
-    """Expand noise levels to `count` images: a number, tensor [] or tensor [B] -> [B]; not copied.
+    """Expand noise levels to `count` images without copying.
 
-    Raises ValueError for another type, dtype or shape, and for a number that is not above 0 and finite. Values of
-    tensors are not looked at, which would wait for the device.
+    A number, tensor [] or tensor [B] -> [B]. Raises ValueError for another type, dtype or shape, and for a number that
+    is not above 0 and finite. Values of tensors are not checked, because that would synchronize with the device.
     """
     if not isinstance(sigma, Tensor):
         if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not 0 < sigma < math.inf:
@@ -34,7 +34,10 @@ def noise_levels(sigma: Tensor | float, count: int) -> Tensor:
 
 
 def check_images(name: str, images: Tensor) -> None:
-    """Raise ValueError naming the argument unless images are floats [B,C,H,W]; values are not checked."""
+    """Raise ValueError unless images are floats [B,C,H,W].
+
+    name: the argument in the message. Values are not checked.
+    """
     if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4:
         given = (
             f"{images.dtype} of shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__

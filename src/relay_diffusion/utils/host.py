@@ -18,11 +18,11 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt, from malloc.h
 
 
 def prepare_host(device: torch.device) -> None:
-    """Limit torch to few threads beside a GPU; keep freed memory on a CPU.
+    """Limit CPU threads beside a GPU; keep freed memory on a CPU.
 
-    Beside a GPU the CPU only copies batches: a few threads are far faster than one for each of many cores, above all
-    with several ranks on a host. A user's OMP_NUM_THREADS is kept. On the CPU glibc returns the memory of large tensors
-    to the system, which clears their pages for the next ones: 44 % of the time of an evaluation of emoji_256.
+    Beside a GPU the CPU only copies batches: a few threads are far faster than one per core, especially with several
+    ranks on a host. A user's OMP_NUM_THREADS is kept. On the CPU glibc returns the memory of large tensors to the
+    system, which must clear those pages again: 44 % of the time of an evaluation of emoji_256.
     """
     import torch
 
@@ -33,7 +33,7 @@ def prepare_host(device: torch.device) -> None:
             mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     elif THREADS_KEY not in os.environ:
         torch.set_num_threads(min(THREADS, torch.get_num_threads()))
-        os.environ[THREADS_KEY] = str(torch.get_num_threads())  # for other ranks, and so that Lightning keeps it
+        os.environ[THREADS_KEY] = str(torch.get_num_threads())  # launched ranks inherit it, Lightning keeps it
 
 
 def check_gpus(trainer: DictConfig) -> None:
