@@ -121,7 +121,7 @@ def test_states_stay_float64() -> None:
 
 def test_errors() -> None:
     metric = FrechetDistance(FEATURES)
-    with pytest.raises(ValueError, match=r"expected features \[N,12\], not \[4, 3\]"):
+    with pytest.raises(ValueError, match=r"features: must be \[N,12\], not \[4, 3\]"):
         metric.update(torch.zeros(4, 3), real=True)
     metric.update(features(1), real=False)
     with pytest.raises(UserError, match="at least 2 real images"):

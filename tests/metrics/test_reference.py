@@ -91,7 +91,7 @@ def test_adm_round_trip(reference: Reference, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layout": "CHWN"}, "layout 'CHWN'; it must be 'NCHW' or 'NHWC'"),
+        ({"layout": "CHWN"}, "layout 'CHWN'; use 'NCHW' or 'NHWC'"),
         ({"layout": 3}, r"'layout' must be a text, not int64 of shape \[\]"),
         ({"sigma_s": None}, "lacks 'sigma_s'"),
         ({"mu_s": None}, "lacks 'mu_s'"),
