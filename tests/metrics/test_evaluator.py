@@ -150,7 +150,7 @@ def test_too_few_images_skip_only_metrics_that_need_more(reference: Reference) -
         "fid": "a Fréchet distance needs at least 2 generated images, not 0; give more of them",
         "sfid": "a Fréchet distance needs at least 2 generated images, not 0; give more of them",
         "inception_score": "the Inception Score needs at least one generated image",
-        "precision_recall": "precision and recall need more than 3 generated images, not 0",
+        "precision_recall": "precision and recall need more than 3 generated images, not 0; give more",
         "kid": "KID needs at least 2 generated images, not 0; give more of them",
     }
     feed(evaluation, random_images(3, 4), range(3))

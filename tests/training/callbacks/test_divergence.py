@@ -145,7 +145,7 @@ def test_the_end_of_training_is_not_saved_during_bad_steps(fit, spoil, tmp_path)
     fit("run", 8)
     good = last.read_bytes()
     spoil(lambda step: step > 2)
-    with pytest.raises(UserError, match=r"ended diverged, and is not saved: .*last 2 steps .*last\.ckpt of 8 images"):
+    with pytest.raises(UserError, match=r"diverged, its end is not saved: .*last 2 steps .*last\.ckpt of 8 images"):
         fit("run", 24)
     assert last.read_bytes() == good
 

@@ -56,7 +56,7 @@ def test_half_a_row_is_dropped(tmp_path, torn):
 @pytest.mark.parametrize("text", ["loss,step\n1,2\n", "\n", "images_seen,a\n8,1,2\n", "images_seen,a\nx,1\n"])
 def test_another_file_is_not_overwritten(tmp_path, text):
     (tmp_path / "metrics.csv").write_text(text)
-    with pytest.raises(UserError, match=r"metrics\.csv is no log of a run.*move it away"):
+    with pytest.raises(UserError, match=r"metrics\.csv is not a training log.*move it away"):
         MetricsCSV(tmp_path).log_metrics({"a/x": 1}, 8)
     assert text_of(tmp_path) == text
 

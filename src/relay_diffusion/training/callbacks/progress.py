@@ -1,4 +1,4 @@
-"""Progress of training, in images."""
+"""Progress bar of training, in images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from relay_diffusion.utils.progress import Advance, progress
 
 
 class TrainingProgress(Callback):
-    """Show a bar of the images seen, with the latest logged loss and speed."""
+    """Progress bar of the images seen, with logged loss and speed."""
 
     def __init__(self, max_images: int) -> None:
         self.max_images = max_images
