@@ -99,7 +99,7 @@ def test_block_noise_in_closed_form(side: int, block: int) -> None:
 
 @pytest.mark.parametrize("block", [0, 9])
 def test_block_must_fit(block: int) -> None:
-    with pytest.raises(ValueError, match=f"block is {block}: need 1 to 8"):
+    with pytest.raises(ValueError, match=f"block={block}: must be 1 to 8"):
         block_power(8, block)
 
 

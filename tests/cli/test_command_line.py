@@ -236,7 +236,7 @@ def test_mistakes_that_need_the_checkpoints(relay_overrides, relay_runs, tmp_pat
             ["error: relay.stages.base: ", "text.ckpt cannot be read as a checkpoint"],
         ),
         (["class=green"], ["class=green", "dark, light"]),
-        (["seeds=9-1"], ["runs backwards"]),
+        (["seeds=9-1"], ["which descends"]),
         (["mode=evaluate", f"metrics.evaluator.inception.weights={text}"], ["text.ckpt"]),
         (["mode=evaluate", "metrics.evaluator.inception.weights=nowhere.pth"], ["nowhere.pth"]),
     ]:

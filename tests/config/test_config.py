@@ -203,7 +203,7 @@ def test_a_block_that_does_not_divide_is_named(configuration, small_zip):
         ("relay.stages.base.path=missing", r"relay\.stages\.base\.path=missing: no such file"),
         ("relay.stages.base.guide=missing", r"relay\.stages\.base\.guide=missing: no such file"),
         ("relay.first=relay", r"relay\.first=relay: relay\.start=FOLDER must give"),
-        ("relay.last=third", r"relay\.last=third: the stages are \['base', 'relay'\]"),
+        ("relay.last=third", r"relay\.last=third: choose one of \['base', 'relay'\]"),
         ("relay.last=base relay.start=conf", r"relay\.last=base comes before"),
         ("relay.start=missing", r"relay\.start=missing: no such"),
         ("relay.start_subset=train", r"relay\.start_subset=train: give relay\.start=FOLDER"),

@@ -173,14 +173,14 @@ def test_given_photographs_are_turned_upright(configuration, relay_overrides, tm
     assert made["a"] == made["b"]
     assert [one == other for one, other in zip(made["a"], made["c"], strict=True)] == [True, False, False]
     options = [f"relay.start={stored}", "class=-1", f"run_dir={tmp_path / 'c'}"]
-    with pytest.raises(UserError, match=r"holds images of other settings \(start\.hash"):
+    with pytest.raises(UserError, match=r"holds images with different settings \(start\.hash"):
         sample(configuration("sample", *relay_overrides, *options))
 
 
 def test_given_images_without_classes_need_one(configuration, relay_overrides, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     start = [*relay_overrides, f"relay.start={tmp_path}"]
-    with pytest.raises(UserError, match=r"no classes \(dataset\.json\), but the model knows some: give class="):
+    with pytest.raises(UserError, match=r"no classes \(dataset\.json\), but the model does: give class="):
         sample(configuration("sample", *start))
     (tmp_path / "dataset.json").write_text('{"labels": [["a.png", 0]], "classes": ["light"]}')
     with pytest.raises(UserError, match="other classes than the model"):
@@ -319,7 +319,7 @@ def test_classes_of_a_reference_that_has_none(configuration, relay_overrides, tm
     for reference, words in ((tmp_path, "has no classes"), ("demo/emoji-64.zip", "other classes than the model")):
         with pytest.raises(UserError, match=f"class=reference: reference=.*{words}"):
             sample(configuration("sample", *relay_overrides, "class=reference", f"reference={reference}"))
-    with pytest.raises(UserError, match=r"there is no relay\.reference\.path"):
+    with pytest.raises(UserError, match=r"relay\.reference\.path is null"):
         sample(configuration("sample", *relay_overrides, "class=reference", "reference=null"))
 
 

@@ -84,9 +84,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
     config = dict(record.get("config", {}))
     data, trainer = config.get("data"), config.get("trainer")
-    if (
-        isinstance(data, Mapping) and isinstance(trainer, Mapping) and "accumulate" in data
-    ):  # older checkpoints have data.accumulate
+    # older checkpoints have data.accumulate
+    if isinstance(data, Mapping) and isinstance(trainer, Mapping) and "accumulate" in data:
         config["data"] = {name: value for name, value in data.items() if name != "accumulate"}
         config["trainer"] = {name: value for name, value in trainer.items() if name != "accumulate"}
         config["trainer"]["accumulate_grad_batches"] = data["accumulate"]

@@ -201,13 +201,9 @@ class PublishedCheckpoint:
             expected["model.map_label.weight"] = expected["model.map_label.weight"][::-1]
         stored = {name: tuple(tensor.shape) for name, tensor in self.weights.items()}
         if wrong := [f"lacks {name}" for name in expected if name not in stored]:
-            raise UserError(
-                f"{self.path} {wrong[0]}{_more(wrong)}: not the network that it describes; fetch it again"
-            )
+            raise UserError(f"{self.path} {wrong[0]}{_more(wrong)}: not the network that it describes; fetch it again")
         if wrong := [f"also holds {name}" for name in stored if name not in expected]:
-            raise UserError(
-                f"{self.path} {wrong[0]}{_more(wrong)}: not the network that it describes; fetch it again"
-            )
+            raise UserError(f"{self.path} {wrong[0]}{_more(wrong)}: not the network that it describes; fetch it again")
         if wrong := [name for name in expected if stored[name] != expected[name]]:
             raise UserError(
                 f"{self.path} holds {wrong[0]} of shape {list(stored[wrong[0]])}, but describes a network where it is "

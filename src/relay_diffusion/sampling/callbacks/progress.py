@@ -1,4 +1,4 @@
-"""Progress of sampling and of evaluation."""
+"""Progress bar of sampling."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from relay_diffusion.utils.progress import Advance, progress
 
 
 class SamplingProgress(Callback):
-    """Progress bar of sampled images, over all ranks as if they were equally fast."""
+    """Progress bar of sampled images.
+
+    Counts all ranks as equally fast.
+    """
 
     def __init__(self, description: str, total: int, done: int = 0) -> None:
         self.description, self.total, self.done = description, total, done
