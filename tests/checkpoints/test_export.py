@@ -274,7 +274,7 @@ def test_own_checkpoints(stage, tmp_path, capsys):
         (["source={edm}", "destination={out}", "experiment=emoji_64"], "resolution=64 (the file: 8), channels=64"),
         (["source={tmp}", "destination={out}", "experiment=emoji_64"], "leave it out"),
         (["source={edm}", "destination={text}"], "is a file"),
-        (["source={edm}", "destination={edm}"], "is the source itself"),
+        (["source={edm}", "destination={edm}"], "is the source; choose"),
     ],
 )
 def test_mistakes_are_one_line(arguments, words, tmp_path, monkeypatch, capsys):

@@ -134,7 +134,7 @@ def test_every_experiment_trains_a_step(configuration, large_zip, tmp_path, expe
         ("trainer.max_images=1e3", r"trainer\.max_images=1000\.0: must be a whole number: write 1000$"),
         ("+stage.corruption.block=0", r"stage\.corruption\.block=0"),
         ("callbacks.log.every_n_images=abc", r"callbacks\.log\.every_n_images=abc"),
-        ("trainer.accumulate_grad_batches=3", r"data\.batch_size=4 does not divide .* 3 would"),
+        ("trainer.accumulate_grad_batches=3", r"data\.batch_size=4 is not divisible .*; use 3"),
         ("trainer.devices=3", r"data\.batch_size=4 does not divide over 3 devices"),
         ("trainer.devices=0", r"trainer\.devices=0"),
         ("trainer.precision=8", r"trainer\.precision=8: use one of"),
@@ -215,10 +215,13 @@ def test_a_block_that_does_not_divide_is_named(configuration, small_zip):
         ("relay.rounding=up", r"relay\.rounding=up: use nearest or floor"),
         ("format=jpeg", "format=jpeg: use png or zip"),
         ("npz=no", "npz=no: use true or false"),
-        ("images=conf", "images=conf are only measured: add mode=evaluate"),
+        ("images=conf", "images=conf are evaluated only: add mode=evaluate"),
         ("images=conf mode=evaluate", r"images=conf: give reference="),
-        ("images=conf mode=evaluate reference=conf seeds=3", r"seeds=3 is for sampling"),
-        ("images=conf mode=evaluate reference=conf npz=true", r"only measured: no format, npz or save_trajectory"),
+        ("images=conf mode=evaluate reference=conf seeds=3", r"seeds=3 cannot be set: images=conf"),
+        (
+            "images=conf mode=evaluate reference=conf npz=true",
+            r"evaluated only; remove format, npz and save_trajectory",
+        ),
         ("images=conf mode=evaluate reference=conf save_trajectory=true", r"no format, npz or save_trajectory"),
         ("save_trajectory=-1", "save_trajectory=-1: use true, false or a number of images"),
         ("save_trajectory=yes", "save_trajectory=yes: use true, false or a number of images"),
@@ -328,7 +331,7 @@ def test_world_size():
 
 @pytest.mark.parametrize(("precision", "fused"), [("32-true", True), ("bf16-mixed", True), ("16-mixed", False)])
 def test_the_optimizer_is_fused_unless_gradients_are_scaled(configuration, precision, fused):
-    """A fused step would unscale gradients after the infinite ones were replaced, and find none to shrink the scale."""
+    """A fused step unscales after infinite gradients are replaced, so the scale never shrinks."""
     assert configuration("train", f"trainer.precision={precision}").stage.optimizer.fused is fused
     assert configuration("train", "experiment=imagenet_64").stage.optimizer.fused is False
 

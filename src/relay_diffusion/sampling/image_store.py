@@ -100,7 +100,8 @@ class ImageStore:
     def pack(self) -> None:
         """Move all images into one zip.
 
-        Labels are included if all images have one. Images in an existing zip are kept. Call on rank 0 after all ranks have written.
+        Labels are included if all images have one. Images in an existing zip are kept. Call on rank 0 after all ranks
+        have written.
         """
         self._clear()
         loose = self._loose()
