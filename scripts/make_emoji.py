@@ -119,7 +119,7 @@ def read_groups(path: str | Path) -> dict[str, str]:
 
 
 def group_of(code_points: str, groups: dict[str, str]) -> str | None:
-    """Return the group of an emoji or of its base; None for unknown ones."""
+    """Return the group of an emoji or its base; None if unknown."""
     return groups.get(without(code_points, VARIATION_SELECTOR)) or groups.get(base_emoji(code_points))
 
 
