@@ -1,4 +1,4 @@
-"""Sweeps with Hydra's sweeper: the first failure stops it, no two jobs share a directory, a job returns its metric."""
+"""Sweeps: separate directories, stop at the first failure, returned metric."""
 
 import math
 import pickle
@@ -94,7 +94,7 @@ def test_a_failure_returns_from_another_process():
 
 @pytest.mark.slow
 def test_the_task_returns_the_metric(small_zip, tmp_path):
-    """What an optimizing sweeper minimizes."""
+    """Optimizing sweepers minimize the returned value."""
     (tmp_path / "sweeper.py").write_text(
         "from hydra.plugins.sweeper import Sweeper\n"
         "class Recorder(Sweeper):\n"

@@ -1,4 +1,4 @@
-"""Configurations: every one composes and builds, and nonsense is refused before anything is built."""
+"""Compose and build every config; reject invalid values before building."""
 
 import copy
 import os
@@ -92,7 +92,7 @@ def test_the_sampling_trainer_builds(configuration):
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_trains_a_step(configuration, large_zip, tmp_path, experiment):
-    """With thin networks; the settings of the published ones are tested below."""
+    """Networks are thin here; other tests check the published settings."""
     path = f"data.dataset.path={large_zip}"
     known = configuration("train", f"experiment={experiment}", path)
     cfg = configuration(
@@ -164,13 +164,13 @@ def test_every_experiment_trains_a_step(configuration, large_zip, tmp_path, expe
         ),
     ],
 )
-def test_nonsense_is_named(configuration, small_zip, override, message):
+def test_errors_name_invalid_training_options(configuration, small_zip, override, message):
     cfg = configuration("train", *TINY, "resolution=16", f"data.dataset.path={small_zip}", *override.split())
     with pytest.raises(UserError, match=message):
         validate_training(cfg)
 
 
-def test_a_fused_optimizer_does_not_go_with_fp16(configuration, small_zip):
+def test_a_fused_optimizer_is_rejected_with_fp16(configuration, small_zip):
     half = (*TINY, "resolution=16", f"data.dataset.path={small_zip}", "trainer.precision=16-mixed")
     assert not configuration("train", *half).stage.optimizer.fused
     with pytest.raises(UserError, match=r"stage\.optimizer\.fused=True: cannot see .*16-mixed"):
@@ -230,7 +230,7 @@ def test_a_block_that_does_not_divide_is_named(configuration, small_zip):
         ("mode=evaluate reference=missing", r"reference=missing: no such file"),
     ],
 )
-def test_nonsense_in_sampling_is_named(configuration, small_zip, override, message):
+def test_errors_name_invalid_sampling_options(configuration, small_zip, override, message):
     paths = [f"relay.stages.{name}.path={small_zip}" for name in ("base", "relay")]
     cfg = configuration("sample", "relay=two_stages", *paths, *override.split())
     with pytest.raises(UserError, match=message):
@@ -257,7 +257,7 @@ def test_stages_that_do_not_run_need_no_checkpoint(configuration, small_zip):
     assert list(chosen_stages(cfg.relay)) == ["third"]
 
 
-def test_the_reference_is_the_given_one_or_else_the_relays(configuration):
+def test_the_reference_defaults_to_that_of_the_relay(configuration):
     cfg = configuration("sample", "relay=quickstart")
     assert reference_of(cfg) == {"path": "demo/emoji-64.zip", "subset": "heldout"}
     assert reference_of(configuration("sample", "relay=quickstart", "reference=x")) == {"path": "x", "subset": ""}
@@ -291,7 +291,7 @@ def test_a_run_id_that_is_no_name_of_a_directory(configuration, small_zip, comma
 
 
 def test_two_runs_of_one_process_have_two_directories(configuration):
-    """And all settings of one run the same."""
+    """All settings of one run have the same directory."""
     first, second = (configuration("train", "logger=wandb") for _ in range(2))
     assert first.run_dir != second.run_dir
     assert first.run_dir.endswith(f"/{first.run_id}")
@@ -331,7 +331,7 @@ def test_world_size():
 
 @pytest.mark.parametrize(("precision", "fused"), [("32-true", True), ("bf16-mixed", True), ("16-mixed", False)])
 def test_the_optimizer_is_fused_unless_gradients_are_scaled(configuration, precision, fused):
-    """A fused step unscales after infinite gradients are replaced, so the scale never shrinks."""
+    """A fused step would unscale after infinite gradients are replaced."""
     assert configuration("train", f"trainer.precision={precision}").stage.optimizer.fused is fused
     assert configuration("train", "experiment=imagenet_64").stage.optimizer.fused is False
 

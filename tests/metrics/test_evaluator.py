@@ -172,7 +172,7 @@ def test_missing_or_repeated_positions_raise(reference: Reference, positions: li
 
 
 def test_a_singular_covariance_is_reported(reference: Reference) -> None:
-    """FID has 6 features here, sFID 28: n images give a covariance of rank n - 1 at most."""
+    """FID has 6 features, sFID 28; the rank is n - 1."""
     few = replace(reference, pool=reference.pool._replace(n=6))
     for generated, expected in (
         (
@@ -238,7 +238,7 @@ def test_protocol_checks_and_description(reference: Reference) -> None:
 
 @pytest.mark.slow
 def test_evaluation_with_the_real_network(inception: Inception, tmp_path: Path) -> None:
-    """Compare a set with itself through files of this project and ADM; detect the order of real spatial values."""
+    """Compare a set with itself through files of this project and ADM."""
     images = torch.cat(list(open_image_set(PROJECT / "demo" / "emoji-64.zip", "set").batches(9, range(0, 2700, 300))))
     samples = tmp_path / "samples.npz"
     write_adm_samples(samples, [images], 9, (64, 64))

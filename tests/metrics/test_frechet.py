@@ -49,7 +49,7 @@ def test_distance_is_symmetric_and_adds_the_squared_shift() -> None:
 
 
 def test_closed_form_of_diagonal_gaussians() -> None:
-    """For diagonal covariances the distance is |m1 - m2|^2 + |s1 - s2|^2 with the standard deviations s."""
+    """Diagonal covariances: |m1 - m2|^2 + |s1 - s2|^2 with standard deviations s."""
     mean, reference_deviation = torch.linspace(-1, 1, FEATURES).double(), torch.linspace(0, 3, FEATURES).double()
     metric = FrechetDistance(FEATURES, FeatureStatistics(mean, reference_deviation.square().diag(), 1000))
     # rows whose sample covariance is exactly diagonal: +a and -a along each axis

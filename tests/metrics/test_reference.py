@@ -147,7 +147,7 @@ def test_damaged_files(reference: Reference, tmp_path: Path, damage: Callable[[P
 
 
 def means(between: float, within: float, layout: str) -> Tensor:
-    """Spatial means with these standard deviations between channels and within each."""
+    """Draw spatial means with given standard deviations between and within channels."""
     generator = torch.Generator().manual_seed(1)
     values = between * torch.linspace(-1.5, 1.5, CHANNELS)[:, None, None]
     values = values + within * torch.randn(CHANNELS, SIZE, SIZE, generator=generator)

@@ -1,4 +1,4 @@
-"""All metrics on two processes agree with one process, with uneven and with empty shares of images."""
+"""Metrics on two processes agree with one process."""
 
 from __future__ import annotations
 
