@@ -100,7 +100,7 @@ def validate_training(cfg: DictConfig) -> None:
             check_file(cfg[key], key)
     require(
         cfg.resume is None or cfg.init is None,
-        "resume continues a run, init starts a new one from its weights; give only one of them",
+        "resume continues a run, init starts a new one from its weights: give one of them",
     )
     _check_batch(cfg)
 
