@@ -43,11 +43,11 @@ def test_images_are_stored_losslessly(store):
 @pytest.mark.usefixtures("store")
 def test_errors_name_the_first_changed_setting(tmp_path):
     assert "0/a" in ImageStore(tmp_path, {"sampler": {"steps": 5, "churn": 0.0}})
-    with pytest.raises(UserError, match=r"other settings \(sampler\.steps was 5, is 6\)"):
+    with pytest.raises(UserError, match=r"different settings \(sampler\.steps was 5, is 6\)"):
         ImageStore(tmp_path, {"sampler": {"steps": 6, "churn": 0.0}})
-    with pytest.raises(UserError, match=r"other settings \(sampler was .*, is not set\)"):
+    with pytest.raises(UserError, match=r"different settings \(sampler was .*, is not set\)"):
         ImageStore(tmp_path, {})
-    with pytest.raises(UserError, match=r"other settings \(relay was not set, is .*\)"):
+    with pytest.raises(UserError, match=r"different settings \(relay was not set, is .*\)"):
         ImageStore(tmp_path, {"relay": {"steps": 5}})
 
 

@@ -40,7 +40,7 @@ def test_sampling_resumes_and_does_not_depend_on_the_batch(configuration, relay_
 
 def test_images_of_other_settings_are_not_mixed(configuration, relay_overrides):
     sample(configuration("sample", *relay_overrides, "seeds=0-1"))
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UserError, match="different settings"):
         sample(configuration("sample", *relay_overrides, "relay.stages.relay.changes.sampler.s_noise=0.1"))
 
 
@@ -295,7 +295,7 @@ def test_a_class_by_name_or_number_resumes(configuration, relay_overrides):
 
 
 @pytest.mark.slow
-def test_classes_as_often_as_in_the_reference(configuration, relay_overrides, tmp_path, capsys):
+def test_classes_as_often_as_in_the_reference(configuration, evaluate, tmp_path, capsys):
     with image_zip(tmp_path / "uneven.zip", ["dark", "light"]) as archive:
         for i in range(8):
             pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3)).astype(np.uint8)
