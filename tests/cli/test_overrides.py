@@ -1,4 +1,4 @@
-"""Overrides that Hydra cannot read are one line that names them and the remedy."""
+"""Invalid overrides give one line with override and remedy."""
 
 import pytest
 from hydra.errors import HydraException

@@ -107,7 +107,7 @@ def test_a_thousand_classes_are_printed_in_a_few_short_lines(tmp_path: Path) -> 
             "warning: 2 of 2 class folders hold folders, but no image (peru, usa): class_level=2 takes the folders",
         ),
         (["extra/dog/a.png", "cat/b.png"], "warning: 1 of 2 class folders hold folders, but no image (extra)"),
-        (["w/photos/a.png"], "warning: photos is the only class: classes=none if it is none"),
+        (["w/photos/a.png"], "warning: photos is the only class; use classes=none"),
     ],
 )
 def test_what_looks_like_the_wrong_folders_is_warned_about(tmp_path: Path, names: list[str], warning: str) -> None:

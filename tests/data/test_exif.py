@@ -140,7 +140,7 @@ def test_the_number_of_turned_and_damaged_images_is_reported(tmp_path: Path) -> 
     command = [sys.executable, "-m", "relay_diffusion.cli.convert_images", f"source={source}", "resolution=32"]
     done = subprocess.run([*command, f"destination={tmp_path / 'out.zip'}"], capture_output=True, text=True, check=True)
     assert "EXIF orientation applied to 2 images\n" in done.stdout
-    assert done.stderr == "warning: 1 image with a damaged EXIF block: the pixels are taken as stored\n"
+    assert done.stderr == "warning: 1 image with a damaged EXIF block; the pixels are kept as stored\n"
     more = [f"destination={tmp_path / 'ignored.zip'}", "exif=ignore"]
     done = subprocess.run([*command, *more], capture_output=True, text=True, check=True)
     assert "EXIF" not in done.stdout + done.stderr

@@ -106,7 +106,7 @@ def test_nonfinite_weights_are_refused(checkpoint, fit, value) -> None:
         (torch.zeros(8, 3, 3, 3, dtype=torch.bool), ["must hold float numbers, not torch.bool"]),
         (torch.zeros(8, 3, 3, 3).to_sparse(), ["must hold float numbers, not torch.float32 torch.sparse_coo"]),
         (torch.zeros(8, 3, 3, 3, device="meta"), ["must hold float numbers"]),
-        (torch.zeros(1).expand(10**12), ["claims more numbers than it stores"]),
+        (torch.zeros(1).expand(10**12), ["has more elements than it stores"]),
         ("text", ["must be a tensor, not str text"]),
         (None, ["must be a tensor"]),
     ],

@@ -101,7 +101,9 @@ def test_nothing_is_run(name, trap, tmp_path):
         if (name, path) == ("build", "nested.pkl"):
             named = "collections.OrderedDict"  # a storage has no use even for that
         message = refused(tmp_path / path)
-        assert f"names {named}, which a checkpoint has no use for: refused; nothing in it was run" in message
+        assert (
+            f"names {named}, which checkpoints do not use: fetch a published checkpoint; no code in it ran" in message
+        )
     assert not trap.exists()
 
 

@@ -33,7 +33,7 @@ def test_a_set_covers_itself_and_not_a_distant_one():
 
 
 def test_precision_is_the_share_of_generated_images():
-    """Generated: half on the real points, half far away; every real point is covered."""
+    """Half of the generated points are real points, half are far away."""
     real = torch.randn(20, 4)
     assert precision_recall(real, torch.cat([real, torch.randn(20, 4) + 1000]), 3) == (0.5, 1.0)
 

@@ -127,7 +127,7 @@ def test_a_cascade_is_sampled_from_its_checkpoints(fit, relay_runs, configuratio
     with Image.open(tmp_path / "samples/relay.png") as picture:
         assert picture.width == (4 * 8 + 3 * 2) + 2 * (12 + 4 * 16 + 3 * 2)  # small, enlarged, made
     again = [*options, "seeds=0-4", "relay.stages.cascade.changes.guidance_scale=2"]
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UserError, match="different settings"):
         sample(configuration("sample", *again, "relay.stages.cascade.changes.corruption.condition_noise=0.3"))
     assert sample(configuration("sample", *again))["sampled_now"] == 1
 

@@ -1,4 +1,4 @@
-"""Seeds, classes, and what a run is to make."""
+"""Seeds, classes and plans of runs."""
 
 import tracemalloc
 
@@ -24,7 +24,7 @@ def test_seeds(text, seeds):
 
 
 @pytest.mark.parametrize("text", ["", "a", "3-1", "-1", "1-", "0-2,1", "1.5", 1.5, None, [], "²", str(2**63)])
-def test_seeds_that_make_no_sense(text):
+def test_invalid_seeds(text):
     with pytest.raises(UserError, match="seed"):
         parse_seeds(text)
 
@@ -73,7 +73,7 @@ def test_unknown_classes(chosen, classes, names, message):
         class_indices(chosen, classes, names)
 
 
-def test_classes_go_round_by_seed():
+def test_classes_alternate_by_seed():
     plan = plan_from_noise("0-2,1005", [4, 2, 7])
     assert plan.labels == [4, 2, 7, 4]
     assert plan.names == [*(f"00000000/seed0000000{i}" for i in range(3)), "00001000/seed00001005"]
@@ -105,7 +105,7 @@ def test_given_images_that_would_share_a_file_are_refused(tmp_path):
         plan_from_images(ImageDataset(tmp_path, 8), None, None)
 
 
-def test_given_images_have_the_classes_of_their_set(small_zip):
+def test_starting_images_have_the_classes_of_their_dataset(small_zip):
     dataset = ImageDataset(small_zip, 16)
     assert plan_from_images(dataset, "0-3", None).labels == dataset.labels[:4] == [0, 1, 0, 1]
 

@@ -25,7 +25,10 @@ from relay_diffusion.utils.quiet import quiet_libraries
 
 
 def _build_stage(config: DictConfig, info: StageInfo) -> DiffusionStage:
-    """Build the stage of a config, which cannot hold `info`: Hydra would convert a dataclass."""
+    """Build the stage of a config with its `info`.
+
+    The config cannot hold `info`, because Hydra converts dataclasses.
+    """
     factory = instantiate(config, _convert_="all", _partial_=True)
     try:
         return cast(DiffusionStage, factory(info=info))
@@ -37,7 +40,7 @@ def _build_stage(config: DictConfig, info: StageInfo) -> DiffusionStage:
 
 @quiet_libraries()
 def train(cfg: DictConfig) -> DiffusionStage | None:
-    """Build the stage, continue from a checkpoint if one exists, and fit; None if training is complete."""
+    """Train a stage, new or resumed; None if training is complete."""
     stage_config = cast(dict[str, Any], OmegaConf.to_container(cfg.stage, resolve=True))
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     data: ImageDataModule = instantiate(cfg.data, _convert_="all")
@@ -78,7 +81,7 @@ def train(cfg: DictConfig) -> DiffusionStage | None:
         with restored_signal_handlers():
             trainer.fit(stage, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
     if stage.images_seen < cfg.trainer.max_images and stage.fit_state.stop_signal:
-        destroy_process_group()  # all ranks are here
+        destroy_process_group()  # no rank is in a collective now
         leave_after_signal(trainer, stage.fit_state.stop_signal)
     if test_steps and stage.nonfinite_steps.now():
         raise UserError("trainer.fast_dev_run: the last step had no finite loss, or no finite gradient")
@@ -88,7 +91,7 @@ def train(cfg: DictConfig) -> DiffusionStage | None:
 
 
 def _how_it_ended(cfg: DictConfig, trainer: L.Trainer, stage: DiffusionStage) -> str:
-    """Describe how a run ended, in one line."""
+    """Describe the end of a run in one line."""
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return f"trainer.fast_dev_run: trained on {stage.images_seen:,} images as a test, without checkpoint and log"
     done, where = f"{stage.images_seen:,}", os.path.relpath(cfg.run_dir)
@@ -110,7 +113,7 @@ def _announce(
     start: Start,
     initial: Path | None,
 ) -> None:
-    """Record the run in its directory and loggers, and print how it starts."""
+    """Record the run in its directory and loggers; print its start."""
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]
         write_text(Path(cfg.run_dir) / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     settings, revision = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)), git_revision()

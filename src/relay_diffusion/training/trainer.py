@@ -15,7 +15,7 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.training.callbacks.stopping import StopAtImages, StopIfDiverged, TimeLimit
 from relay_diffusion.utils.messages import did_you_mean
 
-OWN = ("relay_diffusion.", "lightning.")  # packages whose callbacks list in `logged` what they log
+OWN = ("relay_diffusion.", "lightning.")  # packages whose callbacks list their metrics in `logged`
 PROFILERS: dict[str, type[Profiler]] = {
     "simple": SimpleProfiler,
     "advanced": AdvancedProfiler,
@@ -62,14 +62,14 @@ def build_trainer(
 ) -> L.Trainer:
     """Build a Trainer that stops once the stage has seen `max_images` images.
 
-    Each step is `accumulate_grad_batches` micro-batches. Epochs, validation loops and Lightning's own progress and
-    checkpoint callbacks are off: the data is one endless stream, and ours count in images.
+    Each step is `accumulate_grad_batches` micro-batches. Epochs, validation loops and Lightning's progress and
+    checkpoint callbacks are off: the data is one endless stream, and our callbacks count images.
     max_nonfinite_steps: see StopIfDiverged. max_time: see TimeLimit. limit_train_batches: optimizer steps after which
-    training ends. fast_dev_run: so many steps, without checkpoints and loggers. profiler: simple, advanced or
-    pytorch; its report is written to `default_root_dir`.
+    training ends. fast_dev_run: number of optimizer steps of a test without checkpoints and loggers. profiler:
+    simple, advanced or pytorch; its report is written to `default_root_dir`.
     """
     limits = training_limits(max_images, max_nonfinite_steps, max_time, limit_train_batches, gradient_clip_val)
-    callbacks = [*limits, *callbacks]  # first, so that the others know whether training goes on
+    callbacks = [*limits, *callbacks]  # limits first: the other callbacks read trainer.should_stop
     _check_monitors(callbacks)
     trainer = L.Trainer(
         max_steps=-1,
@@ -94,19 +94,19 @@ def build_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        # log_row calls callbacks that monitor a metric; the only epoch never ends
+        # log_row calls monitoring callbacks, because the only epoch never ends
         check_val_every_n_epoch=None,
         val_check_interval=1,
     )
-    # Lightning synchronizes ranks and device at every step to detect SIGTERM; Preemption does not wait
+    # Lightning synchronizes at every step to detect SIGTERM; Preemption does not
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     return trainer
 
 
 def _check_monitors(callbacks: Sequence[Callback]) -> None:
-    """Raise UserError if a callback monitors a metric that none of them logs.
+    """Raise UserError if a callback monitors a metric that none logs.
 
-    A callback from elsewhere may log anything.
+    Callbacks of other packages may log any metric.
     """
     known = [name for callback in callbacks for name in getattr(callback, "logged", ())]
     if not all(type(callback).__module__.startswith(OWN) for callback in callbacks):

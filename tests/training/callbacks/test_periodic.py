@@ -1,4 +1,4 @@
-"""When periodic callbacks act."""
+"""Periods of periodic callbacks."""
 
 from types import SimpleNamespace
 
@@ -23,7 +23,10 @@ class Recorder(PeriodicCallback):
 
 
 def train(callback, steps, signal=0, fast=False):
-    """Call the hooks as a run of `steps`, the images seen after each; the first is where it starts."""
+    """Call the hooks of a run.
+
+    steps: images seen after each step; the first is the start.
+    """
     stage, trainer = tiny_stage(4), SimpleNamespace(should_stop=False, fast_dev_run=fast)
     stage.images_seen = steps[0]
     callback.on_train_start(trainer, stage)

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop."""
+"""Stop training at signals."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from support import assert_same_weights, weights_of
 
 @pytest.fixture(autouse=True)
 def _in_the_foreground():
-    """Ctrl-C is not ignored, as it is in a shell's background jobs."""
+    """Handle Ctrl-C, which background jobs of a shell ignore."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -76,15 +76,15 @@ def test_a_second_interrupt_stops_at_once(fit, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run/checkpoints/last.ckpt").exists()
 
 
-def test_an_interrupt_that_was_ignored_stays_so(fit):
-    """As a shell leaves it to its jobs in the background."""
+def test_an_ignored_interrupt_stays_ignored(fit):
+    """Shells ignore interrupts in background jobs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     assert fit("run", 8).images_seen == 8
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_a_signal_before_the_first_step(fit, tmp_path, monkeypatch):
-    """It is noted, and training saves and stops after that step."""
+    """Training saves and stops after the first step."""
     begin = EMA.on_fit_start
     monkeypatch.setattr(EMA, "on_fit_start", lambda *args: os.kill(os.getpid(), signal.SIGUSR1) or begin(*args))
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
@@ -97,7 +97,7 @@ def test_a_signal_before_the_first_step(fit, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_signal_during_accumulation_waits_for_the_step(fit, tmp_path, monkeypatch):
-    """Of four parts of a batch the first is done: the others follow."""
+    """A signal after the first of four micro-batches waits for the others."""
     plain = StopAtImages.on_train_batch_end
 
     def on_train_batch_end(self, trainer, pl_module, *args):
@@ -144,7 +144,7 @@ def test_training_in_a_thread_handles_no_signals(fit):
 
 
 def test_lightning_does_not_synchronize_for_signals_at_every_step():
-    """What the trainer takes away is there to be taken away."""
+    """The patched method of Lightning exists."""
     trainer = build_trainer(8, accelerator="cpu")
     loop = trainer.fit_loop.epoch_loop
     assert callable(type(loop)._broadcast_sigterm_tensor)
