@@ -37,7 +37,7 @@ def prepare_host(device: torch.device) -> None:
 
 
 def check_gpus(trainer: DictConfig) -> None:
-    """Raise UserError if the options `trainer` ask for GPUs on a host without any."""
+    """Raise UserError if `trainer` needs GPUs and the host has none."""
     import torch
 
     accelerator = trainer.accelerator
