@@ -80,6 +80,14 @@ class GaussianCorruption:
             raise ValueError("a first stage starts from noise: it takes no image of an earlier stage")
         return randn_like(like)
 
+    def gains(self, sigma: Tensor) -> Tensor:
+        """Gains of the block DCT coefficients, all 1: sigma [B] -> [B,1,1,1]."""
+        return torch.ones_like(sigma).view(-1, 1, 1, 1)
+
+    def at_level(self, start: Tensor, sigma: float, randn_like: RandnLike) -> Tensor:  # noqa: ARG002
+        """Return the state at noise level sigma where sampling starts: start [B,C,H,W] is unit noise."""
+        return start * sigma
+
     def draw_noise(self, like: Tensor, randn_like: RandnLike) -> Tensor:
         """Draw noise of the forward process at sigma 1, like `like` [B,C,H,W]."""
         return randn_like(like)
@@ -147,6 +155,10 @@ class BlurringCorruption:
         decay = torch.exp(share.view(-1, 1, 1, 1) * widest)
         return (1 - self.min_gain) * decay + self.min_gain
 
+    def at_level(self, start: Tensor, sigma: float, randn_like: RandnLike) -> Tensor:
+        """Return the state at noise level sigma where sampling starts: start [B,C,H,W] is the upsampled image."""
+        return torch.add(start, self.draw_noise(start, randn_like), alpha=sigma)
+
     def draw_noise(self, like: Tensor, randn_like: RandnLike) -> Tensor:
         """Draw white plus block noise at sigma 1, like `like` [B,C,H,W]; without block noise, one draw only."""
         white = randn_like(like)
@@ -169,6 +181,12 @@ class Corruption(Protocol):
 
     def start(self, like: Tensor, previous: Tensor | None, randn_like: RandnLike) -> Tensor:
         """Where sampling starts, like `like` [B,C,H,W], from images [B,C,H/block,W/block] of the stage before."""
+
+    def gains(self, sigma: Tensor) -> Tensor:
+        """Gains of the block DCT coefficients at sigma [B]: [B,1,n,n] for blocks of n x n."""
+
+    def at_level(self, start: Tensor, sigma: float, randn_like: RandnLike) -> Tensor:
+        """State [B,C,H,W] at noise level sigma where sampling starts, from `start` of the method above."""
 
     def draw_noise(self, like: Tensor, randn_like: RandnLike) -> Tensor:
         """Draw noise of the forward process at sigma 1, like `like` [B,C,H,W]."""

@@ -83,16 +83,16 @@ def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float) ->
     """Noise levels [steps], float64, decreasing from sigma_max to sigma_min (Karras et al. 2022, eq. 5).
 
     sigma_i = (sigma_max^(1/rho) + i/(steps-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho.
-    Raises ValueError unless steps is whole and 2 to MAX_STEPS, rho > 0 and 0 < sigma_min < sigma_max, all finite.
+    Raises ValueError unless steps is whole and 1 to MAX_STEPS, rho > 0 and 0 < sigma_min < sigma_max, all finite.
     """
     if not isinstance(steps, int):
         raise ValueError(f"steps is {steps!r}: must be a whole number")
     if steps > MAX_STEPS:
         raise ValueError(f"steps is {steps:,}: at most {MAX_STEPS:,}")
-    if steps < 2 or not 0 < rho < math.inf or not 0 < sigma_min < sigma_max < math.inf:
+    if steps < 1 or not 0 < rho < math.inf or not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(
             f"steps={steps}, sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho}: "
-            "need steps >= 2, rho > 0 and 0 < sigma_min < sigma_max"
+            "need steps >= 1, rho > 0 and 0 < sigma_min < sigma_max"
         )
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu")
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)

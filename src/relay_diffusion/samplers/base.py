@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from relay_diffusion.diffusion.corruption import check_images
+from relay_diffusion.diffusion.corruption import Corruption, check_images
 from relay_diffusion.diffusion.guidance import Denoiser, check_label_tensor
 from relay_diffusion.diffusion.noise import RandnLike
 
@@ -25,6 +25,24 @@ def initial_state(start: Tensor, labels: Tensor | None) -> Tensor:
     check_images("start", start)
     check_label_tensor(labels, len(start))
     return start.to(state_dtype(start.device))
+
+
+def check_start(corruption: Corruption, sigma: float) -> None:
+    """Raise ValueError if sampling would start beyond the end of the corruption's schedule."""
+    level = corruption.schedule.level(torch.tensor(sigma, dtype=torch.float64, device="cpu")).item()
+    if level > 1:
+        raise ValueError(
+            f"sampling would start at sigma {sigma:.3f}, beyond the end of the corruption's schedule "
+            f"(level {level:.3f} > 1): start lower or raise prob_length"
+        )
+
+
+def stopped_levels(sigmas: list[float], sigma: float) -> list[float]:
+    """The levels above `sigma`, then `sigma`. Raises ValueError unless it lies in [last, first)."""
+    rounding = 1 + 1e-9  # the grid ends at sigma_min to within that
+    if not sigmas[-1] <= sigma * rounding < sigmas[0]:
+        raise ValueError(f"cannot stop at sigma {sigma}: the sampler goes from {sigmas[0]:g} to {sigmas[-1]:g}")
+    return [*(level for level in sigmas if level > sigma * rounding), sigma]
 
 
 def second_order(both: Tensor, residual: Tensor, ratio: float) -> Tensor:
