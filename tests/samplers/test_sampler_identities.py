@@ -17,7 +17,7 @@ from relay_diffusion.diffusion import (
     karras_sigmas,
 )
 from relay_diffusion.diffusion.generators import PerImageGenerator
-from relay_diffusion.samplers import BlurringSampler, EDMSampler
+from relay_diffusion.samplers import BlurringSampler, EDMSampler, MultistepSampler
 from support import Replay, toy_denoiser
 
 SCHEDULE = TruncatedLogNormal()
@@ -27,6 +27,10 @@ EXACT = {"atol": 1e-11, "rtol": 1e-11}
 
 def relay_with_noise():
     return BlurringSampler(BlurringCorruption(SCHEDULE), steps=16, s_noise=0.3)
+
+
+def multistep_with_noise():
+    return MultistepSampler(BlurringCorruption(SCHEDULE), steps=16, sigma_max=0.85, s_noise=0.3)
 
 
 def images(batch=2, size=8):
@@ -133,7 +137,9 @@ def test_edm_steps_are_the_written_ones(of_network):
     torch.testing.assert_close(got, expected, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("sampler", [EDMSampler(steps=5, churn=3.0, sde_scale=0.3), relay_with_noise()])
+@pytest.mark.parametrize(
+    "sampler", [EDMSampler(steps=5, churn=3.0, sde_scale=0.3), relay_with_noise(), multistep_with_noise()]
+)
 def test_nothing_that_a_denoiser_or_a_source_handed_out_is_changed(sampler):
     """Steps work in place, but on their own memory only."""
     handed, copies = [], []
@@ -151,7 +157,7 @@ def test_nothing_that_a_denoiser_or_a_source_handed_out_is_changed(sampler):
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(handed, copies, strict=True))
 
 
-@pytest.mark.parametrize("sampler", [EDMSampler(steps=5), relay_with_noise()])
+@pytest.mark.parametrize("sampler", [EDMSampler(steps=5), relay_with_noise(), multistep_with_noise()])
 def test_a_network_may_write_all_its_answers_to_the_same_memory(sampler):
     """As one captured in a CUDA graph does."""
     start, memory = images(), torch.empty(2, 3, 8, 8)
