@@ -33,10 +33,10 @@ quickstart: $(READY) ## train a small 16 -> 64 relay on emoji, sample it, measur
 	$(BIN)/python train.py experiment=quickstart_relay run_dir=$(RUN)/relay
 	$(BIN)/python sample.py relay=quickstart mode=evaluate run_dir=$(RUN)/samples
 
-test: $(READY) ## run all tests
+test: $(READY) ## run all tests: eight minutes on two CPU cores
 	$(PYTEST)
 
-test-fast: $(READY) ## run the tests that take less than five seconds each
+test-fast: $(READY) ## run the tests that take about a second at most: two minutes on two CPU cores
 	$(PYTEST) -m "not slow"
 
 lint: $(READY) ## check style and types

@@ -1,4 +1,4 @@
-"""What a relay stage has to beat: small images enlarged bicubically. `python benchmarks/bicubic.py [key=value ...]`.
+"""Bicubic enlargement, the baseline of a relay stage: `python benchmarks/bicubic.py [key=value ...]`.
 
 source       folder or zip of images                       (a relay.last=base run's images, or the real ones)
 destination  the zip to write, for `sample.py mode=evaluate images=...`
@@ -20,7 +20,7 @@ from PIL import Image
 
 from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.data.image_sets import open_image_set
-from relay_diffusion.data.zip_writer import ImageZipWriter, encode_png
+from relay_diffusion.data.zip_writer import encode_png, image_zip
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.files import refuse_existing
 from relay_diffusion.utils.parallel import map_in_order
@@ -28,7 +28,7 @@ from relay_diffusion.utils.parallel import map_in_order
 
 @dataclass
 class Options:
-    """The command line; see above."""
+    """Options of this command; see above."""
 
     source: str = MISSING
     destination: str = MISSING
@@ -51,7 +51,7 @@ def run(options: Options) -> None:
         return encode_png(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
 
     arrays = (batch[0].permute(1, 2, 0).numpy() for batch in images.batches(1))
-    with ImageZipWriter(options.destination) as target:
+    with image_zip(options.destination) as target:
         for number, content in enumerate(map_in_order(encoded, arrays)):
             target.add_encoded(f"{number:06d}.png", content)
     print(f"{options.destination}: {len(images):,} images of {size[0]}x{size[1]}")

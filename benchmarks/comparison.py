@@ -1,4 +1,4 @@
-"""Quality against the cost of sampling, for many settings: `python benchmarks/comparison.py [key=value ...]`.
+"""Sample quality against sampling cost for many settings: `python benchmarks/comparison.py [key=value ...]`.
 
 curves  a yaml: a name for each curve, and under it its points, each the overrides of sample.py as one text
                                                       (benchmarks/emoji.yaml)
@@ -48,7 +48,7 @@ COLUMNS = ["curve", "overrides", "repeat", "images", "evaluations", "tflop", "se
 
 @dataclass
 class Options:
-    """The command line; see above."""
+    """Options of this command; see above."""
 
     curves: str = "benchmarks/emoji.yaml"
     output: str = "outputs/comparison/points.csv"
@@ -62,7 +62,7 @@ class Options:
 
 
 def points(options: Options) -> list[tuple[str, str]]:
-    """(curve, overrides) of every point."""
+    """Return (curve, overrides) of every point."""
     path = Path(options.curves)
     if not path.is_file():
         raise UserError(f"curves={options.curves}: no such file")
@@ -71,12 +71,12 @@ def points(options: Options) -> list[tuple[str, str]]:
         raise UserError(f"curves={options.curves}: must hold names, each with a list of overrides")
     chosen = options.only.split(",") if options.only else list(curves)
     if unknown := [name for name in chosen if name not in curves]:
-        raise UserError(f"only={unknown[0]} is not in {options.curves}: it has {', '.join(curves)}")
+        raise UserError(f"only={unknown[0]} is not in {options.curves}; available: {', '.join(curves)}")
     return [(name, str(overrides)) for name in chosen for overrides in curves[name][: options.points]]
 
 
 def settings(options: Options, overrides: str, repeat: int) -> DictConfig:
-    """The config of sample.py for a point."""
+    """Compose the config of sample.py for a point."""
     first = repeat * options.count
     given = ["mode=evaluate", "class=reference", f"seeds={first}-{first + options.count - 1}", *overrides.split()]
     if options.weights is not None:
@@ -88,7 +88,7 @@ def settings(options: Options, overrides: str, repeat: int) -> DictConfig:
 
 
 def cost(relay: Relay) -> tuple[str, float]:
-    """Network evaluations of each stage ("47+27"), and TFLOP an image."""
+    """Return network evaluations of each stage ("47+27") and TFLOP per image."""
     evaluations = {name: sampler.evaluations for name, sampler in relay.samplers.items()}
     operations = sum(
         forward_flops(stage.denoiser.network) * evaluations[name] * (1 if stage.guidance_scale == 1 else 2)
@@ -98,7 +98,7 @@ def cost(relay: Relay) -> tuple[str, float]:
 
 
 def batches(relay: Relay, cfg: DictConfig, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(finished images, positions) of a plan, on the relay's device."""
+    """Yield (finished images, positions) of a plan on the relay's device."""
     plan = make_plan(sampling_options(cfg), relay)
     for first in range(0, len(plan.seeds), batch):
         labels = torch.tensor(plan.labels[first : first + batch])
@@ -108,7 +108,7 @@ def batches(relay: Relay, cfg: DictConfig, batch: int) -> Iterator[tuple[torch.T
 
 @torch.no_grad()
 def measured(options: Options, cfg: DictConfig, device: torch.device, kept: dict[str, Any]) -> dict[str, Any]:
-    """The row of a point; `kept` holds what points have in common, by their reference."""
+    """Return the row of a point; `kept` caches what points share, by their reference."""
     relay = build_relay(cfg.relay).to(device).eval()
     size = (relay.resolution, relay.resolution)
     key = f"{cfg.relay.reference}{cfg.reference}{size}"
@@ -145,7 +145,7 @@ def measured(options: Options, cfg: DictConfig, device: torch.device, kept: dict
 
 
 def run(options: Options) -> None:
-    """Print and keep a row for each point and repeat."""
+    """Print and write a row for each point and repeat."""
     register_resolvers()
     for name in ("count", "repeats", "batch", "points"):
         if getattr(options, name) is not None and getattr(options, name) < 1:

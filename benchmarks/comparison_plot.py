@@ -1,4 +1,4 @@
-"""The table and the plot of what comparison.py measured: `python benchmarks/comparison_plot.py [key=value ...]`.
+"""Print and plot the results of comparison.py: `python benchmarks/comparison_plot.py [key=value ...]`.
 
   points   the CSV                 (outputs/comparison/points.csv)
   curves   names to draw, with commas between them     (relay,cascade,single)
@@ -27,7 +27,7 @@ Rows = list[dict[str, str]]
 
 @dataclass
 class Options:
-    """The command line; see above."""
+    """Options of this command; see above."""
 
     points: str = "outputs/comparison/points.csv"
     curves: str = "relay,cascade,single"
@@ -35,9 +35,9 @@ class Options:
 
 
 def grouped(path: Path) -> dict[tuple[str, str], Rows]:
-    """The repeats of each (curve, overrides), in the order of the file."""
+    """Read the repeats of each (curve, overrides), in the order of the file."""
     if not path.is_file():
-        raise UserError(f"points={path}: no such file; benchmarks/comparison.py writes it")
+        raise UserError(f"points={path}: no such file; run benchmarks/comparison.py first")
     groups: dict[tuple[str, str], Rows] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -46,13 +46,13 @@ def grouped(path: Path) -> dict[tuple[str, str], Rows]:
 
 
 def spread(rows: Rows, column: str) -> tuple[float, float, float]:
-    """Mean, lowest and highest of the repeats."""
+    """Return mean, minimum and maximum of the repeats."""
     values = [float(row[column]) for row in rows]
     return statistics.fmean(values), min(values), max(values)
 
 
 def table(groups: dict[tuple[str, str], Rows]) -> str:
-    """One line a point."""
+    """Print one line per point."""
     lines = ["| curve | settings | evaluations | TFLOP | s an image | FID | sFID | repeats |", "| --- " * 8 + "|"]
     for (curve, overrides), rows in groups.items():
         changed = " ".join(part.split("changes.")[-1] for part in overrides.split()[1:])
@@ -75,7 +75,7 @@ def table(groups: dict[tuple[str, str], Rows]) -> str:
 
 
 def draw(groups: dict[tuple[str, str], Rows], curves: list[str], path: Path) -> None:
-    """FID and sFID against the operations of an image."""
+    """Plot FID and sFID against the operations per image."""
     figure = Figure(figsize=(11, 4.2), dpi=110, layout="constrained")
     for axes, column in zip(figure.subplots(1, 2), ("fid", "sfid"), strict=True):
         for curve in curves:

@@ -1,4 +1,4 @@
-"""Relay corruption with the loss arithmetic around it: `python benchmarks/corruption.py [key=value ...]`.
+"""Time the relay corruption and the loss arithmetic: `python benchmarks/corruption.py [key=value ...]`.
 
 uint8 images -> [-1, 1]; a noise level and noise (white and block noise) for each; block blur; sum; then the weighted
 loss of a given estimate and its mean. Without a network. The ratio is to the same mathematics written plainly: the
@@ -33,7 +33,7 @@ AUTHORS = {("cuda", 32, 256, 4): 5.1, ("cpu", 8, 256, 4): 74.0}
 
 @dataclass
 class Options:
-    """The command line; see above."""
+    """Options of this command; see above."""
 
     device: str = "auto"
     batch: int = 0
@@ -69,7 +69,7 @@ def fft_idct(coefficients: Tensor) -> Tensor:
 
 
 def plain_blur(x: Tensor, gains: Tensor) -> Tensor:
-    """The blur, one axis of each block after the other, in float64."""
+    """Blur each block along one axis after the other, in float64."""
     s = gains.shape[-1]
     batch, channels, height, width = x.shape
     patches = x.double().view(batch, channels, height // s, s, width // s, s).transpose(3, 4)
@@ -79,7 +79,7 @@ def plain_blur(x: Tensor, gains: Tensor) -> Tensor:
 
 
 def plain_noise(white: Tensor, other: Tensor, corruption: BlurringCorruption) -> Tensor:
-    """White plus block noise by rolls."""
+    """Return white plus block noise by rolls."""
     total = torch.zeros_like(other)
     for i in range(corruption.block):
         for j in range(corruption.block):
@@ -88,7 +88,7 @@ def plain_noise(white: Tensor, other: Tensor, corruption: BlurringCorruption) ->
 
 
 def ours(corruption: BlurringCorruption, loss: DenoisingLoss, images: Tensor, denoised: Tensor) -> tuple[Tensor, ...]:
-    """As `DiffusionStage.training_step` does it: noisy images and the mean loss."""
+    """Return noisy images and the mean loss, as `DiffusionStage.training_step`."""
     x0 = to_float(images)
     sigma = corruption.schedule.draw(len(x0), "cpu")
     noisy = corruption.corrupt(x0, sigma, corruption.draw_noise(x0, torch.randn_like))
@@ -96,7 +96,7 @@ def ours(corruption: BlurringCorruption, loss: DenoisingLoss, images: Tensor, de
 
 
 def plain(corruption: BlurringCorruption, loss: DenoisingLoss, images: Tensor, denoised: Tensor) -> tuple[Tensor, ...]:
-    """The same from the formulas."""
+    """Compute the same from the formulas."""
     x0 = images.float() / 127.5 - 1
     sigma = corruption.schedule.draw(len(x0), "cpu").to(x0.device)
     noise = plain_noise(torch.randn_like(x0), torch.randn_like(x0), corruption)

@@ -1,4 +1,4 @@
-"""From an image zip to batches of uint8: `python benchmarks/data.py [key=value ...]`.
+"""Time reading batches of uint8 images from a zip: `python benchmarks/data.py [key=value ...]`.
 
 A synthetic zip of PNGs as large as those of photographs, decoded as training does. The ratio is to the images/s that
 one H200 trains at with the authors' code (369 at 64x64, 40.6 at 256x256): below 1, the data would hold it up.
@@ -32,7 +32,7 @@ from timing import environment, line, seconds
 from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.data.datamodule import ImageDataModule
 from relay_diffusion.data.dataset import ImageDataset
-from relay_diffusion.data.zip_writer import ImageZipWriter
+from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.diffusion.pixels import to_float
 
 TRAINED = {64: 369.0, 256: 40.6}  # images/s
@@ -40,7 +40,7 @@ TRAINED = {64: 369.0, 256: 40.6}  # images/s
 
 @dataclass
 class Options:
-    """The command line; see above."""
+    """Options of this command; see above."""
 
     images: int = 512
     stored: int = 256
@@ -52,9 +52,9 @@ class Options:
 
 
 def write_zip(path: Path, images: int, side: int) -> None:
-    """Smooth colours with a little grain: about 100 KB each at 256x256."""
+    """Make smooth colours with a little grain, about 100 KB per 256x256 PNG."""
     generator = np.random.default_rng(0)
-    with ImageZipWriter(path) as archive:
+    with image_zip(path) as archive:
         for index in range(images):
             coarse = Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8))
             smooth = np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC), dtype=np.int16)
@@ -63,13 +63,13 @@ def write_zip(path: Path, images: int, side: int) -> None:
 
 
 def attach(data: ImageDataModule) -> None:
-    """What the data module asks a Trainer for."""
+    """Attributes of a Trainer that the data module reads."""
     stage = SimpleNamespace(images_seen=0)
     data.trainer = cast(Any, SimpleNamespace(global_rank=0, world_size=1, lightning_module=stage))
 
 
 def loading(path: Path, resolution: int, workers: int, options: Options) -> tuple[list[float], float]:
-    """Sorted seconds between batches, once the workers run; and until the first batch."""
+    """Return sorted seconds between batches, after the workers started, and until the first batch."""
     data = ImageDataModule(ImageDataset(path, resolution), options.batch, num_workers=workers)
     attach(data)
     begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""How well a first stage takes noise off images, seen and unseen. `python benchmarks/denoising.py [key=value ...]`.
+"""Denoising error of a first stage on training and unseen images: `python benchmarks/denoising.py [key=value ...]`.
 
 stage   a run, a .ckpt file or an export                        (demo/emoji_64)
 images  folder or zip with classes, as the stage was trained on (demo/emoji-64.zip)
@@ -28,7 +28,7 @@ from relay_diffusion.errors import UserError
 
 @dataclass
 class Options:
-    """The command line; see above."""
+    """Options of this command; see above."""
 
     stage: str = "demo/emoji_64"
     images: str = "demo/emoji-64.zip"

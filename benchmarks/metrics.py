@@ -1,11 +1,11 @@
-"""The measures after the features: `python benchmarks/metrics.py [key=value ...]`.
+"""Time the metrics, without the Inception features: `python benchmarks/metrics.py [key=value ...]`.
 
 Synthetic features of generated and reference images. The ratios are to the formulas written plainly, on the same
 device: the Frechet distance by the eigenvalues of S1 S2, precision and recall by blocks of torch.cdist in float64,
 KID by blocks of 1,000 rows of its kernel. Both must agree.
 
   device      auto | cpu | cuda                        (auto)
-  measure     frechet | precision_recall | kid         (all)
+  metric      frechet | precision_recall | kid         (all)
   images      generated                                (50000 on a GPU, 4000 else)
   reference   images that precision, recall and KID compare with   (10000, 2000)
   repeats     timed runs                               (3)
@@ -34,17 +34,17 @@ SIZES = {"FID": 2048, "sFID": 2023}
 
 @dataclass
 class Options:
-    """The command line; see above."""
+    """Options of this command; see above."""
 
     device: str = "auto"
-    measure: str = "frechet,precision_recall,kid"
+    metric: str = "frechet,precision_recall,kid"
     images: int = 0
     reference: int = 0
     repeats: int = 3
 
 
 def features(count: int, size: int, device: torch.device, shift: float = 0.0) -> Tensor:
-    """Non-negative and correlated, as those of Inception are: float32 [count, size]."""
+    """Make non-negative, correlated features like those of Inception: float32 [count, size]."""
     generator = torch.Generator(device).manual_seed(count + size)
     causes = torch.randn(count, 64, generator=generator, device=device)
     mixing = torch.randn(64, size, generator=generator, device=device) / 8
@@ -53,7 +53,7 @@ def features(count: int, size: int, device: torch.device, shift: float = 0.0) ->
 
 
 def compare(name: str, work: Callable[[], object], plain: Callable[[], object], images: int, repeats: int) -> None:
-    """One row for each of the two."""
+    """Print one row for each of the two."""
     slow = seconds(plain, repeats, warm_up=1)
     print(line(f"{name}, plain", slow, images), flush=True)
     times = seconds(work, repeats, warm_up=1)
@@ -61,7 +61,7 @@ def compare(name: str, work: Callable[[], object], plain: Callable[[], object], 
 
 
 def frechet(fake: int, reference: int, device: torch.device, repeats: int) -> None:
-    """Sums over all generated images, then the distance."""
+    """Time the sums over all generated images, then the distance."""
     for name, size in SIZES.items():
         batches = features(fake, size, device, shift=0.05).split(BATCH)
         metric = FrechetDistance(size).to(device)
@@ -89,7 +89,7 @@ def frechet(fake: int, reference: int, device: torch.device, repeats: int) -> No
 
 
 def precision_and_recall(fake: int, reference: int, device: torch.device, repeats: int) -> None:
-    """Shares within the third neighbour of the other set."""
+    """Time precision and recall with the third neighbour."""
     real, generated = features(reference, 2048, device), features(fake, 2048, device)
 
     def plain() -> tuple[Tensor, Tensor]:
@@ -107,7 +107,7 @@ def precision_and_recall(fake: int, reference: int, device: torch.device, repeat
 
 
 def kid(fake: int, reference: int, device: torch.device, repeats: int) -> None:
-    """The kernel distance of all pairs."""
+    """Time the kernel distance of all pairs."""
     real, generated = features(reference, 2048, device), features(fake, 2048, device)
 
     def mean(a: Tensor, b: Tensor) -> Tensor:
@@ -125,18 +125,18 @@ def kid(fake: int, reference: int, device: torch.device, repeats: int) -> None:
     compare(f"KID: {fake} x {reference}", lambda: kernel_distance(real, generated), plain, fake, repeats)
 
 
-MEASURES = {"frechet": frechet, "precision_recall": precision_and_recall, "kid": kid}
+METRICS = {"frechet": frechet, "precision_recall": precision_and_recall, "kid": kid}
 
 
 def run(options: Options) -> None:
-    """Print the rows of each measure."""
+    """Print the rows of each metric."""
     device = pick_device(options.device)
     fake, reference = (50_000, 10_000) if device.type == "cuda" else (4000, 2000)
     print(environment())
-    for measure in options.measure.split(","):
-        if measure not in MEASURES:
-            raise UserError(f"measure={measure}: use {', '.join(MEASURES)}")
-        MEASURES[measure](options.images or fake, options.reference or reference, device, options.repeats)
+    for metric in options.metric.split(","):
+        if metric not in METRICS:
+            raise UserError(f"metric={metric}: use {', '.join(METRICS)}")
+        METRICS[metric](options.images or fake, options.reference or reference, device, options.repeats)
 
 
 if __name__ == "__main__":

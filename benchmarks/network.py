@@ -1,8 +1,8 @@
-"""Network evaluation and training step at the published sizes: `python benchmarks/network.py [key=value ...]`.
+"""Time evaluations and training steps of the published networks: `python benchmarks/network.py [key=value ...]`.
 
 Random weights, synthetic images on the device, bf16. Needs a GPU. The ratio is to the authors' code on one H200, fp16.
 
-  network   adm_64 | adm_256     which of the published two (both)
+  network   adm_64 | adm_256     published network (both)
   work      evaluate | train     (both)
   batch     images at once       (evaluate: 64 and 256, 32 and 64; train: 256, 32 and 64)
   fused     true | false         the fused steps between convolutions, or plain torch (true)
@@ -48,7 +48,7 @@ AUTHORS = {
 
 @dataclass
 class Options:
-    """The command line; see above."""
+    """Options of this command; see above."""
 
     network: str = "adm_64,adm_256"
     work: str = "evaluate,train"
@@ -62,7 +62,7 @@ class Options:
 
 
 def build(network: str) -> DiffusionStage:
-    """The published stage with random weights, none of them zero, on the device."""
+    """Build the published stage with random non-zero weights on the device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with initialize_config_dir(str(CONF), version_base="1.3"), torch.device(device):
         stage: DiffusionStage = instantiate(
@@ -75,7 +75,7 @@ def build(network: str) -> DiffusionStage:
 
 
 def evaluation(stage: DiffusionStage, batch: int) -> Callable[[], None]:
-    """One evaluation of the denoiser, as a sampler makes it."""
+    """Prepare one evaluation of the denoiser as in a sampler."""
     device = stage.device
     x = torch.randn(batch, 3, stage.resolution, stage.resolution, device=device)
     sigma, labels = torch.ones(batch), torch.zeros(batch, dtype=torch.long, device=device)
@@ -89,7 +89,7 @@ def evaluation(stage: DiffusionStage, batch: int) -> Callable[[], None]:
 
 
 def training_step(stage: DiffusionStage, batch: int) -> Callable[[], None]:
-    """Corruption, forward, backward, gradient clean-up, Adam and EMA, without Lightning around them."""
+    """Prepare a training step (gradient clean-up, Adam and EMA included) without Lightning."""
     device = stage.device
     images = torch.randint(0, 256, (batch, 3, stage.resolution, stage.resolution), dtype=torch.uint8, device=device)
     labels = torch.zeros(batch, dtype=torch.long, device=device)
@@ -131,7 +131,7 @@ KINDS = {  # of kernels, by their names; the first that fits counts
 
 
 def kinds(work: Callable[[], None]) -> str:
-    """Milliseconds of one run on the device, by kind of kernel."""
+    """Return milliseconds of one run on the device by kind of kernel."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         work()
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""What a sampler costs beyond its network: `python benchmarks/sampler.py [key=value ...]`.
+"""Time a sampler without its network: `python benchmarks/sampler.py [key=value ...]`.
 
 The denoiser hands out a float32 tensor that exists already, so all time is the sampler's: state, noise of one
 generator for each image, block filter. Time is per network evaluation.
@@ -37,7 +37,7 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {
 
 @dataclass
 class Options:
-    """The command line; see above."""
+    """Options of this command; see above."""
 
     device: str = "auto"
     sampler: str = "relay,edm"

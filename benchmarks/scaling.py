@@ -1,4 +1,4 @@
-"""Training on several devices against one, through train.py: `python benchmarks/scaling.py [key=value ...]`.
+"""Training throughput of several devices against one, with train.py: `python benchmarks/scaling.py [key=value ...]`.
 
 Runs one training with as many images a device on one device and on all of them, one after the other, `repeats` times;
 images/s are the medians of the windows of the log after the first three; the efficiency is the speed of N devices over
@@ -34,7 +34,7 @@ STEPS, FIRST = 20, 3  # steps of a window; windows that do not count
 
 @dataclass
 class Options:
-    """The command line; see above."""
+    """Options of this command; see above."""
 
     experiment: str = "imagenet_64"
     devices: int = 2
@@ -46,14 +46,14 @@ class Options:
 
 
 def speeds(options: Options, devices: int) -> list[float]:
-    """Images/s of each window."""
+    """Return images/s of each window."""
     batch = options.batch * devices
     strategy = "single" if devices == 1 else "ddp" if options.accelerator == "gpu" else "ddp_cpu"
     with tempfile.TemporaryDirectory() as run_dir:
         settings = [
             f"experiment={options.experiment}", "data=emoji", "data.dataset.path=demo/emoji-64.zip",
             "data.dataset.subset=train", "data.dataset.cache=true", "network.num_classes=8",
-            f"data.batch_size={batch}", "data.accumulate=1", f"trainer.precision={options.precision}",
+            f"data.batch_size={batch}", "trainer.accumulate_grad_batches=1", f"trainer.precision={options.precision}",
             f"trainer.max_images={batch * STEPS * options.windows}", f"callbacks.log.every_n_images={batch * STEPS}",
             "callbacks.grid.every_n_images=0", "~callbacks.checkpoints", f"run_dir={run_dir}",
             "logger=csv", f"strategy={strategy}",
@@ -72,7 +72,7 @@ def speeds(options: Options, devices: int) -> list[float]:
 def run(options: Options) -> None:
     """Print one row for each run, then the efficiency."""
     if options.windows <= FIRST:
-        raise UserError(f"windows={options.windows}: more than {FIRST} are needed")
+        raise UserError(f"windows={options.windows}: must be more than {FIRST}")
     if options.repeats < 1:
         raise UserError(f"repeats={options.repeats}: must be at least 1")
     print(environment())

@@ -1,4 +1,4 @@
-"""What every benchmark has in common: the environment in one line, medians with their spread, side by side."""
+"""Shared by all benchmarks: the environment in one line, medians and their spread."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of an option: "auto" is the GPU if there is one."""
+    """Return the device of an option; "auto" is the GPU if available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
 
 
 def environment() -> str:
-    """The machine and the libraries, in one line."""
+    """Describe the machine and the libraries in one line."""
     processor = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         device = f"{torch.cuda.get_device_name()}; {processor}"
@@ -32,13 +32,13 @@ def environment() -> str:
 
 
 def synchronize() -> None:
-    """Wait for the device, if there is one to wait for."""
+    """Synchronise a GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def seconds_once(work: Callable[[], object]) -> float:
-    """Time of one run, with all that is done only once."""
+    """Time a first run, one-time work included."""
     synchronize()
     begin = time.perf_counter()
     work()
@@ -47,7 +47,7 @@ def seconds_once(work: Callable[[], object]) -> float:
 
 
 def seconds(work: Callable[[], object], repeats: int = 7, warm_up: int = 3) -> list[float]:
-    """Times of `work`, sorted, after runs that do not count: at least `warm_up`, and half a second long."""
+    """Return sorted times of `work` after at least `warm_up` runs and half a second."""
     begin, runs = time.perf_counter(), 0
     while runs < warm_up or time.perf_counter() - begin < 0.5:
         work()
@@ -57,7 +57,7 @@ def seconds(work: Callable[[], object], repeats: int = 7, warm_up: int = 3) -> l
 
 
 def seconds_on_device(work: Callable[[], object], repeats: int = 5) -> float:
-    """Time that kernels of `work` take on the GPU, without what the host needs to launch them."""
+    """Return the GPU time of the kernels of `work`, without launch overhead."""
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as record:
         for _ in range(repeats):
             work()
@@ -66,7 +66,7 @@ def seconds_on_device(work: Callable[[], object], repeats: int = 5) -> float:
 
 
 def line(name: str, times: list[float], images: int, baseline: float | None = None) -> str:
-    """One row: median, spread, images/s, and the ratio to a stated images/s."""
+    """Format median, spread, images/s, and the ratio to a given images/s."""
     median = statistics.median(times)
     spread = f"({times[0] * 1e3:.2f}-{times[-1] * 1e3:.2f})"
     row = f"{name:44} {median * 1e3:9.2f} ms  {spread}  {images / median:8.1f} images/s"
@@ -74,7 +74,7 @@ def line(name: str, times: list[float], images: int, baseline: float | None = No
 
 
 def launches(work: Callable[[], object]) -> int:
-    """Operations of `work` that compute something: about the kernels that a GPU is asked for, on any device."""
+    """Count the computing operations of `work`: about its GPU kernels, on any device."""
     counter = _Launches()
     with counter:
         work()
@@ -82,7 +82,7 @@ def launches(work: Callable[[], object]) -> int:
 
 
 class _Launches(TorchDispatchMode):
-    """Counts operators that read or write the elements of a tensor; views and bare allocations are free."""
+    """Count operators that read or write elements of a tensor, not views and allocations."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import torch
@@ -20,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from relay_diffusion.config.run_dir import register_resolvers
-from relay_diffusion.data.zip_writer import ImageZipWriter
+from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.training.run import train
 from support import PROJECT, REFERENCE, TINY, run
@@ -40,6 +41,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.parent.name
         if folder in ("slow", "hostile"):
             item.add_marker(folder)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # collections would visit all objects of the libraries
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # otherwise a library reports these objects as leaks at exit
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +72,7 @@ def reference() -> Callable[[str], dict[str, Tensor]]:
 
 def _make_zip(path: Path, count: int, size: int) -> Path:
     generator = np.random.default_rng(0)
-    with ImageZipWriter(path, ["dark", "light"]) as archive:
+    with image_zip(path, ["dark", "light"]) as archive:
         for i in range(count):
             pixels = generator.integers(0, 128, (size, size, 3)) + 127 * (i % 2)
             archive.add(f"train/{i:03d}.png", Image.fromarray(pixels.astype(np.uint8)), i % 2)

@@ -66,4 +66,3 @@ def use_small_features(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = {"mu": (POOL,), "sigma": (POOL, POOL), "mu_s": (SPATIAL,), "sigma_s": (SPATIAL, SPATIAL)}
     monkeypatch.setattr(reference_module, "SHAPES", shapes)
     monkeypatch.setattr(reference_module, "SPATIAL_CHANNELS", CHANNELS)
-    monkeypatch.setattr(reference_module, "SPATIAL_SIZE", SIZE)

@@ -1,11 +1,13 @@
-"""Run commands in forks of a process that has imported the libraries, which saves seconds per command.
+"""Run commands in forks of a process that has imported the libraries, which saves five seconds per process.
 
-As a script, this file is that process. It imports no module of the project: every command does that itself.
+As a script, this file is that process, the fork server. It imports no module of the project: every command does that
+itself. A command that launches ranks first forks a fork server for them.
 """
 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import importlib
 import json
@@ -16,66 +18,182 @@ import subprocess
 import sys
 import tempfile
 import threading
-from functools import lru_cache
+import time
+from collections.abc import Sequence
+from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TextIO
 
-LIBRARIES = ("hydra", "lightning.pytorch", "torchmetrics", "PIL.Image", "safetensors.torch")
+LIBRARIES = (
+    "hydra", "lightning.pytorch", "torchmetrics", "PIL.Image", "safetensors.torch", "torch.distributed.run"
+)  # fmt: skip
+LAUNCHERS = (  # modules that start ranks by `subprocess.Popen`
+    "lightning.pytorch.strategies.launchers.subprocess_script",
+    "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler",
+)
+LAUNCHING = ("strategy=ddp", "torch.distributed.run")  # in the arguments of commands that start ranks
+PR_SET_CHILD_SUBREAPER = 36
+
+Server = tuple[TextIO, TextIO]  # requests to it, replies from it
+
+
+class Fork:
+    """What `subprocess.Popen` is, for a Python command in a fork of the fork server."""
+
+    def __init__(
+        self,
+        args: Sequence[str],
+        cwd: str | Path | None = None,
+        env: dict[str, str] | None = None,
+        start_new_session: bool = False,
+        stdout: str | Path | None = None,
+        stderr: str | Path | None = None,
+        server: Server | None = None,
+    ) -> None:
+        """`args` start with the interpreter; output is appended to files."""
+        self.args, self.returncode, self._lock = args, None, threading.Lock()
+        requests, replies = server or _server()
+        request = {
+            "arguments": args[1:],
+            "cwd": str(cwd or Path.cwd()),
+            "environment": dict(env or os.environ),
+            "output": [path and str(path) for path in (stdout, stderr)],
+            "session": start_new_session,
+        }
+        requests.write(json.dumps(request) + "\n")
+        requests.flush()
+        self.pid = int(replies.readline())
+
+    def poll(self) -> int | None:
+        with self._lock:
+            if self.returncode is None:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        start = time.monotonic()
+        while (code := self.poll()) is None:
+            if timeout is not None and time.monotonic() > start + timeout:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.01)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def can_fork() -> bool:
+    """CUDA needs a new process, and only Linux lets a process adopt orphans."""
+    import torch
+
+    return sys.platform == "linux" and not torch.cuda.is_available()
+
+
+def run_forked(arguments: list[str], cwd: Path, timeout: float, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Do what `subprocess.run([sys.executable, *arguments])` does; output is captured as text."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("stdout", "stderr")]
+        env = os.environ | environment
+        process = Fork([sys.executable, *arguments], cwd, env, stdout=files[0], stderr=files[1])
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise subprocess.TimeoutExpired(arguments, timeout, *(file.read_text() for file in files)) from None
+        return subprocess.CompletedProcess(arguments, code, *(file.read_text() for file in files))
 
 
 @lru_cache(maxsize=1)
-def _server() -> subprocess.Popen[str]:
-    """One process per test worker."""
+def _server() -> Server:
+    """One fork server per test worker."""
+    _adopt_orphans()
     server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     atexit.register(server.communicate)  # closes its standard input, which ends it
-    return server
-
-
-def run_forked(arguments: list[str], cwd: Path, timeout: float) -> subprocess.CompletedProcess[str]:
-    """Do what `subprocess.run([sys.executable, *arguments])` does; output is captured as text."""
-    server, expired = _server(), threading.Event()
     assert server.stdin is not None
     assert server.stdout is not None
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder, name) for name in ("stdout", "stderr")]
-        request = {"arguments": arguments, "cwd": str(cwd), "files": [str(file) for file in files]}
-        server.stdin.write(json.dumps(request | {"environment": dict(os.environ)}) + "\n")
-        server.stdin.flush()
-        pid = int(server.stdout.readline())
-        timer = threading.Timer(timeout, lambda: (expired.set(), os.kill(pid, signal.SIGKILL)))
-        timer.start()
-        code = int(server.stdout.readline())
-        timer.cancel()
-        output = [file.read_text() for file in files]
-    if expired.is_set():
-        raise subprocess.TimeoutExpired(arguments, timeout, *output)
-    return subprocess.CompletedProcess(arguments, code, *output)
+    return server.stdin, server.stdout
 
 
-def _serve() -> list[str]:
-    """Fork a process for every request; return in that process, with the arguments of its command."""
-    for library in LIBRARIES:
-        importlib.import_module(library)
-    gc.freeze()  # collections in the forks would copy the memory that they share
-    for line in sys.stdin:
-        request = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            files = [os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) for file in request["files"]]
-            for number, file in enumerate([os.open(os.devnull, os.O_RDONLY), *files]):
-                os.dup2(file, number)
-                os.close(file)
-            os.chdir(request["cwd"])
-            os.environ.clear()
-            os.environ.update(request["environment"])
-            arguments: list[str] = request["arguments"]
-            return arguments
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-    sys.exit()
+def _adopt_orphans() -> None:
+    """Become the parent of descendants whose parent exits: so of the forks of the fork server."""
+    assert ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+
+
+def _serve(requests: TextIO, replies: TextIO) -> dict[str, Any]:
+    """Fork a process for every request; return its request in that process."""
+    for line in requests:
+        request: dict[str, Any] = json.loads(line)
+        started, ready = os.pipe()
+        intermediate = os.fork()
+        if intermediate == 0:
+            intermediate = os.getpid()
+            if os.fork():
+                os._exit(0)  # makes the requesting process the parent of the fork
+            while os.getppid() == intermediate:
+                time.sleep(0.001)
+            if request["session"]:
+                os.setsid()
+            os.write(ready, str(os.getpid()).encode())
+            os.close(started)
+            os.close(ready)
+            for stream in {requests, replies} - {sys.stdin, sys.stdout}:
+                stream.close()
+            return request
+        os.waitpid(intermediate, 0)
+        print(os.read(started, 32).decode(), file=replies, flush=True)
+        os.close(started)
+        os.close(ready)
+    os._exit(0)
+
+
+def _set_up(request: dict[str, Any]) -> list[str]:
+    """Give this fork the files, directory and environment of its command; return the arguments."""
+    files = [os.open(os.devnull, os.O_RDONLY)]
+    files += [os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) for file in request["output"] if file]
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    arguments: list[str] = request["arguments"]
+    Path("/proc/self/comm").write_text(Path(arguments[0]).name)
+    return arguments
+
+
+def _fork_server_of_ranks() -> dict[str, Any] | None:
+    """Fork a server for the ranks that this command launches; return a rank's request in that rank."""
+    _adopt_orphans()
+    pipes = [os.pipe() for _ in range(2)]
+    (read_requests, write_requests), (read_replies, write_replies) = pipes
+    if os.fork() == 0:
+        os.close(write_requests)  # this server ends when the command does
+        os.close(read_replies)
+        return _serve(os.fdopen(read_requests), os.fdopen(write_replies, "w"))
+    os.close(read_requests)
+    os.close(write_replies)
+    popen = partial(Fork, server=(os.fdopen(write_requests, "w"), os.fdopen(read_replies)))
+    lightning, torchrun = map(importlib.import_module, LAUNCHERS)
+    lightning.subprocess = SimpleNamespace(Popen=popen)  # type: ignore[attr-defined]
+    torchrun.Popen = popen  # type: ignore[attr-defined]
+    return None
 
 
 def _start(arguments: list[str]) -> None:
     """Run a script or `-m module` as a new interpreter does."""
+    if arguments[0] == "-u":  # torchrun
+        del arguments[0]
     sys.orig_argv[1:] = arguments
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     if arguments[0] == "-m":
@@ -100,9 +218,21 @@ def _end(code: object) -> None:
     os._exit((code or 0) & 0xFF)
 
 
+def _main() -> None:
+    for library in LIBRARIES:
+        importlib.import_module(library)
+    gc.freeze()  # collections in the forks would copy the memory that they share
+    arguments = _set_up(_serve(sys.stdin, sys.stdout))
+    if any(argument.startswith(LAUNCHING) for argument in arguments) and "LOCAL_RANK" not in os.environ:
+        request = _fork_server_of_ranks()
+        if request is not None:
+            arguments = _set_up(request)
+    _start(arguments)
+
+
 if __name__ == "__main__":
     try:
-        _start(_serve())
+        _main()
     except SystemExit as ended:
         _end(ended.code)
     except BaseException:

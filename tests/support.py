@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from forked import run_forked
+from forked import can_fork, run_forked
 from relay_diffusion.diffusion import (
     BlurringCorruption,
     DenoisingLoss,
@@ -94,20 +94,22 @@ TINY = (
 """Overrides that make any training run a matter of seconds."""
 
 
-def run(script: str, *arguments: str, timeout: int = 240, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of the project as a user would, from the project's folder."""
+def run(
+    script: str, *arguments: str, timeout: int = 240, cwd: Path = PROJECT, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command of the project as a user would."""
     command = [*script.split(), *arguments]
-    if not environment and not torch.cuda.is_available():  # CUDA and the interpreter's own settings need a new process
-        return run_forked(command, PROJECT, timeout)
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=PROJECT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    if not can_fork() or "PYTHONPROFILEIMPORTTIME" in environment:  # which the interpreter reads when it starts
+        return subprocess.run(
+            [sys.executable, *command],
+            cwd=cwd,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+    return run_forked(command, cwd, timeout, **environment)
 
 
 def pythonpath(folder: Path) -> str:

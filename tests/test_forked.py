@@ -1,11 +1,13 @@
 """A command in a fork ends and prints as in a new interpreter."""
 
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from forked import run_forked
+from forked import Fork, run_forked
 
 SCRIPTS = {
     "prints": "import os, sys; print(sys.argv[1:], os.getcwd(), os.environ['HOME'], __name__, sys.path[0])",
@@ -35,3 +37,20 @@ def test_a_fork_that_hangs_is_killed(tmp_path):
     with pytest.raises(subprocess.TimeoutExpired) as ended:
         run_forked([str(tmp_path / "script.py")], tmp_path, 3)
     assert ended.value.output == "begun\n"
+
+
+def test_a_fork_is_watched_and_signalled_as_a_process_is(tmp_path):
+    (tmp_path / "script.py").write_text("import os, time; print(os.environ['WHO'], flush=True); time.sleep(600)")
+    output = tmp_path / "output.txt"
+    env = os.environ | {"WHO": "a rank"}
+    fork = Fork([sys.executable, "script.py"], tmp_path, env, start_new_session=True, stdout=output, stderr=output)
+    try:
+        assert os.getsid(fork.pid) == fork.pid
+        with pytest.raises(subprocess.TimeoutExpired):
+            fork.wait(0.1)
+        while not (output.exists() and output.read_text()):
+            assert fork.poll() is None
+    finally:
+        fork.terminate()
+    assert fork.wait() == fork.poll() == -signal.SIGTERM
+    assert output.read_text() == "a rank\n"

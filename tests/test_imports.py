@@ -45,6 +45,7 @@ print(json.dumps([imported, changes]))
 """
 
 
+@pytest.mark.slow
 def test_imports_change_nothing_of_the_process():
     pytest.importorskip("matplotlib")
     pytest.importorskip("triton")

@@ -109,6 +109,7 @@ def test_an_import_circle_is_found(tmp_path, line):
     assert set(circle(tmp_path / "toy")) == {"toy.a", "toy.b", "toy.c"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [("train.py", "--help"), ("sample.py", "--help")])
 def test_help_names_the_groups_without_loading_torch(arguments):
     result = run(*arguments, PYTHONPROFILEIMPORTTIME="1")
@@ -138,3 +139,52 @@ def test_what_docs_say_of_tests_is_there():
     }
     assert len(named) > 40
     assert named <= known, named - known
+
+
+CHANGES = {"add", "append", "clear", "discard", "extend", "insert", "pop", "popitem", "remove", "setdefault", "update"}
+MUTABLE = (ast.Dict, ast.List, ast.Set, ast.DictComp, ast.ListComp, ast.SetComp)
+CONTAINERS = {"dict", "list", "set", "defaultdict", "deque", "Counter", "OrderedDict"}
+
+
+def mutable_state(source):
+    """Module-level containers that are changed or not in capitals, and names of `global` statements."""
+    tree = ast.parse(source)
+    tables, found = set(), []
+    for node in tree.body:
+        if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+            continue
+        called = ast.unparse(node.value.func).rpartition(".")[2] if isinstance(node.value, ast.Call) else ""
+        if isinstance(node.value, MUTABLE) or called in CONTAINERS:
+            names = {ast.unparse(target) for target in getattr(node, "targets", None) or [node.target]}
+            tables |= names
+            found += [name for name in names if not name.isupper() and name != "__all__"]
+    for node in ast.walk(tree):
+        changed = None
+        if isinstance(node, ast.Global):
+            found += node.names
+        elif isinstance(node, ast.Subscript | ast.Attribute) and not isinstance(node.ctx, ast.Load):
+            changed = node.value
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGES:
+            changed = node.func.value
+        elif isinstance(node, ast.AugAssign):
+            changed = node.target
+        if isinstance(changed, ast.Name) and changed.id in tables:
+            found.append(changed.id)
+    return found
+
+
+def test_no_module_holds_state_that_changes():
+    found = {path.relative_to(PACKAGE).as_posix(): mutable_state(path.read_text()) for path in PACKAGE.rglob("*.py")}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "cache = {}", "cache: dict = dict()", "T = {}\ndef f(x):\n    T[x] = 1", "T = {}\ndef f(x):\n    del T[x]",
+        "T = []\ndef f(x):\n    T.append(x)", "T = set()\nT |= {1}", "n = 0\ndef f():\n    global n\n    n += 1",
+    ],
+)  # fmt: skip
+def test_state_that_changes_is_found(source):
+    assert mutable_state(source)
+    assert not mutable_state("T = {1: 2}\nU = (1,)\n__all__ = ['T']\ndef f(x):\n    y = {}\n    y[x] = T[1]")

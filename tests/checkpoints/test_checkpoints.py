@@ -16,14 +16,16 @@ from PIL import Image
 from relay_diffusion.checkpoints.export import export_stage
 from relay_diffusion.checkpoints.loading import load_stage
 from relay_diffusion.config.train import validate_training
-from relay_diffusion.data.zip_writer import ImageZipWriter
+from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.errors import UserError
+from relay_diffusion.training.callbacks.stopping import StopAtImages
 from relay_diffusion.training.resume import check_same_stage
-from relay_diffusion.training.trainer import StopAtImages
 from support import TINY, assert_same_weights, run, weights_of
 
 
-@pytest.mark.parametrize("stage", ["base", "relay", "cascade"])
+@pytest.mark.parametrize(
+    "stage", ["base", *(pytest.param(name, marks=pytest.mark.slow) for name in ("relay", "cascade"))]
+)
 def test_interrupted_and_resumed_training_equals_uninterrupted(fit, tmp_path, stage):
     dropout = ("network.dropout=0.2", "stage.label_dropout=0.3", "augment=edm", "stage.augment.probability=0.5")
     fit("whole", 40, *dropout, stage=stage)
@@ -35,6 +37,7 @@ def test_interrupted_and_resumed_training_equals_uninterrupted(fit, tmp_path, st
     assert any(not torch.equal(halfway[key], resumed[key]) for key in halfway)
 
 
+@pytest.mark.slow
 def test_own_progress_comes_before_resume(fit, tmp_path):
     fit("first", 8)
     fit("second", 16, f"resume={tmp_path / 'first'}")
@@ -43,7 +46,8 @@ def test_own_progress_comes_before_resume(fit, tmp_path):
     assert [row.split(",")[0] for row in rows[1:]] == ["16", "20"]
 
 
-def test_a_completed_run_says_so_and_changes_nothing(fit, tmp_path, capsys):
+@pytest.mark.slow
+def test_a_completed_run_is_reported_and_left_unchanged(fit, tmp_path, capsys):
     fit("run", 8)
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
     capsys.readouterr()
@@ -62,6 +66,7 @@ def test_a_new_run_that_would_train_nothing_is_refused(fit, tmp_path):
     assert not (tmp_path / "second").exists()
 
 
+@pytest.mark.slow
 def test_a_completed_run_ends_without_an_error(tmp_path, small_zip):
     """As scripts with `set -e` and job arrays depend on."""
     command = [*TINY, "resolution=16", f"data.dataset.path={small_zip}", f"run_dir={tmp_path / 'run'}"]
@@ -71,6 +76,7 @@ def test_a_completed_run_ends_without_an_error(tmp_path, small_zip):
         assert expected in result.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_old_checkpoint_is_released_before_training_continues(fit, tmp_path, monkeypatch):
     fit("run", 8)
     last, mapped = tmp_path / "run/checkpoints/last.ckpt", []
@@ -92,6 +98,7 @@ def test_the_old_checkpoint_is_released_before_training_continues(fit, tmp_path,
     assert mapped == [[]] * 5
 
 
+@pytest.mark.slow
 def test_every_changed_setting_is_reported(fit, capsys):
     fit("run", 8)
     changed = ["trainer.precision=bf16-mixed", "callbacks.ema.half_life_images=1000", "callbacks.ema.ramp_up=null"]
@@ -106,26 +113,38 @@ def test_every_changed_setting_is_reported(fit, capsys):
     fit("run", 16, "~callbacks.ema", "data.dataset.x_flip=false")
     said = capsys.readouterr().out
     assert "callbacks.ema EMA -> not set, data.dataset.x_flip True -> False, trainer.precision bf16-mixed" in said
-    assert "note: data.dataset.x_flip changed, so images come in another order than before" in said
+    assert "note: data.dataset.x_flip changed, so the order of the images changes" in said
 
 
-def test_an_older_checkpoint_reports_what_it_knows(fit, tmp_path, capsys):
+@pytest.mark.slow
+def test_a_checkpoint_without_record_continues(fit, tmp_path, capsys):
     fit("run", 8)
     file = tmp_path / "run/checkpoints/last.ckpt"
     old = torch.load(file, weights_only=True)
     del old["run"]
-    old["dealt"] = {
-        "devices": 1, "data.batch_size": 4, "data.accumulate": 1, "data.dataset.path": "elsewhere.zip", "data.seed": 0,
-        "images": 48,
-    }  # fmt: skip
+    torch.save(old | {"dealt": {"devices": 1, "data.seed": 0, "images": 48}}, file)
+    capsys.readouterr()
+    assert fit("run", 12, "data.batch_size=2").images_seen == 12
+    assert "continues " in (said := capsys.readouterr().out)
+    assert " with " not in said
+
+
+def test_a_checkpoint_that_has_data_accumulate_is_continued(fit, tmp_path, capsys):
+    fit("run", 8, "trainer.accumulate_grad_batches=2")
+    file = tmp_path / "run/checkpoints/last.ckpt"
+    old = torch.load(file, weights_only=True)
+    old["run"]["config"]["data"]["accumulate"] = old["run"]["config"]["trainer"].pop("accumulate_grad_batches")
+    old["run"]["config"]["trainer"]["accumulate"] = 2
     torch.save(old, file)
     capsys.readouterr()
-    fit("run", 12, "data.batch_size=2", "trainer.precision=bf16-mixed")
-    said = capsys.readouterr().out
-    assert " with data.batch_size 4 -> 2, data.dataset.path elsewhere.zip -> " in said
-    assert "images" not in said.partition(" with ")[2].partition(" parameters, ")[0]
+    fit("run", 12, "trainer.accumulate_grad_batches=2")
+    assert " with " not in capsys.readouterr().out.partition(" parameters, ")[0]
+    torch.save(old, file)
+    fit("run", 12)
+    assert " with trainer.accumulate_grad_batches 2 -> 1, " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_another_optimizer_is_not_continued_but_another_lr_is(fit):
     fit("run", 4)
     with pytest.raises(UserError, match="optimizer"):
@@ -133,6 +152,7 @@ def test_another_optimizer_is_not_continued_but_another_lr_is(fit):
     assert fit("run", 8, "stage.optimizer.lr=5e-4").images_seen == 8
 
 
+@pytest.mark.slow
 def test_what_changes_speed_and_memory_alone_may_change(fit, tmp_path):
     fit("run", 4, "stage.optimizer.fused=false")
     file = tmp_path / "run/checkpoints/last.ckpt"
@@ -161,6 +181,7 @@ def test_older_relay_runs_have_the_log_normal_of_today(configuration):
         check_same_stage(Path("old.ckpt"), {"stage_config": old}, mine)
 
 
+@pytest.mark.slow
 def test_kept_checkpoints(fit, tmp_path):
     fit("run", 16, "callbacks.checkpoints.every_n_images=4", "callbacks.checkpoints.keep=2")
     fit("run", 20, "callbacks.checkpoints.every_n_images=4", "callbacks.checkpoints.keep=0")  # removes none
@@ -168,7 +189,8 @@ def test_kept_checkpoints(fit, tmp_path):
     assert names == ["images-000000000008.ckpt", "images-000000000012.ckpt", "last.ckpt"]
 
 
-def test_a_damaged_checkpoint_is_passed_over(fit, tmp_path, capsys):
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_skipped(fit, tmp_path, capsys):
     """A truncated last.ckpt costs the images since the one before, and never that one."""
     directory, often = tmp_path / "run/checkpoints", "callbacks.checkpoints.every_n_images=4"
     fit("run", 12, often)
@@ -188,7 +210,7 @@ def test_a_damaged_checkpoint_is_passed_over(fit, tmp_path, capsys):
     assert_same_weights(weights_of(last), whole)
     for path in directory.iterdir():
         path.write_bytes(b"")
-    with pytest.raises(UserError, match=r"no checkpoint in .* can be read: delete them to begin anew"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read: delete them to start a new run"):
         fit("run", 16, often)
 
 
@@ -198,6 +220,7 @@ def test_a_directory_that_cannot_be_written_to_shows_before_training(fit, tmp_pa
         fit("run", 4, f"callbacks.checkpoints.directory={tmp_path / 'file/below'}")
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoint_before(fit, tmp_path):
     fit("run", 4)
     last = tmp_path / "run/checkpoints/last.ckpt"
@@ -213,17 +236,19 @@ def test_a_full_disk_leaves_the_checkpoint_before(fit, tmp_path):
     assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
 
 
-def test_a_run_continued_in_another_way_says_so(fit, capsys):
+@pytest.mark.slow
+def test_a_resumed_run_reports_changed_values(fit, capsys):
     fit("run", 8)
-    fit("run", 16, "data.batch_size=8", "data.accumulate=2")
-    assert "with data.accumulate 1 -> 2, data.batch_size 4 -> 8," in capsys.readouterr().out
-    lr = fit("run", 20, "data.batch_size=8", "data.accumulate=2").info.config["optimizer"]["lr"]
+    fit("run", 16, "data.batch_size=8", "trainer.accumulate_grad_batches=2")
+    assert "with data.batch_size 4 -> 8, trainer.accumulate_grad_batches 1 -> 2, " in capsys.readouterr().out
+    lr = fit("run", 20, "data.batch_size=8", "trainer.accumulate_grad_batches=2").info.config["optimizer"]["lr"]
     assert "with" not in capsys.readouterr().out.splitlines()[0].rpartition("last.ckpt")[2]
-    fit("run", 32, "data.batch_size=8", "data.accumulate=2", "stage.optimizer.lr=5e-5", "data.seed=3")
+    fit("run", 32, "data.batch_size=8", "trainer.accumulate_grad_batches=2", "stage.optimizer.lr=5e-5", "data.seed=3")
     assert f"with data.seed 0 -> 3, stage.optimizer.lr {lr} -> 5e-05," in capsys.readouterr().out
 
 
-def test_a_run_continued_on_other_images_says_so(fit, small_zip, tmp_path, capsys):
+@pytest.mark.slow
+def test_a_run_resumed_on_other_images_reports_it(fit, small_zip, tmp_path, capsys):
     with zipfile.ZipFile(small_zip) as archive:
         archive.extractall(tmp_path / "images")
     fit("run", 8, "data.dataset.x_flip=false")
@@ -231,16 +256,17 @@ def test_a_run_continued_on_other_images_says_so(fit, small_zip, tmp_path, capsy
     said = capsys.readouterr().out
     changed = f"with data.dataset.path {small_zip} -> {tmp_path / 'images'}, data.dataset.x_flip False -> True, "
     assert re.search(re.escape(changed) + "[0-9,]+ parameters, 24 images", said)  # mirrored ones do not count
-    assert "note: data.dataset.x_flip changed, so images come in another order than before" in said
+    assert "note: data.dataset.x_flip changed, so the order of the images changes" in said
 
 
+@pytest.mark.slow
 def test_a_run_is_not_continued_on_other_classes(fit, tmp_path):
     fit("run", 8)
     other = tmp_path / "other.zip"
-    with ImageZipWriter(other, ["light", "dark"]) as archive:
+    with image_zip(other, ["light", "dark"]) as archive:
         for number in range(4):
             archive.add(f"{number}.png", Image.new("RGB", (16, 16)), number % 2)
-    with pytest.raises(UserError, match=r"other classes .*class 0 is dark there, light here\): choose another run_dir"):
+    with pytest.raises(UserError, match=r"other classes .*class 0 was dark, is light\): use another run_dir"):
         fit("run", 16, f"data.dataset.path={other}", "data.dataset.subset=''")
 
 
@@ -255,7 +281,8 @@ def test_checkpoints_where_files_cannot_be_linked(fit, tmp_path, monkeypatch):
     assert torch.load(kept, weights_only=True)["images_seen"] == 4
 
 
-def test_a_run_begins_with_the_weights_of_another(fit, tmp_path, capsys):
+@pytest.mark.slow
+def test_init_starts_from_the_weights_of_another_run(fit, tmp_path, capsys):
     """The averaged ones; images are counted anew, and what the run has done itself comes first."""
     trained = fit("trained", 16)
     export_stage(
@@ -274,16 +301,18 @@ def test_a_run_begins_with_the_weights_of_another(fit, tmp_path, capsys):
     assert "continues" in capsys.readouterr().out
 
 
-def test_raw_weights_begin_a_run_where_there_is_no_average(fit, tmp_path):
+@pytest.mark.slow
+def test_init_takes_raw_weights_without_an_average(fit, tmp_path):
     fit("trained", 16, "~callbacks.ema")
     still = fit("on", 4, f"init={tmp_path / 'trained'}", "stage.optimizer.lr=0")
     assert_same_weights(still.state_dict(), load_stage(tmp_path / "trained", "raw").state_dict())
 
 
-def test_weights_of_another_network_begin_nothing(fit, configuration, tmp_path):
+@pytest.mark.slow
+def test_init_refuses_weights_of_another_network(fit, configuration, tmp_path):
     fit("trained", 4)
     with pytest.raises(
-        UserError, match=r"^init takes .* network of this run: .*trained.*do not fit the network: it lacks network"
+        UserError, match=r"^init needs .* network of this run: .*trained.*do not fit the network: it lacks network"
     ):
         fit("on", 4, f"init={tmp_path / 'trained'}", "network.blocks=2")
     with pytest.raises(UserError, match="give one of them"):

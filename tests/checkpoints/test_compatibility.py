@@ -90,5 +90,5 @@ def test_an_old_run_continues(configuration, tmp_path):
 def test_names_of_old_configs_are_found(target):
     (translated,) = translate_targets({"callbacks": [{"_target_": target}]})["callbacks"]
     found = get_object(translated["_target_"])
-    assert found.__name__ == target.rpartition(".")[2]
+    assert found.__name__ == target.rpartition(".")[2].replace("Measure", "Metric")
     assert translate_targets(translated) == translated

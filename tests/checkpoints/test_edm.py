@@ -48,7 +48,7 @@ def test_reference_checkpoints(reference, file):
             assert (denoise(v["x"], v["sigma"]) - v["denoised"]).abs().max() > 10 * tolerance  # labels matter
 
 
-def test_what_a_file_says_of_itself():
+def test_settings_of_a_published_file():
     edm, state = read_published(EDM), read_published(TRAINING_STATE)
     assert (edm.settings["num_classes"], edm.settings["augment_labels"], edm.settings["dropout"]) == (10, 0, 0.1)
     assert (state.settings["num_classes"], state.settings["augment_labels"], state.settings["dropout"]) == (0, 9, 0.2)

@@ -125,17 +125,17 @@ def test_weights_that_do_not_fit_are_refused(stage, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-def test_an_interrupted_export_is_none(stage, exported, monkeypatch):
+def test_an_interrupted_export_is_not_read(stage, exported, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(export, "write_text", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export_stage(stage.info.config, stage.denoiser.state_dict(), exported, dtype="float16")
-    refused(exported, "no whole export", "stage.json is missing")
+    refused(exported, "incomplete export", "stage.json is missing")
 
 
-def test_where_an_export_may_go(stage, exported, tmp_path):
+def test_destinations_of_an_export(stage, exported, tmp_path):
     again = export_stage(stage.info.config, stage.denoiser.state_dict(), exported, images_seen=1)
     assert load_stage(again).images_seen == 1  # replaced
     (tmp_path / "run/checkpoints").mkdir(parents=True)
@@ -180,7 +180,7 @@ def test_damaged_descriptions(exported):
     file.write_text(
         text.replace('"_target_": "relay_diffusion.networks.EDM', '"target": "relay_diffusion.networks.EDM')
     )
-    refused(exported, "a stage without a network")
+    refused(exported, "denoiser must be a network")
     file.write_text(text.replace('"format": 1', '"format": 2'))
     refused(exported, "in format 2: this version reads 1")
 

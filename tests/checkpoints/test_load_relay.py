@@ -1,10 +1,12 @@
 """load_relay, and the names of the package root."""
 
 import functools
+import inspect
 import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from support import PROJECT
 FEW_STEPS = {"base": {"sampler": {"steps": 2}}, "relay": {"sampler": {"steps": 4}}}
 
 
+@pytest.mark.slow
 def test_the_example_of_the_package_runs(monkeypatch, tmp_path):
     example = textwrap.dedent(rd.__doc__.split("\n\n", 1)[1])
     example = example.replace('"demo/emoji"', repr(str(PROJECT / "demo/emoji"))).replace("range(4)", "range(1)")
@@ -66,6 +69,7 @@ def write(folder, content):
     (folder / "relay.json").write_text(json.dumps(content))
 
 
+@pytest.mark.slow
 def test_paths_are_relative_to_the_file(folder):
     for source in (folder, str(folder), folder / "relay.json", {"base": folder / "base"}):
         relay = rd.load_relay(source, changes={"base": {"sampler": {"steps": 2}}})
@@ -130,3 +134,94 @@ def test_what_cannot_be_loaded_is_named(folder, tmp_path):
         rd.load_relay({"base": tmp_path / "absent"})
     with pytest.raises(UserError, match=r"changes\.bsae: the relay has no stage bsae; its stages are base"):
         rd.load_relay({"base": folder / "base"}, changes={"bsae": {}})
+
+
+EDM = "relay_diffusion.samplers.EDMSampler"
+
+
+def examples(function, folder):
+    """The values of the indented calls in a docstring."""
+    lines = [
+        line.strip() for line in inspect.getdoc(function).splitlines() if line.startswith(f"    {function.__name__}(")
+    ]
+    lines = [line.replace('"demo/emoji"', repr(str(folder))) for line in lines]
+    return [eval(line, {function.__name__: function, "path": folder / "base"}) for line in lines]
+
+
+def test_the_examples_of_replaced_samplers_run(folder):
+    (stage,) = examples(rd.load_stage, folder)
+    assert stage.sampler.evaluations == 23
+    assert [relay.samplers["base"].evaluations for relay in examples(rd.load_relay, folder)] == [3, 3]
+
+
+def test_another_sampler_keeps_nothing_of_the_trained_one(folder):
+    changes = {"sampler": {"steps": 30, "churn": 40.0}}
+    stage = rd.load_stage(folder / "base", changes=changes, sampler={"_target_": EDM, "steps": 5, "sigma_min": 0.1})
+    assert stage.info.config["sampler"] == {"_target_": EDM, "steps": 5, "sigma_min": 0.1}
+    assert (stage.sampler.churn, stage.sampler.evaluations) == (0, 9)
+
+
+def test_another_sampler_gets_the_corruption_of_its_stage(fit, tmp_path):
+    fit("run", 8, stage="relay")
+    blurring = "relay_diffusion.samplers.BlurringSampler"
+    for given, strength in ((None, 0.15), ({"block_strength": 0.3}, 0.3)):
+        stage = rd.load_stage(tmp_path / "run", sampler={"_target_": blurring, "steps": 9, "corruption": given})
+        assert stage.sampler.corruption.block_strength == strength
+        assert stage.corruption.block_strength == 0.15
+    with pytest.raises(UserError, match=r"block_strengt: unknown key; did you mean block_strength\?"):
+        rd.load_stage(tmp_path / "run", sampler={"_target_": blurring, "corruption": {"block_strengt": 0.3}})
+
+
+@pytest.mark.parametrize(
+    ("sampler", "message"),
+    [
+        ({"_target_": EDM, "step": 5}, r"sampler\.step: unknown key; did you mean steps\?"),
+        ({"steps": 5}, r"must name its class as _target_; changes\.sampler changes values"),
+        ("edm", "sampler=edm: must name its class"),
+        ({"_target_": "os.system"}, r"sampler names 'os\.system', which is not a class of relay_diffusion: refused"),
+        ({"_target_": f"{EDM}s"}, "sampler names .*EDMSamplers, which is not a class that can be imported"),
+        ({"_target_": EDM, "steps": 0}, "cannot be built: steps=0"),
+    ],
+)
+def test_samplers_that_cannot_be_used(folder, sampler, message):
+    with pytest.raises(UserError, match=message):
+        rd.load_relay(folder, samplers={"base": sampler})
+    with pytest.raises(UserError, match=r"samplers\.bsae: .*its stages are base"):
+        rd.load_relay(folder, samplers={"bsae": sampler})
+
+
+def test_changes_keep_the_class(folder):
+    changes = {"base": {"sampler": {"_target_": "relay_diffusion.samplers.BlurringSampler"}}}
+    with pytest.raises(UserError, match=r"sampler\._target_=.*: changes keep the class; give another sampler"):
+        rd.load_relay(folder, changes=changes)
+
+
+def test_a_choice_of_conf_relay(monkeypatch, tmp_path):
+    monkeypatch.chdir(PROJECT)
+    relay = rd.load_relay("emoji", changes=FEW_STEPS, samplers={"base": {"_target_": EDM, "steps": 3}})
+    assert [relay.samplers[name].evaluations for name in ("base", "relay")] == [5, 3]
+    assert relay.chain()["relay"].info.origin["file"] == str(Path("demo/emoji_256/stage.json"))
+    with pytest.raises(UserError, match=r"no relay at emoj: .*a choice of conf/relay \(cascade, .*emoji, "):
+        rd.load_relay("emoj")
+    with pytest.raises(UserError, match=r"relay=two_stages: relay\.stages\.base\.path has no value"):
+        rd.load_relay("two_stages")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"relay=quickstart: stages\.base: no checkpoint at outputs/quickstart/base"):
+        rd.load_relay("quickstart")
+
+
+def test_a_choice_keeps_its_options(monkeypatch, folder, tmp_path):
+    """Rounding and postprocessing of the yaml reach the relay; arguments replace its weights."""
+    monkeypatch.setattr("relay_diffusion.checkpoints.loading.CONF", tmp_path / "conf")
+    (tmp_path / "conf/relay").mkdir(parents=True)
+    (tmp_path / "conf/sample.yaml").write_text("defaults: [_self_, relay: mine]\ntrusted: []\n")
+    stage = f"{{_target_: relay_diffusion.checkpoints.load_stage, path: {folder}/base, weights: raw}}"
+    postprocess = "{_target_: relay_diffusion.sampling.postprocess.Enhance, brightness: 1.5}"
+    (tmp_path / "conf/relay/mine.yaml").write_text(
+        f"stages: {{base: {stage}}}\nhand_over_sigma: null\nrounding: floor\npostprocess: {postprocess}\n"
+    )
+    relay = rd.load_relay("mine", weights="ema")
+    assert (relay.rounding, relay.postprocess.brightness) == ("floor", 1.5)
+    assert relay.chain()["base"].info.origin["weights"] == "ema"
+    with pytest.raises(UserError, match="holds no raw weights"):  # those of the yaml
+        rd.load_relay("mine")

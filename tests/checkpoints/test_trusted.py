@@ -84,6 +84,7 @@ def test_a_stage_that_could_not_be_loaded_is_not_trained(fit, tmp_path, part):
     assert not (tmp_path / "run/checkpoints").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_parts_of_a_trusted_package_are_trained_continued_and_loaded(fit, tmp_path, part):
     options = (*PARTS[part], "trusted=[my_parts]")
@@ -152,6 +153,7 @@ def test_functions_and_classes_that_cannot_be_built_again_are_refused_before_tra
             fit("run", 4, f"stage.sampler._target_=my_parts.{name}", "trusted=[my_parts]")
 
 
+@pytest.mark.slow
 def test_a_guide_and_an_export_need_the_same_trust(fit, tmp_path):
     fit("plain", 4)
     fit("run", 4, *PARTS["sampler"], "trusted=[my_parts]")
@@ -172,6 +174,7 @@ def test_a_guide_and_an_export_need_the_same_trust(fit, tmp_path):
     assert type(load_stage(tmp_path / "shared", trusted=["my_parts"]).sampler).__name__ == "MySampler"
 
 
+@pytest.mark.slow
 def test_resuming_and_init_read_stages_of_trusted_packages(fit, tmp_path):
     options = (*PARTS["network"], "trusted=[my_parts]")
     fit("run", 4, *options)
@@ -184,6 +187,7 @@ def test_resuming_and_init_read_stages_of_trusted_packages(fit, tmp_path):
         read_checkpoint(tmp_path / "wrong.ckpt", ["my_parts"])
 
 
+@pytest.mark.slow
 def test_training_and_sampling_from_the_command_line(package, small_zip, tmp_path, configuration):
     training = [
         "train.py", *TINY, "resolution=16", f"data.dataset.path={small_zip}", "trainer.max_images=4",

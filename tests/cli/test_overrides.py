@@ -3,7 +3,7 @@
 import pytest
 from hydra.errors import HydraException
 
-from relay_diffusion.cli.main import explain
+from relay_diffusion.cli.errors import explain
 from relay_diffusion.config import CONF
 
 
@@ -36,5 +36,5 @@ def test_a_value_that_needs_quotes_is_named(configuration, value):
         ("trainer=zzz", "unknown choice trainer=zzz; available: default, sampling"),
     ],
 )
-def test_words_that_cannot_be_read_are_explained(configuration, word, message):
+def test_unreadable_overrides_are_explained(configuration, word, message):
     assert message in explained(configuration, word)

@@ -39,6 +39,7 @@ def jobs(tmp_path):
     return sorted(path for path in (tmp_path / "sweep").iterdir() if path.name[0].isdigit())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["basic", "submitit_local"])
 def test_a_job_that_fails_is_reported(sweep, tmp_path, launcher):
     if launcher == "submitit_local":
@@ -70,6 +71,7 @@ def test_an_unknown_option_starts_no_job(sweep, tmp_path, word):
     assert not (tmp_path / "sweep").exists() or jobs(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_bug_in_a_job_keeps_its_traceback(sweep, tmp_path):
     (tmp_path / "broken.py").write_text(
         "from lightning.pytorch.callbacks import Callback\n"
@@ -90,6 +92,7 @@ def test_a_failure_returns_from_another_process():
     assert (copy.text, copy.code) == ("job 3: no such file", 2)
 
 
+@pytest.mark.slow
 def test_the_task_returns_the_metric(small_zip, tmp_path):
     """What an optimizing sweeper minimizes."""
     (tmp_path / "sweeper.py").write_text(

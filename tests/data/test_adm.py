@@ -1,4 +1,4 @@
-"""ADM sample files: what numpy and `open_image_set` read back."""
+"""ADM sample files, read back by numpy and `open_image_set`."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from pictures_on_disk import encoded, pixels, pngs, write_folder, write_tar, wri
 from relay_diffusion.cli.arguments import parse_arguments
 from relay_diffusion.data.convert import Classes, ConvertOptions, Crop, convert
 from relay_diffusion.data.dataset import ImageDataset
-from relay_diffusion.data.zip_writer import ImageZipWriter
+from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.errors import UserError
 
 NAMES = ["cat/b.png", "cat/sub/a.png", "dog/c.png"]
@@ -96,7 +96,7 @@ def test_classes_none_and_keep(tmp_path: Path) -> None:
     assert json.loads(members(tmp_path / "out.zip")["dataset.json"]) == {"labels": None}
     convert(options(source, tmp_path / "out.zip", classes=Classes.keep, overwrite=True))
     assert json.loads(members(tmp_path / "out.zip")["dataset.json"]) == labels
-    with pytest.raises(UserError, match=r"classes=folders: .*labels of its own.*classes=keep"):
+    with pytest.raises(UserError, match=r"classes=folders: .*has labels in dataset\.json.*classes=keep"):
         convert(options(source, tmp_path / "new.zip"))
 
 
@@ -190,7 +190,7 @@ def test_wrong_sources_and_destinations(tmp_path: Path) -> None:
 
 def test_writer_refuses_a_name_twice_and_leaves_nothing(tmp_path: Path) -> None:
     def write() -> None:
-        with ImageZipWriter(tmp_path / "out.zip") as writer:
+        with image_zip(tmp_path / "out.zip") as writer:
             writer.add("a.png", Image.new("RGB", (4, 4)))
             writer.add("a.png", Image.new("RGB", (4, 4)))
 
@@ -247,7 +247,7 @@ def test_command_line(tmp_path: Path) -> None:
     assert done.stderr.startswith("left out: 'cat/bad.png' in ")
 
 
-def test_files_of_other_types_are_told(tmp_path: Path) -> None:
+def test_files_of_other_types_are_reported(tmp_path: Path) -> None:
     others = dict.fromkeys(["cat/x.BMP", "dog/y.tiff", "dog/sub/z.gif", "w.gif"], b"?")
     hidden = dict.fromkeys(["cat/._b.bmp", ".DS_Store", "dog/Thumbs.db", ".git/x.bmp"], b"?")
     for source in (
@@ -261,9 +261,9 @@ def test_files_of_other_types_are_told(tmp_path: Path) -> None:
     assert convert(options(clean, tmp_path / "out.zip", classes=Classes.keep)).ignored == []
     odd = dict.fromkeys([*(f"a.{number}" for number in range(10)), "README"], b"")
     many = write_zip(tmp_path / "many.zip", pngs(NAMES) | odd)
-    told = run(f"source={many}", f"destination={tmp_path / 'many-out.zip'}", "resolution=8").stderr
-    assert told.startswith("ignored: 11 files of other types (.0, ")
-    assert told.endswith(", ...)\n")
+    reported = run(f"source={many}", f"destination={tmp_path / 'many-out.zip'}", "resolution=8").stderr
+    assert reported.startswith("ignored: 11 files of other types (.0, ")
+    assert reported.endswith(", ...)\n")
 
 
 def test_tools_start_without_torch() -> None:

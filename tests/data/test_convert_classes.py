@@ -1,4 +1,4 @@
-"""What the converter makes of class, split and wrapping folders, and what it prints about them."""
+"""Class, split and wrapping folders in the converter, and its report about them."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def test_start_skips_exactly_that_many_images(start: int) -> None:
     assert step(17, 12, world=3, accumulate=2, number=1, start=start) == whole.stream(start + 12, 12)
 
 
-def test_start_may_be_asked_at_every_epoch() -> None:
+def test_start_may_be_a_function_called_at_every_iter() -> None:
     seen = 0
     sampler = InfiniteSampler(17, 4, start=lambda: seen)
     first = next(iter(sampler))
@@ -79,8 +79,6 @@ def test_negative_seed() -> None:
 
 def test_impossible_settings(tmp_path: Path) -> None:
     dataset = ImageDataset(write_zip(tmp_path / "a.zip", pngs(["a.png"])), 8)
-    with pytest.raises(UserError, match=r"data\.accumulate=0"):
-        ImageDataModule(dataset, 2, accumulate=0)
     with pytest.raises(UserError, match=r"data\.num_workers=-1"):
         ImageDataModule(dataset, 2, num_workers=-1)
 
@@ -114,9 +112,12 @@ def archive(tmp_path: Path) -> Path:
     return write_zip(tmp_path / "a.zip", pngs(names), {"labels": [[name, int(name[0])] for name in names]})
 
 
-def fit(data: ImageDataModule, module: Recorder, steps: int, batches_per_epoch: int | None = None) -> Recorder:
+def fit(
+    data: ImageDataModule, module: Recorder, steps: int, batches_per_epoch: int | None = None, accumulate: int = 1
+) -> Recorder:
     trainer = L.Trainer(
         max_steps=steps,
+        accumulate_grad_batches=accumulate,
         limit_train_batches=batches_per_epoch,
         accelerator="cpu",
         devices=1,
@@ -147,6 +148,13 @@ def test_lightning_gets_the_stream(archive: Path, cache: bool, workers: int) -> 
     assert torch.equal(images, torch.stack([dataset[index][0] for index in expected[:4]]))
     loader = data.train_dataloader()
     assert (loader.num_workers, loader.persistent_workers) == ((0, False) if cache or not workers else (2, True))
+
+
+@lightning_noise
+def test_the_micro_batches_of_the_trainer_are_cut_from_the_batch(archive: Path) -> None:
+    module = fit(ImageDataModule(ImageDataset(archive, 8), batch_size=4, seed=3), Recorder(), steps=3, accumulate=2)
+    assert [len(images) for images, _ in module.batches] == [2] * 6
+    assert module.labels() == InfiniteSampler(10, 4, seed=3).stream(0, 12)
 
 
 @lightning_noise

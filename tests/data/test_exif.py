@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from pictures_on_disk import encoded, write_folder, write_zip
 from relay_diffusion.data.convert import Classes, ConvertOptions, Crop, Exif, convert
@@ -45,7 +46,7 @@ def photo(kind: str, orientation: int, image: Image.Image | None = None) -> byte
 
 
 def upright(data: bytes) -> np.ndarray:
-    """What Pillow makes of it."""
+    """Decode with Pillow, its EXIF orientation applied."""
     with Image.open(io.BytesIO(data)) as image:
         return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
@@ -74,6 +75,13 @@ def test_a_png_chunk_behind_the_pixels_counts() -> None:
     end = start + 12 + int.from_bytes(data[start : start + 4])
     moved = data[:start] + data[end:-12] + data[start:end] + data[-12:]
     assert decode(moved, "a").turned
+
+
+def test_a_compressed_text_chunk_called_exif_is_not_a_block() -> None:
+    text = PngInfo()
+    text.add_text("exif", "a camera", zip=True)
+    found = decode(encoded(photograph(), pnginfo=text), "a")
+    assert (found.turned, found.exif_damaged) == (False, False)
 
 
 @pytest.mark.parametrize("kind", SAVED)
@@ -169,5 +177,5 @@ def test_statistics_of_the_pixels_as_stored_are_not_taken_for_those_of_turned_im
 
 
 def test_another_word_than_apply_and_ignore_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^relay\.start_exif=no: use apply or ignore$"):
-        ImageDataset(tmp_path, 8, exif="no", exif_option="relay.start_exif")
+    with pytest.raises(ValueError, match=r"^exif=no: use apply or ignore$"):
+        ImageDataset(tmp_path, 8, exif="no")

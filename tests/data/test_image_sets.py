@@ -1,4 +1,4 @@
-"""Image sets: folders, zips and ADM samples in order, by index, of one size; and files that lie."""
+"""Image sets: folders, zips and ADM samples in order, by index, of one size; and inconsistent files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.image_sets import open_image_set
 from relay_diffusion.data.npz import Npz
-from relay_diffusion.data.zip_writer import ImageZipWriter
+from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.errors import UserError
 
 
@@ -32,7 +32,7 @@ def write_folder(path: Path, images: np.ndarray) -> Path:
 
 
 def write_zip(path: Path, images: np.ndarray) -> Path:
-    with ImageZipWriter(path.with_suffix(".zip")) as archive:
+    with image_zip(path.with_suffix(".zip")) as archive:
         for index, image in enumerate(images):
             archive.add(f"sub/{index:03d}.png", Image.fromarray(image))
     return path.with_suffix(".zip")
@@ -186,7 +186,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize(("content", "message"), HOSTILE.values(), ids=HOSTILE)
-def test_files_that_lie_are_refused_in_one_line(content: bytes, message: str, tmp_path: Path) -> None:
+def test_inconsistent_files_are_refused_in_one_line(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "samples.npz"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message) as raised:
@@ -208,7 +208,7 @@ def test_damage_in_the_images_is_found(compression: int, tmp_path: Path) -> None
     assert "\n" not in str(raised.value)
 
 
-def test_a_directory_that_announces_more_than_there_is(tmp_path: Path) -> None:
+def test_a_directory_with_a_larger_size_than_the_data(tmp_path: Path) -> None:
     """The archive's directory agrees with the header, but the compressed data end early."""
     whole, short = npy((9, 8, 8, 3), bytes(9 * 192)), npy((9, 8, 8, 3), bytes(4 * 192))
     content = bytearray(archive(short, compression=zipfile.ZIP_DEFLATED))

@@ -115,7 +115,7 @@ def test_sets_read_directly_are_warned_about_too(
     if option in ("images", "reference"):
         open_image_set(folder, option)
     else:
-        ImageDataset(folder, SIDE, path_option=option)
+        ImageDataset(folder, SIDE, option=option)
     said = capsys.readouterr().err
     if bits == 12:
         assert said == (

@@ -166,6 +166,7 @@ def test_precision_does_not_change_the_noise():
     assert torch.equal(single.double(), double)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [2, 3, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_kernel_adds_the_same_noise(block, dtype):

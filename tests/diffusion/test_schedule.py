@@ -133,13 +133,13 @@ def test_karras_middle_is_the_mean_of_the_roots(rho, sigma_max, middle):
     [(1, 0.1, 1.0, 7), (4, 0.0, 1.0, 7), (4, -0.1, 1.0, 7), (4, 1.0, 1.0, 7), (4, 2.0, 1.0, 7), (4, 0.1, 1.0, 0)],
 )
 def test_impossible_grids_are_refused(steps, sigma_min, sigma_max, rho):
-    with pytest.raises(ValueError, match="need steps >= 2, rho > 0 and 0 < sigma_min < sigma_max"):
+    with pytest.raises(ValueError, match=r"^(steps|sigma_min|rho)="):
         karras_sigmas(steps, sigma_min, sigma_max, rho)
 
 
 def test_a_schedule_beyond_the_distribution_is_for_sampling_only():
     schedule = TruncatedLogNormal(prob_length=1.05)
-    with pytest.raises(ValueError, match=r"prob_length is 1\.05"):
+    with pytest.raises(ValueError, match=r"prob_length=1\.05"):
         schedule.draw(4, "cpu")
     with pytest.raises(ValueError, match="sigma_floor"):
         TruncatedLogNormal(sigma_floor=0)
@@ -147,19 +147,19 @@ def test_a_schedule_beyond_the_distribution_is_for_sampling_only():
 
 
 @pytest.mark.parametrize("schedule", [LogNormal, TruncatedLogNormal])
-@pytest.mark.parametrize("settings", [{"p_mean": math.nan}, {"p_mean": math.inf}, {"p_std": math.inf}])
+@pytest.mark.parametrize("settings", [{"p_mean": math.nan}, {"p_mean": math.inf}, {"p_std": math.inf}, {"p_std": 0}])
 def test_a_distribution_without_numbers_is_refused(schedule, settings):
-    with pytest.raises(ValueError, match="p_mean"):
+    with pytest.raises(ValueError, match=f"^{next(iter(settings))}="):
         schedule(**settings)
 
 
 @pytest.mark.parametrize(("prob_length", "sigma_floor"), [(0.2, 0.2), (0.93, 2.0), (1.0, 1e9), (1.5, 1e9)])
 def test_a_floor_above_all_noise_is_refused(prob_length, sigma_floor):
-    with pytest.raises(ValueError, match=f"sigma_floor is {sigma_floor}: there is no noise above it"):
+    with pytest.raises(ValueError, match=f"sigma_floor={sigma_floor}: no noise level .* lies above it"):
         TruncatedLogNormal(prob_length=prob_length, sigma_floor=sigma_floor)
 
 
 def test_a_grid_has_at_most_so_many_levels():
     assert len(karras_sigmas(100_000, 0.1, 1.0, 7.0)) == 100_000
-    with pytest.raises(ValueError, match="at most 100,000"):
+    with pytest.raises(ValueError, match=r"^steps=100001: "):
         karras_sigmas(100_001, 0.1, 1.0, 7.0)

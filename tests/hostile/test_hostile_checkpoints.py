@@ -22,7 +22,7 @@ from relay_diffusion.checkpoints.loading import load_stage, read_checkpoint
 from relay_diffusion.data.npz import Npz
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics.reference import read_reference
-from relay_diffusion.training import run_record
+from relay_diffusion.training import resume
 from relay_diffusion.utils.files import file_sha256
 
 TRAINED: list[bytes] = []  # once for all tests
@@ -76,6 +76,7 @@ def with_(content: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
     return changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_weights_that_are_not_finite(checkpoint, fit, value) -> None:
     path, content = checkpoint
@@ -140,6 +141,7 @@ KEYS = ("stage_config", "state_dict", "ema", "class_names", "images_seen", "repl
         "pytorch-lightning_version")  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", KEYS)
 def test_any_key_may_hold_anything(checkpoint, key) -> None:
     path, content = checkpoint
@@ -152,7 +154,7 @@ def test_any_key_may_hold_anything(checkpoint, key) -> None:
             try:
                 read = reader()
                 if key.startswith("run") and "run" in read:
-                    run_record.changes(read, content["run"], data=None)  # whatever was read can be compared
+                    resume.changes(read.get("run", {}), content["run"])  # whatever was read can be compared
                 outcomes.add("read")
             except UserError as error:
                 outcomes.add("refused")
@@ -168,6 +170,7 @@ def _deep(levels: int) -> list[Any]:
     return node
 
 
+@pytest.mark.slow
 def test_stored_configs_that_ask_for_too_much(checkpoint) -> None:
     path, content = checkpoint
     network = "stage_config/denoiser/network"
@@ -194,14 +197,15 @@ def test_cut_short_anywhere(checkpoint) -> None:
             assert "cannot be read as a checkpoint" in message_of(lambda read=reader: read(path), path)
 
 
+@pytest.mark.slow
 def test_any_byte_changed(checkpoint) -> None:
     """It is refused by name, or it is read (a byte within weights may be any other)."""
     path, _ = checkpoint
     content, generator = path.read_bytes(), random.Random(0)
     pickle_at, pickle_end = content.index(b"data.pkl"), content.index(b"PK\x07\x08")
-    positions = [generator.randrange(pickle_at, pickle_end) for _ in range(60)]  # where the structure is
-    positions += [len(content) - generator.randrange(1, 2000) for _ in range(30)]  # the directory
-    positions += [generator.randrange(len(content)) for _ in range(30)]
+    positions = [generator.randrange(pickle_at, pickle_end) for _ in range(30)]  # where the structure is
+    positions += [len(content) - generator.randrange(1, 2000) for _ in range(15)]  # the directory
+    positions += [generator.randrange(len(content)) for _ in range(15)]
     refused_, read = 0, 0
     for position in positions:
         damaged = bytearray(content)
@@ -214,8 +218,8 @@ def test_any_byte_changed(checkpoint) -> None:
             refused_ += 1
             assert str(path) in str(error)  # noqa: PT017
             assert "\n" not in str(error)  # noqa: PT017
-    assert refused_ > 30
-    assert read > 10
+    assert refused_ > 15
+    assert read > 5
 
 
 def test_code_is_not_run(tmp_path: Path) -> None:
@@ -236,7 +240,7 @@ def test_changes_of_another_kind(checkpoint) -> None:
     path, _ = checkpoint
     for changes, words in (
         ({"sampler": {"steps": "abc"}}, "sampler.steps=abc must be a number; stored is 4"),
-        ({"sampler": {"steps": 2.5}}, "steps is 2.5: must be a whole number"),
+        ({"sampler": {"steps": 2.5}}, "steps=2.5: must be a whole number"),
         ({"sampler": {"steps": True}}, "sampler.steps=True must be a number"),
         ({"sampler": {"rho": [7]}}, "sampler.rho=[7] must be a number; stored is 7.0"),
         ({"sampler": 5}, "sampler=5 must be a mapping"),
@@ -290,6 +294,7 @@ def test_exports_of_hostile_weights(checkpoint, tmp_path: Path) -> None:
     assert "cannot be read: it is damaged" in message_of(lambda: load_stage(folder), folder)
 
 
+@pytest.mark.slow
 def test_statistics_damaged_anywhere(tmp_path: Path) -> None:
     path = tmp_path / "reference.npz"
     np.savez_compressed(path, mu=np.zeros(2048), sigma=np.eye(2048), layout=np.str_("NCHW"))
@@ -311,6 +316,7 @@ def test_statistics_damaged_anywhere(tmp_path: Path) -> None:
     assert outcomes["refused"] > 40
 
 
+@pytest.mark.slow
 def test_statistics_that_claim_much_take_no_memory(tmp_path: Path) -> None:
     path = tmp_path / "bomb.npz"
     features = np.zeros((150_000, 2048), np.float32)

@@ -101,7 +101,7 @@ def converted(path: Path) -> Path:
 PLACES = {  # where images are read: how, and the file or folder that holds them
     "data.dataset.path zip": (lambda path: ImageDataset(path, SIDE)[0], "zip"),
     "data.dataset.path folder": (lambda path: ImageDataset(path, SIDE)[0], "folder"),
-    "relay.start": (lambda path: ImageDataset(path, SIDE, path_option="relay.start")[0], "folder"),
+    "relay.start": (lambda path: ImageDataset(path, SIDE, option="relay.start")[0], "folder"),
     "images": (lambda path: next(open_image_set(path, "images").batches(1)), "folder"),
     "reference": (lambda path: next(open_image_set(path, "reference", (SIDE, SIDE)).batches(1)), "zip"),
     "convert folder": (lambda path: ImageDataset(converted(path), SIDE)[0], "folder"),

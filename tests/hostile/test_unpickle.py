@@ -167,6 +167,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BOMBS)
 def test_small_files_take_little_memory(name, tmp_path):
     path = tmp_path / "bomb.pkl"
@@ -325,6 +326,7 @@ def _flipped(content, first, last, seed):
     return bytes(changed)
 
 
+@pytest.mark.slow
 def test_flipped_bits(tmp_path):
     pickle_file, zip_file = EDM.read_bytes(), TRAINING_STATE.read_bytes()
     size = len(zip_file)

@@ -67,13 +67,15 @@ def compare(call, arguments, tolerance):
             close(argument.grad, reference.grad, 2 * tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("use_kernels")
 @pytest.mark.parametrize(
     ("channels", "skip", "groups", "down"),
     [(8, 0, 2, False), (48, 0, 8, True), (80, 0, 5, False), (128, 0, 32, True), (72, 24, 32, False)],
 )
-@pytest.mark.parametrize("modulated", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "modulated"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)]
+)
 def test_normalisation_with_all_around_it(channels, skip, groups, down, modulated, dtype):
     total, batch, height, width = channels + skip, 3, 10, 14
     x, s = image(batch, channels, height, width, dtype=dtype), image(batch, skip, height, width, dtype=dtype)
@@ -165,6 +167,7 @@ def test_one_modulation_for_all_samples():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("use_kernels")
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropout(rate):
@@ -237,6 +240,7 @@ def test_projection(skip):
     compare(call, [image(2, 8, 4, 6), image(2, 12, 4, 6) if skip else None, conv.weight, conv.bias, extra], 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("use_kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_whole_network_and_its_gradients(dtype):

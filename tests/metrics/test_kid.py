@@ -1,4 +1,4 @@
-"""KID: the formula, another implementation, blocks, and what a set gives with itself."""
+"""KID: formula, torchmetrics, blocks, a set with itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def kernel(x: Tensor, y: Tensor) -> Tensor:
     return (x.double() @ y.double() / len(x) + 1) ** 3
 
 
-def test_the_formula() -> None:
+def test_kid_equals_the_formula() -> None:
     real, fake = torch.randn(7, 4), torch.randn(5, 4) + 0.3
     within_real = torch.stack([kernel(a, b) for i, a in enumerate(real) for j, b in enumerate(real) if i != j])
     within_fake = torch.stack([kernel(a, b) for i, a in enumerate(fake) for j, b in enumerate(fake) if i != j])
@@ -25,7 +25,7 @@ def test_the_formula() -> None:
     torch.testing.assert_close(kernel_distance(real, fake), expected)
 
 
-def test_another_implementation() -> None:
+def test_kid_agrees_with_torchmetrics() -> None:
     real, fake = torch.randn(40, 16).double(), torch.rand(40, 16).double()
     torch.testing.assert_close(kernel_distance(real, fake), poly_mmd(real, fake), rtol=1e-10, atol=0)
 
@@ -33,12 +33,12 @@ def test_another_implementation() -> None:
 def test_blocks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     real, fake = torch.randn(40, 8), torch.rand(33, 8)
     whole = kernel_distance(real, fake)
-    assert torch.equal(kernel_distance(real, fake), whole), "no chance in it"
+    assert torch.equal(kernel_distance(real, fake), whole), "deterministic"
     monkeypatch.setattr(kid, "BLOCK_ELEMENTS", 100)
     torch.testing.assert_close(kernel_distance(real, fake), whole, rtol=1e-12, atol=0)
 
 
-def test_a_set_with_itself_is_a_little_below_zero() -> None:
+def test_kid_of_a_set_with_itself_is_slightly_negative() -> None:
     """Its own pairs k(x, x) count between the sets but not within: -2/N (mean k(x, x) - mean k(x, y))."""
     x = torch.randn(200, 16)
     kernels = (x.double() @ x.double().T / 16 + 1) ** 3
@@ -50,7 +50,7 @@ def test_a_set_with_itself_is_a_little_below_zero() -> None:
     assert kernel_distance(x, torch.randn(300, 16)).abs() < 0.1 < kernel_distance(x, x + 0.5)
 
 
-def test_two_images_a_side() -> None:
+def test_kid_needs_two_images_per_side() -> None:
     for real, fake, side in ((1, 5, "real"), (5, 1, "generated")):
         with pytest.raises(UserError, match=f"at least 2 {side} images, not 1"):
             kernel_distance(torch.randn(real, 3), torch.randn(fake, 3))

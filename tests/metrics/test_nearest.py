@@ -1,4 +1,4 @@
-"""Nearest neighbours: closed forms, brute force, and independence of the batches they come in."""
+"""Nearest neighbours: closed forms, brute force, independence of the batches."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_agrees_with_brute_force(mirrored: bool) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3, 36, 37])
-def test_batches_change_nothing(batch: int) -> None:
+def test_neighbours_do_not_depend_on_batches(batch: int) -> None:
     queries, points = images(11, 1), images(18, 2).repeat(2, 1, 1, 1)  # every point twice: ties
     points = torch.cat([points, queries[:1]])
     expected = search(queries, points, 5)
@@ -96,7 +96,7 @@ def test_a_symmetric_point_is_found_once_and_not_as_mirrored() -> None:
     assert not found.mirrored[0, 0]
 
 
-def test_a_query_does_not_find_itself_in_any_view() -> None:
+def test_query_excludes_itself_in_every_view() -> None:
     points = images(12, 5)
     points[7], points[9] = points[1], points[3].flip(-1)
     own = torch.arange(12)

@@ -1,4 +1,4 @@
-"""Reference files: this project's, ADM's and EDM's; the order of spatial values; files that are none of these."""
+"""Reference files of this project, ADM and EDM; spatial order; invalid files."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_own_round_trip(reference: Reference, tmp_path: Path) -> None:
     assert again.features is not None
     assert torch.equal(again.features, reference.features)
     assert again.features.dtype == torch.float32
-    assert (again.images, again.layout, again.kind, again.path) == (50, "NCHW", "statistics", path)
-    assert [file.name for file in path.parent.iterdir()] == ["reference.npz"], "no temporary file stays"
+    assert (again.pool.n, again.layout, again.kind, again.path) == (50, "NCHW", "statistics", path)
+    assert [file.name for file in path.parent.iterdir()] == ["reference.npz"], "no temporary file remains"
 
 
 def test_edm_round_trip(reference: Reference, tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_edm_round_trip(reference: Reference, tmp_path: Path) -> None:
     again = read(path)
     assert torch.equal(again.pool.mean, reference.pool.mean)
     assert torch.equal(again.pool.covariance, reference.pool.covariance)
-    assert (again.spatial, again.features, again.images, again.layout) == (None, None, None, None)
+    assert (again.spatial, again.features, again.pool.n, again.layout) == (None, None, None, None)
     assert again.kind == "edm_statistics"
 
 
@@ -85,7 +85,7 @@ def test_adm_round_trip(reference: Reference, tmp_path: Path) -> None:
         torch.testing.assert_close(torch.from_numpy(arrays["sigma_s"]), nhwc.covariance)
     again = read(path)
     assert_same(again, reference)
-    assert (again.images, again.layout, again.kind) == (None, "NHWC", "adm_reference")
+    assert (again.pool.n, again.layout, again.kind) == (None, "NHWC", "adm_reference")
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_adm_round_trip(reference: Reference, tmp_path: Path) -> None:
         ({"features": np.float32(3)}, r"'features' must hold finite numbers of shape \[6\], not float32 of shape \[\]"),
     ],
 )
-def test_wrong_files(reference: Reference, tmp_path: Path, change: dict[str, object], message: str) -> None:
+def test_invalid_files(reference: Reference, tmp_path: Path, change: dict[str, object], message: str) -> None:
     path = tmp_path / "reference.npz"
     reference.save(path)
     arrays = {key: value for key, value in (dict(np.load(path)) | change).items() if value is not None}
@@ -155,19 +155,19 @@ def means(between: float, within: float, layout: str) -> Tensor:
 
 
 @pytest.mark.parametrize(("claimed", "other"), [("NCHW", "NHWC"), ("NHWC", "NCHW")])
-def test_a_wrong_order_is_refused(claimed: str, other: str) -> None:
+def test_wrong_spatial_order_is_rejected(claimed: str, other: str) -> None:
     check_layout(means(1, 0.1, claimed), claimed, "file")
     with pytest.raises(UserError, match=f"file: .* should be in {claimed} order, but the values are in {other} order"):
         check_layout(means(1, 0.1, other), claimed, "file")
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-def test_an_unclear_order_is_believed(layout: str) -> None:
+def test_ambiguous_spatial_order_is_accepted(layout: str) -> None:
     for mean in (torch.zeros(SPATIAL).double(), torch.ones(SPATIAL).double(), means(0, 1, "NCHW")):
         check_layout(mean, layout, "file")
 
 
-def test_files_in_a_wrong_order_are_refused(reference: Reference, tmp_path: Path) -> None:
+def test_files_with_wrong_spatial_order_are_rejected(reference: Reference, tmp_path: Path) -> None:
     own, adm = tmp_path / "own.npz", tmp_path / "adm.npz"
     reference.save(own)
     write_adm(reference, adm)
@@ -178,4 +178,4 @@ def test_files_in_a_wrong_order_are_refused(reference: Reference, tmp_path: Path
     with pytest.raises(UserError, match=r"adm\.npz: .* should be in NHWC order"):
         read(adm)
     np.savez(adm, **dict(np.load(adm)) | {"layout": "NCHW"})
-    assert read(adm).layout == "NCHW", "the file can say so"
+    assert read(adm).layout == "NCHW", "an explicit layout is used"

@@ -1,4 +1,4 @@
-"""Where references come from: what is computed, what is cached, what is taken as it is."""
+"""Sources of references: computed from images, cached, or read from statistics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fake_inception import POOL, PixelFeatures, pixel_reference, random_images, write_adm, write_edm
 from relay_diffusion.data.npz import write_adm_samples
-from relay_diffusion.data.zip_writer import ImageZipWriter
+from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import Reference, ReferenceSource
 from relay_diffusion.metrics.reference_source import _choice
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("small")
 
 
 def write_zip(path: Path, images: Tensor) -> Path:
-    with ImageZipWriter(path) as archive:
+    with image_zip(path) as archive:
         for index, image in enumerate(images):
             archive.add(f"train/{index:03d}.png", Image.fromarray(image.permute(1, 2, 0).numpy()))
     return path
@@ -54,7 +54,7 @@ def assert_close(got: Reference, expected: Reference) -> None:
     ("write", "name", "kind"),
     [(write_zip, "set.zip", "zip"), (write_folder, "set", "folder"), (write_npz, "set.npz", "adm_samples")],
 )
-def test_images_are_passed_through_once(
+def test_each_reference_image_passes_inception_once(
     write: object, name: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = random_images(50, 1)
@@ -64,7 +64,7 @@ def test_images_are_passed_through_once(
     assert "reference statistics: 50/50 images" in capsys.readouterr().out
     assert_close(first, pixel_reference(images))
     assert torch.equal(first.features, PixelFeatures()(images).pool)
-    assert (first.images, first.kind, first.layout, first.path) == (50, kind, "NCHW", path)
+    assert (first.pool.n, first.kind, first.layout, first.path) == (50, kind, "NCHW", path)
     assert inception.seen == 50
     again = load(path, inception)
     assert inception.seen == 50
@@ -75,7 +75,7 @@ def test_images_are_passed_through_once(
     assert load(cached).describe() == first.describe() | {"path": str(cached), "kind": "statistics"}
 
 
-def test_another_set_or_network_is_computed_anew(tmp_path: Path) -> None:
+def test_cache_is_keyed_by_images_options_and_network(tmp_path: Path) -> None:
     images = random_images(20, 1, 16)
     path = write_zip(tmp_path / "set.zip", images)
     hashes = {load(path).source_hash}
@@ -86,7 +86,7 @@ def test_another_set_or_network_is_computed_anew(tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache").iterdir())) == 5
 
 
-def test_some_features_are_drawn_from_many(tmp_path: Path) -> None:
+def test_features_of_a_fixed_random_subset(tmp_path: Path) -> None:
     images = random_images(50, 1)
     path = write_zip(tmp_path / "set.zip", images)
     chosen = _choice(50, 12)
@@ -101,14 +101,14 @@ def test_some_features_are_drawn_from_many(tmp_path: Path) -> None:
     assert len(load(path, max_features=50).features) == 50
 
 
-def test_edm_statistics_need_no_cache(tmp_path: Path) -> None:
+def test_edm_statistics_are_not_cached(tmp_path: Path) -> None:
     expected = pixel_reference(random_images(30, 1))
     path = tmp_path / "edm.npz"
     write_edm(expected, path)
     inception = PixelFeatures()
     got = load(path, inception)
     assert torch.equal(got.pool.covariance, expected.pool.covariance)
-    assert (got.spatial, got.features, got.images, got.kind) == (None, None, None, "edm_statistics")
+    assert (got.spatial, got.features, got.pool.n, got.kind) == (None, None, None, "edm_statistics")
     assert len(got.source_hash) == 64
     assert inception.seen == 0
     assert not (tmp_path / "cache").exists()
@@ -128,7 +128,7 @@ def test_adm_reference_keeps_its_statistics(most: int, tmp_path: Path) -> None:
     for reference in got:
         assert torch.equal(reference.pool.mean, expected.pool.mean)
         assert torch.equal(reference.spatial.covariance, expected.spatial.covariance)
-        assert (reference.images, reference.kind, reference.layout) == (None, "adm_reference", "NHWC")
+        assert (reference.pool.n, reference.kind, reference.layout) == (None, "adm_reference", "NHWC")
         assert reference.describe()["features_kept"] == kept
         if most:
             assert torch.equal(reference.features, PixelFeatures()(images[_choice(20, most)]).pool)
@@ -141,10 +141,10 @@ def test_own_file_with_fewer_features(tmp_path: Path) -> None:
     assert torch.equal(load(path).features, expected.features)
     assert torch.equal(load(path, max_features=4).features, expected.features[_choice(30, 4)])
     assert load(path, max_features=0).features is None
-    assert load(path).source_hash != "", "what it holds, as it does not say what it is of"
+    assert load(path).source_hash != "", "a hash of the content, as the file has no source_hash"
 
 
-def test_wrong_paths_are_found_at_once(tmp_path: Path) -> None:
+def test_invalid_paths_raise_in_the_constructor(tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     np.savez(tmp_path / "mu.npz", mu=np.zeros(POOL))
     np.savez(tmp_path / "batch.npz", np.zeros((2, 8, 8), np.uint8))
@@ -177,7 +177,7 @@ def test_sizes_and_averaging_are_recorded(tmp_path: Path) -> None:
     assert load(tmp_path / "edm.npz").describe()["resolution"] is None
 
 
-def test_a_cached_reference_without_its_averaging_is_computed_again(tmp_path: Path) -> None:
+def test_cached_reference_without_averaging_is_recomputed(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "set.zip", random_images(9, 1, 16))
     load(path)
     (cached,) = (tmp_path / "cache").iterdir()
@@ -188,7 +188,7 @@ def test_a_cached_reference_without_its_averaging_is_computed_again(tmp_path: Pa
 
 
 @pytest.mark.parametrize("damage", [np.zeros((1, 2), np.int64), np.zeros(0, np.int64), np.ones(1), np.ones(2000, int)])
-def test_a_size_that_is_none_is_refused(tmp_path: Path, damage: np.ndarray) -> None:
+def test_invalid_averaging_in_cache_is_rejected(tmp_path: Path, damage: np.ndarray) -> None:
     path = write_zip(tmp_path / "set.zip", random_images(9, 1, 16))
     load(path)
     (cached,) = (tmp_path / "cache").iterdir()
@@ -197,7 +197,7 @@ def test_a_size_that_is_none_is_refused(tmp_path: Path, damage: np.ndarray) -> N
         load(path)
 
 
-def test_a_damaged_cache_says_what_to_do(tmp_path: Path) -> None:
+def test_damaged_cache_error_names_the_remedy(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "set.zip", random_images(3, 1))
     load(path)
     (cached,) = (tmp_path / "cache").iterdir()
@@ -206,7 +206,7 @@ def test_a_damaged_cache_says_what_to_do(tmp_path: Path) -> None:
         load(path)
 
 
-def test_one_image_is_no_reference(tmp_path: Path) -> None:
+def test_reference_of_one_image_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at least 2 real images"):
         load(write_zip(tmp_path / "set.zip", random_images(1, 1)))
     assert not (tmp_path / "cache").exists()

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from relay_diffusion.errors import UserError
-from relay_diffusion.metrics import InceptionScore, PrecisionRecallMeasure
-from relay_diffusion.metrics.base import FeatureBank
+from relay_diffusion.metrics import InceptionScore, PrecisionRecallMetric
+from relay_diffusion.metrics.base import ImageStore
 from relay_diffusion.metrics.precision_recall import precision_recall
 
 
@@ -32,7 +32,7 @@ def test_a_set_covers_itself_and_not_a_distant_one():
     assert precision_recall(near, far, 2) == (0.0, 0.0)
 
 
-def test_precision_is_of_the_generated_images():
+def test_precision_is_the_share_of_generated_images():
     """Generated: half on the real points, half far away; every real point is covered."""
     real = torch.randn(20, 4)
     assert precision_recall(real, torch.cat([real, torch.randn(20, 4) + 1000]), 3) == (0.5, 1.0)
@@ -58,7 +58,7 @@ def test_too_few_images():
         score.compute()
 
 
-def test_splits_are_by_position_whatever_the_batches_and_the_order_of_arrival():
+def test_splits_are_by_position_for_any_batches_and_order():
     logits = 3 * torch.randn(23, 6)
     parts = [part.double().log_softmax(1) for part in logits.split(5)]  # the last one is smaller and counts as much
     divergences = [(p.exp() * (p - p.exp().mean(0).log())).sum(1).mean() for p in parts]
@@ -82,13 +82,13 @@ def score_of(logits, split_size):
     return metric.compute().item()
 
 
-def test_a_class_that_never_occurs_costs_nothing():
+def test_impossible_class_does_not_change_the_score():
     """Its probability is 0 in float64, and 0 log 0 is 0."""
     logits = torch.tensor([[0.0, 0.0, -2000.0], [5.0, 0.0, -3000.0]])
     assert score_of(logits, 2) == pytest.approx(score_of(logits[:, :2], 2))
 
 
-def test_the_score_keeps_sums_of_splits_not_images():
+def test_inception_score_keeps_sums_of_splits():
     metric = InceptionScore(50)
     metric.update(torch.randn(100, 6))
     before = [part.shape for part in (*metric.sums, *metric.splits)]
@@ -100,17 +100,17 @@ def test_the_score_keeps_sums_of_splits_not_images():
     assert metric.compute().item() == pytest.approx(1)
 
 
-def test_senseless_settings():
+def test_invalid_settings():
     with pytest.raises(UserError, match="split_size=0"):
         InceptionScore(0)
     with pytest.raises(UserError, match="nearest_k=0"):
-        PrecisionRecallMeasure(0)
+        PrecisionRecallMetric(0)
 
 
 def test_states_keep_their_dtype_under_another_precision():
-    module = torch.nn.ModuleList([InceptionScore(), FeatureBank()])
+    module = torch.nn.ModuleList([InceptionScore(), ImageStore(keeps_features=True)])
     module[0].update(torch.randn(3, 4))
     module[1].update(torch.randn(3, 4), torch.arange(3))
     module.to(torch.bfloat16).half()
     assert module[0].sums[0].dtype == torch.float64
-    assert module[1].rows[0].dtype == torch.float32
+    assert module[1].features[0].dtype == torch.float32

@@ -1,4 +1,4 @@
-"""All measures on two processes are those of one, with uneven shares of images and with none at all."""
+"""All metrics on two processes agree with one process, with uneven and with empty shares of images."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from fake_inception import PixelFeatures, pixel_reference, random_images
 from relay_diffusion.metrics import (
     Evaluator,
-    FIDMeasure,
-    InceptionScoreMeasure,
-    KIDMeasure,
-    PrecisionRecallMeasure,
-    SFIDMeasure,
+    FIDMetric,
+    InceptionScoreMetric,
+    KIDMetric,
+    PrecisionRecallMetric,
+    SFIDMetric,
 )
 
 COUNT = 11
@@ -28,14 +28,14 @@ SHARES = {
 
 
 def build() -> Evaluator:
-    measures = {
-        "fid": FIDMeasure(),
-        "sfid": SFIDMeasure(),
-        "inception_score": InceptionScoreMeasure(split_size=3),
-        "precision_recall": PrecisionRecallMeasure(nearest_k=2),
-        "kid": KIDMeasure(),
+    metrics = {
+        "fid": FIDMetric(),
+        "sfid": SFIDMetric(),
+        "inception_score": InceptionScoreMetric(split_size=3),
+        "precision_recall": PrecisionRecallMetric(nearest_k=2),
+        "kid": KIDMetric(),
     }
-    return Evaluator(PixelFeatures(), pixel_reference(random_images(30, 1)), measures)
+    return Evaluator(PixelFeatures(), pixel_reference(random_images(30, 1)), metrics)
 
 
 def feed(evaluation: Evaluator, positions: list[int]) -> None:
@@ -61,7 +61,7 @@ def _rank(rank: int, store: str, answers: multiprocessing.Queue[object]) -> None
 
 
 @pytest.mark.slow
-def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
+def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     processes = [context.Process(target=_rank, args=(rank, str(tmp_path / "store"), answers)) for rank in range(2)]

@@ -83,13 +83,14 @@ def test_guidance_is_applied_with_the_condition():
         cascade(guide=tiny_stage(8, 2))
 
 
-def test_a_stage_and_its_network_agree_on_what_is_shown():
+def test_a_stage_and_its_network_agree_on_the_condition():
     with pytest.raises(ValueError, match="condition_channels=3: DiffusionStage provides 0 condition"):
         cascade(stage=DiffusionStage)
     with pytest.raises(ValueError, match="condition_channels=0: CascadeStage provides 3 condition"):
         cascade(condition_channels=0)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_uses_the_condition(fit, tmp_path):
     """The images are dark or light noise: what is behind much noise, the small image alone can tell."""
     quick = ("stage.optimizer.lr=3e-3", "callbacks.grid.every_n_images=4", "network.num_classes=0")
@@ -111,6 +112,7 @@ def test_training_lowers_the_loss_and_uses_the_condition(fit, tmp_path):
     assert trained < 0.5 * other  # dark images told that they are light
 
 
+@pytest.mark.slow
 def test_a_cascade_is_sampled_from_its_checkpoints(fit, relay_runs, configuration, tmp_path):
     fit("cascade", 8, "stage.corruption.block=2", "stage.label_dropout=0.1", stage="cascade")
     options = [
@@ -134,7 +136,7 @@ def test_a_cascade_is_rebuilt_from_its_checkpoint(fit, tmp_path):
     assert type(loaded) is CascadeStage
     assert loaded.corruption.condition_noise == 0.2
     trained.corruption.condition_noise = 0.2
-    with pytest.raises(UserError, match=r"condition_noise=2 must lie between 0 and condition_noise_max=0\.5"):
+    with pytest.raises(UserError, match=r"condition_noise=2: must lie between 0 and condition_noise_max=0\.5"):
         load_stage(tmp_path / "run", "raw", {"corruption": {"condition_noise": 2}})
     small = torch.randn(2, 3, 4, 4)
     expected = trained.sample((2, 3, 16, 16), [0, 1], previous=small)

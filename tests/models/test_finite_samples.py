@@ -8,10 +8,9 @@ import torch
 
 from relay_diffusion.errors import UserError
 from relay_diffusion.models import relay as relay_module
-from relay_diffusion.models.finite_samples import NonFiniteSamplesError, StopAtNonFinite, finite
-from relay_diffusion.models.info import StageInfo
+from relay_diffusion.models.finite_samples import NonFiniteSamplesError, finite, first_nonfinite
 from relay_diffusion.models.relay import Relay, SampleBatch
-from relay_diffusion.models.stage import DiffusionStage
+from relay_diffusion.models.stage import DiffusionStage, StageInfo
 from relay_diffusion.samplers import EDMSampler
 from relay_diffusion.sampling.run import sample
 from support import run, tiny_stage
@@ -73,7 +72,7 @@ def test_repeated_images_that_fill_a_batch_are_named_once():
         relay.predict_step(batch([7, 8, 8, 8], [0, 1]), 0)
 
 
-def test_failures_that_do_not_come_again_are_said_to_be_such(monkeypatch):
+def test_failures_that_do_not_repeat_are_reported_as_such(monkeypatch):
     relay = Relay({"a": tiny_stage(4)})
     monkeypatch.setattr(relay_module, "finite", lambda images: torch.zeros(len(images), dtype=torch.bool))
     with pytest.raises(UserError, match="not finite, but not when sampled once more: "):
@@ -88,21 +87,17 @@ def test_finite_is_exact():
     assert finite(images.half()[:4]).tolist() == [True, False, False, False]
 
 
-def test_what_is_watched_stops_at_the_first_level_that_fails():
-    asked = []
-
+def test_the_first_level_that_fails_is_described():
     def denoise(x, sigma, labels):  # noqa: ARG001
-        asked.append(float(sigma[0]))
         return x * (math.inf if sigma[0] < 10 else 0.0)
 
-    watched = StopAtNonFinite(EDMSampler(steps=8))
-    assert watched.evaluations == 15
-    watched(denoise, torch.randn(2, 3, 4, 4), torch.randn_like)
-    assert watched.found == f"first the network's estimate at sigma={asked[-1]:.4g}"
-    assert [level < 10 for level in asked].count(True) == 1
-    start = torch.full((1, 3, 4, 4), math.nan)
-    watched(denoise, start, torch.randn_like)
-    assert watched.found == "first the noisy image at sigma=80"
+    def found(start, value=denoise):
+        return first_nonfinite(EDMSampler(steps=8), lambda sampler: sampler(value, start, torch.randn_like))
+
+    expected = next(sigma for sigma in EDMSampler(steps=8).sigmas if sigma < 10)
+    assert found(torch.randn(2, 3, 4, 4)) == f"first the network's estimate at sigma={expected:.4g}"
+    assert found(torch.full((1, 3, 4, 4), math.nan)) == "first the noisy image at sigma=80"
+    assert found(torch.randn(2, 3, 4, 4), lambda x, *_: x * 0.0) is None
 
 
 def test_finite_samples_cost_one_reduction_a_stage_and_no_second_sampling(monkeypatch):
@@ -128,6 +123,7 @@ def broken(relay_runs, tmp_path):
     return f"relay.stages.base.path={tmp_path / 'broken.ckpt'}"
 
 
+@pytest.mark.slow
 def test_nothing_is_written_or_measured(relay_overrides, broken, tmp_path):
     options = [*relay_overrides, broken, "mode=evaluate", "seeds=0-3", "save_trajectory=2"]
     result = run("sample.py", *options)
@@ -142,6 +138,7 @@ def test_nothing_is_written_or_measured(relay_overrides, broken, tmp_path):
     assert not [name for name in left if name.endswith((".png", ".webp")) or name == "metrics.json"]
 
 
+@pytest.mark.slow
 def test_batches_before_the_one_that_fails_are_kept(configuration, relay_overrides, tmp_path, monkeypatch):
     draw = DiffusionStage.draw
 
@@ -159,6 +156,7 @@ def test_batches_before_the_one_that_fails_are_kept(configuration, relay_overrid
     assert sample(configuration("sample", *options))["sampled_now"] == 4  # continued with a checkpoint that works
 
 
+@pytest.mark.slow
 def test_training_goes_on_without_a_picture(fit, tmp_path, monkeypatch, capsys):
     draw = DiffusionStage.draw
     monkeypatch.setattr(DiffusionStage, "draw", lambda *given: draw(*given) * math.nan)

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
-from relay_diffusion.models.gradients import GradientNorm, _walkable, replace_nonfinite
+from relay_diffusion.models.gradients import GradientNorm, _is_dense, replace_nonfinite
 from relay_diffusion.utils.quiet import quiet_libraries
 from support import TRITON, tiny_stage
 
@@ -42,14 +42,14 @@ def test_the_kernel_does_the_same(monkeypatch):
     nonfinite._work.cache_clear()
 
 
-def test_what_the_kernel_may_walk_over():
+def test_the_kernel_needs_dense_gradients():
     x = torch.randn(4, 8, 3, 3)
-    assert _walkable(x)
-    assert _walkable(x.to(memory_format=torch.channels_last))
-    assert _walkable(torch.randn(5))
-    assert not _walkable(x.double())
-    assert not _walkable(x[:, ::2])
-    assert not _walkable(torch.randn(4, 6).T)
+    assert _is_dense(x)
+    assert _is_dense(x.to(memory_format=torch.channels_last))
+    assert _is_dense(torch.randn(5))
+    assert not _is_dense(x.double())
+    assert not _is_dense(x[:, ::2])
+    assert not _is_dense(torch.randn(4, 6).T)
 
 
 def test_no_gradients_are_none_replaced():

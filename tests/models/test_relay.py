@@ -6,8 +6,8 @@ import torch
 from relay_diffusion.diffusion.corruption import block_mean
 from relay_diffusion.diffusion.pixels import to_float, to_uint8
 from relay_diffusion.errors import UserError
-from relay_diffusion.models.info import StageInfo
 from relay_diffusion.models.relay import Relay, SampleBatch
+from relay_diffusion.models.stage import StageInfo
 from support import tiny_stage
 
 
@@ -107,7 +107,7 @@ def test_rounding_and_postprocessing_of_the_final_images():
     assert torch.equal(changed.finish(images), 255 - to_uint8(images))
 
 
-def test_early_hand_over_stops_the_first_stage_and_says_what_that_saves():
+def test_early_hand_over_stops_the_first_stage_and_counts_saved_evaluations():
     first = tiny_stage(4)
     whole = first.sampler
     relay = Relay({"a": first, "b": tiny_stage(8, 2)}, hand_over_sigma=1.0)

@@ -45,7 +45,7 @@ def test_one_seed_is_one_image(stage):
         ([0, 2**63], r"seeds holds 9223372036854775808: "),
         ([0, 1.5], r"seeds \(list\): must be integers.*'float'"),
         (torch.tensor([0.0, 1.0]), r"seeds \(torch\.float32\): must be integers"),
-        ([True, False], "seeds .*: must be integers.*truth value"),
+        ([True, False], "seeds .*: must be integers.*got a bool"),
         (torch.tensor([True, False]), r"seeds \(torch\.bool\): must be integers"),
         ("0-1", "seeds is the text '0-1': must be integers"),
         (None, r"seeds \(NoneType\): must be integers"),
@@ -75,10 +75,10 @@ def test_labels_of_any_usual_kind(stage, labels):
         ([0, 1, 0], "labels holds 3 for 2 seeds"),
         ([], "labels holds 0 for 2 seeds"),
         ([0, -2], "labels holds -2: a class index is 0 or more, -1 means no class"),
-        ([0, 2], r"class 2 was asked for, but the model knows 0\.\.1"),
+        ([0, 2], r"class 2: the model knows classes 0\.\.1"),
         ([0.0, 1.0], r"labels \(list\): must be integers"),
         (torch.tensor([0.0, 1.0]), r"labels \(torch\.float32\): must be integers"),
-        ([True, False], "labels .*truth value"),
+        ([True, False], "labels .*got a bool"),
         (torch.tensor([True, False]), r"labels \(torch\.bool\): must be integers"),
         ("cat", "labels is the text 'cat': must be integers"),
         (torch.eye(2, dtype=torch.long), r"labels has shape \(2, 2\): must have one dimension"),
@@ -120,7 +120,7 @@ def test_other_images_to_start_from_are_refused(start, message):
         Relay({"a": stage}).sample([5, 6], start=start)
 
 
-def test_a_start_must_be_given_where_it_is_used(stage):
+def test_a_relay_that_enlarges_needs_a_start(stage):
     with pytest.raises(ValueError, match=r"^start: the first stage of this relay starts from noise: leave it out"):
         Relay({"a": stage}).sample([5, 6], start=torch.zeros(SHAPE))
     with pytest.raises(ValueError, match=r"^start: the first stage of this relay enlarges images of 4x4: give them"):
@@ -137,7 +137,7 @@ SAMPLERS = [EDMSampler(steps=2), BlurringSampler(BlurringCorruption(Truncated(),
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_samplers_refuse_what_they_would_misread(sampler):
+def test_samplers_refuse_invalid_inputs(sampler):
     labels, start = torch.tensor([0, 1]), torch.randn(SHAPE)
     for given, asked, message in (
         (

@@ -44,12 +44,12 @@ def test_any_resolution_that_halves_often_enough_runs(resolution, channel_mult):
 
 @pytest.mark.parametrize(("resolution", "levels"), [(10, 3), (12, 4), (7, 2)])
 def test_a_resolution_that_does_not_halve_often_enough_is_refused(resolution, levels):
-    with pytest.raises(ValueError, match=rf"resolution {resolution} is not divisible by 2\^{levels - 1}"):
+    with pytest.raises(ValueError, match=rf"resolution={resolution}: is not divisible by 2\^{levels - 1}"):
         unet(resolution, 4, (1,) * levels)
 
 
 def test_an_odd_number_of_channels_is_refused():
-    with pytest.raises(ValueError, match="channels is 5, must be even"):
+    with pytest.raises(ValueError, match="channels=5: must be even"):
         unet(channels=5)
 
 
@@ -286,10 +286,22 @@ def test_gradients_lie_as_their_weights_do(channels_last):
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0])
 def test_dropout_out_of_range_is_refused(dropout):
-    with pytest.raises(ValueError, match=f"dropout is {dropout}"):
+    with pytest.raises(ValueError, match=f"dropout={dropout}: "):
         unet(dropout=dropout)
 
 
 def test_levels_that_do_not_exist_are_refused():
-    with pytest.raises(ValueError, match=r"checkpoint_levels is \[3\], but the levels are 0 to 1"):
+    with pytest.raises(ValueError, match=r"checkpoint_levels=\[3\]: the levels are 0 to 1"):
         unet(channel_mult=(1, 2), checkpoint_levels=(3,))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"resolution": 0}, {"channels": 2**14 + 2}, {"blocks": 0}, {"blocks": 101}, {"num_classes": -1},
+        {"augment_labels": 1025}, {"condition_channels": -1}, {"channel_mult": []}, {"channel_mult": [1, 65]},
+    ],
+)  # fmt: skip
+def test_sizes_out_of_range_are_refused(setting):
+    with pytest.raises(ValueError, match=f"^{next(iter(setting))}="):
+        UNet(**({"resolution": 8} | setting))

@@ -1,4 +1,4 @@
-"""The way from noise to images: what is watched, what is drawn, and that nothing else changes."""
+"""The way from noise to images: what is recorded, what is drawn, and that nothing else changes."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from relay_diffusion.diffusion.generators import PerImageGenerator
 from relay_diffusion.diffusion.pixels import to_uint8
 from relay_diffusion.models.relay import Relay, SampleBatch
 from relay_diffusion.samplers import BlurringSampler, EDMSampler
-from relay_diffusion.samplers.recording import Step, WatchedSampler, shown_state
+from relay_diffusion.samplers.recording import RecordingSampler, Step, shown_state
 from relay_diffusion.sampling.batches import rank_order
 from relay_diffusion.sampling.callbacks.trajectory_picture import TrajectoryPicture, evenly, frame, strip
 from relay_diffusion.sampling.run import sample
@@ -39,27 +39,27 @@ class OneBuffer:
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_watched_sampler_makes_the_same_images_and_keeps_each_level_as_it_was_left(name):
+def test_a_recording_sampler_makes_the_same_images_and_keeps_each_level_as_it_was_left(name):
     sampler, like = SAMPLERS[name], torch.empty(3, 3, 8, 8)
 
     def call(sampler, denoise):
         noise = PerImageGenerator([1, 2, 3], like.device, stream=0)
         return sampler(denoise, noise.randn_like(like), noise.randn_like, torch.tensor([0, 1, 2]))
 
-    recorder, watched = Recorder(toy_denoiser), WatchedSampler(sampler, count=2, side=256)
-    plain = call(sampler, recorder)
-    assert torch.equal(call(watched, OneBuffer()), plain)
-    assert watched.evaluations == sampler.evaluations == len(recorder.states)
+    denoiser, recorder = Recorder(toy_denoiser), RecordingSampler(sampler, count=2, side=256)
+    plain = call(sampler, denoiser)
+    assert torch.equal(call(recorder, OneBuffer()), plain)
+    assert recorder.evaluations == sampler.evaluations == len(denoiser.states)
 
-    left = {float(sigma[0]): k for k, sigma in enumerate(recorder.sigmas)}  # the last evaluation at each level
-    *steps, result = watched.steps
+    left = {float(sigma[0]): k for k, sigma in enumerate(denoiser.sigmas)}  # the last evaluation at each level
+    *steps, result = recorder.steps
     raised = 1.2 if name == "churn" else 1
     grid = [s * (raised if 0.05 <= s <= 50 else 1) for s in sampler.sigmas if s > 0]
     assert [step.sigma for step in steps] == pytest.approx(grid)
     for step in steps:
-        asked = recorder.states[left[step.sigma]][:2] * (0.5 / (0.25 + step.sigma**2) ** 0.5)
+        asked = denoiser.states[left[step.sigma]][:2] * (0.5 / (0.25 + step.sigma**2) ** 0.5)
         assert torch.equal(step.states, to_uint8(asked))
-        assert torch.equal(step.estimates, to_uint8(recorder.estimates[left[step.sigma]][:2]))
+        assert torch.equal(step.estimates, to_uint8(denoiser.estimates[left[step.sigma]][:2]))
     assert result.sigma == 0
     for pictures in result[1:]:
         assert torch.equal(pictures, to_uint8(plain[:2]))
@@ -73,10 +73,10 @@ def test_states_are_shown_with_the_spread_of_images():
 
 
 def test_large_pictures_are_kept_small():
-    watched = WatchedSampler(EDMSampler(steps=2), 1, side=4)
-    images = watched(toy_denoiser, torch.randn(2, 3, 8, 8), torch.randn_like)
+    recorder = RecordingSampler(EDMSampler(steps=2), 1, side=4)
+    images = recorder(toy_denoiser, torch.randn(2, 3, 8, 8), torch.randn_like)
     averaged = torch.nn.functional.avg_pool2d(images[:1], 2).float()
-    assert torch.equal(watched.steps[-1].states, to_uint8(averaged))
+    assert torch.equal(recorder.steps[-1].states, to_uint8(averaged))
 
 
 def steps_of(count, size):
@@ -108,13 +108,13 @@ def test_the_first_device_gets_the_shown_images_and_none_is_without():
     assert all(few[rank::3] for rank in range(3))
 
 
-def test_other_devices_watch_nothing_and_samplers_are_given_back():
+def test_other_devices_record_nothing_and_samplers_are_given_back():
     relay = Relay({"a": tiny_stage(4), "b": tiny_stage(8, 2)})
     own, relays = [stage.sampler for stage in relay.chain().values()], dict(relay.samplers)
-    for first, watching in ((False, [False] * 2), (True, [True] * 2)):
+    for first, recording in ((False, [False] * 2), (True, [True] * 2)):
         callback = TrajectoryPicture("nowhere")
         callback.on_predict_start(SimpleNamespace(is_global_zero=first), relay)
-        assert [isinstance(sampler, WatchedSampler) for sampler in relay.samplers.values()] == watching
+        assert [isinstance(sampler, RecordingSampler) for sampler in relay.samplers.values()] == recording
         assert [stage.sampler for stage in relay.chain().values()] == own
         callback.on_exception(None, relay, KeyboardInterrupt())
         assert relay.samplers == relays
@@ -131,7 +131,7 @@ def test_fewer_images_than_asked_for_are_drawn_once_each(tmp_path):
     callback.on_predict_end(trainer, relay)
     with Image.open(tmp_path / "trajectory.png") as picture:
         assert picture.size == (4 * 6 - 2, 2 * 6 - 2)  # three steps and the result
-    assert not isinstance(relay.samplers["a"], WatchedSampler)
+    assert not isinstance(relay.samplers["a"], RecordingSampler)
 
 
 def pngs(folder):
@@ -142,6 +142,7 @@ def drawn(folder):
     return [(folder / f"trajectory.{kind}").read_bytes() for kind in ("png", "webp")]
 
 
+@pytest.mark.slow
 def test_the_same_images_with_and_without_and_after_an_interruption(configuration, relay_overrides, tmp_path):
     """With guidance and early hand-over; three of five images, in batches of two."""
     first = "relay.stages.base.changes"
@@ -151,11 +152,11 @@ def test_the_same_images_with_and_without_and_after_an_interruption(configuratio
     ]  # fmt: skip
     sample(configuration("sample", *options, "seeds=0-4", f"run_dir={tmp_path / 'plain'}"))
     assert not list((tmp_path / "plain").glob("trajectory*"))
-    watched, parts = tmp_path / "samples", tmp_path / "parts"
+    recorded, parts = tmp_path / "samples", tmp_path / "parts"
     results = sample(configuration("sample", *options, "seeds=0-4", "save_trajectory=3"))
     assert results["trajectory"].endswith("samples/trajectory.png and .webp")
-    assert pngs(watched / "images") == pngs(tmp_path / "plain/images")
-    with Image.open(watched / "trajectory.png") as picture, Image.open(watched / "trajectory.webp") as animation:
+    assert pngs(recorded / "images") == pngs(tmp_path / "plain/images")
+    with Image.open(recorded / "trajectory.png") as picture, Image.open(recorded / "trajectory.webp") as animation:
         assert picture.height == 2 * 3 * (16 + 2) - 2
         assert animation.size == (3 * 18 - 2, 2 * 18 - 2)
         assert animation.n_frames > 4
@@ -166,8 +167,8 @@ def test_the_same_images_with_and_without_and_after_an_interruption(configuratio
         times = {path: path.stat().st_mtime_ns for path in (parts / "images").rglob("*.png")}
         assert sample(configuration("sample", *again))["sampled_now"] == now
         assert times.items() <= {path: path.stat().st_mtime_ns for path in (parts / "images").rglob("*.png")}.items()
-        assert pngs(parts / "images") == pngs(watched / "images")
-        assert drawn(parts) == drawn(watched)
+        assert pngs(parts / "images") == pngs(recorded / "images")
+        assert drawn(parts) == drawn(recorded)
         for kind in ("png", "webp"):
             (parts / f"trajectory.{kind}").unlink()
 

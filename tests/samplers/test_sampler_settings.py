@@ -146,7 +146,7 @@ def test_relay_starts_from_its_image_with_noise_of_the_first_level():
 
 @pytest.mark.parametrize("s_noise", [-0.1, 1.1])
 def test_relay_noise_outside_zero_and_one_is_refused(s_noise):
-    with pytest.raises(ValueError, match="s_noise is"):
+    with pytest.raises(ValueError, match=f"^s_noise={s_noise}: "):
         BlurringSampler(SHARP, s_noise=s_noise)
 
 
@@ -170,7 +170,7 @@ def test_two_levels_below_the_truncation_are_enough():
 
 @pytest.mark.parametrize("settings", [{"churn_min": -0.1}, {"churn_max": -0.1}, {"churn_noise": math.nan}])
 def test_churn_that_is_no_range_is_refused(settings):
-    with pytest.raises(ValueError, match="need numbers"):
+    with pytest.raises(ValueError, match=f"^{next(iter(settings))}="):
         EDMSampler(**settings)
 
 
@@ -187,13 +187,13 @@ def test_churn_acts_at_both_ends_of_its_range():
 
 @pytest.mark.parametrize("settings", [{"churn": -1.0}, {"sde_scale": -0.1}, {"sde_scale": 1.1}])
 def test_impossible_edm_settings_are_refused(settings):
-    with pytest.raises(ValueError, match="need churn >= 0 and 0 <= sde_scale <= 1"):
+    with pytest.raises(ValueError, match=f"^{next(iter(settings))}="):
         EDMSampler(**settings)
 
 
 @pytest.mark.parametrize("sampler_class", [EDMSampler, lambda **grid: BlurringSampler(SHARP, **grid)])
 def test_impossible_grids_are_refused(sampler_class):
-    with pytest.raises(ValueError, match="sigma_min < sigma_max"):
+    with pytest.raises(ValueError, match=r"^sigma_min=2\.0: must be below sigma_max=1\.0"):
         sampler_class(sigma_min=2.0, sigma_max=1.0)
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from relay_diffusion.data.class_choice import class_indices, labels_like_reference
 from relay_diffusion.data.dataset import ImageDataset
-from relay_diffusion.data.zip_writer import ImageZipWriter
+from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.errors import UserError
 from relay_diffusion.sampling.batches import PlanDataModule
 from relay_diffusion.sampling.plan import Plan, plan_from_images, plan_from_noise
@@ -128,7 +128,7 @@ def test_every_device_gets_its_share_with_the_images_to_start_from(small_images)
 
 
 def test_any_stretch_has_the_classes_about_as_often_as_the_whole(tmp_path):
-    with ImageZipWriter(tmp_path / "set.zip", ["a", "b"]) as archive:
+    with image_zip(tmp_path / "set.zip", ["a", "b"]) as archive:
         for i in range(400):
             archive.add(f"{i:03d}.png", Image.new("RGB", (1, 1)), int(i >= 300))
     labels = labels_like_reference(tmp_path / "set.zip", "", ["a", "b"], "reference")

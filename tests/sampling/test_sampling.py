@@ -7,11 +7,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fake_inception import use_small_features
+from relay_diffusion.config.sample import validate_sampling
 from relay_diffusion.data.dataset import ImageDataset
-from relay_diffusion.data.zip_writer import ImageZipWriter
+from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.relay import Relay
-from relay_diffusion.sampling.run import sample
+from relay_diffusion.sampling.run import build_relay, sample
+
+
+@pytest.fixture
+def evaluate(monkeypatch, relay_overrides):
+    """Overrides for an evaluation whose features are pixels."""
+    use_small_features(monkeypatch)
+    return [*relay_overrides, "mode=evaluate", "metrics.evaluator.inception._target_=pixel_inception.pixels"]
 
 
 def pngs(folder):
@@ -36,9 +45,8 @@ def test_images_of_other_settings_are_not_mixed(configuration, relay_overrides):
 
 
 @pytest.mark.slow
-def test_evaluation_measures_all_images_also_after_an_interruption(configuration, relay_overrides, tmp_path):
-    options = [*relay_overrides, "mode=evaluate"]
-    whole = sample(configuration("sample", *options, "seeds=0-7"))
+def test_evaluation_measures_all_images_also_after_an_interruption(configuration, relay_overrides, evaluate, tmp_path):
+    whole = sample(configuration("sample", *evaluate, "seeds=0-7"))
     stored = json.loads((tmp_path / "samples/metrics.json").read_text())
     assert stored["fid"] == whole["fid"] > 0
     assert stored["images"] == 8
@@ -47,20 +55,20 @@ def test_evaluation_measures_all_images_also_after_an_interruption(configuration
     assert stored["image_size"] == stored["evaluation"]["reference"]["resolution"] == [16, 16]
     assert stored["evaluation"]["reference"]["averaging"] == [1]
     assert [line.partition(", as ")[0] for line in stored["warnings"]] == [
-        f"{name}: the covariance of {count} {side} images is singular"
-        for name in ("FID", "sFID")
+        f"sFID: the covariance of {count} {side} images is singular"
         for count, side in ((8, "generated"), (24, "reference"))
     ]
     other = [f"run_dir={tmp_path / 'other'}"]
     sample(configuration("sample", *relay_overrides, *other, "seeds=0-4"))
-    parts = sample(configuration("sample", *options, *other, "seeds=0-7"))
+    parts = sample(configuration("sample", *evaluate, *other, "seeds=0-7"))
     assert parts["sampled_now"] == 3
-    again = sample(configuration("sample", *options, *other, "seeds=0-7"))  # nothing left to sample
+    again = sample(configuration("sample", *evaluate, *other, "seeds=0-7"))  # nothing left to sample
     for results in (parts, again):
         assert results["fid"] == pytest.approx(whole["fid"], rel=1e-3)
         assert results["sfid"] == pytest.approx(whole["sfid"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_one_class_a_list_or_none(configuration, relay_overrides, tmp_path):
     for i, (chosen, labels) in enumerate([("light", [1, 1, 1]), ("[light,0]", [1, 0, 1]), ("null", [0, 1, 0])]):
         sample(
@@ -71,6 +79,7 @@ def test_one_class_a_list_or_none(configuration, relay_overrides, tmp_path):
         assert ImageDataset(tmp_path / str(i) / "images.zip", 16).labels == labels
 
 
+@pytest.mark.slow
 def test_packed_images_are_continued_too(configuration, relay_overrides, tmp_path):
     sample(configuration("sample", *relay_overrides, "seeds=0-4", f"run_dir={tmp_path / 'whole'}"))
     options = [*relay_overrides, "format=zip", "npz=true"]
@@ -121,17 +130,18 @@ def test_a_part_of_the_given_images(configuration, relay_overrides, tmp_path):
     sample(configuration("sample", *start, "relay.start_subset=b", f"run_dir={tmp_path / 'run'}"))
     images = tmp_path / "run/images"
     assert [path.relative_to(images).as_posix() for path in images.rglob("*.png")] == ["b/1.png"]
-    with pytest.raises(UserError, match=r"relay\.start_subset=c: not in .*; subsets there: a, b"):
+    with pytest.raises(UserError, match=r"relay\.start=.*: no images in its folder subset='c'; available: a, b"):
         sample(configuration("sample", *start, "relay.start_subset=c"))
 
 
+@pytest.mark.slow
 def test_a_single_image_is_enlarged_under_its_name(configuration, relay_overrides, tmp_path):
     Image.effect_noise((16, 16), 60).convert("RGB").save(tmp_path / "photo.PNG")
     (tmp_path / "beside.png").write_bytes(b"not looked at")
     start = [*relay_overrides, f"relay.start={tmp_path / 'photo.PNG'}", "class=-1"]
     assert sample(configuration("sample", *start, f"run_dir={tmp_path / 'run'}"))["images"] == 1
     assert [path.name for path in (tmp_path / "run/images").iterdir()] == ["photo.png"]
-    with pytest.raises(UserError, match=r"relay\.start_subset=a: not in .*photo\.PNG; subsets there: none"):
+    with pytest.raises(UserError, match=r"relay\.start=.*photo\.PNG: no images in .* subset='a'; available: none"):
         sample(configuration("sample", *start, "relay.start_subset=a"))
     with pytest.raises(UserError, match=r"seeds=1: relay\.start=.*photo\.PNG holds 1 images, numbers 0 to 0"):
         sample(configuration("sample", *start, "seeds=1"))
@@ -139,10 +149,11 @@ def test_a_single_image_is_enlarged_under_its_name(configuration, relay_override
     with pytest.raises(UserError, match=r"^relay\.start: '.*text\.jpg' is not a PNG, WEBP, JPEG image"):
         sample(configuration("sample", *relay_overrides, f"relay.start={tmp_path / 'text.jpg'}", "class=-1"))
     Image.new("RGB", (12, 8)).save(tmp_path / "wide.png")
-    with pytest.raises(UserError, match=r"resolution=8: '.*wide\.png' is 12x8; it is not square.*cli\.convert_images"):
+    with pytest.raises(UserError, match=r"relay\.start: '.*wide\.png' is 12x8; it must be 8x8 .*cli\.convert_images"):
         sample(configuration("sample", *relay_overrides, f"relay.start={tmp_path / 'wide.png'}", "class=-1"))
 
 
+@pytest.mark.slow
 def test_given_photographs_are_turned_upright(configuration, relay_overrides, tmp_path, capsys):
     upright, stored = tmp_path / "upright", tmp_path / "stored"
     for number in range(3):
@@ -193,13 +204,14 @@ def test_a_damaged_image_among_the_given_ones_shows_before_anything_is_made(conf
 
 def test_given_images_of_another_size_are_named(configuration, relay_overrides, tmp_path):
     Image.new("RGB", (12, 12)).save(tmp_path / "a.png")
-    with pytest.raises(UserError, match=r"relay\.stages\.relay starts from resolution=8: 'a.png' .* is 12x12"):
+    with pytest.raises(UserError, match=r"relay\.start: 'a.png' .* is 12x12; it must be 8x8"):
         sample(configuration("sample", *relay_overrides, f"relay.start={tmp_path}", "class=0"))
 
 
-def test_early_hand_over_is_reported(configuration, relay_overrides, tmp_path, capsys):
-    options = [*relay_overrides, "seeds=0-1", "relay.hand_over_sigma=1", "relay.stages.base.changes.sampler.steps=9"]
-    results = sample(configuration("sample", *options, "mode=evaluate"))
+@pytest.mark.slow
+def test_early_hand_over_is_reported(configuration, relay_overrides, evaluate, tmp_path, capsys):
+    options = ["seeds=0-1", "relay.hand_over_sigma=1", "relay.stages.base.changes.sampler.steps=9"]
+    results = sample(configuration("sample", *evaluate, *options))
     saved = results["saved_evaluations"]
     assert saved > 0
     assert f"{saved} network evaluations fewer an image" in capsys.readouterr().out
@@ -207,10 +219,11 @@ def test_early_hand_over_is_reported(configuration, relay_overrides, tmp_path, c
     stored = json.loads((tmp_path / "samples/metrics.json").read_text())
     assert stored["saved_evaluations"] == saved
     assert stored["settings"]["hand_over_sigma"] == 1
-    with pytest.raises(UserError, match=r"hand_over_sigma is 1 there, 2 here"):
+    with pytest.raises(UserError, match=r"hand_over_sigma was 1, is 2"):
         sample(configuration("sample", *relay_overrides, "relay.hand_over_sigma=2", options[-1]))
 
 
+@pytest.mark.slow
 def test_postprocessing_is_done_before_writing_and_recorded(configuration, relay_overrides, tmp_path):
     sample(configuration("sample", *relay_overrides, "seeds=0-1"))
     changed = [
@@ -228,7 +241,8 @@ def test_postprocessing_is_done_before_writing_and_recorded(configuration, relay
     assert "Enhance(contrast=1.0, brightness=0.5" in (tmp_path / "dark/settings.json").read_text()
 
 
-def test_anyones_images_are_measured(configuration, relay_overrides, small_zip):
+@pytest.mark.slow
+def test_existing_images_are_evaluated(configuration, relay_overrides, small_zip):
     """The set against itself: distances vanish, precision and recall are whole; what is missing is said."""
     options = [*relay_overrides, "mode=evaluate", "metrics=adm", f"images={small_zip}"]
     results = sample(configuration("sample", *options))
@@ -241,12 +255,11 @@ def test_anyones_images_are_measured(configuration, relay_overrides, small_zip):
     assert results["departures"] == []
 
 
-def test_an_averaged_reference_is_reported(configuration, relay_overrides, tmp_path, capsys):
-    with ImageZipWriter(tmp_path / "small.zip") as archive:
+def test_an_averaged_reference_is_reported(configuration, evaluate, tmp_path, capsys):
+    with image_zip(tmp_path / "small.zip") as archive:
         for i in range(3):
             archive.add(f"{i}.png", Image.new("RGB", (4, 4), (40 * i, 90, 10)))
-    options = [*relay_overrides, "mode=evaluate", "metrics=fid", f"images={tmp_path / 'small.zip'}"]
-    results = sample(configuration("sample", *options))
+    results = sample(configuration("sample", *evaluate, "metrics=fid", f"images={tmp_path / 'small.zip'}"))
     assert results["image_size"] == results["evaluation"]["reference"]["resolution"] == (4, 4)
     assert results["evaluation"]["reference"]["averaging"] == (4,)
     printed = " ".join(capsys.readouterr().out.split())
@@ -254,40 +267,42 @@ def test_an_averaged_reference_is_reported(configuration, relay_overrides, tmp_p
     assert "warning FID: the covariance of 3 generated images is singular" in printed
 
 
-def test_samples_measured_from_files_are_those_measured_on_the_way(configuration, relay_overrides, tmp_path):
-    options = [*relay_overrides, "mode=evaluate"]
-    sampled = sample(configuration("sample", *options, "seeds=0-7", "npz=true"))
+def test_samples_measured_from_files_are_those_measured_on_the_way(configuration, evaluate, tmp_path):
+    sampled = sample(configuration("sample", *evaluate, "seeds=0-7", "npz=true"))
     for path in ("images", "images.npz"):
         elsewhere = [f"images={tmp_path / 'samples' / path}", f"run_dir={tmp_path / 'measured'}"]
-        measured = sample(configuration("sample", *options, *elsewhere))
+        measured = sample(configuration("sample", *evaluate, *elsewhere))
         assert measured["fid"] == pytest.approx(sampled["fid"], rel=1e-4)
         assert measured["sfid"] == pytest.approx(sampled["sfid"], rel=1e-4)
 
 
-def test_measuring_finished_images_leaves_them_alone(configuration, relay_overrides, tmp_path):
+@pytest.mark.slow
+def test_measuring_finished_images_leaves_them_alone(configuration, relay_overrides, evaluate, tmp_path):
     sample(configuration("sample", *relay_overrides, "seeds=0-3"))
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "samples").rglob("*.png")}
     assert len(times) == 5  # with relay.png
-    results = sample(configuration("sample", *relay_overrides, "seeds=0-3", "mode=evaluate", "metrics=adm"))
+    results = sample(configuration("sample", *evaluate, "seeds=0-3", "metrics=adm"))
     assert (results["sampled_now"], results["images"]) == (0, 4)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "samples").rglob("*.png")} == times
     assert results["departures"] == ["images are rounded nearest, where adm has floor"]
 
 
+@pytest.mark.slow
 def test_one_class_in_other_words_continues(configuration, relay_overrides):
     for i, chosen in enumerate(["1", "light", "[1]"]):
         results = sample(configuration("sample", *relay_overrides, f"class={chosen}", f"seeds=0-{i}"))
         assert results["sampled_now"] == 1
 
 
+@pytest.mark.slow
 def test_classes_as_often_as_in_the_reference(configuration, relay_overrides, tmp_path, capsys):
-    with ImageZipWriter(tmp_path / "uneven.zip", ["dark", "light"]) as archive:
+    with image_zip(tmp_path / "uneven.zip", ["dark", "light"]) as archive:
         for i in range(8):
             pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3)).astype(np.uint8)
             archive.add(f"{'train' if i < 4 else 'other'}/{i}.png", Image.fromarray(pixels), int(i == 1))
-    options = [*relay_overrides, "mode=evaluate", "seeds=0-7", f"reference={tmp_path / 'uneven.zip'}"]
+    options = [*evaluate, "seeds=0-7", f"reference={tmp_path / 'uneven.zip'}"]
     sample(configuration("sample", *options))
-    assert "class=reference takes them as there" in capsys.readouterr().out
+    assert "class=reference uses its frequencies" in capsys.readouterr().out
     sample(configuration("sample", *options, "class=reference", f"run_dir={tmp_path / 'as-there'}"))
     assert "class=reference" not in capsys.readouterr().out
     made = ImageDataset(tmp_path / "as-there/images", 16)
@@ -298,6 +313,7 @@ def test_classes_as_often_as_in_the_reference(configuration, relay_overrides, tm
     assert sorted(ImageDataset(tmp_path / "part/images", 16).labels) == [0] * 6 + [1] * 2
 
 
+@pytest.mark.slow
 def test_classes_of_a_reference_that_has_none(configuration, relay_overrides, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     for reference, words in ((tmp_path, "has no classes"), ("demo/emoji-64.zip", "other classes than the model")):
@@ -316,6 +332,34 @@ def test_guidance_and_rounding_reach_the_relay(configuration, relay_overrides, m
     first = next(iter(built[0].chain().values()))
     assert (first.guidance_scale, list(first.guidance_interval)) == (2, [0.1, 2])
     assert built[0].rounding == "floor"
+
+
+def test_a_stage_of_a_relay_gets_another_sampler(configuration, relay_overrides):
+    """As a choice of the group or as a mapping; changes of the trained sampler do not matter then."""
+    choice = ("sampler@relay.stages.relay.sampler=blurring", "relay.stages.relay.sampler.steps=8")
+    mapping = "relay.stages.base.sampler={_target_: relay_diffusion.samplers.EDMSampler, steps: 3}"
+    trained = ("relay.stages.base.changes.sampler.churn=40", "relay.stages.relay.changes.sampler.s_noise=0.9")
+    cfg = configuration("sample", *relay_overrides, *choice, mapping, *trained)
+    validate_sampling(cfg)
+    relay = build_relay(cfg.relay)
+    base, second = relay.samplers.values()
+    assert (base.evaluations, base.churn) == (5, 0)
+    assert (second.s_noise, second.sigmas[-1]) == (0.2, pytest.approx(0.008))
+    assert second.corruption.block == relay.chain()["relay"].corruption.block == 2
+    assert relay.describe()["stages"]["base"]["sampler"] == {
+        "_target_": "relay_diffusion.samplers.EDMSampler",
+        "steps": 3,
+    }
+
+
+def test_a_sampler_must_be_a_choice_or_a_class(configuration, relay_overrides):
+    for value in ("edm", "{steps: 3}"):
+        cfg = configuration("sample", *relay_overrides, f"relay.stages.base.sampler={value}")
+        with pytest.raises(UserError, match=r"base\.sampler=.*: write sampler@relay\.stages\.base\.sampler=CHOICE"):
+            validate_sampling(cfg)
+    unknown = "relay.stages.base.sampler={_target_: relay_diffusion.samplers.EDMSampler, step: 3}"
+    with pytest.raises(UserError, match=r"relay\.stages\.base: sampler\.step: unknown key; did you mean steps\?"):
+        sample(configuration("sample", *relay_overrides, unknown))
 
 
 def test_a_damaged_reference_is_found_before_images_are_made(configuration, relay_overrides, tmp_path):

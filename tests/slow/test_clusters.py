@@ -7,6 +7,7 @@ import socket
 import subprocess
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def images_seen(path: Path) -> int:
 
 def two_nodes(data: Path) -> list[str]:
     return [
-        str(PROJECT / "train.py"), *TINY, "resolution=16", f"data.dataset.path={data}", "trainer.max_images=1200",
+        str(PROJECT / "train.py"), *TINY, "resolution=16", f"data.dataset.path={data}", "trainer.max_images=320",
         "callbacks.checkpoints.every_n_images=40", "strategy=ddp_cpu", "trainer.devices=1", "trainer.num_nodes=2",
     ]  # fmt: skip
 
@@ -79,7 +80,7 @@ def test_a_job_on_two_nodes_stops_at_a_signal_and_continues(tmp_path, small_zip,
     assert codes is None or ends == codes, [task.text() for task in tasks]
     (last,) = checkpoints(tmp_path)  # one directory for all ranks
     stopped = images_seen(last)
-    assert 0 < stopped < 1200
+    assert 0 < stopped < 320
     text = tasks[0].text()
     assert f"stopped by {number.name}: the same command continues" in text
     assert "UserWarning" not in text
@@ -89,19 +90,20 @@ def test_a_job_on_two_nodes_stops_at_a_signal_and_continues(tmp_path, small_zip,
     with ended(launch(tmp_path, small_zip, 4711, free_port())) as tasks:
         assert {task.wait() for task in tasks} == {0}, [task.text() for task in tasks]
     assert checkpoints(tmp_path) == [last]
-    assert images_seen(last) == 1200
+    assert images_seen(last) == 320
     assert "continues" in tasks[0].text()
     assert len(list(tmp_path.glob("outputs/*/*"))) == 1
     assert not list(tmp_path.rglob(".hydra"))
 
 
 KILLS = int(os.environ.get("RELAY_DIFFUSION_KILLS", "2"))  # docs/robustness.md: 30
+MANY = KILLS >= 10
 
 
-def killed_sometime(process: Process, chance: random.Random, working: str, seconds: float) -> bool:
-    """kill -9 all processes at a random instant, mostly once they say that they work; False if they ended before."""
+def killed_sometime(process: Process, chance: random.Random, works: Callable[[], object], seconds: float) -> bool:
+    """kill -9 all processes at a random instant, mostly after the first result; False if they ended before."""
     if chance.random() < 0.75:
-        while working not in process.text() and process.popen.poll() is None:
+        while not works() and process.popen.poll() is None:
             time.sleep(0.02)
     try:
         process.popen.wait(chance.uniform(0, seconds))
@@ -114,7 +116,7 @@ def killed_sometime(process: Process, chance: random.Random, working: str, secon
 
 def test_training_that_is_killed_ends_with_the_same_weights(tmp_path, small_zip):
     """Two processes, killed and started again and again: to the last bit as if nothing had happened."""
-    chance, images = random.Random(0), 400 * KILLS
+    chance, images = random.Random(0), (400 if MANY else 120) * KILLS
     command = [
         PROJECT / "train.py", *TINY, "resolution=16", f"data.dataset.path={small_zip}", "network.dropout=0.1",
         "callbacks.checkpoints.every_n_images=20", f"trainer.max_images={images}", "strategy=ddp_cpu",
@@ -125,7 +127,7 @@ def test_training_that_is_killed_ends_with_the_same_weights(tmp_path, small_zip)
     for kill in range(KILLS + 1):
         with ended([Process(tmp_path / f"part{kill}.txt", [*command, f"run_dir={tmp_path / 'parts'}"])]) as (part,):
             if kill < KILLS:
-                assert killed_sometime(part, chance, "training:", 3), part.text()
+                assert killed_sometime(part, chance, last.exists, 3 if MANY else 1), part.text()
                 instants.append(images_seen(last) if last.exists() else 0)
             else:
                 assert part.wait() == 0, part.text()
@@ -138,7 +140,7 @@ def test_training_that_is_killed_ends_with_the_same_weights(tmp_path, small_zip)
 
 def test_sampling_that_is_killed_makes_the_same_files(tmp_path, relay_runs):
     """Two processes, killed and started again; then one that was never disturbed, with the same batches."""
-    chance, seeds = random.Random(1), 500 if KILLS >= 10 else 60
+    chance, seeds = random.Random(1), 500 if MANY else 32
     relay = [
         PROJECT / "sample.py", "relay=two_stages", f"seeds=0-{seeds - 1}", "batch_size=8", "trainer.accelerator=cpu",
         *(f"relay.stages.{name}.path={relay_runs / name}" for name in ("base", "relay")),
@@ -153,7 +155,7 @@ def test_sampling_that_is_killed_makes_the_same_files(tmp_path, relay_runs):
             if kill > min(KILLS, 10):
                 assert part.wait() == 0, part.text()
                 break
-            if not killed_sometime(part, chance, "sampling:", 2):
+            if not killed_sometime(part, chance, lambda: "sampling:" in part.text(), 2 if MANY else 1):
                 assert part.popen.returncode == 0, part.text()
                 break
         made.append(len(list((tmp_path / "parts").rglob("seed*.png"))))
@@ -212,15 +214,15 @@ def test_a_bug_of_one_rank_is_shown_once_and_ends_all(tmp_path, small_zip):
         assert process.wait() == 1, process.text()
     text = process.text()
     assert text.count("ZeroDivisionError: a bug") == 1
-    assert "error: rank 1 has failed, and says why" in text
+    assert "error: rank 1 failed: see its error message" in text
     assert "RuntimeError" not in text
 
 
 def test_sampling_stops_at_a_signal_and_continues(tmp_path, relay_runs):
     command = [
-        PROJECT / "sample.py", "relay=two_stages", "seeds=0-23", "batch_size=4", "trainer.accelerator=cpu", "picture=0",
+        PROJECT / "sample.py", "relay=two_stages", "seeds=0-15", "batch_size=4", "trainer.accelerator=cpu", "picture=0",
         *(f"relay.stages.{name}.path={relay_runs / name}" for name in ("base", "relay")),
-        "relay.stages.base.changes.sampler.steps=200", f"output={tmp_path / 'samples'}",
+        "relay.stages.base.changes.sampler.steps=120", f"output={tmp_path / 'samples'}",
     ]  # fmt: skip
     images = tmp_path / "samples/images"
     with ended([Process(tmp_path / "first.txt", command)]) as (process,):
@@ -228,7 +230,7 @@ def test_sampling_stops_at_a_signal_and_continues(tmp_path, relay_runs):
         process.popen.terminate()
         assert process.wait() == 128 + signal.SIGTERM, process.text()
     assert "stopped by SIGTERM: the same command continues" in process.text()
-    assert 0 < len(list(images.rglob("*.png"))) < 24
+    assert 0 < len(list(images.rglob("*.png"))) < 16
     with ended([Process(tmp_path / "second.txt", command)]) as (process,):
         assert process.wait() == 0, process.text()
-    assert len(list(images.rglob("*.png"))) == 24
+    assert len(list(images.rglob("*.png"))) == 16

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from processes import Process, child_of, ended, until
-from relay_diffusion.data.zip_writer import ImageZipWriter
+from relay_diffusion.data.zip_writer import image_zip
 from support import PROJECT, run
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -25,7 +25,7 @@ LATE = 60  # seconds in which a stopped run is gone
 def large(tmp_path_factory):
     """200 emoji, enlarged to 256x256."""
     path = tmp_path_factory.mktemp("large") / "emoji.zip"
-    with zipfile.ZipFile(PROJECT / "demo/emoji-64.zip") as source, ImageZipWriter(path, list("abcdefgh")) as target:
+    with zipfile.ZipFile(PROJECT / "demo/emoji-64.zip") as source, image_zip(path, list("abcdefgh")) as target:
         names = [name for name in source.namelist() if name.startswith("train/")][::14][:200]
         for number, name in enumerate(names):
             image = (
@@ -54,7 +54,7 @@ def runs(large, tmp_path_factory):
     """Both emoji stages, each on two GPUs and on one that works through two parts of the batch."""
     root = tmp_path_factory.mktemp("runs")
     for stage in EXPERIMENTS:
-        for name, how in (("two", TWO), ("one", ("data.accumulate=2",))):
+        for name, how in (("two", TWO), ("one", ("trainer.accumulate_grad_batches=2",))):
             result = run("train.py", *options(stage, large, 4 * WINDOW, root / f"{stage}-{name}"), *how)
             assert result.returncode == 0, result.stderr
     return root

@@ -36,9 +36,10 @@ def gradients(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_gradients_are_clipped_and_the_log_says_what_they_were(fit, gradients, tmp_path, device, precision):
+def test_gradients_are_clipped_and_logged_unclipped(fit, gradients, tmp_path, device, precision):
     """With the fused Adam of these precisions, which Lightning's own clipping refuses."""
     options = [f"trainer.precision={precision}", f"trainer.accelerator={device}", "callbacks.log.every_n_images=4"]
     fit("free", 4, *options)
@@ -53,6 +54,7 @@ def test_gradients_are_clipped_and_the_log_says_what_they_were(fit, gradients, t
     assert logged == pytest.approx([float(free.norm())] * 2, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_gradients_below_the_limit_stay_as_they_are(fit, tmp_path):
     for name, options in (("free", ()), ("clipped", ("trainer.gradient_clip_val=1e9",))):
         fit(name, 16, *options)
@@ -94,9 +96,10 @@ def clock(monkeypatch):
     return seconds
 
 
+@pytest.mark.slow
 def test_training_saves_and_ends_when_its_time_is_over(fit, tmp_path, clock, capsys):
     """After a whole step; the time counts over all starts, as with Lightning's Trainer."""
-    half = "data.accumulate=2"
+    half = "trainer.accumulate_grad_batches=2"
     fit("whole", 40, half)
     assert fit("run", 40, half, "trainer.max_time=00:00:00:05").images_seen == 12  # six of its ten micro-batches
     said = "stopped early (trainer.max_time=00:00:00:05): trained on 12 of 40 images"
@@ -109,6 +112,7 @@ def test_training_saves_and_ends_when_its_time_is_over(fit, tmp_path, clock, cap
     assert_same_weights(*(weights_of(tmp_path / name / "checkpoints/last.ckpt") for name in ("whole", "run")))
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_their_time_together(tmp_path, small_zip):
     result = run(
         "train.py", *TINY, "resolution=16", f"data.dataset.path={small_zip}", f"run_dir={tmp_path / 'run'}",
@@ -119,6 +123,7 @@ def test_two_processes_end_with_their_time_together(tmp_path, small_zip):
     assert (tmp_path / "run/checkpoints/last.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_a_number_of_batches_ends_each_start(fit, tmp_path, capsys):
     fit("whole", 24)
     assert fit("run", 24, "trainer.limit_train_batches=3").images_seen == 12
@@ -127,7 +132,7 @@ def test_a_number_of_batches_ends_each_start(fit, tmp_path, capsys):
     assert fit("run", 24, "trainer.limit_train_batches=3").images_seen == 24
     assert "stopped early" not in capsys.readouterr().out
     assert_same_weights(*(weights_of(tmp_path / name / "checkpoints/last.ckpt") for name in ("whole", "run")))
-    assert fit("parts", 24, "trainer.limit_train_batches=3", "data.accumulate=2").images_seen == 12
+    assert fit("parts", 24, "trainer.limit_train_batches=3", "trainer.accumulate_grad_batches=2").images_seen == 12
 
 
 @pytest.mark.parametrize("profiler", ["simple", "advanced"])
@@ -137,6 +142,7 @@ def test_the_report_of_a_profiler_is_in_the_directory_of_the_run(fit, tmp_path, 
     assert "times in fit-profile*.txt" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_fast_run_leaves_nothing(tmp_path, small_zip):
     options = [*TINY, "resolution=16", f"data.dataset.path={small_zip}", "callbacks.grid.every_n_images=4"]
     result = run("train.py", *options, "trainer.fast_dev_run=true", f"run_dir={tmp_path / 'run'}")
@@ -145,10 +151,17 @@ def test_a_fast_run_leaves_nothing(tmp_path, small_zip):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_fast_run_trains_so_many_whole_steps_and_resumes_nothing(fit, tmp_path):
+@pytest.mark.slow
+def test_a_fast_run_trains_full_steps_and_does_not_resume(fit, tmp_path):
     fit("run", 8)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    stage = fit("run", 40, "trainer.fast_dev_run=3", "data.accumulate=2", "callbacks.checkpoints.every_n_images=4")
+    stage = fit(
+        "run",
+        40,
+        "trainer.fast_dev_run=3",
+        "trainer.accumulate_grad_batches=2",
+        "callbacks.checkpoints.every_n_images=4",
+    )
     assert (stage.images_seen, stage.trainer.global_step) == (12, 3)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
@@ -168,6 +181,7 @@ def test_an_option_that_is_not_supported_is_refused_with_the_reason():
     assert line.endswith("set trainer.max_images")
 
 
+@pytest.mark.slow
 def test_every_option_of_lightning_is_taken_or_has_a_reason(configuration):
     options = set(inspect.signature(L.Trainer.__init__).parameters) - {"self"}
     own = set(inspect.signature(build_trainer).parameters) - {"callbacks", "logger"}

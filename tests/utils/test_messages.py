@@ -1,9 +1,9 @@
-"""Values and suggestions in messages."""
+"""Values, suggestions and differences in messages."""
 
 import pytest
 import torch
 
-from relay_diffusion.utils.messages import did_you_mean, shorten
+from relay_diffusion.utils.messages import did_you_mean, differences, first_difference, shorten
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,29 @@ def test_the_nearest_name_is_suggested_or_all_are_listed():
     assert did_you_mean("xyz", ["steps", "rho"]) == "; available: steps, rho"
     assert did_you_mean("xyz", ["steps"], "; none") == "; none"
     assert did_you_mean("xyz", []) == ""
+
+
+def test_every_leaf_that_differs():
+    before = {"a": {"b": 1, "c": 2}, "d": 3, "e": {"f": 4}, "h": None}
+    now = {"a": {"b": 1, "c": 5}, "e": None, "g": 6, "h": None}
+    expected = [("a.c", 2, 5), ("d", 3, "not set"), ("e", {"f": 4}, None), ("g", "not set", 6)]
+    assert list(differences(before, now)) == expected
+    assert list(differences(before, before)) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "text"),
+    [
+        ({"a": {"b": 1}}, {"a": {"b": 2}}, "a.b was 1, is 2"),
+        ({}, {"a": {"_target_": "package.Sampler"}}, "a was not set, is Sampler"),
+        ({"a": {"b": 2}}, {}, "a was {'b': 2}, is not set"),
+        ({"a": None}, {}, "a was None, is not set"),
+        ({"a": "x\x1b[2J"}, {"a": "y"}, r"a was x\x1b[2J, is y"),  # a file's content is escaped
+    ],
+)
+def test_the_first_difference(before, now, text):
+    assert first_difference(before, now) == text
+
+
+def test_letters_of_any_language_are_shown():
+    assert shorten("Häuser & Gärten") == "Häuser & Gärten"

@@ -1,7 +1,6 @@
-"""Are images copies of the training set? `python -m relay_diffusion.cli.neighbours images=... reference=...`.
+"""Nearest training images of generated images, by Inception features and by pixels.
 
-Shows generated images beside their nearest training images, by Inception features and by pixels, and compares these
-distances with those among the training images themselves.
+Their distances are compared with those among the training images themselves, which shows copies of the training set.
 """
 
 from __future__ import annotations
@@ -29,14 +28,17 @@ COLUMN_GAP = 48  # in the picture, pixels
 
 
 class Comparison(NamedTuple):
-    """Neighbours of the images in one space; `scale` [S]: distances of reference images to their nearest other one."""
+    """Neighbours of the images in one space.
+
+    scale [S]: distances of reference images to their nearest other one.
+    """
 
     found: Neighbours
     scale: Tensor
 
 
 def read(images: ImageSet, indices: Sequence[int], description: str) -> Tensor:
-    """Images of ascending indices as uint8 [N,3,H,W]."""
+    """Read images of ascending indices as uint8 [N,3,H,W]."""
     batches = []
     with progress(description, len(indices)) as advance:
         for batch in images.batches(BATCH, indices):
@@ -48,10 +50,10 @@ def read(images: ImageSet, indices: Sequence[int], description: str) -> Tensor:
 def compare(
     images: Tensor, reference: ImageSet, inception: Inception, nearest: int, mirrored: bool
 ) -> dict[str, Comparison]:
-    """Comparisons of images [Q,3,H,W] (uint8) with a reference of their size, in the spaces "features" and "pixels".
+    """Compare images [Q,3,H,W] (uint8) with a reference of their size in "features" and "pixels".
 
-    Distances: Euclidean of the pool features; root mean square of differences of 8-bit values. Kept in memory are the
-    features of the reference, and the pixels of the images and of at most MAX_SCALE reference images.
+    Distances: Euclidean of the pool features; root mean square difference of 8-bit values. Memory holds the features of
+    the reference, and the pixels of the images and of at most MAX_SCALE reference images.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prepare_host(device)
@@ -87,7 +89,7 @@ def _comparison(all_found: Neighbours, count: int, unit: float) -> Comparison:
 
 
 def picture(images: Tensor, reference: ImageSet, found: Sequence[Neighbours]) -> Image.Image:
-    """One row an image [Q,3,H,W]: itself, then its neighbours of each space as compared; in columns, about square."""
+    """Draw one row per image [Q,3,H,W]: the image, then its neighbours in each space; in columns, about square."""
     positions = torch.stack([space.positions for space in found])
     wanted, places = positions.unique(return_inverse=True)
     neighbours = read(reference, wanted.tolist(), "drawing")[places]
@@ -105,7 +107,7 @@ def picture(images: Tensor, reference: ImageSet, found: Sequence[Neighbours]) ->
 
 
 def neighbours_csv(names: Sequence[str], reference: Sequence[str], comparisons: Mapping[str, Comparison]) -> str:
-    """image, space, rank (from 1), neighbour, mirrored (true or false) and distance; a row a neighbour."""
+    """Return image, space, rank (from 1), neighbour, mirrored (true or false) and distance, one row per neighbour."""
 
     def rows() -> Iterator[Sequence[object]]:
         for index, name in enumerate(names):

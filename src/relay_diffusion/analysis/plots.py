@@ -1,4 +1,4 @@
-"""Plots of the tool `relay_diffusion.cli.spectrum`; the only file that needs matplotlib."""
+"""Plots of the command `relay_diffusion.cli.spectrum`; the only file that needs matplotlib."""
 
 from __future__ import annotations
 
@@ -6,72 +6,67 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from relay_diffusion.analysis.spectrum import Curve, Settings, block_power, mixed_power, ring_means, white_power
+from relay_diffusion.analysis.spectrum import Curve, Settings, block_power, mixed_power, ring_means
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.files import atomic_write
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 STYLES = (("tab:blue", "-"), ("tab:red", "-"), ("black", ":"), ("tab:green", "--"), ("tab:orange", "-."))
 
 
-def _figure(panels: int) -> Figure:
-    try:  # here: matplotlib is optional
+Line = tuple[str, int, Tensor]  # label, resolution, values by ring
+
+
+def plot(folder: Path, powers: dict[int, Tensor], settings: Settings, curves: Sequence[Sequence[Curve]]) -> None:
+    """Draw spectrum.png (power of images and noise) and snr.png (`curves`).
+
+    The noise in spectrum.png has the first sigma; snr.png has a panel for each sigma. Raises UserError without
+    matplotlib.
+    """
+    small, large, block, sigma = settings.small, settings.large, settings.block, settings.sigmas[0]
+    variance = sigma**2
+    mixed = mixed_power(large, block, settings.block_strength)
+    lines = [
+        (f"images at {small}", small, powers[small]),
+        (f"images at {large}", large, powers[large]),
+        (f"white noise, sigma {sigma:g}", large, variance * torch.ones_like(mixed)),
+        (f"block noise of {block} at {large}, sigma {sigma:g}", large, variance * block_power(large, block)),
+        (f"white + {settings.block_strength:g} block at {large}, sigma {sigma:g}", large, variance * mixed),
+    ]
+    by_ring = [(label, side, ring_means(power)) for label, side, power in lines]
+    _save(_figure([("Power by frequency", by_ring)], "power of a DCT coefficient"), folder / "spectrum.png")
+    panels = []
+    for group in curves:
+        lines = [(f"{c.resolution}, {c.noise} noise, sigma {c.sigma:g}", c.resolution, c.snr) for c in group]
+        panels.append((f"Signal-to-noise ratio at sigma {group[0].sigma:g}", lines))
+    _save(_figure(panels, "signal-to-noise ratio"), folder / "snr.png")
+
+
+def _figure(panels: Sequence[tuple[str, Sequence[Line]]], unit: str) -> Figure:
+    """Draw values by ring on logarithmic axes, without ring 0 (frequency 0) and without incomplete rings."""
+    try:  # matplotlib is optional
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError(
             "plots=true needs matplotlib: `pip install -e '.[analysis]'`, or plots=false; the CSV files are written"
         ) from None
-    figure = Figure(figsize=(5.5 * panels, 4.2), dpi=110, layout="constrained")
-    figure.subplots(1, panels)
+    figure = Figure(figsize=(5.5 * len(panels), 4.2), dpi=110, layout="constrained")
+    for index, (title, lines) in enumerate(panels, 1):
+        axes = figure.add_subplot(1, len(panels), index)
+        for (label, resolution, values), (color, dashes) in zip(lines, STYLES, strict=True):
+            frequencies = [ring / 2 for ring in range(1, resolution)]
+            axes.loglog(frequencies, values[1:resolution].tolist(), color=color, linestyle=dashes, label=label)
+        axes.set(xlabel="frequency in cycles per image", ylabel=unit, title=title)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
     return figure
-
-
-def _line(axes: Axes, values: Tensor, resolution: int, style: tuple[str, str], label: str) -> None:
-    """Values by ring on logarithmic axes, without ring 0, which they cannot show, and without incomplete rings."""
-    frequencies = [ring / 2 for ring in range(1, resolution)]
-    axes.loglog(frequencies, values[1:resolution].tolist(), color=style[0], linestyle=style[1], label=label)
-
-
-def _finish(axes: Axes, title: str, unit: str) -> None:
-    axes.set(xlabel="frequency in cycles per image", ylabel=unit, title=title)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
 
 
 def _save(figure: Figure, path: Path) -> None:
     with atomic_write(path) as file:
         figure.savefig(file, format="png")
-
-
-def plot(folder: Path, powers: dict[int, Tensor], settings: Settings, curves: Sequence[Sequence[Curve]]) -> None:
-    """spectrum.png: power of the images and of noise of the first sigma; snr.png: `curves`, a panel for each sigma.
-
-    Errors: UserError if matplotlib is missing.
-    """
-    small, large, sigma = settings.small, settings.large, settings.sigmas[0]
-    figure = _figure(1)
-    mixed = mixed_power(large, settings.block, settings.block_strength)
-    lines = [
-        (powers[small], f"images at {small}"),
-        (powers[large], f"images at {large}"),
-        (sigma**2 * white_power(large), f"white noise, sigma {sigma:g}"),
-        (sigma**2 * block_power(large, settings.block), f"block noise of {settings.block} at {large}, sigma {sigma:g}"),
-        (sigma**2 * mixed, f"white + {settings.block_strength:g} block at {large}, sigma {sigma:g}"),
-    ]
-    for (power, label), style in zip(lines, STYLES, strict=True):
-        _line(figure.axes[0], ring_means(power), len(power), style, label)
-    _finish(figure.axes[0], "Power by frequency", "power of a DCT coefficient")
-    _save(figure, folder / "spectrum.png")
-
-    figure = _figure(len(curves))
-    for axes, group in zip(figure.axes, curves, strict=True):
-        for curve, style in zip(group, STYLES, strict=True):
-            label = f"{curve.resolution}, {curve.noise} noise, sigma {curve.sigma:g}"
-            _line(axes, curve.snr, curve.resolution, style, label)
-        _finish(axes, f"What noise of sigma {group[0].sigma:g} leaves", "signal-to-noise ratio")
-    _save(figure, folder / "snr.png")

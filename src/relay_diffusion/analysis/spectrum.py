@@ -1,4 +1,4 @@
-"""Power of images and of noise by frequency, in the orthonormal DCT-II of whole images.
+"""Power of images and noise by frequency, in the orthonormal DCT-II of whole images.
 
 X = M x M^T of an R x R image x; the power of a coefficient is E[X_kl^2]. M is orthonormal, so the mean power over the
 coefficients is the mean squared pixel (Parseval), and white noise has the power sigma^2 everywhere. Index k is k/2
@@ -17,13 +17,8 @@ from relay_diffusion.diffusion.dct import block_dct, dct_matrix
 
 
 def summed_power(images: Tensor) -> Tensor:
-    """Squared DCT coefficients of whole images, summed over images and channels: [B,C,R,R] -> [R,R]."""
+    """Sum squared DCT coefficients over images and channels: [B,C,R,R] -> [R,R]."""
     return block_dct(images, images.shape[-1]).square().sum((0, 1))
-
-
-def white_power(resolution: int) -> Tensor:
-    """E[X_kl^2] of white noise of standard deviation 1: 1 everywhere, float64 [R,R]."""
-    return torch.ones(resolution, resolution, dtype=torch.float64)
 
 
 def block_power(resolution: int, block: int) -> Tensor:
@@ -31,7 +26,7 @@ def block_power(resolution: int, block: int) -> Tensor:
 
     Block noise is B w B^T of white noise w, where B is the circular sum of `block` neighbours over sqrt(block), so
     E[X_kl^2] = p_k p_l, p_k = (M B B^T M^T)_kk: the squared length of row k of M B. The DCT does not diagonalise B:
-    its coefficients of block noise correlate, but their power is p_k p_l all the same. For even k it is
+    its coefficients of block noise correlate, but their power is still p_k p_l. For even k it is
     p_k = sin^2(pi k s / 2R) / (s sin^2(pi k / 2R)), s = block, so p_0 = s.
     Raises ValueError unless 1 <= block <= resolution.
     """
@@ -49,7 +44,7 @@ def mixed_power(resolution: int, block: int, strength: float) -> Tensor:
     The two are independent: 1 + strength^2 p_k p_l. As in `BlurringCorruption`, nothing is divided by
     sqrt(1 + strength^2), so its variance is 1 + strength^2.
     """
-    return white_power(resolution) + strength**2 * block_power(resolution, block)
+    return 1 + strength**2 * block_power(resolution, block)
 
 
 @lru_cache(maxsize=8)
@@ -70,18 +65,13 @@ def ring_means(power: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Settings:
-    """Options that were checked: two resolutions, their ratio, the noise."""
+    """Checked options: two resolutions and the noise."""
 
     small: int
     large: int
     sigmas: tuple[float, ...]
     block: int
     block_strength: float
-
-    @property
-    def factor(self) -> int:
-        """Large over small resolution."""
-        return self.large // self.small
 
 
 @dataclass(frozen=True)
@@ -95,27 +85,27 @@ class Curve:
 
 
 def snr_curves(powers: dict[int, Tensor], settings: Settings, sigma: float) -> list[Curve]:
-    """What noise of one sigma leaves of the images: SNR = E[X^2] of images / E[X^2] of noise, ring by ring.
+    """Signal-to-noise ratio E[X^2] of images / E[X^2] of noise, ring by ring, for one sigma.
 
     White noise at both resolutions; at the large one also white noise of factor * sigma, block noise, and the noise of
     a relay stage. The mean of factor x factor pixels divides sigma by factor, so at low frequencies factor * sigma at
-    the large resolution is sigma at the small one. Block noise has factor^2 of the power of white noise there, and
-    needs no other sigma.
+    the large resolution corresponds to sigma at the small one. Block noise has factor^2 of the power of white noise
+    at low frequencies, so its sigma is the same at both resolutions.
     """
     small, large, block = settings.small, settings.large, settings.block
+    white = torch.ones((), dtype=torch.float64)
     noises = [
-        (small, "white", sigma, white_power(small)),
-        (large, "white", sigma, white_power(large)),
-        (large, "white", sigma * settings.factor, white_power(large)),
-        (large, "block", sigma, block_power(large, block)),
-        (large, "white+block", sigma, mixed_power(large, block, settings.block_strength)),
+        (small, "white", sigma, white),
+        (large, "white", sigma, white),
+        (large, "white", sigma * (large // small), white),
+        (large, "block", sigma, ring_means(block_power(large, block))),
+        (large, "white+block", sigma, ring_means(mixed_power(large, block, settings.block_strength))),
     ]
     return [
-        Curve(side, name, level, ring_means(powers[side]) / (level**2 * ring_means(power)))
-        for side, name, level, power in noises
+        Curve(side, name, level, ring_means(powers[side]) / (level**2 * power)) for side, name, level, power in noises
     ]
 
 
 def matching_factors(small: Tensor, large: Tensor) -> Tensor:
-    """By how much white sigma must grow for the same SNR at the large resolution: sqrt(P_large / P_small), by ring."""
+    """Return by ring the factor of white sigma that keeps the SNR: sqrt(P_large / P_small)."""
     return (large[: len(small)] / small).sqrt()

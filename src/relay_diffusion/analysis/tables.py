@@ -1,4 +1,4 @@
-"""Tables as CSV."""
+"""Tables as CSV and on the screen."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ from collections.abc import Iterable, Sequence
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table as CSV, numbers with nine digits."""
+    """Return a table as CSV, floats with nine digits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows([f"{cell:.9g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
     return text.getvalue()
+
+
+def print_table(rows: Sequence[Sequence[str]], width: int) -> None:
+    """Print rows of a title and cells, the cells right-aligned in columns of `width`."""
+    longest = max(len(title) for title, *_ in rows)
+    for title, *cells in rows:
+        print(f"{title:<{longest}}" + "".join(f"{cell:>{width}}" for cell in cells))

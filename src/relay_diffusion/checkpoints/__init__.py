@@ -1,4 +1,4 @@
-"""Checkpoints and exports: read, loaded, written."""
+"""Read, load and write checkpoints and exports."""
 
 from __future__ import annotations
 

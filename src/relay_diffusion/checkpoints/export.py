@@ -1,7 +1,7 @@
-"""Stages to share: a folder with the weights as safetensors and everything else as JSON.
+"""Export a stage as a folder: weights as safetensors, the rest as JSON.
 
     FOLDER/weights.safetensors   parameters of the denoiser
-    FOLDER/stage.json            how to build the stage, and the fingerprint of the weights
+    FOLDER/stage.json            how to build the stage, and the SHA-256 of the weights
 
 It holds what sampling needs, neither the optimizer nor the position in the data. `load_stage(FOLDER)` reads it.
 """
@@ -35,12 +35,12 @@ def export_stage(
     dtype: str = "float32",
     kind: str = "ema",
 ) -> Path:
-    """Write a stage as the folder `destination`; returns it. What was exported there before is replaced.
+    """Write a stage as the folder `destination` and return it; an earlier export is replaced.
 
     `weights`: the state dict of the stage's denoiser; `kind`: "ema" or "raw", what they are. `dtype` of the stored
     weights: float32, float16 or bfloat16. `origin`: where they came from, e.g. {"file": name, "sha256": ...}.
-    stage.json is written last, so an interrupted export is none. Raises UserError, if the folder is used otherwise, a
-    name of a dtype is unknown, or a weight does not fit into it.
+    stage.json is written last, so an interrupted export is never read. Raises UserError if the folder holds other
+    files of a run, if the dtype is unknown, and if a weight is too large for it.
     """
     destination = Path(destination).expanduser()
     if destination.exists() and not destination.is_dir():
@@ -79,7 +79,7 @@ def _converted(weights: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
 
 
 def read_export(file: Path) -> dict[str, Any]:
-    """Read the stage.json of an export and its weights, in the shape of a checkpoint.
+    """Read the stage.json of an export and its weights, as the content of a checkpoint.
 
     Raises UserError naming the file.
     """
@@ -95,7 +95,9 @@ def read_export(file: Path) -> dict[str, Any]:
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{file} cannot be read as an exported stage: it is damaged or none; export again") from None
+        raise UserError(
+            f"{file} cannot be read as an exported stage: it is damaged or another file; export again"
+        ) from None
     weights = _read_weights(file.with_name(EXPORT_WEIGHTS), sha256)
     if kind == "ema":
         return read | {"ema": {"weights": weights}}

@@ -1,14 +1,18 @@
-"""Stages and relays from checkpoints, training runs and exports."""
+"""Load stages and relays from checkpoints, training runs and exports."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from relay_diffusion.checkpoints.reading import (
@@ -22,11 +26,10 @@ from relay_diffusion.checkpoints.reading import (
     stored_weights,
 )
 from relay_diffusion.checkpoints.targets import OWN_PACKAGE, check_targets, package_names, translate_targets
-from relay_diffusion.errors import UserError
-from relay_diffusion.models.info import StageInfo
+from relay_diffusion.errors import UserError, prefix_errors
 from relay_diffusion.models.relay import Relay
-from relay_diffusion.models.stage import DiffusionStage
-from relay_diffusion.utils.files import file_sha256, parse_json
+from relay_diffusion.models.stage import DiffusionStage, StageInfo
+from relay_diffusion.utils.files import CONF, file_sha256, parse_json
 from relay_diffusion.utils.messages import did_you_mean, shorten
 
 RELAY_FILE = "relay.json"  # in the folder of a relay
@@ -39,8 +42,9 @@ def load_stage(
     changes: Mapping[str, Any] | None = None,
     guide: str | Path | None = None,
     trusted: Sequence[str] = (),
+    sampler: Mapping[str, Any] | None = None,
 ) -> DiffusionStage:
-    """A stage in eval mode from what was stored of it alone.
+    """Load a stage in eval mode from its checkpoint alone.
 
     `path`: a .ckpt file, the directory of a training run, or the folder of an export. `weights`: "ema" or
     "raw". `changes`: values of the stored stage config to replace, e.g. {"sampler": {"steps": 50}}; nulls
@@ -48,6 +52,11 @@ def load_stage(
     `guide`: the same as `path` for a weaker network of the same images, to guide away from.
     `trusted`: packages besides relay_diffusion whose classes the files may name, such as ["my_package"]; these are
     imported and called, nothing else that the files name is.
+    `sampler`: another sampler instead of the stored one and its changes: its class and arguments, as in conf/sampler.
+    A sampler with a `corruption` gets that of the stage, or that with the values given here:
+
+        load_stage(path, sampler={"_target_": "relay_diffusion.samplers.EDMSampler", "steps": 12})
+
     Raises UserError naming the file, if it cannot be used.
     """
     file = find_stage(path)
@@ -56,6 +65,8 @@ def load_stage(
     config = changed_config(
         {"cuda_graphs": True, "label_dropout": 0.0} | stored, changes, file
     )  # older files lack them
+    if sampler is not None:
+        config["sampler"] = _replaced_sampler(sampler, config["corruption"], file, trusted)
     if config.get("guidance_scale", 1) == 1 and (changes or {}).get("guidance_interval") is not None:
         raise UserError(
             f"changes to the stage of {file}: guidance_interval needs a guidance_scale other than 1, e.g. 2"
@@ -82,47 +93,92 @@ def load_stage(
 
 def load_relay(
     source: str | Path | Mapping[str, str | Path],
-    weights: str = "ema",
+    weights: str | None = None,
     changes: Mapping[str, Mapping[str, Any]] | None = None,
     trusted: Sequence[str] = (),
+    samplers: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Relay:
-    """Load a relay from a folder with relay.json, or from the paths of its stages.
+    """Load a relay from a folder with relay.json, a choice of conf/relay, or the paths of its stages.
 
     `source`: a folder that holds relay.json, e.g. {"format": 1, "stages": {"base": {"path": "base"}, "relay": {"path":
-    "relay"}}}, with paths relative to it and stages in order; or a mapping of stage names to paths, as load_stage takes
-    them. `changes`: those of each stage by its name, e.g. {"base": {"sampler": {"steps": 50}}}. `weights`, `trusted`:
-    as for load_stage.
+    "relay"}}}, with paths relative to it and stages in order; or a name such as "emoji", which is built as
+    `sample.py relay=emoji` does; or a mapping of stage names to paths, as load_stage takes them.
+    `weights`: "ema" or "raw"; None: those of the choice, or "ema". `changes` and `samplers`: `changes` and `sampler` of
+    load_stage for each stage by its name. `trusted`: as for load_stage.
+
+        load_relay("demo/emoji", changes={"base": {"sampler": {"steps": 2}}})
+        load_relay("demo/emoji", samplers={"base": {"_target_": "relay_diffusion.samplers.EDMSampler", "steps": 2}})
+
     Raises UserError naming the file or the stage, if it cannot be used.
     """
+    where = ""
+    options: dict[str, Any] = {}
+    load: dict[str, Callable[..., DiffusionStage]]
     if isinstance(source, Mapping):
-        said, paths = "", {name: Path(path) for name, path in source.items()}
+        load = {name: partial(load_stage, path) for name, path in source.items()}
+    elif (file := _relay_file(Path(source))) is not None:
+        where, load = f"{file}: ", {name: partial(load_stage, path) for name, path in _stage_paths(file).items()}
     else:
-        file = _relay_file(Path(source))
-        said, paths = f"{file}: ", _stage_paths(file)
-    for name in changes or {}:
-        if name not in paths:
-            raise UserError(f"changes.{name}: {said}the relay has no stage {name}; its stages are {', '.join(paths)}")
+        settings = _relay_choice(str(source))
+        where, options = f"relay={source}: ", relay_options(settings)
+        load = {str(name): partial(build_configured, stage) for name, stage in settings.stages.items()}
+    for option, by_stage in (("changes", changes), ("samplers", samplers)):
+        for name in by_stage or {}:
+            if name not in load:
+                raise UserError(
+                    f"{option}.{name}: {where}the relay has no stage {name}; its stages are {', '.join(load)}"
+                )
     stages = {}
-    for name, path in paths.items():
-        try:
-            stages[name] = load_stage(path, weights, (changes or {}).get(name), trusted=trusted)
-        except UserError as error:
-            raise UserError(f"{said}stages.{name}: {error}") from None
-    return Relay(stages)
+    for name, load_named in load.items():
+        arguments = {"changes": (changes or {}).get(name), "sampler": (samplers or {}).get(name)}
+        given = {key: value for key, value in (arguments | {"weights": weights}).items() if value is not None}
+        with prefix_errors(f"{where}stages.{name}"):
+            stages[name] = load_named(**given, **({"trusted": trusted} if trusted else {}))
+    return Relay(stages, **options)
 
 
-def _relay_file(path: Path) -> Path:
-    file = path if path.name == RELAY_FILE else path / RELAY_FILE
-    if not file.is_file():
+def build_configured(settings: DictConfig, **arguments: Any) -> DiffusionStage:
+    """Build a stage of a relay config. Raises UserError for files that it cannot be built from."""
+    try:
+        return cast(DiffusionStage, instantiate(settings, _convert_="all", **arguments))
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+
+
+def relay_options(settings: DictConfig) -> dict[str, Any]:
+    """Return the arguments of Relay, besides its stages, that a relay config gives."""
+    return {
+        "hand_over_sigma": settings.hand_over_sigma,
+        "rounding": settings.rounding,
+        "postprocess": instantiate(settings.postprocess),
+    }
+
+
+def _relay_choice(name: str) -> DictConfig:
+    """Compose a choice of conf/relay. Raises UserError for an unknown name, and for one without checkpoints."""
+    known = sorted(file.stem for file in (CONF / "relay").glob("*.yaml"))
+    if name not in known:
         raise UserError(
-            f"no relay at {path}: give a folder with {RELAY_FILE}, or the path of each stage, e.g. "
-            "load_relay({'base': PATH, 'relay': PATH}); load_stage loads a single stage"
+            f"no relay at {name}: give a folder with {RELAY_FILE}, a choice of conf/relay ({', '.join(known)}), or the "
+            "path of each stage, e.g. load_relay({'base': PATH, 'relay': PATH}); load_stage loads a single stage"
         )
-    return file
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        settings = cast(DictConfig, compose("sample", overrides=[f"relay={name}"]).relay)
+    if missing := sorted(OmegaConf.missing_keys(settings)):
+        raise UserError(f"relay={name}: {missing[0]} has no value; give the path of each stage: load_relay({{...}})")
+    return settings
+
+
+def _relay_file(path: Path) -> Path | None:
+    """Return the relay.json at a path; None if there is none."""
+    file = path if path.name == RELAY_FILE else path / RELAY_FILE
+    return file if file.is_file() else None
 
 
 def _stage_paths(file: Path) -> dict[str, Path]:
-    """The path of each stage in a relay.json."""
+    """Return the path of each stage in a relay.json."""
     try:
         content = parse_json(file.read_text(encoding="utf-8"))
         if content["format"] != RELAY_FORMAT:
@@ -143,7 +199,7 @@ def _stage_paths(file: Path) -> dict[str, Path]:
 
 
 def read_checkpoint(path: str | Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
-    """The content of a checkpoint that training can continue from, on the CPU: tensors and plain values only.
+    """Read a checkpoint to resume from: tensors and plain values, on the CPU.
 
     trusted: as for load_stage. Raises UserError naming the file, and the first key or tensor that is wrong.
     """
@@ -161,7 +217,7 @@ def read_checkpoint(path: str | Path, trusted: Sequence[str] = ()) -> dict[str, 
 
 
 def _described(config: Mapping[str, Any], file: Path, trusted: Sequence[str]) -> torch.nn.Module | None:
-    """The stage of a stored config without memory for its weights; None if it is of classes that are not trusted.
+    """Build the stage of a stored config on the meta device; None for untrusted classes.
 
     Training builds its own config, and compares the stored one with that.
     """
@@ -193,10 +249,10 @@ def check_loadable(stage_config: Mapping[str, Any], trusted: Sequence[str], file
 
 
 def build_stored(config: Mapping[str, Any], file: Path, trusted: Sequence[str] = (), **arguments: Any) -> Any:
-    """Build the object of a stored config, with `arguments` that no config can hold.
+    """Build the object of a stored config, with additional `arguments`.
 
     trusted: packages besides this one whose classes it may name. Raises UserError for a class of another package, and
-    for one that refuses its settings.
+    for one that raises an error for its settings.
     """
     check_targets(config, (OWN_PACKAGE, *package_names(trusted)), file)
     try:
@@ -208,17 +264,16 @@ def build_stored(config: Mapping[str, Any], file: Path, trusted: Sequence[str] =
 
 
 def build_empty(config: Mapping[str, Any], file: Path, trusted: Sequence[str] = ()) -> Any:
-    """As build_stored, without memory for weights: what a file describes may be of any size."""
+    """Build the object on the meta device: what a file describes may be of any size."""
     with torch.device("meta"):
         return build_stored(config, file, trusted)
 
 
 def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any] | None, file: Path) -> dict[str, Any]:
-    """A stored config with some values replaced; nulls in `changes` change nothing.
+    """Replace values of a stored config; nulls in `changes` change nothing.
 
-    `changes` has the shape of the config; what it says of the corruption holds for the sampler too, unless it says
-    something else of the sampler's. Raises UserError if it names something that is not there, or gives it
-    another kind of value.
+    `changes` has the structure of the config. Changes of the corruption also apply to that of the sampler, unless
+    `changes` sets the latter. Raises UserError for an unknown key and for a value of another kind.
     """
     _check_changes(config, changes or {}, f"changes to the stage of {file}: ")
     stored, given = OmegaConf.create(dict(config)), _without_nulls(changes or {})
@@ -234,9 +289,9 @@ def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any] | None,
 
 
 def _check_changes(stored: Mapping[str, Any], changes: Mapping[str, Any], said: str, prefix: str = "") -> None:
-    """Raise UserError for an unknown key, or a value of another kind than the stored one; null may become anything.
+    """Raise UserError for an unknown key, or a value of another kind than the stored one.
 
-    `said`: how messages begin.
+    A stored null accepts any value. `said`: prefix of messages.
     """
     for name, value in changes.items():
         before, key = stored.get(name), f"{prefix}{name}"
@@ -244,10 +299,36 @@ def _check_changes(stored: Mapping[str, Any], changes: Mapping[str, Any], said: 
             raise UserError(f"{said}{shorten(key)}: unknown key{did_you_mean(str(name), map(str, stored))}")
         if value is None or before is None:
             continue
+        if name == "_target_" and value != before:
+            raise UserError(f"{said}{key}={shorten(value)}: changes keep the class; give another sampler as sampler")
         if isinstance(before, Mapping) and isinstance(value, Mapping):
             _check_changes(before, value, said, f"{key}.")
         elif _kind(before) != _kind(value):
             raise UserError(f"{said}{key}={shorten(value)} must be {_kind(before)}; stored is {shorten(before)}")
+
+
+def _replaced_sampler(
+    settings: Mapping[str, Any], corruption: Mapping[str, Any], file: Path, trusted: Sequence[str]
+) -> dict[str, Any]:
+    """Return the settings of another sampler with the corruption of the stage.
+
+    Raises UserError for a class that is not trusted, and for an argument that it does not have.
+    """
+    if not isinstance(settings, Mapping) or not settings.get("_target_"):
+        raise UserError(
+            f"sampler={shorten(settings)}: must name its class as _target_; changes.sampler changes values of the "
+            "trained sampler"
+        )
+    check_targets(settings, (OWN_PACKAGE, *package_names(trusted)), "sampler")
+    known = inspect.signature(get_class(settings["_target_"])).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    for key in settings:
+        if not (key in known or key == "_target_" or takes_any):
+            raise UserError(f"sampler.{shorten(key)}: unknown key{did_you_mean(str(key), known)}")
+    replaced = dict(settings)
+    if "corruption" in known:
+        replaced["corruption"] = changed_config(corruption, settings.get("corruption"), file)
+    return replaced
 
 
 def _kind(value: Any) -> str:

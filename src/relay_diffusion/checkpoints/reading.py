@@ -1,4 +1,4 @@
-"""Find and read checkpoints and exports without running anything in them, and check what they hold."""
+"""Find, read and check checkpoints and exports without running code in them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_DEPTH = 20  # of a stored config
 MAX_IMAGES_SEEN = 2**62
 TRAINING = ("state_dict", "images_seen", "replaced_gradients", "optimizer_states", "loops", "pytorch-lightning_version")
-KINDS = {  # of what only training reads
+KINDS = {  # types of the keys that only training reads
     "replaced_gradients": int,
     "optimizer_states": list,
     "lr_schedulers": list,
     "loops": dict,
     "callbacks": dict,
-    "dealt": dict,
+    "dealt": dict,  # data settings of earlier versions
     "run": dict,
     "epoch": int,
     "global_step": int,
@@ -37,7 +37,10 @@ RUN_KINDS = {"config": dict, "derived": list, "devices": int, "images": int, "wa
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """A checkpoint file for `path`: itself, or the last one of a run directory. Raises UserError if there is none."""
+    """Find a checkpoint: the file itself, or the last one of a run directory.
+
+    Raises UserError if none exists.
+    """
     path = Path(path)
     candidates = [path] if not path.is_dir() else [path / LAST, path / "checkpoints" / LAST]
     for candidate in candidates:
@@ -47,7 +50,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def read_file(file: Path) -> dict[str, Any]:
-    """The content of a checkpoint file, on the CPU: tensors and plain values only. Raises UserError naming the file."""
+    """Read a checkpoint file: tensors and plain values only, on the CPU. Raises UserError naming the file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols and of types that are refused below
@@ -66,17 +69,17 @@ def _translated(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_stage(path: str | Path) -> Path:
-    """What holds a stage at `path`: the stage.json of an export, or else a checkpoint as find_checkpoint finds it."""
+    """Find the stage.json of an export at `path`, or else a checkpoint as find_checkpoint does."""
     path = Path(path)
     if (path / EXPORT_STAGE).is_file():
         return path / EXPORT_STAGE
     if (path / EXPORT_WEIGHTS).is_file():
-        raise UserError(f"{path} is no whole export, {EXPORT_STAGE} is missing: export again")
+        raise UserError(f"{path} is an incomplete export, {EXPORT_STAGE} is missing: export again")
     return find_checkpoint(path)
 
 
 def read_stage(file: Path) -> dict[str, Any]:
-    """The content of a checkpoint, or of an export in the shape of one, on the CPU. Raises UserError naming the file.
+    """Read a checkpoint or an export, on the CPU. Raises UserError naming the file.
 
     Keys: stage_config; state_dict (of the stage), ema (a dictionary with weights) or both; class_names, images_seen.
     """
@@ -86,10 +89,10 @@ def read_stage(file: Path) -> dict[str, Any]:
 def stored_weights(
     content: Mapping[str, Any], kind: str, denoiser: torch.nn.Module, file: Path
 ) -> Mapping[str, Tensor]:
-    """The state dict of a stored stage's denoiser, of `kind` ema or raw.
+    """Return the state dict of a stored stage's denoiser, of `kind` ema or raw.
 
-    `denoiser`: what it is for, which may lie on the meta device. Raises UserError if it is not there, does not fit or
-    is not finite.
+    `denoiser`: the network to load it into, which may be on the meta device. Raises UserError if the weights are
+    missing, do not fit or are not finite.
     """
     states = {
         "raw": {k.removeprefix("denoiser."): v for k, v in content.get("state_dict", {}).items()},
@@ -106,7 +109,7 @@ def stored_weights(
 
 
 def check_stored(content: Any, file: Path) -> dict[str, Any]:
-    """The content of a checkpoint or export, if each key that is there holds what it should; shapes are not looked at.
+    """Check the type of every key of a checkpoint or export, but no shapes; return its content.
 
     Raises UserError naming the file and the key.
     """
@@ -129,7 +132,7 @@ def check_stored(content: Any, file: Path) -> dict[str, Any]:
 
 
 def check_resumable(content: dict[str, Any], file: Path) -> None:
-    """Raise UserError unless training can continue from a checked checkpoint: all is there, and finite."""
+    """Raise UserError unless a checked checkpoint is complete and finite, so that training can resume."""
     for key in TRAINING:
         if key not in content:
             raise UserError(f"{file} lacks {key}: training cannot continue from it")
@@ -167,7 +170,7 @@ def _check_run(run: dict[str, Any], file: Path) -> None:
 
 
 def check_finite(weights: Mapping[str, Tensor], file: Path, what: str = "") -> None:
-    """Raise UserError naming the first tensor with nan or infinity."""
+    """Raise UserError naming the first tensor with NaN or infinity."""
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise UserError(
@@ -177,7 +180,7 @@ def check_finite(weights: Mapping[str, Tensor], file: Path, what: str = "") -> N
 
 
 def check_fits(weights: Mapping[str, Tensor], network: torch.nn.Module, file: Path, what: str = "") -> None:
-    """Raise UserError unless names and shapes are those of a network, which may lie on the meta device."""
+    """Raise UserError unless names and shapes match a network, which may be on the meta device."""
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     stored = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     problems = [f"it lacks {name}" for name in expected if name not in stored]
@@ -192,7 +195,7 @@ def check_fits(weights: Mapping[str, Tensor], network: torch.nn.Module, file: Pa
 
 
 def _check_tensors(weights: Any, key: str, file: Path) -> None:
-    """A dictionary of plain tensors that store every one of their elements."""
+    """Require a dictionary of dense float tensors that store all of their elements."""
     if not isinstance(weights, dict):
         _wrong(file, key, weights, "a dictionary of tensors")
     for name, tensor in weights.items():
@@ -207,7 +210,7 @@ def _check_tensors(weights: Any, key: str, file: Path) -> None:
 
 
 def _check_plain(node: Any, key: str, file: Path, depth: int = 0) -> None:
-    """Text, numbers, lists and dictionaries, not too deep."""
+    """Require text, numbers, lists and dictionaries, nested at most MAX_DEPTH deep."""
     if depth > MAX_DEPTH:
         raise UserError(f"{file} is damaged: {key[:60]}... is nested too deeply")
     if isinstance(node, dict):

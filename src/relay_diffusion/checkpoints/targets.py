@@ -18,6 +18,12 @@ RENAMED = {  # modules and classes that stored configs of earlier versions name
     "relay_diffusion.data.augment": "relay_diffusion.diffusion.augment",
     "relay_diffusion.diffusion.conditioning": "relay_diffusion.diffusion.corruption",
     "relay_diffusion.loading": "relay_diffusion.checkpoints",
+    "relay_diffusion.metrics.EvaluationProtocol": "relay_diffusion.metrics.Protocol",
+    "relay_diffusion.metrics.FIDMeasure": "relay_diffusion.metrics.FIDMetric",
+    "relay_diffusion.metrics.SFIDMeasure": "relay_diffusion.metrics.SFIDMetric",
+    "relay_diffusion.metrics.InceptionScoreMeasure": "relay_diffusion.metrics.InceptionScoreMetric",
+    "relay_diffusion.metrics.PrecisionRecallMeasure": "relay_diffusion.metrics.PrecisionRecallMetric",
+    "relay_diffusion.metrics.KIDMeasure": "relay_diffusion.metrics.KIDMetric",
     "relay_diffusion.postprocess": "relay_diffusion.sampling.postprocess",
     "relay_diffusion.trainer": "relay_diffusion.training.trainer",
     "relay_diffusion.callbacks.Evaluator": "relay_diffusion.metrics.Evaluator",
@@ -43,7 +49,7 @@ def _translate(target: str) -> str:
 
 
 def package_names(trusted: Any) -> tuple[str, ...]:
-    """Names of packages whose classes a stored config may instantiate, such as my_package or my_package.samplers.
+    """Return the packages whose classes a stored config may instantiate, e.g. my_package.samplers.
 
     Raises UserError for anything but a list of such names.
     """
@@ -55,8 +61,8 @@ def package_names(trusted: Any) -> tuple[str, ...]:
     return tuple(trusted)
 
 
-def check_targets(node: Any, packages: Sequence[str], file: Path) -> None:
-    """Refuse a stored config that would call anything but a class of the trusted packages."""
+def check_targets(node: Any, packages: Sequence[str], file: Path | str) -> None:
+    """Refuse a config that would call anything but a class of the trusted packages. file: its source, for messages."""
     if isinstance(node, str) and "${" in node:
         raise UserError(f"{file} holds a config with an interpolation ({node[:60]}): refused")
     if isinstance(node, Mapping):
@@ -69,7 +75,7 @@ def check_targets(node: Any, packages: Sequence[str], file: Path) -> None:
             check_targets(value, packages, file)
 
 
-def _check_target(target: Any, packages: Sequence[str], file: Path) -> None:
+def _check_target(target: Any, packages: Sequence[str], file: Path | str) -> None:
     if not (isinstance(target, str) and _inside(target, packages)):
         package = target.partition(".")[0] if isinstance(target, str) else ""
         remedy = f"refused; if you trust it, add trusted=[{shorten(package)}]" if package.isidentifier() else "refused"

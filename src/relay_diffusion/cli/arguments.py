@@ -1,4 +1,4 @@
-"""key=value command lines of the data tools: a dataclass is the schema, a mistake is one line and exit code 2."""
+"""Parse key=value arguments of the tools into a dataclass; errors are one line with exit code 2."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Options = TypeVar("Options")
 
 
 def parse_arguments(schema: type[Options], arguments: Sequence[str]) -> Options:
-    """key=value arguments -> a `schema` dataclass.
+    """Parse key=value arguments into a `schema` dataclass.
 
-    Errors: UserError for an unknown key (names the nearest one), a value of the wrong type, a missing key.
+    Raises UserError for an unknown key (with the nearest one), a value of the wrong type, a missing key.
     """
     known = [field.name for field in fields(cast(Any, schema))]
     values: dict[str, str] = {}
@@ -44,7 +44,7 @@ def parse_arguments(schema: type[Options], arguments: Sequence[str]) -> Options:
 
 
 def positive_numbers(option: str, text: str, remedy: str) -> tuple[float, ...]:
-    """ "0.5,1,2" -> (0.5, 1.0, 2.0). Errors: UserError that names the option where one is not above 0 and finite."""
+    """Parse "0.5,1,2" as (0.5, 1.0, 2.0); raise UserError unless all are positive and finite."""
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -55,7 +55,7 @@ def positive_numbers(option: str, text: str, remedy: str) -> tuple[float, ...]:
 
 
 def run_tool(arguments: Sequence[str], usage: str, schema: type[Options], action: Callable[[Options], None]) -> int:
-    """Run a key=value command; returns its exit code: 0, or 2 after one line that says what to mend."""
+    """Run a key=value command and return its exit code: 0, or 2 after an error message of one line."""
     if not arguments or {"-h", "--help"} & set(arguments):
         print(usage, end="")
         return 0

@@ -17,7 +17,7 @@ from relay_diffusion.checkpoints.export import EXPORT_STAGE, EXPORT_WEIGHTS, exp
 from relay_diffusion.checkpoints.loading import load_stage
 from relay_diffusion.checkpoints.published.convert import published_stage
 from relay_diffusion.cli.arguments import run_tool
-from relay_diffusion.cli.main import explain
+from relay_diffusion.cli.errors import explain
 from relay_diffusion.config import CONF
 from relay_diffusion.config.run_dir import register_resolvers
 from relay_diffusion.errors import UserError

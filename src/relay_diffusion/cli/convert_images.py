@@ -37,7 +37,7 @@ python -m relay_diffusion.cli.convert_images source=FOLDER|ZIP|TAR destination=O
 
 
 def _by_type(names: list[str]) -> str:
-    """How many files of which endings, the most frequent ones named."""
+    """Number of files, with their most frequent suffixes."""
     endings = Counter(PurePosixPath(name).suffix.lower() or "no ending" for name in names)
     shown = sorted(ending for ending, _ in endings.most_common(MAX_ENDINGS))
     more = ", ..." if len(endings) > len(shown) else ""
@@ -54,7 +54,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def class_table(names: Sequence[str], counts: Sequence[int]) -> list[str]:
-    """Lines of class names and image counts; of many classes the first ones, and the range of the others."""
+    """Lines of class names and image counts: the first classes, then the range of the others."""
     shown = len(names) if len(names) <= MAX_CLASSES_SHOWN + 1 else MAX_CLASSES_SHOWN
     width = max((len(shorten(name)) for name in names[:shown]), default=0)
     lines = [f"  {shorten(name):{width}} {count:8,}" for name, count in zip(names[:shown], counts[:shown], strict=True)]
@@ -64,7 +64,7 @@ def class_table(names: Sequence[str], counts: Sequence[int]) -> list[str]:
 
 
 def _describe_classes(result: Converted) -> list[str]:
-    """How folders became classes, the splits, and the classes with their counts."""
+    """Lines about class folders, splits, and classes with their counts."""
     lines, folders, names = [], result.folders, result.class_names or []
     if folders is not None:
         lines.append(f"classes: the folders of level {folders.level} (class_level)")
@@ -79,7 +79,7 @@ def _describe_classes(result: Converted) -> list[str]:
 
 
 def _warnings(result: Converted, options: ConvertOptions) -> list[str]:
-    """What was done in silence, or looks wrong."""
+    """Warnings about class folders, EXIF blocks and 16-bit images that look wrong."""
     lines, folders, names = [], result.folders, result.class_names or []
     if folders is not None:
         nested = sorted(set(folders.nested) & set(names))
@@ -89,8 +89,8 @@ def _warnings(result: Converted, options: ConvertOptions) -> list[str]:
                 f"({_some(nested)}): class_level={folders.level + 1} takes the folders in them as classes"
             )
         for split in folders.splits:
-            there = {label for name, label in result.labels.items() if name.startswith(f"{split}/")}
-            missing = [name for label, name in enumerate(names) if label not in there]
+            present = {label for name, label in result.labels.items() if name.startswith(f"{split}/")}
+            missing = [name for label, name in enumerate(names) if label not in present]
             if missing:
                 lines.append(
                     f"warning: {shorten(split)} has no image of {len(missing):,} of {len(names):,} classes: "

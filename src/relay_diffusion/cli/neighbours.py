@@ -1,4 +1,4 @@
-"""Show generated images beside their nearest training images: are they copies?"""
+"""Compare generated images with their nearest training images, to detect copies."""
 
 from __future__ import annotations
 
@@ -10,14 +10,8 @@ from typing import NoReturn
 
 from omegaconf import MISSING
 
-from relay_diffusion.analysis.neighbours import (
-    QUANTILE,
-    Comparison,
-    compare,
-    neighbours_csv,
-    picture,
-    read,
-)
+from relay_diffusion.analysis.neighbours import QUANTILE, Comparison, compare, neighbours_csv, picture, read
+from relay_diffusion.analysis.tables import print_table
 from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.data.image_sets import ImageSet, open_image_set, spread
 from relay_diffusion.errors import UserError
@@ -29,17 +23,17 @@ USAGE = """\
 python -m relay_diffusion.cli.neighbours images=FOLDER|ZIP|NPZ reference=FOLDER|ZIP|NPZ [key=value ...]
 
   images       generated images: folder, image zip or .npz of ADM's samples
-  reference    the images that were trained on; larger ones are box-averaged to the size of the others
+  reference    training images; larger ones are box-averaged to the size of the generated ones
   subset       a folder inside the reference, such as train (default: everything)
-  count        images looked at, spread evenly over the set (32)
+  count        images to compare, evenly spaced over the set (32)
   nearest      neighbours of each image (3)
-  mirrored     true: reference images are compared mirrored too, as training mirrors images (default)
+  mirrored     true: also compare mirrored reference images, as training mirrors images (default)
   destination  folder for neighbours.png and neighbours.csv (outputs/neighbours)
   weights      Inception weights, a pt_inception-2015-12-05-*.pth (default: those installed)
   overwrite    false: refuse a destination that holds these files (default) | true: replace them
 
-neighbours.png has a row for each image: the image, its nearest by features, its nearest by pixels; mirrored where that
-is nearer. neighbours.csv has the distances: Euclidean of the pool features, root mean square of pixel values 0..255.
+neighbours.png has a row for each image: the image, its nearest by features, its nearest by pixels; mirrored if that is
+nearer. neighbours.csv has the distances: Euclidean of the pool features, root mean square of pixel values 0..255.
 """
 
 
@@ -48,7 +42,7 @@ FILES = ("neighbours.png", "neighbours.csv")
 
 @dataclass
 class NeighboursOptions:
-    """The command line of this tool; see USAGE."""
+    """Options of this command; see USAGE."""
 
     images: str = MISSING
     reference: str = MISSING
@@ -62,13 +56,13 @@ class NeighboursOptions:
 
 
 def opened(options: NeighboursOptions) -> tuple[ImageSet, ImageSet]:
-    """The images and the reference, at one resolution. Errors: UserError that names the option."""
+    """Open the images and the reference at one resolution; raise UserError that names the option."""
     for option in ("count", "nearest"):
         if (value := getattr(options, option)) < 1:
             raise UserError(f"{option}={value}: must be at least 1")
     images = open_image_set(options.images, "images")
     reference = open_image_set(options.reference, "reference", images.resolution, options.subset)
-    if options.nearest >= len(reference):  # each reference image needs as many others
+    if options.nearest >= len(reference):  # each reference image needs this many others
         raise UserError(
             f"nearest={options.nearest}: must be less than the number of reference images, which is {len(reference)}"
         )
@@ -76,7 +70,7 @@ def opened(options: NeighboursOptions) -> tuple[ImageSet, ImageSet]:
 
 
 def report(comparisons: Mapping[str, Comparison]) -> None:
-    """Print a column for each space: distances of the images, those in the reference, how many images are too near."""
+    """Print per space: distances of the images and within the reference, and the number of suspected copies."""
     titles = [
         "distance to the nearest",
         "images to reference: median",
@@ -92,13 +86,11 @@ def report(comparisons: Mapping[str, Comparison]) -> None:
         within = int((distances <= limit).sum())  # "<=": a copy's 0 counts where duplicates make the quantile 0
         numbers = (distances.quantile(0.5), distances.min(), scale.quantile(0.5), limit, scale.min())
         columns.append([space, *(f"{number:.4g}" for number in numbers), f"{within} of {len(distances)}"])
-    width = max(map(len, titles))
-    for title, *cells in zip(titles, *columns, strict=True):
-        print(f"{title:<{width}}" + "".join(f"{cell:>14}" for cell in cells))
+    print_table(list(zip(titles, *columns, strict=True)), 14)
 
 
 def analyse(options: NeighboursOptions) -> None:
-    """Write neighbours.png and neighbours.csv, print the table. Errors: UserError that names the option."""
+    """Write neighbours.png and neighbours.csv, print the table; raise UserError that names the option."""
     destination = Path(options.destination).expanduser()
     for file in FILES:
         refuse_existing(destination / file, "destination", options.overwrite)
@@ -108,7 +100,7 @@ def analyse(options: NeighboursOptions) -> None:
         destination.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"destination={options.destination}: is no folder and cannot become one ({error.strerror}); choose another"
+            f"destination={options.destination}: cannot be created ({error.strerror}); choose another folder"
         ) from error
     chosen = spread(min(options.count, len(images)), len(images))
     pixels = read(images, chosen, "reading images")

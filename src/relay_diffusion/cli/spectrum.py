@@ -1,7 +1,7 @@
-"""Why one sigma is another noise level at another resolution: `python -m relay_diffusion.cli.spectrum images=...`.
+"""Compare noise levels at two resolutions: `python -m relay_diffusion.cli.spectrum images=...`.
 
-The analysis of Teng et al. 2024, sections 2 and 3, of any images: their power by frequency at two resolutions, and the
-signal-to-noise ratio that white noise, block noise and the noise of a relay stage leave.
+The analysis of Teng et al. 2024, sections 2 and 3, for any images: their power by frequency at two resolutions, and
+their signal-to-noise ratio under white noise, block noise and the noise of a relay stage.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from relay_diffusion.analysis.plots import plot
 from relay_diffusion.analysis.spectrum import Curve, Settings, matching_factors, ring_means, snr_curves, summed_power
-from relay_diffusion.analysis.tables import csv_text
+from relay_diffusion.analysis.tables import csv_text, print_table
 from relay_diffusion.cli.arguments import positive_numbers, run_tool
 from relay_diffusion.data.image_sets import ImageSet, open_image_set, spread
 from relay_diffusion.diffusion.corruption import block_mean
@@ -44,12 +44,12 @@ python -m relay_diffusion.cli.spectrum images=FOLDER|ZIP|NPZ [key=value ...]
 
 FILES = ("spectrum.csv", "snr.csv", "spectrum.png", "snr.png")
 BATCH = 32
-SHOWN = (0, 1, 2, 4, 8, 16, 32)  # cycles per image whose numbers are printed
+SHOWN = (0, 1, 2, 4, 8, 16, 32)  # printed frequencies in cycles per image
 
 
 @dataclass
 class SpectrumOptions:
-    """The command line of this tool; see USAGE."""
+    """Options of this command; see USAGE."""
 
     images: str = MISSING
     resolutions: str = "16,64"
@@ -63,7 +63,7 @@ class SpectrumOptions:
 
 
 def checked(options: SpectrumOptions) -> Settings:
-    """Options -> settings. Errors: UserError that names the option."""
+    """Check the options; raise UserError that names the option."""
     remedy = "give the small and the large resolution, such as 16,64; the large one must be a whole multiple"
     sides = positive_numbers("resolutions", options.resolutions, remedy)
     if len(sides) != 2 or any(side % 1 for side in sides) or sides[0] >= sides[1] or sides[1] % sides[0]:
@@ -74,16 +74,17 @@ def checked(options: SpectrumOptions) -> Settings:
     if not 1 <= block <= large:
         raise UserError(f"block={options.block}: must be 1 to {large}, the large resolution (0: large / small)")
     if not 0 <= options.block_strength < math.inf:
-        raise UserError(f"block_strength={options.block_strength}: must not be negative")
+        raise UserError(f"block_strength={options.block_strength}: must be 0 or more")
     if options.count < 1:
         raise UserError(f"count={options.count}: must be at least 1")
     return Settings(small, large, sigmas, block, options.block_strength)
 
 
 def image_powers(images: ImageSet, count: int, resolutions: Sequence[int]) -> dict[int, Tensor]:
-    """Mean squared DCT coefficients of `count` images by resolution, over images and channels: float64 [R,R] each.
+    """Return mean squared DCT coefficients of `count` images by resolution: float64 [R,R] each.
 
-    The set's images are square, their side a multiple of every resolution; box averages are not rounded to 8 bits.
+    The mean is over images and channels. Images are square, their side a multiple of every resolution; box averages
+    are not rounded to 8 bits.
     """
     totals = {side: torch.zeros(side, side, dtype=torch.float64) for side in resolutions}
     with progress("transforming", count) as advance:
@@ -96,7 +97,7 @@ def image_powers(images: ImageSet, count: int, resolutions: Sequence[int]) -> di
 
 
 def spectrum_csv(powers: dict[int, Tensor], settings: Settings) -> str:
-    """frequency (cycles per image), power at both resolutions, and `matching_factors`; empty where one has no ring."""
+    """Return frequency (cycles per image), power at both resolutions, and `matching_factors`; empty without a ring."""
     small, large = (ring_means(powers[side]) for side in (settings.small, settings.large))
     columns = [small.tolist(), large.tolist(), matching_factors(small, large).tolist()]
     rows = ([ring / 2, *(c[ring] if ring < len(c) else "" for c in columns)] for ring in range(len(large)))
@@ -105,7 +106,7 @@ def spectrum_csv(powers: dict[int, Tensor], settings: Settings) -> str:
 
 
 def snr_csv(curves: Iterable[Curve]) -> str:
-    """resolution, noise, sigma, frequency (cycles per image) and snr, one row a ring; no curve twice."""
+    """Return resolution, noise, sigma, frequency (cycles per image) and snr, one row per ring; no curve twice."""
     distinct = {(curve.resolution, curve.noise, curve.sigma): curve for curve in curves}
     rows = ([*key, ring / 2, snr] for key, curve in distinct.items() for ring, snr in enumerate(curve.snr.tolist()))
     return csv_text(["resolution", "noise", "sigma", "frequency", "snr"], rows)
@@ -122,13 +123,11 @@ def _report(powers: dict[int, Tensor], settings: Settings, curves: Sequence[Curv
     for curve in curves:
         name = f"SNR at {curve.resolution}, {curve.noise} {curve.sigma:g}"
         lines += [[name, *(f"{curve.snr[2 * cycles]:.4g}" for cycles in shown)]]
-    width = max(len(line[0]) for line in lines)
-    for title, *cells in [titles, *lines]:
-        print(f"{title:<{width}}" + "".join(f"{cell:>10}" for cell in cells))
+    print_table([titles, *lines], 10)
 
 
 def analyse(options: SpectrumOptions) -> None:
-    """Write spectrum.csv, snr.csv and the plots of them. Errors: UserError that names the option."""
+    """Write spectrum.csv, snr.csv and their plots; raise UserError that names the option."""
     settings, output = checked(options), Path(options.output).expanduser()
     for file in FILES:
         refuse_existing(output / file, "output", options.overwrite)

@@ -1,4 +1,4 @@
-"""Checks of single options: each raises a UserError that names its key. Imports neither torch nor lightning."""
+"""Checks of single options: each raises a UserError that names its key."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from omegaconf.errors import OmegaConfBaseException
 from relay_diffusion.errors import UserError, require
 from relay_diffusion.utils.messages import shorten
 
-INFINITY = math.inf
 HUGE = 1e12  # larger numbers are slips of the hand
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 _ABSENT = object()
@@ -22,7 +21,7 @@ READ_BY_HYDRA = ("_target_", "_partial_", "_recursive_")
 
 
 def selected(cfg: DictConfig, key: str, absent: Any = None) -> Any:
-    """The value of `key`; `absent` where there is no such key, whatever else is in its place."""
+    """Return the value of `key`, or `absent` if the config has no such key."""
     node: Any = cfg
     for part in key.split("."):
         if not isinstance(node, DictConfig) or part not in node:
@@ -34,50 +33,45 @@ def selected(cfg: DictConfig, key: str, absent: Any = None) -> Any:
     return node
 
 
-def there(cfg: DictConfig, key: str) -> bool:
-    """Whether the config has `key`, be it null."""
+def has_key(cfg: DictConfig, key: str) -> bool:
+    """Whether the config has `key`, which may be null."""
     return selected(cfg, key, _ABSENT) is not _ABSENT
 
 
 def is_whole(value: Any) -> bool:
-    """Whether it is an integer; true and false are none."""
+    """Whether a value is an integer and not a boolean."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is an integer or a float other than nan."""
+    """Whether a value is an integer, or a float other than nan."""
     return is_whole(value) or (isinstance(value, float) and not math.isnan(value))
 
 
-def check_number(cfg: DictConfig, key: str, low: float, high: float, null: bool = False) -> None:
-    """A number from low to high; an infinite one only if `high` is, and then only where it means "no limit"."""
+def check_number(cfg: DictConfig, key: str, low: float, high: float) -> None:
+    """Require a number from low to high."""
     value = selected(cfg, key)
-    bounds = f"between {low:g} and {high:g}" if high < INFINITY else f"at least {low:g}"
-    _require_kind(key, value, is_number(value) and low <= value <= high, f"a number, {bounds}", null)
+    valid = is_number(value) and low <= value <= high
+    require(valid, f"{key}={shorten(value)}: must be a number, between {low:g} and {high:g}")
 
 
-def check_whole(cfg: DictConfig, key: str, low: int, high: int, null: bool = False) -> None:
-    """A whole number from low to high."""
+def check_whole(cfg: DictConfig, key: str, low: int, high: int) -> None:
+    """Require a whole number from low to high."""
     value = selected(cfg, key)
     bounds = f"between {low} and {high}" if is_whole(value) and value > high else f"at least {low}"
     bounds += f": write {value:.0f}" if isinstance(value, float) and value.is_integer() and low <= value <= high else ""
-    _require_kind(key, value, is_whole(value) and low <= value <= high, f"a whole number, {bounds}", null)
+    valid = is_whole(value) and low <= value <= high
+    require(valid, f"{key}={shorten(value)}: must be a whole number, {bounds}")
 
 
-def check_flag(cfg: DictConfig, key: str, null: bool = False) -> None:
-    """true or false."""
+def check_flag(cfg: DictConfig, key: str) -> None:
+    """Require true or false."""
     value = selected(cfg, key)
-    require(isinstance(value, bool) or (null and value is None), f"{key}={shorten(value)}: use true or false")
-
-
-def check_text(cfg: DictConfig, key: str, null: bool = False) -> None:
-    """A text; YAML reads 5 and true as something else, which is a name all the same."""
-    value = selected(cfg, key)
-    _require_kind(key, value, isinstance(value, str | int | float) and str(value) != "", "a text", null)
+    require(isinstance(value, bool), f"{key}={shorten(value)}: use true or false")
 
 
 def check_run_id(run_id: Any) -> None:
-    """A literal name of one directory; Hydra quotes it on the command lines of other ranks."""
+    """Require the name of one directory; Hydra quotes it on the command lines of other ranks."""
     named = isinstance(run_id, str | float) or (isinstance(run_id, int) and abs(run_id) < 10**100)
     text = str(run_id) if named else ""
     valid = text.isprintable() and text not in ("", ".", "..") and not set(text) & set("/\\\"'")
@@ -88,20 +82,13 @@ def check_run_id(run_id: Any) -> None:
 
 
 def check_subset(cfg: DictConfig, key: str) -> None:
-    """The name of a folder inside an image set; "" is all of it."""
+    """Require the name of a folder inside an image set; "" is all of it."""
     value = selected(cfg, key)
     require(isinstance(value, str), f"{key}={shorten(value)}: must be the name of a folder inside it")
 
 
-def check_list(cfg: DictConfig, key: str, low: int, high: int, example: str) -> None:
-    """A list of whole numbers from low to high."""
-    value = selected(cfg, key)
-    valid = isinstance(value, ListConfig) and all(is_whole(item) and low <= item <= high for item in value)
-    require(valid, f"{key}={shorten(value)}: must be a list of whole numbers, {low} to {high}, e.g. {example}")
-
-
 def check_choice(cfg: DictConfig, key: str, choices: tuple[str, ...]) -> None:
-    """One of a few texts."""
+    """Require one of a few texts."""
     value = selected(cfg, key)
     known = isinstance(value, str) and value in choices
     listed = ", ".join(choices) if len(choices) > 2 else " or ".join(choices)
@@ -109,10 +96,11 @@ def check_choice(cfg: DictConfig, key: str, choices: tuple[str, ...]) -> None:
 
 
 def check_built(cfg: DictConfig, key: str, null: bool = False) -> None:
-    """Something that is built: a mapping with a _target_."""
+    """Require a mapping with a `_target_`."""
     value = selected(cfg, key)
-    valid = isinstance(value, DictConfig) and "_target_" in value
-    _require_kind(key, value, valid, "a mapping that names its class as _target_", null)
+    valid = (isinstance(value, DictConfig) and "_target_" in value) or (null and value is None)
+    kind = f"a mapping that names its class as _target_{', or null' if null else ''}"
+    require(valid, f"{key}={shorten(value)}: must be {kind}")
 
 
 def check_file(path: Any, key: str) -> None:
@@ -122,16 +110,18 @@ def check_file(path: Any, key: str) -> None:
 
 
 def check_directory(cfg: DictConfig, key: str) -> None:
-    """A directory that is there, or that can be made."""
-    check_text(cfg, key)
-    path = Path(str(selected(cfg, key)))
+    """Require a directory that exists or can be created."""
+    value = selected(cfg, key)
+    text = str(value) if isinstance(value, str | int | float) else ""  # YAML reads 5 as a number
+    require(text != "", f"{key}={shorten(value)}: must be the name of a directory")
+    path = Path(text)
     for place in (path, *path.parents):
         try:
             mode = place.stat().st_mode
         except (FileNotFoundError, NotADirectoryError):
             continue
         except (OSError, ValueError):  # too long, odd characters
-            raise UserError(f"{key}={shorten(ascii(path))}: is no name of a directory") from None
+            raise UserError(f"{key}={shorten(ascii(path))}: is not the name of a directory") from None
         require(stat.S_ISDIR(mode), f"{key}={shorten(path)}: {shorten(place)} is a file: choose another directory")
         break
 
@@ -143,12 +133,8 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _require_kind(key: str, value: Any, valid: bool, kind: str, null: bool) -> None:
-    require(valid or (null and value is None), f"{key}={shorten(value)}: must be {kind}{', or null' if null else ''}")
-
-
 def check_mapping(cfg: DictConfig, *keys: str) -> None:
-    """A group of options."""
+    """Require groups of options."""
     for key in keys:
         value = selected(cfg, key)
         require(
@@ -210,7 +196,7 @@ def _leaves(node: DictConfig | ListConfig, prefix: str, copied: bool) -> Iterato
 
 
 def check_devices(cfg: DictConfig) -> None:
-    """The options of a trainer that say where it runs."""
+    """Check the options of a trainer that choose devices and precision."""
     check_built(cfg, "trainer")
     check_whole(cfg, "trainer.num_nodes", 1, 2**20)
     check_choice(cfg, "trainer.precision", PRECISIONS)
@@ -220,13 +206,10 @@ def check_devices(cfg: DictConfig) -> None:
         devices == "auto" or numbers or (is_whole(devices) and 1 <= devices <= 2**20),
         f"trainer.devices={shorten(devices)}: must be at least 1, a list of device numbers, or auto",
     )
-    check_text(cfg, "trainer.accelerator")
-    if not isinstance(selected(cfg, "trainer.strategy"), str):
-        check_built(cfg, "trainer.strategy")
 
 
 def world_size(devices: Any, num_nodes: int) -> int | None:
-    """Processes of a run, where the configuration alone tells; None if it depends on the machine ("auto")."""
+    """Return the number of processes of a run; None if it depends on the machine ("auto")."""
     if isinstance(devices, int):
         return devices * num_nodes
     if isinstance(devices, Sequence) and not isinstance(devices, str):

@@ -1,4 +1,4 @@
-"""Checks of a sample configuration before anything is built. Imports neither torch nor lightning."""
+"""Checks of a sample configuration before anything is built."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from relay_diffusion.config.checks import (
     check_run_id,
     check_subset,
     check_whole,
+    has_key,
     selected,
-    there,
 )
+from relay_diffusion.config.parts import check_types
 from relay_diffusion.errors import require
 from relay_diffusion.sampling.options import chosen_stages, reference_of
 from relay_diffusion.sampling.seeds import parse_seeds
@@ -36,13 +37,19 @@ def _check_relay(cfg: DictConfig) -> None:
         check_complete(relay.stages[name], prefix=f"{place}.")
         check_built(cfg, place)
         check_file(selected(cfg, f"{place}.path"), f"{place}.path")
-        if there(cfg, f"{place}.weights"):  # load_stage has a default
+        if has_key(cfg, f"{place}.weights"):  # load_stage has a default
             check_choice(cfg, f"{place}.weights", ("ema", "raw"))
         guide, changes = selected(cfg, f"{place}.guide"), selected(cfg, f"{place}.changes")
         if guide is not None:
             check_file(guide, f"{place}.guide")
         if changes is not None:
             check_mapping(cfg, f"{place}.changes")
+        sampler = selected(cfg, f"{place}.sampler")
+        require(
+            sampler is None or (isinstance(sampler, DictConfig) and "_target_" in sampler),
+            f"{place}.sampler={shorten(sampler)}: write sampler@{place}.sampler=CHOICE, or name a class: "
+            f"{place}.sampler={{_target_: CLASS, steps: 10}}",
+        )
     check_subset(cfg, "relay.start_subset")
     check_choice(cfg, "relay.start_exif", ("apply", "ignore"))
     if relay.start is not None:
@@ -69,6 +76,7 @@ def validate_sampling(cfg: DictConfig) -> None:
     check_run_id(selected(cfg, "run_id"))
     check_complete(cfg, besides="relay.stages.")
     check_devices(cfg)
+    check_types(cfg, "trainer")
     check_whole(cfg, "batch_size", 1, 2**24)
     check_whole(cfg, "picture", 0, 10**6)
     drawn = cfg.save_trajectory
@@ -108,12 +116,13 @@ def _check_measuring(cfg: DictConfig) -> None:
         "mode=evaluate compares with a reference, and relay.reference.path is null: give reference=FOLDER, ZIP or NPZ",
     )
     check_file(reference["path"], key)
-    if cfg.reference is None and there(cfg, "relay.reference.subset"):
+    if cfg.reference is None and has_key(cfg, "relay.reference.subset"):
         check_subset(cfg, "relay.reference.subset")
     for key in ("metrics.reference", "metrics.evaluator"):
         check_built(cfg, key)
+        check_types(cfg, key)
     check_directory(cfg, "metrics.reference.cache")
     check_whole(cfg, "metrics.reference.max_features", 0, 10**9)
     check_whole(cfg, "metrics.evaluator.batch_size", 1, 2**24)
-    if there(cfg, "metrics.evaluator.inception.weights") and cfg.metrics.evaluator.inception.weights is not None:
+    if has_key(cfg, "metrics.evaluator.inception.weights") and cfg.metrics.evaluator.inception.weights is not None:
         check_file(cfg.metrics.evaluator.inception.weights, "metrics.evaluator.inception.weights")

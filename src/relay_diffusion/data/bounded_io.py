@@ -1,4 +1,4 @@
-"""Members of archives and files of folders, read within limits: what they claim of their size is not believed."""
+"""Bounded reading of archive members and files, whatever size their headers give."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import IO
 
 MAX_MEMBER = 2**28  # bytes of one image or label file; a larger one is a mistake or hostile
 MAX_TAR_HEADER = 2**20  # bytes of a long name or of other extra headers, which tarfile holds in memory
-PIECE = 2**20  # bytes read at once, so that memory grows with what a file holds, not with what it claims
+PIECE = 2**20  # bytes read at once, so that memory grows with the content of a file, not with the size in its header
 
 
 def read_exactly(stream: IO[bytes], size: int) -> bytearray:
-    """The next `size` bytes, no more memory than there are of them. Raises EOFError if there are fewer."""
+    """Read exactly `size` bytes, in memory that grows with them. Raises EOFError if there are fewer."""
     data = bytearray()
     while len(data) < size:
         piece = stream.read(min(size - len(data), PIECE))
@@ -27,27 +27,27 @@ def read_exactly(stream: IO[bytes], size: int) -> bytearray:
 
 
 def check_size(size: int, most: int = MAX_MEMBER) -> None:
-    """Raise ValueError if a file claims to be larger than `most` bytes."""
+    """Raise ValueError if the size in a header is above `most` bytes."""
     if size > most:
         raise ValueError(f"it claims {size:,} bytes, more than {most:,}")
 
 
 def check_zip_member(info: zipfile.ZipInfo) -> None:
-    """Raise ValueError for what cannot be read within limits: encrypted, or compressed otherwise than by deflate."""
+    """Raise ValueError for a member that is encrypted, or compressed otherwise than by deflate."""
     if info.flag_bits & 0x1:
         raise ValueError("it is encrypted")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         # zipfile inflates what it reads of bzip2 and LZMA as a whole: a few KiB would fill the memory
-        raise ValueError("it is neither stored nor deflated: other ways to compress are not read")
+        raise ValueError("its compression is not supported: use deflate or none")
 
 
 def zip_bytes(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    """One member of a zip; zipfile compares its checksum. Raises ValueError and zipfile's errors."""
+    """Read one member of a zip and check its checksum. Raises ValueError and zipfile's errors."""
     check_zip_member(info)
     check_size(info.file_size)
     with archive.open(info) as stream:
         data = read_exactly(stream, info.file_size)
-        stream.read(1)  # of an empty member the checksum is compared here
+        stream.read(1)  # zipfile checks an empty member here
         return bytes(data)
 
 
@@ -57,11 +57,11 @@ def is_link(info: zipfile.ZipInfo) -> bool:
 
 
 class BoundedTarInfo(tarfile.TarInfo):
-    """Give it to tarfile.open: a header that would fill the memory is an error."""
+    """Tar header of bounded size, for tarfile.open."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> BoundedTarInfo:
-        """One header; tarfile reads what follows a header of no file into memory."""
+        """Parse one header; tarfile reads the content of special headers into memory."""
         info = super().frombuf(buf, encoding, errors)
         if not info.isreg() and info.size > MAX_TAR_HEADER:
             raise tarfile.ReadError(f"a header of {info.size:,} bytes")
@@ -69,7 +69,7 @@ class BoundedTarInfo(tarfile.TarInfo):
 
 
 def tar_bytes(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
-    """One regular file of a tar. Raises ValueError and tarfile's errors."""
+    """Read one regular file of a tar. Raises ValueError and tarfile's errors."""
     check_size(info.size)
     stream = archive.extractfile(info)
     assert stream is not None  # only regular files get here
@@ -77,17 +77,17 @@ def tar_bytes(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
 
 
 def file_bytes(path: Path) -> bytes:
-    """A file of a folder. Raises ValueError for a device or a pipe, which may never end."""
+    """Read a file of a folder. Raises ValueError for a device or a pipe, which may never end."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     check_size(status.st_size)
     return path.read_bytes()
 
 
 def files_below(folder: Path) -> Iterator[str]:
-    """Names of the files in a folder and its sub-folders; links are followed. Raises ValueError for a circle."""
-    # The folders on the way down, by what they are and not by name: a circle may go through any number of links.
+    """Names of the files in a folder and its sub-folders, following links. Raises ValueError for a circle."""
+    # Parent folders by device and inode, not by name: a circle may go through any number of links.
     above = {os.fspath(folder): {_identity(folder)}}
     for root, folders, names in os.walk(folder, followlinks=True):
         way = above.pop(root)

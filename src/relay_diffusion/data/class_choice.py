@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from relay_diffusion.data.labels import read_labels
-from relay_diffusion.data.sources import open_images
+from relay_diffusion.data.sources import open_source
 from relay_diffusion.diffusion.guidance import NO_CLASS
-from relay_diffusion.errors import UserError
+from relay_diffusion.errors import UserError, prefix_errors
 from relay_diffusion.utils.messages import did_you_mean, shorten
 
 AS_REFERENCE = "reference"  # class=reference: each class as often as in the reference
 
 
 def class_indices(chosen: object, num_classes: int, names: Sequence[str]) -> list[int]:
-    """Classes by name or number, one or a list of them; none means all, -1 no class; [-1] without classes.
+    """Resolve classes by name or number, one or a list. None means all, -1 no class; [-1] without classes.
 
     Raises UserError for a class that the model does not know.
     """
@@ -46,16 +46,15 @@ def class_indices(chosen: object, num_classes: int, names: Sequence[str]) -> lis
 
 
 def labels_like_reference(path: str | Path, subset: str, names: Sequence[str], option: str) -> list[int]:
-    """The classes of an image set in an order in which any stretch holds them about as often as all of it.
+    """Class indices of an image set in a fixed random order, so that any part has about the same proportions.
 
-    Always the same order. Raises UserError for a set without classes, or with others than the model's `names`.
+    Raises UserError for a set without classes, or with others than the model's `names`.
     """
-    source = open_images(path, option)
+    source = open_source(path, option)
     labels = read_labels(source)
     if labels is None or (names and labels.class_names != list(names)):
-        there = "has no classes (dataset.json)" if labels is None else "has other classes than the model"
-        raise UserError(f"class={AS_REFERENCE}: {option}={path} {there}: name classes instead")
-    found = [labels.by_name[name] for name in source.names if not subset or name.startswith(f"{subset.strip('/')}/")]
-    if not found:
-        raise UserError(f"class={AS_REFERENCE}: {option}={path} holds nothing in {subset}")
+        problem = "has no classes (dataset.json)" if labels is None else "has other classes than the model"
+        raise UserError(f"class={AS_REFERENCE}: {option}={path} {problem}: name classes instead")
+    with prefix_errors(f"class={AS_REFERENCE}"):
+        found = [labels.by_name[name] for name in source.names_in(subset)]
     return [found[k] for k in np.random.default_rng(0).permutation(len(found))]

@@ -1,4 +1,4 @@
-"""Which folders of a set of images are classes, which are splits, and which only lie around everything."""
+"""Detection of class folders, split folders and folders around everything."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Folders = tuple[str, ...]  # around one image, the outermost first
 class ClassFolders:
     """Classes of images by their folders.
 
-    level: of the class folders, the outermost being 1. wrappers: folders around everything, which the short names lack.
-    splits: the split folders, sorted; none without. class_of, short_names: by the name of each image. nested: classes
+    level: of the class folders, the outermost being 1. wrappers: folders around everything, not in the short names.
+    splits: the split folders, sorted. class_of, short_names: by the name of each image. nested: classes
     whose images all lie in further folders.
     """
 
@@ -37,11 +37,11 @@ class ClassFolders:
 
 
 def find_class_folders(names: Sequence[str], class_level: int | None, where: Callable[[str], str]) -> ClassFolders:
-    """The class folders of images: those at `class_level`, or else the first below wrapping and split folders.
+    """Find the class folders: those at `class_level`, or the first below wrapping and split folders.
 
     A folder wraps if it is the only one at its level and holds folders, but no image. Folders are splits if each at
-    their level has the name of one. where: what messages call an image or folder. Errors: UserError for an image in no
-    class folder, and for folders that can be understood in two ways.
+    their level has the name of one. where: names an image or folder in messages. Errors: UserError for an image in no
+    class folder, and for ambiguous folders.
     """
     folders = {name: tuple(name.split("/")[:-1]) for name in names}
     last = sys.maxsize if class_level is None else class_level - 1

@@ -1,4 +1,4 @@
-"""Make an image zip from a folder, zip or tar (the command is relay_diffusion.cli.convert_images).
+"""Conversion of a folder, zip or tar to an image zip (command: relay_diffusion.cli.convert_images).
 
 One zip at the highest resolution serves every stage: a relay stage ends its forward process at block *means*, so the
 lower stages box-average this zip while they load it (`resolution`). A second zip made with another filter
@@ -21,33 +21,15 @@ from relay_diffusion.data.class_folders import ClassFolders, find_class_folders
 from relay_diffusion.data.decode import FULL_DEPTH, box_average, decode
 from relay_diffusion.data.labels import Labels, read_labels
 from relay_diffusion.data.sources import LABEL_FILE, Source, open_source
-from relay_diffusion.data.zip_writer import ImageZipWriter, encode_png, png_names
+from relay_diffusion.data.zip_writer import encode_png, image_zip, png_names
 from relay_diffusion.errors import UserError, prefix_errors
 from relay_diffusion.utils.files import refuse_existing
 from relay_diffusion.utils.parallel import map_in_order
 from relay_diffusion.utils.progress import progress
 
-
-class Crop(Enum):
-    """How an image becomes square."""
-
-    center = "center"
-    none = "none"
-
-
-class Classes(Enum):
-    """Where class labels come from."""
-
-    folders = "folders"
-    keep = "keep"
-    none = "none"
-
-
-class Exif(Enum):
-    """What is done about the EXIF orientation."""
-
-    apply = "apply"
-    ignore = "ignore"
+Crop = Enum("Crop", ["center", "none"])  # how an image becomes square
+Classes = Enum("Classes", ["folders", "keep", "none"])  # where class labels come from
+Exif = Enum("Exif", ["apply", "ignore"])  # of the orientation
 
 
 @dataclass
@@ -68,9 +50,9 @@ class ConvertOptions:
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion wrote: image count, class names (None without classes), why images were left out.
+    """Result of a conversion: image count, class names (None without classes), errors of the images left out.
 
-    ignored: names of the files that are of other types, by their endings. labels: class index (None without classes) by
+    ignored: names of the files with other suffixes. labels: class index (None without classes) by
     written name. folders: how folders became classes, if they did. turned, exif_damaged: images whose pixels follow
     their EXIF orientation, and whose EXIF block cannot be read. deep_images, bits: 16-bit images, and the bits that
     their brightest sample needs.
@@ -89,7 +71,7 @@ class Converted:
 
 
 class _Encoded(NamedTuple):
-    """A finished image, and what `decode` says of it."""
+    """An encoded image and the facts that `decode` returned."""
 
     png: bytes
     turned: bool
@@ -117,12 +99,12 @@ def fit(image: Image.Image, resolution: int, crop: Crop, where: str) -> Image.Im
 
 
 def convert(options: ConvertOptions) -> Converted:
-    """Write the image zip that `options` describe. Errors: UserError; the destination is as before then."""
+    """Write the image zip that `options` describe. Errors: UserError, which leaves the destination unchanged."""
     if options.resolution < 1:
         raise UserError(f"resolution={options.resolution}: must be at least 1")
     if not 8 <= options.bit_depth <= FULL_DEPTH:
         raise UserError(f"bit_depth={options.bit_depth}: must be 8 to {FULL_DEPTH}")
-    source = open_source(options.source, option="source")
+    source = open_source(options.source, "source", tar=True)
     destination = Path(options.destination).expanduser()
     if destination.exists() and destination.samefile(source.path):
         raise UserError(f"destination={options.destination}: is the source itself; choose another name")
@@ -147,7 +129,7 @@ def convert(options: ConvertOptions) -> Converted:
     bits = 0
     with (
         progress("converting", len(source.names)) as advance,
-        ImageZipWriter(destination, labels.class_names if labels else None) as writer,
+        image_zip(destination, labels.class_names if labels else None) as writer,
     ):
         for name, result in map_in_order(encode, source.items()):
             if isinstance(result, _Encoded):
@@ -183,13 +165,13 @@ def _class_folders(source: Source, options: ConvertOptions) -> ClassFolders | No
     level = options.class_level
     if options.classes is not Classes.folders:
         if level is not None:
-            raise UserError(f"class_level={level}: is for classes=folders, not classes={options.classes.value}")
+            raise UserError(f"class_level={level}: is for classes=folders, not classes={options.classes.name}")
         return None
     if level is not None and level < 1:
         raise UserError(f"class_level={level}: must be at least 1, the outermost folder")
     if read_labels(source) is not None:
         raise UserError(
-            f"classes=folders: {source.path} has labels of its own in {LABEL_FILE}; "
+            f"classes=folders: {source.path} has labels in {LABEL_FILE}; "
             f"classes=keep takes them, classes=none drops them"
         )
     with prefix_errors("classes=folders"):

@@ -1,4 +1,4 @@
-"""Training batches in an order that depends on the seed and the number of images seen, and on nothing else."""
+"""Training batches in an order that depends on the seed and the number of images seen alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, default_collate
+from torch.utils.data import DataLoader, Sampler
 
 from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.errors import UserError
@@ -25,7 +25,7 @@ def micro_batch_size(batch_size: int, world_size: int, accumulate: int = 1) -> i
         works = f"{below} or {above}" if below > 0 else f"{above}"
         raise UserError(
             f"data.batch_size={batch_size} does not divide evenly by {parts} "
-            f"(devices x nodes = {world_size}, data.accumulate = {accumulate}); {works} would work"
+            f"(devices x nodes = {world_size}, trainer.accumulate_grad_batches = {accumulate}); {works} would work"
         )
     return batch_size // parts
 
@@ -38,7 +38,7 @@ class InfiniteSampler(Sampler[list[int]]):
     B = `batch_size`, cut into accumulate x world_size equal slices: micro-batch m of rank r is slice
     m * world_size + r. So the images of a step are the same for any number of devices.
 
-    length: items in the dataset. start: images seen so far, or a function that tells; asked at every `iter`.
+    length: items in the dataset. start: images seen so far, or a function that returns them, called at every `iter`.
     Errors: UserError when B does not divide evenly or the seed is negative.
     """
 
@@ -82,24 +82,19 @@ class InfiniteSampler(Sampler[list[int]]):
 
 
 class ImageDataModule(LightningDataModule):
-    """Endless training batches (uint8 [b, 3, R, R], int64 [b]), b = batch_size / (devices x nodes x accumulate).
+    """Endless training batches (uint8 [b, 3, R, R], int64 [b]) of `batch_size` images per step over all devices.
 
-    batch_size: images per optimizer step over all devices. accumulate: forward passes per optimizer step.
+    b = batch_size / (devices x nodes x accumulate_grad_batches of the Trainer).
     num_workers: decoding processes per device; a dataset in memory needs none. seed: of the order.
     The order continues at `images_seen` of the trained LightningModule, which counts them.
     Errors: UserError when the batch does not divide evenly.
     """
 
-    def __init__(
-        self, dataset: ImageDataset, batch_size: int, accumulate: int = 1, num_workers: int = 2, seed: int = 0
-    ) -> None:
+    def __init__(self, dataset: ImageDataset, batch_size: int, num_workers: int = 2, seed: int = 0) -> None:
         super().__init__()
-        if accumulate < 1:
-            raise UserError(f"data.accumulate={accumulate}: must be at least 1")
         if num_workers < 0:
             raise UserError(f"data.num_workers={num_workers}: must be 0 or more")
-        self.dataset, self.batch_size, self.accumulate = dataset, batch_size, accumulate
-        self.num_workers, self.seed = num_workers, seed
+        self.dataset, self.batch_size, self.num_workers, self.seed = dataset, batch_size, num_workers, seed
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         """The loader of this rank; Lightning must not replace its sampler (Trainer(use_distributed_sampler=False))."""
@@ -113,13 +108,12 @@ class ImageDataModule(LightningDataModule):
             seed=self.seed,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
-            accumulate=self.accumulate,
+            accumulate=trainer.accumulate_grad_batches,
             start=lambda: cast(int, trainer.lightning_module.images_seen),
         )
         return _TrainingLoader(
             self.dataset,
             batch_sampler=sampler,
-            collate_fn=collate,
             num_workers=num_workers,
             worker_init_fn=exit_for_parent_only,
             persistent_workers=num_workers > 0,
@@ -128,22 +122,16 @@ class ImageDataModule(LightningDataModule):
 
 
 class _TrainingLoader(DataLoader[tuple[Tensor, int]]):
-    """A loader whose workers ignore the signals that ask a run to stop.
+    """A loader whose workers ignore the signals that stop a run.
 
     A closed terminal, `timeout` and `scancel` signal every process of a run, and the step that training then finishes
-    still needs its images. Workers inherit a blocked signal, so it cannot reach them while they start either.
+    still needs its images. Workers inherit the blocked signals, so they cannot be stopped while they start either.
     """
 
     def __iter__(self) -> Any:
-        """Start the workers; signals wait for this process meanwhile."""
+        """Start the workers while signals to this process are blocked."""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             return super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def collate(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-    """[(uint8 [3, R, R], label), ...] -> (uint8 [B, 3, R, R], int64 [B])."""
-    images, labels = default_collate(items)
-    return images, labels

@@ -1,31 +1,22 @@
-"""Image zips and folders as a dataset of uint8 tensors; the only conversion between uint8 and [-1, 1]."""
+"""Image zips and folders as a dataset of uint8 tensors."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from relay_diffusion.data.decode import EXIF_APPLIED, box_average
-from relay_diffusion.data.depth import warn_of_unused_range
-from relay_diffusion.data.image_sets import spread
+from relay_diffusion.data.image_sets import ImageFiles, image_tensor, spread
 from relay_diffusion.data.labels import read_labels
-from relay_diffusion.data.sources import open_images
+from relay_diffusion.data.sources import open_source
 from relay_diffusion.diffusion.guidance import NO_CLASS
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.parallel import map_in_order
 from relay_diffusion.utils.progress import progress
-
-
-def _tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
@@ -34,14 +25,14 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     path: an image zip, a folder (searched recursively) of PNG, WebP and JPEG files, or one such file.
     resolution: R; larger images whose side is a multiple of R are box-averaged, others are an error.
     subset: a top-level folder inside `path` ("train"); "" takes everything.
-    labels: read classes from `dataset.json` if it is there.
+    labels: read classes from `dataset.json` if it exists.
     x_flip: indices N..2N-1 are the mirrored images 0..N-1, so mirroring is part of the data order.
     cache: decode everything once, at the first access, and keep it as one uint8 tensor in memory.
-    exif: "apply" turns images as their EXIF orientation says, "ignore" takes the pixels as stored.
+    exif: "apply" turns images by their EXIF orientation, "ignore" does not.
+    option: the user's name of `path`, for messages.
     Attributes: `names` [N] and their `labels` [N]; `class_names` and `num_classes` of the whole set, not of the subset;
     `source_hash`, `path`, `subset`; `turned`, the names of images that this process has turned so far.
-    path_option, resolution_option, subset_option, exif_option: what the user calls these, for messages.
-    Errors: UserError that names the option (data.dataset.path, .subset, .resolution), dataset.json or the image.
+    Errors: UserError that names the option, the argument, dataset.json or the image.
     """
 
     def __init__(
@@ -53,38 +44,24 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         x_flip: bool = False,
         cache: bool = False,
         exif: str = "apply",
-        path_option: str = "data.dataset.path",
-        resolution_option: str = "data.dataset.resolution",
-        subset_option: str = "data.dataset.subset",
-        exif_option: str = "data.dataset.exif",
+        option: str = "data.dataset.path",
     ) -> None:
         self.resolution, self.subset, self.x_flip, self.cache = resolution, subset.strip("/"), x_flip, cache
         if resolution < 1:
-            raise UserError(f"{resolution_option}={resolution}: must be at least 1")
+            raise UserError(f"resolution={resolution}: must be at least 1")
         if exif not in ("apply", "ignore"):
-            raise UserError(f"{exif_option}={exif}: use apply or ignore")
-        self._apply_exif, self.turned = exif == "apply", set[str]()
-        self._resolution_option = resolution_option
-        self._source = open_images(path, option=path_option)
-        self.path = self._source.path
-        self.names = [name for name in self._source.names if self._in_subset(name)]
-        if not self.names:
-            subsets = sorted({name.split("/")[0] for name in self._source.names if "/" in name})
-            there = ", ".join(subsets) if subsets else "none (the images are not in folders)"
-            raise UserError(f"{subset_option}={subset}: not in {path}; subsets there: {there}")
-        found = read_labels(self._source) if labels else None
+            raise UserError(f"exif={exif}: use apply or ignore")
+        source = open_source(path, option)
+        self._files = ImageFiles(source, (resolution, resolution), subset, apply_exif=exif == "apply")
+        self.path, self.names, self.turned = source.path, self._files.names, self._files.turned
+        found = read_labels(source) if labels else None
         self.class_names: list[str] = found.class_names if found else []
         self.labels = [found.by_name[name] if found else NO_CLASS for name in self.names]
         self._cached: Tensor | None = None
-        self._decode(self.names[0])  # a wrong resolution shows here, before anything is built
-        warn_of_unused_range(self._source, self.names)
-
-    def _in_subset(self, name: str) -> bool:
-        return not self.subset or name.startswith(f"{self.subset}/")
 
     @property
     def num_classes(self) -> int:
-        """Number of classes; 0 when there are no labels."""
+        """Number of classes; 0 without labels."""
         return len(self.class_names)
 
     @cached_property
@@ -93,11 +70,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
         Cheap for a zip (its directory has a checksum of every file); a folder is read once.
         """
-        exif = EXIF_APPLIED if self._apply_exif else ""
-        digest = hashlib.sha256(f"{self.subset}\n{self.resolution}\n{exif}".encode())
-        for name in self.names:
-            digest.update(f"{name}\n{self._source.fingerprint(name)}\n".encode())
-        return digest.hexdigest()
+        return self._files.digest(f"{self.subset}\n{self.resolution}\n")
 
     def __len__(self) -> int:
         return len(self.names) * (2 if self.x_flip else 1)
@@ -133,26 +106,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return [self._decode(self.names[position]) for position in positions]
 
     def _decode(self, name: str) -> Tensor:
-        decoded = self._source.decoded(name, self._apply_exif)
-        if decoded.turned:
-            self.turned.add(name)
-        return _tensor(self._fit(decoded.image, name))
-
-    def _fit(self, image: Image.Image, name: str) -> Image.Image:
-        width, height = image.size
-        if width == height and width % self.resolution == 0:
-            return box_average(image, width // self.resolution)
-        problem = (
-            "it is not square"
-            if width != height
-            else "it is too small"
-            if width < self.resolution
-            else "its side is not a multiple of the resolution"
-        )
-        raise UserError(
-            f"{self._resolution_option}={self.resolution}: {self._source.where(name)} is {width}x{height}; {problem}. "
-            f"`python -m relay_diffusion.cli.convert_images` crops and resizes"
-        )
+        return image_tensor(self._files.image(name))
 
 
 def spread_images(dataset: ImageDataset, numbers: Sequence[int], count: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""How image bytes become RGB pixels. Free of torch, so that the command line tools start quickly."""
+"""Decoding of images to RGB, with their EXIF orientation. Free of torch, so that command line tools start quickly."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from relay_diffusion.data.exif import TURNS, hide_jpeg_exif, orientation
 from relay_diffusion.errors import UserError
+from relay_diffusion.utils.messages import one_line
 
 IMAGE_FORMATS = ("PNG", "WEBP", "JPEG")
 OPENERS: dict[bytes, Callable[[BytesIO], ImageFile]] = {
@@ -24,9 +24,23 @@ OPENERS: dict[bytes, Callable[[BytesIO], ImageFile]] = {
     b"RIFF": WebPImageFile,
     b"\xff\xd8\xff": JpegImageFile,
 }
-EXIF_APPLIED = "exif\n"  # in hashes of sets whose images are turned: their pixels may differ from those stored
+EXIF_APPLIED = "exif\n"  # in hashes of sets that apply EXIF: their pixels may differ from those in the files
 FULL_DEPTH = 16  # bits that a 16-bit sample has unless bit_depth says fewer
 UNUSED_BITS = 2  # a set of 16-bit images that needs these fewer uses a quarter of its range or less
+ORIENTATION = 0x0112
+SHORT, LONG = 3, 4  # TIFF types
+APP1 = 0xE1  # JPEG marker of the segment that holds EXIF
+END_OF_HEADERS = (b"", b"\xff", b"\xd9", b"\xda")  # after a 0xff: nothing, padding, end of image, start of scan
+PREFIX = b"Exif\0\0"
+TURNS = {  # orientation: operation that turns the pixels upright (EXIF 2.32, table 6)
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class Decoded(NamedTuple):
@@ -46,14 +60,14 @@ def decode(data: bytes, where: str, apply_exif: bool = True, bit_depth: int = FU
     counts as none. bit_depth: bits that 16-bit samples use; their highest 8 are kept. Errors: UserError for anything
     else, damage, more than Image.MAX_IMAGE_PIXELS pixels, and 16-bit samples above 2^bit_depth - 1.
     """
-    data, exif = hide_jpeg_exif(data)
+    data, exif = _hide_jpeg_exif(data)
     try:
         with _open(data, where) as image:
             deep = image.format == "PNG" and data[24] == FULL_DEPTH
             if image.format == "PNG":
                 _check_png(data, image)
             image.load()
-            exif = exif or _exif_block(image)
+            block = exif or image.info.get("exif")
             bits = _bits(image) if deep else 0
             rgb = _rgb(_rescaled(data, image, bit_depth, where) if deep and bit_depth < FULL_DEPTH else image)
     except UserError:
@@ -61,9 +75,9 @@ def decode(data: bytes, where: str, apply_exif: bool = True, bit_depth: int = FU
     except UnidentifiedImageError as error:
         raise UserError(f"{where} is not a {', '.join(IMAGE_FORMATS)} image") from error
     except Exception as error:  # foreign bytes: decoders raise many types, and all mean this to the user
-        raise UserError(f"{where} cannot be decoded: {' '.join(str(error).split())}") from error
+        raise UserError(f"{where} cannot be decoded: {one_line(error)}") from error
     rgb.info.clear()  # a copy that is written must not carry an orientation that is applied already
-    turn, damaged = _turn(exif) if apply_exif else (None, False)
+    turn, damaged = _turn(block) if apply_exif else (None, False)
     return Decoded(rgb if turn is None else rgb.transpose(turn), turn is not None, damaged, bits)
 
 
@@ -76,21 +90,53 @@ def dark_warning(what: str, bits: int, bit_depth: int, where: str = "") -> str:
 
 
 def decode_rgb(data: bytes, where: str) -> Image.Image:
-    """The image of `decode` with its default options."""
+    """Decode an image with the default options of `decode`."""
     return decode(data, where).image
 
 
-def _exif_block(image: Image.Image) -> bytes:
-    block = image.info.get("exif")
-    return block if isinstance(block, bytes) else b""
-
-
-def _turn(exif: bytes) -> tuple[Image.Transpose | None, bool]:
-    """What brings the pixels upright, and whether the block is damaged."""
+def _turn(exif: object) -> tuple[Image.Transpose | None, bool]:
+    """The operation that turns the pixels upright, and whether the block is damaged."""
     try:
-        return TURNS.get(orientation(exif)) if exif else None, False
+        # a compressed text chunk of a PNG may be called exif too
+        return TURNS.get(_orientation(exif)) if exif and isinstance(exif, bytes) else None, False
     except ValueError:
         return None, True
+
+
+def _orientation(block: bytes) -> int:
+    """Orientation 1..8 in an EXIF block, 1 without one. Raises ValueError for a damaged block.
+
+    Pillow's reader warns of damaged blocks through the process-wide filters, which threads cannot change safely.
+    """
+    tiff = block.removeprefix(PREFIX)
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None:
+        raise ValueError("no TIFF header")
+    try:
+        (start,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (entries,) = struct.unpack_from(f"{order}H", tiff, start)
+        for at in range(start + 2, start + 2 + 12 * entries, 12):
+            tag, kind, count = struct.unpack_from(f"{order}HHI", tiff, at)
+            if tag == ORIENTATION:
+                if kind not in (SHORT, LONG) or count != 1:
+                    raise ValueError("the orientation is not a number")
+                (value,) = struct.unpack_from(f"{order}{'H' if kind == SHORT else 'I'}", tiff, at + 8)
+                return value if value in TURNS else 1
+    except struct.error as error:
+        raise ValueError("cut short") from error
+    return 1
+
+
+def _hide_jpeg_exif(data: bytes) -> tuple[bytes, bytes]:
+    """Return a JPEG with its EXIF segments renamed, and the first EXIF block; other bytes are returned unchanged."""
+    renamed, block, at = bytearray(), b"", 2
+    while data.startswith(b"\xff\xd8") and data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] not in END_OF_HEADERS:
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4])
+        if data[at + 1] == APP1 and data.startswith(PREFIX, at + 4, end):
+            block, renamed = block or data[at + 4 : end], renamed or bytearray(data)
+            renamed[at + 4 : at + 8] = b"none"  # Pillow reads the block for the resolution, and warns of damage
+        at = end
+    return bytes(renamed or data), block
 
 
 def _bits(image: Image.Image) -> int:
@@ -125,7 +171,7 @@ def _open(data: bytes, where: str) -> ImageFile:
     opener = next((opener for start, opener in OPENERS.items() if data.startswith(start)), None)
     try:
         image = opener(BytesIO(data)) if opener is not None else None
-    except (SyntaxError, IndexError, TypeError, struct.error):  # how plugins say that it is not theirs
+    except (SyntaxError, IndexError, TypeError, struct.error):  # plugins raise these for other formats
         image = None
     if image is None:
         raise UnidentifiedImageError
@@ -136,11 +182,11 @@ def _open(data: bytes, where: str) -> ImageFile:
 
 
 def _check_png(data: bytes, image: Image.Image) -> None:
-    """Raise ValueError for a PNG that Pillow would read otherwise than it was written."""
+    """Raise ValueError for a PNG that Pillow would misread."""
     if data[24] == 16 and "transparency" in image.info:  # Pillow compares the colour with 8-bit samples
         raise ValueError("a transparent colour of 16 bits is not read; save it with 8 bits or an alpha channel")
     content, at, kind = memoryview(data), 8, b""
-    while kind != b"IEND":  # checksums: Pillow leaves out those of the pixels
+    while kind != b"IEND":  # Pillow does not check the checksums of the pixels
         end = at + 8 + int.from_bytes(content[at : at + 4])
         kind = bytes(content[at + 4 : at + 8])
         if zlib.crc32(content[at + 4 : end]) != int.from_bytes(content[end : end + 4]) or end + 4 > len(data):

@@ -1,37 +1,40 @@
-"""Finished sets of images to measure or to compare with: a folder, an image zip, or an .npz of ADM samples.
+"""Image sets to evaluate or to compare with: a folder, an image zip, or an .npz of ADM samples.
 
-Everything streams: no set is ever held in memory.
+Images are streamed: no set is held in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from PIL import Image
 from torch import Tensor
 
-from relay_diffusion.data.decode import EXIF_APPLIED, box_average
-from relay_diffusion.data.depth import warn_of_unused_range
+from relay_diffusion.data.decode import EXIF_APPLIED, FULL_DEPTH, UNUSED_BITS, box_average, dark_warning
 from relay_diffusion.data.npz import Npz
-from relay_diffusion.data.sources import ImageSource, existing_path, open_images
+from relay_diffusion.data.sources import CONVERTER, Source, existing_path, open_source
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.parallel import map_in_order
 
-IMAGES_KEY = "arr_0"  # what numpy.savez calls its first array: ADM's samples are written so
-MAX_PIXELS = 2**27  # of one image; a file that claims more is damaged or hostile
+IMAGES_KEY = "arr_0"  # numpy.savez names its first array so, and ADM writes its samples so
+INSPECTED = 16  # images of a set, evenly over it, whose 16-bit range is measured
+MAX_PIXELS = 2**27  # of one image; a header with more is damaged or hostile
 
 
 class ImageSet(ABC):
     """Images of one size in a fixed order.
 
-    kind: "folder", "zip", "file" or "npz". names [N]: what messages and files call the images. resolution: (H, W).
-    averaging: the factors by which the images read so far were box-averaged; 1: as stored.
+    kind: "folder", "zip", "file" or "npz". names [N]: of the images, in messages and files. resolution: (H, W).
+    averaging: the factors by which the images read so far were box-averaged; 1: not at all.
     """
 
     kind: str
@@ -66,7 +69,7 @@ class ImageSet(ABC):
             previous = index
         batch: list[Tensor] = []
         for image in self._images(wanted):
-            batch.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous())
+            batch.append(image_tensor(image))
             if len(batch) == batch_size:
                 yield torch.stack(batch)
                 batch = []
@@ -74,47 +77,60 @@ class ImageSet(ABC):
             yield torch.stack(batch)
 
 
-class PictureSet(ImageSet):
-    """Image files, turned as their EXIF orientation says, see `open_image_set`."""
+class ImageFiles(ImageSet):
+    """Images of a folder or a zip, or one file; several threads may read them.
 
-    def __init__(self, source: ImageSource, option: str, resolution: tuple[int, int] | None, subset: str) -> None:
+    resolution: (H, W); images of a multiple of it are box-averaged. None: that of the first image, and all must have
+    it. subset: a folder inside. apply_exif: turn images by their EXIF orientation.
+    turned: names of the images that this process has turned. Errors: UserError naming the option and the image.
+    """
+
+    def __init__(
+        self, source: Source, resolution: tuple[int, int] | None = None, subset: str = "", apply_exif: bool = True
+    ) -> None:
         super().__init__()
-        self.kind = source.kind
-        self.path, self._source, self._option, self._subset = source.path, source, option, subset.strip("/")
-        self.names = [name for name in source.names if not self._subset or name.startswith(f"{self._subset}/")]
-        if not self.names:
-            raise UserError(f"{option}={source.path}: no images in its folder subset={subset!r}")
-        first = self._decode(self.names[0])
+        self.kind, self.path, self.names = source.kind, source.path, source.names_in(subset)
+        self.turned: set[str] = set()
+        self._source, self._subset, self._apply_exif = source, subset.strip("/"), apply_exif
         self._reduces = resolution is not None
-        self.resolution = resolution or (first.height, first.width)
-        self._fit(first, self.names[0])  # a wrong resolution shows here, before anything is built
-        warn_of_unused_range(source, self.names)
+        if resolution is None:
+            first = source.decoded(self.names[0], apply_exif).image
+            resolution = (first.height, first.width)
+        self.resolution = resolution
+        self.image(self.names[0])  # a wrong resolution fails before anything is built
+        _warn_of_unused_range(source, self.names)
 
     @cached_property
     def source_hash(self) -> str:
         """Hex digest: of the directory of a zip; a folder is read once."""
-        lines = (f"{name}\n{self._source.fingerprint(name)}\n" for name in self.names)
-        return _digest(self.resolution, [f"{self._subset}\n", EXIF_APPLIED, *lines])
+        return self.digest("{}x{}\n".format(*self.resolution) + f"{self._subset}\n")
 
-    def _decode(self, name: str) -> Image.Image:
-        return self._source.decoded(name).image
+    def digest(self, header: str) -> str:
+        """Hex digest of a header, the use of EXIF, and the names and contents of the images."""
+        exif = EXIF_APPLIED if self._apply_exif else ""
+        return _digest([header, exif, *(f"{name}\n{self._source.fingerprint(name)}\n" for name in self.names)])
 
-    def _fit(self, image: Image.Image, name: str) -> Image.Image:
+    def image(self, name: str) -> Image.Image:
+        """One image at the resolution."""
+        decoded = self._source.decoded(name, self._apply_exif)
+        if decoded.turned:
+            self.turned.add(name)
+        image = decoded.image
         factor = _factor((image.height, image.width), self.resolution) if self._reduces else 1
         if factor is None or (image.height // factor, image.width // factor) != self.resolution:
             height, width = self.resolution
             wanted = (
-                f"it must be {width}x{height} or a whole multiple"
+                f"it must be {width}x{height} or a whole multiple; {CONVERTER} crops and resizes"
                 if self._reduces
                 else f"{self.names[0]!r} is {width}x{height}, and all images must have one size"
             )
-            raise UserError(f"{self._option}: {self._source.where(name)} is {image.width}x{image.height}; {wanted}")
+            where = self._source.where(name)
+            raise UserError(f"{self._source.option}: {where} is {image.width}x{image.height}; {wanted}")
         self.averaging.add(factor)
         return box_average(image, factor)
 
     def _images(self, indices: Sequence[int]) -> Iterator[Image.Image]:
-        read: Callable[[str], Image.Image] = lambda name: self._fit(self._decode(name), name)  # noqa: E731
-        return map_in_order(read, (self.names[index] for index in indices))
+        return map_in_order(self.image, (self.names[index] for index in indices))
 
 
 class ArraySet(ImageSet):
@@ -150,7 +166,7 @@ class ArraySet(ImageSet):
     @cached_property
     def source_hash(self) -> str:
         """Hex digest of the archive's directory."""
-        return _digest(self.resolution, [self._npz.fingerprint()])
+        return _digest(["{}x{}\n".format(*self.resolution), self._npz.fingerprint()])
 
     def _images(self, indices: Sequence[int]) -> Iterator[Image.Image]:
         for row in self._npz.rows(IMAGES_KEY, indices):
@@ -158,16 +174,34 @@ class ArraySet(ImageSet):
 
 
 def _factor(size: tuple[int, int], target: tuple[int, int]) -> int | None:
-    """How many times larger a size is than the target, None if it is no whole multiple."""
+    """Return the whole factor from the target to a size, None if it is not a multiple."""
     factor = size[0] // target[0]
     return factor if factor and size == (target[0] * factor, target[1] * factor) else None
 
 
-def _digest(resolution: tuple[int, int], lines: Iterable[str]) -> str:
-    digest = hashlib.sha256(f"{resolution[0]}x{resolution[1]}\n".encode())
+def _digest(lines: Iterable[str]) -> str:
+    digest = hashlib.sha256()
     for line in lines:
         digest.update(line.encode())
     return digest.hexdigest()
+
+
+@rank_zero_only
+def _warn_of_unused_range(source: Source, names: Sequence[str]) -> None:
+    """Print a warning if the images have 16 bits and use less than a quarter of that range; decodes a few of them."""
+    with suppress(UserError):  # a damaged image is reported where it is used
+        if not source.decoded(names[0]).bits:
+            return
+        chosen = names[:: -(-len(names) // INSPECTED)]
+        bits = max(decoded.bits for decoded in map_in_order(source.decoded, chosen))
+        if bits <= FULL_DEPTH - UNUSED_BITS:
+            what = f"{source.option}={source.path}: 16-bit images"
+            print(dark_warning(what, bits, FULL_DEPTH, f"{CONVERTER} with "), file=sys.stderr, flush=True)
+
+
+def image_tensor(image: Image.Image) -> Tensor:
+    """Convert an RGB image to uint8 [3,H,W]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def spread(count: int, size: int) -> list[int]:
@@ -192,4 +226,4 @@ def open_image_set(
     inside = [name for name in ("images.zip", "images") if (expanded / name).exists()]
     if inside and (expanded / "settings.json").is_file():  # beside them lie pictures of other sizes
         raise UserError(f"{option}={path}: is the directory of a run of sample.py; use {option}={expanded / inside[0]}")
-    return PictureSet(open_images(expanded, option), option, resolution, subset)
+    return ImageFiles(open_source(expanded, option), resolution, subset)

@@ -6,8 +6,9 @@ import json
 import reprlib
 from dataclasses import dataclass
 
-from relay_diffusion.data.sources import LABEL_FILE, Source, one_line
+from relay_diffusion.data.sources import LABEL_FILE, Source
 from relay_diffusion.errors import UserError
+from relay_diffusion.utils.messages import one_line
 
 MAX_CLASSES = 1_000_000  # a larger label is a mistake, and would fill the memory with names
 

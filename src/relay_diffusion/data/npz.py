@@ -1,4 +1,4 @@
-"""An .npz of anyone's, read without believing it."""
+"""Reading of untrusted .npz files, and writing of ADM samples."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from torch import Tensor
 from relay_diffusion.data.bounded_io import check_size, check_zip_member, read_exactly
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.files import atomic_write
+from relay_diffusion.utils.messages import one_line
 
 MAX_ARRAY = 2**30  # bytes of one array of statistics or features, which are held in memory
 
 
 class ArrayHeader(NamedTuple):
-    """What the header of an .npy claims."""
+    """Header of an .npy."""
 
     shape: tuple[int, ...]
     fortran_order: bool
@@ -28,10 +29,10 @@ class ArrayHeader(NamedTuple):
 
 
 class Npz:
-    """An .npz whose arrays are read one at a time, and of which nothing is believed or unpickled.
+    """An untrusted .npz whose arrays are read one at a time, without unpickling.
 
-    Errors: UserError, one line with the option and the file, for a file that is no .npz, is damaged or cut short, or
-    whose arrays are not of the announced size.
+    Errors: UserError, one line with the option and the file, for a file that is not an .npz, is damaged or cut short,
+    or whose arrays do not have the size in their header.
     """
 
     def __init__(self, path: Path, option: str) -> None:
@@ -48,11 +49,10 @@ class Npz:
         except UserError:
             raise
         except Exception as error:  # foreign bytes: zipfile, zlib and numpy raise a dozen types
-            text = " ".join(str(error).split())
-            raise UserError(f"{self.where}: {problem} ({text or type(error).__name__})") from error
+            raise UserError(f"{self.where}: {problem} ({one_line(error)})") from error
 
     def fingerprint(self) -> str:
-        """Identifies the content by the archive's directory, which has a checksum of every array; reads nothing."""
+        """Checksum and size of every array in the archive's directory; reads nothing else."""
         lines = (f"{key} {self._infos[key].CRC:08x} {self._infos[key].file_size}" for key in sorted(self.keys))
         return "\n".join(lines)
 
@@ -74,7 +74,7 @@ class Npz:
             return header
 
     def read(self, key: str) -> np.ndarray:
-        """One whole array of numbers or text; look at its header first."""
+        """Read a whole array of numbers or text; check its header first."""
         with self._readable(f"{key!r} cannot be read"), self._open(key) as (header, stream):
             if header.dtype.hasobject:
                 raise ValueError("it holds pickled objects")
@@ -84,7 +84,7 @@ class Npz:
             return np.ascontiguousarray(array).reshape(header.shape)  # a scalar would become one-dimensional
 
     def rows(self, key: str, indices: Iterable[int]) -> Iterator[np.ndarray]:
-        """Rows array[i] of a C-ordered array, for ascending indices; what lies between them is skipped."""
+        """Rows array[i] of a C-ordered array, for ascending indices; others are skipped."""
         with self._readable(f"{key!r} cannot be read"), self._open(key) as (header, stream):
             shape, at = header.shape[1:], 0
             size = int(np.prod(shape)) * header.dtype.itemsize
@@ -103,13 +103,13 @@ def write_adm_samples(
 ) -> None:
     """Write uint8 batches [B,3,H,W] as `arr_0`, uint8 [count,H,W,3], and class indices as `arr_1`, int64 [count].
 
-    The file appears whole or not at all, and no more than a batch is in memory. Raises ValueError unless just `count`
-    images of size `resolution` (H, W) come, with as many labels.
+    The write is atomic, and no more than a batch is in memory. Raises ValueError unless there are exactly `count`
+    images of size `resolution` (H, W) and as many labels.
     """
     if labels is not None and len(labels) != count:
         raise ValueError(f"{len(labels)} labels for {count} images")
     with atomic_write(Path(path)) as file, zipfile.ZipFile(file, "w") as archive:
-        # The size must be known to be large before it is: force_zip64 allows for it.
+        # zipfile must know beforehand that a member may be large: force_zip64.
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, *resolution, 3)}
             np.lib.format.write_array_header_1_0(member, header)
@@ -121,7 +121,7 @@ def write_adm_samples(
                 written += len(pixels)
                 member.write(pixels.tobytes())
         if written != count:
-            raise ValueError(f"{written} images came where {count} were announced")
+            raise ValueError(f"{written} images, expected {count}")
         if labels is not None:
             with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
                 np.lib.format.write_array(member, np.asarray(labels, np.int64), allow_pickle=False)

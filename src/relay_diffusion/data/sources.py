@@ -1,4 +1,4 @@
-"""Where image bytes and class labels come from: a folder, a zip, a tar or one file, always read in memory.
+"""Image files and class labels of a folder, a zip, a tar or one file, always read in memory.
 
 Free of torch, so that the command line tools start quickly.
 """
@@ -19,46 +19,61 @@ from typing import NoReturn
 from relay_diffusion.data.bounded_io import BoundedTarInfo, file_bytes, files_below, is_link, tar_bytes, zip_bytes
 from relay_diffusion.data.decode import Decoded, decode
 from relay_diffusion.errors import UserError
+from relay_diffusion.utils.messages import one_line
 
 IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 LABEL_FILE = "dataset.json"
-HIDDEN_FILES = ("Thumbs.db", "desktop.ini")  # of Windows, which marks them otherwise than by a dot
-REMEDY = "leave it out, or convert with skip_bad=true (python -m relay_diffusion.cli.convert_images)"
+HIDDEN_FILES = ("Thumbs.db", "desktop.ini")  # Windows hides them by an attribute, not by a dot
+CONVERTER = "`python -m relay_diffusion.cli.convert_images`"
 
 
 class Source(ABC):
-    """Image files under one path: `names` in reading order, '/'-separated, hidden files left out.
+    """Image files under one path: `names` in reading order, '/'-separated, without hidden files.
 
-    `option` is what the user calls this path ("data.dataset.path"); error messages begin with it.
-    Errors: UserError when a name is absolute, climbs with '..', is no UTF-8 or comes twice; when there is no image.
+    `option` is the user's name of this path ("data.dataset.path"); error messages begin with it.
+    Errors: UserError when a name is absolute, climbs with '..', is not UTF-8 or occurs twice; when there is no image.
     """
+
+    kind: str
 
     def __init__(self, path: Path, option: str, members: Iterable[str]) -> None:
         self.path, self.option = path, option
-        self.members: dict[str, str] = {}  # tidy name -> name as stored
-        for stored in members:
-            if stored.startswith(("/", "\\")) or re.match("[A-Za-z]:", stored) or ".." in re.split(r"[/\\]", stored):
-                raise UserError(f"{option}={path}: the member name {stored!r} is absolute or leaves the archive")
-            parts = PurePosixPath(stored).parts
+        self.members: dict[str, str] = {}  # normalized name -> name in the archive
+        for member in members:
+            if member.startswith(("/", "\\")) or re.match("[A-Za-z]:", member) or ".." in re.split(r"[/\\]", member):
+                raise UserError(f"{option}={path}: the member name {member!r} is absolute or leaves the archive")
+            parts = PurePosixPath(member).parts
             name = "/".join(parts)
             if not parts or any(part.startswith(".") or part == "__MACOSX" for part in parts):
                 continue
-            if not _is_utf8(name):
+            if name.encode(errors="ignore").decode() != name:  # bytes that are not UTF-8 are read as surrogates
                 raise UserError(f"{option}={path}: the name {name!r} is not UTF-8: rename it")
             if name in self.members:
                 raise UserError(f"{option}={path}: holds {name!r} twice")
-            self.members[name] = stored
+            self.members[name] = member
         self.names = [name for name in self.members if name.lower().endswith(IMAGE_SUFFIXES)]
         if not self.names:
             raise UserError(f"{option}={path}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
 
+    def names_in(self, subset: str) -> list[str]:
+        """Names of the images in a folder; "" selects all. Errors: UserError if there are none."""
+        folder = subset.strip("/")
+        names = [name for name in self.names if not folder or name.startswith(f"{folder}/")]
+        if not names:
+            folders = ", ".join(sorted({name.split("/")[0] for name in self.names if "/" in name}))
+            available = folders or "none (the images are not in folders)"
+            raise UserError(
+                f"{self.option}={self.path}: no images in its folder subset={subset!r}; available: {available}"
+            )
+        return names
+
     def ignored(self) -> list[str]:
-        """Names of the files that are neither images nor labels, by their endings."""
+        """Names of the files that are neither images nor labels, by their suffixes."""
         known = {*self.names, LABEL_FILE}
         return [name for name in self.members if name not in known and name.rpartition("/")[2] not in HIDDEN_FILES]
 
     def where(self, name: str) -> str:
-        """What to call a member in a message."""
+        """Name a member in a message."""
         return f"{name!r} in {self.path}"
 
     def read(self, name: str) -> bytes:
@@ -69,20 +84,25 @@ class Source(ABC):
             raise self._unreadable(name, error) from error
 
     def decoded(self, name: str, apply_exif: bool = True) -> Decoded:
-        """One image as 8-bit RGB. Errors: UserError that names the option, the image and what to do."""
+        """One image as 8-bit RGB. Errors: UserError that names the option, the image and the remedy."""
         try:
             return decode(self.read(name), self.where(name), apply_exif)
         except UserError as error:
-            raise UserError(f"{self.option}: {error}: {REMEDY}") from error
+            remedy = "leave it out, or convert with skip_bad=true (python -m relay_diffusion.cli.convert_images)"
+            raise UserError(f"{self.option}: {error}: {remedy}") from error
+
+    def fingerprint(self, name: str) -> str:
+        """Hex digest of the content of one image; reads it."""
+        return hashlib.sha256(self.read(name)).hexdigest()
 
     def _unreadable(self, name: str, error: Exception) -> UserError:
         return UserError(f"{self.where(name)} cannot be read: {one_line(error)}")
 
     @abstractmethod
-    def _read(self, stored: str) -> bytes: ...
+    def _read(self, member: str) -> bytes: ...
 
     def items(self) -> Iterator[tuple[str, Callable[[], bytes]]]:
-        """(name, function that reads its bytes) for every image, in reading order."""
+        """(name, function that reads its bytes) of every image, in reading order."""
         for name in self.names:
             yield name, partial(self.read, name)
 
@@ -99,16 +119,12 @@ class FolderSource(Source):
             raise UserError(f"{option}={path}: {one_line(error)}") from None
         super().__init__(path, option, files)
 
-    def _read(self, stored: str) -> bytes:
-        return file_bytes(self.path / stored)
-
-    def fingerprint(self, name: str) -> str:
-        """Identifies the content of one image; reads it."""
-        return hashlib.sha256(self.read(name)).hexdigest()
+    def _read(self, member: str) -> bytes:
+        return file_bytes(self.path / member)
 
 
 class FileSource(Source):
-    """One image file, named as it is without its folder."""
+    """One image file; its name is that of the file without the folder."""
 
     kind = "file"
 
@@ -116,21 +132,17 @@ class FileSource(Source):
         super().__init__(path, option, [path.name])
 
     def where(self, name: str) -> str:  # noqa: ARG002
-        """What to call the image in a message."""
+        """Name the image in a message."""
         return repr(str(self.path))
 
-    def _read(self, stored: str) -> bytes:  # noqa: ARG002
+    def _read(self, member: str) -> bytes:  # noqa: ARG002
         return file_bytes(self.path)
-
-    def fingerprint(self, name: str) -> str:
-        """Identifies the content of the image; reads it."""
-        return hashlib.sha256(self.read(name)).hexdigest()
 
 
 class ZipSource(Source):
-    """Images in a zip, sorted by name; safe to read from forked or spawned workers and from threads.
+    """Images in a zip, sorted by name, without symbolic links.
 
-    Symbolic links in it are left out.
+    Forked and spawned workers and threads can read from it.
     """
 
     kind = "zip"
@@ -144,7 +156,7 @@ class ZipSource(Source):
         except Exception as error:  # foreign bytes: zipfile raises many types
             raise UserError(
                 f"{option}={path}: not a zip, or cut short ({one_line(error)}); "
-                f"`python -m relay_diffusion.cli.convert_images` makes one from a folder, tar or zip"
+                f"{CONVERTER} makes one from a folder, tar or zip"
             ) from error
         super().__init__(path, option, members)
 
@@ -159,18 +171,20 @@ class ZipSource(Source):
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_handle": None}
 
-    def _read(self, stored: str) -> bytes:
+    def _read(self, member: str) -> bytes:
         archive = self._archive()
-        return zip_bytes(archive, archive.getinfo(stored))
+        return zip_bytes(archive, archive.getinfo(member))
 
     def fingerprint(self, name: str) -> str:
-        """Identifies the content of one image by the archive's directory; reads nothing else."""
+        """Checksum and size of one image in the archive's directory; reads nothing else."""
         info = self._archive().getinfo(self.members[name])
         return f"{info.CRC:08x} {info.file_size}"
 
 
 class TarSource(Source):
-    """Images in a tar (plain or compressed), in the archive's order; links inside it are left out."""
+    """Images in a tar (plain or compressed), in the archive's order, without links."""
+
+    kind = "tar"
 
     def __init__(self, path: Path, option: str) -> None:
         try:
@@ -185,21 +199,21 @@ class TarSource(Source):
     def _opened(path: Path) -> tarfile.TarFile:
         return tarfile.open(path, tarinfo=BoundedTarInfo)
 
-    def _read(self, stored: str) -> bytes:
+    def _read(self, member: str) -> bytes:
         with self._opened(self.path) as archive:
-            return tar_bytes(archive, archive.getmember(stored))
+            return tar_bytes(archive, archive.getmember(member))
 
     def items(self) -> Iterator[tuple[str, Callable[[], bytes]]]:
         # One pass: a compressed tar cannot seek.
-        tidy = {self.members[name]: name for name in self.names}
+        names = {self.members[name]: name for name in self.names}
         with self._opened(self.path) as archive:
             for info in archive:
-                name = tidy.pop(info.name, None) if info.isfile() else None
+                name = names.pop(info.name, None) if info.isfile() else None
                 if name is not None:
                     yield name, self._content(archive, info, name)
 
     def _content(self, archive: tarfile.TarFile, info: tarfile.TarInfo, name: str) -> Callable[[], bytes]:
-        """A function that returns what is read now, or raises why it cannot be."""
+        """Read a member now; the function returns its bytes or raises the error."""
         try:
             return partial(bytes, tar_bytes(archive, info))
         except Exception as error:  # as in `read`
@@ -210,53 +224,28 @@ def _raise(error: UserError) -> NoReturn:
     raise error
 
 
-def one_line(error: Exception) -> str:
-    """What a foreign error says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _is_utf8(name: str) -> bool:
-    """Whether a name can be written as UTF-8; bytes that could not be read as it are kept as surrogates."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def existing_path(path: str | Path, option: str) -> Path:
-    """The path with ~ expanded. Errors: UserError naming `option` when nothing is there."""
+    """The path with ~ expanded. Errors: UserError naming `option` if it does not exist."""
     try:
         expanded = Path(path).expanduser()
-        there = expanded.exists()
+        exists = expanded.exists()
     except (OSError, ValueError, RuntimeError) as error:  # too long; odd characters; no such user
-        raise UserError(f"{option}={path}: cannot be looked for ({one_line(error)})") from None
-    if not there:
+        raise UserError(f"{option}={path}: is not a valid path ({one_line(error)})") from None
+    if not exists:
         raise UserError(f"{option}={path}: no such file or folder")
     return expanded
 
 
-ImageSource = FolderSource | ZipSource | FileSource
-"""What images are read from by name, in any order."""
+def open_source(path: str | Path, option: str, tar: bool = False) -> Source:
+    """Open a folder, an image zip, one image file or, with `tar`, a tar. Errors: UserError naming `option`.
 
-
-def open_images(path: str | Path, option: str) -> ImageSource:
-    """Open a folder, an image zip or one image file. Errors: UserError naming `option` when it is none of them."""
+    The content tells archives apart. A tar can be read quickly only in its own order.
+    """
     expanded = existing_path(path, option)
     if expanded.is_dir():
         return FolderSource(expanded, option)
-    if _is_image_file(expanded):
+    if zipfile.is_zipfile(expanded):
+        return ZipSource(expanded, option)
+    if expanded.suffix.lower() in IMAGE_SUFFIXES and expanded.is_file():
         return FileSource(expanded, option)
-    return ZipSource(expanded, option)
-
-
-def open_source(path: str | Path, option: str) -> Source:
-    """Open a folder, zip, tar or image file; archives are told apart by content. Errors: UserError naming `option`."""
-    expanded = existing_path(path, option)
-    if expanded.is_dir() or zipfile.is_zipfile(expanded) or _is_image_file(expanded):
-        return open_images(expanded, option)
-    return TarSource(expanded, option)
-
-
-def _is_image_file(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not zipfile.is_zipfile(path)
+    return TarSource(expanded, option) if tar else ZipSource(expanded, option)

@@ -101,11 +101,18 @@ class Augmentation:
         anisotropy_axis_aligned: float = 0.5,
         translation: float = 1 / 8,
     ) -> None:
-        if not 0 <= probability <= 1 or not 0 <= anisotropy_axis_aligned <= 1:
-            raise ValueError("need 0 <= probability <= 1 and 0 <= anisotropy_axis_aligned <= 1")
-        # at these limits a transformation would do nothing, but its labels would say that it did something
-        if not (1 < scale_base < math.inf and 1 < anisotropy_base < math.inf and 0 < translation < math.inf):
-            raise ValueError("need scale_base > 1, anisotropy_base > 1 and translation > 0, all finite")
+        for name, value in (("probability", probability), ("anisotropy_axis_aligned", anisotropy_axis_aligned)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}={value}: must lie between 0 and 1")
+        # at these limits a transformation changes nothing, but its labels are not 0
+        limits = (
+            ("scale_base", scale_base, 1),
+            ("anisotropy_base", anisotropy_base, 1),
+            ("translation", translation, 0),
+        )
+        for name, value, limit in limits:
+            if not limit < value < math.inf:
+                raise ValueError(f"{name}={value}: must be above {limit} and finite")
         self.probability, self.x_flip = probability, x_flip
         self.scale_base, self.anisotropy_base = scale_base, anisotropy_base
         self.anisotropy_axis_aligned, self.translation = anisotropy_axis_aligned, translation

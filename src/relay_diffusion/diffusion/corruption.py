@@ -125,9 +125,12 @@ class BlurringCorruption:
         block_strength: float = 0.15,
     ) -> None:
         if block < 2:
-            raise ValueError(f"block is {block}: a relay stage enlarges its input at least twice")
-        if not (0 <= blur_sigma_max < math.inf and 0 <= min_gain <= 1 and 0 <= block_strength < math.inf):
-            raise ValueError("need blur_sigma_max >= 0, 0 <= min_gain <= 1 and block_strength >= 0, all finite")
+            raise ValueError(f"block={block}: a relay stage enlarges its input at least twice")
+        for name, value in (("blur_sigma_max", blur_sigma_max), ("block_strength", block_strength)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value}: must be at least 0 and finite")
+        if not 0 <= min_gain <= 1:
+            raise ValueError(f"min_gain={min_gain}: must lie between 0 and 1")
         self.schedule, self.block = schedule, block
         self.blur_sigma_max, self.min_gain = blur_sigma_max, min_gain
         self.block_strength = block_strength
@@ -208,10 +211,12 @@ class ConditionedCorruption(GaussianCorruption):
     ) -> None:
         super().__init__(schedule)
         if block < 2:
-            raise ValueError(f"block is {block}: a cascade's later stage enlarges its input at least twice")
+            raise ValueError(f"block={block}: a cascade's later stage enlarges its input at least twice")
+        if not 0 <= condition_noise_max < math.inf:
+            raise ValueError(f"condition_noise_max={condition_noise_max}: must be at least 0 and finite")
         if not 0 <= condition_noise <= condition_noise_max:
             raise ValueError(
-                f"condition_noise={condition_noise} must lie between 0 and condition_noise_max={condition_noise_max}, "
+                f"condition_noise={condition_noise}: must lie between 0 and condition_noise_max={condition_noise_max}, "
                 "the most that is seen in training"
             )
         self.block = block

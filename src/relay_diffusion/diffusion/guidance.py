@@ -36,14 +36,14 @@ def check_label_tensor(labels: Tensor | None, count: int) -> None:
 def check_guidance(scale: float, interval: Sequence[float] | None) -> None:
     """Raise ValueError unless `scale` is a number, and `interval` None or [lowest sigma, highest sigma]."""
     if not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise ValueError(f"guidance_scale is {scale!r}: give a number")
+        raise ValueError(f"guidance_scale={scale!r}: must be a finite number")
     if interval is not None and not (
         isinstance(interval, Sequence)
         and len(interval) == 2
         and all(isinstance(sigma, int | float) for sigma in interval)
         and 0 <= interval[0] <= interval[1]
     ):
-        raise ValueError(f"guidance_interval is {interval}: give [lowest sigma, highest sigma]")
+        raise ValueError(f"guidance_interval={interval}: must be [lowest sigma, highest sigma], or null")
 
 
 class ClassifierFreeGuidance:

@@ -19,6 +19,10 @@ class DenoisingLoss:
     """
 
     def __init__(self, sigma_data: float = 0.5, max_weight: float = math.inf) -> None:
+        if not 0 < sigma_data < math.inf:
+            raise ValueError(f"sigma_data={sigma_data}: must be positive and finite")
+        if not max_weight >= 0:
+            raise ValueError(f"max_weight={max_weight}: must be at least 0")
         self.sigma_data, self.max_weight = sigma_data, max_weight
 
     def weight(self, sigma: Tensor) -> Tensor:

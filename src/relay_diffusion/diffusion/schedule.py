@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+MAX_LOG_SIGMA = 100  # float32 overflows beyond exp(88)
 MAX_STEPS = 100_000  # of a sampler: more would only fill the memory
 
 
@@ -20,8 +21,10 @@ class LogNormal:
     level_floor: float = 0.0  # the smallest level in training
 
     def __init__(self, p_mean: float = -1.2, p_std: float = 1.2) -> None:
-        if not 0 < p_std < math.inf or not math.isfinite(p_mean):
-            raise ValueError(f"p_mean={p_mean}, p_std={p_std}: need numbers, and p_std > 0")
+        if not abs(p_mean) <= MAX_LOG_SIGMA:
+            raise ValueError(f"p_mean={p_mean}: must lie between -{MAX_LOG_SIGMA} and {MAX_LOG_SIGMA}")
+        if not 0 < p_std <= MAX_LOG_SIGMA:
+            raise ValueError(f"p_std={p_std}: must be above 0 and at most {MAX_LOG_SIGMA}")
         self.p_mean, self.p_std = float(p_mean), float(p_std)
 
     def sigma(self, level: Tensor) -> Tensor:
@@ -56,13 +59,16 @@ class TruncatedLogNormal(LogNormal):
     ) -> None:
         super().__init__(p_mean, p_std)
         if not 0 < prob_length < math.inf:
-            raise ValueError(f"prob_length is {prob_length}, must be positive")
+            raise ValueError(f"prob_length={prob_length}: must be positive and finite")
         if not 0 < sigma_floor < math.inf:
-            raise ValueError(f"sigma_floor is {sigma_floor}, must be positive")
+            raise ValueError(f"sigma_floor={sigma_floor}: must be positive and finite")
         self.prob_length = float(prob_length)
         below = 0.5 * (1 + math.erf((math.log(sigma_floor) - p_mean) / p_std / math.sqrt(2)))
         if below >= min(self.prob_length, 1.0):
-            raise ValueError(f"sigma_floor is {sigma_floor}: there is no noise above it, lower it or raise prob_length")
+            raise ValueError(
+                f"sigma_floor={sigma_floor}: no noise level of p_mean={p_mean}, p_std={p_std} lies above it; lower it "
+                "or raise prob_length"
+            )
         self.level_floor = below * self.prob_length
 
     def draw(self, size: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -75,7 +81,7 @@ class TruncatedLogNormal(LogNormal):
         Raises ValueError if prob_length is above 1: sampling may use such a schedule, training has no such noise.
         """
         if self.prob_length > 1:
-            raise ValueError(f"prob_length is {self.prob_length}: a schedule for training needs at most 1")
+            raise ValueError(f"prob_length={self.prob_length}: a schedule for training needs at most 1")
         return self.sigma(uniform.clamp(min=self.level_floor))
 
 
@@ -86,14 +92,15 @@ def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float) ->
     Raises ValueError unless steps is whole and 1 to MAX_STEPS, rho > 0 and 0 < sigma_min < sigma_max, all finite.
     """
     if not isinstance(steps, int):
-        raise ValueError(f"steps is {steps!r}: must be a whole number")
-    if steps > MAX_STEPS:
-        raise ValueError(f"steps is {steps:,}: at most {MAX_STEPS:,}")
-    if steps < 1 or not 0 < rho < math.inf or not 0 < sigma_min < sigma_max < math.inf:
-        raise ValueError(
-            f"steps={steps}, sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho}: "
-            "need steps >= 1, rho > 0 and 0 < sigma_min < sigma_max"
-        )
+        raise ValueError(f"steps={steps!r}: must be a whole number")
+    if not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps={steps}: must lie between 1 and {MAX_STEPS:,}")
+    for name, value in (("rho", rho), ("sigma_min", sigma_min), ("sigma_max", sigma_max)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}={value}: must be positive and finite")
+    if sigma_min >= sigma_max:
+        raise ValueError(f"sigma_min={sigma_min}: must be below sigma_max={sigma_max}")
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu")
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return (high + ramp * (low - high)) ** rho
+    sigmas: Tensor = (high + ramp * (low - high)) ** rho
+    return sigmas

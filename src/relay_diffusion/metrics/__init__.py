@@ -1,29 +1,30 @@
-"""Measures of generated images: Inception features, distances to a reference set, and the published protocols."""
+"""Metrics of generated images: Inception features, distances to a reference set, published protocols."""
 
-from relay_diffusion.metrics.base import Measure
+from relay_diffusion.metrics.base import FeatureMetric, ImageMetric
 from relay_diffusion.metrics.evaluator import Evaluator
-from relay_diffusion.metrics.frechet import FIDMeasure, FrechetDistance, SFIDMeasure
+from relay_diffusion.metrics.frechet import FIDMetric, FrechetDistance, SFIDMetric
 from relay_diffusion.metrics.inception import Inception, InceptionFeatures
-from relay_diffusion.metrics.inception_score import InceptionScore, InceptionScoreMeasure
-from relay_diffusion.metrics.kid import KIDMeasure
-from relay_diffusion.metrics.precision_recall import PrecisionRecallMeasure
-from relay_diffusion.metrics.protocol import EvaluationProtocol
+from relay_diffusion.metrics.inception_score import InceptionScore, InceptionScoreMetric
+from relay_diffusion.metrics.kid import KIDMetric
+from relay_diffusion.metrics.precision_recall import PrecisionRecallMetric
+from relay_diffusion.metrics.protocol import Protocol
 from relay_diffusion.metrics.reference import Reference
 from relay_diffusion.metrics.reference_source import ReferenceSource
 
 __all__ = [
-    "EvaluationProtocol",
     "Evaluator",
-    "FIDMeasure",
+    "FIDMetric",
+    "FeatureMetric",
     "FrechetDistance",
+    "ImageMetric",
     "Inception",
     "InceptionFeatures",
     "InceptionScore",
-    "InceptionScoreMeasure",
-    "KIDMeasure",
-    "Measure",
-    "PrecisionRecallMeasure",
+    "InceptionScoreMetric",
+    "KIDMetric",
+    "PrecisionRecallMetric",
+    "Protocol",
     "Reference",
     "ReferenceSource",
-    "SFIDMeasure",
+    "SFIDMetric",
 ]

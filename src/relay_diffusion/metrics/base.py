@@ -1,4 +1,4 @@
-"""What every measure of generated images has in common."""
+"""Base classes of the metrics of generated images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Module
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
@@ -16,11 +15,12 @@ from relay_diffusion.metrics.inception import Inception, InceptionFeatures
 from relay_diffusion.metrics.reference import Reference
 
 
-class Measure(nn.Module, ABC):
-    """One way to say how good generated images are; `Evaluator` feeds it the Inception features of each of them once.
+class ImageMetric(nn.Module, ABC):
+    """Metric of generated images, computed from the Inception features that `Evaluator` passes to it.
 
-    names: the keys of what `compute` gives. keeps_features: it needs the pool features of all generated images at
-    the end; `Evaluator` keeps them once for all measures. Its metrics are torchmetrics, which sum over the ranks.
+    names: keys of the result of `compute`. keeps_features: `compute` needs the pool features of all generated images,
+    which `Evaluator` keeps once for all metrics. Accumulate in torchmetrics, which sum over ranks and which `Evaluator`
+    resets.
     """
 
     names: ClassVar[tuple[str, ...]]
@@ -28,68 +28,92 @@ class Measure(nn.Module, ABC):
 
     @abstractmethod
     def prepare(self, reference: Reference, inception: Inception) -> str | None:
-        """Get ready to compare with `reference`; else one line that says why it cannot be measured."""
+        """Prepare to compare with `reference`, or return in one line why this metric cannot be computed."""
 
     def update(self, features: InceptionFeatures, positions: Tensor) -> None:
-        """Add generated images; positions [B] (int64) are their places in the ordered list of all of them."""
+        """Add generated images; positions [B] (int64) are their indices in the ordered list of all of them."""
 
     @abstractmethod
     def compute(self, features: Tensor) -> dict[str, float]:
-        """The numbers over all ranks, on every rank; UserError where there are too few images.
+        """Return the numbers over all ranks, on every rank; raise UserError for too few images.
 
-        features: pool features [N,D] of all generated images in order, if it keeps_features.
+        features: pool features [N,D] of all generated images in order, if keeps_features.
         """
 
     def warnings(self, images: int) -> list[str]:  # noqa: ARG002
-        """One line for each limit of the numbers of so many generated images."""
+        """Return one line for each limitation of the numbers of this many generated images."""
         return []
 
-    def reset(self) -> None:
-        """Forget the generated images; the reference stays."""
-        for module in self.modules():
-            if isinstance(module, Metric):
-                module.reset()
-
     def describe(self) -> dict[str, Any]:
-        """The settings that its numbers depend on."""
+        """Return the settings that the numbers depend on."""
         return {}
 
 
-class ExactMetric(Metric):
-    """A metric whose states follow its module to another device but keep their dtype; on mps they stay on the CPU.
+class FeatureMetric(ImageMetric):
+    """Metric that compares the pool features of all generated images with those that the reference keeps.
 
-    A trainer with precision "bf16-true" converts every module it holds, and mps has no float64.
+    min_images: smallest number of reference images.
+    """
+
+    keeps_features = True
+    min_images: int
+
+    def prepare(self, reference: Reference, inception: Inception) -> str | None:  # noqa: ARG002
+        """Require features of at least min_images reference images."""
+        if reference.features is None:
+            return f"the reference {reference.path} holds statistics only, no images"
+        if len(reference.features) < self.min_images:
+            return f"needs {self.min_images} reference images, and {reference.path} has {len(reference.features)}"
+        self.real = reference.features
+        return None
+
+
+class ExactMetric(Metric):
+    """torchmetrics Metric whose states keep their dtype on every device; on mps they stay on the CPU.
+
+    A program that converts its modules to bfloat16 would otherwise convert the states, and mps has no float64.
     """
 
     full_state_update = False
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Module:
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
         device = fn(torch.empty(0, device=self.device)).device
         device = torch.device("cpu") if device.type == "mps" else device
         return super()._apply(lambda tensor: tensor.to(device), exclude_state)
 
 
-class FeatureBank(ExactMetric):
-    """Features [N,D] of all ranks in the order of their positions, in the dtype they came in (float32: 8 KB an image).
+class ImageStore(ExactMetric):
+    """Positions of the images of all ranks (8 bytes an image), and their features [N,D] if `keeps_features`.
 
-    In one order the results do not depend on batches and ranks. A rank without images needs an update with [0,D].
+    The order of the features depends on neither batches nor ranks; they keep their dtype (float32: 8 KB an image). A
+    rank without images needs an update with [0,D].
     """
 
-    rows: list[Tensor]
     positions: list[Tensor]
+    features: list[Tensor]
 
-    def __init__(self) -> None:
+    def __init__(self, keeps_features: bool) -> None:
         super().__init__()
-        self.add_state("rows", default=[], dist_reduce_fx="cat")
+        self.keeps_features = keeps_features
         self.add_state("positions", default=[], dist_reduce_fx="cat")
+        if keeps_features:
+            self.add_state("features", default=[], dist_reduce_fx="cat")
 
     def update(self, features: Tensor, positions: Tensor) -> None:
-        """Keep features [B,D] at positions [B] of the ordered list of all images."""
-        for kept, new in ((self.rows, features.detach()), (self.positions, positions)):
-            # A copy: a slice would keep alive all that it is a slice of.
-            kept.append(new.to(self.device).clone(memory_format=torch.contiguous_format))
+        """Add features [B,D] at positions [B] of the ordered list of all images."""
+        # Copies: a slice would keep the whole tensor alive.
+        self.positions.append(positions.to(self.device).clone())
+        if self.keeps_features:
+            copy = features.detach().to(self.device).clone(memory_format=torch.contiguous_format)
+            self.features.append(copy)
 
-    def compute(self) -> Tensor:
-        """All of them [N,D], in order."""
-        rows = dim_zero_cat(self.rows)
-        return rows[torch.argsort(dim_zero_cat(self.positions))]
+    def compute(self) -> tuple[int, Tensor]:
+        """Return the number of images N and the features [N,D] in order, or [0,0] if they are not kept.
+
+        Raises ValueError unless the positions are 0..N-1, each once.
+        """
+        positions, order = dim_zero_cat(self.positions).sort()
+        count = len(positions)
+        if not torch.equal(positions, torch.arange(count, device=positions.device)):
+            raise ValueError(f"the positions of {count} images are not 0..{count - 1}, each once")
+        return count, dim_zero_cat(self.features)[order] if self.keeps_features else torch.empty(0, 0)

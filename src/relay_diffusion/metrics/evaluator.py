@@ -1,4 +1,4 @@
-"""Evaluation of generated images: any number of measures from one Inception pass per image."""
+"""Evaluate generated images: any number of metrics from one Inception pass per image."""
 
 from __future__ import annotations
 
@@ -7,45 +7,51 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.utilities.data import dim_zero_cat
+from torchmetrics import Metric
 
 from relay_diffusion.errors import UserError
-from relay_diffusion.metrics.base import ExactMetric, FeatureBank, Measure
+from relay_diffusion.metrics.base import ImageMetric, ImageStore
 from relay_diffusion.metrics.inception import Inception
-from relay_diffusion.metrics.protocol import EvaluationProtocol
+from relay_diffusion.metrics.protocol import Protocol
 from relay_diffusion.metrics.reference import Reference
 from relay_diffusion.metrics.reference_source import ReferenceSource
 
 
 class Evaluator(nn.Module):
-    """Compare generated uint8 images [B,3,H,W] with a reference; `measures` are by name.
+    """Compare generated uint8 images [B,3,H,W] with a reference; `metrics` by name.
 
     reference: loaded, or a source that `prepare` loads with Inception batches of `batch_size`. On several ranks each
-    one updates with its own images; `compute` then answers for all of them, on every rank, and independently of the
-    number of ranks, the batches and their order. `skipped`: by name, why a measure has no number. `warnings`: the
-    limits of the numbers, one line each.
+    one updates with its own images; `compute` then returns the numbers of all of them, on every rank, and independently
+    of the number of ranks, the batches and their order. `skipped`: by name, why a metric has no number. `warnings`:
+    limitations of the numbers, one line each. Raises UserError for a setting that contradicts the protocol, ValueError
+    for two metrics of one name.
     """
 
     def __init__(
         self,
         inception: Inception,
         reference: Reference | ReferenceSource,
-        measures: Mapping[str, Measure],
-        protocol: EvaluationProtocol | None = None,
+        metrics: Mapping[str, ImageMetric],
+        protocol: Protocol | None = None,
         batch_size: int = 64,
     ) -> None:
         super().__init__()
         self.inception, self.protocol, self.batch_size = inception, protocol, batch_size
+        self._by_name, self._modules_by_name = dict(metrics), nn.ModuleList(metrics.values())
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"two metrics have the same name: {', '.join(self.names)}")
+        if protocol is not None:
+            for name, metric in metrics.items():
+                protocol.check(metric.describe(), f"metrics.evaluator.metrics.{name}")
+        self._store = ImageStore(any(metric.keeps_features for metric in metrics.values()))
         self.source = reference if isinstance(reference, ReferenceSource) else None
-        self._given = dict(measures)
         if isinstance(reference, Reference):
             self._compare_with(reference)
 
     def prepare(self, device: torch.device, rank: int = 0, barrier: Callable[[], object] = lambda: None) -> None:
         """Load the reference and move to `device`; collective.
 
-        Rank 0 computes what the cache lacks, and the other ranks read it after the barrier. Raises UserError for a
-        setting that contradicts the protocol, ValueError for two measures of one number.
+        Rank 0 computes what the cache lacks, and the other ranks read it after the barrier.
         """
         assert self.source is not None, "the reference is loaded"
         self.inception.to(device)
@@ -58,77 +64,57 @@ class Evaluator(nn.Module):
 
     def _compare_with(self, reference: Reference) -> None:
         self.reference = reference
-        if len(set(self.names)) < len(self.names):
-            raise ValueError(f"two measures give the same number: {', '.join(self.names)}")
-        self._unprepared: dict[str, str] = {}
-        ready: dict[str, Measure] = {}
-        for name, measure in self._given.items():
-            if self.protocol is not None:
-                self.protocol.check(measure.describe(), f"metrics.evaluator.measures.{name}")
-            reason = measure.prepare(reference, self.inception)
-            if reason is None:
-                ready[name] = measure
-            else:
-                self._unprepared[name] = reason
-        self.skipped = dict(self._unprepared)
-        self.warnings: list[str] = []
-        self._ready = list(ready)
-        self._measures = nn.ModuleList(ready.values())  # not a ModuleDict: its keys could not be any name
-        self._count = _Positions()
-        self._bank = FeatureBank() if any(measure.keeps_features for measure in ready.values()) else None
+        reasons = {name: metric.prepare(reference, self.inception) for name, metric in self._by_name.items()}
+        self._unavailable = {name: reason for name, reason in reasons.items() if reason is not None}
+        self.skipped, self.warnings = dict(self._unavailable), list[str]()
 
     @property
     def names(self) -> list[str]:
-        """Return the keys of the numbers of all measures."""
-        return [key for measure in self._given.values() for key in measure.names]
+        """Return the keys of the numbers of all metrics."""
+        return [key for metric in self._by_name.values() for key in metric.names]
 
     @property
-    def measures(self) -> dict[str, Measure]:
-        """Return the measures that the reference and Inception suffice for."""
-        return dict(zip(self._ready, self._measures, strict=True))  # type: ignore[arg-type]
+    def metrics(self) -> dict[str, ImageMetric]:
+        """Return the metrics that the reference and the Inception weights allow."""
+        return {name: metric for name, metric in self._by_name.items() if name not in self._unavailable}
 
     def update(self, images: Tensor, positions: Tensor) -> None:
-        """Add generated images; positions [B] (int64) are their places in the ordered list of all of them.
+        """Add generated images; positions [B] (int64) are their indices in the ordered list of all of them.
 
         Over all ranks the positions must be 0..N-1, each once.
         """
         if positions.shape != images.shape[:1] or positions.dtype != torch.int64:
             raise ValueError(f"{len(images)} images need as many int64 positions, not {list(positions.shape)}")
         features = self.inception(images)
-        for measure in self.measures.values():
-            measure.update(features, positions)
-        if self._bank is not None:
-            self._bank.update(features.pool, positions)
-        self._count.update(positions)
+        for metric in self.metrics.values():
+            metric.update(features, positions)
+        self._store.update(features.pool, positions)
 
     def compute(self) -> dict[str, float | int]:
-        """The numbers of every measure and "images", over all ranks; each rank must call it, also one without images.
+        """Return the numbers of every metric and "images", over all ranks; collective.
 
-        A measure that needs more images than there are goes to `skipped`. Raises ValueError if positions are missing
-        or come twice.
+        A metric that needs more images is added to `skipped`. Raises ValueError if positions are missing or repeated.
         """
-        device = self._count.device
-        # So that a rank without images has states of the right shapes, and takes part in every sum.
-        self.update(torch.zeros(0, 3, 32, 32, dtype=torch.uint8, device=device), torch.zeros(0, dtype=torch.int64))
-        images = self._count.compute()
-        features = self._bank.compute() if self._bank is not None else torch.empty(0, 0)
-        self.skipped = dict(self._unprepared)
+        # A rank without images gets states of the right shapes, and takes part in every sum.
+        nothing = torch.zeros(0, 3, 32, 32, dtype=torch.uint8, device=self._store.device)
+        self.update(nothing, torch.zeros(0, dtype=torch.int64))
+        images, features = self._store.compute()
+        self.skipped, self.warnings = dict(self._unavailable), []
         results: dict[str, float | int] = {}
-        for name, measure in self.measures.items():
+        for name, metric in self.metrics.items():
             try:
-                results |= measure.compute(features)
+                results |= metric.compute(features)
+                self.warnings += metric.warnings(images)
             except UserError as error:
                 self.skipped[name] = str(error)
-        measured = [measure for name, measure in self.measures.items() if name not in self.skipped]
-        self.warnings = [line for measure in measured for line in measure.warnings(images)]
         return results | {"images": images}
 
     def reset(self) -> None:
-        """Forget the generated images; the reference stays."""
-        self.skipped, self.warnings = dict(self._unprepared), []
-        for part in (*self.measures.values(), self._count, self._bank):
-            if part is not None:
-                part.reset()
+        """Remove the generated images; the reference stays."""
+        self.skipped, self.warnings = dict(self._unavailable), []
+        for module in self.modules():
+            if isinstance(module, Metric):
+                module.reset()
 
     def reference_warnings(self, resolution: tuple[int, int]) -> list[str]:
         """Return one line for each way in which the reference differs from images [height, width]."""
@@ -151,28 +137,8 @@ class Evaluator(nn.Module):
         """Return how the numbers are obtained."""
         return {
             "protocol": self.protocol.describe() if self.protocol is not None else None,
-            "measures": {name: measure.describe() for name, measure in self.measures.items()},
+            "metrics": {name: metric.describe() for name, metric in self.metrics.items()},
             "skipped": dict(self.skipped),
             "inception_sha256": self.inception.weights_hash,
             "reference": self.reference.describe(),
         }
-
-
-class _Positions(ExactMetric):
-    """Counts the images and proves that each was counted once: 8 bytes an image."""
-
-    positions: list[Tensor]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("positions", default=[], dist_reduce_fx="cat")
-
-    def update(self, positions: Tensor) -> None:
-        self.positions.append(positions.to(self.device).clone())
-
-    def compute(self) -> int:
-        found = dim_zero_cat(self.positions).sort().values
-        count = len(found)
-        if not torch.equal(found, torch.arange(count, device=found.device)):
-            raise ValueError(f"the positions of {count} images are not 0..{count - 1}, each once")
-        return count

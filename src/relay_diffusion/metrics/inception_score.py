@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics.utilities.data import dim_zero_cat
 
 from relay_diffusion.errors import UserError
-from relay_diffusion.metrics.base import ExactMetric, Measure
+from relay_diffusion.metrics.base import ExactMetric, ImageMetric
 from relay_diffusion.metrics.inception import Inception, InceptionFeatures
 from relay_diffusion.metrics.reference import Reference
 
@@ -17,9 +17,9 @@ from relay_diffusion.metrics.reference import Reference
 class InceptionScore(ExactMetric):
     """Mean over splits of exp(mean KL(p(y|x) || p(y))); a split is `split_size` consecutive images.
 
-    Only sums are kept, one row of K + 2 float64 numbers a split: sum of p [K], sum of p log p, number of images, for
+    Only sums are kept, one row of K + 2 float64 numbers per split: sum of p [K], sum of p log p, number of images, for
     mean KL = mean(sum_k p log p) - sum_k mean(p) log mean(p). As in ADM's evaluator the last split may be smaller and
-    counts as much as the others.
+    has the same weight as the others.
     """
 
     higher_is_better = True
@@ -30,16 +30,16 @@ class InceptionScore(ExactMetric):
     def __init__(self, split_size: int = 5000) -> None:
         super().__init__()
         if split_size < 1:
-            raise UserError(f"split_size={split_size}: a split of the Inception Score has at least one image")
+            raise UserError(f"split_size={split_size}: must be at least 1 image")
         self.split_size = split_size
         self.add_state("splits", default=[], dist_reduce_fx="cat")
         self.add_state("sums", default=[], dist_reduce_fx="cat")
 
     def update(self, logits: Tensor, real: bool = False, positions: Tensor | None = None) -> None:
-        """Add class logits [N,K] of generated images; real images do not count.
+        """Add class logits [N,K] of generated images; real images are ignored.
 
-        positions [N]: places in the ordered list of all images, which decide the split whatever the order of arrival.
-        None: the images follow those before them, which is right on one process only.
+        positions [N]: indices in the ordered list of all images, which determine the splits in any order of updates.
+        None: the images follow the previous ones, which is valid on one process only.
         """
         if real:
             return
@@ -55,7 +55,7 @@ class InceptionScore(ExactMetric):
         self.splits, self.sums = [merged], [sums]
 
     def compute(self) -> Tensor:
-        """The score over all ranks, a float64 scalar; UserError without any image."""
+        """Return the score over all ranks, a float64 scalar; raise UserError without images."""
         if not sum(len(part) for part in self.sums):
             raise UserError("the Inception Score needs at least one generated image")
         _, sums = _merge(dim_zero_cat(self.splits), dim_zero_cat(self.sums))
@@ -70,7 +70,7 @@ def _merge(splits: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     return found, sums.new_zeros(len(found), sums.shape[1]).index_add_(0, group, sums)
 
 
-class InceptionScoreMeasure(Measure):
+class InceptionScoreMetric(ImageMetric):
     """The Inception Score in ordered splits, 5,000 images each as in the ADM evaluator."""
 
     names = ("inception_score",)
@@ -80,7 +80,7 @@ class InceptionScoreMeasure(Measure):
         self.score = InceptionScore(split_size)
 
     def prepare(self, reference: Reference, inception: Inception) -> str | None:  # noqa: ARG002
-        """The Inception weights must have a class layer."""
+        """Require a class layer in the Inception weights."""
         if not inception.has_classes:
             return (
                 "these Inception weights have no class layer; "
@@ -90,13 +90,13 @@ class InceptionScoreMeasure(Measure):
 
     def update(self, features: InceptionFeatures, positions: Tensor) -> None:
         """Add generated images."""
-        assert features.logits is not None, "prepare has seen to it"
+        assert features.logits is not None, "checked in prepare"
         self.score.update(features.logits, positions=positions)
 
     def compute(self, features: Tensor) -> dict[str, float]:  # noqa: ARG002
-        """{"inception_score"}."""
+        """Return {"inception_score"}; raise UserError without images."""
         return {"inception_score": float(self.score.compute())}
 
     def describe(self) -> dict[str, Any]:
-        """The size of a split."""
+        """Return the size of a split."""
         return {"split_size": self.score.split_size}

@@ -1,4 +1,4 @@
-"""KID: the kernel distance of pooled Inception features (Bińkowski et al., arXiv 1801.01401)."""
+"""Kernel Inception Distance of pooled features (Bińkowski et al., arXiv 1801.01401)."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import torch
 from torch import Tensor
 
 from relay_diffusion.errors import UserError
-from relay_diffusion.metrics.base import Measure
-from relay_diffusion.metrics.inception import Inception
-from relay_diffusion.metrics.reference import Reference
+from relay_diffusion.metrics.base import FeatureMetric
 
 BLOCK_ELEMENTS = 2**24  # of the kernel matrix at once: 128 MiB
 
 
 def kernel_distance(real: Tensor, fake: Tensor) -> Tensor:
-    """Unbiased estimate of the squared maximum mean discrepancy of features [M,D] and [N,D], a float64 scalar.
+    """Unbiased estimate of the squared maximum mean discrepancy (MMD).
 
-    With k(x, y) = (x.y / D + 1)^3: mean of k over pairs of different real images, plus that over pairs of different
-    generated ones, minus twice the mean over all mixed pairs. Every image counts, so there are no random subsets and
-    one answer. An unbiased estimate of a small number may be below 0: that of a set with itself is
-    -2/N (mean k(x, x) - mean k(x, y)). Raises UserError for fewer than 2 images on a side.
+    Features [M,D] and [N,D] -> float64 scalar. With k(x, y) = (x.y / D + 1)^3: mean of k over pairs of different real
+    images, plus that over pairs of different generated ones, minus twice the mean over all mixed pairs. All images are
+    used instead of random subsets, so the result is deterministic. An unbiased estimate of a small number may be
+    negative: that of a set with itself is -2/N (mean k(x, x) - mean k(x, y)). Raises UserError for fewer than 2 images
+    on a side.
     """
     for name, features in (("real", real), ("generated", fake)):
         if len(features) < 2:
@@ -28,7 +27,7 @@ def kernel_distance(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def _mean_of_pairs(x: Tensor) -> Tensor:
-    own = (x.double().square().mean(1) + 1).pow(3).sum()  # k(x, x), which the unbiased estimate leaves out
+    own = (x.double().square().mean(1) + 1).pow(3).sum()  # k(x, x), which the unbiased estimate excludes
     return (_sum(x, x) - own) / (len(x) * (len(x) - 1))
 
 
@@ -39,24 +38,15 @@ def _sum(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([(block @ columns + 1).pow(3).sum() for block in rows]).sum()
 
 
-class KIDMeasure(Measure):
+class KIDMetric(FeatureMetric):
     """Kernel Inception Distance between all generated images and all features that the reference keeps.
 
-    The plain value, which papers often give a thousandfold; deterministic, see `kernel_distance`.
+    Not multiplied by 1000, as in many papers; deterministic, see `kernel_distance`.
     """
 
     names = ("kid",)
-    keeps_features = True
-
-    def prepare(self, reference: Reference, inception: Inception) -> str | None:  # noqa: ARG002
-        """The reference must hold features of at least 2 images."""
-        if reference.features is None:
-            return f"the reference {reference.path} holds statistics only, no images"
-        if len(reference.features) < 2:
-            return f"the reference {reference.path} has fewer than 2 images"
-        self.real = reference.features
-        return None
+    min_images = 2
 
     def compute(self, features: Tensor) -> dict[str, float]:
-        """{"kid"}; UserError for fewer than 2 generated images."""
+        """Return {"kid"}; raise UserError for fewer than 2 generated images."""
         return {"kid": float(kernel_distance(self.real.to(features.device), features))}

@@ -1,8 +1,8 @@
 """Nearest neighbours in large sets of points, from blockwise float64 matrix products.
 
 |q - p|^2 = |q|^2 + |p|^2 - 2 q.p is fast, but loses the digits of points that lie close together far from the origin.
-It is computed in float64, which TF32 settings do not change. `squared_radii` and `covered` subtract the sets' common
-mean, bound the error, and settle what the bound leaves open by differences, which are exactly 0 for equal points.
+It is computed in float64, which TF32 settings do not affect. `squared_radii` and `covered` subtract the sets' common
+mean, bound the error, and decide cases within the bound by differences, which are exactly 0 for equal points.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 
 BLOCK_ELEMENTS = 2**24  # of a block's float64 matrices: 128 MiB
 BLOCK_ROWS = 1024
-SPARE = 5  # neighbours beyond the k-th that are compared by differences
-NEGLIGIBLE = 1e-9  # of a squared radius; features are float32 and know less
-TIE = 1 + 1e-14  # the same distance of other points may differ in its last digits; sums are taken pairwise
+SPARE = 5  # neighbours beyond the k-th to compare by differences
+NEGLIGIBLE = 1e-9  # of a squared radius; float32 features are less precise
+TIE = 1 + 1e-14  # equal distances may differ in their last digits, as torch sums pairwise
 
 
 class Block(NamedTuple):
-    """Consecutive queries from index `start` on, and their partial distances to all points.
+    """Consecutive queries from index `start`, and their partial distances to all points.
 
     rows [B,D]: the queries as given. norms [B]: |q|^2. partial [B,P]: |q - p|^2 - |q|^2, which orders the points.
     """
@@ -33,9 +33,9 @@ class Block(NamedTuple):
 
 
 def distance_blocks(queries: Tensor, points: Tensor, norms: Tensor, origin: Tensor | float = 0.0) -> Iterator[Block]:
-    """Yield partial squared distances in blocks that fit the memory.
+    """Yield partial squared distances in blocks of bounded memory.
 
-    queries [Q,D] of any dtype, from which `origin` is subtracted here; points [P,D], float64, already without it.
+    queries [Q,D] of any dtype, from which `origin` is subtracted here; points [P,D], float64, with it subtracted.
     norms [P]: |p|^2, or another term to add to -2 q.p. |q|^2 + partial is exact for 8-bit values, whose sums are
     integers below 2^53; otherwise accurate to about 1e-14 of |q|^2 + |p|^2.
     """
@@ -49,7 +49,7 @@ def distance_blocks(queries: Tensor, points: Tensor, norms: Tensor, origin: Tens
 def squared_radii(points: Tensor, nearest_k: int, origin: Tensor) -> Tensor:
     """Return each point's squared distance to its k-th nearest other one.
 
-    points [N,D], N > k -> [N] float64. origin [D]: a point near the middle of the sets, for accuracy alone.
+    points [N,D], N > k -> [N] float64. origin [D]: a point near the middle of the sets, for accuracy only.
     """
     centred = points.double() - origin
     norms = centred.square().sum(1)
@@ -57,22 +57,22 @@ def squared_radii(points: Tensor, nearest_k: int, origin: Tensor) -> Tensor:
     candidates = min(nearest_k + SPARE, len(points) - 1)
     radii = []
     for start, rows, row_norms, partial in distance_blocks(points, centred, norms, origin):
-        partial.diagonal(start).fill_(torch.inf)  # not the point itself; an equal one does count
+        partial.diagonal(start).fill_(torch.inf)  # exclude the point itself but not its duplicates
         values, nearest = partial.topk(candidates, largest=False)
         exact = (rows.double()[:, None] - points[nearest].double()).square().sum(2)
         radius = exact.kthvalue(nearest_k, dim=1).values
         least_of_others = (values.amax(1) + row_norms - bounds[start : start + len(rows)]).clamp(min=0)
         for row in (radius * (1 - NEGLIGIBLE) > least_of_others).nonzero().flatten().tolist():
-            radius[row] = _exact_radius(points, start + row, nearest_k)
+            squares = _exact_squares(points[start + row], points)
+            squares[start + row] = torch.inf
+            radius[row] = squares.kthvalue(nearest_k).values
         radii.append(radius)
     return torch.cat(radii)
 
 
-def _exact_radius(points: Tensor, index: int, nearest_k: int) -> Tensor:
-    point = points[index].double()
-    squares = torch.cat([(part.double() - point).square().sum(1) for part in points.split(BLOCK_ROWS)])
-    squares[index] = torch.inf
-    return squares.kthvalue(nearest_k).values
+def _exact_squares(point: Tensor, points: Tensor) -> Tensor:
+    """Return squared distances [N] of a point [D] to points [N,D] from float64 differences."""
+    return torch.cat([(part.double() - point.double()).square().sum(1) for part in points.split(BLOCK_ROWS)])
 
 
 def covered(points: Tensor, centres: Tensor, squared_radius: Tensor, origin: Tensor) -> Tensor:
@@ -89,30 +89,14 @@ def covered(points: Tensor, centres: Tensor, squared_radius: Tensor, origin: Ten
         bound = relative * (norm + largest)
         lowest = excess.amin(1) + norm
         found = lowest <= -bound
-        open_rows = (~found & (lowest <= bound)).nonzero().flatten()
-        if len(open_rows):
-            limits = (bound - norm)[open_rows]
-            found[open_rows] = _settle(rows[open_rows], excess[open_rows], limits, centres, squared_radius)
+        for row in (~found & (lowest <= bound)).nonzero().flatten().tolist():
+            found[row] = (_exact_squares(rows[row], centres) <= squared_radius * TIE).any()
         inside.append(found)
     return torch.cat(inside)
 
 
-def _settle(points: Tensor, excess: Tensor, limits: Tensor, centres: Tensor, squared_radius: Tensor) -> Tensor:
-    """`covered` for a few points by differences: for each one the likeliest centre first, up to its limit [R]."""
-    inside = torch.zeros(len(points), dtype=torch.bool, device=points.device)
-    while True:
-        value, centre = excess.min(1)
-        rows = (~inside & (value <= limits)).nonzero().flatten()
-        if not len(rows):
-            return inside
-        centre = centre[rows]
-        exact = (points[rows].double() - centres[centre].double()).square().sum(1)
-        inside[rows] = exact <= squared_radius[centre] * TIE
-        excess[rows, centre] = torch.inf
-
-
 def _relative_error(points: Tensor) -> float:
-    """Bound for |a|^2 + |b|^2 - 2 a.b as a share of |a|^2 + |b|^2, in whatever order the D products are summed."""
+    """Bound the error of |a|^2 + |b|^2 - 2 a.b relative to |a|^2 + |b|^2, for any order of summation."""
     return (points.shape[1] + 16) * torch.finfo(torch.float64).eps
 
 
@@ -135,10 +119,10 @@ def squared_distances(queries: Tensor, points: Tensor) -> Tensor:
 
 
 class NearestSearch:
-    """Search the nearest points of queries [Q,...] in a stream of points, of which none is kept.
+    """Search the nearest points of queries [Q,...] in a stream of points, which are not kept.
 
-    nearest: K, how many. own [Q]: position of the point that a query is itself and does not find in any view; -1:
-    none. A point is found once, in its nearer view; points equally far are found in their order.
+    nearest: number K of neighbours. own [Q]: position of the query itself among the points, excluded in every view; -1:
+    none. A point is found once, in its nearer view; equally distant points are found in their order.
     """
 
     def __init__(self, queries: Tensor, nearest: int, own: Tensor) -> None:
@@ -148,13 +132,13 @@ class NearestSearch:
         self.squares, self.positions, self.mirrored = nothing.double(), nothing.long(), nothing.bool()
 
     def update(self, views: Tensor) -> None:
-        """Add the next points: [1,B,...] as they are, or [2,B,...] with their mirrored views."""
+        """Add the next points: [1,B,...], or [2,B,...] with their mirrored views."""
         count = views.shape[1]
         squares, view = squared_distances(self.queries, views.flatten(2).flatten(0, 1)).unflatten(1, (-1, count)).min(1)
         positions = torch.arange(self.seen, self.seen + count, device=squares.device)
         squares.masked_fill_(self.own[:, None] == positions, torch.inf)
         self.seen += count
-        # Stable, and what was found before comes first: ties do not depend on the batches.
+        # A stable sort with earlier points first: ties do not depend on the batches.
         squares, order = torch.cat([self.squares, squares], 1).sort(dim=1, stable=True)
         best = order[:, : self.nearest]
         self.squares = squares[:, : self.nearest]

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from relay_diffusion.errors import UserError
-from relay_diffusion.metrics.base import Measure
-from relay_diffusion.metrics.inception import Inception
+from relay_diffusion.metrics.base import FeatureMetric
 from relay_diffusion.metrics.neighbours import covered, squared_radii
-from relay_diffusion.metrics.reference import Reference
 
 
 class PrecisionAndRecall(NamedTuple):
@@ -37,39 +35,26 @@ def precision_recall(real: Tensor, fake: Tensor, nearest_k: int) -> PrecisionAnd
 
 
 def _share(inside: Tensor) -> Tensor:
-    # Divided here, for a GPU multiplies by 1/n, and 49 of 49 would be less than 1.
+    # Divide on the CPU: a GPU multiplies by 1/n, and 49 of 49 would be less than 1.
     return torch.tensor(int(inside.sum()) / len(inside), dtype=torch.float64, device=inside.device)
 
 
-class PrecisionRecallMeasure(Measure):
+class PrecisionRecallMetric(FeatureMetric):
     """Precision and recall of the generated images against the features that the reference keeps."""
 
     names = ("precision", "recall")
-    keeps_features = True
 
     def __init__(self, nearest_k: int = 3) -> None:
         super().__init__()
         if nearest_k < 1:
-            raise UserError(f"nearest_k={nearest_k}: precision and recall need at least the first neighbour")
-        self.nearest_k = nearest_k
-
-    def prepare(self, reference: Reference, inception: Inception) -> str | None:  # noqa: ARG002
-        """The reference must hold features of more than nearest_k images."""
-        if reference.features is None:
-            return f"the reference {reference.path} holds statistics only, no images"
-        if len(reference.features) <= self.nearest_k:
-            return (
-                f"nearest_k={self.nearest_k} needs more than {self.nearest_k} reference images, "
-                f"and {reference.path} has {len(reference.features)}"
-            )
-        self.real = reference.features
-        return None
+            raise UserError(f"nearest_k={nearest_k}: must be at least 1 neighbour")
+        self.nearest_k, self.min_images = nearest_k, nearest_k + 1
 
     def compute(self, features: Tensor) -> dict[str, float]:
-        """{"precision", "recall"}; UserError for no more than nearest_k generated images."""
+        """Return {"precision", "recall"}; raise UserError for no more than nearest_k generated images."""
         result = precision_recall(self.real.to(features.device), features, self.nearest_k)
-        return {"precision": float(result.precision), "recall": float(result.recall)}
+        return {name: float(value) for name, value in result._asdict().items()}
 
     def describe(self) -> dict[str, Any]:
-        """The number of neighbours."""
+        """Return the number of neighbours."""
         return {"nearest_k": self.nearest_k}

@@ -1,4 +1,4 @@
-"""Published ways to measure, by name: what must agree for two numbers to be comparable."""
+"""Published evaluation protocols: the settings that comparable numbers share."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from relay_diffusion.errors import UserError
 
 
 @dataclass(frozen=True)
-class EvaluationProtocol:
-    """How numbers are obtained. None: the protocol does not say.
+class Protocol:
+    """Settings of an evaluation. None: the protocol does not define it.
 
-    rounding: how [-1, 1] becomes 8 bits, see `diffusion.pixels.to_uint8`. spatial_layout: order of the spatial
-    features in the protocol's files. split_size: images in a split of the Inception Score. nearest_k: of precision and
-    recall, which compare with reference_features images.
+    rounding: how [-1, 1] is rounded to 8 bits, see `diffusion.pixels.to_uint8`. spatial_layout: order of the spatial
+    features in the protocol's files. split_size: images per split of the Inception Score. nearest_k: neighbour of
+    precision and recall, which compare with reference_features images.
     """
 
     name: str
@@ -29,11 +29,11 @@ class EvaluationProtocol:
     reference_features: int | None = None
 
     def describe(self) -> dict[str, Any]:
-        """All of it, for the record."""
+        """Return all settings."""
         return asdict(self)
 
     def departures(self, rounding: str | None, max_features: int) -> list[str]:
-        """In words, what about these images differs from the protocol; rounding None: they were 8-bit before."""
+        """Return in words where these images differ from the protocol; rounding None: unknown."""
         found = []
         if rounding not in (None, self.rounding):
             found.append(f"images are rounded {rounding}, where {self.name} has {self.rounding}")
@@ -44,27 +44,27 @@ class EvaluationProtocol:
         return found
 
     def check(self, settings: Mapping[str, Any], option: str) -> None:
-        """Raise UserError if one of a measure's settings contradicts the protocol; `option` names the measure."""
+        """Raise UserError if a metric's settings contradict the protocol; `option` is the metric's key."""
         for key, value in settings.items():
             agreed = getattr(self, key, None)
             if agreed is not None and agreed != value:
                 raise UserError(
-                    f"{option}.{key}={value}: the protocol {self.name} has {agreed}; leave it at that, or leave out "
+                    f"{option}.{key}={value}: the protocol {self.name} uses {agreed}; use this value, or remove "
                     "metrics.evaluator.protocol"
                 )
 
 
-def edm() -> EvaluationProtocol:
-    """As EDM (Karras et al., arXiv 2206.00364) measures: FID alone; 8-bit images are floor(127.5 x + 128)."""
-    return EvaluationProtocol("edm", rounding="nearest")
+def edm() -> Protocol:
+    """EDM (Karras et al., arXiv 2206.00364): FID alone; 8-bit images are floor(127.5 x + 128)."""
+    return Protocol("edm", rounding="nearest")
 
 
-def adm() -> EvaluationProtocol:
-    """As ADM (Dhariwal & Nichol, arXiv 2105.05233) measures; 8-bit images are floor(127.5 (x + 1)).
+def adm() -> Protocol:
+    """ADM (Dhariwal & Nichol, arXiv 2105.05233); 8-bit images are floor(127.5 (x + 1)).
 
-    FID and sFID against stored statistics, the Inception Score in ordered splits of 5,000, precision and recall with
-    the third neighbour against 10,000 reference images.
+    FID and sFID against the statistics in a file, the Inception Score in ordered splits of 5,000, precision and recall
+    with the third neighbour against 10,000 reference images.
     """
-    return EvaluationProtocol(
+    return Protocol(
         "adm", rounding="floor", spatial_layout="NHWC", split_size=5000, nearest_k=3, reference_features=10_000
     )

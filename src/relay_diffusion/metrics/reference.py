@@ -1,7 +1,8 @@
-"""What generated images are compared with: statistics and features of real ones, and the files that hold them."""
+"""Reference statistics and features of real images, and their files."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from relay_diffusion.data.npz import Npz
 from relay_diffusion.errors import UserError
-from relay_diffusion.metrics.inception_network import POOL_FEATURES, SPATIAL_CHANNELS, SPATIAL_FEATURES, SPATIAL_SIZE
+from relay_diffusion.metrics.inception_network import POOL_FEATURES, SPATIAL_CHANNELS, SPATIAL_FEATURES
 from relay_diffusion.utils.files import atomic_write
 
 SHAPES = {
@@ -21,7 +22,11 @@ SHAPES = {
     "mu_s": (SPATIAL_FEATURES,),
     "sigma_s": (SPATIAL_FEATURES, SPATIAL_FEATURES),
 }
-MAX_WHOLE_NUMBERS = 1000  # in a list of a file
+MAX_INTEGERS = 1000  # in a list of a file
+COUNT = "the number of images, at least 2 (0: unknown)"
+LAYOUTS = ("NCHW", "NHWC")
+CLEARLY = 4.0  # times the share of variance; the right order has 5 to 600 times that of the wrong one
+MEANINGFUL = 0.15  # share of variance: a wrong order of 7 x 17 x 17 means has at most 0.05
 
 
 class FeatureStatistics(NamedTuple):
@@ -37,11 +42,10 @@ class Reference:
     """Statistics and features of a reference set.
 
     pool: mean [2048] and covariance [2048,2048] for FID. spatial: mean [2023] and covariance [2023,2023] for sFID, in
-    NCHW order; None where a file has none. features [K,2048], float32: of all images or a fixed choice of them, for
-    precision, recall and KID; None where there are no images. path, kind: where it comes from, and what that is.
-    layout: the spatial order of that file. source_hash: which images or numbers, and which Inception weights.
-    resolution: (H, W) of the images as they were compared; averaging: the factors by which they were box-averaged to
-    it (1: as stored). Both are None where a file holds statistics alone.
+    NCHW order; None if a file has none. features [K,2048], float32: of all images or a fixed subset of them, for
+    precision, recall and KID; None without images. path, kind: the source and its type. layout: the spatial order in
+    that file. source_hash: identifies the images or statistics, and the Inception weights. resolution: (H, W) of the
+    images after box averaging; averaging: its factors (1: none). Both are None if a file holds statistics alone.
     """
 
     pool: FeatureStatistics
@@ -54,17 +58,12 @@ class Reference:
     resolution: tuple[int, ...] | None = None
     averaging: tuple[int, ...] | None = None
 
-    @property
-    def images(self) -> int | None:
-        """How many images the statistics come from, if that is known."""
-        return self.pool.n
-
     def describe(self) -> dict[str, Any]:
-        """What the numbers were compared with."""
+        """Return what the numbers were compared with."""
         return {
             "path": str(self.path),
             "kind": self.kind,
-            "images": self.images,
+            "images": self.pool.n,
             "features_kept": 0 if self.features is None else len(self.features),
             "spatial_layout": self.layout,
             "source_hash": self.source_hash,
@@ -73,62 +72,59 @@ class Reference:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write all of it as an .npz of this project, whole or not at all."""
-        arrays = _arrays(self.pool, "mu", "sigma")
+        """Write an .npz of this project (atomic write)."""
+        arrays: dict[str, Any] = {"mu": self.pool.mean, "sigma": self.pool.covariance}
         if self.spatial is not None:
-            arrays |= _arrays(self.spatial, "mu_s", "sigma_s")
+            arrays |= {"mu_s": self.spatial.mean, "sigma_s": self.spatial.covariance}
+        arrays = {key: value.cpu().double().numpy() for key, value in arrays.items()}
         if self.features is not None:
             arrays["features"] = self.features.cpu().float().numpy()
-        arrays["n"] = np.int64(self.pool.n or 0)
         for key in ("resolution", "averaging"):
             if getattr(self, key) is not None:
                 arrays[key] = np.array(getattr(self, key), dtype=np.int64)
-        _write(path, arrays | {"layout": np.str_("NCHW"), "source_hash": np.str_(self.source_hash)})
-
-
-def _arrays(statistics: FeatureStatistics, mean: str, covariance: str) -> dict[str, Any]:
-    return {
-        mean: statistics.mean.cpu().double().numpy(),
-        covariance: statistics.covariance.cpu().double().numpy(),
-    }
-
-
-def _write(path: str | Path, arrays: dict[str, Any]) -> None:
-    with atomic_write(Path(path)) as file:
-        np.savez(file, **arrays)
+        arrays |= {"n": np.int64(self.pool.n or 0), "layout": np.str_("NCHW"), "source_hash": np.str_(self.source_hash)}
+        with atomic_write(Path(path)) as file:
+            np.savez(file, **arrays)
 
 
 def read_reference(npz: Npz) -> Reference:
-    """Statistics (and features) of an .npz of this project, of ADM or of EDM, spatial ones in NCHW order.
+    """Read statistics (and features) from an .npz of this project, of ADM or of EDM.
 
-    Of this project: it says its `layout`. ADM: mu, sigma, mu_s, sigma_s, NHWC without saying so. EDM: mu and sigma.
-    Raises UserError for a file that lacks a key, holds other shapes, or spatial values in another order.
+    Of this project: it has a `layout`. ADM: mu, sigma, mu_s, sigma_s in NHWC order without a `layout`. EDM: mu and
+    sigma. Spatial statistics are returned in NCHW order. Raises UserError for a file that lacks a key, holds other
+    shapes, or spatial values in another order.
     """
-    layout = _text(npz, "layout", "NHWC")
+    layout = _optional(npz, "layout", "U", 0, "a text") or "NHWC"
     if layout not in LAYOUTS:
         raise UserError(f"{npz.where}: has the layout {layout!r}; it must be 'NCHW' or 'NHWC'")
-    n = _count(npz)
-    pool = FeatureStatistics(_numbers(npz, "mu", SHAPES["mu"]), _numbers(npz, "sigma", SHAPES["sigma"]), n)
+    n = _optional(npz, "n", "iu", 0, COUNT)
+    if n is not None and (n < 0 or n == 1):
+        raise UserError(f"{npz.where}: 'n' must be {COUNT}, not {n}")
+    pool = FeatureStatistics(_numbers(npz, "mu", SHAPES["mu"]), _numbers(npz, "sigma", SHAPES["sigma"]), n or None)
     spatial = None
-    if "mu_s" in npz.keys or "sigma_s" in npz.keys:
+    if {"mu_s", "sigma_s"} & set(npz.keys):
         mean = _numbers(npz, "mu_s", SHAPES["mu_s"])
         check_layout(mean, layout, npz.where)
-        spatial = to_nchw(FeatureStatistics(mean, _numbers(npz, "sigma_s", SHAPES["sigma_s"]), n), layout)
+        covariance = _numbers(npz, "sigma_s", SHAPES["sigma_s"])
+        if layout == "NHWC":
+            order = torch.arange(len(mean)).reshape(-1, SPATIAL_CHANNELS).T.flatten()
+            mean, covariance = mean[order], covariance[order][:, order]
+        spatial = FeatureStatistics(mean, covariance, n or None)
     features = None
     if "features" in npz.keys:
         rows = npz.header("features").shape[:1]
         features = _numbers(npz, "features", (*rows, *SHAPES["mu"])).float()
-    kind = "statistics" if "layout" in npz.keys else "edm_statistics" if spatial is None else "adm_reference"
+    resolution, averaging = (_optional(npz, key, "i", 1, "a list of integers") for key in ("resolution", "averaging"))
     return Reference(
         pool,
         spatial,
         features,
         npz.path,
-        kind,
+        "statistics" if "layout" in npz.keys else "edm_statistics" if spatial is None else "adm_reference",
         layout if spatial is not None else None,
-        _text(npz, "source_hash", ""),
-        _whole_numbers(npz, "resolution"),
-        _whole_numbers(npz, "averaging"),
+        _optional(npz, "source_hash", "U", 0, "a text") or "",
+        resolution and tuple(resolution),
+        averaging and tuple(averaging),
     )
 
 
@@ -137,7 +133,7 @@ def _numbers(npz: Npz, key: str, shape: tuple[int, ...]) -> Tensor:
         raise UserError(f"{npz.where}: lacks {key!r}; it is no file of reference statistics")
     header = npz.header(key)
     wrong = f"{npz.where}: {key!r} must hold finite numbers of shape {list(shape)}, not"
-    if header.shape != shape or header.dtype.kind != "f":  # before it is read: a wrong one may be of any size
+    if header.shape != shape or header.dtype.kind != "f":  # before reading: a wrong array may have any size
         raise UserError(f"{wrong} {header.dtype} of shape {list(header.shape)}")
     array = npz.read(key)
     if not np.isfinite(array).all():
@@ -145,76 +141,35 @@ def _numbers(npz: Npz, key: str, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(array.astype(np.float32 if header.dtype == np.float32 else np.float64))
 
 
-def _text(npz: Npz, key: str, default: str) -> str:
-    if key not in npz.keys:
-        return default
-    header = npz.header(key)
-    if header.shape != () or header.dtype.kind != "U":
-        raise UserError(f"{npz.where}: {key!r} must be a text, not {header.dtype} of shape {list(header.shape)}")
-    return str(npz.read(key))
-
-
-def _whole_numbers(npz: Npz, key: str) -> tuple[int, ...] | None:
+def _optional(npz: Npz, key: str, kinds: str, dimensions: int, expected: str) -> Any:
+    """Read a text, an integer or a list of integers; None if the file lacks it."""
     if key not in npz.keys:
         return None
-    header = npz.header(key)
-    if len(header.shape) != 1 or not 0 < header.shape[0] <= MAX_WHOLE_NUMBERS or header.dtype.kind != "i":
-        raise UserError(f"{npz.where}: {key!r} must be a list of integers, not {header.dtype} {list(header.shape)}")
-    return tuple(npz.read(key).tolist())
-
-
-def _count(npz: Npz) -> int | None:
-    if "n" not in npz.keys:
-        return None
-    header = npz.header("n")
-    count = int(npz.read("n")) if header.shape == () and header.dtype.kind in "iu" else -1
-    if count < 0 or count == 1:
-        raise UserError(f"{npz.where}: 'n' must be the number of images, at least 2 (0: unknown)")
-    return count or None
-
-
-LAYOUTS = ("NCHW", "NHWC")
-CLEARLY = 4.0  # times the share of variance; the right order has 5 to 600 times that of the wrong one
-MEANINGFUL = 0.15  # share of variance: a wrong order of 7 x 17 x 17 means has at most 0.05
-
-
-def to_nchw(statistics: FeatureStatistics, layout: str) -> FeatureStatistics:
-    """Statistics in the order `layout`, to NCHW order."""
-    if layout == "NCHW":
-        return statistics
-    return _reorder(statistics, _places().reshape(SPATIAL_SIZE, SPATIAL_SIZE, SPATIAL_CHANNELS).permute(2, 0, 1))
-
-
-def _places() -> Tensor:
-    return torch.arange(SPATIAL_CHANNELS * SPATIAL_SIZE**2)
-
-
-def _reorder(statistics: FeatureStatistics, order: Tensor) -> FeatureStatistics:
-    order = order.flatten()
-    mean, covariance, n = statistics
-    return FeatureStatistics(mean[order], covariance[order][:, order], n)
-
-
-def channel_share(mean: Tensor, layout: str) -> float:
-    """Share of the variance of spatial means [D] that lies between channels, if `layout` is their order."""
-    if layout == "NCHW":
-        channels = mean.reshape(SPATIAL_CHANNELS, SPATIAL_SIZE**2)
-    else:
-        channels = mean.reshape(SPATIAL_SIZE**2, SPATIAL_CHANNELS).T
-    total = mean.var(correction=0)
-    return float(channels.mean(1).var(correction=0) / total) if total > 0 else 0.0
+    shape, _, dtype = npz.header(key)
+    if dtype.kind not in kinds or len(shape) != dimensions or not 0 < math.prod(shape) <= MAX_INTEGERS:
+        raise UserError(f"{npz.where}: {key!r} must be {expected}, not {dtype} of shape {list(shape)}")
+    return npz.read(key).tolist()
 
 
 def check_layout(mean: Tensor, layout: str, where: str) -> None:
     """Raise UserError if spatial means [D] are clearly not in the order `layout`; `where` names the file.
 
-    Channels respond to other things and differ in their level much more than the places of one image do: in the right
-    order most of the variance lies between channels, in the wrong one every group mixes all of them.
+    Channels respond to different features, so their levels differ much more than the positions within one channel: in
+    the right order most of the variance lies between channels, in the wrong one every group mixes all of them.
     """
+    shares = {
+        "NCHW": _channel_share(mean.reshape(SPATIAL_CHANNELS, -1)),
+        "NHWC": _channel_share(mean.reshape(-1, SPATIAL_CHANNELS).T),
+    }
     (other,) = set(LAYOUTS) - {layout}
-    claimed, contrary = channel_share(mean, layout), channel_share(mean, other)
-    if contrary > MEANINGFUL and contrary > CLEARLY * claimed:
+    if shares[other] > max(MEANINGFUL, CLEARLY * shares[layout]):
         raise UserError(
             f"{where}: its spatial statistics (mu_s, sigma_s) should be in {layout} order, but the values are in "
             f"{other} order; store them in the right order, or the right `layout` in the file"
         )
+
+
+def _channel_share(channels: Tensor) -> float:
+    """Return the share of the variance of means [C,positions] that lies between channels."""
+    total = channels.var(correction=0)
+    return float(channels.mean(1).var(correction=0) / total) if total > 0 else 0.0

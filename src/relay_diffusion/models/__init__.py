@@ -1,8 +1,7 @@
 """The stages of a relay, and the relay that chains them: LightningModules."""
 
 from relay_diffusion.models.cascade import CascadeStage
-from relay_diffusion.models.info import StageInfo
 from relay_diffusion.models.relay import Relay
-from relay_diffusion.models.stage import DiffusionStage
+from relay_diffusion.models.stage import DiffusionStage, StageInfo
 
 __all__ = ["CascadeStage", "DiffusionStage", "Relay", "StageInfo"]

@@ -9,19 +9,6 @@ import torch
 from torch import Tensor
 
 
-def present_half_life(seen: int, half_life: float, ramp_up: float | None) -> float:
-    """min(half_life, seen ramp_up), in images: `ramp_up` shortens it early in training; None leaves it."""
-    return half_life if ramp_up is None else min(half_life, seen * ramp_up)
-
-
-def ema_beta(batch: int, seen: int, half_life: float, ramp_up: float | None) -> float:
-    """Weight of the old average after `batch` more images: 0.5 ** (batch / max(present half-life, 1e-8)).
-
-    `seen`: images before this batch.
-    """
-    return float(0.5 ** (batch / max(present_half_life(seen, half_life, ramp_up), 1e-8)))
-
-
 class WeightAverage:
     """Exponential moving average of a network's parameters, in float32.
 
@@ -42,19 +29,22 @@ class WeightAverage:
         source = weights or present
         self.weights = {k: source[k].detach().to(p.device, torch.float32, copy=True) for k, p in present.items()}
 
+    def half_life(self, seen: int) -> float:
+        """min(half_life_images, seen ramp_up): the half-life in images after `seen` images."""
+        return self.half_life_images if self.ramp_up is None else min(self.half_life_images, seen * self.ramp_up)
+
+    def beta(self, batch: int, seen: int) -> float:
+        """Weight of the old average after `batch` more images than `seen`: 0.5 ** (batch / max(half-life, 1e-8))."""
+        return float(0.5 ** (batch / max(self.half_life(seen), 1e-8)))
+
     @torch.no_grad()
     def update(self, network: torch.nn.Module, batch: int, seen: int) -> None:
         """Move the average towards the network after an optimizer step.
 
         `batch`: images of the step; `seen`: images before it.
         """
-        beta = ema_beta(batch, seen, self.half_life_images, self.ramp_up)
         present = [p.detach().float() for p in network.parameters()]
-        torch._foreach_lerp_(list(self.weights.values()), present, 1 - beta)
-
-    def half_life(self, images_seen: int) -> float:
-        """The half-life in images after `images_seen` images."""
-        return present_half_life(images_seen, self.half_life_images, self.ramp_up)
+        torch._foreach_lerp_(list(self.weights.values()), present, 1 - self.beta(batch, seen))
 
     @contextmanager
     def applied_to(self, network: torch.nn.Module) -> Iterator[None]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from relay_diffusion.diffusion.guidance import Denoiser
-from relay_diffusion.diffusion.noise import RandnLike
 from relay_diffusion.errors import UserError
 from relay_diffusion.samplers import Sampler
 
@@ -24,55 +24,39 @@ def finite(images: Tensor) -> Tensor:
     return torch.stack(torch.aminmax(images.flatten(1), dim=1)).isfinite().all(0)
 
 
-class _Stopped(Exception):  # noqa: N818  # no error: it carries what was found out of a sampler
-    pass
+def first_nonfinite(sampler: Sampler, draw: Callable[[Callable[..., Tensor]], Tensor]) -> str | None:
+    """Draw a batch once more; describe the first state or estimate that is not finite.
 
-
-class StopAtNonFinite:
-    """A sampler that stops at the first state or estimate that is not finite, and waits for the device to see it.
-
-    `found` says what and at which noise level; None if everything stayed finite.
+    draw: samples the batch with another sampler. None if everything stayed finite. Waits for the device at each step.
     """
+    found: list[str] = []
 
-    def __init__(self, sampler: Sampler) -> None:
-        self.sampler = sampler
-        self.found: str | None = None
+    def check(what: str, images: Tensor, sigma: Tensor) -> None:
+        if not found and not bool(finite(images).all()):
+            found.append(f"first {what} at sigma={float(sigma[0]):.4g}")
 
-    @property
-    def evaluations(self) -> int:
-        """Network evaluations for one image (without guidance)."""
-        return self.sampler.evaluations
-
-    def __call__(self, denoise: Denoiser, start: Tensor, randn_like: RandnLike, labels: Tensor | None = None) -> Tensor:
-        """The sampler's images of `start` [B,C,H,W], or `start` if it was stopped."""
-
-        def watched(x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
-            self._check("the noisy image", x, sigma)
+    def checked(denoise: Denoiser, *inputs: Any) -> Tensor:
+        def checked_denoise(x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+            check("the noisy image", x, sigma)
             estimates = denoise(x, sigma, labels)
-            self._check("the network's estimate", estimates, sigma)
+            check("the network's estimate", estimates, sigma)
             return estimates
 
-        try:
-            return self.sampler(watched, start, randn_like, labels)
-        except _Stopped:
-            return start
+        return sampler(checked_denoise, *inputs)
 
-    def _check(self, what: str, images: Tensor, sigma: Tensor) -> None:
-        if not bool(finite(images).all()):
-            self.found = f"first {what} at sigma={float(sigma[0]):.4g}"
-            raise _Stopped
+    draw(checked)
+    return found[0] if found else None
 
 
 def nonfinite_samples(
-    stage: str, seeds: Sequence[int], finite: Sequence[bool], sampler: Sampler, draw: Callable[[Sampler], Tensor]
+    stage: str,
+    seeds: Sequence[int],
+    finite: Sequence[bool],
+    sampler: Sampler,
+    draw: Callable[[Callable[..., Tensor]], Tensor],
 ) -> NonFiniteSamplesError:
-    """The error for a batch in which some samples are not `finite` [B].
-
-    draw: samples the batch once more with another sampler, to find the noise level.
-    """
-    watched = StopAtNonFinite(sampler)
-    draw(watched)
-    where = watched.found or "but not when sampled once more"
+    """Build the error for a batch in which some samples are not `finite` [B]; `draw` as in `first_nonfinite`."""
+    where = first_nonfinite(sampler, draw) or "but not when sampled once more"
     lost = list(dict.fromkeys(seed for seed, fine in zip(seeds, finite, strict=True) if not fine))
     named = ", ".join(map(str, lost[:SHOWN_SEEDS]))
     named += f" and {len(lost) - SHOWN_SEEDS} more" if len(lost) > SHOWN_SEEDS else ""

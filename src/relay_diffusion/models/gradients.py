@@ -16,14 +16,14 @@ GRADIENT_LIMIT = 1e5  # what an infinite gradient becomes, as published
 
 
 def replace_nonfinite(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
-    """Set gradients that are NaN to 0 and infinite ones to +-1e5, in place; the number of them, on the device.
+    """Set NaN gradients to 0 and infinite ones to +-1e5, in place; return their number, on the device.
 
     On a GPU one kernel reads all gradients once, and writes only what it replaces.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return torch.zeros((), dtype=torch.int64)
-    if HAVE_TRITON and all(gradient.is_cuda and _walkable(gradient) for gradient in gradients):
+    if HAVE_TRITON and all(gradient.is_cuda and _is_dense(gradient) for gradient in gradients):
         from relay_diffusion.kernels.nonfinite import replace_all
 
         return replace_all(gradients, GRADIENT_LIMIT)
@@ -42,7 +42,7 @@ def keep_fused(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
 
 
 class GradientNorm:
-    """Mean over optimizer steps of the L2 norm of all gradients; summed where they are, so no step waits for it."""
+    """Mean over optimizer steps of the L2 norm of all gradients, summed on the device without synchronization."""
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None  # of the norms, and how many
@@ -50,7 +50,7 @@ class GradientNorm:
     def add(self, parameters: Iterable[torch.nn.Parameter], taken: Tensor | None = None) -> Tensor:
         """Count the norm of a step's gradients, and return it.
 
-        `taken`, a bool on the device, says whether the step will take place.
+        `taken`: bool on the device, whether the step will take place.
         """
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients:
@@ -99,7 +99,7 @@ class NonfiniteSteps:
         if self.count is None:
             self.count = torch.zeros((), dtype=torch.int32, device=finite_loss.device)
         after = torch.where(good_loss & good_gradient, 0, self.count + 1)
-        if taken is not None:  # skipped with a finite loss: the scale was too large, which says nothing of the weights
+        if taken is not None:  # skipped with a finite loss: the scale was too large, the weights are not to blame
             after = torch.where(good_loss & ~taken.to(after.device), self.count, after)
         self.count, self._finite_loss = after, None
 
@@ -108,7 +108,7 @@ class NonfiniteSteps:
         return 0 if self.count is None else int(self.count)
 
 
-def _walkable(gradient: Tensor) -> bool:
-    """Whether it is float32 and dense in memory, in any order."""
+def _is_dense(gradient: Tensor) -> bool:
+    """Whether a gradient is float32 and dense in memory, as the kernel needs."""
     last = gradient.dim() == 4 and gradient.is_contiguous(memory_format=torch.channels_last)
     return gradient.dtype == torch.float32 and (last or gradient.is_contiguous())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
@@ -11,8 +12,23 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from relay_diffusion.models.ema import WeightAverage
-from relay_diffusion.models.fit_state import FitState
 from relay_diffusion.models.gradients import GradientNorm, NonfiniteSteps, keep_fused, replace_nonfinite
+
+
+@dataclass
+class FitState:
+    """State that the callbacks of one fit share, as `stage.fit_state`.
+
+    stop_signal: the signal that stops all ranks; 0 without one. stop_reason: the option that ended training early.
+    kept_checkpoint: the checkpoint that stays if the present state is not saved. metrics: the latest row of the
+    training log. excluded_seconds: time spent on other work than training.
+    """
+
+    stop_signal: int = 0
+    stop_reason: str = ""
+    kept_checkpoint: str = "this run writes no checkpoints"
+    metrics: dict[str, float] = field(default_factory=dict)
+    excluded_seconds: float = 0.0
 
 
 class OptimizationHooks(L.LightningModule):
@@ -25,6 +41,8 @@ class OptimizationHooks(L.LightningModule):
 
     def __init__(self, warmup_images: int = 0, images_seen: int = 0) -> None:
         super().__init__()
+        if not warmup_images >= 0:
+            raise ValueError(f"warmup_images={warmup_images}: must be at least 0")
         self.warmup_images = warmup_images
         self.images_seen = images_seen  # images whose gradients the weights have seen
         self.ema: WeightAverage | None = None  # of the denoiser; set by a callback at the start of a fit
@@ -84,20 +102,20 @@ class OptimizationHooks(L.LightningModule):
         if gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(self.denoiser.parameters(), gradient_clip_val)
         else:
-            assert self._norm is not None  # noted just before
+            assert self._norm is not None  # set in on_before_optimizer_step
             torch.nn.utils.clip_grads_with_norm_(self.denoiser.parameters(), gradient_clip_val, self._norm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, update the average, and count the images of the step."""
         super().optimizer_step(*args, **kwargs)
-        self.denoiser.zero_grad()  # now, before a replay would keep them
+        self.denoiser.zero_grad()  # now, because a graph replay would keep them
         batch, self._pending = self._pending, 0
         if self.ema is not None:
             self.ema.update(self.denoiser, batch, self.images_seen)
         self.images_seen += batch
 
     def setup(self, stage: str) -> None:
-        """Reset what an earlier fit has left, also one that failed."""
+        """Reset the state of an earlier fit."""
         if stage == "fit":
             self.nonfinite_steps, self.fit_state, self.ema = NonfiniteSteps(), FitState(), None
 

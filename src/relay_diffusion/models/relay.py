@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from relay_diffusion.diffusion.pixels import to_float, to_uint8
-from relay_diffusion.errors import UserError
+from relay_diffusion.errors import UserError, require
 from relay_diffusion.models.finite_samples import finite, nonfinite_samples
 from relay_diffusion.models.sample_arguments import ClassLabels, Integers, image_batch, label_tensor, seed_list
 from relay_diffusion.models.stage import DiffusionStage
@@ -22,31 +22,24 @@ from relay_diffusion.samplers import Sampler
 
 def _check_chain(stages: Mapping[str, DiffusionStage]) -> None:
     """Raise UserError, naming both, for stages that do not fit each other."""
-    if not stages:
-        raise UserError("relay.stages is empty: a relay needs at least a first stage")
+    require(len(stages) > 0, "relay.stages is empty: a relay needs at least a first stage")
     for before, name in itertools.pairwise(stages):
-        small, large = stages[before], stages[name]
+        small, large, option = stages[before], stages[name], f"relay.stages.{name}"
         block = large.corruption.block
-        if block == 1:
-            raise UserError(f"relay.stages.{name} starts from noise: only the first stage of a relay may")
-        if small.resolution * block != large.resolution:
-            raise UserError(
-                f"relay.stages.{name} makes {large.resolution}x{large.resolution} from images {block} times smaller, "
-                f"but relay.stages.{before} makes {small.resolution}x{small.resolution}"
-            )
-        if small.image_channels != large.image_channels:
-            raise UserError(
-                f"relay.stages.{name} has {large.image_channels} image channels, {before} has {small.image_channels}"
-            )
-        if small.num_classes and large.num_classes and small.num_classes != large.num_classes:
-            raise UserError(f"relay.stages.{name} knows {large.num_classes} classes, {before} {small.num_classes}")
-        if small.info.class_names and large.info.class_names and small.info.class_names != large.info.class_names:
-            raise UserError(f"relay.stages.{name} and {before} were trained on classes of other names or order")
-
-
-def _handed_over(images: Tensor) -> Tensor:
-    """Clamp images for the next stage, which was trained on means of real images."""
-    return images.clamp(-1, 1)
+        require(block != 1, f"{option} starts from noise: only the first stage of a relay may")
+        require(
+            small.resolution * block == large.resolution,
+            f"{option} makes {large.resolution}x{large.resolution} from images {block} times smaller, "
+            f"but relay.stages.{before} makes {small.resolution}x{small.resolution}",
+        )
+        channels, classes = (small.image_channels, large.image_channels), (small.num_classes, large.num_classes)
+        require(len({*channels}) == 1, f"{option} has {channels[1]} image channels, {before} has {channels[0]}")
+        require(0 in classes or len({*classes}) == 1, f"{option} knows {classes[1]} classes, {before} {classes[0]}")
+        names = small.info.class_names, large.info.class_names
+        require(
+            not all(names) or names[0] == names[1],
+            f"{option} and {before} were trained on classes of other names or order",
+        )
 
 
 class Relay(L.LightningModule):
@@ -68,7 +61,7 @@ class Relay(L.LightningModule):
     ) -> None:
         super().__init__()
         _check_chain(stages)
-        self._names = list(stages)  # a ModuleDict would refuse some that users may give ("keys", "pop")
+        self._names = list(stages)  # a ModuleDict refuses some names ("keys", "pop")
         self.stages = nn.ModuleList(stages.values())
         self.rounding, self.postprocess = rounding, postprocess
         self.samplers = {name: stage.sampler for name, stage in stages.items()}
@@ -117,7 +110,7 @@ class Relay(L.LightningModule):
         return list(self.chain().values())[-1].resolution
 
     def describe(self) -> dict[str, Any]:
-        """What makes the images: how they are finished, and by stage its checkpoint, settings and evaluations."""
+        """Describe what determines the images: settings of each stage, hand-over and conversion to 8 bits."""
         stages = {
             name: {
                 **stage.info.origin,
@@ -151,8 +144,8 @@ class Relay(L.LightningModule):
             raise ValueError(f"start: the first stage of this relay {wanted}")
         if start is not None and size is not None:
             start = image_batch("start", start, (len(seeds), channels, size, size))
-        images, fine = self._draw(seeds, labels, start)
-        self._check_finite(fine.cpu(), images, seeds, labels, start)
+        images, fine, check = self._draw(seeds, labels, start)
+        check(fine)
         return images
 
     def sample(self, seeds: Integers, labels: ClassLabels | None = None, start: Tensor | None = None) -> Tensor:
@@ -168,33 +161,23 @@ class Relay(L.LightningModule):
 
     def _draw(
         self, seeds: Sequence[int], labels: Tensor | None, start: Tensor | None
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """The images of every stage by name, and bool [stages,B] on the device: which of them are finite."""
+    ) -> tuple[dict[str, Tensor], Tensor, Callable[[Tensor], None]]:
+        """The images of every stage by name; bool [stages,B] on the device, which of them are finite; a check of it."""
         images: dict[str, Tensor] = {}
-        fine, previous = [], start
+        draws, fine, previous = [], [], start
         for name, stage in self.chain().items():
-            images[name] = stage.draw(seeds, labels if stage.num_classes else None, previous, self.samplers[name])
+            draws.append(partial(stage.draw, seeds, labels if stage.num_classes else None, previous))
+            images[name] = draws[-1](self.samplers[name])
             fine.append(finite(images[name]))  # before an infinity is clamped
-            previous = _handed_over(images[name])
-        return images, torch.stack(fine)
+            previous = images[name].clamp(-1, 1)  # the next stage was trained on means of real images
 
-    def _check_finite(
-        self,
-        fine: Tensor,
-        images: Mapping[str, Tensor],
-        seeds: Sequence[int],
-        labels: Tensor | None,
-        start: Tensor | None,
-    ) -> None:
-        """Raise NonFiniteSamplesError naming the first stage whose images [B,C,H,W] are not `fine` [stages,B]."""
-        if bool(fine.all()):
-            return
-        previous = start
-        for (name, stage), whole in zip(self.chain().items(), fine.tolist(), strict=True):
-            if not all(whole):
-                draw = partial(stage.draw, seeds, labels if stage.num_classes else None, previous)
-                raise nonfinite_samples(f"relay.stages.{name}", seeds, whole, self.samplers[name], draw)
-            previous = _handed_over(images[name])
+        def check(fine: Tensor) -> None:
+            """Raise NonFiniteSamplesError naming the first stage whose samples are not finite; waits for the device."""
+            for name, draw, whole in zip(images, draws, fine.tolist(), strict=True):
+                if not all(whole):
+                    raise nonfinite_samples(f"relay.stages.{name}", seeds, whole, self.samplers[name], draw)
+
+        return images, torch.stack(fine), check
 
     def finish(self, images: Tensor) -> Tensor:
         """Images [B,C,H,W] in [-1, 1] as the 8-bit images that are written and measured."""
@@ -216,12 +199,12 @@ class Relay(L.LightningModule):
         start = None if batch.start is None else to_float(batch.start)
         stages = {} if start is None else {"start": start}
         seeds = batch.seeds.tolist()
-        images, fine = self._draw(seeds, labels, start)
+        images, fine, check = self._draw(seeds, labels, start)
         stages |= images
         wanted = {name: images[: len(batch.positions)] for name, images in stages.items()}
         fine = fine.to("cpu", non_blocking=True)
-        pixels = self.finish(list(wanted.values())[-1]).cpu()  # the one wait for the device: `fine` has come before
-        self._check_finite(fine, images, seeds, labels, start)
+        pixels = self.finish(list(wanted.values())[-1]).cpu()  # the only synchronization: `fine` was copied before
+        check(fine)
         return Samples(batch.positions, pixels, wanted)
 
 

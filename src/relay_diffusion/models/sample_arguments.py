@@ -16,7 +16,7 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.utils.messages import did_you_mean
 
 MAX_SEED = 2**63 - 1
-LARGEST_VALUE = 8.0  # of images in [-1, 1]: samples overshoot, but pixels in 0..255 lie far beyond
+LARGEST_VALUE = 8.0  # of images in [-1, 1], which samples exceed a little; pixels in 0..255 exceed it
 
 Integers = int | Sequence[int] | Tensor | np.ndarray
 """One integer, or a range, list, tuple, array or tensor of them."""
@@ -55,9 +55,9 @@ def label_tensor(
     if min(found) < NO_CLASS:
         raise ValueError(f"labels holds {min(found)}: a class index is 0 or more, {NO_CLASS} means no class")
     if max(found) >= 0 and not num_classes:
-        raise UserError("class was given, but the model is unconditional: leave it out (class=null)")
+        raise UserError("class was given, but the model is unconditional: remove it (class=null)")
     if max(found) >= num_classes > 0:
-        raise UserError(f"class {max(found)} was asked for, but the model knows 0..{num_classes - 1}")
+        raise UserError(f"class {max(found)}: the model knows classes 0..{num_classes - 1}")
     return torch.tensor(found)
 
 
@@ -110,5 +110,5 @@ def _integers(name: str, values: Any) -> int | list[int]:
 
 def _integer(value: Any) -> int:
     if isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) == torch.bool:
-        raise TypeError("got a truth value")
+        raise TypeError("got a bool")
     return operator.index(value)

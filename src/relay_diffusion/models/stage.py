@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,6 @@ from relay_diffusion.diffusion.generators import PerImageGenerator, mix_seeds
 from relay_diffusion.diffusion.pixels import to_float
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.finite_samples import finite, nonfinite_samples
-from relay_diffusion.models.info import StageInfo
 from relay_diffusion.models.optimization import OptimizationHooks
 from relay_diffusion.models.sample_arguments import ClassLabels, Integers, image_batch, label_tensor, seed_list
 from relay_diffusion.networks import Condition, Conditioned, EDMPreconditioner, Graphed, GraphedTraining
@@ -33,21 +33,36 @@ from relay_diffusion.samplers import Sampler
 OptimizerFactory = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
 
 
+@dataclass(frozen=True)
+class StageInfo:
+    """What is known about a stage besides its weights.
+
+    config: the stage config from which a checkpoint rebuilds it. class_names: names of the classes, in order.
+    origin: the file and weights that a loaded stage came from, and those of its guide. images_seen: images of its
+    training so far.
+    """
+
+    config: dict[str, Any] | None = None
+    class_names: list[str] = field(default_factory=list)
+    origin: dict[str, Any] = field(default_factory=dict)
+    images_seen: int = 0
+
+
 class DiffusionStage(OptimizationHooks):
     """A denoiser that learns to undo a corruption, and the sampler that turns it into images.
 
-    `augment`: changes training images and tells the network how; sampling asks for unchanged ones.
+    `augment`: augments training images; its labels are an input of the network, 0 in sampling.
     `label_dropout`: share of labels hidden in training, which guidance away from the estimate without class needs.
     `guidance_scale` 1 disables guidance; any other is applied where sigma lies in `guidance_interval` (null:
     everywhere), away from the estimate without class, or from that of a weaker network if there is a `guide`.
     `cuda_graphs`: on a GPU, the network is replayed from graphs instead of launching its kernels one by one.
     `guide`: a weaker stage with the same images and classes. `info`: what is known about the stage besides its weights.
     `warmup_images`: the learning rate rises linearly over so many images. `seed` fixes the training noise:
-    it is drawn anew from (seed, position in the data) at every step, so a resumed run repeats nothing.
+    each step derives it from (seed, position in the data), so a resumed run repeats none.
     """
 
     denoiser: EDMPreconditioner
-    conditioned = False  # whether the network sees another image beside the noisy one
+    conditioned = False  # whether another image is an input of the network
 
     def __init__(
         self,
@@ -69,7 +84,11 @@ class DiffusionStage(OptimizationHooks):
         info = StageInfo() if info is None else info
         super().__init__(warmup_images, info.images_seen)
         if not isinstance(denoiser, torch.nn.Module):
-            raise ValueError(f"a stage without a network: its denoiser is a {type(denoiser).__name__}")
+            raise ValueError(f"denoiser must be a network, not a {type(denoiser).__name__}")
+        if not 0 <= label_dropout <= 1:
+            raise ValueError(f"label_dropout={label_dropout}: must lie between 0 and 1")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed={seed}: must lie between 0 and 2^63 - 1")
         self.denoiser, self.corruption, self.loss, self.sampler = denoiser, corruption, loss, sampler
         self.optimizer_factory, self.augment = optimizer, augment
         if augment is not None and augment.labels != denoiser.network.augment_labels:
@@ -82,7 +101,7 @@ class DiffusionStage(OptimizationHooks):
                 f"network.condition_channels={wanted}: {type(self).__name__} provides {provided} condition channels; "
                 f"set network.condition_channels={provided}"
             )
-        # constants: DistributedDataParallel would send them around at every step
+        # constants, which DistributedDataParallel would broadcast at every step
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self.label_dropout, self.guidance_scale = label_dropout, guidance_scale
         check_guidance(guidance_scale, guidance_interval)
@@ -133,11 +152,11 @@ class DiffusionStage(OptimizationHooks):
         return self._graphed_training if self.cuda_graphs else self.denoiser
 
     def training_condition(self, x0: Tensor) -> Condition | None:  # noqa: ARG002
-        """What the network sees beside the noisy images of x0 [B,C,H,W]; here nothing."""
+        """Return the network's condition for training images x0 [B,C,H,W]; None here."""
         return None
 
     def sampling_condition(self, previous: Tensor | None, randn_like: RandnLike) -> Condition | None:  # noqa: ARG002
-        """The same in sampling, from images [B,C,h,w] of the stage before; here nothing."""
+        """Return the condition in sampling, from images [B,C,h,w] of the previous stage; None here."""
         return None
 
     def configure_optimizers(self) -> Optimizer:
@@ -174,7 +193,7 @@ class DiffusionStage(OptimizationHooks):
         return weaker.denoiser
 
     def guided(self, condition: Condition | None = None) -> Denoiser:
-        """The denoiser with this stage's guidance around it. Raises UserError if there is nothing to guide with."""
+        """Return the denoiser with this stage's guidance. Raises UserError if guidance is impossible."""
         known = self.num_classes > 0
         if self.guidance_scale != 1 and self.guide is None and known and not self.label_dropout:
             raise UserError(
@@ -191,7 +210,7 @@ class DiffusionStage(OptimizationHooks):
             raise UserError(str(error)) from None
 
     def train(self, mode: bool = True) -> DiffusionStage:
-        """Set training or evaluation mode; graphs end with training, which changes the weights that they cast."""
+        """Set training or evaluation mode; training discards the graphs, which hold cast weights."""
         if mode:
             self._graphed.clear()
         return super().train(mode)
@@ -243,13 +262,13 @@ class DiffusionStage(OptimizationHooks):
         seeds: Sequence[int],
         labels: Tensor | None = None,
         previous: Tensor | None = None,
-        sampler: Sampler | None = None,
+        sampler: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """As `sample`, for arguments known to fit, without waiting for the device: samples may be non-finite.
 
         sampler: used instead of the stage's own.
         """
-        noise = PerImageGenerator(seeds, self.device, stream=self.resolution)  # stages must not share their noise
+        noise = PerImageGenerator(seeds, self.device, stream=self.resolution)  # so that stages have independent noise
         like = torch.empty(len(seeds), self.image_channels, self.resolution, self.resolution, device=self.device)
         start = self.corruption.start(like, previous, noise.randn_like)
         if labels is not None:

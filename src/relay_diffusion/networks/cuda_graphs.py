@@ -153,7 +153,7 @@ class GraphedTraining:
                 # the graphs write over what another part of the same step has left, and is to be added to
                 if place is not None and weight.grad is not None and weight.grad.data_ptr() == place.data_ptr():
                     weight.grad = weight.grad.clone()
-            output: Tensor = _Replayed.apply(captured, there, *weights.values())
+            output: Tensor = _Replayed.apply(captured, there, *weights.values())  # type: ignore[no-untyped-call]
         return output
 
 

@@ -39,7 +39,8 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, size: int = 8192, repe
             a @ b
         end.record()
         end.synchronize()
-    return 2 * size**3 * repeats / (start.elapsed_time(end) / 1e3)
+    seconds: float = start.elapsed_time(end) / 1e3
+    return 2 * size**3 * repeats / seconds
 
 
 @contextmanager

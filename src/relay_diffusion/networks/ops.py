@@ -120,7 +120,8 @@ def convolve_image(conv: nn.Conv2d, x: Tensor) -> Tensor:
     On a GPU the bias is one more channel, of ones, and eight channels are faster than fewer.
     """
     if not (fusible(x) and x.shape[1] < 8):
-        return conv(x)
+        out: Tensor = conv(x)
+        return out
     assert conv.bias is not None
     spare = 7 - x.shape[1]
     bias = F.pad(conv.bias[:, None, None, None], (1, 1, 1, 1))

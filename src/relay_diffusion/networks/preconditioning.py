@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,8 +24,12 @@ class Condition(NamedTuple):
 class EDMPreconditioner(nn.Module):
     """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise, labels) (Karras et al. 2022, section 5)."""
 
+    __call__: Callable[..., Tensor]  # of Module it returns Any
+
     def __init__(self, network: UNet, sigma_data: float = 0.5) -> None:
         super().__init__()
+        if not 0 < sigma_data < math.inf:
+            raise ValueError(f"sigma_data={sigma_data}: must be positive and finite")
         self.network, self.sigma_data = network, sigma_data
 
     def forward(

@@ -11,22 +11,7 @@ from torch import Tensor, nn
 from relay_diffusion.networks.layers import ResidualBlock, SinusoidalEmbedding, group_norm, zero
 from relay_diffusion.networks.ops import convolve_image, norm_act
 
-MAX_BLOCKS, MAX_LEVELS = 100, 14  # a file that asks for more would be at it for hours
-
-
-def _check_sizes(
-    resolution: int, channels: int, levels: int, blocks: int, dropout: float, checkpoint_levels: Sequence[int]
-) -> None:
-    if not 1 <= blocks <= MAX_BLOCKS or not 1 <= levels <= MAX_LEVELS:
-        raise ValueError(f"blocks is {blocks}, levels are {levels}: at most {MAX_BLOCKS} and {MAX_LEVELS}")
-    if resolution % 2 ** (levels - 1):
-        raise ValueError(f"resolution {resolution} is not divisible by 2^{levels - 1} for {levels} levels")
-    if not set(checkpoint_levels) <= set(range(levels)):
-        raise ValueError(f"checkpoint_levels is {list(checkpoint_levels)}, but the levels are 0 to {levels - 1}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout is {dropout}, must be at least 0 and below 1")
-    if channels % 2:
-        raise ValueError(f"channels is {channels}, must be even")
+MAX_LEVELS = 14
 
 
 class UNet(nn.Module):
@@ -61,8 +46,33 @@ class UNet(nn.Module):
         condition_channels: int = 0,
     ) -> None:
         super().__init__()
+        for name, value, low, high in (  # a stored config that asks for more would take hours, or all memory
+            ("resolution", resolution, 1, 2**14),
+            ("image_channels", image_channels, 1, 1024),
+            ("channels", channels, 2, 2**14),
+            ("blocks", blocks, 1, 100),
+            ("num_classes", num_classes, 0, 10**6),
+            ("augment_labels", augment_labels, 0, 1024),
+            ("condition_channels", condition_channels, 0, 1024),
+        ):
+            if not low <= value <= high:
+                raise ValueError(f"{name}={value}: must lie between {low} and {high:,}")
         levels = len(channel_mult)
-        _check_sizes(resolution, channels, levels, blocks, dropout, checkpoint_levels)
+        if not 1 <= levels <= MAX_LEVELS or not all(1 <= mult <= 64 for mult in channel_mult):
+            raise ValueError(
+                f"channel_mult={list(channel_mult)}: needs 1 to {MAX_LEVELS} levels of at most 64 times the channels"
+            )
+        if resolution % 2 ** (levels - 1):
+            raise ValueError(
+                f"resolution={resolution}: is not divisible by 2^{levels - 1}, as channel_mult with {levels} levels "
+                "demands"
+            )
+        if not set(checkpoint_levels) <= set(range(levels)):
+            raise ValueError(f"checkpoint_levels={list(checkpoint_levels)}: the levels are 0 to {levels - 1}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout}: must be at least 0 and below 1")
+        if channels % 2:
+            raise ValueError(f"channels={channels}: must be even")
         self.resolution, self.image_channels, self.num_classes = resolution, image_channels, num_classes
         self.augment_labels, self.condition_channels = augment_labels, condition_channels
         width = channels * embedding_mult
@@ -156,4 +166,5 @@ class UNet(nn.Module):
             x = block(x, embedding)
         for block, joins in zip(self.decoder, self.joins, strict=True):
             x = block(x, embedding, skips.pop() if joins else None)
-        return self.conv_out(norm_act(x, self.norm_out)[0])
+        out: Tensor = self.conv_out(norm_act(x, self.norm_out)[0])
+        return out

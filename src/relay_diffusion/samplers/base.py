@@ -7,9 +7,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from relay_diffusion.diffusion.corruption import Corruption, check_images
+from relay_diffusion.diffusion.corruption import check_images
 from relay_diffusion.diffusion.guidance import Denoiser, check_label_tensor
 from relay_diffusion.diffusion.noise import RandnLike
+from relay_diffusion.diffusion.schedule import LogNormal
+
+ROUNDING = 1 + 1e-9  # a grid ends at sigma_min to within that
 
 
 def state_dtype(device: torch.device) -> torch.dtype:
@@ -27,22 +30,22 @@ def initial_state(start: Tensor, labels: Tensor | None) -> Tensor:
     return start.to(state_dtype(start.device))
 
 
-def check_start(corruption: Corruption, sigma: float) -> None:
-    """Raise ValueError if sampling would start beyond the end of the corruption's schedule."""
-    level = corruption.schedule.level(torch.tensor(sigma, dtype=torch.float64, device="cpu")).item()
+def check_start(option: str, schedule: LogNormal, sigma: float) -> None:
+    """Raise ValueError, which begins with `option`, if `sigma` lies beyond the end of the corruption's schedule."""
+    level = schedule.level(torch.tensor(sigma, dtype=torch.float64, device="cpu")).item()
     if level > 1:
         raise ValueError(
-            f"sampling would start at sigma {sigma:.3f}, beyond the end of the corruption's schedule "
-            f"(level {level:.3f} > 1): start lower or raise prob_length"
+            f"{option}: sampling would start at sigma {sigma:.3f}, beyond the end of the corruption's schedule "
+            f"(level {level:.3f} > 1, p_mean={schedule.p_mean}, p_std={schedule.p_std}); lower it or raise "
+            f"prob_length={schedule.prob_length}"
         )
 
 
 def stopped_levels(sigmas: list[float], sigma: float) -> list[float]:
     """The levels above `sigma`, then `sigma`. Raises ValueError unless it lies in [last, first)."""
-    rounding = 1 + 1e-9  # the grid ends at sigma_min to within that
-    if not sigmas[-1] <= sigma * rounding < sigmas[0]:
+    if not sigmas[-1] <= sigma * ROUNDING < sigmas[0]:
         raise ValueError(f"cannot stop at sigma {sigma}: the sampler goes from {sigmas[0]:g} to {sigmas[-1]:g}")
-    return [*(level for level in sigmas if level > sigma * rounding), sigma]
+    return [*(level for level in sigmas if level > sigma * ROUNDING), sigma]
 
 
 def second_order(both: Tensor, residual: Tensor, ratio: float) -> Tensor:

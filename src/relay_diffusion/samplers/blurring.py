@@ -13,7 +13,7 @@ from relay_diffusion.diffusion.dct import block_filter
 from relay_diffusion.diffusion.guidance import Denoiser
 from relay_diffusion.diffusion.noise import RandnLike
 from relay_diffusion.diffusion.schedule import karras_sigmas
-from relay_diffusion.samplers.base import initial_state, second_order
+from relay_diffusion.samplers.base import check_start, initial_state, second_order
 
 
 class BlurringSampler:
@@ -35,20 +35,15 @@ class BlurringSampler:
         s_noise: float = 0.2,
     ) -> None:
         if not 0 <= s_noise <= 1:
-            raise ValueError(f"s_noise is {s_noise}, must lie in [0, 1]")
+            raise ValueError(f"s_noise={s_noise}: must lie between 0 and 1")
         grid = karras_sigmas(steps, sigma_min, sigma_max, rho).tolist()
         self.sigmas = [sigma for sigma in grid if sigma < truncation_sigma]
         if len(self.sigmas) < 2:
             raise ValueError(
-                f"only {len(self.sigmas)} of {steps} noise levels lie below truncation_sigma {truncation_sigma}: "
-                "raise steps or truncation_sigma"
+                f"truncation_sigma={truncation_sigma}: only {len(self.sigmas)} of {steps} noise levels lie below it "
+                f"(sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho}); raise steps or truncation_sigma"
             )
-        start_level = corruption.schedule.level(torch.tensor(self.sigmas[0], dtype=torch.float64, device="cpu")).item()
-        if start_level > 1:
-            raise ValueError(
-                f"sampling would start at sigma {self.sigmas[0]:.3f}, beyond the end of the corruption's schedule "
-                f"(level {start_level:.3f} > 1): lower truncation_sigma or raise prob_length"
-            )
+        check_start(f"truncation_sigma={truncation_sigma}", corruption.schedule, self.sigmas[0])
         self.corruption, self.s_noise = corruption, s_noise
 
     @property
@@ -60,7 +55,7 @@ class BlurringSampler:
     def __call__(self, denoise: Denoiser, start: Tensor, randn_like: RandnLike, labels: Tensor | None = None) -> Tensor:
         """start: upsampled images [B,C,H,W] in [-1, 1]; labels [B] or None -> images [B,C,H,W], state's dtype."""
         x = initial_state(start, labels)
-        x = torch.add(x, self.corruption.draw_noise(x, randn_like), alpha=self.sigmas[0])
+        x = self.corruption.at_level(x, self.sigmas[0], randn_like)
         ones = torch.ones(len(x), dtype=torch.float64, device="cpu")  # wrappers may look at sigma without waiting
         gains = self.corruption.gains(x.new_tensor(self.sigmas))[:, None]  # of all levels at once: [levels,1,1,s,s]
         for level, (sigma, sigma_next) in enumerate(pairwise(self.sigmas)):

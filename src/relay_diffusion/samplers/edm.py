@@ -11,7 +11,7 @@ from torch import Tensor
 from relay_diffusion.diffusion.guidance import Denoiser
 from relay_diffusion.diffusion.noise import RandnLike
 from relay_diffusion.diffusion.schedule import karras_sigmas
-from relay_diffusion.samplers.base import initial_state, second_order
+from relay_diffusion.samplers.base import ROUNDING, initial_state, second_order, stopped_levels
 
 
 class EDMSampler:
@@ -34,11 +34,14 @@ class EDMSampler:
         churn_noise: float = 1.0,
         sde_scale: float = 0.0,
     ) -> None:
-        if not churn >= 0 or not 0 <= sde_scale <= 1:
-            raise ValueError(f"churn={churn}, sde_scale={sde_scale}: need churn >= 0 and 0 <= sde_scale <= 1")
-        if not (math.isfinite(churn_noise) and churn_min >= 0 and churn_max >= 0):
-            raise ValueError(f"churn_min={churn_min}, churn_max={churn_max}, churn_noise={churn_noise}: need numbers")
-        self.sigmas = [*karras_sigmas(steps, sigma_min, sigma_max, rho).tolist(), 0.0]
+        for name, value in (("churn", churn), ("churn_min", churn_min), ("churn_max", churn_max)):
+            if not value >= 0:
+                raise ValueError(f"{name}={value}: must be at least 0")
+        if not math.isfinite(churn_noise):
+            raise ValueError(f"churn_noise={churn_noise}: must be a finite number")
+        if not 0 <= sde_scale <= 1:
+            raise ValueError(f"sde_scale={sde_scale}: must lie between 0 and 1")
+        self.sigmas: list[float] = [*karras_sigmas(steps, sigma_min, sigma_max, rho).tolist(), 0.0]
         self.churn, self.churn_min, self.churn_max = churn / steps, churn_min, churn_max
         self.churn_noise, self.sde_scale = churn_noise, sde_scale
 
@@ -52,14 +55,9 @@ class EDMSampler:
 
         Raises ValueError unless sigma lies in [sigma_min, sigma_max).
         """
-        rounding = 1 + 1e-9  # the grid ends at sigma_min to within that
-        if not self.sigmas[-2] <= sigma * rounding < self.sigmas[0]:
-            raise ValueError(
-                f"cannot stop at sigma {sigma}: the sampler walks from {self.sigmas[0]:g} to {self.sigmas[-2]:g}"
-            )
         stopped = copy.copy(self)
-        stopped.sigmas = [*(level for level in self.sigmas if level > sigma * rounding), sigma, 0.0]
-        stopped.churn_min = max(self.churn_min, sigma * rounding)  # the estimate is that of this level, not above
+        stopped.sigmas = [*stopped_levels(self.sigmas[:-1], sigma), 0.0]
+        stopped.churn_min = max(self.churn_min, sigma * ROUNDING)  # the estimate is that of this level, not above
         return stopped
 
     def _gamma(self, sigma: float) -> float:

@@ -41,10 +41,10 @@ class MultistepSampler:
         s_noise: float = 0.0,
     ) -> None:
         if not 0 <= s_noise <= 1:
-            raise ValueError(f"s_noise={s_noise}: must lie in [0, 1]")
+            raise ValueError(f"s_noise={s_noise}: must lie between 0 and 1")
         self.corruption, self.s_noise = corruption, s_noise
         self._set_levels(karras_sigmas(steps, sigma_min, sigma_max, rho).tolist())
-        check_start(corruption, sigma_max)
+        check_start(f"sigma_max={sigma_max}", corruption.schedule, sigma_max)
 
     def _set_levels(self, sigmas: list[float]) -> None:
         self.sigmas = sigmas
@@ -70,7 +70,8 @@ class MultistepSampler:
         weights = torch.ones_like(levels)
         weights[1:-1:2], weights[2:-1:2] = 4, 2
         integral = torch.tensordot(weights, ratios, dims=1) * (length / INTERVALS / 3)
-        return length * ratios[-1] - integral
+        moment: Tensor = length * ratios[-1] - integral
+        return moment
 
     @property
     def evaluations(self) -> int:

@@ -30,10 +30,11 @@ def shown_state(x: Tensor, sigma: float) -> Tensor:
     So noise is seen as noise at any level (two standard deviations fit into [-1, 1]), and at level 0 the state is
     the image itself.
     """
-    return x * (SIGMA_DATA / (SIGMA_DATA**2 + sigma**2) ** 0.5)
+    scale: float = SIGMA_DATA / (SIGMA_DATA**2 + sigma**2) ** 0.5
+    return x * scale
 
 
-class WatchedSampler:
+class RecordingSampler:
     """A sampler that makes the same images and keeps the `steps` of the first `count` of its last call.
 
     A level that the sampler comes back to (a second-order step looks ahead to the next one, churn raises it again)
@@ -55,7 +56,7 @@ class WatchedSampler:
         steps: list[Step] = []
         self.steps = steps
 
-        def watched(x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+        def recording(x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
             estimates = denoise(x, sigma, labels)
             level = float(sigma[0])  # samplers give it on the CPU, and the same for all images
             while steps and steps[-1].sigma <= level:
@@ -63,7 +64,7 @@ class WatchedSampler:
             steps.append(Step(level, self._picture(shown_state(x[: self.count], level)), self._picture(estimates)))
             return estimates
 
-        images = self.sampler(watched, start, randn_like, labels)
+        images = self.sampler(recording, start, randn_like, labels)
         result = self._picture(images)
         steps.append(Step(0.0, result, result))
         return images

@@ -1,8 +1,7 @@
 """Batches of a plan, split over the devices.
 
-Every image is dealt to one device. Every device needs at least one: Lightning lets a device without a batch leave
-early, and the others would wait for it. So where there are too few images, some are dealt to several devices, which
-make the same.
+Every image belongs to one rank. Every rank needs at least one: Lightning lets a rank without a batch leave early, and
+the others would wait for it. With fewer images than ranks, several ranks make the same image.
 """
 
 from __future__ import annotations
@@ -19,11 +18,10 @@ from relay_diffusion.sampling.plan import Plan
 
 
 class PlanDataModule(L.LightningDataModule):
-    """The images of a plan that are still to be made.
+    """Batches of the missing images of a plan.
 
-    todo: positions in the plan. batch_size: images at once on one device. A device's last batch is filled up, as the
-    last bit of an image depends on how many are computed with it: so a continued run, or one on other devices, makes
-    the same files.
+    todo: positions in the plan. batch_size: images per batch on one device. The last batch of a rank is padded, because
+    the last bit of an image depends on the batch size: a resumed run, or one on other devices, makes the same files.
     """
 
     def __init__(self, plan: Plan, todo: Sequence[int], batch_size: int) -> None:
@@ -31,7 +29,7 @@ class PlanDataModule(L.LightningDataModule):
         self.plan, self.todo, self.batch_size = plan, list(todo), batch_size
 
     def predict_dataloader(self) -> DataLoader[int]:
-        """This device's share."""
+        """Return the batches of this rank."""
         assert self.trainer is not None
         mine = self.todo[self.trainer.global_rank :: self.trainer.world_size]
         return DataLoader(mine, batch_size=self.batch_size, collate_fn=self._batch)  # type: ignore[arg-type]
@@ -49,9 +47,9 @@ class PlanDataModule(L.LightningDataModule):
 
 
 def rank_order(todo: Sequence[int], shown: int, devices: int) -> list[int]:
-    """`todo` in an order in which every device gets an image, and the first device the first `shown` first.
+    """Order `todo` so that every rank gets an image, and rank 0 the first `shown` first.
 
-    Where there are too few, some come again.
+    Images are repeated if there are fewer than ranks.
     """
     count = max(len(todo), devices, (shown - 1) * devices + 1)
     repeated = list(islice(cycle(todo), count))

@@ -1,4 +1,4 @@
-"""Where sampled images are kept, so that an interrupted run goes on where it stopped."""
+"""Store sampled images, so that an interrupted run continues where it stopped."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torch import Tensor
 from relay_diffusion.data.decode import decode_rgb
 from relay_diffusion.data.image_sets import ImageSet
 from relay_diffusion.data.sources import LABEL_FILE
-from relay_diffusion.data.zip_writer import ImageZipWriter, encode_png
+from relay_diffusion.data.zip_writer import encode_png, image_zip
 from relay_diffusion.errors import UserError
-from relay_diffusion.utils.differences import first_difference
 from relay_diffusion.utils.files import atomic_write, json_text, remove_temporaries, write_text
+from relay_diffusion.utils.messages import first_difference
 from relay_diffusion.utils.parallel import map_in_order
 
 
@@ -46,30 +46,30 @@ class ImageStore:
                 self._packed = set(archive.namelist()) - {LABEL_FILE}
 
     def begin(self) -> None:
-        """Create the folder and note the settings; what a killed run left half-written goes. Before anybody writes."""
+        """Create the folder, write the settings and delete stale temporary files. Call on rank 0 before writing."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._clear()
         write_text(self._settings_file, json_text(self._settings))
 
     def path(self, name: str) -> Path:
-        """The file of an image that is not packed."""
+        """Return the file of an image that is not packed."""
         return self.folder / f"{name}.png"
 
     def __contains__(self, name: str) -> bool:
         return f"{name}.png" in self._packed or self.path(name).exists()
 
     def write(self, name: str, image: Tensor) -> None:
-        """Keep one uint8 image [3,H,W]; it is there whole or not at all."""
+        """Write one uint8 image [3,H,W] atomically."""
         with atomic_write(self.path(name)) as file:
             file.write(encode_png(Image.fromarray(image.permute(1, 2, 0).cpu().numpy())))
 
     def images(self, names: Sequence[str], resolution: tuple[int, int]) -> ImageSet:
-        """Images of the store in this order."""
+        """Return the named images of the store, in this order."""
         return _KeptImages(self, names, resolution)
 
     @contextmanager
     def reading(self) -> Iterator[zipfile.ZipFile | None]:
-        """The open zip, for `encoded`; None if nothing is packed."""
+        """Open the zip for `encoded`; None if nothing is packed."""
         if not self._packed:
             yield None
             return
@@ -77,19 +77,19 @@ class ImageStore:
             yield archive
 
     def encoded(self, name: str, archive: zipfile.ZipFile | None) -> bytes:
-        """The PNG bytes of an image."""
+        """Return the PNG bytes of an image."""
         member = f"{name}.png"
         packed = archive is not None and member in self._packed
         return archive.read(member) if archive is not None and packed else self.path(name).read_bytes()
 
     def note_labels(self, labels: Mapping[str, int], class_names: Sequence[str]) -> None:
-        """Keep the classes of images (by name) in a dataset.json beside them, so that they are a data set.
+        """Write the class labels of images (by name) to a dataset.json, as in a dataset.
 
-        Only if every image there has one; -1 is none.
+        Only if every image in the folder has a label; -1 is none.
         """
         loose = self._loose()
         if not loose:
-            return  # what is packed has its classes in the zip
+            return  # the zip holds the labels of packed images
         known = self._labels() | {f"{name}.png": label for name, label in labels.items()}
         if not all(known.get(member, -1) >= 0 for member in loose):
             (self.folder / LABEL_FILE).unlink(missing_ok=True)
@@ -98,9 +98,9 @@ class ImageStore:
         write_text(self.folder / LABEL_FILE, json.dumps(content))
 
     def pack(self) -> None:
-        """Move all images into one zip, with their classes if all have one; what was packed before stays in it.
+        """Move all images into one zip, with their labels if all have one.
 
-        After everybody has written.
+        Images that are packed already stay in it. Call on rank 0, when all ranks have written.
         """
         self._clear()
         loose = self._loose()
@@ -119,7 +119,7 @@ class ImageStore:
         classed = class_names is not None and all(labels.get(member, -1) >= 0 for member in members)
         with (
             self.reading() as archive,
-            ImageZipWriter(self.archive, class_names if classed else None, option="output") as writer,
+            image_zip(self.archive, class_names if classed else None, option="output") as writer,
         ):
             for member in members:
                 content = self.encoded(member.removesuffix(".png"), archive)
@@ -136,12 +136,12 @@ class ImageStore:
             raise UserError(f"{self.archive} cannot be read ({error}): delete it or choose another output") from None
 
     def _loose(self) -> list[str]:
-        """Names of the PNG files in the folder."""
+        """Return the names of the PNG files in the folder."""
         files = (path.relative_to(self.folder) for path in self.folder.rglob("*.png"))
         return [path.as_posix() for path in files if not path.name.startswith(".")]
 
     def _noted(self) -> list[dict[str, Any]]:
-        """What the dataset.json of the zip and that of the folder hold."""
+        """Read the dataset.json of the zip and that of the folder."""
         noted = []
         with self.reading() as archive:
             if archive is not None and LABEL_FILE in archive.namelist():
@@ -158,7 +158,7 @@ class ImageStore:
 
 
 class _KeptImages(ImageSet):
-    """Some images of a store."""
+    """Images of a store, by name."""
 
     kind = "run"
 
@@ -167,7 +167,7 @@ class _KeptImages(ImageSet):
 
     @property
     def source_hash(self) -> str:
-        """What determines the images is in the run's settings."""
+        """Empty: the settings of the run determine the images."""
         return ""
 
     def _images(self, indices: Sequence[int]) -> Iterator[Image.Image]:

@@ -30,17 +30,17 @@ class Plan:
 
 
 def plan_from_noise(seeds: object, classes: Sequence[int]) -> Plan:
-    """One image a seed; the classes in turn by seed, as the authors do."""
+    """Plan one image a seed; the classes in turn by seed, as the authors do."""
     chosen = parse_seeds(seeds)
     names = [f"{seed // FOLDER_SIZE * FOLDER_SIZE:08d}/seed{seed:08d}" for seed in chosen]
     return Plan(names, chosen, [classes[seed % len(classes)] for seed in chosen])
 
 
 def plan_from_images(start: ImageDataset, seeds: object, classes: Sequence[int] | None) -> Plan:
-    """One image for each of the given ones, under its own name; image number k has seed k.
+    """Plan one image for each of `start`, under its name; image number k has seed k.
 
     `seeds` chooses some of them by number (null: all). Without `classes` each image has the class of its
-    dataset.json, or none. Raises UserError for numbers that are not there, and for two images that would share a file.
+    dataset.json, or none. Raises UserError for numbers out of range, and for two images that would share a file.
     """
     chosen = list(range(len(start.names))) if seeds is None else parse_seeds(seeds)
     if max(chosen) >= len(start.names):

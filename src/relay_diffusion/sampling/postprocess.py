@@ -1,4 +1,4 @@
-"""Changes of the finished 8-bit images that the published results were measured with. Off unless asked for."""
+"""Postprocess 8-bit images as for the published results. Off by default."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Enhance:
-    """Pillow's enhancers, in the order contrast, brightness, colour; a factor of 1 leaves the images as they are.
+    """Apply Pillow's enhancers: contrast, brightness, colour; a factor of 1 changes nothing.
 
     Brightness mixes an image with black, contrast with its mean grey, colour with its grey version; factors above 1
     move away from these.

@@ -1,4 +1,4 @@
-"""What a sampling run ends with on the screen."""
+"""Print the results of a sampling run."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ OTHERS = (
 
 
 def report(results: Mapping[str, Any]) -> None:
-    """The results as a table, where everything lies, what could not be measured and what limits the numbers.
+    """Print the results as a table, with paths, skipped metrics and warnings.
 
-    "names" in the results are those of the numbers that were measured: measures of one's own are shown too.
+    "names" in the results are those of the computed metrics, custom ones included.
     """
     table = Table(show_header=False, box=None)
     listed = {key for key, _, _ in (*MEASURES, *OTHERS)}

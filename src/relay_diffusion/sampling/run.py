@@ -1,4 +1,4 @@
-"""From a validated config to sampled and measured images."""
+"""Sample and evaluate images from a validated config."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 
+from relay_diffusion.checkpoints.loading import build_configured, relay_options
 from relay_diffusion.data.class_choice import AS_REFERENCE, class_indices, labels_like_reference
 from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.image_sets import open_image_set
 from relay_diffusion.data.npz import write_adm_samples
-from relay_diffusion.errors import UserError
+from relay_diffusion.errors import UserError, prefix_errors
 from relay_diffusion.metrics import Evaluator
 from relay_diffusion.models.relay import Relay
-from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.sampling.batches import PlanDataModule, rank_order
 from relay_diffusion.sampling.callbacks.image_writer import ImageWriter
 from relay_diffusion.sampling.callbacks.progress import SamplingProgress
@@ -123,28 +122,19 @@ def _make_and_measure(
 
 def build_relay(settings: DictConfig) -> Relay:
     """Build the stages that a relay config chooses, as one relay."""
-    stages = {name: _build_stage(name, stage) for name, stage in chosen_stages(settings).items()}
-    for name, stage in stages.items():
-        if stage.image_channels != 3:
+    stages = {}
+    for name, stage in chosen_stages(settings).items():
+        with prefix_errors(f"relay.stages.{name}"):
+            stages[name] = build_configured(stage)
+        if stages[name].image_channels != 3:
             raise UserError(
-                f"relay.stages.{name} makes images of {stage.image_channels} channels: only 3 are drawn here"
+                f"relay.stages.{name} makes images of {stages[name].image_channels} channels: only 3 are drawn here"
             )
-    postprocess = instantiate(settings.postprocess)
-    return Relay(stages, settings.hand_over_sigma, settings.rounding, postprocess)
-
-
-def _build_stage(name: str, stage: DictConfig) -> DiffusionStage:
-    """A stage of the relay. Raises UserError naming it for files that it cannot be built from."""
-    try:
-        return cast(DiffusionStage, instantiate(stage, _convert_="all"))
-    except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            raise UserError(f"relay.stages.{name}: {error.__cause__}") from None
-        raise
+    return Relay(stages, **relay_options(settings))
 
 
 def make_plan(options: SamplingOptions, relay: Relay) -> Plan:
-    """Which images to make. Raises UserError where seeds, classes or starting images make no sense."""
+    """Plan the images of a run. Raises UserError for invalid seeds, classes or starting images."""
     size, path = relay.start_resolution, options.start.path
     first = next(iter(relay.chain()))
     chosen = chosen_classes(options, relay)
@@ -164,10 +154,7 @@ def make_plan(options: SamplingOptions, relay: Relay) -> Plan:
         subset=options.start.subset,
         labels=bool(relay.num_classes) and chosen is None,
         exif=options.start.exif,
-        path_option="relay.start",
-        resolution_option=f"relay.stages.{first} starts from resolution",
-        subset_option="relay.start_subset",
-        exif_option="relay.start_exif",
+        option="relay.start",
     )
     if chosen is None and relay.num_classes:
         _check_classes(start, relay)
@@ -175,7 +162,7 @@ def make_plan(options: SamplingOptions, relay: Relay) -> Plan:
 
 
 def _read_start(plan: Plan, positions: list[int]) -> None:
-    """Read the images to start from once: one that cannot be decoded shows before hours of work."""
+    """Decode the images to start from once, so that a damaged one is reported before hours of work."""
     if plan.start is not None:
         chosen = [plan.seeds[position] for position in positions]
         for _ in map_in_order(plan.start.__getitem__, chosen):
@@ -199,7 +186,7 @@ def chosen_classes(options: SamplingOptions, relay: Relay) -> list[int] | None:
 
 
 def _check_classes(start: ImageDataset, relay: Relay) -> None:
-    """Refuse images to start from whose classes are not the model's."""
+    """Raise UserError unless the images to start from have the classes of the model."""
     wanted = "give class=NAME (or class=-1 for no class)"
     if not start.class_names:
         raise UserError(f"relay.start={start.path} has no classes (dataset.json), but the model knows some: {wanted}")
@@ -208,17 +195,19 @@ def _check_classes(start: ImageDataset, relay: Relay) -> None:
 
 
 def _report_uneven_classes(reference: ReferenceOptions, relay: Relay) -> None:
-    """Report classes whose shares differ between reference and samples: all distances grow by that."""
+    """Report class shares that differ between reference and samples, which raises all distances."""
     assert reference.path is not None
     with suppress(UserError):  # no classes, or no set of images
         labels = labels_like_reference(reference.path, reference.subset, relay.class_names, "reference")
         counts = Counter(labels)
         if relay.num_classes and max(counts.values()) > UNEVEN * min(counts[k] for k in range(relay.num_classes)):
-            print("note: classes come equally often, but not in the reference: class=reference takes them as there")
+            print(
+                "note: classes are sampled equally often, unlike in the reference: class=reference uses its frequencies"
+            )
 
 
 def run_settings(options: SamplingOptions, relay: Relay, plan: Plan, device: str) -> dict[str, Any]:
-    """Everything that determines the images of a plan, apart from its seeds."""
+    """Return everything that determines the images of a plan, except its seeds."""
     settings = relay.describe() | {
         "classes": _shown_classes(plan.classes),
         "precision": options.precision,
@@ -236,7 +225,7 @@ def run_settings(options: SamplingOptions, relay: Relay, plan: Plan, device: str
 
 
 def _predict(trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModule, own: list[Callback]) -> None:
-    """One pass with these callbacks."""
+    """Predict with additional callbacks."""
     before = list(trainer.callbacks)  # type: ignore[attr-defined]
     trainer.callbacks = [*before, *own, Preemption()]  # type: ignore[attr-defined]
     try:
@@ -246,7 +235,7 @@ def _predict(trainer: L.Trainer, model: L.LightningModule, data: L.LightningData
 
 
 def _keep(options: SamplingOptions, relay: Relay, plan: Plan, store: ImageStore) -> dict[str, Any]:
-    """Note the classes, write the zip and the .npz that were asked for; where the images are."""
+    """Write the class labels, the zip and the .npz; return the paths."""
     places, size = {}, (relay.resolution, relay.resolution)
     if options.npz:
         file = options.output / "images.npz"
@@ -265,14 +254,14 @@ def _keep(options: SamplingOptions, relay: Relay, plan: Plan, store: ImageStore)
 
 
 def _without_places(node: Any) -> Any:
-    """Settings without where files lie: a moved checkpoint is the same one, by its hash."""
+    """Settings without paths: a moved checkpoint is the same one, by its hash."""
     if not isinstance(node, dict):
         return node
     return {key: _without_places(value) for key, value in node.items() if key not in ("file", "path")}
 
 
 def _shown_classes(classes: list[int] | None) -> Any:
-    """A list of classes as settings hold it: that of a whole reference by how often each comes, and a checksum."""
+    """Shorten a long list of classes to counts and a checksum, for the settings."""
     if classes is None or len(classes) <= MANY_CLASSES:
         return classes
     counts = {str(label): count for label, count in sorted(Counter(classes).items())}

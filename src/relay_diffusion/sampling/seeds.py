@@ -1,4 +1,4 @@
-"""Seeds as people write them: numbers and ranges. Free of torch: they are checked before anything is built."""
+"""Parse seeds: numbers and ranges. Imports no torch: seeds are checked before anything is built."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_IMAGES = 10_000_000  # of one run: a plan of them takes gigabytes
 
 
 def parse_seeds(text: object, option: str = "seeds") -> list[int]:
-    """Seeds named by a text: 0-3,7 is [0, 1, 2, 3, 7]. `option`: what the user calls it.
+    """Parse seeds: 0-3,7 is [0, 1, 2, 3, 7]. `option`: the name for messages.
 
     Raises UserError for anything else, for seeds named twice, and for more than MAX_IMAGES.
     """

@@ -13,7 +13,7 @@ from relay_diffusion.models.stage import DiffusionStage
 
 
 class EMA(Callback):
-    """Give the stage an average of its weights, `stage.ema`; a checkpoint's key "ema" holds it.
+    """Keep an average of the stage's weights as `stage.ema`, and in checkpoints as "ema".
 
     The stage updates it in its optimizer step, so every callback sees the present average in any order.
     `half_life_images`: images after which the weight of an old state has halved. `ramp_up`: share of the images seen
@@ -21,6 +21,10 @@ class EMA(Callback):
     """
 
     def __init__(self, half_life_images: float = 500_000, ramp_up: float | None = 0.05) -> None:
+        if not half_life_images >= 0:
+            raise ValueError(f"half_life_images={half_life_images}: must be at least 0")
+        if ramp_up is not None and not ramp_up >= 0:
+            raise ValueError(f"ramp_up={ramp_up}: must be at least 0, or null")
         self.half_life_images, self.ramp_up = half_life_images, ramp_up
         self._weights: dict[str, Tensor] = {}
 

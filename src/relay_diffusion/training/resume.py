@@ -1,14 +1,17 @@
-"""Where a run starts: from its own last checkpoint, from `resume`, from the weights of `init`, or anew."""
+"""Start of a run: its own last checkpoint, `resume`, the weights of `init`, or new; and the record for it."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import lightning as L
+from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from relay_diffusion.checkpoints.loading import read_checkpoint
@@ -23,15 +26,76 @@ from relay_diffusion.checkpoints.reading import (
 from relay_diffusion.data.datamodule import ImageDataModule
 from relay_diffusion.errors import UserError, prefix_errors
 from relay_diffusion.models.stage import DiffusionStage
-from relay_diffusion.training.run_record import KEY, changes
-from relay_diffusion.utils.differences import first_difference
+from relay_diffusion.utils.messages import differences, first_difference, shown
+
+KEY = "run"  # of a checkpoint: the run's settings
+LONGEST = 200  # characters of a value in messages
+WITHOUT_EFFECT = (  # on what is trained; the number of devices is recorded as such
+    "run_id", "run_dir", "resume", "init", "trainer.max_images", "trainer.devices", "trainer.num_nodes",
+    "data.num_workers", "data.dataset.cache",
+)  # fmt: skip
+DATA_ORDER = ("data.seed", "data.dataset.x_flip", "images")  # settings that change the order of the images
+
+
+class RunRecord(Callback):
+    """Store the settings of the run in every checkpoint, as "run".
+
+    config: the resolved settings. derived: the keys whose values refer to other keys. devices: ranks of the run.
+    images: of the data set, without mirrored ones. wandb: what a WandbRun continues from.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.settings = {"config": OmegaConf.to_container(cfg, resolve=True), "derived": list(_derived(cfg))}
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+        """Add the record."""
+        wandb = next((logger.run_record for logger in trainer.loggers if hasattr(logger, "run_record")), None)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        checkpoint[KEY] = self.of(trainer, data) | ({"wandb": wandb} if wandb else {})
+
+    def of(self, trainer: L.Trainer, data: ImageDataModule) -> dict[str, Any]:
+        """The settings, the number of ranks and the number of images."""
+        return {**self.settings, "devices": trainer.world_size, "images": len(data.dataset.names)}
+
+
+def _derived(node: Any, prefix: str = "") -> Iterator[str]:
+    """Keys whose values are written as references to others."""
+    if not isinstance(node, DictConfig):
+        return
+    for name in map(str, node):
+        key = f"{prefix}{name}"
+        if OmegaConf.is_interpolation(node, name):
+            yield key
+        elif not OmegaConf.is_missing(node, name):
+            yield from _derived(node[name], f"{key}.")
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(setting, before, now) of each setting in which a run differs from the record that it continues."""
+    derived = set(before.get("derived", [])) & set(now["derived"])  # what they refer to is compared itself
+    found = []
+    for key, old, new in differences(_flat(before), _flat(now)):
+        parents = {key[:end] for end in range(len(key) + 1) if key[end : end + 1] in (".", "")}
+        if key not in WITHOUT_EFFECT and not parents & derived:
+            found.append((key, shown(old, LONGEST), shown(new, LONGEST)))
+    return found
+
+
+def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
+    config = dict(record.get("config", {}))
+    data, trainer = config.get("data"), config.get("trainer")
+    if isinstance(data, Mapping) and isinstance(trainer, Mapping) and "accumulate" in data:  # of an older checkpoint
+        config["data"] = {name: value for name, value in data.items() if name != "accumulate"}
+        config["trainer"] = {name: value for name, value in trainer.items() if name != "accumulate"}
+        config["trainer"]["accumulate_grad_batches"] = data["accumulate"]
+    return {**config, "devices": record.get("devices"), "images": record.get("images")}
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts, as rank 0 decides it.
+    """Start of a run, as rank 0 decides it.
 
-    checkpoint: the file to continue from; None for a new run. own: it is of this run, and not `resume`. changed:
+    checkpoint: the file to continue from; None for a new run. own: it belongs to this run, not to `resume`. changed:
     (setting, before, now) of each setting that differs. wandb: what its W&B run continues from.
     """
 
@@ -59,7 +123,7 @@ def last_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any], bool] | None
                 failures.append(str(error))
                 print(f"warning: {error}; trying the checkpoint before", file=sys.stderr, flush=True)
     if failures:
-        raise UserError(f"no checkpoint in {directory} can be read: delete them to begin anew ({failures[0]})")
+        raise UserError(f"no checkpoint in {directory} can be read: delete them to start a new run ({failures[0]})")
     if cfg.resume is None:
         return None
     with prefix_errors("resume"):
@@ -67,7 +131,7 @@ def last_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any], bool] | None
 
 
 def check_same_stage(path: Path, checkpoint: dict[str, Any], stage_config: dict[str, Any]) -> None:
-    """Refuse to continue from a checkpoint of another stage or with another optimizer.
+    """Require that a checkpoint has the same stage and optimizer.
 
     The learning rate may change, and so may settings that affect speed and memory alone.
     """
@@ -80,35 +144,28 @@ def check_same_stage(path: Path, checkpoint: dict[str, Any], stage_config: dict[
 
 
 def check_same_classes(path: Path, checkpoint: dict[str, Any], data: ImageDataModule) -> None:
-    """Refuse to continue with classes of other names or order: labels would change meaning."""
+    """Require the same classes in the same order: otherwise labels change their meaning."""
     stored, present = checkpoint.get("class_names", []), data.dataset.class_names
     if stored and present and stored != present:
         pairs = enumerate(zip_longest(stored, present))
         number, before, now = next((i, *pair) for i, pair in pairs if len({*pair}) > 1)
         raise UserError(
-            f"{path} was trained on other classes than data.dataset.path={data.dataset.path} has (class {number} is "
-            f"{before} there, {now} here): choose another run_dir; init={path} begins there with its weights"
+            f"{path} was trained on other classes than data.dataset.path={data.dataset.path} (class {number} was "
+            f"{before}, is {now}): use another run_dir; init={path} starts from its weights"
         )
 
 
 def _fixed_settings(stage_config: dict[str, Any]) -> dict[str, Any]:
     """Settings of a stage that a resumed run may not change."""
-    parts: dict[str, dict[str, Any]] = {
-        part: stage_config.get(part) or {} for part in ("denoiser", "corruption", "optimizer")
-    }
+    denoiser, corruption, optimizer = (stage_config.get(part) or {} for part in ("denoiser", "corruption", "optimizer"))
     # older files lack condition_channels, and the log-normal of a relay stage
-    network = {"condition_channels": 0} | (parts["denoiser"].get("network") or {})
-    schedule = {"p_mean": -1.2, "p_std": 1.2} | (parts["corruption"].get("schedule") or {})
-    network = _without(network, "checkpoint_levels")
-    return parts | {
-        "denoiser": parts["denoiser"] | {"network": network},
-        "corruption": parts["corruption"] | {"schedule": schedule},
-        "optimizer": _without(parts["optimizer"], "lr", "fused"),
+    network = {"condition_channels": 0} | (denoiser.get("network") or {}) | {"checkpoint_levels": None}
+    schedule = {"p_mean": -1.2, "p_std": 1.2} | (corruption.get("schedule") or {})
+    return {
+        "denoiser": denoiser | {"network": network},
+        "corruption": corruption | {"schedule": schedule},
+        "optimizer": optimizer | {"lr": None, "fused": None},
     }
-
-
-def _without(options: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key not in names}
 
 
 def init_from(stage: DiffusionStage, path: str) -> Path:
@@ -120,7 +177,7 @@ def init_from(stage: DiffusionStage, path: str) -> Path:
         file = find_stage(path)
         content = read_stage(file)
     kind = "ema" if content.get("ema", {}).get("weights") else "raw"
-    with prefix_errors("init takes the weights of a stage that has the network of this run"):
+    with prefix_errors("init needs the weights of a stage with the network of this run"):
         weights = stored_weights(content, kind, stage.denoiser, file)
     stage.denoiser.load_state_dict(weights)
     return file
@@ -144,5 +201,5 @@ def find_start(cfg: DictConfig, data: ImageDataModule, record: dict[str, Any]) -
             f"resume={os.path.relpath(path)} has seen {seen:,} images already: raise "
             f"trainer.max_images={cfg.trainer.max_images} to continue it"
         )
-    stored = content.get(KEY, {}).get("wandb") if own else None
-    return Start(path, own, seen, changes(content, record, data), stored)
+    stored = content.get(KEY, {})  # older checkpoints have none
+    return Start(path, own, seen, changes(stored, record) if stored else [], stored.get("wandb") if own else None)

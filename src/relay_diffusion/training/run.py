@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,36 +13,15 @@ from omegaconf import DictConfig, OmegaConf
 from relay_diffusion.checkpoints.loading import check_loadable
 from relay_diffusion.checkpoints.reading import LAST
 from relay_diffusion.data.datamodule import ImageDataModule
-from relay_diffusion.errors import UserError
-from relay_diffusion.models.info import StageInfo
-from relay_diffusion.models.stage import DiffusionStage
+from relay_diffusion.errors import UserError, prefix_errors, require
+from relay_diffusion.models.stage import DiffusionStage, StageInfo
 from relay_diffusion.training.callbacks.preemption import leave_after_signal
-from relay_diffusion.training.resume import Start, find_start, init_from
-from relay_diffusion.training.run_record import RunRecord, changes_data_order
+from relay_diffusion.training.resume import DATA_ORDER, RunRecord, Start, find_start, init_from
 from relay_diffusion.utils.distributed import destroy_process_group, on_rank_zero, started_ranks
 from relay_diffusion.utils.files import write_text
 from relay_diffusion.utils.git import git_revision
 from relay_diffusion.utils.host import report_slow_settings
 from relay_diffusion.utils.quiet import quiet_libraries
-
-
-def check_classes(data: ImageDataModule, num_classes: int) -> None:
-    """Refuse a network whose classes are not those of the data."""
-    there = data.dataset.num_classes
-    if num_classes and num_classes != there:
-        otherwise = "" if there else " (folders become classes by python -m relay_diffusion.cli.convert_images)"
-        raise UserError(
-            f"network.num_classes={num_classes}, but {data.dataset.path} has {there} classes: use "
-            f"network.num_classes={there}{otherwise}"
-        )
-
-
-def check_can_be_loaded(stage_config: dict[str, Any], trusted: Sequence[str]) -> None:
-    """Refuse a stage that could be trained, but not loaded from its checkpoint."""
-    try:
-        check_loadable(stage_config, trusted, Path(LAST))
-    except UserError as error:
-        raise UserError(f"stage: its checkpoint could not be loaded: {error}") from None
 
 
 def _build_stage(config: DictConfig, info: StageInfo) -> DiffusionStage:
@@ -59,14 +37,21 @@ def _build_stage(config: DictConfig, info: StageInfo) -> DiffusionStage:
 
 @quiet_libraries()
 def train(cfg: DictConfig) -> DiffusionStage | None:
-    """Build everything, continue from a checkpoint if there is one, and fit; None if nothing is left to train."""
+    """Build the stage, continue from a checkpoint if one exists, and fit; None if training is complete."""
     stage_config = cast(dict[str, Any], OmegaConf.to_container(cfg.stage, resolve=True))
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     data: ImageDataModule = instantiate(cfg.data, _convert_="all")
-    check_classes(data, cfg.network.num_classes)
+    classes, found = cfg.network.num_classes, data.dataset.num_classes
+    hint = "" if found else " (python -m relay_diffusion.cli.convert_images makes classes of folders)"
+    require(
+        classes in (0, found),
+        f"network.num_classes={classes}, but {data.dataset.path} has {found} classes: use "
+        f"network.num_classes={found}{hint}",
+    )
     test_steps = int(cfg.trainer.get("fast_dev_run", False))
     stage = _build_stage(cfg.stage, StageInfo(stage_config, data.dataset.class_names))
-    check_can_be_loaded(stage_config, cfg.trusted)
+    with prefix_errors("stage: its checkpoint could not be loaded"):
+        check_loadable(stage_config, cfg.trusted, Path(LAST))
     record = RunRecord(cfg)
     trainer: L.Trainer = instantiate(
         cfg.trainer,
@@ -102,25 +87,18 @@ def train(cfg: DictConfig) -> DiffusionStage | None:
 
 
 def _how_it_ended(cfg: DictConfig, trainer: L.Trainer, stage: DiffusionStage) -> str:
-    """The last line of a run."""
+    """Describe how a run ended, in one line."""
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return f"trainer.fast_dev_run: trained on {stage.images_seen:,} images as a test, without checkpoint and log"
     done, where = f"{stage.images_seen:,}", os.path.relpath(cfg.run_dir)
     if cfg.trainer.get("profiler"):
         where += ", times in fit-profile*.txt"
-    reason = _stop_reason(trainer, stage) if stage.images_seen < cfg.trainer.max_images else ""
-    if reason:
+    early = [callback.stopping_reason_message or "" for callback in trainer.early_stopping_callbacks]
+    reasons = [stage.fit_state.stop_reason, *(text.removesuffix(" Signaling Trainer to stop.") for text in early)]
+    reason = next(filter(None, reasons), "")
+    if reason and stage.images_seen < cfg.trainer.max_images:
         return f"stopped early ({reason}): trained on {done} of {cfg.trainer.max_images:,} images; all is in {where}"
     return f"trained on {done} images; all is in {where}"
-
-
-def _stop_reason(trainer: L.Trainer, stage: DiffusionStage) -> str:
-    """What ended training before it had seen all images; "" if nothing did."""
-    early = [
-        (callback.stopping_reason_message or "").removesuffix(" Signaling Trainer to stop.")
-        for callback in trainer.early_stopping_callbacks
-    ]
-    return next(filter(None, [stage.fit_state.stop_reason, *early]), "")
 
 
 def _announce(
@@ -146,6 +124,6 @@ def _announce(
         how = f"continues {os.path.relpath(start.checkpoint)}{f' with {changed}' if changed else ''}"
     images = len(data.dataset.names)
     print(f"{os.path.relpath(cfg.run_dir)}: {how}, {parameters:,} parameters, {images:,} images", flush=True)
-    if order := changes_data_order(start.changed):
-        print(f"note: {', '.join(order)} changed, so images come in another order than before", flush=True)
+    if order := [key for key, _, _ in start.changed if key in DATA_ORDER]:
+        print(f"note: {', '.join(order)} changed, so the order of the images changes", flush=True)
     report_slow_settings(trainer.strategy.root_device, {"network.channels_last": stage.denoiser.network})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal
 
 import lightning as L
 import torch
@@ -14,24 +14,11 @@ from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig
 
 from relay_diffusion.errors import UserError
-from relay_diffusion.models.stage import DiffusionStage
-from relay_diffusion.training.callbacks.rows import check_monitors
-from relay_diffusion.training.callbacks.stopping import StopAfterBatches, StopIfDiverged, TimeLimit
+from relay_diffusion.training.callbacks.stopping import StopAtImages, StopIfDiverged, TimeLimit
+from relay_diffusion.utils.messages import did_you_mean
 
-
-class StopAtImages(Callback):
-    """End training once the stage has seen `max_images` images, at any batch size."""
-
-    def __init__(self, max_images: int) -> None:
-        self.max_images = max_images
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
-        """Stop when all images were seen."""
-        assert isinstance(pl_module, DiffusionStage)
-        if pl_module.images_seen >= self.max_images:
-            trainer.should_stop = True
-
-
+OWN = ("relay_diffusion.", "lightning.")  # packages whose callbacks list in `logged` what they log
+MANY = 10**15  # images: no run trains on so many
 PROFILERS: dict[str, type[Profiler]] = {
     "simple": SimpleProfiler,
     "advanced": AdvancedProfiler,
@@ -39,9 +26,34 @@ PROFILERS: dict[str, type[Profiler]] = {
 }
 
 
+def training_limits(
+    max_images: int,
+    max_nonfinite_steps: int = 20,
+    max_time: str | dict[str, int] | None = None,
+    limit_train_batches: int | None = None,
+    gradient_clip_val: float | None = None,
+    fast_dev_run: bool | int = False,
+    accumulate_grad_batches: int = 1,
+) -> list[Callback]:
+    """Build the callbacks that end training, for options of `build_trainer`. Raises ValueError that names an option."""
+    for name, value, least in (
+        ("max_images", max_images, 1),
+        ("limit_train_batches", limit_train_batches, 1),
+        ("gradient_clip_val", gradient_clip_val, 0),
+        ("fast_dev_run", fast_dev_run, 0),
+        ("accumulate_grad_batches", accumulate_grad_batches, 1),
+    ):
+        if value is not None and not least <= value <= MANY:
+            raise ValueError(f"{name}={value}: must be at least {least} and at most {MANY:.0e}")
+    limits: list[Callback] = [StopIfDiverged(max_nonfinite_steps), StopAtImages(max_images, limit_train_batches)]
+    if max_time is not None:
+        limits.append(TimeLimit(max_time))
+    return limits
+
+
 def build_trainer(
     max_images: int,
-    accumulate: int = 1,
+    accumulate_grad_batches: int = 1,
     accelerator: str = "auto",
     devices: int | str | Sequence[int] = 1,
     num_nodes: int = 1,
@@ -53,36 +65,35 @@ def build_trainer(
     default_root_dir: str | None = None,
     max_nonfinite_steps: int = 20,
     gradient_clip_val: float | None = None,
-    gradient_clip_algorithm: str = "norm",
+    gradient_clip_algorithm: Literal["norm", "value"] = "norm",
     max_time: str | dict[str, int] | None = None,
     limit_train_batches: int | None = None,
     fast_dev_run: bool | int = False,
-    profiler: str | None = None,
+    profiler: Literal["simple", "advanced", "pytorch"] | None = None,
 ) -> L.Trainer:
     """Build a Trainer that stops once the stage has seen `max_images` images.
 
-    Each step is `accumulate` micro-batches. Epochs, validation loops and Lightning's own progress and
+    Each step is `accumulate_grad_batches` micro-batches. Epochs, validation loops and Lightning's own progress and
     checkpoint callbacks are off: the data is one endless stream, and ours count in images.
     max_nonfinite_steps: see StopIfDiverged. max_time: see TimeLimit. limit_train_batches: optimizer steps after which
     training ends. fast_dev_run: so many steps, without checkpoints and loggers. profiler: simple, advanced or
     pytorch; its report is written to `default_root_dir`.
     """
-    limits: list[Callback] = [StopIfDiverged(max_nonfinite_steps), StopAtImages(max_images)]
-    if max_time is not None:
-        limits.append(TimeLimit(max_time))
-    if limit_train_batches is not None:
-        limits.append(StopAfterBatches(limit_train_batches))
+    limits = training_limits(
+        max_images, max_nonfinite_steps, max_time, limit_train_batches, gradient_clip_val, fast_dev_run,
+        accumulate_grad_batches,
+    )  # fmt: skip
     callbacks = [*limits, *callbacks]  # first, so that the others know whether training goes on
-    check_monitors(callbacks)
+    _check_monitors(callbacks)
     trainer = L.Trainer(
         max_steps=-1,
         max_epochs=-1,
-        accumulate_grad_batches=accumulate,
+        accumulate_grad_batches=accumulate_grad_batches,
         accelerator=accelerator,
         devices=devices if isinstance(devices, int | str) else list(devices),
         num_nodes=num_nodes,
         strategy=strategy,
-        precision=precision,  # type: ignore[arg-type]  # Lightning names its choices and says so when wrong
+        precision=precision,  # type: ignore[arg-type]  # Lightning lists the choices in its error
         deterministic=deterministic,
         benchmark=not deterministic,
         callbacks=callbacks,
@@ -90,28 +101,43 @@ def build_trainer(
         default_root_dir=default_root_dir,
         gradient_clip_val=gradient_clip_val,
         gradient_clip_algorithm=gradient_clip_algorithm,
-        fast_dev_run=int(fast_dev_run) * accumulate,  # Lightning counts micro-batches
+        fast_dev_run=int(fast_dev_run) * accumulate_grad_batches,  # Lightning counts micro-batches
         profiler=None if profiler is None else PROFILERS[profiler](dirpath=default_root_dir, filename="profile"),
         use_distributed_sampler=False,
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        # callbacks that monitor a metric look where it is logged, not at the end of the only epoch
+        # log_row calls callbacks that monitor a metric; the only epoch never ends
         check_val_every_n_epoch=None,
         val_check_interval=1,
     )
-    # at every step Lightning would wait for the device to ask all ranks for a SIGTERM: Preemption does without waiting
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+    # Lightning synchronizes ranks and device at every step to detect SIGTERM; Preemption does not wait
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     return trainer
 
 
-def _nothing() -> None:
-    pass
+def _check_monitors(callbacks: Sequence[Callback]) -> None:
+    """Raise UserError if a callback monitors a metric that none of them logs.
+
+    A callback from elsewhere may log anything.
+    """
+    known = [name for callback in callbacks for name in getattr(callback, "logged", ())]
+    if not all(type(callback).__module__.startswith(OWN) for callback in callbacks):
+        return
+    for callback in callbacks:
+        name = getattr(callback, "monitor", None)
+        if name is not None and name not in known:
+            option = getattr(callback, "monitor_option", f"monitor of {type(callback).__name__}")
+            meant = did_you_mean(str(name), known, f"; logged are {', '.join(known) or 'no metrics'}")
+            raise UserError(
+                f"{option}={name}: no callback logs it{meant} "
+                "(callbacks=evaluated logs eval/fid, callbacks=validation logs val/loss)"
+            )
 
 
 def check_gpus(trainer: DictConfig) -> None:
-    """Raise UserError naming the option, if a run asks for GPUs on a host without any; `trainer`: its options."""
+    """Raise UserError if the options `trainer` ask for GPUs on a host without any."""
     accelerator = trainer.accelerator
     missing = accelerator in ("gpu", "cuda") and not torch.cuda.is_available()
     if not missing or (accelerator == "gpu" and torch.backends.mps.is_available()):
@@ -120,4 +146,4 @@ def check_gpus(trainer: DictConfig) -> None:
         option, instead = "strategy=ddp", "use strategy=ddp_cpu"
     else:
         option, instead = f"trainer.accelerator={accelerator}", "use trainer.accelerator=cpu"
-    raise UserError(f"{option} needs GPUs, and there are none here: {instead}, or leave it out")
+    raise UserError(f"{option} needs GPUs, and this host has none: {instead}, or leave it out")

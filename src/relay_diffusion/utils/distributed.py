@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.host import prepare_host
 from relay_diffusion.utils.run_lock import run_lock
+from relay_diffusion.utils.slurm import is_interactive
 
 if TYPE_CHECKING:
     import lightning as L
@@ -23,9 +24,8 @@ T = TypeVar("T")
 RUN_ID = "RELAY_DIFFUSION_RUN_ID"  # gives rank 0's run id to the ranks that it starts, in their environment alone
 REQUEUED = (signal.SIGUSR1, signal.SIGUSR2)
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, *REQUEUED)  # ask a run to stop
-FAILED = "relay_diffusion/failed"  # key of the store that says which rank failed first
+FAILED = "relay_diffusion/failed"  # key of the store: the rank that failed first
 STORE_SECONDS = 3  # until rank 0 counts as gone
-INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs in which commands are started by hand
 
 
 def rank() -> int:
@@ -40,7 +40,7 @@ def first_process() -> int | None:
 
 
 def exit_for_parent_only(worker: int) -> None:  # noqa: ARG001
-    """Exit this data worker on SIGTERM from its parent, as it sends to a hung worker, and from no other process."""
+    """Exit this data worker on SIGTERM from its parent, which terminates hung workers, and from no other process."""
     parent = os.getppid()
 
     def wait() -> None:
@@ -52,7 +52,7 @@ def exit_for_parent_only(worker: int) -> None:  # noqa: ARG001
 
 
 def ranks_differ() -> bool:
-    """Return whether the process group is initialized. Before that, all ranks do the same and meet the same errors."""
+    """Return whether the process group is initialized; before that, all ranks meet the same errors."""
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
@@ -75,17 +75,16 @@ def first_failure(code: int) -> tuple[int, int]:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         store = distributed.TCPStore(host, port, timeout=timedelta(seconds=STORE_SECONDS), wait_for_workers=False)
-        said = store.compare_set(FAILED, "", f"{rank()} {code}").decode()
+        first, its_code = map(int, store.compare_set(FAILED, "", f"{rank()} {code}").split())
     except distributed.DistError:  # rank 0 hosts the store and has exited
         return 0, code
-    first, its_code = map(int, said.split())
     return first, its_code
 
 
 def check_processes(world: int) -> None:
     """Raise UserError unless the launcher started one process per device."""
     for name, launcher in (("SLURM_NTASKS", "SLURM"), ("WORLD_SIZE", "torchrun")):
-        by_hand = launcher == "SLURM" and os.environ.get("SLURM_JOB_NAME") in INTERACTIVE
+        by_hand = launcher == "SLURM" and is_interactive()
         by_lightning = "TORCHELASTIC_RUN_ID" not in os.environ and launcher == "torchrun"
         if name in os.environ and not by_hand and not by_lightning and int(os.environ[name]) != world:
             raise UserError(
@@ -95,33 +94,25 @@ def check_processes(world: int) -> None:
 
 
 @contextmanager
-def terminate_ranks_on_error(trainer: L.Trainer) -> Iterator[None]:
-    """Terminate launched ranks if this process fails.
-
-    Raises UserError unless the launcher started one process per device.
-    """
-    check_processes(trainer.num_devices * trainer.num_nodes)
-    try:
-        yield
-    except BaseException:
-        kill = getattr(trainer.strategy.launcher, "kill", None)
-        if kill is not None:
-            kill(signal.SIGKILL)  # ranks that wait in a collective ignore SIGTERM
-        raise
-
-
-@contextmanager
 def started_ranks(trainer: L.Trainer, run_id: str, directory: str, option: str) -> Iterator[None]:
     """Start the other ranks and lock the run directory while the block runs; rank 0 holds the lock.
 
     Lightning would start the ranks within `fit` and `predict`, but rank 0 decides for all of them before. The ranks
-    are terminated if the block fails. Raises UserError if another run uses `directory`, the value of `option`.
+    are terminated if the block fails. Raises UserError if another run uses `directory`, the value of `option`, or
+    unless the launcher started one process per device.
     """
     prepare_host(trainer.strategy.root_device)
-    with ExitStack() as stack, terminate_ranks_on_error(trainer):  # so the lock outlives the ranks
-        _start_ranks(trainer, run_id)
-        on_rank_zero(trainer, lambda: stack.enter_context(run_lock(directory, option)))
-        yield
+    check_processes(trainer.num_devices * trainer.num_nodes)
+    with ExitStack() as stack:  # around the ranks, so the lock outlives them
+        try:
+            _start_ranks(trainer, run_id)
+            on_rank_zero(trainer, lambda: stack.enter_context(run_lock(directory, option)))
+            yield
+        except BaseException:
+            kill = getattr(trainer.strategy.launcher, "kill", None)
+            if kill is not None:
+                kill(signal.SIGKILL)  # ranks that wait in a collective ignore SIGTERM
+            raise
 
 
 def on_rank_zero(trainer: L.Trainer, decide: Callable[[], T]) -> T:
@@ -145,7 +136,7 @@ def on_rank_zero(trainer: L.Trainer, decide: Callable[[], T]) -> T:
 
 
 def _start_ranks(trainer: L.Trainer, run_id: str) -> None:
-    from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher  # no public name tells
+    from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher  # it has no public name
 
     launcher = trainer.strategy.launcher
     if not isinstance(launcher, _SubprocessScriptLauncher):

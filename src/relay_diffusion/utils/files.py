@@ -15,6 +15,10 @@ from typing import IO, Any
 
 from relay_diffusion.errors import UserError
 
+_PACKAGE = Path(__file__).resolve().parents[1]
+_INSTALLED = _PACKAGE / "conf"
+CONF = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parents[1] / "conf"  # of an installed package, or the project
+
 
 def temporary_name(path: Path) -> Path:
     """Name a temporary file in the folder of `path`, so that a rename moves it."""
@@ -38,14 +42,15 @@ def writing(what: object) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path, what: object = None) -> Iterator[IO[bytes]]:
     """Write a file atomically: to a temporary name, synced, then renamed to `path`.
 
-    An error inside the block removes the temporary file. Raises UserError if the folder is not writable or full.
+    An error inside the block removes the temporary file. Raises UserError if the folder is not writable or full;
+    `what` names the file in it, by default its path.
     """
     temporary = temporary_name(path)
     try:
-        with writing(path):
+        with writing(path if what is None else what):
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
                 yield file

@@ -1,10 +1,12 @@
-"""Parts of messages: values in one short line, suggestions of the nearest name."""
+"""Parts of messages: short values, the nearest name, differences of settings."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+ABSENT = "not set"  # stands for the value of a missing setting
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
@@ -21,6 +23,11 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str | None = None) 
     return f"; available: {', '.join(names.values())}" if names else ""
 
 
+def one_line(error: Exception) -> str:
+    """Return the message of an error of another library in one line, or its class if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def shorten(value: Any, length: int = 80) -> str:
     """Return a value as one printable line of at most `length` characters; of a tensor its shape."""
     try:
@@ -29,3 +36,25 @@ def shorten(value: Any, length: int = 80) -> str:
         return "..."
     text = text if text.isprintable() else ascii(text)[1:-1]
     return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield (key, old value, new value) of each leaf of nested settings that differs; a missing part is one leaf."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for part in sorted({*before, *now}):
+            name = f"{key}.{part}" if key else str(part)
+            yield from differences(before.get(part, ABSENT), now.get(part, ABSENT), name)
+    elif before != now:
+        yield key, before, now
+
+
+def shown(value: Any, length: int = 80) -> str:
+    """Return a setting as one short line; of a component its class."""
+    target = value.get("_target_") if isinstance(value, Mapping) else None
+    return shorten(target.rpartition(".")[2] if isinstance(target, str) else value, length)
+
+
+def first_difference(before: Any, now: Any) -> str:
+    """Describe the first difference, as "KEY was A, is B"."""
+    key, old, new = next(differences(before, now))
+    return f"{key} was {shown(old)}, is {shown(new)}"

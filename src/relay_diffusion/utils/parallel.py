@@ -13,9 +13,9 @@ Result = TypeVar("Result")
 
 
 def map_in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Apply `function` in threads (decoders release the interpreter lock); results in the order of `items`.
+    """Apply `function` in threads; yield results in the order of `items`.
 
-    Only a few items per thread are in flight, so neither input nor output piles up in memory.
+    Decoders release the interpreter lock. Only a few items per thread are in flight, which limits memory.
     """
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     pending: deque[Future[Result]] = deque()

@@ -1,4 +1,4 @@
-"""Pictures of several images: rows and columns, written as PNG; and moving ones, written as WebP."""
+"""Image grids, PNG files and animated WebP files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def image_grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
 
 
 def side_by_side(pictures: Sequence[Image.Image], gap: int = 12) -> Image.Image:
-    """Pictures in a row on white, aligned at the top."""
+    """Arrange pictures in a row on white, aligned at the top."""
     width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
     canvas = Image.new("RGB", (width, max(picture.height for picture in pictures)), "white")
     x = 0
@@ -38,13 +38,13 @@ def side_by_side(pictures: Sequence[Image.Image], gap: int = 12) -> Image.Image:
 
 
 def save_png(picture: Image.Image, path: Path) -> None:
-    """Write `path` whole or not at all."""
+    """Write a PNG file atomically."""
     with atomic_write(path) as file:
         picture.save(file, format="PNG")
 
 
 def save_webp(frames: Sequence[Image.Image], milliseconds: Sequence[int], path: Path, quality: int = 50) -> None:
-    """Write `path`, frame after frame, each shown so long, over and over; whole or not at all."""
+    """Write an endlessly looping WebP file atomically; `milliseconds`: duration of each frame."""
     with atomic_write(path) as file:
         frames[0].save(
             file,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -16,44 +16,15 @@ QUIET = "RELAY_DIFFUSION_QUIET"  # 1: no progress at all
 
 
 class Advance:
-    """Count finished units of work; `__call__(n, note)` advances the bar by n."""
+    """Count finished units of work; `__call__(n, note)` adds n and shows the count by `show(done, note)`."""
 
-    def __init__(self, description: str, total: int, unit: str, done: int = 0) -> None:
-        self.description, self.total, self.unit = description, total, unit
-        self.done, self.note = done, ""
+    def __init__(self, done: int, show: Callable[[int, str], None]) -> None:
+        self.done, self.note, self._show = done, "", show
 
     def __call__(self, count: int = 1, note: str | None = None) -> None:
         self.done += count
         self.note = self.note if note is None else note
-        self.show()
-
-    def show(self) -> None:
-        """Display the current state; a disabled bar shows nothing."""
-
-
-class _PlainAdvance(Advance):
-    def __init__(self, description: str, total: int, unit: str, done: int = 0) -> None:
-        super().__init__(description, total, unit, done)
-        self._next = time.monotonic()
-
-    def show(self) -> None:
-        now = time.monotonic()
-        if now >= self._next or self.done >= self.total:
-            self._next = now + PLAIN_SECONDS
-            note = f"  {self.note}" if self.note else ""
-            print(f"{self.description}: {self.done:,}/{self.total:,} {self.unit}{note}", flush=True)
-
-
-class _RichAdvance(Advance):
-    def __init__(self, bar: Progress, description: str, total: int, unit: str, done: int = 0) -> None:
-        super().__init__(description, total, unit, done)
-        self._bar, self._task = (
-            bar,
-            bar.add_task(description, total=total, completed=done, note="", unit=unit),
-        )
-
-    def show(self) -> None:
-        self._bar.update(self._task, completed=self.done, note=self.note)
+        self._show(self.done, self.note)
 
 
 @contextmanager
@@ -62,22 +33,24 @@ def progress(
 ) -> Iterator[Advance]:
     """Show progress towards `total` units; yields an `Advance` to call with each finished count.
 
-    `done` units are counted as finished already (a continued run). Disabled (ranks above 0), or with
+    `done` units are counted as finished already (a resumed run). Disabled (ranks above 0), or with
     RELAY_DIFFUSION_QUIET=1, it shows nothing.
     """
+    next_line = time.monotonic()
+
+    def print_line(done: int, note: str) -> None:
+        nonlocal next_line
+        if time.monotonic() >= next_line or done >= total:
+            next_line = time.monotonic() + PLAIN_SECONDS
+            print(f"{description}: {done:,}/{total:,} {unit}{note and '  '}{note}", flush=True)
+
     if not enabled or os.environ.get(QUIET) == "1":
-        yield Advance(description, total, unit, done)
-        return
-    if not sys.stdout.isatty():
-        yield _PlainAdvance(description, total, unit, done)
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=Console()) as bar:
-        yield _RichAdvance(bar, description, total, unit, done)
+        yield Advance(done, lambda *_: None)
+    elif not sys.stdout.isatty():
+        yield Advance(done, print_line)
+    else:
+        texts = [TextColumn(f"{{task.{name}}}") for name in ("description", "fields[unit]", "fields[note]")]
+        columns = (texts[0], BarColumn(), MofNCompleteColumn(), texts[1], TimeRemainingColumn(), texts[2])
+        with Progress(*columns, console=Console()) as bar:
+            task = bar.add_task(description, total=total, completed=done, unit=unit, note="")
+            yield Advance(done, lambda done, note: bar.update(task, completed=done, note=note))

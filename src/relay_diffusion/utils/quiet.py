@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-LOGGERS = ("lightning.pytorch", "lightning.fabric")  # their INFO: advertisements, and the devices of the host
+LOGGERS = ("lightning.pytorch", "lightning.fabric")  # INFO: advertisements and the devices of the host
 MESSAGES = (
-    ".*does not have many workers",  # advice of Lightning; data.num_workers is the user's, images in memory need none
-    ".*treespec, LeafSpec",  # Lightning uses what torch deprecates
-    "The AccumulateGrad node's stream",  # Lightning builds DDP on a stream of its own; gradients are waited for
+    ".*does not have many workers",  # images in memory need no workers
+    ".*treespec, LeafSpec",  # Lightning uses a deprecated torch API
+    "The AccumulateGrad node's stream",  # Lightning builds DDP on another stream; gradients are synchronized
 )
 
 

@@ -9,11 +9,10 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from relay_diffusion.errors import UserError
-from relay_diffusion.utils.files import writing
 
 LOCK = "run.lock"
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # file systems without locks
@@ -43,19 +42,18 @@ class Holder:
             host=socket.gethostname(),
             pid=os.getpid(),
             started=_start_time(os.getpid()),
-            boot=_read(Path("/proc/sys/kernel/random/boot_id")),
-            namespace=_link(Path("/proc/self/ns/pid")),
+            boot=_identifier(Path("/proc/sys/kernel/random/boot_id")),
+            namespace=_identifier(Path("/proc/self/ns/pid")),
             job=job,
             restarts=int(restarts) if restarts.isdecimal() else 0,
         )
 
     @classmethod
     def parse(cls, text: str) -> Holder | None:
-        """Read a lock file; None if it names no process, as one that is just being written."""
+        """Read a lock file; None if it names no process, e.g. while it is written."""
         try:
             content = json.loads(text)
-            kinds = {field.name: int if field.name in ("pid", "restarts") else str for field in fields(cls)}
-            if content.keys() == kinds.keys() and all(type(content[name]) is kind for name, kind in kinds.items()):
+            if {name: type(value).__name__ for name, value in content.items()} == cls.__annotations__:
                 return cls(**content)
         except (ValueError, AttributeError):
             pass
@@ -71,15 +69,15 @@ class Holder:
         if self.boot and self.boot == me.boot:  # in another container of this host: only the kernel can tell
             return True if kernel_locks else None
         if self.host == me.host:
-            return True  # the host was started again
+            return True  # the host was rebooted
         if self.job and self.job == me.job and self.restarts < me.restarts:
-            return True  # SLURM ends a job everywhere before it starts it again
+            return True  # SLURM ends a job on all hosts before it restarts it
         return None
 
 
 @contextmanager
 def run_lock(directory: str | Path, option: str) -> Iterator[None]:
-    """Lock a run directory, which is created; `option` names it in messages.
+    """Create and lock a run directory; remove what stays empty of it. `option` names it in messages.
 
     Two mechanisms cover each other's gaps. A POSIX lock on `directory`/run.lock ends with its process, whatever
     ends that, and also works between hosts where the file system supports it; unlike flock() it is not inherited by
@@ -88,19 +86,27 @@ def run_lock(directory: str | Path, option: str) -> Iterator[None]:
     Raises UserError if another process uses the directory, or another host may.
     """
     directory = Path(directory)
-    path, created = directory / LOCK, not directory.exists()
-    with writing(path):
-        directory.mkdir(parents=True, exist_ok=True)
-        handle = _acquire(path, option)
+    path = directory / LOCK
+    created: list[Path] = []
     try:
-        yield
+        try:
+            created = [place for place in (directory, *directory.parents) if not place.exists()]
+            directory.mkdir(parents=True, exist_ok=True)
+            handle = _acquire(path, option)
+        except OSError as error:
+            raise UserError(
+                f"{option}={directory}: cannot be created or locked ({error.strerror}); choose another {option}"
+            ) from None
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink()  # before the lock ends, so that it is not the file of the next process
+            os.close(handle)
     finally:
         with suppress(OSError):
-            path.unlink()  # before the lock ends, so that it is not the file of the next process
-        os.close(handle)
-        if created:
-            with suppress(OSError):
-                directory.rmdir()  # remove the empty run directory
+            for place in created:
+                place.rmdir()  # of a run that failed early: one with files stays
 
 
 def _acquire(path: Path, option: str) -> int:
@@ -110,16 +116,14 @@ def _acquire(path: Path, option: str) -> int:
             supported = _lock(handle)
             holder = Holder.parse(os.pread(handle, 2**16, 0).decode(errors="replace"))
             if supported is None:
-                raise UserError(_in_use(path, option, holder))
+                raise _refusal(path, option, holder, in_use=True)
             if not _is_current(handle, path):  # its process has exited and removed the file
                 os.close(handle)
                 continue
             me = Holder.this_process()
             stale = True if holder is None else holder.is_stale(me, supported)
-            if stale is None:
-                raise UserError(_unknown(path, option, holder, me))
             if not stale:
-                raise UserError(_in_use(path, option, holder))
+                raise _refusal(path, option, holder, in_use=stale is False)
             os.ftruncate(handle, 0)
             os.pwrite(handle, json.dumps(asdict(me)).encode(), 0)
             os.fsync(handle)
@@ -150,20 +154,13 @@ def _is_current(handle: int, path: Path) -> bool:
         return False
 
 
-def _in_use(path: Path, option: str, holder: Holder | None) -> str:
-    who = f"process {holder.pid} on host {holder.host}" if holder is not None else "another process"
-    return (
-        f"{option}={path.parent}: in use by {who}; wait until it ends, stop it, or choose another {option} "
-        f"(if no such process runs, delete {path})"
-    )
-
-
-def _unknown(path: Path, option: str, holder: Holder | None, me: Holder) -> str:
-    assert holder is not None, "a lock file without a holder is free"
-    return (
-        f"{option}={path.parent}: locked by process {holder.pid} on host {holder.host}, which host {me.host} cannot "
-        f"check; if it no longer runs there, delete {path}"
-    )
+def _refusal(path: Path, option: str, holder: Holder | None, in_use: bool) -> UserError:
+    who = "another process" if holder is None else f"process {holder.pid} on host {holder.host}"
+    if in_use:
+        state = f"in use by {who}; wait until it ends, stop it, or choose another {option} (if no such process runs"
+        return UserError(f"{option}={path.parent}: {state}, delete {path})")
+    state = f"locked by {who}, which host {socket.gethostname()} cannot check; if it no longer runs there"
+    return UserError(f"{option}={path.parent}: {state}, delete {path}")
 
 
 def _start_time(pid: int) -> str:
@@ -182,15 +179,9 @@ def _start_time(pid: int) -> str:
     return ""
 
 
-def _read(path: Path) -> str:
+def _identifier(path: Path) -> str:
+    """Return the content of a file, or the target of a link, of /proc; "" without it."""
     try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
-
-
-def _link(path: Path) -> str:
-    try:
-        return str(path.readlink())
+        return str(path.readlink()) if path.is_symlink() else path.read_text().strip()
     except OSError:
         return ""

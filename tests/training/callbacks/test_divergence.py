@@ -65,6 +65,7 @@ def test_steps_that_the_loss_scaler_skips_are_not_counted():
     assert counted(([NAN], NO, NO), skipped, ([NAN], NO, NO), taken) == [1, 1, 2, 0]
 
 
+@pytest.mark.slow
 def test_training_that_diverges_ends_with_an_error_and_keeps_the_good_checkpoint(tmp_path, small_zip):
     options = [*TINY, "resolution=16", f"data.dataset.path={small_zip}", f"run_dir={tmp_path / 'run'}"]
     assert run("train.py", *options, "trainer.max_images=16").returncode == 0
@@ -84,6 +85,7 @@ def test_training_that_diverges_ends_with_an_error_and_keeps_the_good_checkpoint
     assert load_stage(tmp_path / "run").images_seen == 16
 
 
+@pytest.mark.slow
 def test_two_processes_end_together(tmp_path, small_zip):
     result = run(
         "train.py", *TINY, "resolution=16", f"data.dataset.path={small_zip}", f"run_dir={tmp_path / 'run'}",
@@ -92,11 +94,11 @@ def test_two_processes_end_together(tmp_path, small_zip):
     )  # fmt: skip
     assert result.returncode == 2, result.stderr
     assert "error: training has diverged: no finite loss, or no finite gradient, in 5 consecutive" in result.stderr
-    assert "there is no checkpoint yet" in result.stderr
+    assert "no checkpoint exists" in result.stderr
     assert not (tmp_path / "run/checkpoints").exists()
 
 
-def test_it_ends_one_step_after_the_last_that_is_allowed(fit, spoil):
+def test_training_ends_one_step_after_the_limit(fit, spoil):
     spoil(lambda step: step > 2)
     with pytest.raises(UserError, match=r"in 3 consecutive steps .*, after 24 images"):
         fit("run", 40, "trainer.max_nonfinite_steps=3")
@@ -108,7 +110,8 @@ def test_steps_that_recover_do_not_end_it(fit, spoil):
     assert fit("run", 20, "trainer.max_nonfinite_steps=3").images_seen == 20
 
 
-def test_a_resumed_run_counts_anew(fit, spoil):
+@pytest.mark.slow
+def test_a_resumed_run_resets_the_count(fit, spoil):
     spoil(lambda step: step in (2, 4, 5))
     fit("run", 12, "trainer.max_nonfinite_steps=3")
     assert fit("run", 24, "trainer.max_nonfinite_steps=3").images_seen == 24
@@ -133,10 +136,11 @@ def test_a_periodic_checkpoint_waits_for_a_good_step(fit, spoil, tmp_path, capsy
     assert names == ["images-000000000016.ckpt", "last.ckpt"]
     said = capsys.readouterr().err
     assert said.count("not saved") == 1
-    assert "in the last 1 steps of 8 images; there is no checkpoint yet" in said
+    assert "in the last 1 steps of 8 images; no checkpoint exists" in said
 
 
-def test_the_end_of_training_is_not_saved_amid_bad_steps(fit, spoil, tmp_path):
+@pytest.mark.slow
+def test_the_end_of_training_is_not_saved_during_bad_steps(fit, spoil, tmp_path):
     last = tmp_path / "run/checkpoints/last.ckpt"
     fit("run", 8)
     good = last.read_bytes()
@@ -146,7 +150,8 @@ def test_the_end_of_training_is_not_saved_amid_bad_steps(fit, spoil, tmp_path):
     assert last.read_bytes() == good
 
 
-def test_a_signal_amid_bad_steps_saves_nothing(fit, spoil, tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_a_signal_during_bad_steps_saves_nothing(fit, spoil, tmp_path, monkeypatch, capsys):
     last = tmp_path / "run/checkpoints/last.ckpt"
     fit("run", 8)
     good = last.read_bytes()
@@ -165,6 +170,7 @@ def test_a_signal_amid_bad_steps_saves_nothing(fit, spoil, tmp_path, monkeypatch
     assert last.read_bytes() == good
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["weight", "averaged weight", "optimizer state exp_avg of"])
 def test_a_state_that_is_not_finite_is_not_saved(fit, tmp_path, monkeypatch, part):
     last = tmp_path / "run/checkpoints/last.ckpt"

@@ -12,7 +12,7 @@ from relay_diffusion.config.train import validate_training
 from relay_diffusion.diffusion import DenoisingLoss
 from relay_diffusion.errors import UserError
 from relay_diffusion.training.callbacks.checkpoints import Checkpoints
-from relay_diffusion.training.callbacks.measurement import PeriodicMeasurement
+from relay_diffusion.training.callbacks.periodic import PeriodicMeasurement
 from relay_diffusion.training.callbacks.training_log import TrainingLog
 from support import TINY, assert_same_weights, run, weights_of
 
@@ -76,6 +76,7 @@ def test_training_stops_where_the_loss_stays(fit, capsys):
     assert "stopped early (Monitored metric train/loss did not improve" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_patience_that_was_left(fit):
     """No check is added by the end of a start, none is lost where rows are not measured again."""
     stopping = [STOPPING, "+callbacks.stopping.monitor=eval/fid", "+callbacks.stopping.patience=2"]
@@ -84,13 +85,15 @@ def test_a_resumed_run_has_the_patience_that_was_left(fit):
     assert fit("run", 100, *MEASURED, *stopping).images_seen == 16
 
 
-def test_numbers_of_the_log_count_again_where_a_run_goes_back(fit, tmp_path):
+@pytest.mark.slow
+def test_a_run_that_goes_back_repeats_the_logged_numbers(fit, tmp_path):
     fit("run", 16, *MEASURED)
     (tmp_path / "run/checkpoints/last.ckpt").unlink()
     stopping = [STOPPING, "+callbacks.stopping.monitor=eval/fid", "+callbacks.stopping.patience=2"]
     assert fit("run", 100, *MEASURED, *stopping).images_seen == 16
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept(fit, tmp_path):
     best = "callbacks.checkpoints.best=eval/fid"
     fit("other", 20, *MEASURED)
@@ -108,6 +111,7 @@ def test_higher_can_be_better(fit, tmp_path):
     assert best_of(tmp_path / "run")["best"]["value"] == 5.0
 
 
+@pytest.mark.slow
 def test_two_processes_agree_on_the_best(tmp_path, small_zip):
     """Each of them measures another speed."""
     result = run(
@@ -119,6 +123,7 @@ def test_two_processes_agree_on_the_best(tmp_path, small_zip):
     assert best_of(tmp_path / "run")["best"]["metric"] == "train/images_per_second"
 
 
+@pytest.mark.slow
 def test_the_best_of_the_end_is_kept_too(fit, tmp_path):
     """It is measured after the last checkpoint was written; training goes on from it as from the last."""
     fit("whole", 28)
@@ -130,6 +135,7 @@ def test_the_best_of_the_end_is_kept_too(fit, tmp_path):
     assert_same_weights(*(weights_of(tmp_path / name / "checkpoints/last.ckpt") for name in ("whole", "on")))
 
 
+@pytest.mark.slow
 def test_the_best_value_survives_a_resume(fit, tmp_path, capsys):
     best = "callbacks.checkpoints.best=eval/fid"
     fit("run", 8, *MEASURED, best)
@@ -143,6 +149,7 @@ def test_the_best_value_survives_a_resume(fit, tmp_path, capsys):
     assert best_of(tmp_path / "run")["best"]["metric"] == "train/loss"
 
 
+@pytest.mark.slow
 def test_a_damaged_best_checkpoint_is_reported(fit, tmp_path, capsys):
     fit("run", 8, *MEASURED, "callbacks.checkpoints.best=eval/fid")
     file = tmp_path / "run/checkpoints/best.ckpt"
@@ -179,7 +186,7 @@ def test_the_state_of_a_bad_step_is_not_the_best(fit, tmp_path, monkeypatch):
         ([STOPPING, "+callbacks.stopping.monitor=val/loss"], r"monitor of EarlyStopping=val/loss: no callback logs it"),
     ],
 )
-def test_a_metric_that_nothing_logs_is_an_error_at_the_start(fit, tmp_path, options, message):
+def test_monitoring_an_unknown_metric_is_an_error(fit, tmp_path, options, message):
     with pytest.raises(Exception, match=message) as caught:
         fit("run", 8, *options)
     assert isinstance(caught.value.__cause__, UserError)  # build_trainer's, which the command line prints
@@ -215,6 +222,7 @@ class Watch(Callback):
         self.seen.append({key: value.clone() for key, value in pl_module.ema.weights.items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [("checkpoints", "ema"), ("watch", "ema"), ("ema", "watch")])
 def test_the_average_does_not_depend_on_the_order_of_callbacks(fit, tmp_path, monkeypatch, first):
     """Callbacks before it in yaml see the average of this step, and the last checkpoint holds it."""
@@ -241,7 +249,8 @@ def test_the_average_does_not_depend_on_the_order_of_callbacks(fit, tmp_path, mo
     assert isinstance(stage.trainer.callbacks[-1], Checkpoints)
 
 
-def test_what_is_logged_is_what_the_log_says_it_logs(fit, tmp_path):
+@pytest.mark.slow
+def test_the_logged_property_lists_the_logged_metrics(fit, tmp_path):
     callbacks = fit("run", 64).trainer.callbacks
     log = next(c for c in callbacks if isinstance(c, TrainingLog))
     logged = {key for row in rows_of(tmp_path / "run") for key in row} - {"images_seen"}

@@ -2,15 +2,15 @@
 
 import os
 import signal
-import subprocess
 import threading
 
 import pytest
 import torch
 
 from relay_diffusion.training.callbacks import preemption
+from relay_diffusion.training.callbacks.stopping import StopAtImages
 from relay_diffusion.training.ema import EMA
-from relay_diffusion.training.trainer import StopAtImages, build_trainer
+from relay_diffusion.training.trainer import build_trainer
 from support import assert_same_weights, weights_of
 
 
@@ -39,6 +39,7 @@ def signal_at(monkeypatch):
     return send
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", preemption.SIGNALS)
 def test_training_saves_stops_and_continues(fit, tmp_path, signal_at, monkeypatch, capsys, number):
     fit("whole", 24)
@@ -82,7 +83,7 @@ def test_an_interrupt_that_was_ignored_stays_so(fit):
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
-def test_a_signal_that_comes_before_the_first_step(fit, tmp_path, monkeypatch):
+def test_a_signal_before_the_first_step(fit, tmp_path, monkeypatch):
     """It is noted, and training saves and stops after that step."""
     begin = EMA.on_fit_start
     monkeypatch.setattr(EMA, "on_fit_start", lambda *args: os.kill(os.getpid(), signal.SIGUSR1) or begin(*args))
@@ -94,18 +95,8 @@ def test_a_signal_that_comes_before_the_first_step(fit, tmp_path, monkeypatch):
     assert content["images_seen"] == 4
 
 
-def test_a_queue_that_does_not_answer(monkeypatch, capsys):
-    def never(command, timeout, **_):
-        raise subprocess.TimeoutExpired(command, timeout)
-
-    monkeypatch.setattr(preemption.subprocess, "run", never)
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.delenv("SLURM_JOB_NAME", raising=False)
-    preemption._requeue()
-    assert "job 7 could not be requeued" in capsys.readouterr().out
-
-
-def test_a_signal_amid_a_step_waits_for_its_end(fit, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_signal_during_accumulation_waits_for_the_step(fit, tmp_path, monkeypatch):
     """Of four parts of a batch the first is done: the others follow."""
     plain = StopAtImages.on_train_batch_end
 
@@ -116,10 +107,10 @@ def test_a_signal_amid_a_step_waits_for_its_end(fit, tmp_path, monkeypatch):
 
     monkeypatch.setattr(StopAtImages, "on_train_batch_end", on_train_batch_end)
     with pytest.raises(SystemExit):
-        fit("run", 24, "data.accumulate=4")
+        fit("run", 24, "trainer.accumulate_grad_batches=4")
     assert weights_of(tmp_path / "run/checkpoints/last.ckpt")
     monkeypatch.undo()
-    assert fit("run", 12, "data.accumulate=4").images_seen == 12
+    assert fit("run", 12, "trainer.accumulate_grad_batches=4").images_seen == 12
 
 
 def test_a_signal_with_the_last_step_changes_nothing(fit, signal_at):
@@ -127,34 +118,7 @@ def test_a_signal_with_the_last_step_changes_nothing(fit, signal_at):
     assert fit("run", 8).images_seen == 8
 
 
-@pytest.mark.parametrize(
-    ("environment", "called"),
-    [
-        ({"SLURM_JOB_ID": "7"}, ["scontrol", "requeue", "7"]),
-        ({"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}, ["scontrol", "requeue", "7_2"]),
-        ({"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "bash"}, None),
-        ({}, None),
-    ],
-)
-def test_the_job_that_is_requeued(monkeypatch, environment, called):
-    for name in ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    calls = []
-    monkeypatch.setattr(preemption.subprocess, "run", lambda command, **_: calls.append(command))
-    preemption._requeue()
-    assert calls == ([called] if called else [])
-
-
-def test_a_job_that_cannot_be_requeued_is_told(monkeypatch, capsys):
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setenv("PATH", "")
-    preemption._requeue()
-    assert "job 7 could not be requeued" in capsys.readouterr().out
-
-
-def test_training_in_a_thread_does_without_signals(fit):
+def test_training_in_a_thread_handles_no_signals(fit):
     ended = []
     thread = threading.Thread(target=lambda: ended.append(fit("run", 8).images_seen))
     thread.start()
@@ -162,7 +126,7 @@ def test_training_in_a_thread_does_without_signals(fit):
     assert ended == [8]
 
 
-def test_lightning_asks_no_device_for_signals_at_every_step():
+def test_lightning_does_not_synchronize_for_signals_at_every_step():
     """What the trainer takes away is there to be taken away."""
     trainer = build_trainer(8, accelerator="cpu")
     loop = trainer.fit_loop.epoch_loop

@@ -23,7 +23,7 @@ def test_a_short_run_is_logged_too(fit, tmp_path):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_gradient_norm_is_that_of_what_the_optimizer_gets(fit, tmp_path, monkeypatch, accumulate):
+def test_the_gradient_norm_is_that_of_the_optimizer_step(fit, tmp_path, monkeypatch, accumulate):
     norms, step = [], DiffusionStage.optimizer_step
 
     def spy(stage, epoch, batch, optimizer, closure):
@@ -35,12 +35,13 @@ def test_the_gradient_norm_is_that_of_what_the_optimizer_gets(fit, tmp_path, mon
         step(stage, epoch, batch, optimizer, watched)
 
     monkeypatch.setattr(DiffusionStage, "optimizer_step", spy)
-    fit("run", 24, "callbacks.log.every_n_images=8", f"data.accumulate={accumulate}")
+    fit("run", 24, "callbacks.log.every_n_images=8", f"trainer.accumulate_grad_batches={accumulate}")
     pairs = [norms[i : i + 2] for i in (0, 2, 4)]
     assert [row["gradient_norm"] for row in rows_of(tmp_path / "run")] == pytest.approx([sum(p) / 2 for p in pairs])
     assert len(set(norms)) == 6
 
 
+@pytest.mark.slow
 def test_the_half_life_of_the_average_is_the_present_one(fit, tmp_path):
     fit("run", 40, "callbacks.ema.half_life_images=1.5", "callbacks.ema.ramp_up=0.05")
     assert [row["ema_half_life"] for row in rows_of(tmp_path / "run")] == pytest.approx([0.4, 0.8, 1.2, 1.5, 1.5])
@@ -50,6 +51,7 @@ def test_the_half_life_of_the_average_is_the_present_one(fit, tmp_path):
     assert "ema_half_life" not in rows_of(tmp_path / "none")[0]
 
 
+@pytest.mark.slow
 def test_drawing_pictures_does_not_count_in_the_speed(fit, tmp_path, monkeypatch):
     picture = SampleGrid.picture
     monkeypatch.setattr(SampleGrid, "picture", lambda *args: time.sleep(2) or picture(*args))
@@ -57,13 +59,16 @@ def test_drawing_pictures_does_not_count_in_the_speed(fit, tmp_path, monkeypatch
     assert rows_of(tmp_path / "run")[1]["images_per_second"] > 4  # otherwise 8 images in over 2 seconds
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(fit, tmp_path):
-    fit("run", 1600, "stage.optimizer.lr=3e-3", "callbacks.log.every_n_images=400", "stage.warmup_images=100")
+    quick = ("stage.optimizer.lr=1e-2", "data.batch_size=8", "stage.warmup_images=40")
+    fit("run", 640, *quick, "callbacks.log.every_n_images=160")
     losses = [row["loss"] for row in rows_of(tmp_path / "run")]
     assert len(losses) == 4
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.slow
 def test_speed_is_logged_in_operations_too(fit, tmp_path):
     stage = fit("run", 24, "callbacks.log.every_n_images=8")
     for row in rows_of(tmp_path / "run"):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from relay_diffusion.checkpoints.loading import load_stage
 from relay_diffusion.data.dataset import ImageDataset
-from relay_diffusion.data.zip_writer import ImageZipWriter
+from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.diffusion.generators import PerImageGenerator
 from relay_diffusion.diffusion.pixels import to_float
 from relay_diffusion.errors import UserError
@@ -25,7 +25,7 @@ def split_zip(tmp_path_factory):
     """24 images to train on and 10 that are held out, of two classes."""
     path = tmp_path_factory.mktemp("data") / "split.zip"
     generator = np.random.default_rng(0)
-    with ImageZipWriter(path, ["dark", "light"]) as archive:
+    with image_zip(path, ["dark", "light"]) as archive:
         for subset, count in (("train", 24), ("heldout", 10)):
             for i in range(count):
                 pixels = generator.integers(0, 128, (16, 16, 3)) + 127 * (i % 2)
@@ -44,6 +44,7 @@ def rows_of(directory):
     return {int(row["images_seen"]): {k: v for k, v in row.items() if k.startswith("val/")} for row in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["base", "relay", "cascade"])
 def test_training_is_the_same_with_and_without(fit, tmp_path, data, stage):
     contents = []
@@ -60,6 +61,7 @@ def test_training_is_the_same_with_and_without(fit, tmp_path, data, stage):
     assert all(len(row) == 5 for row in rows.values())
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_the_averaged_weights_at_fixed_noise(fit, tmp_path, data, split_zip):
     """Written out for one image after the other: level (part + place of the image) / 4, noise of the case's seed."""
     slow = ("callbacks.ema.ramp_up=null", "callbacks.ema.half_life_images=20", "stage.optimizer.lr=1e-2")
@@ -84,6 +86,7 @@ def test_the_numbers_are_those_of_the_averaged_weights_at_fixed_noise(fit, tmp_p
     assert row["val/loss"] != pytest.approx(expected["raw"]["val/loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_numbers_do_not_depend_on_batches_processes_or_the_seed_of_training(fit, tmp_path, data):
     still = ("stage.optimizer.lr=0", "init=" + str(tmp_path / "start"))
     fit("start", 4, *data)
@@ -99,7 +102,8 @@ def test_the_numbers_do_not_depend_on_batches_processes_or_the_seed_of_training(
     assert rows_of(tmp_path / "two")[8] == pytest.approx(one, rel=1e-5)
 
 
-def test_it_can_choose_the_best_checkpoint(fit, tmp_path, data):
+@pytest.mark.slow
+def test_validation_chooses_the_best_checkpoint(fit, tmp_path, data):
     fit("run", 40, *data, *OFTEN, "callbacks.checkpoints.best=val/loss")
     rows = rows_of(tmp_path / "run")
     best = torch.load(tmp_path / "run/checkpoints/best.ckpt", weights_only=True)["best"]
@@ -107,7 +111,8 @@ def test_it_can_choose_the_best_checkpoint(fit, tmp_path, data):
     assert rows[best["images_seen"]]["val/loss"] == pytest.approx(best["value"], rel=1e-6)
 
 
-def test_what_was_measured_is_not_measured_again(fit, tmp_path, data, monkeypatch):
+@pytest.mark.slow
+def test_a_resumed_run_repeats_no_measurement(fit, tmp_path, data, monkeypatch):
     fit("run", 16, *data, *OFTEN)
     before = rows_of(tmp_path / "run")
     (tmp_path / "run/checkpoints/last.ckpt").unlink()
@@ -119,12 +124,12 @@ def test_what_was_measured_is_not_measured_again(fit, tmp_path, data, monkeypatc
 
 
 def test_images_that_are_trained_on_are_refused(fit, data):
-    with pytest.raises(UserError, match=r"10 of 10 images are trained on; set data\.dataset\.subset"):
+    with pytest.raises(UserError, match=r"10 of 10 images are also in data\.dataset; set data\.dataset\.subset"):
         fit("run", 8, *data, *OFTEN, "data.dataset.subset=''")
 
 
-def test_images_that_are_not_there_are_named(fit):
-    with pytest.raises(Exception, match=r"callbacks\.validation\.dataset\.subset=heldout: not in") as caught:
+def test_missing_images_are_named(fit):
+    with pytest.raises(Exception, match=r"callbacks\.validation\.dataset\.path=.* subset='heldout'") as caught:
         fit("run", 8, *OFTEN)
     assert isinstance(caught.value.__cause__, UserError)
 
@@ -140,7 +145,7 @@ def test_numbers_that_make_no_sense_are_named(split_zip, setting):
         Validation(ImageDataset(split_zip, 16, "heldout"), 8, **{setting: 0})
 
 
-def test_it_goes_with_the_evaluation_of_samples(configuration):
+def test_validation_and_evaluation_combine(configuration):
     callbacks = configuration("train", "callbacks=evaluated", "+callbacks/parts@callbacks=validation").callbacks
     assert {"evaluation", "validation", "ema"} < set(callbacks)
     assert callbacks.validation == configuration("train", "callbacks=validation").callbacks.validation

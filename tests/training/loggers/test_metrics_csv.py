@@ -61,7 +61,7 @@ def test_another_file_is_not_overwritten(tmp_path, text):
     assert text_of(tmp_path) == text
 
 
-def test_nothing_is_written_before_there_is_something(tmp_path):
+def test_no_file_without_rows(tmp_path):
     assert MetricsCSV(tmp_path / "log").last_step("train") == -1
     assert not (tmp_path / "log").exists()
 

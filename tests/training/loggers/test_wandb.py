@@ -60,6 +60,7 @@ def crash_at(monkeypatch, images):
     monkeypatch.setattr(DiffusionStage, "optimizer_step", failing)
 
 
+@pytest.mark.slow
 def test_a_crash_and_a_continuation_are_one_run_without_doubled_rows(fit, tmp_path, monkeypatch):
     options = ["logger=wandb", "run_id=mine", *EVERY_8, "callbacks.checkpoints.every_n_images=16"]
     revision = {"commit": "1f2e", "uncommitted_changes": True}
@@ -108,6 +109,7 @@ def ids(run_dir):
     return [of_type(part, "run")[0]["run_id"] for part in records(run_dir)]
 
 
+@pytest.mark.slow
 def test_the_same_run_dir_is_the_same_wandb_run(tmp_path, small_zip):
     """Also without a run_id, which is another at each start."""
     command = [*TINY, "logger=wandb", "resolution=16", f"data.dataset.path={small_zip}", f"run_dir={tmp_path / 'run'}"]
@@ -120,6 +122,7 @@ def test_the_same_run_dir_is_the_same_wandb_run(tmp_path, small_zip):
     assert stored == {"id": first, "directory": str(tmp_path / "run")}
 
 
+@pytest.mark.slow
 def test_which_wandb_run_a_directory_continues(fit, tmp_path):
     fit("run", 8, "logger=wandb")
     (original,) = ids(tmp_path / "run")
@@ -152,6 +155,7 @@ def test_wandb_gets_a_valid_id(tmp_path, run_id, valid):
     assert version != WandbRun("project", f"{run_id}?", tmp_path).version
 
 
+@pytest.mark.slow
 def test_pictures_of_a_relay_stage_and_checkpoints_on_request(fit, tmp_path):
     relay = ["stage.corruption.block=2", "logger=wandb", "run_id=mine", *EVERY_8]
     fit("run", 8, *relay, "callbacks.checkpoints.upload=true", stage="relay")

@@ -9,8 +9,7 @@ from typing import Any
 from relay_diffusion.checkpoints.loading import build_stored
 from relay_diffusion.checkpoints.published.edm import PublishedCheckpoint, convert_weights, read_published
 from relay_diffusion.errors import UserError
-from relay_diffusion.models.info import StageInfo
-from relay_diffusion.models.stage import DiffusionStage
+from relay_diffusion.models.stage import DiffusionStage, StageInfo
 
 _SAME = ("resolution", "image_channels", "channels", "channel_mult", "blocks", "num_classes")
 

@@ -51,8 +51,10 @@ _BROKEN = (  # raised by pickle and zipfile, then by values that do not fit
     MemoryError,
     struct.error,
 )
-_NUMBERS = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b"}  # numpy -> struct
-_NUMBERS |= {"u8": "Q", "u4": "I", "u2": "H", "u1": "B", "b1": "?"}
+_NUMBERS = {  # numpy -> struct
+    **{"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b"},
+    **{"u8": "Q", "u4": "I", "u2": "H", "u1": "B", "b1": "?"},
+}
 
 
 class _UnknownGlobalError(Exception):

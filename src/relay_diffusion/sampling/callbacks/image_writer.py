@@ -1,4 +1,4 @@
-"""Sampled images to PNG files."""
+"""Write sampled images to PNG files."""
 
 from __future__ import annotations
 
@@ -6,40 +6,41 @@ from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import BasePredictionWriter
 
 from relay_diffusion.models.relay import Samples
 from relay_diffusion.sampling.image_store import ImageStore
 from relay_diffusion.sampling.plan import Plan
 
 
-class ImageWriter(Callback):
-    """Writes the final images of a plan to an ImageStore; those that it holds stay as they are.
+class ImageWriter(BasePredictionWriter):
+    """Write the missing images of a plan to an ImageStore.
 
-    missing: positions in the plan of the images to write, as rank 0 has found them.
+    missing: their positions in the plan, as determined on rank 0.
     """
 
     def __init__(self, store: ImageStore, plan: Plan, missing: Iterable[int]) -> None:
+        super().__init__(write_interval="batch")
         self.store, self.plan, self.missing = store, plan, frozenset(missing)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Prepare the folder once."""
+        """Create the folder on rank 0."""
         if trainer.is_global_zero:
             self.store.begin()
         trainer.strategy.barrier()
 
-    def on_predict_batch_end(
+    def write_on_batch_end(
         self,
         trainer: L.Trainer,  # noqa: ARG002
         pl_module: L.LightningModule,  # noqa: ARG002
-        outputs: Samples,
+        prediction: Samples,
         *args: Any,  # noqa: ARG002
     ) -> None:
-        """Write the batch."""
-        for position, image in zip(outputs.positions.tolist(), outputs.images.cpu(), strict=True):
+        """Write the missing images of a batch."""
+        for position, image in zip(prediction.positions.tolist(), prediction.images.cpu(), strict=True):
             if position in self.missing:
                 self.store.write(self.plan.names[position], image)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-        """Go on only when every device has written its images: they may be packed then."""
+        """Wait until all ranks have written their images: they may be packed then."""
         trainer.strategy.barrier()

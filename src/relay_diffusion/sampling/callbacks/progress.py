@@ -13,7 +13,7 @@ from relay_diffusion.utils.progress import Advance, progress
 
 
 class SamplingProgress(Callback):
-    """A bar of images made, counted over all devices as if they were equally fast."""
+    """Progress bar of sampled images, over all ranks as if they were equally fast."""
 
     def __init__(self, description: str, total: int, done: int = 0) -> None:
         self.description, self.total, self.done = description, total, done

@@ -1,4 +1,4 @@
-"""One picture of the relay at work: each stage's start beside what it made of it."""
+"""Draw the start and the result of every stage side by side."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from relay_diffusion.utils.pictures import image_grid, save_png, side_by_side
 
 
 class RelayPicture(Callback):
-    """Collects the first `count` samples and draws, left to right: the first stage's small images, then for each
-    later stage its upsampled start and its result. Written to `path`.
+    """Draw the first `count` samples of every stage to `path`.
+
+    From left to right: the images of the first stage, then for each later stage its upsampled start and its result.
     """
 
     def __init__(self, path: str | Path, count: int = 16, columns: int = 4) -> None:
@@ -33,7 +34,7 @@ class RelayPicture(Callback):
         outputs: Samples,
         *args: Any,  # noqa: ARG002
     ) -> None:
-        """Keep images until there are enough."""
+        """Collect the first `count` images."""
         if not trainer.is_global_zero:
             return
         for name, images in outputs.stages.items():

@@ -1,4 +1,4 @@
-"""A picture and an animation of the way from noise to images, through all stages of a relay."""
+"""Draw the sampling trajectory of a relay as a picture and an animation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from relay_diffusion.models.relay import Relay, Samples
-from relay_diffusion.samplers.recording import Step, WatchedSampler, joined
+from relay_diffusion.samplers.recording import RecordingSampler, Step, joined
 from relay_diffusion.utils.pictures import image_grid, save_png, save_webp, side_by_side
 
 MAX_SIDE = 256  # pixels: of 1024x1024 images the noise alone would be some hundred megabytes
@@ -23,7 +23,7 @@ STEP, STAGE_END, END = 100, 800, 2500  # milliseconds
 
 
 class TrajectoryPicture(Callback):
-    """Watches the samplers of a relay make the first `count` images of the first device, then leaves them alone.
+    """Record the samplers of a relay for the first `count` images of rank 0.
 
     Written into `folder` as soon as those are made: trajectory.png, two rows an image (noisy states above the
     estimates of the clean image), some steps of each stage; trajectory.webp, all steps, one column an image.
@@ -31,19 +31,19 @@ class TrajectoryPicture(Callback):
 
     def __init__(self, folder: str | Path, count: int = 4) -> None:
         self.folder, self.count = Path(folder), count
-        self._watched: dict[str, WatchedSampler] = {}
+        self._recorders: dict[str, RecordingSampler] = {}
         self._steps: dict[str, list[Step]] = {}
         self._side = MAX_SIDE
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Watch the samplers of all stages, on the first device only."""
+        """Record the samplers of all stages, on rank 0 only."""
         if not trainer.is_global_zero:
             return
         assert isinstance(pl_module, Relay)
         self._side = min(pl_module.resolution, MAX_SIDE)
         for name, sampler in pl_module.samplers.items():
-            self._watched[name] = WatchedSampler(sampler, self.count, self._side)
-        pl_module.samplers |= self._watched
+            self._recorders[name] = RecordingSampler(sampler, self.count, self._side)
+        pl_module.samplers |= self._recorders
 
     def on_predict_batch_end(
         self,
@@ -52,25 +52,25 @@ class TrajectoryPicture(Callback):
         outputs: Samples,
         *args: Any,  # noqa: ARG002
     ) -> None:
-        """Keep the steps of the images that are wanted, and draw them when they are enough."""
-        for name, sampler in self._watched.items():
+        """Collect the steps of the first `count` images, then draw them."""
+        for name, sampler in self._recorders.items():
             steps = [Step(s, x[: len(outputs.positions)], y[: len(outputs.positions)]) for s, x, y in sampler.steps]
             self._steps[name] = joined(self._steps[name], steps) if name in self._steps else steps
             sampler.count -= len(steps[0].states)
-        if self._watched and all(sampler.count == 0 for sampler in self._watched.values()):
+        if self._recorders and all(sampler.count == 0 for sampler in self._recorders.values()):
             self._finish(pl_module)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-        """Draw fewer images, if there were not enough."""
-        if self._watched:
+        """Draw what was collected, if fewer than `count`."""
+        if self._recorders:
             self._finish(pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:  # noqa: ARG002
-        """Leave the samplers alone."""
-        self._stop_watching(pl_module)
+        """Restore the samplers."""
+        self._restore_samplers(pl_module)
 
     def _finish(self, pl_module: L.LightningModule) -> None:
-        self._stop_watching(pl_module)
+        self._restore_samplers(pl_module)
         stages = list(self._steps.values())
         save_png(strip(stages, self._side), self.folder / "trajectory.png")
         pictures = [frame(step, self._side) for steps in stages for step in steps]
@@ -78,11 +78,11 @@ class TrajectoryPicture(Callback):
         save_webp(pictures, [*times[:-1], END], self.folder / "trajectory.webp")
         self._steps = {}
 
-    def _stop_watching(self, pl_module: L.LightningModule) -> None:
-        if self._watched:
+    def _restore_samplers(self, pl_module: L.LightningModule) -> None:
+        if self._recorders:
             assert isinstance(pl_module, Relay)
-            pl_module.samplers |= {name: watched.sampler for name, watched in self._watched.items()}
-        self._watched = {}
+            pl_module.samplers |= {name: recorder.sampler for name, recorder in self._recorders.items()}
+        self._recorders = {}
 
 
 def strip(stages: Sequence[Sequence[Step]], side: int, columns: int = COLUMNS) -> Image.Image:

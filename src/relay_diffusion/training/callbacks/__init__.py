@@ -1,11 +1,10 @@
-"""Callbacks of training: weight average, checkpoints, log, sample grids, measurement."""
+"""Callbacks of training."""
 
 from relay_diffusion.training.callbacks.checkpoints import Checkpoints
 from relay_diffusion.training.callbacks.evaluation import PeriodicEvaluation
-from relay_diffusion.training.callbacks.measurement import PeriodicMeasurement
+from relay_diffusion.training.callbacks.periodic import PeriodicMeasurement, log_row
 from relay_diffusion.training.callbacks.preemption import Preemption
 from relay_diffusion.training.callbacks.progress import TrainingProgress
-from relay_diffusion.training.callbacks.rows import log_row
 from relay_diffusion.training.callbacks.sample_grid import SampleGrid
 from relay_diffusion.training.callbacks.training_log import TrainingLog
 from relay_diffusion.training.callbacks.validation import Validation

@@ -1,4 +1,4 @@
-"""Write checkpoints atomically every so many images, except of a diverged state."""
+"""Write checkpoints atomically every so many images, unless training has diverged."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ DIVERGED = "lower stage.optimizer.lr, raise stage.warmup_images, or set trainer.
 
 
 class Checkpoints(PeriodicCallback, Checkpoint):
-    """Write `directory`/last.ckpt every `every_n_images` and at the end; older ones are kept under their count.
+    """Write `directory`/last.ckpt every `every_n_images` and at the end.
 
-    `keep`: how many earlier checkpoints (images-000128000.ckpt, ...) stay beside the last one; 0 keeps none.
-    `upload`: also hand each one to the loggers that take files, as a "model".
+    `keep`: number of earlier checkpoints (images-000128000.ckpt, ...) to keep.
+    `upload`: also send each one to loggers with `log_file`, as a "model".
     `best`: a logged metric, such as eval/fid; `directory`/best.ckpt then holds the state of its lowest value, or the
     highest with `best_mode` max, and the value under its key "best".
-    A checkpoint is on the disk before it takes the place of the one before: whenever the machine fails, one is whole.
+    A checkpoint is synced to the disk before it replaces the previous one, so one is always complete.
     A state is not saved while steps have no finite loss or gradient; a periodic save then waits for the first good
     step. Raises UserError if a checkpoint cannot be written, if weights, average or optimizer state are not finite, or
-    if training ends in such steps; the checkpoint before stays. Lightning runs it after all other callbacks.
+    if training ends in such steps; the previous checkpoint stays. Lightning runs it after all other callbacks.
     """
 
     monitor_option = "callbacks.checkpoints.best"
@@ -50,18 +50,20 @@ class Checkpoints(PeriodicCallback, Checkpoint):
     ) -> None:
         if best_mode not in ("min", "max"):
             raise ValueError(f"best_mode={best_mode}: use min or max")
+        if not keep >= 0:
+            raise ValueError(f"keep={keep}: must be at least 0")
         super().__init__(every_n_images)
         self.directory, self.keep, self.upload = Path(directory), keep, upload
         self.monitor, self.best_mode = best, best_mode
         self._due = False
-        self._saved, self._refused = -1, -1  # images seen when a state was saved, or was not fit to be
+        self._saved, self._refused = -1, -1  # images seen at the last saved and the last refused state
         self._start: Path | None = None  # the checkpoint that training started from
-        self._last_is_whole = False  # one that could not be read is not kept
+        self._last_is_readable = False  # an unreadable one is not kept
         self._best: dict[str, Any] | None = None  # metric, mode, value, images_seen
         self._better: float | None = None  # a value of the present state that is better
         self._measured = False  # whether the metric was ever logged
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
+    def setup(self, trainer: L.Trainer, pl_module: DiffusionStage, stage: str) -> None:
         """Check before training that the directory is writable."""
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_text(self.directory / ".probe", "")
@@ -69,32 +71,30 @@ class Checkpoints(PeriodicCallback, Checkpoint):
             for name in (LAST, BEST):
                 _temporary(self.directory / name).unlink(missing_ok=True)  # left by a killed run
             with suppress(OSError):
-                self.directory.rmdir()  # an empty one is of no use if the run goes no further
+                self.directory.rmdir()  # if the run fails before its first checkpoint
 
     def on_save_checkpoint(
         self,
-        trainer: L.Trainer,  # noqa: ARG002
-        pl_module: L.LightningModule,
+        trainer: L.Trainer,
+        pl_module: DiffusionStage,
         checkpoint: dict[str, Any],
     ) -> None:
         """Mark the best state so far."""
-        assert isinstance(pl_module, DiffusionStage)
         if self._best is not None and self._best["images_seen"] == pl_module.images_seen:
             checkpoint["best"] = dict(self._best)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
         """Count from where training starts."""
         self._start = None if trainer.ckpt_path is None else Path(trainer.ckpt_path)
-        self._last_is_whole = self._start is not None and self._start.resolve() == (self.directory / LAST).resolve()
+        self._last_is_readable = self._start is not None and self._start.resolve() == (self.directory / LAST).resolve()
         super().on_train_start(trainer, pl_module)
-        assert isinstance(pl_module, DiffusionStage)
         self._saved = pl_module.images_seen
         pl_module.fit_state.kept_checkpoint = self.kept()
         if self.monitor is not None:
-            stored = self._stored_best() if trainer.is_global_zero else None
+            stored = self._read_best() if trainer.is_global_zero else None
             self._best = trainer.strategy.broadcast(stored)
 
-    def _stored_best(self) -> dict[str, Any] | None:
+    def _read_best(self) -> dict[str, Any] | None:
         """Read the record of an earlier best.ckpt; warn if it is damaged, or of another metric."""
         file = self.directory / BEST
         if not file.exists():
@@ -102,7 +102,7 @@ class Checkpoints(PeriodicCallback, Checkpoint):
         try:
             best = read_stage(file).get("best")
             if not isinstance(best, dict) or not isinstance(best.get("value"), float):
-                raise UserError(f"{file} does not say of what it is the best")
+                raise UserError(f"{file} has no record of its metric")
         except UserError as error:
             _warn(f"{error}; the next {self.monitor} replaces it")
             return None
@@ -111,7 +111,7 @@ class Checkpoints(PeriodicCallback, Checkpoint):
             return None
         return best
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+    def on_validation_end(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
         """Compare the monitored metric, which was just logged, with its best value."""
         assert self.monitor is not None
         # of rank 0 on all of them: speeds differ
@@ -121,9 +121,8 @@ class Checkpoints(PeriodicCallback, Checkpoint):
         if math.isfinite(value) and (self._best is None or sign * value < sign * self._best["value"]):
             self._better = value
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: DiffusionStage, *args: Any) -> None:
         """Save when due, and at the end of training before other callbacks measure it."""
-        assert isinstance(pl_module, DiffusionStage)
         if trainer.fast_dev_run or pl_module.mid_accumulation:  # type: ignore[attr-defined]
             return
         self._due |= self.due(pl_module.images_seen)
@@ -131,13 +130,12 @@ class Checkpoints(PeriodicCallback, Checkpoint):
             self.act(trainer, pl_module)
         self._save_best(trainer, pl_module)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the end of training, unless that was just done, and what was measured of it."""
-        assert isinstance(pl_module, DiffusionStage)
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
+        """Save the end of training, and again if it was measured since."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         signal = pl_module.fit_state.stop_signal
-        # what was measured after the last save has changed the state of callbacks that monitor it
+        # measurements after the last save have changed the state of callbacks that monitor them
         others = [c for c in trainer.callbacks if getattr(c, "monitor", None) is not None and c is not self]  # type: ignore[attr-defined]
         self.act(trainer, pl_module, again=bool(others) and not signal)
         self._save_best(trainer, pl_module)
@@ -154,10 +152,10 @@ class Checkpoints(PeriodicCallback, Checkpoint):
             self._refused = stage.images_seen
             return
         last = self.directory / LAST
-        keeps = self._last_is_whole and self.keep and not saved
+        keeps = self._last_is_readable and self.keep and not saved
         kept = self.directory / f"images-{self._saved:012d}.ckpt" if keeps else None
         self._write(trainer, stage, last, kept)
-        self._due, self._last_is_whole = False, True
+        self._due, self._last_is_readable = False, True
         self._saved, self._refused = stage.images_seen, -1
         stage.fit_state.kept_checkpoint = self.kept()
         for logger in trainer.loggers if self.upload and trainer.is_global_zero else []:
@@ -177,11 +175,11 @@ class Checkpoints(PeriodicCallback, Checkpoint):
         self._write(trainer, stage, self.directory / BEST)
 
     def _good(self, trainer: L.Trainer, stage: DiffusionStage) -> bool:
-        """Whether the state may take the place of a checkpoint; UserError if training cannot go on from it."""
-        spoilt = trainer.strategy.broadcast(first_nonfinite(trainer, stage))  # what rank 0 would write
-        if spoilt is not None:
+        """Whether the state may replace a checkpoint; UserError if training cannot continue from it."""
+        nonfinite = trainer.strategy.broadcast(first_nonfinite(trainer, stage))  # what rank 0 would write
+        if nonfinite is not None:
             raise UserError(
-                f"training has diverged: {spoilt} is not finite after {stage.images_seen:,} images; "
+                f"training has diverged: {nonfinite} is not finite after {stage.images_seen:,} images; "
                 f"{self.kept()}: {DIVERGED}"
             )
         steps = stage.nonfinite_steps.now()
@@ -195,13 +193,13 @@ class Checkpoints(PeriodicCallback, Checkpoint):
         return False
 
     def kept(self) -> str:
-        """Name the checkpoint that stays if the present state is not saved."""
-        if self._last_is_whole:
+        """Describe the checkpoint that stays if the present state is not saved."""
+        if self._last_is_readable:
             return f"{self.directory / LAST} of {self._saved:,} images is kept"
-        return "there is no checkpoint yet" if self._start is None else f"{self._start} is kept"
+        return "no checkpoint exists" if self._start is None else f"{self._start} is kept"
 
     def _write(self, trainer: L.Trainer, stage: DiffusionStage, file: Path, before: Path | None = None) -> None:
-        """Write a checkpoint, then give it the name `file`; what has that name now is kept as `before`."""
+        """Write a checkpoint to `file` atomically; the present `file` is kept as `before`."""
         temporary = _temporary(file)
         try:
             trainer.save_checkpoint(temporary)  # on all ranks: Lightning lets rank 0 write
@@ -215,7 +213,7 @@ class Checkpoints(PeriodicCallback, Checkpoint):
                 sync(self.directory)
         except (OSError, UserError) as error:
             temporary.unlink(missing_ok=True)
-            intact = f"the checkpoint of {self._saved:,} images is intact" if file.exists() else "there is none yet"
+            intact = f"the checkpoint of {self._saved:,} images is intact" if file.exists() else "no checkpoint exists"
             raise UserError(
                 f"{file} cannot be written after {stage.images_seen:,} images ({error}); {intact}"
             ) from None
@@ -230,7 +228,7 @@ def _warn(text: str) -> None:
 
 
 def _keep(last: Path, kept: Path) -> None:
-    """Link or copy a file, so that last.ckpt exists at every instant."""
+    """Link or copy a file, so that last.ckpt always exists."""
     kept.unlink(missing_ok=True)
     try:
         kept.hardlink_to(last)
@@ -240,7 +238,7 @@ def _keep(last: Path, kept: Path) -> None:
 
 
 def first_nonfinite(trainer: L.Trainer, stage: DiffusionStage) -> str | None:
-    """The first of weights, average and optimizer state that holds nan or infinity; None: all are finite.
+    """Name the first tensor of weights, average and optimizer state with nan or infinity, if any.
 
     Waits for the device once.
     """

@@ -14,19 +14,18 @@ from relay_diffusion.data.dataset import spread_images
 from relay_diffusion.data.image_sets import spread
 from relay_diffusion.diffusion.corruption import block_mean
 from relay_diffusion.diffusion.pixels import to_float, to_uint8
-from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import Evaluator
 from relay_diffusion.models.finite_samples import NonFiniteSamplesError
 from relay_diffusion.models.stage import DiffusionStage
-from relay_diffusion.training.callbacks.measurement import PeriodicMeasurement
+from relay_diffusion.training.callbacks.periodic import PeriodicMeasurement
 
 
 class PeriodicEvaluation(PeriodicMeasurement):
-    """Measures samples with the averaged weights, every `every_n_images` and at the end; logs eval/fid and so on.
+    """Evaluate samples of the averaged weights every `every_n_images` and at the end; log eval/fid and others.
 
-    `count` images from the seeds 0..count-1, dealt out to the devices, `batch_size` at once, with the classes of
-    training images that are spread over the set; a relay stage starts from the block means of these images. Samples
-    that are not finite are reported, and nothing is logged. Raises UserError where the numbers make no sense.
+    `count` images from the seeds 0..count-1, split over the ranks, in batches of `batch_size`, with the classes of
+    training images spaced evenly over the dataset; a relay stage starts from the block means of these images. Samples
+    that are not finite are reported and not logged. Raises ValueError for a count or batch size out of range.
     """
 
     group = "eval"
@@ -34,29 +33,29 @@ class PeriodicEvaluation(PeriodicMeasurement):
     def __init__(self, evaluator: Evaluator, every_n_images: int, count: int = 5_000, batch_size: int = 64) -> None:
         for name, value, least in (("count", count, 2), ("batch_size", batch_size, 1)):
             if not isinstance(value, int) or value < least:
-                raise UserError(f"callbacks.evaluation.{name}={value}: must be a whole number, at least {least}")
+                raise ValueError(f"{name}={value}: must be a whole number, at least {least}")
         self.evaluator, self.count, self.batch_size = evaluator, count, batch_size
         super().__init__(every_n_images)
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
         """Load the reference before training starts, so that errors in it show early."""
         if self.every_n_images <= 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self.evaluator.prepare(pl_module.device, trainer.global_rank, trainer.strategy.barrier)
         for name, reason in self.evaluator.skipped.items():
             rank_zero_warn(f"callbacks.evaluation does not measure {name}: {reason}")
-        limits = [line for measure in self.evaluator.measures.values() for line in measure.warnings(self.count)]
+        limits = [line for metric in self.evaluator.metrics.values() for line in metric.warnings(self.count)]
         for line in limits if trainer.is_global_zero else []:
             print(f"warning: callbacks.evaluation.count={self.count}: {line}", file=sys.stderr, flush=True)
         self.evaluator.cpu()  # training needs the memory
 
     @property
     def names(self) -> list[str]:
-        """Return the names of the numbers."""
+        """Names of the metrics."""
         return self.evaluator.names
 
     def measure(self, trainer: L.Trainer, stage: DiffusionStage) -> dict[str, float]:
-        """Sample, and compare with the reference; empty if samples of any rank are not finite."""
+        """Sample and compare with the reference; empty if samples of any rank are not finite."""
         evaluator = self.evaluator.to(stage.device)
         evaluator.reset()
         mine = range(self.count)[trainer.global_rank :: trainer.world_size]

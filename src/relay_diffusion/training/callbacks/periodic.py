@@ -1,14 +1,49 @@
-"""Base of callbacks that act every so many images."""
+"""Base classes of callbacks that act, or measure and log, every so many images."""
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 
 from relay_diffusion.models.stage import DiffusionStage
+from relay_diffusion.training.loggers import last_step, logged_row, send_row
+
+
+@contextmanager
+def exclude_from_throughput(stage: DiffusionStage) -> Iterator[None]:
+    """Exclude the block's time from the logged throughput."""
+    if stage.device.type == "cuda":
+        torch.cuda.synchronize()  # steps that are still running are training
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        stage.fit_state.excluded_seconds += time.perf_counter() - started
+
+
+def log_row(
+    trainer: L.Trainer, stage: DiffusionStage, group: str, values: Mapping[str, float], again: bool = False
+) -> None:
+    """Log values as `group`/... at the images seen, and as `trainer.callback_metrics`.
+
+    Callbacks whose `monitor` is one of them (Lightning's EarlyStopping, our Checkpoints) get `on_validation_end`: the
+    stream of images has no epochs at whose end they could look. Call it on all ranks, from on_train_batch_end or
+    on_train_epoch_end. again: the loggers have this row from before the run was resumed.
+    """
+    if not again:
+        send_row(trainer.loggers, group, values, stage.images_seen)
+    row = {f"{group}/{key}": float(value) for key, value in values.items()}
+    stage.log_dict(row, logger=False, batch_size=1)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if getattr(callback, "monitor", None) in row:
+            callback.on_validation_end(trainer, stage)
 
 
 class PeriodicCallback(Callback, ABC):
@@ -19,6 +54,8 @@ class PeriodicCallback(Callback, ABC):
     """
 
     def __init__(self, every_n_images: int) -> None:
+        if not every_n_images >= 0:
+            raise ValueError(f"every_n_images={every_n_images}: must be at least 0")
         self.every_n_images = every_n_images
         self._checked = 0  # images seen when `due` was last called
         self._acted = -1  # images seen at the last action
@@ -35,20 +72,17 @@ class PeriodicCallback(Callback, ABC):
         self._checked = images_seen
         return passed
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+    def on_train_start(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
         """Count from where training starts."""
-        assert isinstance(pl_module, DiffusionStage)
         self._checked = pl_module.images_seen
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: DiffusionStage, *args: Any) -> None:
         """Act when due, except at the end of training."""
-        assert isinstance(pl_module, DiffusionStage)
         if self.due(pl_module.images_seen) and not trainer.should_stop:
             self._act_once(trainer, pl_module)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
         """Act at the end of training, unless that was just done."""
-        assert isinstance(pl_module, DiffusionStage)
         if self.every_n_images > 0 and not pl_module.fit_state.stop_signal:
             self._act_once(trainer, pl_module)
 
@@ -56,3 +90,48 @@ class PeriodicCallback(Callback, ABC):
         if stage.images_seen != self._acted and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._acted = stage.images_seen
             self.act(trainer, stage)
+
+
+class PeriodicMeasurement(PeriodicCallback):
+    """Measure every `every_n_images` and at the end; log the numbers as `group`/....
+
+    It does not change training. An amount of images that was measured before the run was resumed is not
+    measured again: callbacks that monitor the numbers get those of the log.
+    """
+
+    group: ClassVar[str]
+
+    def __init__(self, every_n_images: int) -> None:
+        super().__init__(every_n_images)
+        self._before = -1  # images seen at the newest measurement before a resume
+
+    @property
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Names of the numbers that `measure` returns."""
+
+    @abstractmethod
+    def measure(self, trainer: L.Trainer, stage: DiffusionStage) -> dict[str, float]:
+        """The numbers, the same on all ranks, or none if that is reported; every rank calls it, without gradients."""
+
+    @property
+    def logged(self) -> list[str]:
+        """The metrics that callbacks can monitor."""
+        return [f"{self.group}/{name}" for name in self.names] if self.every_n_images > 0 else []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
+        """Count from where training starts."""
+        super().on_train_start(trainer, pl_module)
+        self._before = trainer.strategy.broadcast(last_step(trainer.loggers, self.group))  # the same on all ranks
+
+    @torch.no_grad()
+    def act(self, trainer: L.Trainer, stage: DiffusionStage) -> None:
+        """Measure and log, or repeat the logged numbers to callbacks that monitor them."""
+        if stage.images_seen <= self._before:
+            known = logged_row(trainer.loggers, self.group, stage.images_seen) if trainer.is_global_zero else {}
+            log_row(trainer, stage, self.group, trainer.strategy.broadcast(known), again=True)
+            return
+        with exclude_from_throughput(stage):
+            results = self.measure(trainer, stage)
+        if results:
+            log_row(trainer, stage, self.group, results)

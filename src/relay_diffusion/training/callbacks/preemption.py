@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -14,44 +13,44 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from relay_diffusion.models.stage import DiffusionStage
-from relay_diffusion.training.callbacks.agreement import Agreement
-from relay_diffusion.utils.distributed import INTERACTIVE, REQUEUED, SIGNALS, first_process, rank
+from relay_diffusion.training.callbacks.stopping import Agreement
+from relay_diffusion.utils.distributed import REQUEUED, SIGNALS, first_process, rank
+from relay_diffusion.utils.slurm import requeue
 
-IGNORABLE = (signal.SIGINT, signal.SIGHUP)  # a shell's job in the background and nohup are to ignore them
+IGNORABLE = (signal.SIGINT, signal.SIGHUP)  # ignored by background jobs of a shell and under nohup
 
 
 class Preemption(Callback):
     """Stop at a signal: training after it has saved, sampling at once.
 
     Signals: SIGINT (Ctrl-C), SIGHUP (the terminal was closed), SIGTERM, SIGUSR1 and SIGUSR2.
-    Sampling keeps every image that it finished. A signal to one process stops all; a second SIGINT stops training at
-    once, and saves nothing. Under SLURM, SIGUSR1 and SIGUSR2 (sent before the time limit, with `--signal=USR1@300`)
-    also put the job back into the queue. SIGTERM does not: SLURM requeues the jobs that it preempts, and one that was
-    cancelled shall stay so. The exit code is 128 + the signal's number.
+    Sampling keeps every finished image. A signal to one process stops all ranks; a second SIGINT stops training at
+    once, without saving. Under SLURM, SIGUSR1 and SIGUSR2 (sent before the time limit, with `--signal=USR1@300`)
+    also requeue the job. SIGTERM does not: SLURM requeues preempted jobs itself, and a cancelled job must not restart.
+    The exit code is 128 + the signal's number.
     """
 
     def __init__(self) -> None:
         self.received = 0  # the signal that this process got
         self._reading: Agreement | None = None
         self._before: dict[int, Any] = {}  # handlers
-        self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]  # found now: a closed terminal is no tty
+        self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]  # now, because a closed terminal is no tty
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Handle signals before the first step, after which training then stops."""
+    def setup(self, trainer: L.Trainer, pl_module: DiffusionStage, stage: str) -> None:
+        """Handle signals that arrive before the first step; training stops after it."""
         if stage == "fit":
             self._before = {number: signal.getsignal(number) for number in SIGNALS}
             _handle_signals(self._note)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
+    def teardown(self, trainer: L.Trainer, pl_module: DiffusionStage, stage: str) -> None:
         """Restore the previous signal handlers."""
         if stage == "fit" and threading.current_thread() is threading.main_thread():
             for number, handler in self._before.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
         """Replace Lightning's handlers, which save nothing."""
-        if trainer.world_size > 1:
-            self._reading = Agreement(pl_module.device)
+        self._reading = Agreement(trainer, pl_module.device)
         _handle_signals(self._note)
 
     def _note(self, number: int, _: Any) -> None:
@@ -59,27 +58,26 @@ class Preemption(Callback):
         if number == signal.SIGINT:
             again = self.received == number
             if rank() == 0:
-                said = "stopped at once" if again else "finishing this step and saving; Ctrl-C again stops at once"
-                print(f"\n{said}", file=sys.stderr, flush=True)
+                text = "stopped at once" if again else "finishing this step and saving; Ctrl-C again stops at once"
+                print(f"\n{text}", file=sys.stderr, flush=True)
             if again:
                 raise KeyboardInterrupt
         self.received = number
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
-        """Stop after a whole step, the same one on every rank."""
-        assert isinstance(pl_module, DiffusionStage)
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: DiffusionStage, *args: Any) -> None:
+        """Stop after an optimizer step, the same one on every rank."""
         if pl_module.mid_accumulation:
             return
-        agreed = self.received if self._reading is None else self._reading.largest(self.received)
-        pl_module.fit_state.stop_signal = agreed
-        if agreed:
+        assert self._reading is not None
+        pl_module.fit_state.stop_signal = self._reading.largest(self.received)
+        if pl_module.fit_state.stop_signal:
             trainer.should_stop = True
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+    def on_train_end(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
         """Ignore signals from now on."""
         _handle_signals(signal.SIG_IGN)
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+    def on_predict_start(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
         """Exit at signals while sampling."""
         self.leave_at_signals(trainer)
 
@@ -88,12 +86,12 @@ class Preemption(Callback):
 
         def leave(number: int, _: Any) -> None:
             if self.received:
-                return  # on the way out
+                return  # already exiting
             self.received = number
             self._leave_closed_terminal(number)
             first = first_process()
             if first is not None and not trainer.is_global_zero:
-                os.kill(first, number)  # which ends the others, and says so
+                os.kill(first, number)  # it terminates the others and prints the message
             leave_after_signal(trainer, number)
 
         _handle_signals(leave)
@@ -109,7 +107,7 @@ class Preemption(Callback):
 
 def _handle_signals(handler: Callable[[int, Any], None] | signal.Handlers) -> None:
     if threading.current_thread() is not threading.main_thread():
-        return  # others get no signals
+        return  # Python runs handlers in the main thread only
     for number in SIGNALS:
         if number in IGNORABLE and signal.getsignal(number) is signal.SIG_IGN:
             continue
@@ -119,22 +117,8 @@ def _handle_signals(handler: Callable[[int, Any], None] | signal.Handlers) -> No
 def leave_after_signal(trainer: L.Trainer, number: int) -> None:
     """Requeue the job if signal `number` asks for it, then end the process."""
     if not trainer.is_global_zero:
-        raise SystemExit(0)  # one process tells how it ended
+        raise SystemExit(0)  # rank 0 reports the end
     print(f"stopped by {signal.Signals(number).name}: the same command continues", flush=True)
     if number in REQUEUED:
-        _requeue()
+        requeue()
     raise SystemExit(128 + number)
-
-
-def _requeue() -> None:
-    """Requeue the SLURM job; it resumes its run, which is named after the job."""
-    job = os.environ.get("SLURM_JOB_ID")
-    if job is None or os.environ.get("SLURM_JOB_NAME") in INTERACTIVE:
-        return
-    if "SLURM_ARRAY_JOB_ID" in os.environ:
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    try:
-        subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
-        print(f"requeued job {job}", flush=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        print(f"job {job} could not be requeued: {error}", flush=True)

@@ -20,15 +20,13 @@ class TrainingProgress(Callback):
         self._stack = ExitStack()
         self._advance: Advance | None = None
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
         """Show the bar on rank 0."""
-        assert isinstance(pl_module, DiffusionStage)
         bar = progress("training", self.max_images, done=pl_module.images_seen, enabled=trainer.is_global_zero)
         self._advance = self._stack.enter_context(bar)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: DiffusionStage, *args: Any) -> None:
         """Move the bar."""
-        assert isinstance(pl_module, DiffusionStage)
         assert self._advance is not None
         latest = pl_module.fit_state.metrics
         note = "loss {loss:.4f}  {images_per_second:,.0f} images/s".format(**latest) if latest else ""
@@ -36,10 +34,10 @@ class TrainingProgress(Callback):
             note += f"  {latest['tflops']:.0f} TFLOP/s ({latest['utilisation']:.0%})  {latest['memory_gib']:.1f} GiB"
         self._advance(min(pl_module.images_seen, self.max_images) - self._advance.done, note)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+    def on_train_end(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
         """Close the bar."""
         self._stack.close()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:  # noqa: ARG002
+    def on_exception(self, trainer: L.Trainer, pl_module: DiffusionStage, exception: BaseException) -> None:
         """Close the bar before the message is printed."""
         self._stack.close()

@@ -13,15 +13,14 @@ from relay_diffusion.diffusion.corruption import block_mean, upsample_blocks
 from relay_diffusion.diffusion.pixels import to_float, to_uint8
 from relay_diffusion.models.finite_samples import NonFiniteSamplesError
 from relay_diffusion.models.stage import DiffusionStage
-from relay_diffusion.training.callbacks.periodic import PeriodicCallback
-from relay_diffusion.training.callbacks.training_log import exclude_from_throughput
+from relay_diffusion.training.callbacks.periodic import PeriodicCallback, exclude_from_throughput
 from relay_diffusion.utils.pictures import image_grid, save_png, side_by_side
 
 
 class SampleGrid(PeriodicCallback):
-    """Samples with fixed seeds and the averaged weights, every `every_n_images` and at the end.
+    """Draw samples of fixed seeds and the averaged weights, every `every_n_images` and at the end.
 
-    Written to `directory`/images-<images seen>.png and sent to the loggers that take pictures, as samples/base or
+    Written to `directory`/images-<images seen>.png and sent to loggers with `log_image`, as samples/base or
     samples/relay; an existing picture is not drawn again. Samples that are not finite are reported instead. A relay
     stage starts from block means of `count` training images, shown left of its output, the real images right of it; a
     first stage takes their classes.
@@ -29,6 +28,8 @@ class SampleGrid(PeriodicCallback):
 
     def __init__(self, directory: str, every_n_images: int, count: int = 16) -> None:
         super().__init__(every_n_images)
+        if not count >= 1:
+            raise ValueError(f"count={count}: must be at least 1")
         self.directory, self.count = Path(directory), count
 
     def act(self, trainer: L.Trainer, stage: DiffusionStage) -> None:

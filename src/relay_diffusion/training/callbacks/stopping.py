@@ -1,4 +1,4 @@
-"""End training early: diverged, out of time, or after a number of batches."""
+"""End training: enough images, diverged, out of time, or after a number of batches."""
 
 from __future__ import annotations
 
@@ -6,33 +6,88 @@ from datetime import timedelta
 from typing import Any
 
 import lightning as L
+import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, Timer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.stage import DiffusionStage
-from relay_diffusion.training.callbacks.agreement import Agreement, Delayed
 from relay_diffusion.training.callbacks.checkpoints import DIVERGED
 
 
+class Delayed:
+    """An int32 on the device as of the previous call, so that no step waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._seen = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._ready = torch.cuda.Event() if device.type == "cuda" else None
+
+    def exchange(self, value: Tensor) -> int:
+        """Keep an int32 `value` of one element; return that of the previous call, at first 0."""
+        if self._ready is not None:
+            self._ready.synchronize()  # of the step before: the device is busy with this one
+        before = int(self._seen)
+        self._seen.copy_(value, non_blocking=True)
+        if self._ready is not None:
+            self._ready.record()
+        return before
+
+
+class Agreement:
+    """The maximum over all ranks as of the previous call; with one rank, of this call."""
+
+    def __init__(self, trainer: L.Trainer, device: torch.device) -> None:
+        self._sum = torch.zeros(1, dtype=torch.int32, device=device) if trainer.world_size > 1 else None
+        self._delayed = Delayed(device)
+
+    def largest(self, mine: int) -> int:
+        """Reduce `mine`; return the maximum of the previous call. Collective."""
+        if self._sum is None:
+            return mine
+        self._sum.fill_(mine)
+        dist.all_reduce(self._sum, dist.ReduceOp.MAX)
+        return self._delayed.exchange(self._sum)
+
+
+class StopAtImages(Callback):
+    """End training at `max_images` images seen, or after `batches` optimizer steps of this start."""
+
+    def __init__(self, max_images: int, batches: int | None = None) -> None:
+        self.max_images, self.batches = max_images, batches
+        self._first_step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
+        """Count the steps from where training starts."""
+        self._first_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: DiffusionStage, *args: Any) -> None:
+        """Stop after the last step; training saves and ends as usual."""
+        if pl_module.images_seen >= self.max_images:
+            trainer.should_stop = True
+        if self.batches is not None and trainer.global_step >= self._first_step + self.batches:
+            _stop(trainer, pl_module, f"trainer.limit_train_batches={self.batches}")
+
+
 class StopIfDiverged(Callback):
-    """End training after `max_steps` consecutive steps without a finite loss or without a finite gradient.
+    """End training after `max_steps` consecutive steps without a finite loss or gradient.
 
     Raises UserError on all ranks at the same step, one step late: the count is copied from the device meanwhile.
     """
 
     def __init__(self, max_steps: int) -> None:
-        if max_steps < 1:
-            raise ValueError(f"max_nonfinite_steps={max_steps}: must be at least 1")
+        if not 1 <= max_steps <= 10**9:
+            raise ValueError(f"max_nonfinite_steps={max_steps}: must lie between 1 and 10^9")
         self.max_steps = max_steps
         self._count: Delayed | None = None
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+    def on_train_start(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
         """Reset the count."""
         self._count = Delayed(pl_module.device)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: DiffusionStage, *args: Any) -> None:
         """Check the count of the previous step."""
-        assert isinstance(pl_module, DiffusionStage)
         assert self._count is not None
         if pl_module.mid_accumulation or pl_module.nonfinite_steps.count is None:
             return
@@ -44,60 +99,44 @@ class StopIfDiverged(Callback):
             )
 
 
-class StopAfterBatches(Callback):
-    """End training after `batches` more optimizer steps; training saves and ends as usual."""
-
-    def __init__(self, batches: int) -> None:
-        self.batches, self._last_step = batches, 0
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-        """Count from where training starts."""
-        self._last_step = trainer.global_step + self.batches
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:  # noqa: ARG002
-        """Ask the trainer to stop after the last step."""
-        if trainer.global_step >= self._last_step:
-            _stop(trainer, f"trainer.limit_train_batches={self.batches}")
-
-
 class TimeLimit(Timer):
-    """End training after `duration` (DD:HH:MM:SS, or a mapping such as {hours: 8}), over all starts of a run.
+    """End training after `duration` (DD:HH:MM:SS, or {hours: 8}), over all starts of a run.
 
-    All ranks stop after the same whole step; Lightning's Timer would wait for all ranks at every micro-batch.
+    All ranks stop after the same optimizer step; Lightning's Timer would wait for all ranks at every micro-batch.
     """
 
     def __init__(self, duration: str | timedelta | dict[str, int]) -> None:
-        super().__init__(duration, verbose=False)
+        try:
+            super().__init__(duration if isinstance(duration, dict | timedelta) else str(duration), verbose=False)
+        except (MisconfigurationException, TypeError, ValueError, OverflowError):
+            raise ValueError(f"max_time={duration}: write DD:HH:MM:SS, or a mapping such as {{hours: 8}}") from None
+        if (self.time_remaining() or 0) < 0:
+            raise ValueError(f"max_time={duration}: must not be negative")
         self._reason = f"trainer.max_time={duration}"
         self._agreement: Agreement | None = None
 
-    def on_fit_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
         """Stop before the first step if no time is left."""
-        super().on_fit_start(trainer, *args, **kwargs)
+        super().on_fit_start(trainer, pl_module)
         if trainer.should_stop:
-            _stop(trainer, self._reason)
+            _stop(trainer, pl_module, self._reason)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
         """Start the clock."""
         super().on_train_start(trainer, pl_module)
-        if trainer.world_size > 1:
-            self._agreement = Agreement(pl_module.device)
+        self._agreement = Agreement(trainer, pl_module.device)
 
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Stop after a whole step, the same one on every rank."""
-        stage = trainer.lightning_module
-        assert isinstance(stage, DiffusionStage)
-        if stage.mid_accumulation:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: DiffusionStage, *args: Any) -> None:
+        """Stop after an optimizer step, the same one on every rank."""
+        assert self._agreement is not None
+        if pl_module.mid_accumulation:
             return
         left = self.time_remaining()
-        over = left is not None and left <= 0
-        if over if self._agreement is None else self._agreement.largest(over):
-            _stop(trainer, self._reason)
+        if self._agreement.largest(left is not None and left <= 0):
+            _stop(trainer, pl_module, self._reason)
 
 
-def _stop(trainer: L.Trainer, option: str) -> None:
+def _stop(trainer: L.Trainer, stage: DiffusionStage, option: str) -> None:
     """End training after this step, because of `option`."""
-    stage = trainer.lightning_module
-    assert isinstance(stage, DiffusionStage)
     stage.fit_state.stop_reason = stage.fit_state.stop_reason or option
     trainer.should_stop = True

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -13,8 +12,7 @@ from torch import Tensor
 
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.networks.flops import forward_flops, matrix_peak
-from relay_diffusion.training.callbacks.periodic import PeriodicCallback
-from relay_diffusion.training.callbacks.rows import log_row
+from relay_diffusion.training.callbacks.periodic import PeriodicCallback, log_row
 from relay_diffusion.training.loggers import last_step
 
 
@@ -33,14 +31,15 @@ class TrainingLog(PeriodicCallback):
 
     def __init__(self, every_n_images: int, bins: int = 4) -> None:
         super().__init__(every_n_images)
+        if not 1 <= bins <= 1000:
+            raise ValueError(f"bins={bins}: must lie between 1 and 1000")
         self.bins = bins
         self._sums: Tensor | None = None
         self._counted_from, self._clock, self._logged = 0, 0.0, -1
         self._flops, self._peak = 0, 0.0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
         """Count the operations of a step, measure the device, and start the sums and the clock."""
-        assert isinstance(pl_module, DiffusionStage)
         super().on_train_start(trainer, pl_module)
         self._logged = last_step(trainer.loggers, "train")
         self._flops = 3 * forward_flops(pl_module.denoiser.network)  # backward costs twice as much as forward
@@ -63,13 +62,11 @@ class TrainingLog(PeriodicCallback):
     def on_train_batch_end(
         self,
         trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Tensor | Mapping[str, Any] | None,
-        *args: Any,  # noqa: ARG002
+        pl_module: DiffusionStage,
+        outputs: Mapping[str, Any],
+        *args: Any,
     ) -> None:
         """Add the batch to the sums on the device; log when due."""
-        assert isinstance(pl_module, DiffusionStage)
-        assert isinstance(outputs, Mapping)
         assert self._sums is not None
         level = pl_module.corruption.schedule.level(outputs["sigma"].float())
         bins = (level * self.bins).long().clamp(0, self.bins - 1).to(self._sums.device, non_blocking=True)
@@ -78,9 +75,8 @@ class TrainingLog(PeriodicCallback):
         if self.due(pl_module.images_seen):
             self.act(trainer, pl_module)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
         """Log the images after the last row."""
-        assert isinstance(pl_module, DiffusionStage)
         if pl_module.images_seen > self._counted_from:
             self.act(trainer, pl_module)
 
@@ -111,17 +107,5 @@ class TrainingLog(PeriodicCallback):
 
 
 def _training_seconds(stage: DiffusionStage) -> float:
-    """A clock that stands still while work is excluded."""
+    """Return the time of a clock that stops in `exclude_from_throughput`."""
     return time.perf_counter() - stage.fit_state.excluded_seconds
-
-
-@contextmanager
-def exclude_from_throughput(stage: DiffusionStage) -> Iterator[None]:
-    """Exclude the block's time from the logged throughput."""
-    if stage.device.type == "cuda":
-        torch.cuda.synchronize()  # steps that are still running are training
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        stage.fit_state.excluded_seconds += time.perf_counter() - started

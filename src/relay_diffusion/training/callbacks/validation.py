@@ -14,7 +14,7 @@ from relay_diffusion.diffusion.generators import PerImageGenerator
 from relay_diffusion.diffusion.pixels import to_float
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.stage import DiffusionStage
-from relay_diffusion.training.callbacks.measurement import PeriodicMeasurement
+from relay_diffusion.training.callbacks.periodic import PeriodicMeasurement
 
 GOLDEN = 0.6180339887498949  # its multiples, modulo 1, fill the unit interval evenly
 STREAM = 2**20  # of the noise; sampling uses resolutions as streams
@@ -41,7 +41,7 @@ class Validation(PeriodicMeasurement):
                 raise ValueError(f"{name}={value}: must be a whole number, at least 1")
         self.dataset, self.count, self.batch_size, self.bins = dataset, count, batch_size, bins
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
+    def setup(self, trainer: L.Trainer, pl_module: DiffusionStage, stage: str) -> None:
         """Compare the dataset with that of training."""
         training = trainer.datamodule.dataset  # type: ignore[attr-defined]
         if self.dataset.class_names != training.class_names:
@@ -52,8 +52,8 @@ class Validation(PeriodicMeasurement):
         same = set(self.dataset.names) & set(training.names) if self.dataset.path == training.path else set()
         if same:
             raise UserError(
-                f"callbacks.validation.dataset: {len(same):,} of {len(self.dataset.names):,} images are trained on; "
-                "set data.dataset.subset to a folder without them, such as train"
+                f"callbacks.validation.dataset: {len(same):,} of {len(self.dataset.names):,} images are "
+                "also in data.dataset; set data.dataset.subset to a folder without them, such as train"
             )
 
     @property

@@ -1,6 +1,6 @@
-"""Loggers of a run, and the rows that they get: one for each number of images seen.
+"""Loggers, with one row for each number of images seen.
 
-Weights & Biases is in wandb.py, which only `logger=wandb` imports: loading it takes seconds.
+Only `logger=wandb` imports wandb.py, which takes seconds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def logged_row(loggers: Iterable[Logger], group: str, images_seen: int) -> dict[
 def send_row(loggers: Iterable[Logger], group: str, values: Mapping[str, float], images_seen: int) -> None:
     """Log values as `group`/... to all loggers.
 
-    The CSV comes first: a resumed run reads in it which rows not to log again.
+    The CSV comes first: a resumed run skips the rows that it has.
     """
     row = {f"{group}/{key}": value for key, value in values.items()}
     for logger in sorted(loggers, key=lambda logger: not isinstance(logger, MetricsCSV)):

@@ -1,4 +1,4 @@
-"""The numbers of a run in one CSV file."""
+"""Log metrics to one CSV file, which a resumed run continues."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ STEP = "images_seen"
 
 
 class MetricsCSV(Logger):
-    """`directory`/metrics.csv: a row for each amount of images, to which a continued run adds.
+    """Write `directory`/metrics.csv, with one row for each number of images seen.
 
-    The first column is images_seen, then come the metrics; one that is new gets a column. Each row is on the disk
-    when `log_metrics` returns; half a row, left by a run that was killed, is dropped. Rank 0 writes.
-    Raises UserError for a file that is something else, or cannot be written.
+    The first column is images_seen, the others are metrics; a new metric adds a column. A row is written when
+    `log_metrics` returns; half a row, left by a killed run, is dropped. A resumed run appends. Rank 0 writes.
+    Raises UserError for a file with other content, or one that cannot be written.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -34,21 +34,21 @@ class MetricsCSV(Logger):
 
     @property
     def name(self) -> str:
-        """Of the kind of logger."""
+        """Name of the logger."""
         return "csv"
 
     @property
     def version(self) -> str:
-        """None: continuing a run makes no new one."""
+        """Empty: a resumed run has no new version."""
         return ""
 
     @property
     def save_dir(self) -> str:
-        """Where the file is."""
+        """Directory of the file."""
         return str(self.file.parent)
 
     def _load(self) -> None:
-        """Read what an earlier part of the run wrote, once."""
+        """Read the rows of an earlier part of the run, once."""
         if self._read:
             return
         self._read = True
@@ -64,15 +64,15 @@ class MetricsCSV(Logger):
             for step, *values in lines[1:]:
                 self._rows[int(step)] = {k: v for k, v in zip(self._columns, values, strict=True) if v}
         except (ValueError, IndexError):
-            raise UserError(f"{self.file} is no log of a run, whose first column is {STEP}: move it away") from None
+            raise UserError(f"{self.file} is no log of a run: the first column is not {STEP}; move it away") from None
 
     def last_step(self, group: str) -> int:
-        """The most images seen for which a metric `group`/... is logged; -1: none."""
+        """Return the most images seen with a metric `group`/..., or -1."""
         self._load()
         return max((s for s, row in self._rows.items() if any(k.startswith(f"{group}/") for k in row)), default=-1)
 
     def values(self, group: str, step: int) -> dict[str, float]:
-        """The metrics `group`/... of the row of `step` images, without the group's name; empty if there are none."""
+        """Return the metrics `group`/... at `step` images, without the group's name."""
         self._load()
         row = self._rows.get(step, {})
         return {key.removeprefix(f"{group}/"): float(v) for key, v in row.items() if key.startswith(f"{group}/")}
@@ -105,4 +105,4 @@ class MetricsCSV(Logger):
         return text.getvalue()
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the run's directory has its config.yaml."""
+        """Log nothing: the run's directory has its config.yaml."""

@@ -26,10 +26,10 @@ FILE = "wandb_run.json"  # in the run's directory: the id of the W&B run that a 
 class WandbRun(WandbLogger):
     """Log to a W&B run whose x-axis is images seen, on rank 0.
 
-    run_id: names a new W&B run; a resumed one keeps its id, whatever `run_id` is. directory: of the run; it holds
-    the id, and wandb/ the local files. offline: no network; `wandb sync` sends the run later.
+    run_id: id of a new W&B run; a resumed one keeps its id. directory: the run directory; it holds the id and the
+    local files in wandb/. offline: no network; `wandb sync` uploads the run later.
     W&B's step is images seen too, so the parts of a run that was resumed offline fit together when they are synced.
-    What is logged at one number of images becomes one row, sent when the next row starts.
+    Metrics logged at one number of images become one row, sent when the next row starts.
     """
 
     def __init__(self, project: str, run_id: str, directory: str | Path, offline: bool = False) -> None:
@@ -43,9 +43,9 @@ class WandbRun(WandbLogger):
 
         stored: the `run_record` in the checkpoint.
         """
-        self._id = self._continued(self._noted()) or self._continued(stored) or self._new_id
+        self._id = self._continued(self._read_record()) or self._continued(stored) or self._new_id
 
-    def _noted(self) -> Mapping[str, str] | None:
+    def _read_record(self) -> Mapping[str, str] | None:
         try:
             record = json.loads((self.directory / FILE).read_text(encoding="utf-8"))
             if not isinstance(record, dict) or not all(isinstance(value, str) for value in record.values()):
@@ -67,7 +67,7 @@ class WandbRun(WandbLogger):
         except (OSError, ValueError, LookupError, TypeError):
             copied = False  # it was moved
         if copied:
-            print(f"note: {self.directory} is a copy of {shorten(original)}: it becomes a W&B run of its own")
+            print(f"note: {self.directory} is a copy of {shorten(original)}: it becomes a separate W&B run")
         return None if copied else record["id"]
 
     @property

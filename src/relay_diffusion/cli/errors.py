@@ -1,0 +1,86 @@
+"""Errors of the user in one line: those of this package, of Hydra and of OmegaConf."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from relay_diffusion.errors import UserError
+from relay_diffusion.utils.messages import did_you_mean
+
+
+def caused_by_user(error: BaseException) -> bool:
+    """Return whether an error is the user's: a mistake in an option or a file."""
+    return isinstance(error, UserError | HydraException | OmegaConfBaseException)  # among them: a class refused
+
+
+def explain(error: BaseException, config: Path) -> str:
+    """Describe an error of the user in one line. config: the yaml of the command, for the nearest key."""
+    causes = list(_causes(error))
+    users = next((cause for cause in causes if isinstance(cause, UserError)), None)
+    unknown = next((cause for cause in causes if isinstance(cause, ConfigKeyError | AttributeError)), None)
+    resolved = next((cause for cause in causes if isinstance(cause, OmegaConfBaseException)), None)
+    if users is not None:
+        text = str(users).rpartition("UserError: ")[2]  # a data worker sends its traceback along
+    elif isinstance(error, InstantiationException) and error.__cause__ is not None:
+        key = str(error).rpartition("full_key: ")[2]
+        cause = str(error.__cause__)
+        named = cause.partition("=")[0].isidentifier()  # a constructor names its argument
+        text = f"{key}{'.' if named else ': '}{cause}"
+    elif isinstance(error, OverrideParseException):
+        text = (
+            f"{error.override}: options are KEY=VALUE, as seeds=0-7; brackets must close, and a value with spaces or "
+            f"special characters needs quotes inside: \"KEY='VALUE'\""
+        )
+    elif isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        text = _unknown_choice(error.missing_cfg_file, list(error.options or []))
+    elif isinstance(unknown, OmegaConfBaseException) and unknown.full_key and isinstance(error, HydraException):
+        name, known = str(unknown.full_key), _known_keys(config)
+        elsewhere = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]  # the same last word
+        nearest = f"; did you mean {elsewhere[0]}?" if elsewhere else did_you_mean(name, known, "")
+        text = f"{name} is not an option{nearest}"
+    elif resolved is not None and resolved.full_key:
+        text = f"{resolved.full_key}: {str(resolved).splitlines()[0]}"
+    elif type(error) is ConfigCompositionException:
+        text = f"{error} (--help lists the groups and options)"
+    else:
+        text = str(error)
+    return " ".join(text.split())
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _unknown_choice(choice: str, known: list[str]) -> str:
+    group, _, name = choice.rpartition("/")
+    if group == "hydra/launcher" and name.startswith("submitit"):
+        return f"{group}={name}: the launcher is not installed; pip install -e '.[slurm]'"
+    return f"unknown choice {group}={name}{did_you_mean(name, known)}"
+
+
+def _known_keys(config: Path) -> list[str]:
+    """Every key of a command's config, with the group choices of its defaults."""
+    with initialize_config_dir(str(config.parent.resolve()), version_base="1.3"):
+        return list(_keys(OmegaConf.to_container(compose(config.stem), resolve=False)))
+
+
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    for key in node if isinstance(node, dict) else ():
+        if not str(key).startswith("_"):
+            yield f"{prefix}{key}"
+            yield from _keys(node[key], f"{prefix}{key}.")

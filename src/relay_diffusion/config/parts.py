@@ -1,0 +1,167 @@
+"""Check a part of the configuration against the constructor of its class.
+
+Option names and types come from the signature, ranges from the constructor itself, which runs on the meta device.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from relay_diffusion.config.checks import is_number, is_whole, selected
+from relay_diffusion.errors import UserError, require
+from relay_diffusion.utils.messages import did_you_mean, shorten
+
+KINDS = types.MappingProxyType(
+    {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+)
+
+
+def check_types(cfg: DictConfig, key: str) -> None:
+    """Check option names and types of `key`, and of the parts inside it, against their constructors.
+
+    Raises UserError that names the option. Nothing is built.
+    """
+    node = selected(cfg, key)
+    if not isinstance(node, DictConfig):
+        return
+    for name in map(str, node):
+        if not OmegaConf.is_interpolation(node, name):
+            check_types(cfg, f"{key}.{name}")
+    if "_target_" not in node:
+        return
+    target = _target(key, node._target_)
+    options = [str(name) for name in node if not str(name).startswith("_")]
+    try:
+        parameters = inspect.signature(target).parameters
+        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except (TypeError, ValueError, NameError):  # built in C, or annotated with names that exist for type checkers only
+        return
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for name in options:
+        require(
+            name in parameters or open_ended,
+            f"{key}.{name}={shorten(node[name])}: _target_={shorten(node._target_)} has no such option"
+            f"{did_you_mean(name, [known for known in parameters if known not in options], '')}",
+        )
+        if name in parameters and name in hints:
+            _check_type(f"{key}.{name}", node[name], hints[name])
+
+
+def _target(key: str, name: str) -> Callable[..., Any]:
+    try:
+        target = get_object(name)
+    except Exception as error:  # whatever an import raises
+        raise UserError(f"{key}._target_={shorten(name)}: cannot be imported ({shorten(error)})") from None
+    require(callable(target), f"{key}._target_={shorten(name)}: must be the full name of a class or function")
+    return typing.cast(Callable[..., Any], target)
+
+
+def _check_type(key: str, value: Any, hint: Any) -> None:
+    hints = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if any(_fits(value, one) for one in hints):
+        return
+    kinds = " or ".join(dict.fromkeys(_kind(one) for one in hints))
+    remedy = f": write {value:.0f}" if int in hints and isinstance(value, float) and value.is_integer() else ""
+    raise UserError(f"{key}={shorten(value)}: must be {kinds}{remedy}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of a config has the type of an annotation. A class is fitted by a mapping that builds one."""
+    origin = typing.get_origin(hint) or hint
+    if origin in (int, float, bool):
+        fits: Callable[[Any], bool] = {int: is_whole, float: is_number, bool: lambda v: isinstance(v, bool)}[origin]
+        return fits(value)
+    if origin is type(None):
+        return value is None
+    if origin in (str, Path):  # YAML reads 5 as a number, which is a name all the same
+        return isinstance(value, str | int | float) and not isinstance(value, bool)
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    if origin in (list, tuple, Sequence):
+        items = [item for item in typing.get_args(hint) if item is not Ellipsis]
+        return isinstance(value, ListConfig) and all(not items or _item_fits(v, items) for v in value)
+    if origin in (dict, Mapping):
+        return isinstance(value, DictConfig)
+    if inspect.isclass(origin) and origin is not object:
+        return isinstance(value, DictConfig) and "_target_" in value
+    return True
+
+
+def _item_fits(value: Any, hints: list[Any]) -> bool:
+    return any(_fits(value, one) for hint in hints for one in (typing.get_args(hint) or (hint,)))
+
+
+def _kind(hint: Any) -> str:
+    origin = typing.get_origin(hint) or hint
+    if origin is typing.Literal:
+        return " or ".join(map(str, typing.get_args(hint)))
+    if origin in (list, tuple, Sequence):
+        items = " or ".join(f"{_kind(item)}" for item in typing.get_args(hint)[:1])
+        return f"a list, each item {items}" if items else "a list"
+    if origin in (dict, Mapping):
+        return "a mapping"
+    return KINDS.get(str if origin is Path else origin, "a mapping that names its class as _target_")
+
+
+def check_call(key: str, function: Callable[..., Any], node: DictConfig) -> None:
+    """Call a function with those options of `key` that it takes. Raises UserError that names the option."""
+    given = typing.cast(dict[str, Any], OmegaConf.to_object(node))
+    options = {name: value for name, value in given.items() if name in inspect.signature(function).parameters}
+    try:
+        function(**options)
+    except (TypeError, ValueError) as error:
+        raise UserError(explain_option(key, error, options)) from None
+
+
+class MetaBuilder:
+    """Build parts of a config on the meta device, each once, to check their settings.
+
+    Raises UserError that names the option if a constructor refuses one.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.cfg = cfg
+        self._built: dict[int, Any] = {}  # by the id of the node, which interpolations share
+
+    def build(self, key: str) -> Any:
+        """Build what `key` describes, its parts first."""
+        node = selected(self.cfg, key)
+        if not isinstance(node, DictConfig):
+            return OmegaConf.to_container(node) if isinstance(node, ListConfig) else node
+        if id(node) not in self._built:
+            self._built[id(node)] = self._build(key, node)
+        return self._built[id(node)]
+
+    def _build(self, key: str, node: DictConfig) -> Any:
+        import torch  # --help does without
+
+        options = {name: self.build(f"{key}.{name}") for name in map(str, node) if not name.startswith("_")}
+        if "_target_" not in node:
+            return options
+        try:
+            with torch.device("meta"):
+                return instantiate(node, **options, _recursive_=False, _convert_="all")
+        except InstantiationException as error:
+            raise UserError(explain_option(key, error.__cause__ or error, options)) from error
+
+
+def explain_option(key: str, error: BaseException, options: Mapping[str, Any]) -> str:
+    """Describe an error of the constructor of `key` in one line that names the full key of the option."""
+    text = " ".join(str(error).split())
+    name = text.partition("=")[0]
+    if name in options:
+        return f"{key}.{text}"
+    if "." in name and all(part.isidentifier() for part in name.split(".")):  # the full key of another option
+        return text
+    plain = {k: v for k, v in options.items() if v is None or isinstance(v, str | int | float | list | ListConfig)}
+    given = ", ".join(f"{key}.{k}={shorten(v, 30)}" for k, v in plain.items())
+    return f"{key}: {shorten(text, 200)}" + (f" (given: {shorten(given, 300)})" if given else "")
