@@ -169,7 +169,7 @@ def test_parameters_must_be_those_of_the_network(tmp_path):
     with pytest.raises(UserError, match=r"model\.map_layer0\.weight of shape \[32, 8\], but .* \[16, 8\] and"):
         wider.check()
     deeper = replace(checkpoint, settings=checkpoint.settings | {"channel_mult": [1] * 9})
-    with pytest.raises(UserError, match=r"cannot be built: resolution 8 is not divisible"):
+    with pytest.raises(UserError, match=r"cannot be built: resolution=8: not divisible"):
         deeper.check()
 
 

@@ -111,7 +111,17 @@ def test_a_run_id_that_leaves_the_outputs(script):
                 "trainer",
             ],
         ),
-        ("sample.py", ["metrics", "relay", "strategy", "trainer"]),
+        (
+            "sample.py",
+            [
+                "metrics",
+                "relay",
+                "sampler@relay.stages.base.sampler",
+                "sampler@relay.stages.relay.sampler",
+                "strategy",
+                "trainer",
+            ],
+        ),
     ],
 )
 def test_help_lists_the_groups_that_the_script_accepts(script, groups):
@@ -119,7 +129,7 @@ def test_help_lists_the_groups_that_the_script_accepts(script, groups):
     lines = [line.partition(": ") for line in listed.splitlines()[1:] if line]
     assert [group for group, _, _ in lines] == groups
     for group, _, choices in lines:
-        files = sorted(path.stem for path in (PROJECT / "conf" / group).glob("*.yaml"))
+        files = sorted(path.stem for path in (PROJECT / "conf" / group.partition("@")[0]).glob("*.yaml"))
         assert choices.split(", ") == files
 
 

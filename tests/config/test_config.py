@@ -142,7 +142,7 @@ def test_every_experiment_trains_a_step(configuration, large_zip, tmp_path, expe
         ("network.checkpoint_levels=[4]", r"network\.checkpoint_levels=\[4\]: .* 0 to 1"),
         ("network.checkpoint_levels=0", r"network\.checkpoint_levels=0: must be a list"),
         ("network.channel_mult=[]", r"network\.channel_mult=\[\]"),
-        ("resolution=15", r"network\.resolution=15: is not divisible by 2\^1"),
+        ("resolution=15", r"network\.resolution=15: not divisible by 2\^1"),
         ("stage.optimizer.lr=-1", r"stage\.optimizer\.lr=-1"),
         ("stage.label_dropout=2", r"stage\.label_dropout=2"),
         ("data.dataset.path=missing.zip", r"data\.dataset\.path=missing\.zip: no such file"),
@@ -154,6 +154,9 @@ def test_every_experiment_trains_a_step(configuration, large_zip, tmp_path, expe
         ("trusted=[my-package]", r"trusted holds my-package: must be names of packages"),
         ("stage=cascade stage.corruption.condition_noise_max=a", r"stage\.corruption\.condition_noise_max=a: "),
         ("network.condition_channels=3", r"network\.condition_channels=3: DiffusionStage provides 0"),
+        ("sampler=blurring", r"stage\.sampler=BlurringSampler: starts from images, and GaussianCorruption from noise"),
+        ("stage=relay sampler=edm", r"stage\.sampler=EDMSampler: starts from noise, and BlurringCorruption from images"),
+        ("stage=relay sampler=multistep", r"stage\.sampler\.sigma_max=120\.0: .* beyond the end"),
         (
             "stage=relay network.condition_channels=3",
             r"network\.condition_channels=3: DiffusionStage provides 0 .*set network\.condition_channels=0",

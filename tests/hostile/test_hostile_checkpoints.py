@@ -176,9 +176,9 @@ def test_stored_configs_that_ask_for_too_much(checkpoint) -> None:
     network = "stage_config/denoiser/network"
     for name, value in (("channels", 10**6), ("channels", 10**12), ("num_classes", 10**13), ("image_channels", 10**9)):
         refused(path, with_(content, f"{network}/{name}", value), resumed=False)
-    refused(path, with_(content, f"{network}/blocks", 10**12), "at most 100", resumed=False)
-    refused(path, with_(content, f"{network}/channel_mult", [1] * 1000), "at most 100 and 14", resumed=False)
-    refused(path, with_(content, "stage_config/sampler/steps", 10**12), "at most 100,000", resumed=False)
+    refused(path, with_(content, f"{network}/blocks", 10**12), "between 1 and 100", resumed=False)
+    refused(path, with_(content, f"{network}/channel_mult", [1] * 1000), "at most 64 times the channels", resumed=False)
+    refused(path, with_(content, "stage_config/sampler/steps", 10**12), "between 2 and 100,000", resumed=False)
     refused(path, with_(content, "stage_config/sampler/rho", math.nan), "cannot be built", resumed=False)
     refused(path, with_(content, "stage_config/deep", _deep(30)), "nested too deeply")
     refused(path, with_(content, "stage_config/deep", _deep(200)), "nested too deeply")

@@ -44,7 +44,7 @@ def test_any_resolution_that_halves_often_enough_runs(resolution, channel_mult):
 
 @pytest.mark.parametrize(("resolution", "levels"), [(10, 3), (12, 4), (7, 2)])
 def test_a_resolution_that_does_not_halve_often_enough_is_refused(resolution, levels):
-    with pytest.raises(ValueError, match=rf"resolution={resolution}: is not divisible by 2\^{levels - 1}"):
+    with pytest.raises(ValueError, match=rf"resolution={resolution}: not divisible by 2\^{levels - 1}"):
         unet(resolution, 4, (1,) * levels)
 
 

@@ -295,7 +295,7 @@ def test_one_class_in_other_words_continues(configuration, relay_overrides):
 
 
 @pytest.mark.slow
-def test_classes_as_often_as_in_the_reference(configuration, relay_overrides, tmp_path, capsys):
+def test_classes_as_often_as_in_the_reference(configuration, relay_overrides, evaluate, tmp_path, capsys):
     with image_zip(tmp_path / "uneven.zip", ["dark", "light"]) as archive:
         for i in range(8):
             pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3)).astype(np.uint8)

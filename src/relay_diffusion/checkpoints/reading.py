@@ -216,7 +216,7 @@ def _check_plain(node: Any, key: str, file: Path, depth: int = 0) -> None:
     if isinstance(node, dict):
         for name, value in node.items():
             if not isinstance(name, str):
-                _wrong(file, f"{key}[{shorten(name)}]", value, "under a name")
+                _wrong(file, f"{key}[{shorten(name)}]", value, "stored under a text key")
             _check_plain(value, f"{key}.{shorten(name)}", file, depth + 1)
     elif isinstance(node, list | tuple):
         for index, value in enumerate(node):

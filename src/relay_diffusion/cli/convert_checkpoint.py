@@ -40,7 +40,7 @@ PUBLISHED = (".pkl", ".pt")
 
 
 class Dtype(Enum):
-    """What weights are stored in."""
+    """Data type of the stored weights."""
 
     float32 = "float32"
     float16 = "float16"
@@ -49,7 +49,7 @@ class Dtype(Enum):
 
 @dataclass
 class ConvertOptions:
-    """The command line of this tool; see USAGE."""
+    """Options of this command; see USAGE."""
 
     source: str = MISSING
     destination: str = MISSING
@@ -60,7 +60,7 @@ class ConvertOptions:
 
 
 def convert(options: ConvertOptions) -> DiffusionStage:
-    """Write the folder that `options` describe; returns the stage. Errors: UserError; no stage.json is written then."""
+    """Write the export and return the stage. Raises UserError, without writing stage.json."""
     source = Path(options.source).expanduser()
     destination = Path(options.destination).expanduser()
     if destination.exists() and source.exists() and destination.samefile(source):
@@ -72,7 +72,7 @@ def convert(options: ConvertOptions) -> DiffusionStage:
         stage = published_stage(source, compose_stage(options.experiment), options.experiment, trusted)
         origin = {"file": source.name, "sha256": file_sha256(source)}
     elif options.experiment is not None:
-        raise UserError(f"experiment={options.experiment}: {source} says itself what stage it holds; leave it out")
+        raise UserError(f"experiment={options.experiment}: {source} contains its stage config; leave experiment out")
     else:
         stage = load_stage(source, trusted=trusted)
         origin = {"file": Path(stage.info.origin["file"]).name, "sha256": stage.info.origin["sha256"]}

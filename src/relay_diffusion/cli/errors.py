@@ -23,7 +23,7 @@ from relay_diffusion.utils.messages import did_you_mean
 
 def caused_by_user(error: BaseException) -> bool:
     """Return whether an error is the user's: a mistake in an option or a file."""
-    return isinstance(error, UserError | HydraException | OmegaConfBaseException)  # among them: a class refused
+    return isinstance(error, UserError | HydraException | OmegaConfBaseException)  # also refused classes
 
 
 def explain(error: BaseException, config: Path) -> str:

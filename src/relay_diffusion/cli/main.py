@@ -32,7 +32,7 @@ from relay_diffusion.utils.files import write_text
 TRAIN, SAMPLE = CONF / "train.yaml", CONF / "sample.yaml"
 PACKAGES = {"hydra": "hydra-core", "torch": "torch", "lightning": "lightning"}  # whose versions results depend on
 FULL_ERROR = "HYDRA_FULL_ERROR"  # Hydra's own switch: set it to 1 to see tracebacks
-SHOW_TRACEBACK = "RELAY_DIFFUSION_TRACEBACK"  # the user's setting of it
+SHOW_TRACEBACK = "RELAY_DIFFUSION_TRACEBACK"  # keeps the user's value of HYDRA_FULL_ERROR, which is overwritten below
 FIRST_RANK_SECONDS = 3
 DIRECTORIES = ("output=", "run_dir=", "run_id=")  # what two jobs of a sweep cannot share
 SLURM = {"hydra/launcher=slurm", "hydra/launcher=submitit_slurm"}
@@ -51,7 +51,7 @@ def _shows_traceback() -> bool:
 
 
 def _check_command(config: Path) -> None:
-    """Refuse what a config cannot know: a launcher without a sweep, and new keys that nothing reads."""
+    """Refuse a launcher without a sweep, and new top-level keys that nothing reads."""
     settings = HydraConfig.get()
     launcher = settings.runtime.choices.get("hydra/launcher", "basic")
     require(
@@ -88,7 +88,7 @@ def report_errors(config: Path) -> Iterator[None]:
         expected = caused_by_user(error) and not _shows_traceback()
         first, code = first_failure(2 if expected else 1)
         if first != rank() and not expected and not _shows_traceback():
-            error = UserError(f"rank {first} failed: see its error message")  # here only the connection broke
+            error = UserError(f"rank {first} failed: see its error message")  # this rank only lost its connection
             expected = True
         if expected and rank() > 0 and not ranks_differ():
             time.sleep(FIRST_RANK_SECONDS)  # rank 0 reports the same error before a launcher terminates all ranks
@@ -157,7 +157,7 @@ def command_line(task: Callable[[DictConfig], float | None], config: Path) -> No
         print("interrupted", file=sys.stderr, flush=True)
         os._exit(128 + signal.SIGINT)  # threads and other processes may wait for this one
     except BrokenPipeError:  # `--help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains on its way out
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports it again at exit
         sys.exit(128 + signal.SIGPIPE)
     except JobError as failure:
         print(f"error: the sweep has stopped: {failure.text}", file=sys.stderr, flush=True)

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from relay_diffusion.errors import UserError, require
 from relay_diffusion.utils.messages import shorten
 
-HUGE = 1e12  # larger numbers are slips of the hand
+HUGE = 1e12  # larger numbers are typing errors
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 _ABSENT = object()
 READ_BY_HYDRA = ("_target_", "_partial_", "_recursive_")
@@ -143,7 +143,9 @@ def check_mapping(cfg: DictConfig, *keys: str) -> None:
 
 
 def check_complete(cfg: DictConfig, prefix: str = "", besides: str = "-") -> None:
-    """Every key has a value that can be worked out, except below `besides`; what Hydra builds from is well-formed.
+    """Require a resolvable value for every key, except below `besides`.
+
+    Hydra's own keys (`_target_`, ...) must be well-formed.
 
     prefix: of the keys of `cfg`, for messages.
     """
@@ -171,9 +173,9 @@ def _writable(text: str) -> bool:
 
 
 def _leaves(node: DictConfig | ListConfig, prefix: str, copied: bool) -> Iterator[tuple[str, Any]]:
-    """(key, value) of all that is no mapping or list, `_ABSENT` for ???: what is written there, or what is `copied`.
+    """Yield (key, value) of each leaf: plain values, or with `copied` interpolations; `_ABSENT` for ???.
 
-    What Hydra reads itself is a leaf whatever it is. Raises UserError for an interpolation that leads nowhere.
+    Keys that Hydra reads are leaves of any type. Raises UserError for an interpolation that leads nowhere.
     """
     parts: list[Any] = list(node) if isinstance(node, DictConfig) else list(range(len(node)))
     for part in parts:

@@ -163,5 +163,8 @@ def explain_option(key: str, error: BaseException, options: Mapping[str, Any]) -
     if "." in name and all(part.isidentifier() for part in name.split(".")):  # the full key of another option
         return text
     plain = {k: v for k, v in options.items() if v is None or isinstance(v, str | int | float | list | ListConfig)}
+    refused = [name for name, value in plain.items() if text.endswith(f": {value}")]  # torch ends with the value
+    if len(refused) == 1:
+        return f"{key}.{refused[0]}={shorten(plain[refused[0]], 30)}: {shorten(text, 200)}"
     given = ", ".join(f"{key}.{k}={shorten(v, 30)}" for k, v in plain.items())
     return f"{key}: {shorten(text, 200)}" + (f" (given: {shorten(given, 300)})" if given else "")

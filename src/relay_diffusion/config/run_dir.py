@@ -33,7 +33,7 @@ def sweep_job() -> Any:
 
 
 def _launcher_id() -> str | None:
-    """What all ranks of a job started by SLURM or torchrun share; None for a run started by hand."""
+    """Return the id that the launcher (SLURM, torchrun) gives all ranks; None without one."""
     command = hashlib.sha256("\0".join(sys.argv).encode()).hexdigest()[:4]  # one job may run several commands
     if "SLURM_JOB_ID" in os.environ:
         return f"{os.environ['SLURM_JOB_ID']}-{command}"
@@ -76,10 +76,10 @@ def _wandb_offline() -> bool:
 
 
 def _group_choices() -> str:
-    """The config groups that this command accepts with their choices, one group a line."""
+    """List the config groups of this command with their choices, one group a line."""
     loader = GlobalHydra.instance().config_loader()
     groups = sorted(group for group in HydraConfig.get().runtime.choices if "/" not in group)
-    return "\n".join(f"{group}: {', '.join(loader.get_group_options(group))}" for group in groups)
+    return "\n".join(f"{group}: {', '.join(loader.get_group_options(group.partition('@')[0]))}" for group in groups)
 
 
 def register_resolvers() -> None:
@@ -93,5 +93,5 @@ def register_resolvers() -> None:
     }
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
-    # kept in the config that asks for it: the same for all of a run's settings, another for the next run
+    # cached per config: one id for all settings of a run, a new one for the next run
     OmegaConf.register_new_resolver("new_run_id", _new_run_id, replace=True, use_cache=True)

@@ -51,7 +51,7 @@ UNSUPPORTED = {  # options of Lightning's Trainer that do not apply, and why
     "max_epochs": f"{NO_EPOCHS}: set trainer.max_images",
     "max_steps": "amounts are in images: set trainer.max_images, or trainer.limit_train_batches for this start alone",
     "min_epochs": NO_EPOCHS,
-    "min_steps": "amounts are in images, and only trainer.max_images ends a run unasked",
+    "min_steps": "amounts are in images, and no other condition ends a run early by default",
     "model_registry": "callbacks.checkpoints.upload=true hands checkpoints to the loggers",
     "num_sanity_val_steps": NO_LOOP,
     "overfit_batches": "train on a folder of a few images instead: data.dataset.subset",
@@ -159,7 +159,7 @@ def _check_resolution(cfg: DictConfig, key: str) -> None:
 
 
 def _check_dataset(cfg: DictConfig) -> None:
-    """A dataset of another kind has options of its own; what it shares with ours means the same."""
+    """Check `resolution` and `path`, if the dataset's class has them."""
     if "resolution" in cfg.data.dataset:
         _check_resolution(cfg, "data.dataset.resolution")
     if "path" in cfg.data.dataset:

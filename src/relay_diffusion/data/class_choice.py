@@ -37,7 +37,7 @@ def class_indices(chosen: object, num_classes: int, names: Sequence[str]) -> lis
             indices.append(int(text))
         else:
             numbers = f"0 to {num_classes - 1}"
-            every = f"it knows {', '.join(names)} (or as numbers {numbers})" if names else f"it knows {numbers}"
+            every = f"use one of {', '.join(names)} (or as numbers {numbers})" if names else f"use {numbers}"
             nearest = did_you_mean(text[:80], names, f"; {every}")
             raise UserError(f"class={shorten(text)} is not known to the model{nearest}")
     if not indices:
@@ -46,7 +46,9 @@ def class_indices(chosen: object, num_classes: int, names: Sequence[str]) -> lis
 
 
 def labels_like_reference(path: str | Path, subset: str, names: Sequence[str], option: str) -> list[int]:
-    """Class indices of an image set in a fixed random order, so that any part has about the same proportions.
+    """Return the class indices of an image set in a fixed random order.
+
+    Any part of them has about the same class proportions.
 
     Raises UserError for a set without classes, or with others than the model's `names`.
     """

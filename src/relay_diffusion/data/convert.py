@@ -29,12 +29,12 @@ from relay_diffusion.utils.progress import progress
 
 Crop = Enum("Crop", ["center", "none"])  # how an image becomes square
 Classes = Enum("Classes", ["folders", "keep", "none"])  # where class labels come from
-Exif = Enum("Exif", ["apply", "ignore"])  # of the orientation
+Exif = Enum("Exif", ["apply", "ignore"])  # whether the EXIF orientation is applied
 
 
 @dataclass
 class ConvertOptions:
-    """The command line of this tool; see USAGE."""
+    """Options of the command `relay_diffusion.cli.convert_images`."""
 
     source: str = MISSING
     destination: str = MISSING
@@ -82,7 +82,7 @@ class _Encoded(NamedTuple):
 def fit(image: Image.Image, resolution: int, crop: Crop, where: str) -> Image.Image:
     """Crop to a square and shrink to `resolution`: block means for an integer factor, Lanczos otherwise.
 
-    Errors: UserError that names the image and its size when it is not square (crop=none) or too small.
+    Raises UserError with the image and its size if it is not square (crop=none) or too small.
     """
     width, height = image.size
     side = min(width, height)
@@ -99,7 +99,7 @@ def fit(image: Image.Image, resolution: int, crop: Crop, where: str) -> Image.Im
 
 
 def convert(options: ConvertOptions) -> Converted:
-    """Write the image zip that `options` describe. Errors: UserError, which leaves the destination unchanged."""
+    """Write the image zip that `options` describe. Raises UserError; the destination is unchanged then."""
     if options.resolution < 1:
         raise UserError(f"resolution={options.resolution}: must be at least 1")
     if not 8 <= options.bit_depth <= FULL_DEPTH:

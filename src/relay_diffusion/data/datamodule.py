@@ -18,7 +18,7 @@ from relay_diffusion.utils.distributed import SIGNALS, exit_for_parent_only
 
 
 def micro_batch_size(batch_size: int, world_size: int, accumulate: int = 1) -> int:
-    """Images per device and forward pass. Errors: UserError when `batch_size` does not divide evenly."""
+    """Return images per device and forward pass. Raises UserError unless `batch_size` divides evenly."""
     parts = world_size * accumulate
     if batch_size < 1 or batch_size % parts:
         below, above = batch_size // parts * parts, (batch_size // parts + 1) * parts
@@ -39,7 +39,7 @@ class InfiniteSampler(Sampler[list[int]]):
     m * world_size + r. So the images of a step are the same for any number of devices.
 
     length: items in the dataset. start: images seen so far, or a function that returns them, called at every `iter`.
-    Errors: UserError when B does not divide evenly or the seed is negative.
+    Raises UserError unless B divides evenly and the seed is at least 0.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class ImageDataModule(LightningDataModule):
     b = batch_size / (devices x nodes x accumulate_grad_batches of the Trainer).
     num_workers: decoding processes per device; a dataset in memory needs none. seed: of the order.
     The order continues at `images_seen` of the trained LightningModule, which counts them.
-    Errors: UserError when the batch does not divide evenly.
+    Raises UserError unless the batch divides evenly.
     """
 
     def __init__(self, dataset: ImageDataset, batch_size: int, num_workers: int = 2, seed: int = 0) -> None:

@@ -32,7 +32,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     option: the user's name of `path`, for messages.
     Attributes: `names` [N] and their `labels` [N]; `class_names` and `num_classes` of the whole set, not of the subset;
     `source_hash`, `path`, `subset`; `turned`, the names of images that this process has turned so far.
-    Errors: UserError that names the option, the argument, dataset.json or the image.
+    Raises UserError that names the option, the argument, dataset.json or the image.
     """
 
     def __init__(

@@ -55,7 +55,7 @@ class Decoded(NamedTuple):
 def decode(data: bytes, where: str, apply_exif: bool = True, bit_depth: int = FULL_DEPTH) -> Decoded:
     """Decode PNG, WebP or JPEG bytes to 8-bit RGB; `where` names the image in messages.
 
-    The content tells the format, not the name. Transparency is composited on white, an animation gives its first frame,
+    The format is detected from the content. Transparency is composited on white, an animation gives its first frame,
     CMYK is converted without its profile. apply_exif: turn the pixels as the EXIF orientation says; a damaged block
     counts as none. bit_depth: bits that 16-bit samples use; their highest 8 are kept. Errors: UserError for anything
     else, damage, more than Image.MAX_IMAGE_PIXELS pixels, and 16-bit samples above 2^bit_depth - 1.
@@ -74,7 +74,7 @@ def decode(data: bytes, where: str, apply_exif: bool = True, bit_depth: int = FU
         raise
     except UnidentifiedImageError as error:
         raise UserError(f"{where} is not a {', '.join(IMAGE_FORMATS)} image") from error
-    except Exception as error:  # foreign bytes: decoders raise many types, and all mean this to the user
+    except Exception as error:  # foreign bytes: decoders raise many types, and the user needs one message
         raise UserError(f"{where} cannot be decoded: {one_line(error)}") from error
     rgb.info.clear()  # a copy that is written must not carry an orientation that is applied already
     turn, damaged = _turn(block) if apply_exif else (None, False)

@@ -55,7 +55,7 @@ def read_labels(source: Source) -> Labels | None:
         if name not in images:
             raise UserError(f"{where}: labels[{index}] is for {name!r}, which is not among the images")
         if name in by_name:
-            raise UserError(f"{where}: labels[{index}] labels {name!r} a second time")
+            raise UserError(f"{where}: labels[{index}] repeats {name!r}; remove one entry")
         if not 0 <= label < MAX_CLASSES or (classes is not None and label >= len(classes)):
             limit = f"0..{(MAX_CLASSES if classes is None else len(classes)) - 1}"
             said = "no class is named" if classes == [] else f"class {reprlib.repr(label)} must be {limit}"

@@ -31,7 +31,7 @@ class Source(ABC):
     """Image files under one path: `names` in reading order, '/'-separated, without hidden files.
 
     `option` is the user's name of this path ("data.dataset.path"); error messages begin with it.
-    Errors: UserError when a name is absolute, climbs with '..', is not UTF-8 or occurs twice; when there is no image.
+    Raises UserError for a name that is absolute, contains '..', is not UTF-8 or occurs twice, and without an image.
     """
 
     kind: str
@@ -56,7 +56,7 @@ class Source(ABC):
             raise UserError(f"{option}={path}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
 
     def names_in(self, subset: str) -> list[str]:
-        """Names of the images in a folder; "" selects all. Errors: UserError if there are none."""
+        """Names of the images in a folder; "" selects all. Raises UserError if there are none."""
         folder = subset.strip("/")
         names = [name for name in self.names if not folder or name.startswith(f"{folder}/")]
         if not names:
@@ -77,14 +77,14 @@ class Source(ABC):
         return f"{name!r} in {self.path}"
 
     def read(self, name: str) -> bytes:
-        """Bytes of one member. Errors: UserError that names it when it cannot be read."""
+        """Bytes of one member. Raises UserError that names it if it cannot be read."""
         try:
             return self._read(self.members[name])
         except Exception as error:  # damaged archives raise a dozen types, and all mean this to the user
             raise self._unreadable(name, error) from error
 
     def decoded(self, name: str, apply_exif: bool = True) -> Decoded:
-        """One image as 8-bit RGB. Errors: UserError that names the option, the image and the remedy."""
+        """One image as 8-bit RGB. Raises UserError that names the option, the image and the remedy."""
         try:
             return decode(self.read(name), self.where(name), apply_exif)
         except UserError as error:
@@ -225,7 +225,7 @@ def _raise(error: UserError) -> NoReturn:
 
 
 def existing_path(path: str | Path, option: str) -> Path:
-    """The path with ~ expanded. Errors: UserError naming `option` if it does not exist."""
+    """The path with ~ expanded. Raises UserError naming `option` if it does not exist."""
     try:
         expanded = Path(path).expanduser()
         exists = expanded.exists()
@@ -239,7 +239,7 @@ def existing_path(path: str | Path, option: str) -> Path:
 def open_source(path: str | Path, option: str, tar: bool = False) -> Source:
     """Open a folder, an image zip, one image file or, with `tar`, a tar. Errors: UserError naming `option`.
 
-    The content tells archives apart. A tar can be read quickly only in its own order.
+    Archives are identified by their content. A tar is fast to read only in its own order.
     """
     expanded = existing_path(path, option)
     if expanded.is_dir():

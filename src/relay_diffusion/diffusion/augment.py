@@ -1,7 +1,7 @@
 """EDM's geometric augmentation: random flips, scaling, rotation, stretching, translation, and augmentation labels.
 
 Karras et al. 2022 (arXiv 2206.00364), appendix F.2; images are resampled as in Karras et al. 2020 (arXiv 2006.06676),
-appendix B.2. A network that is given the labels learns the images as they are: all labels 0 asks for those.
+appendix B.2. Sampling with all labels 0 gives images without augmentation.
 
 Coordinates are pixels: x to the right, y down, the origin at the image's centre, whole numbers between pixel centres.
 """
@@ -85,8 +85,8 @@ class Augmentation:
 
     probability: of each transformation, independently: y-flip (then a coin decides), scaling, rotation, anisotropic
     scaling, translation; 0 changes nothing. x_flip: a coin for every image, at any probability above 0.
-    scale_base: an image is scaled by scale_base^a, a ~ N(0,1). anisotropy_base: and by anisotropy_base^a along one
-    axis, its inverse across. anisotropy_axis_aligned: share of these along x, the others in any direction.
+    scale_base: an image is scaled by scale_base^a, a ~ N(0,1). anisotropy_base: it is scaled by anisotropy_base^a
+    along one axis, by the inverse across. anisotropy_axis_aligned: share of these along x, the others in any direction.
     translation: standard deviation of the shift, in image widths and heights.
     Outside its borders an image is mirrored about the centres of its border pixels. An image whose labels are all 0
     is unchanged to the bit. Randomness is the global generator's of the images' device.

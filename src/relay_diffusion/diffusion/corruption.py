@@ -18,8 +18,8 @@ from relay_diffusion.diffusion.schedule import LogNormal, TruncatedLogNormal
 def expand(sigma: Tensor, like: Tensor) -> Tensor:
     """[B] -> [B,1,1,1] on the device of `like`, to multiply images with.
 
-    sigma may lie on the CPU: what depends on it alone is a handful of numbers, which a GPU would take longer to
-    launch kernels for than they take there. Sending them waits for nothing.
+    sigma may be on the CPU: computing a few numbers there is faster than launching GPU kernels, and the copy is
+    asynchronous.
     """
     return sigma.view(-1, 1, 1, 1).to(like.device, non_blocking=True)
 
@@ -69,7 +69,8 @@ def block_mean(images: Tensor, block: int) -> Tensor:
 class GaussianCorruption:
     """Add white noise: x_sigma = x0 + sigma eps. Every relay's first stage."""
 
-    block = 1  # enlarges nothing: there is no earlier stage
+    block = 1  # a first stage has no upsampling factor
+    starts_from_noise = True
 
     def __init__(self, schedule: LogNormal) -> None:
         self.schedule = schedule
@@ -108,13 +109,15 @@ def _widest_exponents(block: int, blur_sigma_max: float, dtype: torch.dtype, dev
 
 
 class BlurringCorruption:
-    """Noise while every block fades towards its mean, so that the end state is the upsampled small image.
+    """Block blur with noise; its end state is the upsampled small image.
 
     x_u = DCT^-1[A(u) DCT[x0]] + sigma(u) (eps + block_strength block(eps')), per block x block piece, with
     A_kl(u) = (1 - min_gain) exp(-(w_k^2 + w_l^2) b(u)^2 / 2) + min_gain, w_k = pi k / block,
     b(u) = blur_sigma_max sin^2(pi u / 2) (Teng et al. 2024, section 3). The noise is not divided by
     sqrt(1 + block_strength^2) as the paper writes it: the published weights were trained without.
     """
+
+    starts_from_noise = False
 
     def __init__(
         self,
@@ -185,12 +188,6 @@ class Corruption(Protocol):
     def start(self, like: Tensor, previous: Tensor | None, randn_like: RandnLike) -> Tensor:
         """Where sampling starts, like `like` [B,C,H,W], from images [B,C,H/block,W/block] of the stage before."""
 
-    def gains(self, sigma: Tensor) -> Tensor:
-        """Gains of the block DCT coefficients at sigma [B]: [B,1,n,n] for blocks of n x n."""
-
-    def at_level(self, start: Tensor, sigma: float, randn_like: RandnLike) -> Tensor:
-        """State [B,C,H,W] at noise level sigma where sampling starts, from `start` of the method above."""
-
     def draw_noise(self, like: Tensor, randn_like: RandnLike) -> Tensor:
         """Draw noise of the forward process at sigma 1, like `like` [B,C,H,W]."""
 
@@ -198,8 +195,20 @@ class Corruption(Protocol):
         """x0 [B,C,H,W], sigma [B] (may lie on the CPU) or a number, noise of `draw_noise` -> noisy images [B,C,H,W]."""
 
 
+class GainCorruption(Corruption, Protocol):
+    """Interface of a corruption x_sigma = F[A(sigma)] x0 + sigma noise, with gains A of block DCT coefficients."""
+
+    starts_from_noise: bool  # else from the images of the previous stage
+
+    def gains(self, sigma: Tensor) -> Tensor:
+        """Gains of the block DCT coefficients at sigma [B]: [B,1,n,n] for blocks of n x n."""
+
+    def at_level(self, start: Tensor, sigma: float, randn_like: RandnLike) -> Tensor:
+        """State [B,C,H,W] at noise level sigma where sampling starts, from `start` of the method above."""
+
+
 class ConditionedCorruption(GaussianCorruption):
-    """White noise, x_sigma = x0 + sigma eps; beside it a condition, the small image with noise of its own, enlarged.
+    """Gaussian corruption, conditioned on the noisy, upsampled small image.
 
     y = bicubic(block_mean(x0) + level eps'), level ~ U(0, condition_noise_max) for each training image, and
     condition_noise in sampling: conditioning augmentation (Ho et al. 2021, arXiv 2106.15282, section 4), which hides
@@ -228,7 +237,7 @@ class ConditionedCorruption(GaussianCorruption):
         Raises ValueError if `previous` [B,C,H/block,W/block], which becomes the condition, is missing or does not fit.
         """
         if previous is None:
-            raise ValueError("a conditioned stage sees the images of the stage before: give `previous`")
+            raise ValueError("a conditioned stage needs the images of the stage before: give `previous`")
         check_images("previous", previous)
         height, width = (size * self.block for size in previous.shape[2:])
         if (*previous.shape[:2], height, width) != tuple(like.shape):

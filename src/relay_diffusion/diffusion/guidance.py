@@ -69,7 +69,7 @@ class ClassifierFreeGuidance:
 class AutoGuidance:
     """D_guide + scale (D - D_guide), with a weaker denoiser as the guide (Karras et al. 2024, eq. 3).
 
-    The guide sees the same labels. Scale 1 is the plain denoiser and never asks the guide.
+    The guide gets the same labels. Scale 1 is the plain denoiser; the guide is not evaluated.
     """
 
     def __init__(self, denoise: Denoiser, guide: Denoiser, scale: float = 1.0) -> None:
@@ -117,7 +117,7 @@ def guided(
     """Wrap `plain` with autoguidance if `guide` is given, else with classifier-free guidance.
 
     Scale 1 disables guidance, whatever the interval. `interval`: the sigmas where it is applied; None: all.
-    `classes`: whether the network knows any.
+    `classes`: whether the network is class-conditional.
     Raises ValueError if there is nothing to guide with, or a guide at scale 1.
     """
     if scale == 1:
@@ -126,7 +126,7 @@ def guided(
         return plain
     if guide is None and not classes:
         raise ValueError(
-            f"guidance_scale={scale}, but the network knows no classes and there is no guide: "
+            f"guidance_scale={scale}, but the network is unconditional and there is no guide: "
             "use guidance_scale=1 or give a guide"
         )
     whole = ClassifierFreeGuidance(plain, scale) if guide is None else AutoGuidance(plain, guide, scale)

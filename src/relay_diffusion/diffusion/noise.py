@@ -37,7 +37,7 @@ def _window_sum(x: Tensor, length: int, dim: int) -> Tensor:
 def block_sum(white: Tensor, block: int) -> Tensor:
     """The sum of block x block circular shifts, by 0..block-1 along both axes: [B,C,H,W] -> [B,C,H,W]."""
     total = white
-    for dim in (-2, -1):  # every pixel sees itself and what lies before it
+    for dim in (-2, -1):  # each window ends at its pixel (circular padding in front)
         before = total.narrow(dim, total.shape[dim] - block + 1, block - 1)
         total = _window_sum(torch.cat([before, total], dim), block, dim)
     return total

@@ -22,7 +22,7 @@ SHAPES = {
     "mu_s": (SPATIAL_FEATURES,),
     "sigma_s": (SPATIAL_FEATURES, SPATIAL_FEATURES),
 }
-MAX_INTEGERS = 1000  # in a list of a file
+MAX_INTEGERS = 1000  # longest list read from a file
 COUNT = "the number of images, at least 2 (0: unknown)"
 LAYOUTS = ("NCHW", "NHWC")
 CLEARLY = 4.0  # times the share of variance; the right order has 5 to 600 times that of the wrong one
@@ -130,7 +130,7 @@ def read_reference(npz: Npz) -> Reference:
 
 def _numbers(npz: Npz, key: str, shape: tuple[int, ...]) -> Tensor:
     if key not in npz.keys:
-        raise UserError(f"{npz.where}: lacks {key!r}; it is no file of reference statistics")
+        raise UserError(f"{npz.where}: lacks {key!r}; give reference statistics or images")
     header = npz.header(key)
     wrong = f"{npz.where}: {key!r} must hold finite numbers of shape {list(shape)}, not"
     if header.shape != shape or header.dtype.kind != "f":  # before reading: a wrong array may have any size

@@ -45,7 +45,7 @@ class GradientNorm:
     """Mean over optimizer steps of the L2 norm of all gradients, summed on the device without synchronization."""
 
     def __init__(self) -> None:
-        self._sums: Tensor | None = None  # of the norms, and how many
+        self._sums: Tensor | None = None  # [2]: sum of the norms, number of steps
 
     def add(self, parameters: Iterable[torch.nn.Parameter], taken: Tensor | None = None) -> Tensor:
         """Count the norm of a step's gradients, and return it.
@@ -81,7 +81,7 @@ class NonfiniteSteps:
         self._finite_loss: Tensor | None = None
 
     def add_losses(self, per_image: Tensor) -> None:
-        """Note the losses [B] of a micro-batch."""
+        """Record the losses [B] of a micro-batch."""
         finite = per_image.isfinite().any()
         self._finite_loss = finite if self._finite_loss is None else self._finite_loss | finite
 

@@ -48,9 +48,9 @@ class OptimizationHooks(L.LightningModule):
         self.ema: WeightAverage | None = None  # of the denoiser; set by a callback at the start of a fit
         self.fit_state = FitState()
         self.replaced_gradients: Tensor | int = 0  # non-finite gradient elements replaced so far
-        self.gradient_norm = GradientNorm()  # non-finite elements replaced, before clipping
+        self.gradient_norm = GradientNorm()  # after non-finite elements are replaced, before clipping
         self.nonfinite_steps = NonfiniteSteps()
-        self._pending = 0  # images of the present step
+        self._pending = 0  # images of the current step so far
         self._norm: Tensor | None = None  # of the present step's gradients
         self._base_lrs: list[float] = []
 
@@ -108,7 +108,7 @@ class OptimizationHooks(L.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, update the average, and count the images of the step."""
         super().optimizer_step(*args, **kwargs)
-        self.denoiser.zero_grad()  # now, because a graph replay would keep them
+        self.denoiser.zero_grad()  # before a graph replay, which adds to existing gradients
         batch, self._pending = self._pending, 0
         if self.ema is not None:
             self.ema.update(self.denoiser, batch, self.images_seen)

@@ -26,7 +26,7 @@ def _check_chain(stages: Mapping[str, DiffusionStage]) -> None:
     for before, name in itertools.pairwise(stages):
         small, large, option = stages[before], stages[name], f"relay.stages.{name}"
         block = large.corruption.block
-        require(block != 1, f"{option} starts from noise: only the first stage of a relay may")
+        require(block != 1, f"{option} starts from noise, as only the first stage of a relay may: remove it or reorder")
         require(
             small.resolution * block == large.resolution,
             f"{option} makes {large.resolution}x{large.resolution} from images {block} times smaller, "
@@ -95,7 +95,7 @@ class Relay(L.LightningModule):
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes, as far as the checkpoints know them."""
+        """Class names of the first stage that has any; empty without."""
         return next((stage.info.class_names for stage in self.chain().values() if stage.info.class_names), [])
 
     @property
@@ -162,7 +162,7 @@ class Relay(L.LightningModule):
     def _draw(
         self, seeds: Sequence[int], labels: Tensor | None, start: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor, Callable[[Tensor], None]]:
-        """The images of every stage by name; bool [stages,B] on the device, which of them are finite; a check of it."""
+        """Return the images by stage, their finiteness (bool [stages,B]), and a function that checks it."""
         images: dict[str, Tensor] = {}
         draws, fine, previous = [], [], start
         for name, stage in self.chain().items():

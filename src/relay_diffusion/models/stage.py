@@ -35,7 +35,7 @@ OptimizerFactory = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
 
 @dataclass(frozen=True)
 class StageInfo:
-    """What is known about a stage besides its weights.
+    """Metadata of a stage.
 
     config: the stage config from which a checkpoint rebuilds it. class_names: names of the classes, in order.
     origin: the file and weights that a loaded stage came from, and those of its guide. images_seen: images of its
@@ -49,7 +49,7 @@ class StageInfo:
 
 
 class DiffusionStage(OptimizationHooks):
-    """A denoiser that learns to undo a corruption, and the sampler that turns it into images.
+    """Denoiser of a corruption with its loss, optimizer and sampler.
 
     `augment`: augments training images; its labels are an input of the network, 0 in sampling.
     `label_dropout`: share of labels hidden in training, which guidance away from the estimate without class needs.
@@ -101,6 +101,13 @@ class DiffusionStage(OptimizationHooks):
                 f"network.condition_channels={wanted}: {type(self).__name__} provides {provided} condition channels; "
                 f"set network.condition_channels={provided}"
             )
+        from_noise = [getattr(part, "starts_from_noise", None) for part in (sampler, corruption)]
+        if None not in from_noise and from_noise[0] != from_noise[1]:
+            starts = ["noise" if noise else "images" for noise in from_noise]
+            raise ValueError(
+                f"sampler={type(sampler).__name__}: starts from {starts[0]}, and {type(corruption).__name__} from "
+                f"{starts[1]}; use another sampler"
+            )
         # constants, which DistributedDataParallel would broadcast at every step
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self.label_dropout, self.guidance_scale = label_dropout, guidance_scale
@@ -130,7 +137,7 @@ class DiffusionStage(OptimizationHooks):
     # ---- training ----
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:  # noqa: ARG002
-        """uint8 images [B,C,H,W], labels [B] -> the loss to minimise; for the log, each loss and sigma (on the CPU)."""
+        """Return the loss of uint8 images [B,C,H,W] with labels [B], and each image's loss and sigma (CPU)."""
         images, labels = batch
         position = self.images_seen + self._pending + self.global_rank * len(images)
         torch.manual_seed(mix_seeds(self.seed, position))

@@ -229,7 +229,7 @@ def _capture(
 
 
 def _apart(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Gradients that share memory, as those of two terms of a sum do, each in memory of its own."""
+    """Clone gradients that share memory, such as those of two terms of a sum."""
     kept: list[Tensor | None] = []
     seen: set[int] = set()
     for gradient in gradients:

@@ -45,7 +45,7 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, size: int = 8192, repe
 
 @contextmanager
 def _products_as_convolutions() -> Iterator[None]:
-    """Matrix products of float32 in TF32 if convolutions are; the setting of before comes back."""
+    """Use TF32 for matrix products inside the block if convolutions do."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]

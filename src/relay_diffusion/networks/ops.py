@@ -13,7 +13,7 @@ from relay_diffusion.kernels import HAVE_TRITON
 
 FUSED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOMENTS = "_relay_moments"
-"""Attribute of an activation: its moments, which a fused `add` has at hand and every normalisation of it needs."""
+"""Attribute of an activation: its moments, computed by a fused `add` and used by the next GroupNorm."""
 
 
 def downsample(x: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def _keep_moments(x: Tensor, moments: Tensor) -> None:
 
 
 def _version(x: Tensor) -> int:
-    """Changes when x is written to, where torch tells."""
+    """Return torch's counter of in-place writes to x; 0 for inference tensors."""
     return 0 if x.is_inference() else x._version
 
 
@@ -138,8 +138,8 @@ def convolve_image(conv: nn.Conv2d, x: Tensor) -> Tensor:
 def convolve_enlarged(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """The 3x3 convolution of `upsample(x)`, as `convolve` gives it: [B,C,H,W] -> [B,C',2H,2W].
 
-    Each of four neighbours in the result sees 2x2 pixels of x only: one transposed convolution of 4x4, whose
-    weights are sums of the given ones, with 4/9 of the operations.
+    Each output pixel depends on 2x2 pixels of x, so it is one 4x4 transposed convolution with summed weights and
+    4/9 of the operations.
     """
     weight = conv.weight
     for dim in (2, 3):
@@ -165,7 +165,7 @@ def query_key_value(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def convolve(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The convolution; and its bias, where that is left to the next step, which adds it in passing."""
+    """Convolve; return the result and the bias that the next fused step adds (None: added)."""
     if fusible(x):
         return F.conv2d(x, conv.weight, None, conv.stride, conv.padding), conv.bias
     return conv(x), None

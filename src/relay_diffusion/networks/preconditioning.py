@@ -65,7 +65,9 @@ class EDMPreconditioner(nn.Module):
 
 
 class Conditioned:
-    """A denoiser with one condition for each image of a batch; guidance may evaluate the batch several times at once.
+    """Denoiser with a condition for each image of a batch.
+
+    Guidance may evaluate the batch several times at once: the condition is repeated.
 
     Evaluations are not replayed from a CUDA graph: a graph would keep the condition that it was captured with.
     """

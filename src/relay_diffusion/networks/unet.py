@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from relay_diffusion.networks.layers import ResidualBlock, SinusoidalEmbedding, group_norm, zero
 from relay_diffusion.networks.ops import convolve_image, norm_act
+from relay_diffusion.utils.messages import shorten
 
 MAX_LEVELS = 14
 
@@ -46,7 +47,7 @@ class UNet(nn.Module):
         condition_channels: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, low, high in (  # a stored config that asks for more would take hours, or all memory
+        for name, value, low, high in (  # a damaged config must not take hours or all memory
             ("resolution", resolution, 1, 2**14),
             ("image_channels", image_channels, 1, 1024),
             ("channels", channels, 2, 2**14),
@@ -60,15 +61,15 @@ class UNet(nn.Module):
         levels = len(channel_mult)
         if not 1 <= levels <= MAX_LEVELS or not all(1 <= mult <= 64 for mult in channel_mult):
             raise ValueError(
-                f"channel_mult={list(channel_mult)}: needs 1 to {MAX_LEVELS} levels of at most 64 times the channels"
+                f"channel_mult={shorten(list(channel_mult))}: needs 1 to {MAX_LEVELS} levels of at most 64 times the "
+                "channels"
             )
         if resolution % 2 ** (levels - 1):
             raise ValueError(
-                f"resolution={resolution}: is not divisible by 2^{levels - 1}, as channel_mult with {levels} levels "
-                "demands"
+                f"resolution={resolution}: not divisible by 2^{levels - 1}, which {levels} levels of channel_mult need"
             )
         if not set(checkpoint_levels) <= set(range(levels)):
-            raise ValueError(f"checkpoint_levels={list(checkpoint_levels)}: the levels are 0 to {levels - 1}")
+            raise ValueError(f"checkpoint_levels={shorten(list(checkpoint_levels))}: the levels are 0 to {levels - 1}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout}: must be at least 0 and below 1")
         if channels % 2:
@@ -99,7 +100,7 @@ class UNet(nn.Module):
         self.middle = nn.ModuleList(block(levels - 1, current, current, attention) for attention in (True, False))
 
         self.decoder = nn.ModuleList()
-        self.joins = []  # for each decoder block: does it take a skip connection?
+        self.joins = []  # for each decoder block, whether it takes a skip connection
         for level, mult in reversed(list(enumerate(channel_mult))):
             attention = resolution >> level in attention_resolutions
             if level < levels - 1:
@@ -126,7 +127,7 @@ class UNet(nn.Module):
         """Convert weights to the memory format of the activations."""
         self.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         for layer in self.modules():
-            if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):  # used as a matrix: its gradient is one
+            if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):  # a matrix, with a contiguous gradient
                 layer.weight.data = layer.weight.data.clone(memory_format=torch.contiguous_format)
 
     def embed(

@@ -44,12 +44,12 @@ def check_start(option: str, schedule: LogNormal, sigma: float) -> None:
 def stopped_levels(sigmas: list[float], sigma: float) -> list[float]:
     """The levels above `sigma`, then `sigma`. Raises ValueError unless it lies in [last, first)."""
     if not sigmas[-1] <= sigma * ROUNDING < sigmas[0]:
-        raise ValueError(f"cannot stop at sigma {sigma}: the sampler goes from {sigmas[0]:g} to {sigmas[-1]:g}")
+        raise ValueError(f"cannot stop at sigma {sigma}: give {sigmas[-1]:g} to below {sigmas[0]:g}")
     return [*(level for level in sigmas if level > sigma * ROUNDING), sigma]
 
 
 def second_order(both: Tensor, residual: Tensor, ratio: float) -> Tensor:
-    """The clean images that the mean of the slopes at both ends of a step points to (Heun), all [B,C,H,W].
+    """Clean estimate of Heun's second-order step, all [B,C,H,W].
 
     x - sigma (d + d')/2 with d = (x - x0^)/sigma and d' = (x' - x0^')/sigma', that is (both - ratio residual)/2 with
     both = x + x0^, residual = x' - x0^', ratio = sigma/sigma'.

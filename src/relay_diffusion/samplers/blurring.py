@@ -24,6 +24,8 @@ class BlurringSampler:
     The grid is Karras's, kept below `truncation_sigma`, where little but the block means is left.
     """
 
+    starts_from_noise = False
+
     def __init__(
         self,
         corruption: BlurringCorruption,
@@ -56,7 +58,7 @@ class BlurringSampler:
         """start: upsampled images [B,C,H,W] in [-1, 1]; labels [B] or None -> images [B,C,H,W], state's dtype."""
         x = initial_state(start, labels)
         x = self.corruption.at_level(x, self.sigmas[0], randn_like)
-        ones = torch.ones(len(x), dtype=torch.float64, device="cpu")  # wrappers may look at sigma without waiting
+        ones = torch.ones(len(x), dtype=torch.float64, device="cpu")  # CPU: no sync for guidance intervals
         gains = self.corruption.gains(x.new_tensor(self.sigmas))[:, None]  # of all levels at once: [levels,1,1,s,s]
         for level, (sigma, sigma_next) in enumerate(pairwise(self.sigmas)):
             gamma = math.sqrt(1 - self.s_noise**2) * sigma_next / sigma
@@ -64,7 +66,7 @@ class BlurringSampler:
             scales = gamma, filter_gains, self.s_noise * sigma_next
             denoised = denoise(x, sigma * ones, labels)
             proposal = self._step(x, denoised, *scales, randn_like)
-            both = x + denoised  # now: a denoiser may write its next answer over this one
+            both = x + denoised  # before the next evaluation, which may reuse this memory
             residual = proposal - denoise(proposal, sigma_next * ones, labels)
             x = self._step(x, second_order(both, residual, sigma / sigma_next), *scales, randn_like)
         return denoise(x, self.sigmas[-1] * ones, labels).to(x.dtype)

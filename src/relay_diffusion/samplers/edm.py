@@ -22,6 +22,8 @@ class EDMSampler:
     x' = gamma x + (1 - gamma) x0^ + eta sigma' eps with gamma = sqrt(1 - eta^2) sigma'/sigma; 0 is the ODE.
     """
 
+    starts_from_noise = True
+
     def __init__(
         self,
         steps: int = 18,
@@ -68,7 +70,7 @@ class EDMSampler:
     def __call__(self, denoise: Denoiser, start: Tensor, randn_like: RandnLike, labels: Tensor | None = None) -> Tensor:
         """start: unit-variance noise [B,C,H,W]; labels [B] or None -> images [B,C,H,W] in the state's dtype."""
         x = initial_state(start, labels) * self.sigmas[0]
-        ones = torch.ones(len(x), dtype=torch.float64, device="cpu")  # wrappers may look at sigma without waiting
+        ones = torch.ones(len(x), dtype=torch.float64, device="cpu")  # CPU: no sync for guidance intervals
         for sigma, sigma_next in zip(self.sigmas, self.sigmas[1:], strict=False):
             gamma = self._gamma(sigma)
             sigma_hat = sigma * (1 + gamma)
@@ -78,7 +80,7 @@ class EDMSampler:
             proposal = self._step(x, denoised, sigma_hat, sigma_next, randn_like)
             if sigma_next == 0:
                 return proposal
-            both = x + denoised  # now: a denoiser may write its next answer over this one
+            both = x + denoised  # before the next evaluation, which may reuse this memory
             residual = proposal - denoise(proposal, sigma_next * ones, labels)
             x = self._step(x, second_order(both, residual, sigma_hat / sigma_next), sigma_hat, sigma_next, randn_like)
         return x

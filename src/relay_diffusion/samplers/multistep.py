@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from relay_diffusion.diffusion.corruption import Corruption
+from relay_diffusion.diffusion.corruption import GainCorruption
 from relay_diffusion.diffusion.dct import block_filter
 from relay_diffusion.diffusion.guidance import Denoiser
 from relay_diffusion.diffusion.noise import RandnLike
@@ -33,7 +33,7 @@ class MultistepSampler:
 
     def __init__(
         self,
-        corruption: Corruption,
+        corruption: GainCorruption,
         steps: int = 10,
         sigma_min: float = 0.008,
         sigma_max: float = 80.0,
@@ -42,6 +42,8 @@ class MultistepSampler:
     ) -> None:
         if not 0 <= s_noise <= 1:
             raise ValueError(f"s_noise={s_noise}: must lie between 0 and 1")
+        if not hasattr(corruption, "gains"):
+            raise ValueError(f"corruption={type(corruption).__name__}: has no gains; use another sampler")
         self.corruption, self.s_noise = corruption, s_noise
         self._set_levels(karras_sigmas(steps, sigma_min, sigma_max, rho).tolist())
         check_start(f"sigma_max={sigma_max}", corruption.schedule, sigma_max)
@@ -91,7 +93,7 @@ class MultistepSampler:
     def __call__(self, denoise: Denoiser, start: Tensor, randn_like: RandnLike, labels: Tensor | None = None) -> Tensor:
         """start: the corruption's [B,C,H,W]; labels [B] or None -> images [B,C,H,W] in the state's dtype."""
         x = self.corruption.at_level(initial_state(start, labels), self.sigmas[0], randn_like)
-        ones = torch.ones(len(x), dtype=torch.float64, device="cpu")  # wrappers may look at sigma without waiting
+        ones = torch.ones(len(x), dtype=torch.float64, device="cpu")  # CPU: no sync for guidance intervals
         gains = None if self._gains is None else self._gains.to(x.device, x.dtype)
         before: Tensor | None = None
         for i, (sigma, sigma_next) in enumerate(pairwise(self.sigmas)):

@@ -77,7 +77,7 @@ class RecordingSampler:
 
 
 def joined(first: list[Step], second: list[Step]) -> list[Step]:
-    """The steps of two calls as those of one, which had the images of both."""
+    """Concatenate the steps of two calls along the batch."""
     return [
         Step(a.sigma, torch.cat([a.states, b.states]), torch.cat([a.estimates, b.estimates]))
         for a, b in zip(first, second, strict=True)

@@ -37,7 +37,7 @@ def chosen_stages(relay: DictConfig) -> dict[str, DictConfig]:
 
 
 def reference_of(cfg: DictConfig) -> dict[str, Any]:
-    """path and subset of what mode=evaluate compares with: `reference`, or else the relay's own."""
+    """Return path and subset of the reference: `reference`, or else the relay's."""
     if cfg.reference is not None:
         return {"path": cfg.reference, "subset": ""}
     return {

@@ -45,8 +45,8 @@ from relay_diffusion.utils.host import report_slow_settings
 from relay_diffusion.utils.parallel import map_in_order
 from relay_diffusion.utils.quiet import quiet_libraries
 
-MANY_CLASSES = 1000  # a longer list is no longer written out
-UNEVEN = 2  # how many times as often as another a class may come in the reference
+MANY_CLASSES = 1000  # a longer list is stored as counts and a checksum
+UNEVEN = 2  # largest ratio of class frequencies in the reference without a note
 
 
 @quiet_libraries()

@@ -34,7 +34,7 @@ def parse_seeds(text: object, option: str = "seeds") -> list[int]:
         ranges.append(range(low, high + 1))
         count += high + 1 - low
     if not ranges:
-        raise UserError(f"{option} names none: give numbers and ranges, e.g. seeds=0-31")
+        raise UserError(f"{option} is empty: give numbers and ranges, e.g. seeds=0-31")
     if count > MAX_IMAGES:
         raise UserError(f"{option} is {shorten(text)}: {count:,} images, more than {MAX_IMAGES:,} at once")
     seeds = [seed for numbers in ranges for seed in numbers]

@@ -15,7 +15,7 @@ from relay_diffusion.models.stage import DiffusionStage
 class EMA(Callback):
     """Keep an average of the stage's weights as `stage.ema`, and in checkpoints as "ema".
 
-    The stage updates it in its optimizer step, so every callback sees the present average in any order.
+    The stage updates it in its optimizer step, so it is current for every callback, in any order.
     `half_life_images`: images after which the weight of an old state has halved. `ramp_up`: share of the images seen
     that the half-life may not exceed (0.05 as published; null: no limit).
     """

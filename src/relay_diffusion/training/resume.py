@@ -28,7 +28,7 @@ from relay_diffusion.errors import UserError, prefix_errors
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.utils.messages import differences, first_difference, shown
 
-KEY = "run"  # of a checkpoint: the run's settings
+KEY = "run"  # key of the run's settings in a checkpoint
 LONGEST = 200  # characters of a value in messages
 WITHOUT_EFFECT = (  # on what is trained; the number of devices is recorded as such
     "run_id", "run_dir", "resume", "init", "trainer.max_images", "trainer.devices", "trainer.num_nodes",

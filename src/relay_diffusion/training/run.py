@@ -97,8 +97,8 @@ def _how_it_ended(cfg: DictConfig, trainer: L.Trainer, stage: DiffusionStage) ->
     reasons = [stage.fit_state.stop_reason, *(text.removesuffix(" Signaling Trainer to stop.") for text in early)]
     reason = next(filter(None, reasons), "")
     if reason and stage.images_seen < cfg.trainer.max_images:
-        return f"stopped early ({reason}): trained on {done} of {cfg.trainer.max_images:,} images; all is in {where}"
-    return f"trained on {done} images; all is in {where}"
+        return f"stopped early ({reason}): trained on {done} of {cfg.trainer.max_images:,} images; see {where}"
+    return f"trained on {done} images; see {where}"
 
 
 def _announce(

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-RUN_ID = "RELAY_DIFFUSION_RUN_ID"  # gives rank 0's run id to the ranks that it starts, in their environment alone
+RUN_ID = "RELAY_DIFFUSION_RUN_ID"  # environment variable that passes rank 0's run id to the ranks it starts
 REQUEUED = (signal.SIGUSR1, signal.SIGUSR2)
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, *REQUEUED)  # ask a run to stop
 FAILED = "relay_diffusion/failed"  # key of the store: the rank that failed first
-STORE_SECONDS = 3  # until rank 0 counts as gone
+STORE_SECONDS = 3  # timeout after which rank 0 is assumed to have exited
 
 
 def rank() -> int:

@@ -10,7 +10,7 @@ from typing import Any
 def git_revision(file: Path = Path(__file__)) -> dict[str, Any]:
     """Return "commit" and "uncommitted_changes" of the checkout that tracks `file`; empty without git."""
     try:
-        _git(file.parent, "ls-files", "--error-unmatch", file.name)  # an installed copy may lie in anyone's checkout
+        _git(file.parent, "ls-files", "--error-unmatch", file.name)  # not another project's checkout
         commit, changes = _git(file.parent, "rev-parse", "HEAD"), _git(file.parent, "status", "--porcelain")
     except (OSError, subprocess.SubprocessError):
         return {}

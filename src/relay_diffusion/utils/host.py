@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-THREADS, THREADS_KEY = 4, "OMP_NUM_THREADS"  # of torch on the CPU, beside a GPU
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+THREADS, THREADS_KEY = 4, "OMP_NUM_THREADS"  # limit of CPU threads on a host with a GPU
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt, from malloc.h
 
 
 def report_slow_settings(device: torch.device, networks: Mapping[str, object]) -> None:

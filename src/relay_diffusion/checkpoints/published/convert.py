@@ -48,7 +48,7 @@ def published_stage(
 
 
 def _trained_noise(published: PublishedCheckpoint) -> dict[str, float]:
-    """p_mean and p_std of the loss that a published file was trained with; nothing, if it does not say."""
+    """Return p_mean and p_std of a published file's loss; empty if it stores none."""
     if published.loss is None:
         return {}
     if published.loss.class_name != "EDMLoss":

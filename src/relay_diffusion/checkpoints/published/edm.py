@@ -161,8 +161,8 @@ def _more(names: list[str]) -> str:
 class PublishedCheckpoint:
     """The averaged network of a published file; settings and weights fit.
 
-    `settings`: constructor settings of our UNet. `weights`: by published name. `loss`: what the file says of its loss.
-    `label_dropout`: share of labels hidden in training, as far as the file knows.
+    `settings`: constructor settings of our UNet. `weights`: by published name. `loss`: the stored loss object, if any.
+    `label_dropout`: the stored share of labels hidden in training.
     """
 
     path: Path
@@ -204,7 +204,7 @@ class PublishedCheckpoint:
                 f"{list(expected[wrong[0]])}{_more(wrong)}"
             )
         if wrong := [name for name, tensor in self.weights.items() if not bool(tensor.isfinite().all())]:
-            raise UserError(f"{self.path} holds weights that are not finite in {wrong[0]}{_more(wrong)}: of no use")
+            raise UserError(f"{self.path} holds weights that are not finite in {wrong[0]}{_more(wrong)}: fetch again")
 
 
 def read_published(path: str | Path) -> PublishedCheckpoint:
@@ -251,7 +251,7 @@ def _checkpoint(path: Path, ema: Any, loss: Any) -> PublishedCheckpoint:
 def load_published(path: str | Path) -> EDMPreconditioner:
     """The denoiser of a published checkpoint, with its averaged weights and in eval mode.
 
-    `path`: EDM's .pkl or the authors' .pt; nothing in it is run. Raises UserError naming the file, if it is of no use.
+    `path`: EDM's .pkl or the authors' .pt; nothing in it is run. Raises UserError naming the file if unusable.
     """
     return read_published(path).denoiser()
 
@@ -284,7 +284,7 @@ DHARIWAL_UNET: dict[str, Any] = {
     "label_dropout": 0,
     "eff_attn": False,  # the authors' faster attention: the same numbers
 }
-# Bounds of whole numbers, far beyond any network: a damaged file must not fill the memory.
+# Bounds of integers, far above any real network: a damaged file must not fill the memory.
 _WHOLE = {
     "img_resolution": (1, 2**14),
     "in_channels": (1, 2**10),

@@ -49,8 +49,8 @@ def log_row(
 class PeriodicCallback(Callback, ABC):
     """Call `act` every `every_n_images` images and at the end of training; 0 disables.
 
-    The end comes in on_train_epoch_end, after it is saved. A run that a signal stops skips it: the remaining time is
-    for the checkpoint. Disabled by trainer.fast_dev_run.
+    The last call is in on_train_epoch_end, after the last checkpoint. It is skipped if a signal stops the run: the
+    remaining time is for the checkpoint. Disabled by trainer.fast_dev_run.
     """
 
     def __init__(self, every_n_images: int) -> None:
@@ -112,7 +112,7 @@ class PeriodicMeasurement(PeriodicCallback):
 
     @abstractmethod
     def measure(self, trainer: L.Trainer, stage: DiffusionStage) -> dict[str, float]:
-        """The numbers, the same on all ranks, or none if that is reported; every rank calls it, without gradients."""
+        """Return the numbers, equal on all ranks; empty to log none. Collective, without gradients."""
 
     @property
     def logged(self) -> list[str]:

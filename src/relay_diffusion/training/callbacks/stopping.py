@@ -18,7 +18,7 @@ from relay_diffusion.training.callbacks.checkpoints import DIVERGED
 
 
 class Delayed:
-    """An int32 on the device as of the previous call, so that no step waits for the device."""
+    """Read an int32 from the device one call late, without synchronization."""
 
     def __init__(self, device: torch.device) -> None:
         self._seen = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
@@ -36,7 +36,7 @@ class Delayed:
 
 
 class Agreement:
-    """The maximum over all ranks as of the previous call; with one rank, of this call."""
+    """Maximum over all ranks, one call late; with one rank, immediate."""
 
     def __init__(self, trainer: L.Trainer, device: torch.device) -> None:
         self._sum = torch.zeros(1, dtype=torch.int32, device=device) if trainer.world_size > 1 else None

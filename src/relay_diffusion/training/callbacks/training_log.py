@@ -26,7 +26,7 @@ class TrainingLog(PeriodicCallback):
     `exclude_from_throughput`). tflops: of each device, in 10^12 operations of convolutions and matrix products a
     second; on a GPU also utilisation, their share of what a large matrix product reaches on it, and memory_gib, the
     peak.
-    A resumed run repeats no row: loggers get none up to the last one in a MetricsCSV.
+    After a resume, rows that metrics.csv already has are not sent to loggers again.
     """
 
     def __init__(self, every_n_images: int, bins: int = 4) -> None:

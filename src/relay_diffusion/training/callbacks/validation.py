@@ -16,7 +16,7 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.training.callbacks.periodic import PeriodicMeasurement
 
-GOLDEN = 0.6180339887498949  # its multiples, modulo 1, fill the unit interval evenly
+GOLDEN = 0.6180339887498949  # golden ratio: its multiples modulo 1 are a low-discrepancy sequence
 STREAM = 2**20  # of the noise; sampling uses resolutions as streams
 
 
