@@ -1,10 +1,12 @@
-"""Bicubic enlargement, the baseline of a relay stage: `python benchmarks/bicubic.py [key=value ...]`.
+"""Enlarge images by bicubic interpolation, the baseline of a relay stage.
+
+python benchmarks/bicubic.py [key=value ...]
 
 source       folder or zip of images                       (a relay.last=base run's images, or the real ones)
 destination  the zip to write, for `sample.py mode=evaluate images=...`
 small        side of the small images in pixels; larger ones are box-averaged first   (64)
-factor       of the enlargement                            (4)
-subset       only what this folder inside the source holds (all)
+factor       enlargement factor                            (4)
+subset       a folder inside the source                    (all images)
 overwrite    true: replace a destination that exists       (false)
 """
 

@@ -1,16 +1,18 @@
-"""Sample quality against sampling cost for many settings: `python benchmarks/comparison.py [key=value ...]`.
+"""Measure sample quality against sampling cost for many settings.
 
-curves  a yaml: a name for each curve, and under it its points, each the overrides of sample.py as one text
+python benchmarks/comparison.py [key=value ...]
+
+curves  yaml file with the points of each curve by name; a point is a text of overrides of sample.py
                                                       (benchmarks/emoji.yaml)
-output  the CSV to which a row is added for each point and repeat; rows that are there are not made again
+output  CSV file to which a row is added for each point and repeat; existing rows are skipped
                                                       (outputs/comparison/points.csv)
-only    names of curves, with commas between them     (all)
-points  only so many of each curve, from its beginning     (all)
-count   images of a point, with classes as often as in the reference     (3121)
-repeats of each point, with other seeds               (3)
-batch   images at once                                (256)
-precision of the networks                             (bf16-mixed)
-weights Inception's                                   (those that are installed)
+only    comma-separated names of curves               (all)
+points  number of points of each curve, from the first (all)
+count   images per point, with class frequencies of the reference   (3121)
+repeats number of repeats of each point, with different seeds (3)
+batch   images per batch                              (256)
+precision  precision of the networks                  (bf16-mixed)
+weights Inception weights                             (those that are installed)
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ class Options:
 
 
 def points(options: Options) -> list[tuple[str, str]]:
-    """Return (curve, overrides) of every point."""
+    """List (curve, overrides) of every point."""
     path = Path(options.curves)
     if not path.is_file():
         raise UserError(f"curves={options.curves}: no such file")
@@ -88,7 +90,7 @@ def settings(options: Options, overrides: str, repeat: int) -> DictConfig:
 
 
 def cost(relay: Relay) -> tuple[str, float]:
-    """Return network evaluations of each stage ("47+27") and TFLOP per image."""
+    """Compute evaluations per stage ("47+27") and TFLOP per image."""
     evaluations = {name: sampler.evaluations for name, sampler in relay.samplers.items()}
     operations = sum(
         forward_flops(stage.denoiser.network) * evaluations[name] * (1 if stage.guidance_scale == 1 else 2)
@@ -108,7 +110,10 @@ def batches(relay: Relay, cfg: DictConfig, batch: int) -> Iterator[tuple[torch.T
 
 @torch.no_grad()
 def measured(options: Options, cfg: DictConfig, device: torch.device, kept: dict[str, Any]) -> dict[str, Any]:
-    """Return the row of a point; `kept` caches what points share, by their reference."""
+    """Sample a point and return its row.
+
+    kept: cache of evaluators by reference.
+    """
     relay = build_relay(cfg.relay).to(device).eval()
     size = (relay.resolution, relay.resolution)
     key = f"{cfg.relay.reference}{cfg.reference}{size}"
@@ -131,7 +136,7 @@ def measured(options: Options, cfg: DictConfig, device: torch.device, kept: dict
             if made is None:
                 break
             images, positions = made
-            if int(positions[0]) >= 2 * options.batch:  # graphs are captured by then
+            if int(positions[0]) >= 2 * options.batch:  # CUDA graphs are captured by then
                 seconds, timed = seconds + time.perf_counter() - began, timed + len(images)
             evaluation.update(images, positions)
             advance(len(images))
@@ -151,7 +156,7 @@ def run(options: Options) -> None:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"{name}={getattr(options, name)}: must be at least 1")
     todo = [(curve, overrides, repeat) for repeat in range(options.repeats) for curve, overrides in points(options)]
-    configs = [settings(options, overrides, repeat) for _, overrides, repeat in todo]  # mistakes show before the work
+    configs = [settings(options, overrides, repeat) for _, overrides, repeat in todo]  # report mistakes before sampling
     path, rows = Path(options.output), []
     if path.exists():
         with path.open(newline="") as file:

@@ -1,10 +1,12 @@
-"""Print and plot the results of comparison.py: `python benchmarks/comparison_plot.py [key=value ...]`.
+"""Print and plot the results of comparison.py.
+
+python benchmarks/comparison_plot.py [key=value ...]
 
   points   the CSV                 (outputs/comparison/points.csv)
-  curves   names to draw, with commas between them     (relay,cascade,single)
+  curves   comma-separated names of curves to draw     (relay,cascade,single)
   plot     the PNG to write        (outputs/comparison/comparison.png)
 
-The table, in Markdown, has every curve: mean and lowest to highest of the repeats.
+The Markdown table lists mean, lowest and highest value of the repeats of every curve.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ class Options:
 
 
 def grouped(path: Path) -> dict[tuple[str, str], Rows]:
-    """Read the repeats of each (curve, overrides), in the order of the file."""
+    """Read the repeats of each (curve, overrides), in file order."""
     if not path.is_file():
         raise UserError(f"points={path}: no such file; run benchmarks/comparison.py first")
     groups: dict[tuple[str, str], Rows] = {}

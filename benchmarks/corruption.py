@@ -1,13 +1,15 @@
-"""Time the relay corruption and the loss arithmetic: `python benchmarks/corruption.py [key=value ...]`.
+"""Time the relay corruption and the loss arithmetic.
 
-uint8 images -> [-1, 1]; a noise level and noise (white and block noise) for each; block blur; sum; then the weighted
-loss of a given estimate and its mean. Without a network. The ratio is to the same mathematics written plainly: the
-block DCT by FFTs in float64, block noise as a sum of block x block rolls. Both must agree before anything is timed.
+python benchmarks/corruption.py [key=value ...]
+
+Without a network: uint8 images to [-1, 1], noise levels, white and block noise, block blur, sum, and the weighted loss
+of a given estimate. The ratio is to a plain implementation: block DCT by FFTs in float64, block noise as a sum of
+block x block rolls. The results are compared before timing.
 
   device      auto | cpu | cuda   (auto)
-  batch       images at once      (32 on a GPU, 8 else)
-  resolution  of the images       (256)
-  block       enlargement         (4)
+  batch       images per batch    (32 on a GPU, 8 on a CPU)
+  resolution  pixels              (256)
+  block       enlargement factor  (4)
   repeats     timed runs          (15)
 """
 
@@ -27,7 +29,7 @@ from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.diffusion import BlurringCorruption, DenoisingLoss, TruncatedLogNormal
 from relay_diffusion.diffusion.pixels import to_float
 
-# ms of the authors' code: one H200, batch 32; two CPU cores, batch 8
+# milliseconds of the authors' code: one H200, batch 32; two CPU cores, batch 8
 AUTHORS = {("cuda", 32, 256, 4): 5.1, ("cpu", 8, 256, 4): 74.0}
 
 
@@ -43,7 +45,7 @@ class Options:
 
 
 def fft_dct(x: Tensor) -> Tensor:
-    """Orthonormal DCT-II along the last axis by an FFT of equal length (Makhoul 1980)."""
+    """Orthonormal DCT-II along the last axis by an FFT (Makhoul 1980)."""
     length = x.shape[-1]
     order = torch.cat([x[..., ::2], x[..., 1::2].flip(-1)], dim=-1)
     k = torch.arange(length, dtype=x.dtype, device=x.device)
@@ -88,7 +90,7 @@ def plain_noise(white: Tensor, other: Tensor, corruption: BlurringCorruption) ->
 
 
 def ours(corruption: BlurringCorruption, loss: DenoisingLoss, images: Tensor, denoised: Tensor) -> tuple[Tensor, ...]:
-    """Return noisy images and the mean loss, as `DiffusionStage.training_step`."""
+    """Compute noisy images and the mean loss as `DiffusionStage.training_step`."""
     x0 = to_float(images)
     sigma = corruption.schedule.draw(len(x0), "cpu")
     noisy = corruption.corrupt(x0, sigma, corruption.draw_noise(x0, torch.randn_like))

@@ -1,14 +1,16 @@
-"""Time reading batches of uint8 images from a zip: `python benchmarks/data.py [key=value ...]`.
+"""Time reading batches of uint8 images from a zip.
 
-A synthetic zip of PNGs as large as those of photographs, decoded as training does. The ratio is to the images/s that
-one H200 trains at with the authors' code (369 at 64x64, 40.6 at 256x256): below 1, the data would hold it up.
+python benchmarks/data.py [key=value ...]
 
-  images       in the zip                                   (512)
+The synthetic PNGs have the file size of photographs and are decoded as in training. The ratio is to the training
+throughput of the authors' code on one H200 (images/s: 369 at 64x64, 40.6 at 256x256); below 1, reading limits training.
+
+  images       number of images in the zip                  (512)
   stored       resolution of the PNGs                       (256)
-  resolution   of the batches, box-averaged; comma-separated (256,64)
-  workers      processes, 0: in the main one; comma-separated (0,1,2)
-  batch        images in a batch                            (32)
-  batches      timed for each row                           (16)
+  resolution   pixels after box averaging; comma-separated  (256,64)
+  workers      worker processes (0: main process); comma-separated (0,1,2)
+  batch        images per batch                             (32)
+  batches      number of timed batches per row              (16)
   zip          a zip to read instead                        ("")
 """
 
@@ -52,7 +54,7 @@ class Options:
 
 
 def write_zip(path: Path, images: int, side: int) -> None:
-    """Make smooth colours with a little grain, about 100 KB per 256x256 PNG."""
+    """Write smooth images with noise, about 100 KB per 256x256 PNG."""
     generator = np.random.default_rng(0)
     with image_zip(path) as archive:
         for index in range(images):
@@ -63,22 +65,25 @@ def write_zip(path: Path, images: int, side: int) -> None:
 
 
 def attach(data: ImageDataModule) -> None:
-    """Attributes of a Trainer that the data module reads."""
+    """Attach the attributes of a Trainer that the data module reads."""
     stage = SimpleNamespace(images_seen=0)
     data.trainer = cast(Any, SimpleNamespace(global_rank=0, world_size=1, lightning_module=stage))
 
 
 def loading(path: Path, resolution: int, workers: int, options: Options) -> tuple[list[float], float]:
-    """Return sorted seconds between batches, after the workers started, and until the first batch."""
+    """Measure seconds between batches (sorted) and until the first batch.
+
+    The times between batches are taken after the start of the workers.
+    """
     data = ImageDataModule(ImageDataset(path, resolution), options.batch, num_workers=workers)
     attach(data)
     begin = time.perf_counter()
     batches = iter(data.train_dataloader())
     next(batches)
     first = time.perf_counter() - begin
-    for _ in itertools.islice(batches, 2 * workers):  # what they had ready
+    for _ in itertools.islice(batches, 2 * workers):  # skip prefetched batches
         pass
-    # a whole round of the workers at once, for they deliver in bursts
+    # time a round of all workers, because batches arrive in bursts
     rounds = max(1, workers)
     times = []
     for _ in range(max(1, options.batches // rounds)):
@@ -90,7 +95,7 @@ def loading(path: Path, resolution: int, workers: int, options: Options) -> tupl
 
 
 def run(options: Options) -> None:
-    """Print the parts of decoding, then one row for each resolution and number of workers."""
+    """Print times of decoding, then a row per resolution and worker count."""
     print(environment())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(options.zip or Path(folder) / "images.zip")

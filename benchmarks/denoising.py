@@ -1,14 +1,16 @@
-"""Denoising error of a first stage on training and unseen images: `python benchmarks/denoising.py [key=value ...]`.
+"""Measure the denoising error of a first stage.
+
+python benchmarks/denoising.py [key=value ...]
 
 stage   a run, a .ckpt file or an export                        (demo/emoji_64)
-images  folder or zip with classes, as the stage was trained on (demo/emoji-64.zip)
+images  folder or zip with the classes of the training images (demo/emoji-64.zip)
 subset  train or heldout                                        (heldout)
 sigmas  standard deviations of the noise                        (0.1,0.5,2,5)
-count   images, evenly over the set                             (160)
-batch   images at once                                          (32)
+count   number of evenly spaced images                          (160)
+batch   images per batch                                        (32)
 
-Prints the root mean square of estimate minus image, which lies in [-1, 1], for each sigma: one draw of
-noise, no augmentation labels.
+Prints the root mean square difference of estimate and image in [-1, 1] for each sigma, with one draw of noise and
+without augmentation labels.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
-"""Time the metrics, without the Inception features: `python benchmarks/metrics.py [key=value ...]`.
+"""Time the metrics without the Inception features.
 
-Synthetic features of generated and reference images. The ratios are to the formulas written plainly, on the same
-device: the Frechet distance by the eigenvalues of S1 S2, precision and recall by blocks of torch.cdist in float64,
-KID by blocks of 1,000 rows of its kernel. Both must agree.
+python benchmarks/metrics.py [key=value ...]
+
+Features of generated and reference images are synthetic. The ratios are to plain implementations on the same device:
+the Frechet distance by the eigenvalues of S1 S2, precision and recall by blocks of torch.cdist in float64, KID by
+blocks of 1,000 rows of its kernel. The results are compared.
 
   device      auto | cpu | cuda                        (auto)
   metric      frechet | precision_recall | kid         (all)
-  images      generated                                (50000 on a GPU, 4000 else)
-  reference   images that precision, recall and KID compare with   (10000, 2000)
+  images      number of generated images               (50000 on a GPU, 4000 on a CPU)
+  reference   number of reference images of precision, recall and KID   (10000, 2000)
   repeats     timed runs                               (3)
 """
 
@@ -28,7 +30,7 @@ from relay_diffusion.metrics.frechet import FrechetDistance, frechet_distance
 from relay_diffusion.metrics.kid import kernel_distance
 from relay_diffusion.metrics.precision_recall import precision_recall
 
-BATCH = 256  # images whose features arrive at once
+BATCH = 256  # images per update
 SIZES = {"FID": 2048, "sFID": 2023}
 
 
@@ -44,7 +46,7 @@ class Options:
 
 
 def features(count: int, size: int, device: torch.device, shift: float = 0.0) -> Tensor:
-    """Make non-negative, correlated features like those of Inception: float32 [count, size]."""
+    """Draw non-negative, correlated features: float32 [count, size]."""
     generator = torch.Generator(device).manual_seed(count + size)
     causes = torch.randn(count, 64, generator=generator, device=device)
     mixing = torch.randn(64, size, generator=generator, device=device) / 8
@@ -53,7 +55,7 @@ def features(count: int, size: int, device: torch.device, shift: float = 0.0) ->
 
 
 def compare(name: str, work: Callable[[], object], plain: Callable[[], object], images: int, repeats: int) -> None:
-    """Print one row for each of the two."""
+    """Print one row for each implementation."""
     slow = seconds(plain, repeats, warm_up=1)
     print(line(f"{name}, plain", slow, images), flush=True)
     times = seconds(work, repeats, warm_up=1)

@@ -1,16 +1,18 @@
-"""Time evaluations and training steps of the published networks: `python benchmarks/network.py [key=value ...]`.
+"""Time evaluations and training steps of the published networks.
+
+python benchmarks/network.py [key=value ...]
 
 Random weights, synthetic images on the device, bf16. Needs a GPU. The ratio is to the authors' code on one H200, fp16.
 
   network   adm_64 | adm_256     published network (both)
   work      evaluate | train     (both)
-  batch     images at once       (evaluate: 64 and 256, 32 and 64; train: 256, 32 and 64)
-  fused     true | false         the fused steps between convolutions, or plain torch (true)
+  batch     images per batch     (evaluate: 64 and 256, 32 and 64; train: 256, 32 and 64)
+  fused     true | false         fused kernels between convolutions, or plain torch (true)
   compile   true | false         compile the network with torch.compile (false; for fused=false)
-  graphs    true | false         evaluations replay a CUDA graph, as sampling does (true)
-  search    true | false         let cuDNN search for its fastest convolutions, as our Trainers do (true)
-  profile   true | false         also where the device's time goes, in ms by kind of kernel (false)
-  repeats   timed runs after three that warm up (7)
+  graphs    true | false         replay CUDA graphs in evaluations, as in sampling (true)
+  search    true | false         cudnn.benchmark, as in our Trainers (true)
+  profile   true | false         also print the device time in ms by kind of kernel (false)
+  repeats   timed runs after three warm-up runs (7)
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ AUTHORS = {
     ("adm_64", "evaluate"): {64: 872.0, 256: 963.0},
     ("adm_256", "evaluate"): {32: 106.0, 64: 103.0},
     ("adm_64", "train"): {256: 369.0},
-    ("adm_256", "train"): {32: 40.6, 64: None},  # theirs runs out of memory
+    ("adm_256", "train"): {32: 40.6, 64: None},  # the authors' code runs out of memory
 }
 
 
@@ -79,7 +81,7 @@ def evaluation(stage: DiffusionStage, batch: int) -> Callable[[], None]:
     device = stage.device
     x = torch.randn(batch, 3, stage.resolution, stage.resolution, device=device)
     sigma, labels = torch.ones(batch), torch.zeros(batch, dtype=torch.long, device=device)
-    denoise = stage.eval().guided()
+    denoise = stage.eval().guided_denoiser()
 
     def work() -> None:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
@@ -116,7 +118,7 @@ def training_step(stage: DiffusionStage, batch: int) -> Callable[[], None]:
 WORK = {"evaluate": evaluation, "train": training_step}
 
 
-KINDS = {  # of kernels, by their names; the first that fits counts
+KINDS = {  # kind of kernel: regular expression for names; the first match counts
     "normalisation": "^(normalise|moments|coefficients|gradient_)",
     "sums of blocks": "^(add|sum_quads)$",
     "attention": "sdpa|flash|cudnn::fusion",
@@ -131,7 +133,7 @@ KINDS = {  # of kernels, by their names; the first that fits counts
 
 
 def kinds(work: Callable[[], None]) -> str:
-    """Return milliseconds of one run on the device by kind of kernel."""
+    """Measure the device time in milliseconds by kind of kernel."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         work()
         torch.cuda.synchronize()
@@ -144,7 +146,7 @@ def kinds(work: Callable[[], None]) -> str:
 
 
 def run(options: Options) -> None:
-    """Print one row for each network, work and batch."""
+    """Print one row per network, work and batch size."""
     register_resolvers()
     if not options.fused:
         ops.HAVE_TRITON = False

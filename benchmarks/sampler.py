@@ -1,12 +1,14 @@
-"""Time a sampler without its network: `python benchmarks/sampler.py [key=value ...]`.
+"""Time a sampler without its network.
 
-The denoiser hands out a float32 tensor that exists already, so all time is the sampler's: state, noise of one
-generator for each image, block filter. Time is per network evaluation.
+python benchmarks/sampler.py [key=value ...]
+
+The denoiser returns a constant float32 tensor, so only the sampler takes time: state, noise with one generator per
+image, block filter. Times are per network evaluation.
 
   device      auto | cpu | cuda          (auto)
   sampler     relay | edm                (both)
-  batch       images at once             (32 on a GPU, 8 else)
-  resolution  of the images              (256)
+  batch       images per batch           (32 on a GPU, 8 on a CPU)
+  resolution  pixels                     (256)
   repeats     timed runs of all steps    (5)
 """
 
@@ -27,7 +29,7 @@ from relay_diffusion.diffusion.generators import PerImageGenerator
 from relay_diffusion.errors import UserError
 from relay_diffusion.samplers import BlurringSampler, EDMSampler, Sampler
 
-# ms of the authors' relay sampler beyond the network: one H200, batch 32; two CPU cores, batch 8
+# milliseconds of the authors' relay sampler without the network: one H200, batch 32; two CPU cores, batch 8
 AUTHORS = {("cuda", "relay", 32, 256): 6.4, ("cpu", "relay", 8, 256): 172.0}
 SAMPLERS: dict[str, Callable[[], Sampler]] = {
     "relay": lambda: BlurringSampler(BlurringCorruption(TruncatedLogNormal()), steps=20),

@@ -1,15 +1,16 @@
-"""Training throughput of several devices against one, with train.py: `python benchmarks/scaling.py [key=value ...]`.
+"""Measure the scaling efficiency of training on several devices.
 
-Runs one training with as many images a device on one device and on all of them, one after the other, `repeats` times;
-images/s are the medians of the windows of the log after the first three; the efficiency is the speed of N devices over
-N times that of one.
+python benchmarks/scaling.py [key=value ...]
 
-  experiment  of conf/experiment, 64x64; the images are the emoji   (imagenet_64: the published network)
-  devices     how many                (2)
+Runs train.py alternately on one device and on N devices with equal images per device. images/s: median over windows of
+the log after the first three. Efficiency: throughput of N devices divided by N times that of one device.
+
+  experiment  name in conf/experiment, 64x64; the images are the emoji   (imagenet_64: the published network)
+  devices     number N of devices     (2)
   batch       images on each device   (128)
-  windows     of 20 steps each        (10)
-  repeats     of both                 (2)
-  precision   of the training         (bf16-mixed)
+  windows     windows of 20 steps     (10)
+  repeats     runs of each            (2)
+  precision   training precision      (bf16-mixed)
   accelerator gpu | cpu               (gpu)
 """
 
@@ -29,7 +30,7 @@ from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.errors import UserError
 
 PROJECT = Path(__file__).resolve().parent.parent
-STEPS, FIRST = 20, 3  # steps of a window; windows that do not count
+STEPS, FIRST = 20, 3  # steps per window; number of skipped windows
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Options:
 
 
 def speeds(options: Options, devices: int) -> list[float]:
-    """Return images/s of each window."""
+    """Measure images/s of each window."""
     batch = options.batch * devices
     strategy = "single" if devices == 1 else "ddp" if options.accelerator == "gpu" else "ddp_cpu"
     with tempfile.TemporaryDirectory() as run_dir:

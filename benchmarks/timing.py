@@ -1,4 +1,4 @@
-"""Shared by all benchmarks: the environment in one line, medians and their spread."""
+"""Functions for timing: environment, medians and spread."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def seconds_once(work: Callable[[], object]) -> float:
 
 
 def seconds(work: Callable[[], object], repeats: int = 7, warm_up: int = 3) -> list[float]:
-    """Return sorted times of `work` after at least `warm_up` runs and half a second."""
+    """Return sorted times of `work` in seconds.
+
+    Warms up for at least `warm_up` runs and half a second.
+    """
     begin, runs = time.perf_counter(), 0
     while runs < warm_up or time.perf_counter() - begin < 0.5:
         work()
@@ -57,7 +60,7 @@ def seconds(work: Callable[[], object], repeats: int = 7, warm_up: int = 3) -> l
 
 
 def seconds_on_device(work: Callable[[], object], repeats: int = 5) -> float:
-    """Return the GPU time of the kernels of `work`, without launch overhead."""
+    """Measure the GPU time of the kernels of `work` in seconds."""
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as record:
         for _ in range(repeats):
             work()
@@ -74,7 +77,7 @@ def line(name: str, times: list[float], images: int, baseline: float | None = No
 
 
 def launches(work: Callable[[], object]) -> int:
-    """Count the computing operations of `work`: about its GPU kernels, on any device."""
+    """Count the computing operations of `work`, about its GPU kernels."""
     counter = _Launches()
     with counter:
         work()
@@ -82,7 +85,7 @@ def launches(work: Callable[[], object]) -> int:
 
 
 class _Launches(TorchDispatchMode):
-    """Count operators that read or write elements of a tensor, not views and allocations."""
+    """Counter of operators except views and allocations."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Writes docs/configuration.md from the yaml files and their comments: `python scripts/document_configuration.py`.
+"""Write docs/configuration.md from the comments in conf/.
 
-Each key of each group, its value and what the comment beside it says. tests/slow/test_documentation.py compares.
+It lists key, value and comment of every option. tests/slow/test_documentation.py compares.
 """
 
 from __future__ import annotations
@@ -17,36 +17,38 @@ from relay_diffusion.config.train import UNSUPPORTED
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 GROUPS = {
-    "data": "Images to train on.",
-    "network": "The UNet.",
-    "stage": "What a stage learns, and how it samples.",
-    "sampler": "How a stage samples; each stage has a default.",
-    "optimizer": "The optimizer of training.",
-    "augment": "Changes of training images that the network is told about.",
-    "trainer": "Lightning's Trainer.",
-    "strategy": "How devices work together.",
-    "callbacks": "What happens beside training.",
-    "logger": "Where curves go; a CSV is always written.",
-    "relay": "Which stages sample, from which weights.",
-    "metrics": "What `mode=evaluate` measures.",
-    "experiment": "Sets of choices and values for `train.py`; what they set is in their files.",
-    "hydra/launcher": "Where the jobs of a sweep (`--multirun`) run.",
+    "data": "Training images.",
+    "network": "UNet of a stage.",
+    "stage": "Corruption, loss and sampler of a stage.",
+    "sampler": "Sampler of a stage; each stage has a default.",
+    "optimizer": "Optimizer.",
+    "augment": "Data augmentation, with augmentation labels as input of the network.",
+    "trainer": "Lightning Trainer.",
+    "strategy": "Devices and distributed strategy.",
+    "callbacks": "Callbacks of training: averaged weights, log, checkpoints, evaluation.",
+    "logger": "Loggers of metrics; the CSV is always written.",
+    "relay": "Stages of a relay and their checkpoints.",
+    "metrics": "Metrics of `mode=evaluate`.",
+    "experiment": "Sets of options for `train.py`; see the files for the values.",
+    "hydra/launcher": "Launchers of sweeps (`--multirun`).",
 }
 HIDDEN = re.compile(r"_target_|_partial_|_recursive_|defaults|hydra")
 HEAD = """\
 # Configuration
 
-Every group and key, written by `python scripts/document_configuration.py` from the yaml files in `conf/`.
-`GROUP=CHOICE` chooses a file, `KEY=VALUE` sets a key, both for `train.py` or `sample.py`; `--cfg job` after them
-prints what they make. `${...}` takes the value of another key. What an experiment sets is in its file. `sample.py`
-changes trained stages by `relay.stages.NAME.changes.KEY=VALUE`. A key of a class that is not listed is added by
-`+KEY=VALUE`. Training takes the options of Lightning's Trainer that are listed under `trainer` and `strategy`; the
-last section says why not the others.
+Every group and key of `conf/`. `python scripts/document_configuration.py` writes this file from the yaml files.
+
+- `GROUP=CHOICE` chooses a file and `KEY=VALUE` sets a key of `train.py` or `sample.py`. `--cfg job` prints the result.
+- `+KEY=VALUE` adds an argument of a class that is not listed.
+- `relay.stages.NAME.changes.KEY=VALUE` changes a trained stage in `sample.py`.
+- `${...}` is the value of another key.
+
+Training accepts the options of Lightning's Trainer under `trainer` and `strategy`. The last section lists the others.
 """
 
 
 class Row(NamedTuple):
-    """A key, its value as written, what its comment says."""
+    """Key, value as written, and comment."""
 
     key: str
     value: str
@@ -54,7 +56,7 @@ class Row(NamedTuple):
 
 
 def _comments(lines: list[str]) -> dict[int, str]:
-    """Line number -> the comment behind what is written there, with the lines that continue it."""
+    """Collect the comments behind keys by line number, with continuation lines."""
     found: dict[int, str] = {}
     last = None
     for number, line in enumerate(lines):
@@ -78,7 +80,7 @@ def _leaves(node: yaml.Node, prefix: str) -> Iterator[tuple[str, yaml.Node]]:
 
 
 def rows(text: str, prefix: str = "") -> list[Row]:
-    """The keys of a yaml file in order."""
+    """List the keys of a yaml file in order."""
     lines, found = text.splitlines(), []
     comments = _comments(lines)
     root = yaml.compose(text)
@@ -91,7 +93,7 @@ def rows(text: str, prefix: str = "") -> list[Row]:
 
 
 def introduction(text: str) -> str:
-    """The comment at the top of a file."""
+    """Return the comment at the top of a file."""
     top = []
     for line in text.splitlines():
         if line.startswith("# @package"):
@@ -103,28 +105,28 @@ def introduction(text: str) -> str:
 
 
 def table(found: list[Row]) -> list[str]:
-    """A Markdown table."""
+    """Format rows as a Markdown table."""
     cell = lambda text: text.replace("|", "\\|")  # noqa: E731
     lines = [f"| `{row.key}` | `{cell(row.value)}` | {cell(row.meaning)} |" for row in found]
     return ["| key | value | |", "| --- | --- | --- |", *lines, ""] if lines else []
 
 
 def _defaults(text: str) -> str:
-    """What a file takes over from others, in words."""
+    """Describe the defaults of a file."""
     given = (yaml.safe_load(text) or {}).get("defaults", [])
     others = [f"`{entry.split('@')[0]}`" for entry in given if isinstance(entry, str) and entry != "_self_"]
-    return f" What {' and '.join(others)} has" + (", and:" if rows(text) else ".") if others else ""
+    return f" Includes {' and '.join(others)}" + (", and:" if rows(text) else ".") if others else ""
 
 
 def _prefix(group: str, text: str) -> str:
-    """What stands before the keys of a file."""
+    """Return the prefix of the keys in a file."""
     package = re.search(r"^# @package (\S+)", text)
     where = package[1] if package else group.replace("/", ".")
     return "" if where == "_global_" else f"{where}."
 
 
 def document() -> str:
-    """The whole page."""
+    """Return docs/configuration.md."""
     lines = [HEAD]
     for name in ("train", "sample"):
         text = (CONF / f"{name}.yaml").read_text()
@@ -136,11 +138,11 @@ def document() -> str:
             if group == "experiment":
                 lines.append(f"- `{group}={choice}`: {introduction(text)}")
                 continue
-            heading = f"`{group}={choice}`" if "parts/" not in choice else f"`{choice}`, which others take over"
+            heading = f"`{group}={choice}`" if "parts/" not in choice else f"`{choice}`, included in others"
             lines += [f"### {heading}", "", introduction(text) + _defaults(text), ""]
             lines += table(rows(text, _prefix(group, text)))
         lines += [""] if group == "experiment" else []
-    lines += ["## Options of Lightning's Trainer that training does not take", "", "| option | why, or what to use |"]
+    lines += ["## Unsupported options of Lightning's Trainer", "", "| option | reason or alternative |"]
     lines += ["| --- | --- |", *(f"| `{option}` | {reason} |" for option, reason in UNSUPPORTED.items())]
     return "\n".join(lines).rstrip() + "\n"
 

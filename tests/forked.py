@@ -194,7 +194,6 @@ def _start(arguments: list[str]) -> None:
     """Run a script or `-m module` as a new interpreter does."""
     if arguments[0] == "-u":  # torchrun
         del arguments[0]
-    sys.orig_argv[1:] = arguments
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     if arguments[0] == "-m":
         sys.argv[:] = ["-m", *arguments[2:]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from relay_diffusion.diffusion import Denoiser
+from relay_diffusion.diffusion.guidance import Denoiser
 
 
 class Recorder:

@@ -1,4 +1,4 @@
-"""Which way imports go, and which commands start without torch."""
+"""Order of imports, imports without torch, module state, and docstrings."""
 
 import ast
 import re
@@ -120,7 +120,7 @@ def test_help_names_the_groups_without_loading_torch(arguments):
     assert "strategy: ddp, ddp_cpu, single" in result.stdout
 
 
-def test_the_door_opens_without_torch():
+def test_entry_points_import_no_torch():
     program = (
         "import sys, relay_diffusion, relay_diffusion.cli.main, relay_diffusion.config.run_dir;"
         "import relay_diffusion.utils.distributed, relay_diffusion.utils.host;"
@@ -130,7 +130,7 @@ def test_the_door_opens_without_torch():
     assert printed.strip() == "False"
 
 
-def test_what_docs_say_of_tests_is_there():
+def test_tests_named_in_robustness_exist():
     """docs/robustness.md names a test for each of its rows."""
     named = set(re.findall(r"\btest_[a-z0-9_]+\b", (PROJECT / "docs/robustness.md").read_text()))
     tests = list((PROJECT / "tests").rglob("test_*.py"))
@@ -188,3 +188,34 @@ def test_no_module_holds_state_that_changes():
 def test_state_that_changes_is_found(source):
     assert mutable_state(source)
     assert not mutable_state("T = {1: 2}\nU = (1,)\n__all__ = ['T']\ndef f(x):\n    y = {}\n    y[x] = T[1]")
+
+
+def first_sentence(docstring):
+    """First sentence of a docstring, up to a period or colon, without what is in parentheses.
+
+    A formula, shape or list of options after a colon does not count.
+    """
+    text = re.sub(r"\([^()]*\)", "", docstring.split("\n\n")[0])
+    return re.split(r"[.:](?:\s|$)", text, maxsplit=1)[0]
+
+
+def long_first_sentences(source, words=12):
+    """First sentences of more than `words` words in a module's docstrings."""
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    docstrings = (ast.get_docstring(node) for node in ast.walk(ast.parse(source)) if isinstance(node, documented))
+    sentences = (first_sentence(docstring) for docstring in docstrings if docstring)
+    return [sentence for sentence in sentences if len(sentence.split()) > words]
+
+
+def test_docstrings_begin_with_a_short_sentence():
+    found = {str(path): long_first_sentences(path.read_text()) for path in PACKAGE.rglob("*.py")}
+    assert {path: lines for path, lines in found.items() if lines} == {}
+
+
+def test_a_long_first_sentence_is_found():
+    twelve = "one two three four five six seven eight nine ten eleven twelve"
+    assert not long_first_sentences(f'"""{twelve}. More words here."""')
+    assert not long_first_sentences(f'"""{twelve}: [B] -> [B,1,1,1] on a device."""')
+    assert not long_first_sentences(f'"""{twelve} (of Karras et al. 2022, section 5)."""')
+    assert long_first_sentences(f'"""{twelve} thirteen."""')
+    assert long_first_sentences(f'def f():\n    """{twelve}\n    thirteen."""')

@@ -1,4 +1,4 @@
-"""Errors of the user, which commands report in one line with exit code 2."""
+"""User errors, which commands report in one line with exit code 2."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from contextlib import contextmanager
 
 
 class UserError(ValueError):
-    """Mistake in an option or a file; the message names it and the remedy."""
+    """Wrong option or file.
+
+    The message names the option or file, what is wrong and what to do.
+    """
 
 
 @contextmanager

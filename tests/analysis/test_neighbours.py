@@ -1,4 +1,4 @@
-"""The command `neighbours`: found copies, written files, picture, error messages."""
+"""Command `neighbours`: copies, written files, picture, messages."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def save(folder: Path, images: Tensor) -> Path:
 
 @pytest.fixture(autouse=True)
 def inception(monkeypatch: pytest.MonkeyPatch) -> Inception:
-    """Replace Inception by some of the pixels."""
+    """Replace Inception features by pixels."""
     monkeypatch.syspath_prepend(str(PROJECT / "tests/metrics"))
     from fake_inception import PixelFeatures
 
@@ -57,13 +57,13 @@ def inception(monkeypatch: pytest.MonkeyPatch) -> Inception:
 
 @pytest.fixture(scope="module")
 def reference(small_zip: Path) -> Tensor:
-    """The images of small_zip [24,3,16,16]."""
+    """Read the images of small_zip [24,3,16,16]."""
     return torch.stack([image for image, _ in ImageDataset(small_zip, 16)])
 
 
 @pytest.fixture
 def images(reference: Tensor) -> Tensor:
-    """A copy, a mirrored copy, and noise."""
+    """Make a copy, a mirrored copy and noise."""
     noise = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
     return torch.stack([reference[COPY], reference[MIRRORED].flip(-1), noise])
 
@@ -71,7 +71,7 @@ def images(reference: Tensor) -> Tensor:
 def distances(
     images: Tensor, reference: Tensor, inception: Callable[[Tensor], Inception], mirrored: bool
 ) -> dict[str, Tensor]:
-    """[V,Q,N] by space, of V views of the reference, by differences."""
+    """Compute distances [V,Q,N] by space to V views of the reference."""
     views = [reference, reference.flip(-1)] if mirrored else [reference]
     features = [inception(images).pool.double()[:, None] - inception(view).pool for view in views]
     pixels = [images.double().flatten(1)[:, None] - view.flatten(1) for view in views]

@@ -16,15 +16,18 @@ from relay_diffusion.analysis.spectrum import (
     rings,
     summed_power,
 )
-from relay_diffusion.diffusion import BlurringCorruption, TruncatedLogNormal, block_noise
+from relay_diffusion.diffusion import BlurringCorruption, TruncatedLogNormal
 from relay_diffusion.diffusion.corruption import block_mean
 from relay_diffusion.diffusion.dct import block_idct
+from relay_diffusion.diffusion.noise import block_noise
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 
 
 def impulses(side: int) -> Tensor:
-    """All unit images [side^2, 1, side, side]. Sent through a linear map L, they give the power of L(white noise)
+    """All unit images [side^2, 1, side, side].
+
+    Sent through a linear map L, they give the power of L(white noise)
     exactly: E[(M L w)_i^2] is the sum of (M L)_ij^2 over j, so summed over these images."""
     return torch.eye(side**2, dtype=torch.float64).view(-1, 1, side, side)
 
@@ -62,7 +65,7 @@ def test_white_noise_is_flat() -> None:
 
 
 @pytest.mark.parametrize(("side", "block"), [(8, 1), (8, 2), (8, 4), (12, 3), (9, 5), (10, 10)])
-def test_block_noise_is_that_of_the_diffusion(side: int, block: int) -> None:
+def test_block_noise_equals_that_of_the_diffusion(side: int, block: int) -> None:
     torch.testing.assert_close(summed_power(block_noise(impulses(side), block)), block_power(side, block), **EXACT)
 
 
@@ -77,7 +80,7 @@ def test_mixed_noise_is_that_of_a_relay_stage() -> None:
 
 @pytest.mark.parametrize(("side", "block"), [(16, 2), (16, 4), (15, 3), (12, 5), (12, 12)])
 def test_block_noise_in_closed_form(side: int, block: int) -> None:
-    """Along one axis: the box's Dirichlet kernel for even k; for odd k the wave does not close on the circle."""
+    """Even k follow the box's Dirichlet kernel; odd k are not periodic."""
 
     def even(k: int) -> float:
         x = math.pi * k / (2 * side)
@@ -99,7 +102,7 @@ def test_block_noise_in_closed_form(side: int, block: int) -> None:
 
 @pytest.mark.parametrize("block", [0, 9])
 def test_block_must_fit(block: int) -> None:
-    with pytest.raises(ValueError, match=f"block is {block}: need 1 to 8"):
+    with pytest.raises(ValueError, match=f"block={block}: must be 1 to 8"):
         block_power(8, block)
 
 
@@ -111,7 +114,10 @@ def test_box_average_divides_white_sigma_by_its_factor(factor: int) -> None:
 
 @pytest.mark.parametrize("factor", [2, 4])
 def test_matching_factor_is_the_ratio_of_resolutions_at_low_frequencies(factor: int) -> None:
-    """Of waves along one axis exactly factor / g_k, where g_k is what the box leaves of wave k; g_0 = 1."""
+    """The factor for waves along one axis is factor / g_k.
+
+    g_k: gain of the box average at wave k; g_0 = 1.
+    """
     side = 16 * factor
     coefficients = torch.zeros(1, 1, side, side, dtype=torch.float64)
     coefficients[0, 0, 0, :16] = torch.rand(16, dtype=torch.float64) + 1

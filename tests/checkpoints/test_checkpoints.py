@@ -1,4 +1,4 @@
-"""Checkpoints: written whole, kept, passed over when damaged; runs that continue from them."""
+"""Write checkpoints atomically, keep them, skip damaged ones, and resume."""
 
 import copy
 import errno
@@ -59,7 +59,7 @@ def test_a_completed_run_is_reported_and_left_unchanged(fit, tmp_path, capsys):
 
 
 def test_a_new_run_that_would_train_nothing_is_refused(fit, tmp_path):
-    """It has no checkpoint of its own: it is not complete."""
+    """A new run without training images is not a completed run."""
     fit("first", 8)
     with pytest.raises(UserError, match=r"^resume=.*first.* has seen 8 images already: raise trainer\.max_images=8"):
         fit("second", 8, f"resume={tmp_path / 'first'}")
@@ -68,7 +68,7 @@ def test_a_new_run_that_would_train_nothing_is_refused(fit, tmp_path):
 
 @pytest.mark.slow
 def test_a_completed_run_ends_without_an_error(tmp_path, small_zip):
-    """As scripts with `set -e` and job arrays depend on."""
+    """Scripts with `set -e` and job arrays depend on the exit code."""
     command = [*TINY, "resolution=16", f"data.dataset.path={small_zip}", f"run_dir={tmp_path / 'run'}"]
     for expected in ("trained on 8 images", "training is complete (8 images seen); raise trainer.max_images"):
         result = run("train.py", *command, "trainer.max_images=8")
@@ -77,7 +77,7 @@ def test_a_completed_run_ends_without_an_error(tmp_path, small_zip):
 
 
 @pytest.mark.slow
-def test_the_old_checkpoint_is_released_before_training_continues(fit, tmp_path, monkeypatch):
+def test_the_old_checkpoint_is_freed_before_training_resumes(fit, tmp_path, monkeypatch):
     fit("run", 8)
     last, mapped = tmp_path / "run/checkpoints/last.ckpt", []
     plain = StopAtImages.on_train_batch_end
@@ -129,7 +129,7 @@ def test_a_checkpoint_without_record_continues(fit, tmp_path, capsys):
     assert " with " not in said
 
 
-def test_a_checkpoint_that_has_data_accumulate_is_continued(fit, tmp_path, capsys):
+def test_a_checkpoint_with_data_accumulate_is_resumed(fit, tmp_path, capsys):
     fit("run", 8, "trainer.accumulate_grad_batches=2")
     file = tmp_path / "run/checkpoints/last.ckpt"
     old = torch.load(file, weights_only=True)
@@ -145,7 +145,7 @@ def test_a_checkpoint_that_has_data_accumulate_is_continued(fit, tmp_path, capsy
 
 
 @pytest.mark.slow
-def test_another_optimizer_is_not_continued_but_another_lr_is(fit):
+def test_a_resume_may_change_the_learning_rate_but_not_the_optimizer(fit):
     fit("run", 4)
     with pytest.raises(UserError, match="optimizer"):
         fit("run", 8, "stage.optimizer.eps=1e-6")
@@ -153,7 +153,7 @@ def test_another_optimizer_is_not_continued_but_another_lr_is(fit):
 
 
 @pytest.mark.slow
-def test_what_changes_speed_and_memory_alone_may_change(fit, tmp_path):
+def test_a_resume_may_change_settings_of_speed_and_memory(fit, tmp_path):
     fit("run", 4, "stage.optimizer.fused=false")
     file = tmp_path / "run/checkpoints/last.ckpt"
     old = torch.load(file, weights_only=True)
@@ -170,8 +170,8 @@ def test_what_changes_speed_and_memory_alone_may_change(fit, tmp_path):
     assert torch.load(file, weights_only=True)["stage_config"]["denoiser"]["network"]["checkpoint_levels"] == [0]
 
 
-def test_older_relay_runs_have_the_log_normal_of_today(configuration):
-    """They do not hold p_mean and p_std of their schedule."""
+def test_older_relay_runs_have_the_default_log_normal(configuration):
+    """Their schedules lack p_mean and p_std."""
     mine = OmegaConf.to_container(configuration("train", "stage=relay", "resolution=64").stage, resolve=True)
     old = copy.deepcopy(mine)
     del old["corruption"]["schedule"]["p_mean"], old["corruption"]["schedule"]["p_std"]
@@ -191,7 +191,7 @@ def test_kept_checkpoints(fit, tmp_path):
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_skipped(fit, tmp_path, capsys):
-    """A truncated last.ckpt costs the images since the one before, and never that one."""
+    """A truncated last.ckpt falls back to the previous checkpoint."""
     directory, often = tmp_path / "run/checkpoints", "callbacks.checkpoints.every_n_images=4"
     fit("run", 12, often)
     last, before = directory / "last.ckpt", directory / "images-000000000008.ckpt"
@@ -210,18 +210,18 @@ def test_a_damaged_checkpoint_is_skipped(fit, tmp_path, capsys):
     assert_same_weights(weights_of(last), whole)
     for path in directory.iterdir():
         path.write_bytes(b"")
-    with pytest.raises(UserError, match=r"no checkpoint in .* can be read: delete them to start a new run"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read .*: delete them to start a new run"):
         fit("run", 16, often)
 
 
-def test_a_directory_that_cannot_be_written_to_shows_before_training(fit, tmp_path):
+def test_an_unwritable_directory_is_reported_before_training(fit, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/below/.probe cannot be written: Not a directory"):
         fit("run", 4, f"callbacks.checkpoints.directory={tmp_path / 'file/below'}")
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_the_checkpoint_before(fit, tmp_path):
+def test_a_full_disk_keeps_the_previous_checkpoint(fit, tmp_path):
     fit("run", 4)
     last = tmp_path / "run/checkpoints/last.ckpt"
     content = last.read_bytes()
@@ -260,7 +260,7 @@ def test_a_run_resumed_on_other_images_reports_it(fit, small_zip, tmp_path, caps
 
 
 @pytest.mark.slow
-def test_a_run_is_not_continued_on_other_classes(fit, tmp_path):
+def test_a_resume_with_other_classes_is_rejected(fit, tmp_path):
     fit("run", 8)
     other = tmp_path / "other.zip"
     with image_zip(other, ["light", "dark"]) as archive:
@@ -270,7 +270,7 @@ def test_a_run_is_not_continued_on_other_classes(fit, tmp_path):
         fit("run", 16, f"data.dataset.path={other}", "data.dataset.subset=''")
 
 
-def test_checkpoints_where_files_cannot_be_linked(fit, tmp_path, monkeypatch):
+def test_checkpoints_without_hard_links(fit, tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
@@ -283,7 +283,7 @@ def test_checkpoints_where_files_cannot_be_linked(fit, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_init_starts_from_the_weights_of_another_run(fit, tmp_path, capsys):
-    """The averaged ones; images are counted anew, and what the run has done itself comes first."""
+    """Load averaged weights and count images from 0; own checkpoints have priority."""
     trained = fit("trained", 16)
     export_stage(
         trained.info.config,

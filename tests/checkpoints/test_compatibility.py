@@ -1,5 +1,6 @@
-"""Files that version 0.1 wrote: a run, an export, the images that they make and the run after 32 more images.
+"""Read a run and an export of version 0.1.
 
+Recorded: the images that they sample, and the weights after 32 more training images.
 `tests/compatibility` was written on a CPU with torch 2.13. Another processor rounds in another way, hence tolerances.
 """
 
@@ -60,14 +61,14 @@ TARGETS = [
 ]  # of the yaml files of that version
 
 
-def test_an_old_checkpoint_and_an_old_export_make_the_same_images():
+def test_an_old_checkpoint_and_an_old_export_sample_the_same_images():
     relay = Relay({"base": load_stage(FILES / "run"), "relay": load_stage(FILES / "export")})
     images = relay.sample(range(3), torch.tensor([0, 1, -1]))
     expected = torch.from_numpy(np.load(FILES / "images.npz")["arr_0"])
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
 
 
-def test_an_old_run_continues(configuration, tmp_path):
+def test_an_old_run_resumes(configuration, tmp_path):
     shutil.copytree(FILES / "run", tmp_path / "run")
     overrides = [
         "network.channels=4", "network.channel_mult=[1,2]", "network.blocks=1", "network.num_classes=8",
@@ -87,8 +88,8 @@ def test_an_old_run_continues(configuration, tmp_path):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_names_of_old_configs_are_found(target):
+def test_old_class_names_are_translated(target):
     (translated,) = translate_targets({"callbacks": [{"_target_": target}]})["callbacks"]
     found = get_object(translated["_target_"])
-    assert found.__name__ == target.rpartition(".")[2].replace("Measure", "Metric")
+    assert found.__name__ == target.rpartition(".")[2].replace("Measure", "Metric").replace("TrainingP", "ImagesP")
     assert translate_targets(translated) == translated

@@ -1,4 +1,4 @@
-"""Published checkpoints: imported, and refused in one line where they are none."""
+"""Read published checkpoints; reject other files in one line."""
 
 import json
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from forging import EDM, TRAINING_STATE, rewritten
+from forged_checkpoints import EDM, TRAINING_STATE, rewritten
 from relay_diffusion.checkpoints.published.edm import (
     DHARIWAL_UNET,
     EDM_PRECOND,
@@ -23,7 +23,7 @@ from support import REFERENCE, class_indices, tiny_stage
 
 
 def refused(path, *words):
-    """The one line with which a file is refused."""
+    """Check the one-line message that rejects a file."""
     with pytest.raises(UserError) as caught:
         load_published(path)
     message = str(caught.value)
@@ -111,7 +111,7 @@ def test_settings_by_place_and_by_default():
         (_stored(64, 3, 3, model_channels=160), "480 channels"),
     ],
 )
-def test_settings_that_make_no_sense(stored, words):
+def test_invalid_settings_of_a_published_file(stored, words):
     with pytest.raises(ValueError, match=words):
         unet_settings(constructor_arguments(stored, DHARIWAL_UNET))
 
@@ -181,7 +181,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     refused(path, "not finite in model.out_conv.weight")
 
 
-def test_a_member_with_a_flipped_bit_is_noticed(tmp_path):
+def test_a_member_with_a_flipped_bit_is_rejected(tmp_path):
     content = TRAINING_STATE.read_bytes()
     weights = read_published(TRAINING_STATE).weights["model.out_conv.weight"].numpy().tobytes()
     spoiled = bytes([weights[0] ^ 1]) + weights[1:]
@@ -191,7 +191,7 @@ def test_a_member_with_a_flipped_bit_is_noticed(tmp_path):
 
 
 def test_the_authors_faster_attention_is_the_same_network():
-    """Their training script always names it, so every published .pt holds it."""
+    """The published training script always sets it."""
     given = {"img_resolution": 64, "in_channels": 3, "out_channels": 3}
     plain = unet_settings(constructor_arguments(_stored(**given), DHARIWAL_UNET))
     for faster in (True, False):

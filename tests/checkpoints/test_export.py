@@ -1,4 +1,4 @@
-"""Exported stages: what is written is what is loaded, and half an export is none."""
+"""Export stages, load them, and reject incomplete exports."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from forging import EDM, TRAINING_STATE, rewritten
+from forged_checkpoints import EDM, TRAINING_STATE, rewritten
 from relay_diffusion import __version__
 from relay_diffusion.checkpoints import export
 from relay_diffusion.checkpoints.export import export_stage
@@ -27,7 +27,7 @@ from support import PROJECT, TINY, class_indices, run
 
 @pytest.fixture
 def stage(configuration):
-    """A tiny stage as training would leave it."""
+    """Build a tiny stage with random weights."""
     cfg = configuration("train", *TINY, "resolution=16", "data.dataset.path=unused.zip")
     info = StageInfo(OmegaConf.to_container(cfg.stage, resolve=True))
     stage = instantiate(cfg.stage, _convert_="all", _partial_=True)(info=info)
@@ -72,7 +72,7 @@ def test_round_trip_is_exact(stage, exported):
     torch.testing.assert_close(images[0], images[1], rtol=0, atol=1e-5)
 
 
-def test_what_is_written(exported):
+def test_files_of_an_export(exported):
     assert sorted(path.name for path in exported.iterdir()) == ["stage.json", "weights.safetensors"]
     text = (exported / "stage.json").read_text()
     content = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -111,7 +111,7 @@ def test_half_precision_halves_the_file(stage, exported, tmp_path, dtype):
         assert torch.equal(value, expected), name
 
 
-def test_weights_that_do_not_fit_are_refused(stage, tmp_path):
+def test_weights_of_another_shape_are_rejected(stage, tmp_path):
     weights = stage.denoiser.state_dict()
     weights["network.embed0.bias"] = weights["network.embed0.bias"] + 1e5
     with pytest.raises(UserError, match=r"network\.embed0\.bias .* too large for float16: use bfloat16"):
@@ -180,7 +180,7 @@ def test_damaged_descriptions(exported):
     file.write_text(
         text.replace('"_target_": "relay_diffusion.networks.EDM', '"target": "relay_diffusion.networks.EDM')
     )
-    refused(exported, "denoiser must be a network")
+    refused(exported, "must be an EDMPreconditioner")
     file.write_text(text.replace('"format": 1', '"format": 2'))
     refused(exported, "in format 2: this version reads 1")
 
@@ -247,7 +247,7 @@ def test_the_label_dropout_of_a_published_file_is_kept(monkeypatch):
     )  # so that guidance is accepted
 
 
-def test_own_checkpoints(stage, tmp_path, capsys):
+def test_checkpoints_of_this_project_are_exported(stage, tmp_path, capsys):
     average = {name: torch.randn_like(value) for name, value in stage.denoiser.state_dict().items()}
     checkpoint = {"stage_config": stage.info.config, "state_dict": stage.state_dict(), "ema": {"weights": average}}
     (tmp_path / "run").mkdir()
@@ -272,9 +272,9 @@ def test_own_checkpoints(stage, tmp_path, capsys):
         (["source={edm}", "destination={out}", "dtype=int8"], "int8"),
         (["source={edm}", "destination={out}", "experiment=nothing"], "unknown choice experiment=nothing; available: "),
         (["source={edm}", "destination={out}", "experiment=emoji_64"], "resolution=64 (the file: 8), channels=64"),
-        (["source={tmp}", "destination={out}", "experiment=emoji_64"], "leave it out"),
+        (["source={tmp}", "destination={out}", "experiment=emoji_64"], "leave experiment out"),
         (["source={edm}", "destination={text}"], "is a file"),
-        (["source={edm}", "destination={edm}"], "is the source itself"),
+        (["source={edm}", "destination={edm}"], "is the source; choose"),
     ],
 )
 def test_mistakes_are_one_line(arguments, words, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""load_relay, and the names of the package root."""
+"""load_relay and the exports of the package root."""
 
 import functools
 import inspect
@@ -57,7 +57,7 @@ def test_all_names_of_the_root():
 
 @pytest.fixture
 def folder(fit, tmp_path):
-    """The folder of a relay with one small stage."""
+    """Create the folder of a relay with one small stage."""
     fit("run", 8)
     content = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
     export_stage(content["stage_config"], content["ema"]["weights"], tmp_path / "relay/base", ["dark", "light"])
@@ -118,7 +118,7 @@ def test_a_malformed_file_is_refused(folder, content):
     assert str(caught.value).startswith(str(folder))
 
 
-def test_what_cannot_be_loaded_is_named(folder, tmp_path):
+def test_errors_name_the_stage_that_cannot_be_loaded(folder, tmp_path):
     write(folder, {"format": 2, "stages": {}})
     with pytest.raises(UserError, match="format 2: this version reads 1"):
         rd.load_relay(folder)
@@ -140,7 +140,7 @@ EDM = "relay_diffusion.samplers.EDMSampler"
 
 
 def examples(function, folder):
-    """The values of the indented calls in a docstring."""
+    """Evaluate the indented calls of a docstring."""
     lines = [
         line.strip() for line in inspect.getdoc(function).splitlines() if line.startswith(f"    {function.__name__}(")
     ]
@@ -154,7 +154,7 @@ def test_the_examples_of_replaced_samplers_run(folder):
     assert [relay.samplers["base"].evaluations for relay in examples(rd.load_relay, folder)] == [3, 3]
 
 
-def test_another_sampler_keeps_nothing_of_the_trained_one(folder):
+def test_another_sampler_ignores_settings_of_the_trained_one(folder):
     changes = {"sampler": {"steps": 30, "churn": 40.0}}
     stage = rd.load_stage(folder / "base", changes=changes, sampler={"_target_": EDM, "steps": 5, "sigma_min": 0.1})
     assert stage.info.config["sampler"] == {"_target_": EDM, "steps": 5, "sigma_min": 0.1}
@@ -168,7 +168,7 @@ def test_another_sampler_gets_the_corruption_of_its_stage(fit, tmp_path):
         stage = rd.load_stage(tmp_path / "run", sampler={"_target_": blurring, "steps": 9, "corruption": given})
         assert stage.sampler.corruption.block_strength == strength
         assert stage.corruption.block_strength == 0.15
-    with pytest.raises(UserError, match=r"block_strengt: unknown key; did you mean block_strength\?"):
+    with pytest.raises(UserError, match=r"^sampler\.corruption\.block_strengt: unknown key; .* block_strength\?"):
         rd.load_stage(tmp_path / "run", sampler={"_target_": blurring, "corruption": {"block_strengt": 0.3}})
 
 
@@ -211,7 +211,7 @@ def test_a_choice_of_conf_relay(monkeypatch, tmp_path):
 
 
 def test_a_choice_keeps_its_options(monkeypatch, folder, tmp_path):
-    """Rounding and postprocessing of the yaml reach the relay; arguments replace its weights."""
+    """The relay has the rounding and postprocessing of the yaml."""
     monkeypatch.setattr("relay_diffusion.checkpoints.loading.CONF", tmp_path / "conf")
     (tmp_path / "conf/relay").mkdir(parents=True)
     (tmp_path / "conf/sample.yaml").write_text("defaults: [_self_, relay: mine]\ntrusted: []\n")

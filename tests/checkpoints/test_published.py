@@ -1,4 +1,4 @@
-"""The presets of the paper: published networks, published sampler settings."""
+"""Presets of the paper: networks and sampler settings."""
 
 import json
 
@@ -32,7 +32,7 @@ def test_the_published_experiments_build_the_published_networks(configuration, e
 
 @pytest.mark.parametrize("relay", ["imagenet_256", "celebahq_256"])
 def test_the_published_sampler_settings(configuration, large_zip, tmp_path, relay):
-    """From exported stages of the published experiments to samplers with the published settings."""
+    """Samplers of exported published stages have the published settings."""
     overrides = []
     for name, resolution in (("base", 64), ("relay", 256)):
         experiment = f"{relay.partition('_')[0]}_{resolution}"

@@ -1,4 +1,4 @@
-"""Stages of classes from other packages: loaded if the package is trusted, refused before training if not."""
+"""Stages with classes of other packages need trust."""
 
 import json
 import sys
@@ -8,6 +8,7 @@ import torch
 
 from relay_diffusion.checkpoints.loading import load_stage, read_checkpoint
 from relay_diffusion.cli import convert_checkpoint as convert
+from relay_diffusion.config.train import validate_training
 from relay_diffusion.errors import UserError
 from relay_diffusion.sampling.run import sample
 from support import TINY, run
@@ -64,7 +65,7 @@ pytestmark = pytest.mark.usefixtures("package")
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """The folder of a package my_parts and of one whose name begins alike."""
+    """Create the package my_parts and one with the same prefix."""
     folder = tmp_path / "packages"
     for name in ("my_parts", "my_parts_2"):
         (folder / name).mkdir(parents=True)
@@ -76,7 +77,7 @@ def package(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_stage_that_could_not_be_loaded_is_not_trained(fit, tmp_path, part):
+def test_a_stage_that_cannot_be_loaded_is_rejected_before_training(fit, tmp_path, part):
     name = PARTS[part][0].partition("=")[2]
     message = rf"stage: .* names '{name}', which is not a class of relay_diffusion: .* trusted=\[my_parts\]"
     with pytest.raises(UserError, match=message):
@@ -110,7 +111,7 @@ def test_the_optimizer_may_come_from_anywhere(fit, tmp_path):
     assert load_stage(tmp_path / "run").images_seen == 4
 
 
-def test_what_is_trusted_is_a_package_and_not_a_text(fit, tmp_path):
+def test_trusted_must_be_a_list_of_packages(fit, tmp_path):
     fit("run", 4, *PARTS["sampler"], "trusted=[my_parts]")
     for trusted, message in (
         ("my_parts", r"trusted=my_parts: must be a list of packages, e\.g\. \[my_package\]"),
@@ -138,7 +139,7 @@ def test_what_is_trusted_is_a_package_and_not_a_text(fit, tmp_path):
         ("relay_diffusion_2.X", r"names 'relay_diffusion_2\.X', which is not a class of"),
     ],
 )
-def test_a_trusted_package_gives_its_own_classes_alone(fit, tmp_path, target, message):
+def test_a_trusted_package_allows_its_own_classes_only(fit, tmp_path, target, message):
     fit("run", 4, *PARTS["sampler"], "trusted=[my_parts]")
     content = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
     content["stage_config"]["sampler"]["_target_"] = target
@@ -147,10 +148,12 @@ def test_a_trusted_package_gives_its_own_classes_alone(fit, tmp_path, target, me
         load_stage(tmp_path / "evil.ckpt", trusted=["my_parts"])
 
 
-def test_functions_and_classes_that_cannot_be_built_again_are_refused_before_training(fit):
-    for name, message in (("make_sampler", "which is not a class"), ("Reading", "on the meta device")):
-        with pytest.raises(UserError, match=rf"^stage: its checkpoint could not be loaded: .*last\.ckpt.*{message}"):
-            fit("run", 4, f"stage.sampler._target_=my_parts.{name}", "trusted=[my_parts]")
+def test_stages_that_cannot_be_rebuilt_are_rejected_before_training(fit, configuration, small_zip):
+    with pytest.raises(UserError, match=r"^stage: its checkpoint could not be loaded: last\.ckpt.* not a class"):
+        fit("run", 4, "stage.sampler._target_=my_parts.make_sampler", "trusted=[my_parts]")
+    reading = ("stage.sampler._target_=my_parts.Reading", f"data.dataset.path={small_zip}", "trusted=[my_parts]")
+    with pytest.raises(UserError, match=r"^stage\.sampler: .*on the meta device"):
+        validate_training(configuration("train", *TINY, "resolution=16", *reading))
 
 
 @pytest.mark.slow

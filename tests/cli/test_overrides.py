@@ -1,4 +1,4 @@
-"""Overrides that Hydra cannot read are one line that names them and the remedy."""
+"""Invalid overrides give one line with override and remedy."""
 
 import pytest
 from hydra.errors import HydraException
@@ -30,6 +30,8 @@ def test_a_value_that_needs_quotes_is_named(configuration, value):
         ("seeds", "seeds: options are KEY=VALUE, as seeds=0-7"),
         ("a b=3", "a b=3: options are KEY=VALUE"),
         ("seedz=3", "seedz is not an option; did you mean seeds?"),
+        ("relay.stages.relay.sampler.steps=3", "did you mean relay.stages.relay.changes.sampler.steps?"),
+        ("steps=3", "steps is not an option; did you mean relay.stages."),
         ("~seedz", "'seedz' does not exist"),
         ("mode=${nowhere", "mode=${nowhere: "),
         ("relay=quickstrt", "unknown choice relay=quickstrt; did you mean quickstart?"),

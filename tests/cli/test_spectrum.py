@@ -1,4 +1,4 @@
-"""The tool that compares noise at two resolutions: what it writes, and what it says of mistakes."""
+"""Command `spectrum`: written files and messages."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def column(rows: Rows, name: str) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def written(small_zip: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Rows, Rows]:
-    """spectrum.csv and snr.csv of 24 images at 4 and 16 pixels; factor 4."""
+    """Write spectrum.csv and snr.csv of 24 images at 4 and 16 pixels."""
     folder = tmp_path_factory.mktemp("spectrum")
     options = [f"images={small_zip}", "resolutions=4,16", "sigmas=0.5,2", "plots=false", f"output={folder}/new"]
     assert run(*options) == 0
@@ -119,7 +119,7 @@ def test_plots_draw_the_numbers(small_zip: Path, tmp_path: Path, monkeypatch: py
         assert list(axes.lines[4].get_ydata()) == pytest.approx(mixed[1:16].tolist(), rel=1e-7)
 
 
-def test_without_matplotlib_the_numbers_are_there(
+def test_csv_files_are_written_without_matplotlib(
     small_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

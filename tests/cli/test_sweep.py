@@ -1,4 +1,4 @@
-"""Sweeps with Hydra's sweeper: the first failure stops it, no two jobs share a directory, a job returns its metric."""
+"""Sweeps: separate directories, stop at the first failure, returned metric."""
 
 import math
 import pickle
@@ -13,7 +13,7 @@ from support import TINY, pythonpath, run
 
 @pytest.mark.parametrize("place", ["run_dir=x/mr", "run_id=mr", "output=x"])
 def test_jobs_do_not_share_a_run(place):
-    with pytest.raises(UserError, match=rf"^{place}: jobs of the sweep would share it: leave it out"):
+    with pytest.raises(UserError, match=rf"^{place}: the jobs of the sweep would share it; remove it"):
         _check_sweep(["-m", place, "stage.optimizer.lr=1e-3,2e-3"])
 
 
@@ -94,7 +94,7 @@ def test_a_failure_returns_from_another_process():
 
 @pytest.mark.slow
 def test_the_task_returns_the_metric(small_zip, tmp_path):
-    """What an optimizing sweeper minimizes."""
+    """Optimizing sweepers minimize the returned value."""
     (tmp_path / "sweeper.py").write_text(
         "from hydra.plugins.sweeper import Sweeper\n"
         "class Recorder(Sweeper):\n"
@@ -126,9 +126,7 @@ def test_slurm_on_a_host_without_it(sweep, tmp_path, launcher):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     result = sweep(f"hydra/launcher={launcher}", PATH="")
     assert result.returncode == 2
-    assert result.stderr.startswith(
-        "error: hydra/launcher: the jobs go to SLURM, but there is no sbatch on this host: "
-    )
+    assert result.stderr.startswith("error: hydra/launcher: needs SLURM, but this host has no sbatch; ")
     assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "sweep").exists()
 
@@ -137,7 +135,5 @@ def test_a_launcher_without_a_sweep_is_refused(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     result = run("train.py", "hydra/launcher=submitit_local", f"run_dir={tmp_path / 'run'}")
     assert result.returncode == 2
-    assert result.stderr == (
-        "error: hydra/launcher=submitit_local starts the jobs of a sweep: add --multirun, or leave the launcher out\n"
-    )
+    assert result.stderr == ("error: hydra/launcher=submitit_local is for sweeps: add --multirun, or remove it\n")
     assert not (tmp_path / "run").exists()

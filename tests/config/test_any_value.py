@@ -1,4 +1,4 @@
-"""Any option set to anything: the check before work accepts it or names it, and what it accepts can be built."""
+"""Random values of options are accepted and built, or reported."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _compose(name: str, *overrides: str) -> DictConfig:
 
 
 def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    """Every option, and every group of options."""
+    """List all options and groups of options."""
     for name in map(str, node):
         yield f"{prefix}{name}"
         if not OmegaConf.is_interpolation(node, name) and OmegaConf.is_dict(node[name]):
@@ -70,7 +70,7 @@ def _changed(cfg: DictConfig, key: str, value: Any) -> DictConfig:
 
 
 def _accepted(cfg: DictConfig, key: str, value: Any, validate: Any) -> DictConfig | None:
-    """The changed config if it is accepted; None if it is refused with a line that names the key."""
+    """Return the changed config; None for an error naming the key."""
     try:
         changed = _changed(cfg, key, value)
     except Exception:  # OmegaConf itself refuses the value, as it does on a command line
@@ -122,7 +122,7 @@ def test_sampling_options(key: str, value: Any) -> None:
 
 
 def _built(cfg: DictConfig, key: str) -> None:
-    """Build a part of a config. What is wrong with it is one line; anything but a user's mistake is raised."""
+    """Build a part of a config. User errors must have one line; others are raised."""
     node = OmegaConf.select(cfg, key)
     try:
         with torch.device("meta"):
@@ -198,7 +198,7 @@ def test_a_range_of_a_constructor_is_reported_with_the_full_key(key: str, value:
 
 
 def test_parts_of_a_callback_are_checked_without_being_built() -> None:
-    """An evaluator loads Inception, and a dataset reads files."""
+    """Building them would load Inception and read files."""
     data = (*TINY, "resolution=16", DATA, "callbacks=evaluated")
     validate_training(_compose("train", *data))
     with pytest.raises(UserError, match=r"^callbacks\.evaluation\.evaluator\.batch_size=many: must be a whole number"):
@@ -215,13 +215,13 @@ def test_parts_of_a_callback_are_checked_without_being_built() -> None:
         ("~stage.loss", r"^stage: .*missing .*'loss'"),
     ],
 )
-def test_options_that_a_class_does_not_take(override: str, message: str) -> None:
+def test_unknown_options_of_a_class(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         validate_training(_compose("train", *TINY, "resolution=16", DATA, override))
 
 
 @pytest.mark.parametrize("flag", ["_target_", "_partial_", "_recursive_"])
 @pytest.mark.parametrize("value", [[], [True], {}, {"a": True}, 3])
-def test_what_hydra_reads_itself(flag: str, value: Any) -> None:
+def test_keys_of_hydra_are_checked(flag: str, value: Any) -> None:
     with pytest.raises(UserError, match=rf"stage\.optimizer\.{flag}"):
         validate_training(_changed(TRAIN, f"stage.optimizer.{flag}", value))

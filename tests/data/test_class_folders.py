@@ -1,4 +1,4 @@
-"""Which folders are classes: below folders around everything and below splits, the same over all splits."""
+"""Class folders below wrapping folders and splits."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ REFUSED = {
         None,
         "^'train' is named like a split .*level=2",
     ),
-    "beside class folders": (["w/a.png", "w/cat/b.png"], None, "^'w' is around everything, but holds images .*level=1"),
+    "beside class folders": (["w/a.png", "w/cat/b.png"], None, "^'w' contains everything, but also images .*level=1"),
     "too deep a level": (["cat/a.png", "dog/x/b.png"], 2, "^'cat/a.png' is in 1 folder, but class_level=2$"),
 }
 

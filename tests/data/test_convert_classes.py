@@ -1,4 +1,4 @@
-"""Class, split and wrapping folders in the converter, and its report about them."""
+"""Class, split and wrapping folders in the converter and its report."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_splits_share_the_classes_and_a_subset_keeps_their_indices(tmp_path: Pat
     train, val = (ImageDataset(whole.path, 8, subset=subset) for subset in ("train", "val"))
     assert (train.num_classes, train.labels) == (3, [0, 1, 2, 2])
     assert (val.num_classes, val.labels) == (3, [1, 2])
-    assert sorted(labels_like_reference(whole.path, "val", ["ant", "cat", "dog"], "reference")) == [1, 2]
+    assert sorted(labels_like_reference(whole.path, "val", 3, ["ant", "cat", "dog"], "reference")) == [1, 2]
 
 
 def test_class_level_chooses_the_folder(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_thousand_classes_are_printed_in_a_few_short_lines(tmp_path: Path) -> 
             "warning: 2 of 2 class folders hold folders, but no image (peru, usa): class_level=2 takes the folders",
         ),
         (["extra/dog/a.png", "cat/b.png"], "warning: 1 of 2 class folders hold folders, but no image (extra)"),
-        (["w/photos/a.png"], "warning: photos is the only class: classes=none if it is none"),
+        (["w/photos/a.png"], "warning: photos is the only class; use classes=none"),
     ],
 )
 def test_what_looks_like_the_wrong_folders_is_warned_about(tmp_path: Path, names: list[str], warning: str) -> None:

@@ -19,7 +19,7 @@ def flat(sampler: InfiniteSampler, batches: int) -> list[int]:
 
 
 def step(length: int, batch: int, world: int, accumulate: int, number: int, start: int = 0) -> list[int]:
-    """What all ranks together draw in one training step, in stream order."""
+    """Return the indices of one training step over all ranks, in stream order."""
     parts = []
     for micro in range(accumulate):
         for rank in range(world):
@@ -72,19 +72,19 @@ def test_indivisible_batch_names_one_that_works(batch: int, world: int, accumula
         micro_batch_size(batch, world, accumulate)
 
 
-def test_negative_seed() -> None:
+def test_a_negative_seed_is_refused() -> None:
     with pytest.raises(UserError, match=r"data\.seed=-1"):
         InfiniteSampler(4, 2, seed=-1)
 
 
-def test_impossible_settings(tmp_path: Path) -> None:
+def test_invalid_options_are_refused(tmp_path: Path) -> None:
     dataset = ImageDataset(write_zip(tmp_path / "a.zip", pngs(["a.png"])), 8)
     with pytest.raises(UserError, match=r"data\.num_workers=-1"):
         ImageDataModule(dataset, 2, num_workers=-1)
 
 
 class Recorder(L.LightningModule):
-    """Counts images like a stage and keeps the batches it was given."""
+    """Stage stand-in that counts images and records its batches."""
 
     def __init__(self, images_seen: int = 0) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Recorder(L.LightningModule):
 
 @pytest.fixture
 def archive(tmp_path: Path) -> Path:
-    """Ten images; the label of each is its index."""
+    """Zip of ten images, labelled by their index."""
     names = [f"{index}.png" for index in range(10)]
     return write_zip(tmp_path / "a.zip", pngs(names), {"labels": [[name, int(name[0])] for name in names]})
 

@@ -100,7 +100,7 @@ def test_null_labels_are_no_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_second_half_is_mirrored(archive: Path, cache: bool) -> None:
+def test_the_second_half_of_the_indices_is_mirrored(archive: Path, cache: bool) -> None:
     plain, flipped = ImageDataset(archive, 8), ImageDataset(archive, 8, x_flip=True, cache=cache)
     assert len(flipped) == 8
     for index in range(4):
@@ -230,7 +230,7 @@ def test_decoding_keeps_every_pixel() -> None:
 # --- paths
 
 
-def test_missing_path(tmp_path: Path) -> None:
+def test_a_missing_path_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.dataset\.path=.*gone\.zip: no such file or folder"):
         ImageDataset(tmp_path / "gone.zip", 8)
 
@@ -262,7 +262,7 @@ def test_tar_and_cut_zip_point_to_the_converter(archive: Path, tmp_path: Path) -
         assert "\n" not in str(caught.value)
 
 
-def test_nothing_inside(tmp_path: Path) -> None:
+def test_a_source_without_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "folder", write_zip(tmp_path / "a.zip", {"notes.txt": b""})):
         with pytest.raises(UserError, match=r"data\.dataset\.path=.*holds no image"):
@@ -299,7 +299,7 @@ def test_hostile_member_names_are_refused(tmp_path: Path, name: str) -> None:
         ({"labels": [["gone.png", 0]]}, "labels[0] is for 'gone.png', which is not among the images"),
         ({"labels": LABELS["labels"][:3]}, "\"labels\" has no entry for 'train/c.png'"),
         ({"labels": [["train/a.png", -1]]}, "labels[0], 'train/a.png': class -1 must be 0..999999"),
-        ({"labels": LABELS["labels"] * 2}, "labels[4] labels 'heldout/d.png' a second time"),
+        ({"labels": LABELS["labels"] * 2}, "labels[4] repeats 'heldout/d.png'; remove one entry"),
         ({**LABELS, "classes": ["x", "y"]}, "'train/c.png': class 2 must be 0..1"),
         ({**LABELS, "classes": "xyz"}, '"classes" must be a list of class names'),
     ],

@@ -1,4 +1,4 @@
-"""EXIF orientation: applied wherever images are read, unless it is to be ignored; damaged blocks are harmless."""
+"""EXIF orientation: applied or ignored by option; damaged blocks are harmless."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_damaged_blocks_leave_the_pixels_as_stored(kind: str) -> None:
 
 
 def test_a_jpeg_without_resolution_and_with_a_damaged_block_is_read() -> None:
-    """Pillow looks for the resolution in the block then, and warns of its damage."""
+    """Pillow then reads the resolution from the block, and warns of damage."""
     data = photo("JPEG", 6)
     jfif = data.index(b"\xff\xe0")
     data = data[:jfif] + data[jfif + 2 + int.from_bytes(data[jfif + 2 : jfif + 4]) :]
@@ -140,7 +140,7 @@ def test_the_number_of_turned_and_damaged_images_is_reported(tmp_path: Path) -> 
     command = [sys.executable, "-m", "relay_diffusion.cli.convert_images", f"source={source}", "resolution=32"]
     done = subprocess.run([*command, f"destination={tmp_path / 'out.zip'}"], capture_output=True, text=True, check=True)
     assert "EXIF orientation applied to 2 images\n" in done.stdout
-    assert done.stderr == "warning: 1 image with a damaged EXIF block: the pixels are taken as stored\n"
+    assert done.stderr == "warning: 1 image with a damaged EXIF block; the pixels are kept as stored\n"
     more = [f"destination={tmp_path / 'ignored.zip'}", "exif=ignore"]
     done = subprocess.run([*command, *more], capture_output=True, text=True, check=True)
     assert "EXIF" not in done.stdout + done.stderr
@@ -176,6 +176,6 @@ def test_statistics_of_the_pixels_as_stored_are_not_taken_for_those_of_turned_im
     assert open_image_set(folder, "reference").source_hash != former
 
 
-def test_another_word_than_apply_and_ignore_is_refused(tmp_path: Path) -> None:
+def test_exif_must_be_apply_or_ignore(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^exif=no: use apply or ignore$"):
         ImageDataset(tmp_path, 8, exif="no")

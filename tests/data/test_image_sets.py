@@ -167,9 +167,9 @@ HOSTILE = {
     "no image": (archive(npy((0, 4, 4, 3), b"")), r"not uint8 \[0, 4, 4, 3\]"),
     "negative": (archive(npy((-2, -4, 4, 3), bytes(96))), r"not uint8 \[-2, -4, 4, 3\]"),
     "Fortran": (archive(npy((2, 4, 4, 3), bytes(96), fortran_order=True)), "in Fortran order"),
-    "claims more": (archive(npy((3, 4, 4, 3), bytes(96))), r"uint8 of shape \[3, 4, 4, 3\] is not what follows"),
-    "claims less": (archive(npy((1, 4, 4, 3), bytes(96))), "is not what follows"),
-    "huge claim": (archive(npy((2**62, 2**62, 2**62, 3), bytes(96))), "is not what follows"),
+    "claims more": (archive(npy((3, 4, 4, 3), bytes(96))), r"uint8 of shape \[3, 4, 4, 3\] does not match the size"),
+    "claims less": (archive(npy((1, 4, 4, 3), bytes(96))), "does not match the size"),
+    "huge claim": (archive(npy((2**62, 2**62, 2**62, 3), bytes(96))), "does not match the size"),
     "huge images": (
         archive(npy((1, 2**14, 2**14, 3), bytes(3 * 2**28)), compression=zipfile.ZIP_DEFLATED),
         r"must hold images as uint8 \[N,H,W,3\], not uint8 \[1, 16384, 16384, 3\]",

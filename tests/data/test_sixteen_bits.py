@@ -75,7 +75,7 @@ def test_eight_bit_images_beside_them_stay_as_they_are(tmp_path: Path) -> None:
     ],
     ids=["grey", "colour", "colour and alpha", "grey and alpha", "8 bits", "too few", "too many"],
 )
-def test_what_bit_depth_does_not_fit_is_refused(tmp_path: Path, content: bytes, depth: int, message: str) -> None:
+def test_an_unsuitable_bit_depth_is_refused(tmp_path: Path, content: bytes, depth: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         converted(tmp_path, {"cat/a.png": content}, bit_depth=depth)
     assert not (tmp_path / "out.zip").exists()

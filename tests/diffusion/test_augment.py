@@ -1,4 +1,4 @@
-"""Augmentation: what the labels promise, where the pixels go, and that nothing else changes."""
+"""Augmentation: labels, positions of pixels, and unchanged images."""
 
 import math
 
@@ -16,7 +16,7 @@ from support import PROJECT
 BASE = 2**0.2
 RANDOM = np.random.default_rng(1)
 BLOBS = [(*RANDOM.uniform(-9, 9, 2), RANDOM.uniform(2.5, 4), RANDOM.uniform(-0.6, 0.6)) for _ in range(12)]
-COUNT = 40_000  # draws whose distribution is looked at
+COUNT = 40_000  # draws of a tested distribution
 
 
 def smooth(x, y):
@@ -34,7 +34,7 @@ def tensor(array):
 
 
 def parameters(count=1, **given):
-    """The given parameters for each image; all others are 0."""
+    """Parameters with the given values for each image; all others are 0."""
     assert set(given) <= set(Parameters._fields)
     values = {name: torch.full((count,), float(given.get(name, 0))) for name in Parameters._fields}
     return Parameters(**values | {name: values[name].bool() for name in ("x_flip", "y_flip")})
@@ -45,14 +45,14 @@ def transformed(image, **given):
 
 
 def assert_is_smooth_at(result, x, y):
-    """The pixels are those of `smooth` at the points x, y, where these lie well inside the image."""
+    """Check that pixels equal `smooth` at the points x, y that are well inside the image."""
     height, width = x.shape
     inside = (abs(x) < width / 2 - 3) & (abs(y) < height / 2 - 3)
     assert inside.sum() > 300
     assert abs(result[0, 0].double().numpy() - smooth(x, y))[inside].max() < 0.006  # bilinear: f'' / 32 for each axis
 
 
-def test_names_of_the_labels():
+def test_label_columns_have_the_listed_names():
     assert LABELS == len(LABEL_NAMES) == Augmentation().labels == 9
     p = Parameters(*torch.tensor([[1.0], [2], [3], [0.3], [0.4], [5], [6], [7]]))
     expected = [1, 2, 3, math.cos(0.3) - 1, math.sin(0.3), 5 * math.cos(0.4), 5 * math.sin(0.4), 6, 7]
@@ -61,7 +61,7 @@ def test_names_of_the_labels():
     assert (of["scale"], of["translation_x"], of["translation_y"]) == (3, 6, 7)
 
 
-def test_at_probability_0_nothing_is_done_and_just_above_half_are_mirrored():
+def test_probability_0_changes_nothing_and_above_0_half_are_mirrored():
     images = torch.randn(4000, 1, 2, 3)
     result, labels = Augmentation(probability=0)(images)
     assert torch.equal(result, images)
@@ -73,7 +73,7 @@ def test_at_probability_0_nothing_is_done_and_just_above_half_are_mirrored():
     assert not labels[:, 1:].any() and not Augmentation(1e-9, x_flip=False)(images)[1].any()  # noqa: PT018
 
 
-def test_every_image_is_told_what_was_done_to_it():
+def test_labels_describe_the_transformation_of_each_image():
     images = torch.randn(400, 1, 6, 6)
     result, labels = Augmentation(probability=0.1)(images)
     untouched = ~labels.any(dim=1)
@@ -104,7 +104,7 @@ def test_transformations_are_applied_independently():
 
 
 def moments(values, mean, mean_square):
-    """Within 5 standard errors of the expected first and second moments."""
+    """Check the first and second moments to 5 standard errors."""
     for sample, expected in ((values, mean), (values**2, mean_square)):
         assert abs(sample.mean().item() - expected) < 5 * sample.std().item() / math.sqrt(len(sample))
 
@@ -136,7 +136,7 @@ def test_direction_of_anisotropy_is_uniform_or_along_x():
     moments((Augmentation(1.0, anisotropy_axis_aligned=0.2).draw(COUNT).direction == 0).double(), 0.2, 0.2)
 
 
-def test_the_seed_decides():
+def test_the_seed_determines_the_augmentation():
     first, again, other = (torch.manual_seed(seed) and Augmentation(0.5).draw(4).labels() for seed in (5, 5, 6))
     assert torch.equal(first, again)
     assert not torch.equal(again, other)
@@ -182,12 +182,12 @@ TRANSFORMATIONS = {
 
 
 def turned(x, y, angle):
-    """The point that a counter-clockwise turn, y down, brings to x, y."""
+    """Return the point that a counter-clockwise rotation moves to x, y (y down)."""
     return x * math.cos(angle) - y * math.sin(angle), x * math.sin(angle) + y * math.cos(angle)
 
 
 def stretched(x, y, factor, direction):
-    """The point that stretching along (cos, sin) by `factor`, and shrinking across by it, brings to x, y."""
+    """Return the point that stretching by `factor` along (cos, sin), and shrinking across, moves to x, y."""
     cos, sin = math.cos(direction), math.sin(direction)
     along, across = (x * cos + y * sin) / factor, (y * cos - x * sin) * factor
     return along * cos - across * sin, along * sin + across * cos
@@ -223,7 +223,7 @@ DESTINATIONS = [  # of the point at 5, 2
 
 
 @pytest.mark.parametrize(("given", "expected"), DESTINATIONS)
-def test_where_a_blob_goes(given, expected):
+def test_a_blob_moves_to_its_expected_position(given, expected):
     x, y = grid(40, 40)
     blob = transformed(tensor(np.exp(-((x - 5) ** 2 + (y - 2) ** 2) / (2 * 2.0**2))), **given)[0, 0].numpy()
     centre_of_mass = (x * blob).sum() / blob.sum(), (y * blob).sum() / blob.sum()
@@ -250,7 +250,7 @@ def test_rotation_of_a_picture_is_that_of_pillow(degrees):
 
 
 @pytest.mark.parametrize("pixels", [6, -9, 25, 90])
-def test_outside_the_border_lies_the_mirrored_image(pixels):
+def test_images_are_mirrored_at_the_border(pixels):
     x, _ = grid(12, 16)
     image = np.sin(x * 0.3)  # steep at the borders
     mirrored = np.pad(image, ((0, 0), (100, 100)), mode="reflect")[:, 100 - pixels : 116 - pixels]
@@ -258,7 +258,7 @@ def test_outside_the_border_lies_the_mirrored_image(pixels):
     assert abs(transformed(tensor(image.T), down=pixels * 8 / 16) - tensor(mirrored.T)).max() < 0.03
 
 
-def test_images_and_channels_do_not_meet():
+def test_images_and_channels_are_independent():
     augmentation, images = Augmentation(0.6), torch.randn(8, 3, 12, 14)
     drawn = augmentation.draw(8)
     together = augmentation.apply(images, drawn)
@@ -279,7 +279,7 @@ def test_no_parameter_gives_pixels_far_from_the_image(given):
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 64, 48), (3, 1, 17, 33), (2, 4, 2, 2), (5, 3, 3, 20), (0, 3, 8, 8)])
-def test_shapes(shape):
+def test_shape_and_dtype_are_kept(shape):
     images = torch.randn(shape)
     before = images.clone()
     result, labels = Augmentation(1.0)(images)
@@ -297,8 +297,8 @@ def test_autocast_changes_nothing():
     torch.testing.assert_close((result, labels), (augmentation.apply(images, drawn), drawn.labels()), atol=0, rtol=0)
 
 
-def test_the_host_never_waits_for_the_device():
-    with FakeTensorMode():  # has no values: whatever asks for one, raises
+def test_augmentation_needs_no_synchronization():
+    with FakeTensorMode():  # tensors without values raise where code reads one
         result, labels = Augmentation()(torch.zeros(2, 3, 16, 16))
     assert (result.shape, labels.shape) == ((2, 3, 16, 16), (2, 9))
 

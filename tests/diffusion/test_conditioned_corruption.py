@@ -1,4 +1,4 @@
-"""The corruption of a conditioned cascade: noise on the image, less of it on the small image that the network sees."""
+"""Corruption of a conditioned cascade: noise on the image and on its condition."""
 
 import math
 
@@ -51,7 +51,7 @@ def test_training_levels_are_uniform_up_to_the_largest():
     assert levels.max() < 0.4
 
 
-def test_sampling_starts_from_noise_and_wants_the_image_of_the_stage_before():
+def test_sampling_starts_from_noise_and_needs_the_previous_image():
     like, small = torch.empty(1, 3, 8, 8), torch.randn(1, 3, 4, 4)
     drawn = torch.randn(1, 3, 8, 8)
     assert corruption().start(like, small, lambda _: drawn) is drawn
@@ -70,11 +70,11 @@ def test_sampling_starts_from_noise_and_wants_the_image_of_the_stage_before():
         ({"condition_noise": 0.3, "condition_noise_max": 0.2}, "condition_noise=0.3: must lie .*=0.2"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(options, message):
+def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         corruption(**options)
 
 
 @pytest.mark.parametrize("level", [0.0, 0.5])
-def test_noise_of_the_condition_may_lie_at_either_end(level):
+def test_condition_noise_may_equal_its_limits(level):
     assert corruption(condition_noise=level, condition_noise_max=0.5).condition_noise == level

@@ -1,20 +1,14 @@
-"""Corruption: what blurring keeps, what noise adds, and where sampling starts."""
+"""Corruptions: blur, noise and start of sampling."""
 
 import math
 
 import pytest
 import torch
 
-from relay_diffusion.diffusion import (
-    BlurringCorruption,
-    GaussianCorruption,
-    LogNormal,
-    TruncatedLogNormal,
-    block_dct,
-    block_idct,
-    block_noise,
-)
+from relay_diffusion.diffusion import BlurringCorruption, GaussianCorruption, LogNormal, TruncatedLogNormal
 from relay_diffusion.diffusion.corruption import block_mean, upsample_blocks
+from relay_diffusion.diffusion.dct import block_dct, block_idct
+from relay_diffusion.diffusion.noise import block_noise
 from support import Replay
 
 SCHEDULE = TruncatedLogNormal()
@@ -59,7 +53,7 @@ def test_blur_width_follows_the_squared_sine_of_the_level():
 
 
 @pytest.mark.parametrize("min_gain", [0.0, 0.001, 0.3])
-def test_the_mean_is_never_touched(min_gain):
+def test_the_gain_of_the_mean_is_one(min_gain):
     gains = BlurringCorruption(SCHEDULE, min_gain=min_gain).gains(SIGMAS)
     assert gains.shape == (5, 1, 4, 4)
     torch.testing.assert_close(gains[:, 0, 0, 0], torch.ones(5, dtype=torch.float64), atol=1e-15, rtol=0)
@@ -140,7 +134,7 @@ def test_end_state_is_the_upsampled_block_mean(block, min_gain):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("block", [2, 4, 16])
 def test_corruption_by_the_plain_formula(block, dtype):
-    """DCT^-1[A(u) DCT[x0]] + sigma (eps + strength block(eps')), everything written out in float64."""
+    """DCT^-1[A(u) DCT[x0]] + sigma (eps + strength block(eps')), computed in float64."""
     corruption = BlurringCorruption(SCHEDULE, block, blur_sigma_max=2.5, min_gain=0.01, block_strength=0.3)
     x, white, other = (images(2, 32, 48).to(dtype) for _ in range(3))
     sigma = torch.tensor([0.05, 1.2], dtype=dtype)
@@ -158,7 +152,7 @@ def test_corruption_by_the_plain_formula(block, dtype):
 
 
 def noise_covariance(strength, block, size=8):
-    """Exact covariance of `draw_noise` [size^2, size^2]: impulses in its first draw, then in its second."""
+    """Compute the covariance of `draw_noise` [size^2, size^2] from impulses in its first and second draw."""
     corruption = BlurringCorruption(SCHEDULE, block, block_strength=strength)
     impulses = torch.eye(size * size, dtype=torch.float64).view(-1, 1, size, size)
     zeros = torch.zeros_like(impulses)
@@ -185,7 +179,7 @@ def test_noise_is_the_first_draw_plus_block_noise_of_the_second():
     torch.testing.assert_close(noise, white + 0.3 * block_noise(other, 4), atol=1e-14, rtol=0)
 
 
-def test_number_of_draws():
+def test_noise_draws_are_two_or_one_without_block_noise():
     like = images()
     for corruption, draws in [
         (GaussianCorruption(LogNormal()), 1),
@@ -204,7 +198,7 @@ def test_gaussian_start_is_the_noise_itself():
 
 
 def test_gaussian_start_takes_no_image():
-    with pytest.raises(ValueError, match="takes no image"):
+    with pytest.raises(ValueError, match="starts from noise; remove `previous`"):
         GaussianCorruption(LogNormal()).start(images(), images(), torch.randn_like)
 
 
@@ -220,7 +214,7 @@ def test_blurring_start_needs_an_image():
 
 
 def test_blurring_start_refuses_an_image_that_does_not_fit():
-    with pytest.raises(ValueError, match=r"\(2, 3, 2, 2\) enlarged 4 times are not of \(2, 3, 8, 12\)"):
+    with pytest.raises(ValueError, match=r"\(2, 3, 2, 2\): its images enlarged 4 times are not of \(2, 3, 8, 12\)"):
         BlurringCorruption(SCHEDULE, block=4).start(images(), torch.zeros(2, 3, 2, 2), torch.randn_like)
 
 
@@ -230,12 +224,12 @@ def test_published_defaults():
     assert corruption.block_strength == 0.15
 
 
-def test_a_first_stage_enlarges_nothing():
+def test_a_first_stage_has_block_one():
     assert GaussianCorruption(LogNormal()).block == 1
 
 
 @pytest.mark.parametrize("block", [0, 1])
-def test_a_block_that_enlarges_nothing_is_refused(block):
+def test_a_block_below_two_is_refused(block):
     with pytest.raises(ValueError, match=f"^block={block}: "):
         BlurringCorruption(SCHEDULE, block)
 

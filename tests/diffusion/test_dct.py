@@ -1,13 +1,19 @@
-"""The block DCT: an orthonormal change of basis in every block."""
+"""Block DCT: orthonormal change of basis in every block."""
 
 import math
 
 import pytest
 import torch
 
-from relay_diffusion.diffusion import block_dct, block_filter, block_idct
 from relay_diffusion.diffusion.corruption import block_mean, upsample_blocks
-from relay_diffusion.diffusion.dct import _dct_matrix_of_pieces, dct_matrix, filter_and_add
+from relay_diffusion.diffusion.dct import (
+    _dct_matrix_of_pieces,
+    block_dct,
+    block_filter,
+    block_idct,
+    dct_matrix,
+    filter_and_add,
+)
 from support import TRITON
 
 CPU = torch.device("cpu")
@@ -81,7 +87,7 @@ def test_filter_with_gains_one_is_the_identity():
 
 
 def filtered_by_hand(x, gains):
-    """Every piece X alone, in float64: M^T (g * (M X M^T)) M."""
+    """Filter every piece X separately in float64: M^T (g * (M X M^T)) M."""
     block = gains.shape[-1]
     matrix, result = dct_matrix(block, torch.float64, CPU), torch.empty(x.shape, dtype=torch.float64)
     for image, channels in enumerate(x.double()):
@@ -135,7 +141,7 @@ def test_filter_is_exact_also_in_mixed_precision(block):
         assert torch.equal(block_filter(x, gains), expected)
 
 
-def test_a_filter_that_does_not_divide_is_refused():
+def test_filtering_an_indivisible_image_is_refused():
     with pytest.raises(ValueError, match="6x8 do not divide into blocks of 4x4"):
         block_filter(images(6, 8), torch.ones(1, 1, 4, 4).double())
 
@@ -189,7 +195,7 @@ def test_exact_also_in_mixed_precision(transform, dtype):
     assert torch.equal(mixed, expected)
 
 
-def test_a_matrix_first_used_in_inference_serves_training():
+def test_a_matrix_cached_in_inference_mode_works_in_training():
     dct_matrix.cache_clear()
     _dct_matrix_of_pieces.cache_clear()
     with torch.inference_mode():
@@ -202,8 +208,8 @@ def test_a_matrix_first_used_in_inference_serves_training():
 
 
 @pytest.mark.parametrize("block", [2, 3, 4, 6, 8])
-def test_the_kernel_blurs_and_adds_the_same(block):
-    """Without a GPU in Triton's interpreter; with more pieces than one program takes, and a rest."""
+def test_the_blur_kernel_equals_plain_torch(block):
+    """Without a GPU in Triton's interpreter; with several programs, the last one partial."""
     pytest.importorskip("triton", TRITON)
     from relay_diffusion.kernels.block_filter import filter_and_add as in_one_pass
 
@@ -218,12 +224,12 @@ def test_the_kernel_blurs_and_adds_the_same(block):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("block", [4, 9])
-def test_blurring_and_adding_is_the_filter_and_a_sum(block, dtype):
+def test_filter_and_add_equals_filter_plus_noise(block, dtype):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, noise = (torch.randn(2, 3, 2 * block, 3 * block, device=device, dtype=dtype) for _ in range(2))
     scale, gains = torch.rand(2, dtype=dtype), torch.rand(1, 1, block, block, dtype=dtype)
     expected = block_filter(x.double(), gains.double()) + scale.to(device).double().view(-1, 1, 1, 1) * noise.double()
-    got = filter_and_add(x, gains, scale, noise)  # gains and scale may lie on the CPU
+    got = filter_and_add(x, gains, scale, noise)  # gains and scale may be on the CPU
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-12 if dtype == torch.float64 else 3e-6)
     with pytest.raises(ValueError, match="do not divide"):

@@ -1,12 +1,19 @@
-"""The loss weight, classifier-free guidance and label dropout."""
+"""Loss weight, guidance and label dropout."""
 
 import math
 
 import pytest
 import torch
 
-from relay_diffusion.diffusion import AutoGuidance, ClassifierFreeGuidance, DenoisingLoss, GuidanceInterval, drop_labels
-from relay_diffusion.diffusion.guidance import check_guidance, guided
+from relay_diffusion.diffusion import DenoisingLoss
+from relay_diffusion.diffusion.guidance import (
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    GuidanceInterval,
+    check_guidance,
+    drop_labels,
+    with_guidance,
+)
 
 SIGMAS = torch.tensor([0.002, 0.1, 0.5, 3.0, 80.0], dtype=torch.float64)
 LABELS = torch.tensor([3, 1])
@@ -93,7 +100,7 @@ def test_guidance_of_images_without_a_class_changes_nothing():
 
 
 def test_guidance_without_labels_is_refused():
-    with pytest.raises(ValueError, match="guidance needs labels"):
+    with pytest.raises(ValueError, match="guidance needs class labels"):
         ClassifierFreeGuidance(LabelDenoiser(), 2.0)(X, SIGMA, None)
 
 
@@ -105,7 +112,7 @@ def test_autoguidance_moves_away_from_the_guide():
         torch.testing.assert_close(guided, (1 - scale) * weak + scale * strong, atol=1e-12, rtol=0)
 
 
-def test_autoguidance_of_scale_one_never_asks_the_guide():
+def test_autoguidance_of_scale_one_does_not_evaluate_the_guide():
     def guide(*_):
         raise AssertionError
 
@@ -128,11 +135,11 @@ def test_guidance_is_applied_inside_its_interval_only(low, high, guided):
     inside = ClassifierFreeGuidance(LabelDenoiser(), 3.0)(X, SIGMA, LABELS)
     for i, here in enumerate(guided):
         assert torch.equal(result[i], inside[i] if here else plain[i])
-    assert len(calls) == bool(sum(guided))  # outside, guidance is not even computed
+    assert len(calls) == bool(sum(guided))  # no evaluation outside the interval
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 2.0), (2.0, 1.0)])
-def test_an_interval_that_holds_nothing_is_refused(low, high):
+def test_an_empty_interval_is_refused(low, high):
     with pytest.raises(ValueError, match="interval"):
         GuidanceInterval(LabelDenoiser(), LabelDenoiser(), low, high)
 
@@ -167,7 +174,7 @@ def test_an_interval_without_ends_holds_every_noise_level():
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf, "2", None])
-def test_what_is_no_guidance_scale_is_refused(scale):
+def test_an_invalid_guidance_scale_is_refused(scale):
     with pytest.raises(ValueError, match=r"^guidance_scale="):
         check_guidance(scale, None)
 
@@ -175,12 +182,12 @@ def test_what_is_no_guidance_scale_is_refused(scale):
 @pytest.mark.parametrize(
     "interval", [["a", "b"], [math.nan, 1.0], [0.0, None], [], [1.0], [0.0, 1.0, 2.0], [2.0, 1.0], [-1.0, 1.0], 3.0]
 )
-def test_what_is_no_guidance_interval_is_refused(interval):
+def test_an_invalid_guidance_interval_is_refused(interval):
     with pytest.raises(ValueError, match=r"^guidance_interval="):
         check_guidance(2.0, interval)
 
 
-def test_guidance_intervals_may_begin_at_zero_and_hold_one_level():
+def test_guidance_intervals_may_start_at_zero_and_contain_one_level():
     for interval in (None, [0.0, 1.0], [1.0, 1.0]):
         check_guidance(2.0, interval)
 
@@ -189,14 +196,14 @@ def test_scale_one_is_the_plain_denoiser_itself():
     def plain(*_):
         raise AssertionError
 
-    assert guided(plain, 1.0) is plain
-    assert isinstance(guided(plain, 2.0), ClassifierFreeGuidance)
-    assert isinstance(guided(plain, 2.0, [0.0, 1.0]), GuidanceInterval)
-    with pytest.raises(ValueError, match="knows no classes"):
-        guided(plain, 2.0, classes=False)
-    assert guided(plain, 1.0, [0.0, 1.0]) is plain  # a stage may have been trained with an interval
+    assert with_guidance(plain, 1.0) is plain
+    assert isinstance(with_guidance(plain, 2.0), ClassifierFreeGuidance)
+    assert isinstance(with_guidance(plain, 2.0, [0.0, 1.0]), GuidanceInterval)
+    with pytest.raises(ValueError, match="network is unconditional"):
+        with_guidance(plain, 2.0, classes=False)
+    assert with_guidance(plain, 1.0, [0.0, 1.0]) is plain  # a stage may have been trained with an interval
     with pytest.raises(ValueError, match="guidance_scale=1 disables guidance: remove guide"):
-        guided(plain, 1.0, guide=plain)
+        with_guidance(plain, 1.0, guide=plain)
 
 
 @pytest.mark.parametrize("settings", [{"sigma_data": 0.0}, {"sigma_data": math.inf}, {"max_weight": -1.0}])

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from relay_diffusion.diffusion import block_noise
 from relay_diffusion.diffusion.generators import PerImageGenerator, mix_seeds
-from relay_diffusion.diffusion.noise import AHEAD
+from relay_diffusion.diffusion.noise import AHEAD, block_noise
 from support import TRITON
 
 
@@ -68,7 +67,7 @@ def test_noise_of_an_image_does_not_depend_on_its_batch():
 
 
 def sequential_draws(seed, shape, draws):
-    """The meaning of a seed on the CPU: one float32 draw after the other from its generator."""
+    """Draw float32 noise of a seed from its CPU generator, one image after the other."""
     generator = torch.Generator().manual_seed(mix_seeds(seed, 0))
     return [torch.randn(shape, generator=generator) for _ in range(draws)]
 
@@ -76,7 +75,7 @@ def sequential_draws(seed, shape, draws):
 @pytest.mark.parametrize("ahead", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_draws_of_a_seed_are_those_of_its_generator_in_sequence(dtype, ahead, monkeypatch):
-    """Also when several are made at once (of 16 n numbers torch then makes the same ones)."""
+    """Also when several are drawn at once (for 16 n numbers torch then draws the same ones)."""
     monkeypatch.setitem(AHEAD, "cpu", ahead)
     source, like = PerImageGenerator([5, 3]), torch.zeros(2, 3, 8, 8, dtype=dtype)
     expected = [sequential_draws(seed, (3, 8, 8), 7) for seed in (5, 3)]
@@ -88,13 +87,13 @@ def test_draws_of_a_seed_are_those_of_its_generator_in_sequence(dtype, ahead, mo
 
 
 def test_single_draws_of_any_shape_on_the_cpu():
-    """Published images rest on the noise of the CPU, which joined draws of such a shape would change."""
+    """Joined draws of such a shape would change the CPU noise of published images."""
     source, like = PerImageGenerator([5]), torch.zeros(1, 1, 3, 5)
     for expected in sequential_draws(5, (1, 3, 5), 3):
         assert torch.equal(source.randn_like(like)[0], expected)
 
 
-def test_draws_made_ahead_are_given_once_and_for_their_shape_only(monkeypatch):
+def test_draws_in_advance_are_used_once_and_for_their_shape_only(monkeypatch):
     monkeypatch.setitem(AHEAD, "cpu", 4)
     source = PerImageGenerator([5, 3])
     shapes = [(2, 3, 8, 8)] * 3 + [(2, 1, 16, 16)] * 5 + [(2, 3, 8, 8)] * 2
@@ -169,8 +168,8 @@ def test_precision_does_not_change_the_noise():
 @pytest.mark.slow
 @pytest.mark.parametrize("block", [2, 3, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_kernel_adds_the_same_noise(block, dtype):
-    """Without a GPU in Triton's interpreter; on images larger than a tile, and of odd sizes."""
+def test_the_noise_kernel_equals_plain_torch(block, dtype):
+    """Without a GPU in Triton's interpreter; images larger than a tile, and of odd sizes."""
     pytest.importorskip("triton", TRITON)
     from relay_diffusion.kernels.block_noise import add_block_noise
 
@@ -185,8 +184,8 @@ def test_the_kernel_adds_the_same_noise(block, dtype):
         )
 
 
-def test_a_seed_means_the_same_in_every_version():
-    """Recorded: who publishes images with their seeds must be able to make them again."""
+def test_noise_of_a_seed_equals_recorded_values():
+    """Images published with their seeds must stay reproducible."""
     pairs = {(0, 0): 4685109482889842056, (1, 0): 1623429347705865049, (0, 1): 3896129788067985924}
     assert {pair: mix_seeds(*pair) for pair in pairs} == pairs
     drawn = PerImageGenerator([0, 7], stream=1).randn_like(torch.zeros(2, 1, 1, 2)).flatten()

@@ -9,12 +9,10 @@ from relay_diffusion.diffusion import (
     GaussianCorruption,
     LogNormal,
     TruncatedLogNormal,
-    block_dct,
-    block_filter,
-    block_idct,
-    block_noise,
 )
-from relay_diffusion.diffusion.corruption import expand
+from relay_diffusion.diffusion.dct import block_dct, block_filter, block_idct
+from relay_diffusion.diffusion.noise import block_noise
+from relay_diffusion.diffusion.tensors import expand
 from support import class_indices, toy_denoiser
 
 BLUR = {"atol": 2e-5, "rtol": 0.0}  # the reference computes its gains in float32

@@ -1,4 +1,4 @@
-"""Zips, tars and folders that lie: one line that names the file, and no memory for what they claim."""
+"""Hostile zips, tars and folders: one-line errors and bounded memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PICTURE = encoded(pixels(0))
 
 
 def refused(path: Path, *words: str) -> None:
-    """Training, measuring and the converter refuse `path` in one line that holds these words."""
+    """Check that training, evaluation and the converter refuse `path` in one line with these words."""
     readers = {
         "data.dataset.path": lambda: ImageDataset(path, SIDE),
         "images": lambda: list(open_image_set(path, "images").batches(1)),
@@ -53,13 +53,13 @@ def patched(path: Path, old: bytes, new: bytes, count: int = -1) -> Path:
 @pytest.mark.parametrize(
     "name", ["/etc/a.png", "../a.png", "x/../../a.png", "..\\a.png", "C:\\a.png", "\\a.png", "x/..\\..\\a.png"]
 )
-def test_names_that_leave_the_archive(tmp_path: Path, kind: str, name: str) -> None:
+def test_names_outside_the_archive_are_refused(tmp_path: Path, kind: str, name: str) -> None:
     write = write_zip if kind == "zip" else write_tar
     refused(write(tmp_path / f"in.{kind}", {"good.png": PICTURE, name: PICTURE}), "leaves the archive")
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_a_name_that_comes_twice(tmp_path: Path) -> None:
+def test_a_repeated_name_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "in.zip"
     for second in ("a.png", "./a.png", ".//a.png"):
         with zipfile.ZipFile(path, "w") as archive:
@@ -74,7 +74,7 @@ def test_a_name_that_comes_twice(tmp_path: Path) -> None:
     refused(tmp_path / "in.tar", "holds 'a.png' twice")
 
 
-def test_encrypted_members(tmp_path: Path) -> None:
+def test_encrypted_members_are_refused(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "in.zip", {"a.png": PICTURE})
     content = bytearray(path.read_bytes())
     directory = content.index(b"PK\x01\x02")
@@ -92,7 +92,7 @@ def test_other_compression_is_refused(tmp_path: Path, method: int) -> None:
     refused(path, "'a.png' in", "its compression is not supported")
 
 
-def test_a_zip_cut_short_anywhere(tmp_path: Path) -> None:
+def test_a_truncated_zip_is_refused(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "in.zip", {"a.png": PICTURE, "b.png": PICTURE})
     content = path.read_bytes()
     for length in range(0, len(content), 37):
@@ -117,7 +117,7 @@ def test_a_zip_with_any_byte_changed(tmp_path: Path) -> None:
             assert read.equal(good)
 
 
-def test_a_directory_that_disagrees(tmp_path: Path) -> None:
+def test_a_zip_directory_that_disagrees_is_refused(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "in.zip", {"a.png": PICTURE})
     refused(patched(path, b"a.png", b"b.png", 1), "'a.png' in", "differ")  # in front of the member only
     path = write_zip(tmp_path / "in.zip", {"a.png": PICTURE})
@@ -128,7 +128,7 @@ def test_a_directory_that_disagrees(tmp_path: Path) -> None:
     refused(path, "'a.png' in", "cannot be read")
 
 
-def test_names_that_are_no_utf8(tmp_path: Path) -> None:
+def test_names_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "in.zip", {"\u00e9.png": PICTURE})  # flagged as UTF-8
     refused(patched(path, "\u00e9".encode(), b"\xff\xff"), "cut short", "utf-8")
     old = write_zip(tmp_path / "old.zip", {"aa.png": PICTURE})  # not flagged: any byte is a character of MS-DOS
@@ -146,7 +146,7 @@ def test_names_that_are_no_utf8(tmp_path: Path) -> None:
     refused(folder, r"the name '\udcff.png' is not UTF-8")
 
 
-def test_names_with_control_characters_do_not_reach_the_screen(tmp_path: Path) -> None:
+def test_control_characters_in_names_are_escaped(tmp_path: Path) -> None:
     refused(write_zip(tmp_path / "in.zip", {"a\n\x1b[2J.png": b"no image"}), r"a\n\x1b[2J.png")
 
 
@@ -176,7 +176,7 @@ def test_links_in_archives_are_left_out(tmp_path: Path) -> None:
 
 
 def bomb(path: Path, name: str, size: int, claimed: int | None = None) -> Path:
-    """A zip with a deflated member of `size` zeros, which says that it has `claimed` bytes."""
+    """Build a zip with a deflated member of `size` zeros, whose header claims `claimed` bytes."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open(name, "w", force_zip64=True) as file:
         for _ in range(size >> 20):
             file.write(bytes(1 << 20))
@@ -199,7 +199,7 @@ def test_a_zip_bomb_takes_no_memory(tmp_path: Path) -> None:
     assert peak < 20 << 20
 
 
-def test_labels_may_be_a_bomb_too(tmp_path: Path) -> None:
+def test_a_zip_bomb_of_labels_is_refused(tmp_path: Path) -> None:
     path = bomb(tmp_path / "in.zip", "dataset.json", 300 << 20)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("a.png", PICTURE)
@@ -244,7 +244,7 @@ def test_a_bad_member_of_a_tar_can_be_left_out(tmp_path: Path) -> None:
 # --- folders
 
 
-def test_pipes_devices_and_circles_in_folders(tmp_path: Path) -> None:
+def test_pipes_devices_and_link_circles_are_refused(tmp_path: Path) -> None:
     for name, make in (
         ("pipe", os.mkfifo),
         ("device", lambda path: path.symlink_to("/dev/zero")),
@@ -269,15 +269,15 @@ def test_pipes_devices_and_circles_in_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["a" * 5000, "\0", "~nobody-of-this-name/x.zip", "\ud800"])
-def test_odd_paths(path: str) -> None:
+def test_invalid_paths_are_refused(path: str) -> None:
     with pytest.raises(UserError, match=r"^data\.dataset\.path="):
         ImageDataset(path, SIDE)
     with pytest.raises(UserError, match=r"^images="):
         open_image_set(path, "images")
 
 
-def test_a_run_of_sample_is_not_a_set_of_images(tmp_path: Path) -> None:
-    """Beside its images lies a picture of another size: that would be found when all others are measured."""
+def test_a_sampling_run_directory_is_not_an_image_set(tmp_path: Path) -> None:
+    """It also holds a picture of another size, which would fail only after all images were evaluated."""
     run = write_folder(tmp_path / "run", pngs([f"images/{k:08}.png" for k in range(3)]) | {"settings.json": b"{}"})
     with pytest.raises(UserError, match=rf"images={run}: is the directory of a run .*use images={run}/images$"):
         open_image_set(run, "images")

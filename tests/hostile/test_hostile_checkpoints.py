@@ -1,4 +1,4 @@
-"""Checkpoints, exports and statistics that are damaged or lie: a UserError that names the file, or they load."""
+"""Hostile checkpoints, exports and statistics: a UserError that names the file, or they load."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def checkpoint(fit: Callable[..., Any], tmp_path: Path) -> tuple[Path, dict[str,
 
 
 def message_of(action: Callable[[], Any], path: Path) -> str:
-    """The one line that refuses `path`; another exception fails the test."""
+    """Return the one-line error for `path`; another exception fails the test."""
     with pytest.raises(UserError) as caught:
         action()
     message = str(caught.value)
@@ -53,7 +53,7 @@ def message_of(action: Callable[[], Any], path: Path) -> str:
 
 
 def refused(path: Path, content: Any, *words: str, resumed: bool = True, sampled: bool = True) -> None:
-    """Sampling and continuing refuse a checkpoint of this content in a line with these words."""
+    """Check that sampling and resuming refuse this content in one line with these words."""
     torch.save(content, path)
     readers = [lambda: load_stage(path, "raw")] * sampled + [lambda: read_checkpoint(path)] * resumed
     for reader in readers:
@@ -78,14 +78,14 @@ def with_(content: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_weights_that_are_not_finite(checkpoint, fit, value) -> None:
+def test_nonfinite_weights_are_refused(checkpoint, fit, value) -> None:
     path, content = checkpoint
     good = path.read_bytes()
     broken = copy.deepcopy(content)
     broken["state_dict"][NAME][0, 0, 0, 1] = value
     refused(path, broken, "not finite, first in", "network.conv_in.weight")
     with pytest.raises(UserError, match=r"last\.ckpt"):
-        fit("run", 16)  # continues no training either
+        fit("run", 16)  # training does not resume from it either
     path.write_bytes(good)
     broken = copy.deepcopy(content)
     broken["ema"]["weights"]["network.conv_in.weight"][0, 0, 0, 1] = value
@@ -106,17 +106,17 @@ def test_weights_that_are_not_finite(checkpoint, fit, value) -> None:
         (torch.zeros(8, 3, 3, 3, dtype=torch.bool), ["must hold float numbers, not torch.bool"]),
         (torch.zeros(8, 3, 3, 3).to_sparse(), ["must hold float numbers, not torch.float32 torch.sparse_coo"]),
         (torch.zeros(8, 3, 3, 3, device="meta"), ["must hold float numbers"]),
-        (torch.zeros(1).expand(10**12), ["claims more numbers than it stores"]),
+        (torch.zeros(1).expand(10**12), ["has more elements than it stores"]),
         ("text", ["must be a tensor, not str text"]),
         (None, ["must be a tensor"]),
     ],
 )
-def test_tensors_of_the_wrong_kind(checkpoint, tensor, words) -> None:
+def test_tensors_of_the_wrong_type_are_refused(checkpoint, tensor, words) -> None:
     path, content = checkpoint
     refused(path, with_(content, f"state_dict/{NAME}", tensor), *words)
 
 
-def test_averaged_weights_that_do_not_fit(checkpoint) -> None:
+def test_averaged_weights_of_the_wrong_shape_are_refused(checkpoint) -> None:
     path, content = checkpoint
     name = next(iter(content["ema"]["weights"]))
     for wrong in (with_, torch.zeros(3)):
@@ -124,7 +124,7 @@ def test_averaged_weights_that_do_not_fit(checkpoint) -> None:
         refused(path, changed, "the averaged (ema) weights in", name, sampled=False)
 
 
-def test_names_of_tensors(checkpoint) -> None:
+def test_missing_and_unknown_tensors_are_refused(checkpoint) -> None:
     path, content = checkpoint
     refused(path, with_(content, f"state_dict/{NAME}", with_), "it lacks", "network.conv_in.weight")
     more = with_(content, "state_dict/denoiser.other", torch.zeros(1))
@@ -143,10 +143,10 @@ KEYS = ("stage_config", "state_dict", "ema", "class_names", "images_seen", "repl
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", KEYS)
-def test_any_key_may_hold_anything(checkpoint, key) -> None:
+def test_any_value_of_any_key_is_refused_or_read(checkpoint, key) -> None:
     path, content = checkpoint
     outcomes, readers = set(), [lambda: read_checkpoint(path)]
-    if key in KEYS[:5]:  # the others are of no interest to sampling
+    if key in KEYS[:5]:  # sampling does not read the others
         readers.append(lambda: load_stage(path, "ema" if key == "ema" else "raw"))
     for value in GARBAGE:
         torch.save(with_(content, key, value), path)
@@ -171,7 +171,7 @@ def _deep(levels: int) -> list[Any]:
 
 
 @pytest.mark.slow
-def test_stored_configs_that_ask_for_too_much(checkpoint) -> None:
+def test_stored_configs_of_extreme_size_are_refused(checkpoint) -> None:
     path, content = checkpoint
     network = "stage_config/denoiser/network"
     for name, value in (("channels", 10**6), ("channels", 10**12), ("num_classes", 10**13), ("image_channels", 10**9)):
@@ -188,7 +188,7 @@ def test_stored_configs_that_ask_for_too_much(checkpoint) -> None:
     refused(path, with_(content, "stage_config/loss/_args_", [1, 2, 3, 4]), "cannot be built", resumed=False)
 
 
-def test_cut_short_anywhere(checkpoint) -> None:
+def test_truncated_checkpoints_are_refused(checkpoint) -> None:
     path, _ = checkpoint
     content, generator = path.read_bytes(), random.Random(0)
     for length in [0, 1, *(generator.randrange(len(content)) for _ in range(20)), len(content) - 1]:
@@ -198,7 +198,7 @@ def test_cut_short_anywhere(checkpoint) -> None:
 
 
 @pytest.mark.slow
-def test_any_byte_changed(checkpoint) -> None:
+def test_checkpoints_with_a_changed_byte_are_refused_or_read(checkpoint) -> None:
     """It is refused by name, or it is read (a byte within weights may be any other)."""
     path, _ = checkpoint
     content, generator = path.read_bytes(), random.Random(0)
@@ -222,7 +222,7 @@ def test_any_byte_changed(checkpoint) -> None:
     assert read > 5
 
 
-def test_code_is_not_run(tmp_path: Path) -> None:
+def test_code_in_checkpoints_is_not_run(tmp_path: Path) -> None:
     trap = tmp_path / "trap"
 
     class Evil:
@@ -236,7 +236,7 @@ def test_code_is_not_run(tmp_path: Path) -> None:
     assert not trap.exists()
 
 
-def test_changes_of_another_kind(checkpoint) -> None:
+def test_changes_of_the_wrong_type_are_refused(checkpoint) -> None:
     path, _ = checkpoint
     for changes, words in (
         ({"sampler": {"steps": "abc"}}, "sampler.steps=abc must be a number; stored is 4"),
@@ -295,7 +295,7 @@ def test_exports_of_hostile_weights(checkpoint, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_statistics_damaged_anywhere(tmp_path: Path) -> None:
+def test_damaged_statistics_are_refused_or_read(tmp_path: Path) -> None:
     path = tmp_path / "reference.npz"
     np.savez_compressed(path, mu=np.zeros(2048), sigma=np.eye(2048), layout=np.str_("NCHW"))
     content, generator = path.read_bytes(), random.Random(0)

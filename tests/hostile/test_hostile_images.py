@@ -1,4 +1,4 @@
-"""Odd and damaged images: one policy each, the same wherever images are read (docs/robustness.md)."""
+"""Unusual and damaged images, handled alike by every reader (docs/robustness.md)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def png(colour: int, samples: list[int], depth: int = 16, side: int = SIDE, *extra: bytes) -> bytes:
-    """A PNG of one colour, as a header of this colour type and depth tells it."""
+    """Build a PNG of one colour with this colour type and depth in its header."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, depth, colour, 0, 0, 0))
     row = b"\0" + np.array(samples * SIDE, ">u2" if depth == 16 else "u1").tobytes()
     return b"".join([SIGNATURE, header, *extra, chunk(b"IDAT", zlib.compress(row * SIDE)), chunk(b"IEND", b"")])
@@ -92,7 +92,7 @@ REFUSED = {
 
 
 def converted(path: Path) -> Path:
-    """What the converter makes of the images at `path`."""
+    """Return the converted images of `path`."""
     destination = path.parent / "converted.zip"
     convert(ConvertOptions(str(path), str(destination), SIDE, classes=Classes.none))
     return destination
@@ -128,7 +128,7 @@ def test_odd_images_are_read_alike_everywhere(tmp_path: Path, place: str, case: 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_image_is_named_everywhere(tmp_path: Path, place: str, case: str) -> None:
+def test_a_file_that_is_not_an_image_is_reported_everywhere(tmp_path: Path, place: str, case: str) -> None:
     (content, reason), (read, kind) = REFUSED[case], PLACES[place]
     path = stored(tmp_path, kind, content)
     with pytest.raises(UserError, match=reason) as caught:
@@ -149,7 +149,7 @@ def textured() -> Image.Image:
     ("kind", "options"),
     [("PNG", {}), ("JPEG", {}), ("JPEG", {"progressive": True}), ("WEBP", {}), ("WEBP", {"lossless": True})],
 )
-def test_an_image_cut_short_anywhere_is_refused(kind: str, options: dict[str, bool]) -> None:
+def test_a_truncated_image_is_refused(kind: str, options: dict[str, bool]) -> None:
     content = encoded(textured(), kind, **options)
     for length in range(0, len(content), 7):
         with pytest.raises(UserError, match=r"^odd\.png (is not a PNG|cannot be decoded)"):
@@ -169,7 +169,7 @@ def test_a_png_with_any_bit_changed_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("kind", "options"), [("JPEG", {}), ("WEBP", {}), ("WEBP", {"lossless": True})])
-def test_other_damage_is_refused_or_gives_an_image(kind: str, options: dict[str, bool]) -> None:
+def test_other_damage_is_refused_or_gives_pixels(kind: str, options: dict[str, bool]) -> None:
     """JPEG and WebP have no checksum: a changed byte may show as changed pixels, but never as another exception."""
     content, read = encoded(textured(), kind, **options), 0
     for position in range(0, len(content), 3):
@@ -182,7 +182,7 @@ def test_other_damage_is_refused_or_gives_an_image(kind: str, options: dict[str,
     assert read > 0
 
 
-def test_content_tells_the_format_not_the_name(tmp_path: Path) -> None:
+def test_the_content_determines_the_format(tmp_path: Path) -> None:
     for name, kind in (("a.png", "JPEG"), ("a.jpg", "WEBP"), ("a.webp", "PNG")):
         path = write_zip(tmp_path / f"{kind}.zip", {name: plain((200, 200, 200), kind=kind)})
         assert abs(int(ImageDataset(path, SIDE)[0][0][0, 0, 0]) - 200) < 3
@@ -194,8 +194,8 @@ def test_cmyk_is_converted_without_a_profile() -> None:
     assert max(green, blue) < 15
 
 
-def test_a_bomb_is_refused_where_warnings_are_not_errors(tmp_path: Path) -> None:
-    """As in a user's process; and before memory is taken: the pixels would be 300 MB."""
+def test_a_decompression_bomb_is_refused_without_warnings_as_errors(tmp_path: Path) -> None:
+    """As in a user's process, and before allocating memory: the pixels would be 300 MB."""
     (tmp_path / "bomb.png").write_bytes(png(2, [0, 0, 0], 8, 10_000))
     program = (
         "import resource, sys; from relay_diffusion.data.decode import decode_rgb\n"

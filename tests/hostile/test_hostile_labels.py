@@ -1,4 +1,4 @@
-"""dataset.json that is wrong in many ways: one short line that names the entry."""
+"""Malformed dataset.json: one short line that names the entry."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GOOD = [["a.png", 0], ["b.png", 1]]
         ({"labels": []}, "no entry for 'a.png'"),
         ({"labels": [GOOD[0]]}, "no entry for 'b.png'"),
         ({"labels": [*GOOD, ["c.png", 0]]}, "labels[2] is for 'c.png', which is not among the images"),
-        ({"labels": [*GOOD, GOOD[0]]}, "labels[2] labels 'a.png' a second time"),
+        ({"labels": [*GOOD, GOOD[0]]}, "labels[2] repeats 'a.png'; remove one entry"),
         ({"labels": [["a.png"]]}, "labels[0] = ['a.png'] must be [name, class index]"),
         ({"labels": [["a.png", 0, 0]]}, "labels[0] ="),
         ({"labels": [[0, "a.png"]]}, "labels[0] ="),

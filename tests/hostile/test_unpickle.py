@@ -1,4 +1,4 @@
-"""Checkpoints of others are data: whatever they ask for, nothing is run."""
+"""Untrusted pickles: no code is run."""
 
 import copyreg
 import os
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch._utils import _rebuild_parameter, _rebuild_tensor_v2
 
-from forging import EDM, TRAINING_STATE, Call, Outside, pickled, unframed, write_zip
+from forged_checkpoints import EDM, TRAINING_STATE, Call, Outside, pickled, unframed, write_zip
 from relay_diffusion.checkpoints.published.edm import load_published, read_published
 from relay_diffusion.checkpoints.published.unpickle import _STAND_INS, StoredTensor, open_checkpoint
 from relay_diffusion.errors import UserError
@@ -62,7 +62,7 @@ def trap(tmp_path):
 
 
 def content_of(path):
-    """The dictionary of a file, with tensors for stored tensors."""
+    """Read a file's dictionary, with its tensors."""
 
     def plain(value):
         if isinstance(value, dict):
@@ -74,7 +74,7 @@ def content_of(path):
 
 
 def refused(path):
-    """The one line with which reading refuses a file, after the file's name."""
+    """Return the one-line error for a file, without the file's name."""
     with pytest.raises(UserError):
         load_published(path)
     with pytest.raises(UserError) as caught:
@@ -101,7 +101,9 @@ def test_nothing_is_run(name, trap, tmp_path):
         if (name, path) == ("build", "nested.pkl"):
             named = "collections.OrderedDict"  # a storage has no use even for that
         message = refused(tmp_path / path)
-        assert f"names {named}, which a checkpoint has no use for: refused; nothing in it was run" in message
+        assert (
+            f"names {named}, which checkpoints do not use: fetch a published checkpoint; no code in it ran" in message
+        )
     assert not trap.exists()
 
 
@@ -219,7 +221,7 @@ def test_a_compressed_member_is_not_unpacked(tmp_path):
     assert "compressed" in refused(path)
 
 
-def test_plain_values(tmp_path):
+def test_plain_values_are_read(tmp_path):
     numbers = [np.float64(0.1), np.float32(0.5), np.int64(-3), np.int32(7), np.bool_(True), np.uint8(200)]
     values = {"a": [1, -2, 2**40, 0.5, None, True, "text", b"\xff\x00"], "t": (1, (2,)), "s": {"x", "y"}, "n": numbers}
     values["o"] = OrderedDict(k=OrderedDict(b=1, a=2))
@@ -250,7 +252,7 @@ def _tensor(offset, size, stride, count=6, kind=torch.FloatStorage, key="0", loc
     return Call(_rebuild_tensor_v2, storage, offset, size, stride, False, OrderedDict())
 
 
-def test_tensors(tmp_path):
+def test_tensors_are_read(tmp_path):
     content = torch.arange(6.0).numpy().tobytes()
     tensors = {
         "t": _tensor(1, (2, 2), (1, 2)),
@@ -287,7 +289,7 @@ def test_a_tensor_must_lie_within_its_storage(tmp_path, tensor):
     refused(write_zip(tmp_path / "bad.pt", pickled({"ema": tensor}), **{"0": bytes(24)}))
 
 
-def test_only_what_is_wanted_is_read(monkeypatch):
+def test_only_requested_tensors_are_read(monkeypatch):
     read, total = [], len(zipfile.ZipFile(TRAINING_STATE).namelist())
     original = zipfile.ZipFile.read
     monkeypatch.setattr(zipfile.ZipFile, "read", lambda self, name: read.append(name) or original(self, name))
@@ -296,7 +298,7 @@ def test_only_what_is_wanted_is_read(monkeypatch):
 
 
 def _survives(path, content):
-    """Whether a file with that content is read; if not, it must be refused in one line."""
+    """Return whether a file with this content is read; otherwise check its one-line error."""
     path.write_bytes(content)
     try:
         read_published(path)
@@ -310,7 +312,7 @@ def _survives(path, content):
 
 
 @pytest.mark.parametrize("source", [EDM, TRAINING_STATE], ids=["pkl", "pt"])
-def test_truncated_files(source, tmp_path):
+def test_truncated_files_are_refused(source, tmp_path):
     content = source.read_bytes()
     last = len(content) - 1
     positions = np.unique(np.concatenate([np.geomspace(1, last, 140), np.linspace(1, last, 80)]).astype(int))
@@ -319,7 +321,7 @@ def test_truncated_files(source, tmp_path):
 
 
 def _flipped(content, first, last, seed):
-    """The content with one bit flipped in content[first:last], or in one case of three with thirty."""
+    """Flip one bit in content[first:last], or thirty bits in one case of three."""
     generator, changed = random.Random(seed), bytearray(content)
     for _ in range(1 if seed % 3 else 30):
         changed[generator.randrange(first, last)] ^= 1 << generator.randrange(8)
@@ -327,7 +329,7 @@ def _flipped(content, first, last, seed):
 
 
 @pytest.mark.slow
-def test_flipped_bits(tmp_path):
+def test_files_with_flipped_bits_are_refused_or_read(tmp_path):
     pickle_file, zip_file = EDM.read_bytes(), TRAINING_STATE.read_bytes()
     size = len(zip_file)
     # the first part of the pickle: its weights come later; the end of the zip: there lies the directory
@@ -337,7 +339,7 @@ def test_flipped_bits(tmp_path):
         assert 0 < sum(results) < len(results)
 
 
-def test_flipped_bits_behind_a_good_checksum(tmp_path):
+def test_flipped_bits_with_a_valid_checksum_are_refused_or_read(tmp_path):
     with zipfile.ZipFile(TRAINING_STATE) as archive:
         members = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
     storages = {name.removeprefix("data/"): content for name, content in members.items() if name.startswith("data/")}

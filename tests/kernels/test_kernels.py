@@ -1,4 +1,4 @@
-"""The kernels between the convolutions, against the same steps in plain torch and float64.
+"""Fused kernels against the same steps in plain torch and float64.
 
 Without a GPU the kernels run in Triton's interpreter (tests/conftest.py asks for it).
 """
@@ -11,7 +11,7 @@ from torch import nn
 
 from relay_diffusion.networks import UNet, ops
 from support import TRITON
-from waking import awake
+from zero_layers import randomize_zero_layers
 
 pytest.importorskip("triton", TRITON)
 from relay_diffusion.kernels import autograd as fused
@@ -21,11 +21,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture
 def use_kernels(monkeypatch):
-    """Everything but float64 goes through the kernels, also on the CPU."""
+    """Use the kernels for every dtype but float64, also on the CPU."""
     monkeypatch.setattr(ops, "on_gpu", lambda _: True)
-    monkeypatch.setattr(fused, "ROWS", 96)  # several programs, with a rest, on small images too
+    monkeypatch.setattr(fused, "ROWS", 96)  # several programs and a partial one, on small images too
     monkeypatch.setattr(fused, "SUM_ROWS", 64)
-    if DEVICE == "cuda":  # float32 means float32
+    if DEVICE == "cuda":  # no TF32
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
@@ -39,21 +39,21 @@ def double(x):
 
 
 def close(got, expected, tolerance):
-    """By the norm of the difference: single elements of a sum may cancel."""
+    """Compare by the norm of the difference, because single elements of a sum may cancel."""
     assert got.shape == expected.shape
     error = (got.double() - expected).norm() / expected.norm().clamp(min=1e-12)
     assert error < tolerance, f"relative error {error:.2e}"
 
 
 def with_weights(module, weight, bias):
-    """The module with these tensors, leaves or not, in the place of its parameters."""
+    """Replace the parameters of a module by these tensors, which need not be leaves."""
     copied = copy.copy(module)
     copied._parameters = {"weight": weight, "bias": bias}
     return copied
 
 
 def compare(call, arguments, tolerance):
-    """Outputs and gradients of call(*arguments), against the same in float64."""
+    """Compare outputs and gradients of call(*arguments) with those in float64."""
     references = [double(x) for x in arguments]
     outputs, expected = call(*arguments), call(*references)
     compared = [(a, b) for a, b in zip(outputs, expected, strict=True) if b is not None]
@@ -76,7 +76,7 @@ def compare(call, arguments, tolerance):
 @pytest.mark.parametrize(
     ("dtype", "modulated"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)]
 )
-def test_normalisation_with_all_around_it(channels, skip, groups, down, modulated, dtype):
+def test_fused_normalisation_equals_plain_torch(channels, skip, groups, down, modulated, dtype):
     total, batch, height, width = channels + skip, 3, 10, 14
     x, s = image(batch, channels, height, width, dtype=dtype), image(batch, skip, height, width, dtype=dtype)
     parameters = [torch.randn(total, device=DEVICE, requires_grad=True) for _ in range(2 + (not skip))]
@@ -94,7 +94,7 @@ def test_normalisation_with_all_around_it(channels, skip, groups, down, modulate
 @pytest.mark.parametrize("up", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_addition(up, biased, dtype):
+def test_residual_addition_equals_plain_torch(up, biased, dtype):
     hidden = image(2, 24, 12, 10, dtype=dtype)
     shortcut = image(2, 24, 6, 5, dtype=dtype) if up else image(2, 24, 12, 10, dtype=dtype)
     bias = torch.randn(24, device=DEVICE, requires_grad=True) if biased else None
@@ -103,7 +103,7 @@ def test_addition(up, biased, dtype):
 
 
 @pytest.mark.usefixtures("use_kernels")
-def test_what_the_kernels_do_not_take_is_left_to_plain_torch():
+def test_unsupported_tensors_use_plain_torch():
     x = torch.randn(2, 16, 6, 6, device=DEVICE).to(memory_format=torch.channels_last)
     assert ops.fusible(x, None, x)
     assert ops.fusible(x.bfloat16(), x.bfloat16())
@@ -115,27 +115,27 @@ def test_what_the_kernels_do_not_take_is_left_to_plain_torch():
 
 
 @pytest.mark.usefixtures("use_kernels")
-def test_a_large_mean_costs_no_digits():
+def test_a_large_mean_loses_no_precision():
     x = image(2, 16, 20, 20, mean=3000.0)
     norm = nn.GroupNorm(4, 16).to(DEVICE)
     h, _, _ = ops.norm_act(x, norm, silu=False)
     expected = nn.GroupNorm(4, 16).double().to(DEVICE)(x.detach().double())
-    close(h, expected, 3e-4)  # squares of 3000 would leave none
+    close(h, expected, 3e-4)  # squared values of 3000 would lose all precision
     small = image(2, 16, 20, 20)
-    total = ops.add(x, small)  # which measures what it writes
+    total = ops.add(x, small)  # the addition also computes the moments
     h, _, _ = ops.norm_act(total, norm, silu=False)
     close(h, nn.GroupNorm(4, 16).double().to(DEVICE)(total.detach().double()), 3e-4)
 
 
 @pytest.mark.usefixtures("use_kernels")
-def test_moments_are_measured_once_and_again_after_a_change(monkeypatch):
+def test_moments_are_cached_until_the_tensor_changes(monkeypatch):
     measured = []
     monkeypatch.setattr(fused, "measure", lambda x, measure=fused.measure: measured.append(x) or measure(x))
     norm, shortcut = nn.GroupNorm(4, 16).to(DEVICE), image(2, 16, 6, 6).detach()
     with torch.no_grad():
         x = ops.add(image(2, 16, 6, 6), shortcut)
         ops.norm_act(x, norm)
-        assert not measured  # the addition had
+        assert not measured  # they came from the addition
         ops.norm_act(shortcut, norm)
         ops.norm_act(shortcut, norm)
         assert len(measured) == 1
@@ -157,7 +157,7 @@ def test_gradients_where_only_the_shortcut_is_used(options):
 
 
 @pytest.mark.usefixtures("use_kernels")
-def test_one_modulation_for_all_samples():
+def test_one_modulation_is_broadcast_to_all_samples():
     x, norm = image(3, 16, 6, 6), nn.GroupNorm(4, 16).to(DEVICE)
     modulation = torch.randn(1, 32, device=DEVICE, requires_grad=True)
     compare(
@@ -170,7 +170,7 @@ def test_one_modulation_for_all_samples():
 @pytest.mark.slow
 @pytest.mark.usefixtures("use_kernels")
 @pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_dropout(rate):
+def test_dropout_masks_are_independent_and_match_the_gradient(rate):
     torch.manual_seed(0)
     x, norm = image(3, 32, 24, 24), nn.GroupNorm(8, 32).to(DEVICE)
     plain, _, _ = ops.norm_act(x, norm)
@@ -184,7 +184,7 @@ def test_dropout(rate):
     torch.testing.assert_close(first[kept], plain[kept] / (1 - rate), rtol=1e-5, atol=1e-6)
     deviation = (rate * (1 - rate) / kept.numel()) ** 0.5
     assert abs((~kept).float().mean() - rate) < 5 * deviation
-    # different calls, samples, channels and pixels fall independently
+    # masks of different calls, samples, channels and pixels are independent
     mask = (~kept).float() - rate
     shifted = {
         "call": (mask, (other == 0).float() - rate),
@@ -208,7 +208,7 @@ def test_dropout(rate):
 
 @pytest.mark.usefixtures("use_kernels")
 @pytest.mark.parametrize("channels", [1, 3, 9])
-def test_first_convolution(channels):
+def test_first_convolution_equals_plain_torch(channels):
     conv = nn.Conv2d(channels, 16, 3, padding=1).to(DEVICE)
 
     def call(x, weight, bias):
@@ -219,7 +219,7 @@ def test_first_convolution(channels):
 
 @pytest.mark.usefixtures("use_kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_query_key_value(dtype):
+def test_query_key_value_equals_plain_torch(dtype):
     conv = nn.Conv2d(8, 24, 1).to(DEVICE)
 
     def call(x, weight, bias):
@@ -230,7 +230,7 @@ def test_query_key_value(dtype):
 
 @pytest.mark.usefixtures("use_kernels")
 @pytest.mark.parametrize("skip", [0, 12])
-def test_projection(skip):
+def test_projection_equals_plain_torch(skip):
     conv = nn.Conv2d(8 + skip, 16, 1).to(DEVICE)
 
     def call(x, s, weight, bias, extra):
@@ -243,10 +243,10 @@ def test_projection(skip):
 @pytest.mark.slow
 @pytest.mark.usefixtures("use_kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_whole_network_and_its_gradients(dtype):
+def test_a_network_and_its_gradients_equal_plain_torch(dtype):
     options = {"channels": 8, "channel_mult": (1, 2), "blocks": 1, "attention_resolutions": (), "num_classes": 3}
-    network = awake(UNet(8, **options, augment_labels=2, channels_last=True)).to(DEVICE)
-    reference = awake(UNet(8, **options, augment_labels=2)).double().to(DEVICE)
+    network = randomize_zero_layers(UNet(8, **options, augment_labels=2, channels_last=True)).to(DEVICE)
+    reference = randomize_zero_layers(UNet(8, **options, augment_labels=2)).double().to(DEVICE)
     reference.load_state_dict({name: value.double() for name, value in network.state_dict().items()})
     x, noise = torch.randn(2, 3, 8, 8, device=DEVICE), torch.randn(2, device=DEVICE)
     labels, augment = torch.tensor([2, -1], device=DEVICE), torch.randn(2, 2, device=DEVICE)
@@ -266,8 +266,8 @@ def test_a_whole_network_and_its_gradients(dtype):
 
 
 @pytest.mark.usefixtures("use_kernels")
-def test_gradients_meet_those_of_the_shortcut():
-    """Twice the same input: through the normalisation and beside it."""
+def test_gradients_of_the_shortcut_are_added():
+    """The input is used twice: by the normalisation and by the shortcut."""
     x, norm = image(2, 16, 6, 6), nn.GroupNorm(4, 16).to(DEVICE)
     h, shortcut, _ = ops.norm_act(x, norm)
     (h.sum() + (shortcut * 3).sum()).backward()

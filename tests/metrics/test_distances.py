@@ -1,4 +1,4 @@
-"""Blockwise precision and recall agree with brute force, also if the fast distance loses all digits."""
+"""Blockwise precision and recall agree with brute force."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from relay_diffusion.metrics.precision_recall import precision_recall
 
 
 def naive(real: Tensor, fake: Tensor, nearest_k: int) -> tuple[float, float]:
-    """All differences in float64, one pair at a time."""
+    """Compute precision and recall from float64 differences of pairs."""
 
     def squared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.array([[((x - y) ** 2).sum() for y in b] for x in a])
@@ -39,7 +39,7 @@ def offset(g: torch.Generator, n: int) -> Tensor:
 
 
 def two_far_clusters(g: torch.Generator, n: int) -> Tensor:
-    """Subtracting the mean does not help: every point is far from it, and |a|^2 has no digits for the distances."""
+    """Draw points far from their mean, to cancel digits in distances."""
     side = 2.0 * torch.randint(0, 2, (n, 1), generator=g) - 1
     return 4e6 * side + torch.randint(-3, 4, (n, 5), generator=g)
 
@@ -97,7 +97,7 @@ def test_radii_are_distances_to_the_kth_other_point() -> None:
 
 
 def test_points_on_the_edge_are_inside() -> None:
-    """The same numbers in another order have the same distance but for its last digits."""
+    """Equal distances may differ in the last digits."""
     values = torch.rand(200)
     points = torch.stack([values[torch.randperm(200)] for _ in range(50)])
     origin = torch.zeros(200)

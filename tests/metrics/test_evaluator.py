@@ -23,6 +23,7 @@ from relay_diffusion.metrics import (
     FrechetDistance,
     ImageMetric,
     Inception,
+    InceptionFeatures,
     InceptionScore,
     InceptionScoreMetric,
     KIDMetric,
@@ -150,8 +151,8 @@ def test_too_few_images_skip_only_metrics_that_need_more(reference: Reference) -
         "fid": "a Fréchet distance needs at least 2 generated images, not 0; give more of them",
         "sfid": "a Fréchet distance needs at least 2 generated images, not 0; give more of them",
         "inception_score": "the Inception Score needs at least one generated image",
-        "precision_recall": "precision and recall need more than 3 generated images, not 0",
-        "kid": "the kernel distance needs at least 2 generated images, not 0",
+        "precision_recall": "precision and recall need more than 3 generated images, not 0; give more",
+        "kid": "KID needs at least 2 generated images, not 0; give more of them",
     }
     feed(evaluation, random_images(3, 4), range(3))
     assert list(evaluation.compute()) == ["fid", "sfid", "inception_score", "kid", "images"]
@@ -172,7 +173,7 @@ def test_missing_or_repeated_positions_raise(reference: Reference, positions: li
 
 
 def test_a_singular_covariance_is_reported(reference: Reference) -> None:
-    """FID has 6 features here, sFID 28: n images give a covariance of rank n - 1 at most."""
+    """FID has 6 features, sFID 28; the rank is n - 1."""
     few = replace(reference, pool=reference.pool._replace(n=6))
     for generated, expected in (
         (
@@ -207,12 +208,25 @@ def test_2049_images_give_a_covariance_of_full_rank() -> None:
     assert "2,048 features need at least 2,049" in line
 
 
+def test_the_device_of_inception_may_differ_from_that_of_the_states(reference: Reference) -> None:
+    """States stay on the CPU on Apple GPUs, while Inception takes its images from its own device."""
+
+    class Elsewhere(PixelFeatures):
+        device = torch.device("meta")
+
+        def forward(self, images: Tensor) -> InceptionFeatures:
+            assert images.device == self.device
+            return super().forward(torch.zeros(images.shape, dtype=torch.uint8))
+
+    assert Evaluator(Elsewhere(), reference, all_metrics()).compute() == {"images": 0}
+
+
 def test_invalid_calls(reference: Reference) -> None:
     evaluation = Evaluator(PixelFeatures(), reference, all_metrics())
     for positions in (torch.arange(2), torch.arange(3).float(), torch.arange(3)[:, None]):
-        with pytest.raises(ValueError, match="3 images need as many int64 positions"):
+        with pytest.raises(ValueError, match="positions: need 3 int64 values"):
             evaluation.update(random_images(3, 4), positions)
-    with pytest.raises(ValueError, match="two metrics have the same name: fid, fid"):
+    with pytest.raises(ValueError, match=r"two have the same name \(fid, fid\)"):
         Evaluator(PixelFeatures(), reference, {"a": FIDMetric(), "b": FIDMetric()})
 
 
@@ -238,7 +252,7 @@ def test_protocol_checks_and_description(reference: Reference) -> None:
 
 @pytest.mark.slow
 def test_evaluation_with_the_real_network(inception: Inception, tmp_path: Path) -> None:
-    """Compare a set with itself through files of this project and ADM; detect the order of real spatial values."""
+    """Compare a set with itself through files of this project and ADM."""
     images = torch.cat(list(open_image_set(PROJECT / "demo" / "emoji-64.zip", "set").batches(9, range(0, 2700, 300))))
     samples = tmp_path / "samples.npz"
     write_adm_samples(samples, [images], 9, (64, 64))

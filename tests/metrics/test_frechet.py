@@ -49,7 +49,7 @@ def test_distance_is_symmetric_and_adds_the_squared_shift() -> None:
 
 
 def test_closed_form_of_diagonal_gaussians() -> None:
-    """For diagonal covariances the distance is |m1 - m2|^2 + |s1 - s2|^2 with the standard deviations s."""
+    """Diagonal covariances: |m1 - m2|^2 + |s1 - s2|^2 with standard deviations s."""
     mean, reference_deviation = torch.linspace(-1, 1, FEATURES).double(), torch.linspace(0, 3, FEATURES).double()
     metric = FrechetDistance(FEATURES, FeatureStatistics(mean, reference_deviation.square().diag(), 1000))
     # rows whose sample covariance is exactly diagonal: +a and -a along each axis
@@ -121,7 +121,7 @@ def test_states_stay_float64() -> None:
 
 def test_errors() -> None:
     metric = FrechetDistance(FEATURES)
-    with pytest.raises(ValueError, match=r"expected features \[N,12\], not \[4, 3\]"):
+    with pytest.raises(ValueError, match=r"features: must be \[N,12\], not \[4, 3\]"):
         metric.update(torch.zeros(4, 3), real=True)
     metric.update(features(1), real=False)
     with pytest.raises(UserError, match="at least 2 real images"):

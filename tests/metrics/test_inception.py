@@ -147,7 +147,7 @@ def test_missing_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 
 class _Dangerous:
-    """Unpickling it would call `print`."""
+    """Object whose unpickling calls `print`."""
 
     def __reduce__(self) -> tuple[Callable[..., None], tuple[str]]:
         return print, ("this must not run",)

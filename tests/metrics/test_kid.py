@@ -39,7 +39,7 @@ def test_blocks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_kid_of_a_set_with_itself_is_slightly_negative() -> None:
-    """Its own pairs k(x, x) count between the sets but not within: -2/N (mean k(x, x) - mean k(x, y))."""
+    """Pairs k(x, x) count between the sets only: -2/N (mean k(x, x) - mean k(x, y))."""
     x = torch.randn(200, 16)
     kernels = (x.double() @ x.double().T / 16 + 1) ** 3
     own = kernels.diagonal().mean()

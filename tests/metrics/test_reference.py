@@ -91,7 +91,7 @@ def test_adm_round_trip(reference: Reference, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layout": "CHWN"}, "layout 'CHWN'; it must be 'NCHW' or 'NHWC'"),
+        ({"layout": "CHWN"}, "layout 'CHWN'; use 'NCHW' or 'NHWC'"),
         ({"layout": 3}, r"'layout' must be a text, not int64 of shape \[\]"),
         ({"sigma_s": None}, "lacks 'sigma_s'"),
         ({"mu_s": None}, "lacks 'mu_s'"),
@@ -147,7 +147,7 @@ def test_damaged_files(reference: Reference, tmp_path: Path, damage: Callable[[P
 
 
 def means(between: float, within: float, layout: str) -> Tensor:
-    """Spatial means with these standard deviations between channels and within each."""
+    """Draw spatial means with given standard deviations between and within channels."""
     generator = torch.Generator().manual_seed(1)
     values = between * torch.linspace(-1.5, 1.5, CHANNELS)[:, None, None]
     values = values + within * torch.randn(CHANNELS, SIZE, SIZE, generator=generator)

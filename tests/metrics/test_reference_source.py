@@ -116,7 +116,7 @@ def test_edm_statistics_are_not_cached(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("most", [10_000, 8, 0])
 def test_adm_reference_keeps_its_statistics(most: int, tmp_path: Path) -> None:
-    """The statistics are of other (more) images than those in the file."""
+    """The statistics come from more images than the file has."""
     expected, images = pixel_reference(random_images(90, 1)), random_images(20, 2)
     path = tmp_path / "adm.npz"
     write_adm(expected, path)

@@ -7,7 +7,7 @@ import torch
 
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import InceptionScore, PrecisionRecallMetric
-from relay_diffusion.metrics.base import ImageStore
+from relay_diffusion.metrics.base import FeatureStore
 from relay_diffusion.metrics.precision_recall import precision_recall
 
 
@@ -33,7 +33,7 @@ def test_a_set_covers_itself_and_not_a_distant_one():
 
 
 def test_precision_is_the_share_of_generated_images():
-    """Generated: half on the real points, half far away; every real point is covered."""
+    """Half of the generated points are real points, half are far away."""
     real = torch.randn(20, 4)
     assert precision_recall(real, torch.cat([real, torch.randn(20, 4) + 1000]), 3) == (0.5, 1.0)
 
@@ -108,7 +108,7 @@ def test_invalid_settings():
 
 
 def test_states_keep_their_dtype_under_another_precision():
-    module = torch.nn.ModuleList([InceptionScore(), ImageStore(keeps_features=True)])
+    module = torch.nn.ModuleList([InceptionScore(), FeatureStore(keeps_features=True)])
     module[0].update(torch.randn(3, 4))
     module[1].update(torch.randn(3, 4), torch.arange(3))
     module.to(torch.bfloat16).half()

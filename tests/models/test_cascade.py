@@ -1,4 +1,4 @@
-"""A conditioned cascade's later stage: trained, loaded, sampled in a relay."""
+"""Later stage of a conditioned cascade: training, loading, sampling in a relay."""
 
 from functools import partial
 
@@ -22,7 +22,7 @@ SHAPE = (3, 3, 8, 8)
 
 
 def cascade(num_classes=2, stage=CascadeStage, condition_channels=3, **settings):
-    """A stage 4 -> 8 of a few thousand parameters, all of which count."""
+    """Build a stage 4 -> 8 of a few thousand random parameters."""
     network = UNet(
         8, channels=8, channel_mult=[1, 2], blocks=1, attention_resolutions=[], num_classes=num_classes,
         condition_channels=condition_channels,
@@ -73,12 +73,14 @@ def test_guidance_is_applied_with_the_condition():
     condition = stage.sampling_condition(small, torch.randn_like)
     x, sigma = torch.randn(SHAPE), torch.tensor([0.3, 1.0, 5.0])
     with torch.no_grad():
-        plain, none = (stage.guided(condition)(x, sigma, given) for given in (labels, torch.full((3,), -1)))
+        plain, none = (stage.guided_denoiser(condition)(x, sigma, given) for given in (labels, torch.full((3,), -1)))
         stage.guidance_scale = 3.0
-        torch.testing.assert_close(stage.guided(condition)(x, sigma, labels), none + 3 * (plain - none))
-        expected = weaker.guided(condition)(x, sigma, labels)
+        torch.testing.assert_close(stage.guided_denoiser(condition)(x, sigma, labels), none + 3 * (plain - none))
+        expected = weaker.guided_denoiser(condition)(x, sigma, labels)
         stage.guide = weaker.denoiser
-        torch.testing.assert_close(stage.guided(condition)(x, sigma, labels), expected + 3 * (plain - expected))
+        torch.testing.assert_close(
+            stage.guided_denoiser(condition)(x, sigma, labels), expected + 3 * (plain - expected)
+        )
     with pytest.raises(UserError, match="conditioned"):
         cascade(guide=tiny_stage(8, 2))
 
@@ -92,7 +94,7 @@ def test_a_stage_and_its_network_agree_on_the_condition():
 
 @pytest.mark.slow
 def test_training_lowers_the_loss_and_uses_the_condition(fit, tmp_path):
-    """The images are dark or light noise: what is behind much noise, the small image alone can tell."""
+    """The images are dark or light noise; at high noise levels only the small image shows which."""
     quick = ("stage.optimizer.lr=3e-3", "callbacks.grid.every_n_images=4", "network.num_classes=0")
     fit("start", 4, *quick, stage="cascade")
     with Image.open(tmp_path / "start/samples/images-000000004.png") as picture:
@@ -109,7 +111,7 @@ def test_training_lowers_the_loss_and_uses_the_condition(fit, tmp_path):
     condition = stage.training_condition(x0)
     trained, other = loss(stage, condition), loss(stage, condition._replace(images=condition.images.roll(1, 0)))
     assert trained < 0.3 * loss(load_stage(tmp_path / "start", "raw"), condition)
-    assert trained < 0.5 * other  # dark images told that they are light
+    assert trained < 0.5 * other  # dark images with the condition of light ones
 
 
 @pytest.mark.slow
@@ -125,7 +127,7 @@ def test_a_cascade_is_sampled_from_its_checkpoints(fit, relay_runs, configuratio
     with Image.open(tmp_path / "samples/relay.png") as picture:
         assert picture.width == (4 * 8 + 3 * 2) + 2 * (12 + 4 * 16 + 3 * 2)  # small, enlarged, made
     again = [*options, "seeds=0-4", "relay.stages.cascade.changes.guidance_scale=2"]
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UserError, match="different settings"):
         sample(configuration("sample", *again, "relay.stages.cascade.changes.corruption.condition_noise=0.3"))
     assert sample(configuration("sample", *again))["sampled_now"] == 1
 

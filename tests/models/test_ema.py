@@ -1,4 +1,4 @@
-"""The weight of the old average: half-lives in images."""
+"""Weight averages with half-lives in images."""
 
 import math
 
@@ -62,7 +62,7 @@ def test_the_average_moves_towards_the_weights():
         assert torch.equal(average.weights[name], value)
 
 
-def test_the_network_gets_its_own_weights_back():
+def test_the_weights_of_the_network_are_restored():
     network = torch.nn.Linear(3, 2)
     average = WeightAverage(network, 8, weights={"weight": torch.zeros(2, 3), "bias": torch.ones(2)})
     raw = network.weight.detach().clone()

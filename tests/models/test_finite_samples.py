@@ -1,4 +1,4 @@
-"""Samples that are not finite: nothing is written or measured, and the message says where they began."""
+"""Non-finite samples: nothing is written or evaluated, and the message names their noise level."""
 
 import math
 import re
@@ -8,19 +8,19 @@ import torch
 
 from relay_diffusion.errors import UserError
 from relay_diffusion.models import relay as relay_module
-from relay_diffusion.models.finite_samples import NonFiniteSamplesError, finite, first_nonfinite
+from relay_diffusion.models.finite_samples import NonFiniteSamplesError, finite, first_nonfinite_level
 from relay_diffusion.models.relay import Relay, SampleBatch
 from relay_diffusion.models.stage import DiffusionStage, StageInfo
 from relay_diffusion.samplers import EDMSampler
 from relay_diffusion.sampling.run import sample
 from support import run, tiny_stage
 
-REMEDY = "use another checkpoint, or precision 32-true or bf16-mixed if it was 16-mixed"
+REMEDY = "use another checkpoint, or precision 32-true or bf16-mixed instead of 16-mixed"
 
 
 def failing(stage, below=math.inf, value=math.nan, images=slice(None)):
-    """The stage, whose estimates are `value` for some of the images at noise levels up to `below`."""
-    guided = stage.guided
+    """Make a stage's estimates `value` for some images at noise levels up to `below`."""
+    guided = stage.guided_denoiser
 
     def denoise(x, sigma, labels, inner):
         estimates = inner(x, sigma, labels)
@@ -29,7 +29,7 @@ def failing(stage, below=math.inf, value=math.nan, images=slice(None)):
             estimates[images] = value
         return estimates
 
-    stage.guided = lambda condition=None: lambda *given: denoise(*given, guided(condition))
+    stage.guided_denoiser = lambda condition=None: lambda *given: denoise(*given, guided(condition))
     return stage
 
 
@@ -40,7 +40,7 @@ def batch(seeds, positions=None):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_the_first_stage_that_fails_is_named_with_seeds_and_sigma(value):
-    """The next stage gets clamped images, in which an infinity is an ordinary white."""
+    """The next stage gets clamped images, in which an infinity becomes white."""
     relay = Relay({"a": failing(tiny_stage(4), 1.0, value, slice(1, 2)), "b": tiny_stage(8, 2)})
     sigma = f"{relay.samplers['a'].sigmas[2]:.4g}"  # the first level below 1
     message = f"relay.stages.a: the samples of seed 9 are not finite, first the network's estimate at sigma={sigma}: "
@@ -79,7 +79,7 @@ def test_failures_that_do_not_repeat_are_reported_as_such(monkeypatch):
         relay.sample([1])
 
 
-def test_finite_is_exact():
+def test_finite_detects_every_nonfinite_value():
     images = torch.zeros(5, 3, 2, 2)
     images[1, 2, 1, 1], images[2, 0, 0, 0], images[3, 1, 0, 1] = math.nan, math.inf, -math.inf
     images[4] = torch.finfo(torch.float32).max  # whose sum is infinite
@@ -92,7 +92,7 @@ def test_the_first_level_that_fails_is_described():
         return x * (math.inf if sigma[0] < 10 else 0.0)
 
     def found(start, value=denoise):
-        return first_nonfinite(EDMSampler(steps=8), lambda sampler: sampler(value, start, torch.randn_like))
+        return first_nonfinite_level(EDMSampler(steps=8), lambda sampler: sampler(value, start, torch.randn_like))
 
     expected = next(sigma for sigma in EDMSampler(steps=8).sigmas if sigma < 10)
     assert found(torch.randn(2, 3, 4, 4)) == f"first the network's estimate at sigma={expected:.4g}"
@@ -116,7 +116,7 @@ def test_finite_samples_cost_one_reduction_a_stage_and_no_second_sampling(monkey
 
 @pytest.fixture
 def broken(relay_runs, tmp_path):
-    """The override of a first stage whose weights are finite and whose samples are not."""
+    """Return the override of a first stage with finite weights and non-finite samples."""
     content = torch.load(relay_runs / "base/checkpoints/last.ckpt", weights_only=True)
     content["ema"]["weights"]["network.conv_out.weight"].fill_(1e38)
     torch.save(content, tmp_path / "broken.ckpt")

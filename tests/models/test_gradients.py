@@ -1,4 +1,4 @@
-"""Gradients that are not finite, and the norm of those that are."""
+"""Non-finite gradients and the gradient norm."""
 
 import lightning as L
 import pytest
@@ -20,8 +20,8 @@ def test_nonfinite_gradients_become_finite_and_are_counted():
     assert parameter.grad.tolist() == [1.0, 0.0, 1e5, -1e5, -2.0]
 
 
-def test_the_kernel_does_the_same(monkeypatch):
-    """Across the ends of programs and tensors, in any memory format; without a GPU in Triton's interpreter."""
+def test_the_nonfinite_kernel_equals_plain_torch(monkeypatch):
+    """At the ends of programs and tensors, in any memory format; without a GPU in Triton's interpreter."""
     pytest.importorskip("triton", TRITON)
     from relay_diffusion.kernels import nonfinite
 
@@ -52,7 +52,7 @@ def test_the_kernel_needs_dense_gradients():
     assert not _is_dense(torch.randn(4, 6).T)
 
 
-def test_no_gradients_are_none_replaced():
+def test_without_gradients_nothing_is_replaced():
     assert int(replace_nonfinite([torch.nn.Parameter(torch.zeros(2))])) == 0
 
 
@@ -79,7 +79,7 @@ def test_the_norm_is_over_all_gradients_and_the_mean_over_steps():
 
 @quiet_libraries()
 def test_scaled_gradients_count_unscaled_and_steps_that_overflow_do_not(monkeypatch):
-    """As with fp16 on a GPU; in float32 here, so that both have the same gradients."""
+    """As with fp16 on a GPU, but in float32, so that both have the same gradients."""
     monkeypatch.setattr(MixedPrecision, "autocast_context_manager", lambda _: torch.autocast("cpu", enabled=False))
     images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
     batches = [(images[:4], torch.zeros(4, dtype=torch.int64)), (images[4:], torch.ones(4, dtype=torch.int64))]

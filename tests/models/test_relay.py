@@ -1,4 +1,4 @@
-"""Relays: what fits, what does not, and what comes out."""
+"""Relays: compatible stages and their samples."""
 
 import pytest
 import torch
@@ -98,6 +98,11 @@ def test_a_relay_of_later_stages_starts_from_given_images():
     assert torch.equal(samples.images, to_uint8(samples.stages["c"]))
 
 
+def test_an_unknown_rounding_is_named():
+    with pytest.raises(ValueError, match=r"^rounding=up: use nearest or floor"):
+        Relay({"a": tiny_stage(4)}, rounding="up")
+
+
 def test_rounding_and_postprocessing_of_the_final_images():
     images = torch.linspace(-1, 1, 48).reshape(1, 3, 4, 4)
     floor = Relay({"a": tiny_stage(4)}, rounding="floor").finish(images)
@@ -148,6 +153,6 @@ def test_a_stage_may_have_any_name(name):
 
 
 @pytest.mark.parametrize(("stage", "sigma"), [((4, 1), 100.0), ((8, 2), 1.0)])
-def test_a_hand_over_that_makes_no_sense_is_refused(stage, sigma):
+def test_an_invalid_hand_over_is_refused(stage, sigma):
     with pytest.raises(UserError, match="hand_over_sigma"):
         Relay({"a": tiny_stage(*stage)}, hand_over_sigma=sigma)

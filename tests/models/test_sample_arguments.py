@@ -1,4 +1,4 @@
-"""What sampling accepts from Python, and how it refuses the rest."""
+"""Arguments of sampling from Python: accepted types and error messages."""
 
 import math
 
@@ -74,8 +74,8 @@ def test_labels_of_any_usual_kind(stage, labels):
         (torch.tensor([1]), "labels holds 1 for 2 seeds"),
         ([0, 1, 0], "labels holds 3 for 2 seeds"),
         ([], "labels holds 0 for 2 seeds"),
-        ([0, -2], "labels holds -2: a class index is 0 or more, -1 means no class"),
-        ([0, 2], r"class 2: the model knows classes 0\.\.1"),
+        ([0, -2], "labels holds -2: use class indices from 0, or -1 for no class"),
+        ([0, 2], r"class 2: the model has classes 0\.\.1"),
         ([0.0, 1.0], r"labels \(list\): must be integers"),
         (torch.tensor([0.0, 1.0]), r"labels \(torch\.float32\): must be integers"),
         ([True, False], "labels .*got a bool"),
@@ -120,8 +120,8 @@ def test_other_images_to_start_from_are_refused(start, message):
         Relay({"a": stage}).sample([5, 6], start=start)
 
 
-def test_a_relay_that_enlarges_needs_a_start(stage):
-    with pytest.raises(ValueError, match=r"^start: the first stage of this relay starts from noise: leave it out"):
+def test_a_relay_that_enlarges_needs_start_images(stage):
+    with pytest.raises(ValueError, match=r"^start: the first stage of this relay starts from noise: remove it"):
         Relay({"a": stage}).sample([5, 6], start=torch.zeros(SHAPE))
     with pytest.raises(ValueError, match=r"^start: the first stage of this relay enlarges images of 4x4: give them"):
         Relay({"a": tiny_stage(8, 2)}).sample([5, 6])

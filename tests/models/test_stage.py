@@ -1,4 +1,4 @@
-"""A stage: training, checkpoints, sampling."""
+"""Stages: training, checkpoints, sampling."""
 
 import pickle
 from pathlib import Path
@@ -47,13 +47,13 @@ def test_a_guide_is_a_weaker_checkpoint(fit, tmp_path):
     with torch.no_grad():
         expected = 2 * strong.denoiser(x, sigma, labels) - weak.denoiser(x, sigma, labels)
         assert not torch.equal(expected, strong.denoiser(x, sigma, labels))
-        torch.testing.assert_close(guided.guided()(x, sigma, labels), expected)
+        torch.testing.assert_close(guided.guided_denoiser()(x, sigma, labels), expected)
     assert guided.info.origin["guide"]["sha256"] == weak.info.origin["sha256"]
     assert guided.sample((1, 3, 16, 16), [0], torch.tensor([1])).isfinite().all()
 
 
 @pytest.mark.slow
-def test_guidance_outside_its_interval_is_none(fit, tmp_path):
+def test_guidance_is_disabled_outside_its_interval(fit, tmp_path):
     fit("run", 40, "stage.label_dropout=0.1")
     plain = load_stage(tmp_path / "run")
     shape, labels = (1, 3, 16, 16), torch.tensor([1])
@@ -67,7 +67,7 @@ def test_guidance_outside_its_interval_is_none(fit, tmp_path):
 
 
 @pytest.mark.parametrize("interval", [[1.0], [2.0, 1.0], [-1.0, 1.0]])
-def test_an_interval_that_makes_no_sense_is_refused(fit, tmp_path, interval):
+def test_an_invalid_interval_is_refused(fit, tmp_path, interval):
     fit("run", 4)
     with pytest.raises(UserError, match="guidance_interval"):
         load_stage(tmp_path / "run", changes={"guidance_interval": interval})
@@ -80,7 +80,7 @@ def test_guidance_is_disabled_by_scale_one_whatever_interval_is_stored(fit, tmp_
     shape, labels, run = (1, 3, 16, 16), torch.tensor([1]), tmp_path / "run"
     stored, disabled = load_stage(run), load_stage(run, changes={"guidance_scale": 1, "guidance_interval": None})
     assert (stored.guidance_scale, list(stored.guidance_interval)) == (3, [0.1, 2])
-    assert disabled.guided() is disabled._evaluator(disabled.denoiser)
+    assert disabled.guided_denoiser() is disabled._evaluator(disabled.denoiser)
     everywhere = load_stage(run, changes={"guidance_interval": [0.0, float("inf")]})
     no_interval = load_stage(run)
     no_interval.guidance_interval = None
@@ -102,7 +102,9 @@ def test_guidance_needs_a_stage_trained_with_label_dropout(fit, tmp_path):
         load_stage(tmp_path / "run", changes={"guidance_scale": 2.0})
     assert load_stage(tmp_path / "run", changes={"guidance_scale": 2.0}, guide=tmp_path / "run").guidance_scale == 2
     known = {"guidance_scale": 2.0, "label_dropout": 0.1}
-    assert load_stage(tmp_path / "run", changes=known).guidance_scale == 2  # trained elsewhere, it says
+    assert (
+        load_stage(tmp_path / "run", changes=known).guidance_scale == 2
+    )  # the user states that it was trained with label dropout
     content = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
     del content["stage_config"]["label_dropout"]
     torch.save(content, tmp_path / "old.ckpt")
@@ -113,8 +115,8 @@ def test_guidance_needs_a_stage_trained_with_label_dropout(fit, tmp_path):
 
 
 def test_guidance_without_classes_or_guide_is_refused():
-    with pytest.raises(UserError, match="knows no classes and there is no guide"):
-        tiny_stage(8, num_classes=0, guidance_scale=2.0).guided()
+    with pytest.raises(UserError, match="network is unconditional and there is no guide"):
+        tiny_stage(8, num_classes=0, guidance_scale=2.0).guided_denoiser()
 
 
 @pytest.mark.slow
@@ -149,7 +151,7 @@ def test_an_optimizer_without_some_options_can_leave_them_out(fit):
 
 
 @pytest.mark.slow
-def test_a_run_without_average_can_get_one(fit, tmp_path):
+def test_a_run_without_average_can_start_one(fit, tmp_path):
     fit("run", 4, "~callbacks.ema")
     with pytest.raises(UserError, match="no ema weights: use weights=raw"):
         load_stage(tmp_path / "run")
@@ -158,7 +160,7 @@ def test_a_run_without_average_can_get_one(fit, tmp_path):
 
 
 @pytest.mark.slow
-def test_another_seed_is_another_run(fit, tmp_path):
+def test_another_seed_changes_the_run(fit, tmp_path):
     fit("a", 8)
     fit("b", 8, "seed=1")
     a, b = (weights_of(tmp_path / f"{name}/checkpoints/last.ckpt") for name in "ab")
@@ -219,7 +221,7 @@ def test_changes_replace_stored_settings(fit, tmp_path):
 
 @pytest.mark.slow
 def test_a_change_of_the_corruption_is_one_of_the_samplers_too(fit, tmp_path):
-    """The sampler holds a copy of it, which may also be changed alone, as the published settings do."""
+    """The sampler has a copy, which can also be changed alone, as in the published settings."""
     fit("run", 4, stage="relay")
     stored = load_stage(tmp_path / "run")
     both = load_stage(tmp_path / "run", changes={"corruption": {"blur_sigma_max": 0.5}})
@@ -300,7 +302,7 @@ def test_the_same_seeds_give_the_same_images_in_any_batch():
     assert (whole[0] - whole[1]).abs().max() > 0.1
 
 
-def test_training_ends_the_graphs_of_its_weights():
+def test_training_discards_the_cuda_graphs():
     stage = tiny_stage(8)
     first = stage.eval()._evaluator(stage.denoiser)
     assert isinstance(first, Graphed)
@@ -323,7 +325,7 @@ def test_labels_that_the_network_does_not_know_are_refused():
         tiny_stage(8).sample((1, 3, 8, 8), [0], torch.tensor([2]))
 
 
-def test_facts_about_a_stage_are_fixed(fit, tmp_path):
+def test_metadata_of_a_stage_is_immutable(fit, tmp_path):
     trained = fit("run", 8)
     assert trained.info == StageInfo(trained.info.config, ["dark", "light"])
     loaded = load_stage(tmp_path / "run")
@@ -334,13 +336,23 @@ def test_facts_about_a_stage_are_fixed(fit, tmp_path):
 
 
 def test_a_second_fit_without_average_keeps_none(fit):
-    """A callback gives the stage its average for one fit."""
+    """A callback sets the stage's average for one fit."""
     stage = fit("run", 8)
     assert stage.ema is not None
     stage.setup("predict")
     assert stage.ema is not None
     stage.setup("fit")
     assert (stage.ema, stage.fit_state) == (None, FitState())
+
+
+def test_a_fit_counts_nothing_of_one_that_failed_between_micro_batches():
+    stage = tiny_stage(4)
+    stage.add_pending(4, torch.ones(4))
+    next(stage.parameters()).grad = torch.ones_like(next(stage.parameters()))
+    stage.gradient_norm.add(stage.denoiser.parameters())
+    stage.setup("fit")
+    assert not stage.mid_accumulation
+    assert stage.gradient_norm.take() is None
 
 
 def test_a_stage_that_refuses_its_settings_is_named(fit):

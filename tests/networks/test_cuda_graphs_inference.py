@@ -1,17 +1,17 @@
-"""Evaluations replayed from a CUDA graph; on a machine without a GPU the denoiser is simply called."""
+"""CUDA graphs in sampling; without a GPU the denoiser is called directly."""
 
 import pytest
 import torch
 
 from relay_diffusion.networks import EDMPreconditioner, Graphed, UNet
-from waking import awake
+from zero_layers import randomize_zero_layers
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
 
 
 def denoiser(**options):
     network = UNet(16, channels=16, channel_mult=(1, 2), blocks=1, attention_resolutions=(8,), num_classes=3, **options)
-    return awake(EDMPreconditioner(network))
+    return randomize_zero_layers(EDMPreconditioner(network))
 
 
 def test_without_a_gpu_it_is_the_denoiser():
@@ -26,7 +26,7 @@ def test_without_a_gpu_it_is_the_denoiser():
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
 @pytest.mark.parametrize("inference", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_replays_give_what_calls_give(precision, inference, channels_last):
+def test_replays_equal_direct_calls(precision, inference, channels_last):
     plain = denoiser(channels_last=channels_last).cuda()
     graphed = Graphed(plain)
     with inference(), torch.autocast("cuda", precision, enabled=precision is not None):
@@ -38,7 +38,7 @@ def test_replays_give_what_calls_give(precision, inference, channels_last):
 
 @needs_gpu
 @torch.no_grad()
-def test_changed_weights_count():
+def test_changed_weights_are_used():
     plain = denoiser(channels_last=True).cuda()
     graphed = Graphed(plain)
     x, sigma, labels = torch.randn(2, 3, 16, 16).cuda(), torch.ones(2), torch.tensor([0, 2]).cuda()
@@ -65,7 +65,7 @@ def test_a_graph_serves_evaluations_with_and_without_inference_mode(modes):
 
 @needs_gpu
 @torch.no_grad()
-def test_weights_that_moved_count():
+def test_weights_in_new_memory_are_used():
     plain = denoiser(channels_last=True).cuda()
     graphed = Graphed(plain)
     x, sigma = torch.randn(2, 3, 16, 16).cuda(), torch.ones(2)
@@ -78,7 +78,7 @@ def test_weights_that_moved_count():
 
 @needs_gpu
 @torch.no_grad()
-def test_batches_of_two_sizes_in_turns_and_a_third():
+def test_at_most_two_batch_sizes_are_kept():
     plain = denoiser(channels_last=True).cuda()
     graphed = Graphed(plain)
     for batch in (1, 2, 1, 2, 1, 2, 3, 3, 3, 1):

@@ -1,11 +1,11 @@
-"""Training steps replayed from CUDA graphs; on a machine without a GPU the denoiser is simply called."""
+"""CUDA graphs in training; without a GPU the denoiser is called directly."""
 
 import pytest
 import torch
 
 from relay_diffusion.networks import Condition, EDMPreconditioner, GraphedTraining, UNet
 from relay_diffusion.networks.cuda_graphs import _apart
-from waking import awake
+from zero_layers import randomize_zero_layers
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
 BATCH = 4
@@ -13,7 +13,7 @@ BATCH = 4
 
 def denoiser(**options):
     network = UNet(16, channels=16, channel_mult=(1, 2), blocks=1, attention_resolutions=(8,), num_classes=3, **options)
-    return awake(EDMPreconditioner(network)).train()
+    return randomize_zero_layers(EDMPreconditioner(network)).train()
 
 
 def step_inputs(device, batch=BATCH, **given):
@@ -22,7 +22,7 @@ def step_inputs(device, batch=BATCH, **given):
 
 
 def gradients(module, call, inputs, precision=None):
-    """Output, and gradients of a loss of it, from the same random state."""
+    """Compute output and gradients of a loss from a fixed random state."""
     module.zero_grad()
     torch.manual_seed(1)
     with torch.autocast("cuda", precision, enabled=precision is not None):
@@ -48,7 +48,7 @@ def test_without_a_gpu_it_is_the_denoiser():
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_replays_give_what_calls_give(precision, dropout, channels_last):
+def test_replays_equal_direct_calls(precision, dropout, channels_last):
     plain = denoiser(dropout=dropout, channels_last=channels_last).cuda()
     graphed = GraphedTraining(plain)
     optimizer = torch.optim.SGD(plain.parameters(), lr=1e-4)
@@ -61,7 +61,7 @@ def test_replays_give_what_calls_give(precision, dropout, channels_last):
 
 
 @needs_gpu
-def test_all_that_a_network_may_see():
+def test_all_inputs_of_a_network_are_replayed():
     plain = denoiser(augment_labels=2, condition_channels=3).cuda()
     graphed = GraphedTraining(plain)
     for _ in range(3):
@@ -71,7 +71,7 @@ def test_all_that_a_network_may_see():
 
 
 @needs_gpu
-def test_parts_of_a_step_add_up():
+def test_gradients_of_micro_batches_accumulate():
     plain = denoiser(channels_last=True).cuda()
     graphed = GraphedTraining(plain)
     parts = [step_inputs("cuda") for _ in range(3)]
@@ -102,7 +102,7 @@ def test_the_capture_draws_no_random_numbers_and_leaves_no_gradients():
 
 
 @needs_gpu
-def test_batches_of_other_sizes():
+def test_another_batch_size_is_captured_again():
     plain = denoiser(channels_last=True).cuda()
     graphed = GraphedTraining(plain)
     for batch in (4, 4, 2, 4):
@@ -111,7 +111,7 @@ def test_batches_of_other_sizes():
 
 
 @needs_gpu
-def test_where_blocks_are_computed_again_the_denoiser_is_called():
+def test_activation_checkpointing_calls_the_denoiser():
     plain = denoiser(checkpoint_levels=[0]).cuda()
     graphed, inputs = GraphedTraining(plain), step_inputs("cuda")
     assert_close(gradients(plain, graphed, inputs), gradients(plain, plain, inputs), 1e-3)
@@ -132,13 +132,13 @@ def test_a_second_gradient_is_refused():
     graphed = GraphedTraining(denoiser().cuda())
     output = graphed(**step_inputs("cuda")).sum()
     output.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="or gradient"):
+    with pytest.raises(RuntimeError, match="one gradient"):
         output.backward()
 
 
 @needs_gpu
 def test_no_two_weights_share_the_memory_of_their_gradients():
-    """As a loss scaler divides each of them in place."""
+    """A loss scaler divides each of them in place."""
     plain = denoiser(channels_last=True).cuda()
     GraphedTraining(plain)(**step_inputs("cuda")).sum().backward()
     places = [p.grad.data_ptr() for p in plain.parameters()]
@@ -148,7 +148,7 @@ def test_no_two_weights_share_the_memory_of_their_gradients():
 def test_gradients_that_share_memory_are_taken_apart():
     a, b = torch.zeros(3, requires_grad=True), torch.zeros(3, requires_grad=True)
     shared = torch.autograd.grad((a + b).sum(), [a, b])
-    assert len({gradient.data_ptr() for gradient in shared}) == 1  # or there would be nothing to do
+    assert len({gradient.data_ptr() for gradient in shared}) == 1  # the case under test
     apart = _apart([*shared, None])
     assert len({gradient.data_ptr() for gradient in apart[:2]}) == 2
     assert apart[2] is None

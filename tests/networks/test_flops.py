@@ -1,4 +1,4 @@
-"""Operations of a network, counted on shapes."""
+"""FLOPs of a network, counted on shapes."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ ENLARGED = {"64": [(384, 64), (576, 32), (768, 16)], "256": [(256, 256), (512, 1
         ("256", {"resolution": 256, "channels": 256, "channel_mult": (1, 1, 2, 2, 4, 4), "blocks": 2}, 2239e9),
     ],
 )
-def test_the_published_networks_cost_what_was_counted_for_them(name, options, published):
+def test_flops_of_the_published_networks(name, options, published):
     with torch.device("meta"):
         network = UNet(**options, num_classes=1000)
     saved = sum(5 / 9 * 2 * 9 * channels**2 * size**2 for channels, size in ENLARGED[name])
@@ -55,7 +55,7 @@ def test_matrix_products_are_timed_in_the_precision_of_convolutions():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU")
-def test_the_peak_of_a_gpu_is_that_of_a_product():
+def test_the_peak_is_flops_over_seconds_of_a_product():
     device, half = torch.device("cuda"), torch.bfloat16
     peak = matrix_peak(device, half, size=4096)
     a = torch.randn(4096, 4096, device=device, dtype=half)

@@ -1,4 +1,4 @@
-"""The parts of the UNet, by their formulas."""
+"""Layers of the UNet against their formulas."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 from relay_diffusion.networks.layers import ResidualBlock, SelfAttention, SinusoidalEmbedding, group_norm
 from relay_diffusion.networks.ops import convolve_enlarged, downsample, upsample
-from waking import awake
+from zero_layers import randomize_zero_layers
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_downsampling_undoes_upsampling():
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 1, 1), (1, 3, 4, 5)])
-def test_enlarging_and_convolving_in_one(shape):
+def test_convolve_enlarged_equals_upsampling_and_convolving(shape):
     conv, x = nn.Conv2d(3, 5, 3, padding=1).double(), torch.randn(shape).double()
     out, bias = convolve_enlarged(conv, x)
     assert bias is None
@@ -51,7 +51,7 @@ def test_heads_have_sixty_four_channels_if_they_divide(channels, heads):
 @pytest.mark.parametrize("head_channels", [4, 8, 16])
 @torch.no_grad()
 def test_attention_is_the_softmax_of_each_head(head_channels):
-    channels, attention = 8, awake(SelfAttention(8, head_channels)).double()
+    channels, attention = 8, randomize_zero_layers(SelfAttention(8, head_channels)).double()
     size = head_channels if head_channels <= channels else channels
     x = torch.randn(1, channels, 2, 3).double()
     q, k, v = attention.qkv(attention.norm(x)).flatten(2)[0].chunk(3)  # each [channels, pixels]
@@ -74,8 +74,8 @@ def test_a_residual_block_starts_as_its_shortcut(options, resample):
 
 
 @torch.no_grad()
-def test_a_residual_block_by_its_formula():
-    block = awake(ResidualBlock(4, 8, 6)).double()
+def test_a_residual_block_equals_its_formula():
+    block = randomize_zero_layers(ResidualBlock(4, 8, 6)).double()
     x, embedding = torch.randn(2, 4, 5, 5).double(), torch.randn(2, 6).double()
     silu = nn.SiLU()
     scale, shift = block.affine(embedding)[:, :, None, None].chunk(2, dim=1)

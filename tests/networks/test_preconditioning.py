@@ -1,15 +1,15 @@
-"""EDM preconditioning with a fake network, by its closed form."""
+"""EDM preconditioning of a fake network against its closed form."""
 
 import pytest
 import torch
 from torch import nn
 
-from relay_diffusion.diffusion import ClassifierFreeGuidance
+from relay_diffusion.diffusion.guidance import ClassifierFreeGuidance
 from relay_diffusion.networks import Condition, Conditioned, EDMPreconditioner
 
 
 class Fake(nn.Module):
-    """Stands for the UNet: records what it is given, returns a constant."""
+    """Fake UNet that records its inputs and returns a constant."""
 
     def __init__(self, value=0.0):
         super().__init__()
@@ -24,7 +24,7 @@ SIGMA = torch.tensor([0.002, 0.5, 3.0, 80.0], dtype=torch.float64)
 
 
 def image_like(value):
-    """[B] -> images [B,3,2,2] that have this value in every pixel, float32."""
+    """Expand values [B] to constant images [B,3,2,2], float32."""
     return value.float()[:, None, None, None].expand(-1, 3, 2, 2)
 
 
@@ -45,14 +45,14 @@ def test_network_sees_scaled_images_and_a_quarter_of_the_log_noise(sigma_data):
     torch.testing.assert_close(noise, (SIGMA.log() / 4).float())
 
 
-def test_labels_reach_the_network_in_their_places():
+def test_labels_reach_the_network():
     network, labels, augment = Fake(), torch.tensor([1, -1, 0, 2]), torch.randn(4, 9)
     EDMPreconditioner(network)(torch.zeros(4, 3, 2, 2), SIGMA, labels, augment)
     assert network.given[2] is labels
     assert network.given[3] is augment
 
 
-def test_a_condition_is_scaled_by_its_own_noise_and_that_is_told():
+def test_a_condition_is_scaled_by_its_own_noise_level():
     x, images, level = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2), torch.tensor([0.0, 0.1, 0.5, 2.0])
     network = Fake()
     EDMPreconditioner(network)(x, SIGMA, condition=Condition(images, level))

@@ -14,7 +14,7 @@ INVENTORIES = json.loads((REFERENCE / "network_inventories.json").read_text())
 
 
 def unet(config):
-    """Our network for the published constructor settings, with their defaults."""
+    """Build the UNet of published constructor settings and their defaults."""
     return UNet(
         resolution=config["img_resolution"],
         channels=config["model_channels"],

@@ -6,7 +6,7 @@ import torch
 from relay_diffusion.networks import Condition, EDMPreconditioner, UNet, ops
 from relay_diffusion.networks import layers as blocks
 from relay_diffusion.networks.layers import ResidualBlock, SelfAttention
-from waking import awake
+from zero_layers import randomize_zero_layers
 
 NOISE = torch.tensor([-0.7, 0.4])
 
@@ -29,7 +29,7 @@ def x_of(network, batch=2):
 @pytest.mark.parametrize("channels", [20, 36, 48, 50])
 @torch.no_grad()
 def test_any_even_number_of_channels_runs(channels):
-    network = awake(unet(channels=channels))
+    network = randomize_zero_layers(unet(channels=channels))
     out = network(x_of(network), NOISE)
     assert out.shape == (2, 3, 8, 8)
     assert out.isfinite().all()
@@ -38,7 +38,7 @@ def test_any_even_number_of_channels_runs(channels):
 @pytest.mark.parametrize(("resolution", "channel_mult"), [(12, (1, 1, 2)), (24, (1, 2, 1, 1)), (5, (1,)), (6, (1, 2))])
 @torch.no_grad()
 def test_any_resolution_that_halves_often_enough_runs(resolution, channel_mult):
-    network = awake(unet(resolution, 4, channel_mult))
+    network = randomize_zero_layers(unet(resolution, 4, channel_mult))
     assert network(x_of(network), NOISE).shape == (2, 3, resolution, resolution)
 
 
@@ -56,7 +56,7 @@ def test_an_odd_number_of_channels_is_refused():
 @pytest.mark.parametrize("image_channels", [1, 4])
 @torch.no_grad()
 def test_images_may_have_any_number_of_channels(image_channels):
-    network = awake(unet(image_channels=image_channels))
+    network = randomize_zero_layers(unet(image_channels=image_channels))
     assert network(x_of(network), NOISE).shape == (2, image_channels, 8, 8)
 
 
@@ -68,7 +68,7 @@ def test_attention_sits_at_its_resolutions_and_at_the_bottom(attention_resolutio
 
 @torch.no_grad()
 def test_decoder_takes_the_encoder_outputs_in_reverse_order():
-    network = awake(unet(channel_mult=(1, 2, 2)))
+    network = randomize_zero_layers(unet(channel_mult=(1, 2, 2)))
     kept, joined = [], []
     for module in (network.conv_in, *network.encoder):
         module.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
@@ -82,14 +82,14 @@ def test_decoder_takes_the_encoder_outputs_in_reverse_order():
 
 @torch.no_grad()
 def test_no_class_is_the_same_as_no_labels():
-    network = awake(unet(num_classes=5))
+    network = randomize_zero_layers(unet(num_classes=5))
     x = x_of(network)
     torch.testing.assert_close(network(x, NOISE, torch.tensor([-1, -1])), network(x, NOISE), atol=0, rtol=0)
 
 
 @torch.no_grad()
 def test_images_with_and_without_a_class_may_share_a_batch():
-    network = awake(unet(num_classes=5))
+    network = randomize_zero_layers(unet(num_classes=5))
     x = x_of(network)
     mixed = network(x, NOISE, torch.tensor([-1, 3]))
     torch.testing.assert_close(mixed[:1], network(x, NOISE)[:1])
@@ -98,7 +98,7 @@ def test_images_with_and_without_a_class_may_share_a_batch():
 
 @torch.no_grad()
 def test_every_class_has_its_own_output():
-    network = awake(unet(num_classes=3))
+    network = randomize_zero_layers(unet(num_classes=3))
     x = x_of(network, 1).expand(4, -1, -1, -1)
     out = network(x, NOISE[:1].expand(4), torch.tensor([-1, 0, 1, 2]))
     for i in range(4):
@@ -108,14 +108,14 @@ def test_every_class_has_its_own_output():
 
 @torch.no_grad()
 def test_the_noise_level_changes_the_output():
-    network = awake(unet())
+    network = randomize_zero_layers(unet())
     out = network(x_of(network, 1).expand(2, -1, -1, -1), NOISE)
     assert (out[0] - out[1]).abs().max() > 1e-3
 
 
 @torch.no_grad()
 def test_augmentation_labels_change_the_output_and_zeros_do_not():
-    network = awake(unet(augment_labels=9))
+    network = randomize_zero_layers(unet(augment_labels=9))
     x = x_of(network)
     plain = network(x, NOISE)
     torch.testing.assert_close(network(x, NOISE, None, torch.zeros(2, 9)), plain, atol=0, rtol=0)
@@ -124,7 +124,7 @@ def test_augmentation_labels_change_the_output_and_zeros_do_not():
 
 @torch.no_grad()
 def test_a_condition_and_its_level_change_the_output_of_their_image_alone():
-    denoise = EDMPreconditioner(awake(unet(condition_channels=3)))
+    denoise = EDMPreconditioner(randomize_zero_layers(unet(condition_channels=3)))
     x, sigma, images, level = x_of(denoise.network), torch.ones(2), torch.randn(2, 3, 8, 8), torch.tensor([0.1, 0.1])
     before = denoise(x, sigma, condition=Condition(images, level))
     first = torch.tensor([1.0, 0.0])
@@ -137,7 +137,7 @@ def test_a_condition_and_its_level_change_the_output_of_their_image_alone():
 
 @pytest.mark.parametrize("channels", [3, 6, 7])
 def test_the_first_convolution_of_eight_channels_is_that_of_fewer(monkeypatch, channels):
-    """What a GPU computes, here on the CPU."""
+    """The path of a GPU, computed on the CPU."""
     monkeypatch.setattr(ops, "fusible", lambda *_: True)
     conv, x = torch.nn.Conv2d(channels, 4, 3, padding=1), torch.randn(2, channels, 8, 8)
     torch.testing.assert_close(ops.convolve_image(conv, x), conv(x), rtol=0, atol=1e-5)
@@ -145,7 +145,7 @@ def test_the_first_convolution_of_eight_channels_is_that_of_fewer(monkeypatch, c
 
 @torch.no_grad()
 def test_images_of_a_batch_do_not_mix():
-    network = awake(unet(num_classes=5, attention_resolutions=(8, 4)))
+    network = randomize_zero_layers(unet(num_classes=5, attention_resolutions=(8, 4)))
     x, labels = x_of(network), torch.tensor([1, 4])
     apart = torch.cat([network(x[i : i + 1], NOISE[i : i + 1], labels[i : i + 1]) for i in range(2)])
     torch.testing.assert_close(network(x, NOISE, labels), apart)
@@ -165,7 +165,7 @@ def test_a_new_denoiser_is_the_skip_alone():
 
 @torch.no_grad()
 def test_dropout_acts_in_training_only():
-    network = awake(unet(dropout=0.5))
+    network = randomize_zero_layers(unet(dropout=0.5))
     x = x_of(network)
     assert torch.equal(network(x, NOISE), network(x, NOISE))
     network.train()
@@ -179,7 +179,7 @@ def test_every_residual_block_has_the_dropout():
 
 @torch.no_grad()
 def test_training_without_dropout_equals_evaluation():
-    network = awake(unet())
+    network = randomize_zero_layers(unet())
     x = x_of(network)
     expected = network(x, NOISE)
     assert torch.equal(network.train()(x, NOISE), expected)
@@ -187,7 +187,7 @@ def test_training_without_dropout_equals_evaluation():
 
 def test_gradients_reach_every_parameter():
     options = {"num_classes": 2, "augment_labels": 9, "condition_channels": 3}
-    network = awake(unet(channel_mult=(1, 2, 2), attention_resolutions=(4,), **options))
+    network = randomize_zero_layers(unet(channel_mult=(1, 2, 2), attention_resolutions=(4,), **options))
     condition = Condition(torch.randn(2, 3, 8, 8, requires_grad=True), torch.tensor([0.1, 0.4]))
     x, sigma, labels = x_of(network), torch.tensor([0.3, 1.0]), torch.tensor([0, 1])
     EDMPreconditioner(network)(x, sigma, labels, torch.randn(2, 9), condition).square().sum().backward()
@@ -198,7 +198,7 @@ def test_gradients_reach_every_parameter():
 
 @torch.no_grad()
 def test_mixed_precision_stays_close():
-    denoise = EDMPreconditioner(awake(unet(channels=16, attention_resolutions=(8,), num_classes=3)))
+    denoise = EDMPreconditioner(randomize_zero_layers(unet(channels=16, attention_resolutions=(8,), num_classes=3)))
     x, sigma, labels = x_of(denoise.network), torch.tensor([0.3, 3.0]), torch.tensor([2, -1])
     single = denoise(x, sigma, labels)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -211,7 +211,7 @@ def test_mixed_precision_stays_close():
 @pytest.mark.parametrize("channels_last", [False, True])
 @torch.no_grad()
 def test_memory_layout_of_the_images_does_not_change_the_output(channels_last):
-    network = awake(unet(channels=16, attention_resolutions=(8,), channels_last=channels_last))
+    network = randomize_zero_layers(unet(channels=16, attention_resolutions=(8,), channels_last=channels_last))
     x = x_of(network)
     interleaved = network(x.to(memory_format=torch.channels_last), NOISE)
     torch.testing.assert_close(interleaved, network(x, NOISE), atol=1e-5, rtol=0)
@@ -219,7 +219,7 @@ def test_memory_layout_of_the_images_does_not_change_the_output(channels_last):
 
 @torch.no_grad()
 def test_memory_layout_of_the_network_does_not_change_the_output():
-    plain = awake(unet(channels=16, attention_resolutions=(8,)))
+    plain = randomize_zero_layers(unet(channels=16, attention_resolutions=(8,)))
     interleaved = unet(channels=16, attention_resolutions=(8,), channels_last=True)
     interleaved.load_state_dict(plain.state_dict())
     x = x_of(plain)
@@ -240,9 +240,9 @@ def test_weights_and_activations_have_the_memory_layout_asked_for(channels_last)
 
 @pytest.mark.parametrize("levels", [(0,), (1,), (0, 1, 2)])
 def test_checkpointing_changes_no_gradient(levels):
-    """Also with dropout, whose mask must be the same the second time."""
-    plain = awake(unet(channel_mult=(1, 2, 2), dropout=0.3)).train()
-    saving = awake(unet(channel_mult=(1, 2, 2), dropout=0.3, checkpoint_levels=levels)).train()
+    """Also with dropout, whose mask must be the same in the recomputation."""
+    plain = randomize_zero_layers(unet(channel_mult=(1, 2, 2), dropout=0.3)).train()
+    saving = randomize_zero_layers(unet(channel_mult=(1, 2, 2), dropout=0.3, checkpoint_levels=levels)).train()
     saving.load_state_dict(plain.state_dict())
     for network in (plain, saving):
         torch.manual_seed(0)
@@ -254,10 +254,10 @@ def test_checkpointing_changes_no_gradient(levels):
 
 
 def test_checkpointed_blocks_keep_nothing_but_their_input():
-    """What a block saves is counted: all of it without, nothing inside with checkpointing."""
+    """Counts the saved tensors: all without checkpointing, only the input with it."""
     kept = {}
     for levels in ((), (0, 1)):
-        network, saved = awake(unet(channel_mult=(1, 2), checkpoint_levels=levels)).train(), []
+        network, saved = randomize_zero_layers(unet(channel_mult=(1, 2), checkpoint_levels=levels)).train(), []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
             network(x_of(network), NOISE)
         kept[levels] = sum(saved)
@@ -267,7 +267,7 @@ def test_checkpointed_blocks_keep_nothing_but_their_input():
 def test_blocks_are_computed_again_in_training_only(monkeypatch):
     calls = []
     monkeypatch.setattr(blocks, "checkpoint", lambda function, *args, **_: calls.append(args) or function(*args))
-    network = awake(unet(channel_mult=(1, 2), checkpoint_levels=(1,)))
+    network = randomize_zero_layers(unet(channel_mult=(1, 2), checkpoint_levels=(1,)))
     network.eval()(x_of(network), NOISE)
     assert not calls
     network.train()(x_of(network), NOISE)
@@ -276,8 +276,8 @@ def test_blocks_are_computed_again_in_training_only(monkeypatch):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_gradients_lie_as_their_weights_do(channels_last):
-    """Else DDP copies them, and warns."""
-    network = awake(unet(channel_mult=(1, 2), channels_last=channels_last))
+    """DDP would copy other layouts, and warn."""
+    network = randomize_zero_layers(unet(channel_mult=(1, 2), channels_last=channels_last))
     network(x_of(network), NOISE).square().sum().backward()
     for name, parameter in network.named_parameters():
         if parameter.grad is not None:

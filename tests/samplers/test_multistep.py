@@ -6,15 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from relay_diffusion.diffusion import (
-    BlurringCorruption,
-    GaussianCorruption,
-    LogNormal,
-    TruncatedLogNormal,
-    block_dct,
-    block_filter,
-    block_idct,
-)
+from relay_diffusion.diffusion import BlurringCorruption, GaussianCorruption, LogNormal, TruncatedLogNormal
+from relay_diffusion.diffusion.dct import block_dct, block_filter, block_idct
 from relay_diffusion.diffusion.generators import PerImageGenerator
 from relay_diffusion.samplers import MultistepSampler
 from support import toy_denoiser

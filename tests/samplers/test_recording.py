@@ -1,4 +1,4 @@
-"""The way from noise to images: what is recorded, what is drawn, and that nothing else changes."""
+"""Recorded trajectories: steps, pictures and unchanged samples."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ SAMPLERS = {
 
 
 class OneBuffer:
-    """A denoiser that writes every answer over the one before, as a replayed graph may."""
+    """Denoiser that overwrites its previous output, as a replayed graph may."""
 
     def __init__(self):
         self.buffer = torch.empty(3, 3, 8, 8, dtype=torch.float64)
@@ -121,7 +121,7 @@ def test_other_devices_record_nothing_and_samplers_are_given_back():
 
 
 def test_fewer_images_than_asked_for_are_drawn_once_each(tmp_path):
-    """One image of a batch of two is wanted: the other only fills it up."""
+    """One image of a batch of two is wanted; the other is padding."""
     relay, callback = Relay({"a": tiny_stage(4)}).eval(), TrajectoryPicture(tmp_path, 3)
     trainer = SimpleNamespace(is_global_zero=True)
     callback.on_predict_start(trainer, relay)

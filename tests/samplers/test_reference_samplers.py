@@ -1,15 +1,16 @@
-"""Samplers against the images that the published implementation made from the same noise."""
+"""Samplers against images of the published implementation from the same noise."""
 
 import pytest
 import torch
 
-from relay_diffusion.diffusion import BlurringCorruption, ClassifierFreeGuidance, TruncatedLogNormal
+from relay_diffusion.diffusion import BlurringCorruption, TruncatedLogNormal
+from relay_diffusion.diffusion.guidance import ClassifierFreeGuidance
 from relay_diffusion.samplers import BlurringSampler, EDMSampler
 from support import Replay, class_indices, toy_denoiser
 
 
 def churn_draws(sampler, draws):
-    """The reference draws churn noise also where it is multiplied by zero; keep only what is used."""
+    """Keep the used churn noise: the reference draws it also where it is multiplied by zero."""
     return [d for d, sigma in zip(draws, sampler.sigmas, strict=False) if sampler._gamma(sigma) > 0]
 
 

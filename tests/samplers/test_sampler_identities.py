@@ -1,4 +1,4 @@
-"""What the samplers must do by mathematics alone: Heun, order two, exact marginals."""
+"""Mathematical properties of the samplers: Heun, second order, exact marginals."""
 
 import math
 from itertools import pairwise
@@ -7,16 +7,11 @@ import pytest
 import torch
 
 from recorder import Recorder
-from relay_diffusion.diffusion import (
-    BlurringCorruption,
-    TruncatedLogNormal,
-    block_dct,
-    block_filter,
-    block_idct,
-    block_noise,
-    karras_sigmas,
-)
+from relay_diffusion.diffusion import BlurringCorruption, TruncatedLogNormal
+from relay_diffusion.diffusion.dct import block_dct, block_filter, block_idct
 from relay_diffusion.diffusion.generators import PerImageGenerator
+from relay_diffusion.diffusion.noise import block_noise
+from relay_diffusion.diffusion.schedule import karras_sigmas
 from relay_diffusion.samplers import BlurringSampler, EDMSampler, MultistepSampler
 from support import Replay, toy_denoiser
 
@@ -86,7 +81,7 @@ def noisy_steps(move, x, draws, sigmas, eta, denoise):
 
 @pytest.mark.parametrize("of_network", [torch.float64, torch.float32])
 @pytest.mark.parametrize("block", [2, 4, 16])
-def test_relay_steps_are_the_written_ones(block, of_network):
+def test_relay_steps_equal_the_formula(block, of_network):
     corruption = BlurringCorruption(SCHEDULE, block, blur_sigma_max=2.0, block_strength=0.4)
     sampler = BlurringSampler(corruption, steps=10, s_noise=0.3)
     start, white = images(size=32), [images(size=32) for _ in range(2 * (2 * len(sampler.sigmas) - 1))]
@@ -114,7 +109,7 @@ def test_relay_steps_are_the_written_ones(block, of_network):
 
 
 @pytest.mark.parametrize("of_network", [torch.float64, torch.float32])
-def test_edm_steps_are_the_written_ones(of_network):
+def test_edm_steps_equal_the_formula(of_network):
     sampler = EDMSampler(steps=8, sde_scale=0.3)
     white = [images() for _ in range(2 * 7 + 1)]
 
@@ -140,8 +135,8 @@ def test_edm_steps_are_the_written_ones(of_network):
 @pytest.mark.parametrize(
     "sampler", [EDMSampler(steps=5, churn=3.0, sde_scale=0.3), relay_with_noise(), multistep_with_noise()]
 )
-def test_nothing_that_a_denoiser_or_a_source_handed_out_is_changed(sampler):
-    """Steps work in place, but on their own memory only."""
+def test_outputs_of_denoiser_and_noise_source_are_not_modified(sampler):
+    """Steps modify only their own memory in place."""
     handed, copies = [], []
 
     def keep(x):
@@ -158,8 +153,8 @@ def test_nothing_that_a_denoiser_or_a_source_handed_out_is_changed(sampler):
 
 
 @pytest.mark.parametrize("sampler", [EDMSampler(steps=5), relay_with_noise(), multistep_with_noise()])
-def test_a_network_may_write_all_its_answers_to_the_same_memory(sampler):
-    """As one captured in a CUDA graph does."""
+def test_a_network_may_reuse_its_output_memory(sampler):
+    """A network captured in a CUDA graph does."""
     start, memory = images(), torch.empty(2, 3, 8, 8)
 
     def overwriting(x, sigma, labels):

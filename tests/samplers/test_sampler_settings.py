@@ -1,4 +1,4 @@
-"""The samplers' settings, the calls they make, and one seed per image."""
+"""Options of the samplers, their evaluations, and one seed per image."""
 
 import math
 from unittest.mock import Mock
@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from recorder import Recorder
-from relay_diffusion.diffusion import BlurringCorruption, TruncatedLogNormal, karras_sigmas
+from relay_diffusion.diffusion import BlurringCorruption, TruncatedLogNormal
 from relay_diffusion.diffusion.generators import PerImageGenerator
+from relay_diffusion.diffusion.schedule import karras_sigmas
 from relay_diffusion.samplers import BlurringSampler, EDMSampler
 from support import Replay, toy_denoiser
 
@@ -116,7 +117,7 @@ def test_edm_evaluates_twice_a_step_but_the_last():
     assert EDMSampler(steps=6).evaluations == 11
 
 
-def test_edm_walks_the_karras_grid_to_zero():
+def test_edm_follows_the_karras_grid_to_zero():
     sampler = EDMSampler(steps=6, sigma_min=0.01, sigma_max=5.0, rho=3.0)
     assert sampler.sigmas == [*karras_sigmas(6, 0.01, 5.0, 3.0).tolist(), 0.0]
 
@@ -169,7 +170,7 @@ def test_two_levels_below_the_truncation_are_enough():
 
 
 @pytest.mark.parametrize("settings", [{"churn_min": -0.1}, {"churn_max": -0.1}, {"churn_noise": math.nan}])
-def test_churn_that_is_no_range_is_refused(settings):
+def test_an_invalid_churn_range_is_refused(settings):
     with pytest.raises(ValueError, match=f"^{next(iter(settings))}="):
         EDMSampler(**settings)
 
@@ -228,7 +229,7 @@ def test_the_first_level_decides_whether_a_start_lies_beyond_the_schedule():
 
 
 def test_a_sampler_that_stops_early_returns_its_estimate_from_there():
-    """It walks the same levels down to the given one, and what it returns is the denoiser's answer at that level."""
+    """It evaluates the same levels down to the given one, and returns the estimate at that level."""
     sampler = EDMSampler(steps=9)
     stop = 0.5 * (sampler.sigmas[4] + sampler.sigmas[5])  # between two levels
     recorder = Recorder(toy_denoiser)
@@ -241,12 +242,12 @@ def test_a_sampler_that_stops_early_returns_its_estimate_from_there():
 
 
 @pytest.mark.parametrize("level", range(1, 9))
-def test_stopping_at_a_level_of_the_grid_does_not_walk_it_twice(level):
+def test_stopping_at_a_level_of_the_grid_evaluates_it_once(level):
     sampler = EDMSampler(steps=9)
     assert sampler.stopping_at(sampler.sigmas[level]).sigmas == [*sampler.sigmas[: level + 1], 0.0]
 
 
-def test_stopping_just_below_a_level_walks_it_first():
+def test_stopping_just_below_a_level_evaluates_that_level_first():
     sampler = EDMSampler(steps=9)
     stop = sampler.sigmas[3] * 0.995
     assert sampler.stopping_at(stop).sigmas == [*sampler.sigmas[:4], stop, 0.0]
@@ -267,14 +268,14 @@ def test_an_early_stop_adds_no_noise_before_its_estimate():
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.001, 0.00199, 79.9999999999, 80.0, 100.0])
-def test_a_level_outside_the_walk_is_refused(sigma):
+def test_stopping_outside_the_grid_is_refused(sigma):
     with pytest.raises(ValueError, match="cannot stop"):
         EDMSampler(steps=5).stopping_at(sigma)
 
 
 @pytest.mark.parametrize("sampler", [EDMSampler(steps=3), BlurringSampler(SHARP, steps=12)])
 def test_noise_levels_are_given_on_the_cpu(sampler, monkeypatch):
-    """Wrappers look at sigma at every step; on the device they would have to wait for it."""
+    """Wrappers read sigma at every step, which on the device would need a synchronization."""
     monkeypatch.setattr("relay_diffusion.samplers.blurring.block_filter", lambda x, gains: x)  # noqa: ARG005
     recorder = Recorder(lambda x, sigma, labels: x)  # noqa: ARG005
     sampler(recorder, torch.empty(2, 3, 8, 8, device="meta"), lambda x: x)

@@ -1,4 +1,4 @@
-"""The images of a run: one file each, packed on request, continued with their own settings only."""
+"""Store images as files or in a zip, and resume."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def batches(store, names, size):
     return list(store.images(names, (8, 8)).batches(size))
 
 
-def test_images_come_back_bit_for_bit(store):
+def test_images_are_stored_losslessly(store):
     assert [name in store for name in NAMES] == [True, True, True, False]
     read = batches(store, ["1/c", "0/a", "0/b"], 2)
     assert [len(batch) for batch in read] == [2, 1]
@@ -40,14 +40,18 @@ def test_images_come_back_bit_for_bit(store):
     assert torch.equal(torch.cat(list(store.images(NAMES[:3], (8, 8)).batches(2, [0, 2]))), PIXELS[[0, 2]])
 
 
+def test_images_of_a_run_are_not_averaged(store):
+    assert store.images(NAMES[:3], (8, 8)).averaging == set()
+
+
 @pytest.mark.usefixtures("store")
-def test_other_settings_are_refused_and_the_first_is_named(tmp_path):
+def test_errors_name_the_first_changed_setting(tmp_path):
     assert "0/a" in ImageStore(tmp_path, {"sampler": {"steps": 5, "churn": 0.0}})
-    with pytest.raises(UserError, match=r"other settings \(sampler\.steps was 5, is 6\)"):
+    with pytest.raises(UserError, match=r"different settings \(sampler\.steps was 5, is 6\)"):
         ImageStore(tmp_path, {"sampler": {"steps": 6, "churn": 0.0}})
-    with pytest.raises(UserError, match=r"other settings \(sampler was .*, is not set\)"):
+    with pytest.raises(UserError, match=r"different settings \(sampler was .*, is not set\)"):
         ImageStore(tmp_path, {})
-    with pytest.raises(UserError, match=r"other settings \(relay was not set, is .*\)"):
+    with pytest.raises(UserError, match=r"different settings \(relay was not set, is .*\)"):
         ImageStore(tmp_path, {"relay": {"steps": 5}})
 
 
@@ -90,14 +94,14 @@ def test_the_folder_stays_a_data_set_beside_a_zip(store, tmp_path):
     assert ImageDataset(tmp_path / "images", 8).labels == [0]
 
 
-def test_settings_of_a_run_without_images_bind_nobody(tmp_path):
+def test_settings_of_a_run_without_images_may_change(tmp_path):
     ImageStore(tmp_path, SETTINGS).begin()
     ImageStore(tmp_path, {"sampler": {"steps": 6, "churn": float("inf")}}).begin()
     assert "Infinity" not in (tmp_path / "settings.json").read_text()
 
 
 def test_packing_leaves_no_image_behind(store, tmp_path):
-    """Also those of earlier runs, whose classes nobody noted; other files stay."""
+    """Unlabelled images of earlier runs are packed; other files are kept."""
     (store.folder / "mine.txt").write_text("keep me")
     store.write("1/d", PIXELS[3])
     store.note_labels({"1/d": 1}, ["dog", "cat"])
@@ -122,8 +126,8 @@ def test_damaged_settings_are_named(tmp_path):
         ImageStore(tmp_path, SETTINGS)
 
 
-def test_what_killed_writers_left_goes(store, tmp_path):
-    """A kill during an image, and one during the zip, after which no image is missing; others' files stay."""
+def test_files_of_killed_writers_are_deleted(store, tmp_path):
+    """No image is lost if a write is killed."""
     code = "fd5d0b6e5a1c4f0f9f1b2c3d4e5f6a7b"
 
     def leave():
@@ -147,7 +151,7 @@ def test_what_killed_writers_left_goes(store, tmp_path):
 
 @contextmanager
 def full_disk(room):
-    """No file may be larger than `room` bytes."""
+    """Limit the size of files to `room` bytes."""
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
@@ -156,7 +160,7 @@ def full_disk(room):
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
-def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path):
+def test_a_full_disk_is_reported_and_leaves_no_incomplete_file(tmp_path):
     store = ImageStore(tmp_path, {})
     store.begin()
     with full_disk(1000), pytest.raises(UserError, match=r"a\.png cannot be written: File too large"):
@@ -173,7 +177,7 @@ def test_a_disk_too_full_for_the_zip_keeps_the_images(store, tmp_path):
     assert torch.equal(torch.cat(batches(store, NAMES[:3], 3)), PIXELS[:3])
 
 
-def test_the_zip_is_on_the_disk_before_the_images_go(store, monkeypatch):
+def test_the_zip_is_synced_before_images_are_deleted(store, monkeypatch):
     synced = []
 
     def fsync(handle):

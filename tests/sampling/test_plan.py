@@ -1,4 +1,4 @@
-"""Seeds, classes, and what a run is to make."""
+"""Seeds, classes and plans of runs."""
 
 import tracemalloc
 
@@ -24,7 +24,7 @@ def test_seeds(text, seeds):
 
 
 @pytest.mark.parametrize("text", ["", "a", "3-1", "-1", "1-", "0-2,1", "1.5", 1.5, None, [], "²", str(2**63)])
-def test_seeds_that_make_no_sense(text):
+def test_invalid_seeds(text):
     with pytest.raises(UserError, match="seed"):
         parse_seeds(text)
 
@@ -65,7 +65,7 @@ def test_classes_by_name_or_number(chosen, classes, names, indices):
         ("Animals-Nature", 2, ["flags", "animals-nature"], r"did you mean animals-nature\?$"),
         ("flag", 2, ["Flags", "animals-nature"], r"did you mean Flags\?$"),
         (2, 2, [], "0 to 1"),
-        ([], 2, [], "names no class"),
+        ([], 2, [], "is empty"),
     ],
 )
 def test_unknown_classes(chosen, classes, names, message):
@@ -73,7 +73,7 @@ def test_unknown_classes(chosen, classes, names, message):
         class_indices(chosen, classes, names)
 
 
-def test_classes_go_round_by_seed():
+def test_classes_alternate_by_seed():
     plan = plan_from_noise("0-2,1005", [4, 2, 7])
     assert plan.labels == [4, 2, 7, 4]
     assert plan.names == [*(f"00000000/seed0000000{i}" for i in range(3)), "00001000/seed00001005"]
@@ -105,7 +105,7 @@ def test_given_images_that_would_share_a_file_are_refused(tmp_path):
         plan_from_images(ImageDataset(tmp_path, 8), None, None)
 
 
-def test_given_images_have_the_classes_of_their_set(small_zip):
+def test_starting_images_have_the_classes_of_their_dataset(small_zip):
     dataset = ImageDataset(small_zip, 16)
     assert plan_from_images(dataset, "0-3", None).labels == dataset.labels[:4] == [0, 1, 0, 1]
 
@@ -127,12 +127,20 @@ def test_every_device_gets_its_share_with_the_images_to_start_from(small_images)
     assert (batch.positions.tolist(), batch.seeds.tolist(), batch.start) == ([1], [4, 4], None)
 
 
+def test_classes_like_a_reference_are_known_to_the_model(small_zip):
+    """Published checkpoints have no class names: then the number of classes decides."""
+    assert sorted(labels_like_reference(small_zip, "", 2, [], "reference")) == [0] * 12 + [1] * 12
+    for num_classes, names in ((1, []), (2, ["a", "b"])):
+        with pytest.raises(UserError, match=r"^class=reference: reference=.* has other classes than the model"):
+            labels_like_reference(small_zip, "", num_classes, names, "reference")
+
+
 def test_any_stretch_has_the_classes_about_as_often_as_the_whole(tmp_path):
     with image_zip(tmp_path / "set.zip", ["a", "b"]) as archive:
         for i in range(400):
             archive.add(f"{i:03d}.png", Image.new("RGB", (1, 1)), int(i >= 300))
-    labels = labels_like_reference(tmp_path / "set.zip", "", ["a", "b"], "reference")
-    assert labels == labels_like_reference(tmp_path / "set.zip", "", ["a", "b"], "reference")
+    labels = labels_like_reference(tmp_path / "set.zip", "", 2, ["a", "b"], "reference")
+    assert labels == labels_like_reference(tmp_path / "set.zip", "", 2, ["a", "b"], "reference")
     assert sum(labels) == 100
     for first in range(0, 400, 100):
         assert 10 < sum(labels[first : first + 100]) < 40  # 25 expected, 4.3 the standard deviation

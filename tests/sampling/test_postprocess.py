@@ -1,4 +1,4 @@
-"""The enhancers of the published results, against their formulas."""
+"""Compare the published postprocessing with its formulas."""
 
 import pytest
 import torch

@@ -1,11 +1,11 @@
-"""What a sampling run ends with on the screen."""
+"""Printed results of a sampling run."""
 
 import pytest
 
 from relay_diffusion.sampling.report import report
 
 
-def test_measures_come_first_ones_own_among_them_then_where_things_lie(capsys):
+def test_metrics_including_custom_ones_precede_paths(capsys):
     results = {"mean_distance": 0.123456789, "images": 12345, "fid": 1.234567, "seeds": "0-1", "numbers": "m.json"}
     report(results | {"names": ["fid", "mean_distance", "images"]})
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -20,6 +20,6 @@ def test_measures_come_first_ones_own_among_them_then_where_things_lie(capsys):
         ({"saved_evaluations": 8}, "early hand-over 8 network evaluations fewer an image"),
     ],
 )
-def test_what_is_not_as_expected_is_said(capsys, results, line):
+def test_warnings_are_printed(capsys, results, line):
     report(results)
     assert " ".join(capsys.readouterr().out.split()) == line

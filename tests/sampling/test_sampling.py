@@ -1,6 +1,7 @@
-"""Sampling and measuring from a config: continued runs, given images, early hand-over, packing."""
+"""Sample and evaluate from a config."""
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,15 @@ from relay_diffusion.config.sample import validate_sampling
 from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.errors import UserError
+from relay_diffusion.metrics import Evaluator
 from relay_diffusion.models.relay import Relay
 from relay_diffusion.sampling.run import build_relay, sample
+from relay_diffusion.utils.distributed import SIGNALS
 
 
 @pytest.fixture
 def evaluate(monkeypatch, relay_overrides):
-    """Overrides for an evaluation whose features are pixels."""
+    """Return overrides for an evaluation with pixels as features."""
     use_small_features(monkeypatch)
     return [*relay_overrides, "mode=evaluate", "metrics.evaluator.inception._target_=pixel_inception.pixels"]
 
@@ -27,7 +30,7 @@ def pngs(folder):
     return {path.name: path.read_bytes() for path in Path(folder).rglob("seed*.png")}
 
 
-def test_sampling_is_continued_and_does_not_depend_on_the_batch(configuration, relay_overrides, tmp_path):
+def test_sampling_resumes_and_does_not_depend_on_the_batch(configuration, relay_overrides, tmp_path):
     sample(configuration("sample", *relay_overrides, "seeds=0-6", "batch_size=7"))
     whole = pngs(tmp_path / "samples/images")
     assert len(whole) == 7
@@ -40,12 +43,12 @@ def test_sampling_is_continued_and_does_not_depend_on_the_batch(configuration, r
 
 def test_images_of_other_settings_are_not_mixed(configuration, relay_overrides):
     sample(configuration("sample", *relay_overrides, "seeds=0-1"))
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UserError, match="different settings"):
         sample(configuration("sample", *relay_overrides, "relay.stages.relay.changes.sampler.s_noise=0.1"))
 
 
 @pytest.mark.slow
-def test_evaluation_measures_all_images_also_after_an_interruption(configuration, relay_overrides, evaluate, tmp_path):
+def test_evaluation_covers_all_images_after_an_interruption(configuration, relay_overrides, evaluate, tmp_path):
     whole = sample(configuration("sample", *evaluate, "seeds=0-7"))
     stored = json.loads((tmp_path / "samples/metrics.json").read_text())
     assert stored["fid"] == whole["fid"] > 0
@@ -80,7 +83,7 @@ def test_one_class_a_list_or_none(configuration, relay_overrides, tmp_path):
 
 
 @pytest.mark.slow
-def test_packed_images_are_continued_too(configuration, relay_overrides, tmp_path):
+def test_sampling_resumes_with_packed_images(configuration, relay_overrides, tmp_path):
     sample(configuration("sample", *relay_overrides, "seeds=0-4", f"run_dir={tmp_path / 'whole'}"))
     options = [*relay_overrides, "format=zip", "npz=true"]
     assert sample(configuration("sample", *options, "seeds=0-2"))["sampled_now"] == 3
@@ -105,7 +108,7 @@ def test_only_the_first_stages(configuration, relay_overrides, tmp_path):
 
 
 def test_given_images_are_enlarged_under_their_names(configuration, relay_overrides, tmp_path):
-    """No checkpoint of the first stage is needed, and the pictures are those of the whole relay from that start."""
+    """Enlarging equals the whole relay, without the first checkpoint."""
     small = tmp_path / "small"
     sample(configuration("sample", *relay_overrides, "relay.last=base", "seeds=0-2", f"run_dir={small}"))
     start = [*relay_overrides, "relay.stages.base.path=nowhere", f"relay.start={small / 'images'}"]
@@ -154,7 +157,7 @@ def test_a_single_image_is_enlarged_under_its_name(configuration, relay_override
 
 
 @pytest.mark.slow
-def test_given_photographs_are_turned_upright(configuration, relay_overrides, tmp_path, capsys):
+def test_starting_images_are_rotated_by_exif(configuration, relay_overrides, tmp_path, capsys):
     upright, stored = tmp_path / "upright", tmp_path / "stored"
     for number in range(3):
         image = Image.effect_noise((8, 8), 80).convert("RGB")
@@ -173,14 +176,14 @@ def test_given_photographs_are_turned_upright(configuration, relay_overrides, tm
     assert made["a"] == made["b"]
     assert [one == other for one, other in zip(made["a"], made["c"], strict=True)] == [True, False, False]
     options = [f"relay.start={stored}", "class=-1", f"run_dir={tmp_path / 'c'}"]
-    with pytest.raises(UserError, match=r"holds images of other settings \(start\.hash"):
+    with pytest.raises(UserError, match=r"holds images with different settings \(start\.hash"):
         sample(configuration("sample", *relay_overrides, *options))
 
 
 def test_given_images_without_classes_need_one(configuration, relay_overrides, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     start = [*relay_overrides, f"relay.start={tmp_path}"]
-    with pytest.raises(UserError, match=r"no classes \(dataset\.json\), but the model knows some: give class="):
+    with pytest.raises(UserError, match=r"no classes \(dataset\.json\), but the model does: give class="):
         sample(configuration("sample", *start))
     (tmp_path / "dataset.json").write_text('{"labels": [["a.png", 0]], "classes": ["light"]}')
     with pytest.raises(UserError, match="other classes than the model"):
@@ -188,7 +191,7 @@ def test_given_images_without_classes_need_one(configuration, relay_overrides, t
     assert sample(configuration("sample", *start, "class=-1"))["images"] == 1
 
 
-def test_a_damaged_image_among_the_given_ones_shows_before_anything_is_made(configuration, relay_overrides, tmp_path):
+def test_a_damaged_starting_image_is_reported_before_sampling(configuration, relay_overrides, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
     for number in range(3):
@@ -243,7 +246,7 @@ def test_postprocessing_is_done_before_writing_and_recorded(configuration, relay
 
 @pytest.mark.slow
 def test_existing_images_are_evaluated(configuration, relay_overrides, small_zip):
-    """The set against itself: distances vanish, precision and recall are whole; what is missing is said."""
+    """A set has distance 0 to itself, and precision and recall 1."""
     options = [*relay_overrides, "mode=evaluate", "metrics=adm", f"images={small_zip}"]
     results = sample(configuration("sample", *options))
     assert (results["images"], results["precision"], results["recall"]) == (24, 1.0, 1.0)
@@ -267,7 +270,24 @@ def test_an_averaged_reference_is_reported(configuration, evaluate, tmp_path, ca
     assert "warning FID: the covariance of 3 generated images is singular" in printed
 
 
-def test_samples_measured_from_files_are_those_measured_on_the_way(configuration, evaluate, tmp_path):
+def test_signal_handlers_are_restored(configuration, evaluate, monkeypatch):
+    """After sampling and after evaluation: Ctrl-C then interrupts the calling program again."""
+    seen = []
+
+    def handlers():
+        return [signal.getsignal(number) for number in SIGNALS]
+
+    for kind, name in ((Relay, "predict_step"), (Evaluator, "update")):
+        plain = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda *args, plain=plain: seen.append(handlers()) or plain(*args))
+    before = handlers()
+    sample(configuration("sample", *evaluate, "seeds=0-1", "metrics=fid"))
+    assert handlers() == before
+    assert len(seen) > 2
+    assert before not in seen
+
+
+def test_metrics_of_files_equal_metrics_of_the_run(configuration, evaluate, tmp_path):
     sampled = sample(configuration("sample", *evaluate, "seeds=0-7", "npz=true"))
     for path in ("images", "images.npz"):
         elsewhere = [f"images={tmp_path / 'samples' / path}", f"run_dir={tmp_path / 'measured'}"]
@@ -277,7 +297,7 @@ def test_samples_measured_from_files_are_those_measured_on_the_way(configuration
 
 
 @pytest.mark.slow
-def test_measuring_finished_images_leaves_them_alone(configuration, relay_overrides, evaluate, tmp_path):
+def test_evaluation_does_not_change_finished_images(configuration, relay_overrides, evaluate, tmp_path):
     sample(configuration("sample", *relay_overrides, "seeds=0-3"))
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "samples").rglob("*.png")}
     assert len(times) == 5  # with relay.png
@@ -288,7 +308,7 @@ def test_measuring_finished_images_leaves_them_alone(configuration, relay_overri
 
 
 @pytest.mark.slow
-def test_one_class_in_other_words_continues(configuration, relay_overrides):
+def test_a_class_by_name_or_number_resumes(configuration, relay_overrides):
     for i, chosen in enumerate(["1", "light", "[1]"]):
         results = sample(configuration("sample", *relay_overrides, f"class={chosen}", f"seeds=0-{i}"))
         assert results["sampled_now"] == 1
@@ -319,7 +339,7 @@ def test_classes_of_a_reference_that_has_none(configuration, relay_overrides, tm
     for reference, words in ((tmp_path, "has no classes"), ("demo/emoji-64.zip", "other classes than the model")):
         with pytest.raises(UserError, match=f"class=reference: reference=.*{words}"):
             sample(configuration("sample", *relay_overrides, "class=reference", f"reference={reference}"))
-    with pytest.raises(UserError, match=r"there is no relay\.reference\.path"):
+    with pytest.raises(UserError, match=r"relay\.reference\.path is null"):
         sample(configuration("sample", *relay_overrides, "class=reference", "reference=null"))
 
 
@@ -335,7 +355,7 @@ def test_guidance_and_rounding_reach_the_relay(configuration, relay_overrides, m
 
 
 def test_a_stage_of_a_relay_gets_another_sampler(configuration, relay_overrides):
-    """As a choice of the group or as a mapping; changes of the trained sampler do not matter then."""
+    """The sampler is a choice or a mapping; changes are ignored."""
     choice = ("sampler@relay.stages.relay.sampler=blurring", "relay.stages.relay.sampler.steps=8")
     mapping = "relay.stages.base.sampler={_target_: relay_diffusion.samplers.EDMSampler, steps: 3}"
     trained = ("relay.stages.base.changes.sampler.churn=40", "relay.stages.relay.changes.sampler.s_noise=0.9")
@@ -362,7 +382,7 @@ def test_a_sampler_must_be_a_choice_or_a_class(configuration, relay_overrides):
         sample(configuration("sample", *relay_overrides, unknown))
 
 
-def test_a_damaged_reference_is_found_before_images_are_made(configuration, relay_overrides, tmp_path):
+def test_a_damaged_reference_is_reported_before_sampling(configuration, relay_overrides, tmp_path):
     np.savez(tmp_path / "bad.npz", mu=np.full(2048, np.nan), sigma=np.eye(2048))
     with pytest.raises(UserError, match=r"^reference=.*bad\.npz.*finite"):
         sample(configuration("sample", *relay_overrides, "mode=evaluate", f"reference={tmp_path / 'bad.npz'}"))

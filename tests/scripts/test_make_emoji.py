@@ -87,7 +87,7 @@ def test_a_damaged_groups_tarball_is_named(tmp_path: Path) -> None:
                 read_groups(path)  # a bit that says nothing, such as of the time
             except UserError as error:
                 messages.append(str(error))
-    assert set(messages) == {f"groups={path}: damaged, or not the npm tarball with {GROUPS_MEMBER}"}
+    assert set(messages) == {f"groups={path}: damaged, or not the npm tarball with {GROUPS_MEMBER}; fetch it again"}
     assert len(messages) > len(whole)
     write_tar(path, {GROUPS_MEMBER: json.dumps({"🐷": {"group": 3}}).encode()}, "w:gz")
     with pytest.raises(UserError, match="groups="):

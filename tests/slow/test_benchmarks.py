@@ -1,4 +1,4 @@
-"""The tools in benchmarks/ whose numbers the documentation relies on."""
+"""Benchmarks with results in the documentation."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Runs on several nodes, as SLURM and torchrun start them; signals; processes that are killed."""
+"""Runs of SLURM and torchrun on several nodes: signals and kills."""
 
 import os
 import random
@@ -39,7 +39,7 @@ def two_nodes(data: Path) -> list[str]:
 
 
 def slurm(directory: Path, data: Path, number: int, port: int) -> list[Process]:
-    """The two tasks that `srun` starts on two nodes for job `number`."""
+    """Start the two tasks of `srun` on two nodes for job `number`."""
     tools = directory / "bin"
     tools.mkdir(exist_ok=True)
     (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {directory}/scontrol.txt\n')
@@ -56,7 +56,7 @@ def slurm(directory: Path, data: Path, number: int, port: int) -> list[Process]:
 
 
 def torchrun(directory: Path, data: Path, number: int, port: int) -> list[Process]:
-    """The two agents of `torchrun`, one a node."""
+    """Start two agents of `torchrun`, one per node."""
     return [
         Process(
             directory / f"task{rank}.txt",
@@ -101,7 +101,10 @@ MANY = KILLS >= 10
 
 
 def killed_sometime(process: Process, chance: random.Random, works: Callable[[], object], seconds: float) -> bool:
-    """kill -9 all processes at a random instant, mostly after the first result; False if they ended before."""
+    """Kill all processes (SIGKILL) at a random time.
+
+    Mostly after the first result. Returns False if they ended before.
+    """
     if chance.random() < 0.75:
         while not works() and process.popen.poll() is None:
             time.sleep(0.02)
@@ -115,7 +118,7 @@ def killed_sometime(process: Process, chance: random.Random, works: Callable[[],
 
 
 def test_training_that_is_killed_ends_with_the_same_weights(tmp_path, small_zip):
-    """Two processes, killed and started again and again: to the last bit as if nothing had happened."""
+    """Repeated kills of two processes do not change the weights."""
     chance, images = random.Random(0), (400 if MANY else 120) * KILLS
     command = [
         PROJECT / "train.py", *TINY, "resolution=16", f"data.dataset.path={small_zip}", "network.dropout=0.1",
@@ -139,7 +142,7 @@ def test_training_that_is_killed_ends_with_the_same_weights(tmp_path, small_zip)
 
 
 def test_sampling_that_is_killed_makes_the_same_files(tmp_path, relay_runs):
-    """Two processes, killed and started again; then one that was never disturbed, with the same batches."""
+    """Killed and restarted processes sample the files of an uninterrupted one."""
     chance, seeds = random.Random(1), 500 if MANY else 32
     relay = [
         PROJECT / "sample.py", "relay=two_stages", f"seeds=0-{seeds - 1}", "batch_size=8", "trainer.accelerator=cpu",
@@ -183,8 +186,8 @@ def test_a_signal_to_one_of_two_that_sample_ends_both(tmp_path, relay_runs):
     assert process.text().count("stopped by SIGTERM") == 1
 
 
-def test_an_error_of_one_rank_is_told_and_ends_all(tmp_path, small_zip):
-    """An image that one of two ranks meets while they train."""
+def test_an_error_of_one_rank_is_reported_and_ends_all(tmp_path, small_zip):
+    """One of two ranks reads a damaged image during training."""
     images = tmp_path / "images"
     with zipfile.ZipFile(small_zip) as archive:
         archive.extractall(images)
@@ -198,7 +201,7 @@ def test_an_error_of_one_rank_is_told_and_ends_all(tmp_path, small_zip):
 
 
 def test_a_bug_of_one_rank_is_shown_once_and_ends_all(tmp_path, small_zip):
-    """The other rank loses the connection only: its traceback would hide the one that matters."""
+    """The traceback of the lost connection must not hide the first one."""
     (tmp_path / "broken.py").write_text(
         "from lightning.pytorch.callbacks import Callback\n"
         "class Broken(Callback):\n"

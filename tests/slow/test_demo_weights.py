@@ -1,4 +1,4 @@
-"""The weights in demo/ are trained ones: they remove noise and add detail on images that they have not seen."""
+"""Bundled weights remove noise and add detail on held-out images."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from support import PROJECT
 
 @pytest.fixture(scope="module")
 def heldout():
-    """Every eightieth held-out emoji, float [5,3,64,64], and their classes."""
+    """Read every eightieth held-out emoji, float [5,3,64,64], and classes."""
     images = ImageDataset(PROJECT / "demo/emoji-64.zip", 64, subset="heldout")
     chosen = images.__getitems__(range(0, len(images), 80))
     return to_float(torch.stack([image for image, _ in chosen])), torch.tensor([label for _, label in chosen])
@@ -30,7 +30,7 @@ def test_the_first_stage_removes_noise(heldout, sigma, error):
 
 @torch.no_grad()
 def test_the_second_stage_adds_detail_to_its_start(heldout):
-    """Block means stay those of the small images; within the blocks something is drawn."""
+    """Block means are kept, and detail is added within blocks."""
     stage = load_stage(PROJECT / "demo/emoji_256", changes={"sampler": {"steps": 8}}).eval()
     small, labels = (part[:2] for part in heldout)
     large = stage.sample((2, 3, 256, 256), [0, 1], labels, small)

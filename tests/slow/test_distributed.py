@@ -1,4 +1,4 @@
-"""Two processes on the CPU do what many GPUs do."""
+"""Training and sampling with two processes on the CPU."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def training(small_zip):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, training):
-    """One process that accumulates two parts of the batch, and two processes; their output too."""
+    """Train with one process and two micro-batches, and with two processes."""
     root, printed = tmp_path_factory.mktemp("trained"), {}
     for name, how in (("one", ["trainer.accumulate_grad_batches=2"]), ("two", DDP)):
         result = succeed("train.py", *training, "trainer.max_images=16", *how, f"run_dir={root / name}")
@@ -54,7 +54,7 @@ def relay(trained):
 
 @pytest.fixture(scope="module")
 def evaluate(tmp_path_factory, small_zip):
-    """Overrides for an evaluation whose features are pixels."""
+    """Return overrides for an evaluation with pixels as features."""
     cache = tmp_path_factory.mktemp("reference")
     return [
         "mode=evaluate", "metrics=adm", f"reference={small_zip}", f"metrics.reference.cache={cache}",
@@ -64,7 +64,7 @@ def evaluate(tmp_path_factory, small_zip):
 
 @pytest.fixture(scope="module")
 def sampled(tmp_path_factory, relay, evaluate):
-    """Samples of one process; samples of two processes, which also evaluate them; the latter's output."""
+    """Sample with one process, and sample and evaluate with two processes."""
     root = tmp_path_factory.mktemp("sampled")
     succeed("sample.py", *relay, f"run_dir={root / 'one'}")
     result = succeed("sample.py", *relay, "strategy=ddp_cpu", *evaluate, f"run_dir={root / 'two'}")
@@ -72,7 +72,7 @@ def sampled(tmp_path_factory, relay, evaluate):
 
 
 def test_two_processes_train_as_one(trained):
-    """Same images, noise and weights as one process that accumulates gradients over the parts of the batch."""
+    """Images, noise and weights equal those of gradient accumulation."""
     root, printed = trained
     contents = [checkpoint(root / name) for name in ("one", "two")]
     for content, name in zip(contents, ("one", "two"), strict=True):
@@ -131,7 +131,7 @@ def test_two_processes_sample_the_one_image_that_is_missing(relay, evaluate, sam
     assert len(list((tmp_path / "samples/images").rglob("*.png"))) == 8
 
 
-def test_a_warning_that_no_user_can_act_on_stays_away():
+def test_irrelevant_warnings_are_hidden():
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         with quiet_libraries():

@@ -1,4 +1,4 @@
-"""What README.md and docs/ say is so: commands run, files and links are there, the configuration is listed."""
+"""Check commands, files, links and options in README.md and docs/."""
 
 import importlib.util
 import re
@@ -47,7 +47,7 @@ def test_there_is_one_version():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_links_lead_somewhere(page):
+def test_links_are_valid(page):
     text = page.read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
     missing = [link for link in links if not (page.parent / link).exists()]
@@ -70,7 +70,7 @@ def test_the_map_of_the_code_names_every_module():
 
 
 def blocks(page):
-    """(kind, argument, text) of every marked block: files to write, commands to run."""
+    """Return (kind, argument, text) of every marked block."""
     marked = re.finditer(
         r"<!-- (file|run|python): (\S+) -->\n\n?(?:```\w+\n(.*?)```|((?:(?:    [^\n]*)?\n)+))", page.read_text(), re.S
     )
@@ -97,7 +97,7 @@ SMALL = {  # what a mark adds to commands, so that they take seconds
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A folder with what commands need, in which files of the documentation may be written."""
+    """Create a folder with the files that commands need."""
     shutil.copytree(PROJECT / "conf", tmp_path / "conf")
     for name in ("demo", "benchmarks", "docs"):
         (tmp_path / name).symlink_to(PROJECT / name)
@@ -112,7 +112,7 @@ def project(tmp_path, monkeypatch):
 
 
 def call(project, words, more):
-    """Run a command of the documentation in this process; FOLDER and N are those of some pictures."""
+    """Run a command of the documentation in this process."""
     if "source=FOLDER" in words:
         for number, kind in enumerate(["cat", "dog", "cat", "dog"]):
             (project / "FOLDER" / kind).mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Signals to every process of a run, as `scancel`, `timeout` and a closed terminal send them."""
+"""Signals to all processes of a run (`scancel`, `timeout`, closed terminal)."""
 
 import fcntl
 import os
@@ -33,7 +33,7 @@ def command(tmp_path, small_zip, *options):
 
 
 def trains(tmp_path):
-    """Whether steps were taken: the log has a row."""
+    """Return whether the log has a row."""
     file = tmp_path / "run/log/metrics.csv"
     return file.exists() and len(file.read_text().splitlines()) > 1
 
@@ -43,7 +43,7 @@ def saved(tmp_path):
 
 
 def processes_of(session):
-    """Processes that are left of a session."""
+    """List the remaining processes of a session."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -111,7 +111,7 @@ def test_a_closed_terminal_saves_and_stops(tmp_path, small_zip):
 
 
 class Hanging(ImageDataset):
-    """Images that are never decoded."""
+    """Images whose decoding never ends."""
 
     def __getitem__(self, index):
         time.sleep(600)
@@ -119,7 +119,7 @@ class Hanging(ImageDataset):
 
 
 class Trainer:
-    """What a data module asks its trainer for."""
+    """Trainer attributes that a data module reads."""
 
     global_rank, world_size, accumulate_grad_batches = 0, 1, 1
     lightning_module = SimpleNamespace(images_seen=0)

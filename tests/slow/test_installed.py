@@ -1,4 +1,4 @@
-"""The package as others install it: from a wheel, outside of this folder."""
+"""Install the package from a wheel in another folder."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from support import PROJECT
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """An environment into which the wheel is installed; what it depends on is taken from the one of the tests."""
+    """Install the wheel in an environment with the dependencies of the tests."""
     folder = tmp_path_factory.mktemp("installed")
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     build = [*pip, "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(folder), str(PROJECT)]
@@ -36,7 +36,7 @@ def command(installed, name, *arguments):
     return result.stdout
 
 
-def test_the_wheel_holds_all_it_needs(installed):
+def test_the_wheel_is_complete(installed):
     files = {path.relative_to(PROJECT / "conf") for path in (PROJECT / "conf").rglob("*.yaml")}
     assert {
         path.relative_to(installed / "relay_diffusion/conf")

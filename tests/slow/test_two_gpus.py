@@ -1,4 +1,4 @@
-"""Two GPUs of one host: NCCL and CUDA graphs together, which the tests of two processes on a CPU cannot see."""
+"""Training and sampling on two GPUs with NCCL and CUDA graphs."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ LATE = 60  # seconds in which a stopped run is gone
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """200 emoji, enlarged to 256x256."""
+    """Enlarge 200 emoji to 256x256."""
     path = tmp_path_factory.mktemp("large") / "emoji.zip"
     with zipfile.ZipFile(PROJECT / "demo/emoji-64.zip") as source, image_zip(path, list("abcdefgh")) as target:
         names = [name for name in source.namelist() if name.startswith("train/")][::14][:200]
@@ -51,7 +51,7 @@ def rows(directory):
 
 @pytest.fixture(scope="module")
 def runs(large, tmp_path_factory):
-    """Both emoji stages, each on two GPUs and on one that works through two parts of the batch."""
+    """Train both stages on two GPUs and by accumulation on one."""
     root = tmp_path_factory.mktemp("runs")
     for stage in EXPERIMENTS:
         for name, how in (("two", TWO), ("one", ("trainer.accumulate_grad_batches=2",))):
@@ -61,7 +61,7 @@ def runs(large, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", EXPERIMENTS)
-def test_two_train_as_one_does(runs, stage):
+def test_two_gpus_train_as_one(runs, stage):
     two, one = rows(runs / f"{stage}-two"), rows(runs / f"{stage}-one")
     assert [row["images_seen"] for row in two] == [row["images_seen"] for row in one]
     assert len(two) == 4
@@ -89,7 +89,7 @@ def test_a_signal_to_one_ends_both(large, tmp_path, stage, number, to_child, cod
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["images_seen"] == seen
 
 
-def test_what_two_sample_is_what_one_samples(runs, tmp_path):
+def test_two_gpus_sample_as_one(runs, tmp_path):
     relay = ["relay=two_stages", *(f"relay.stages.{stage}.path={runs / stage}-two" for stage in EXPERIMENTS)]
     relay += ["seeds=0-36", "batch_size=8", "picture=0", "trainer.precision=bf16-mixed"]
     for name, how in (("one", ()), ("two", TWO)):

@@ -1,11 +1,11 @@
-"""Which revision of the code runs."""
+"""Git revision of the running code."""
 
 import subprocess
 
 from relay_diffusion.utils.git import git_revision
 
 
-def test_the_commit_and_whether_all_is_in_it(tmp_path, monkeypatch):
+def test_the_commit_and_uncommitted_changes_are_returned(tmp_path, monkeypatch):
     def git(*arguments):
         name = ("-c", "user.name=a", "-c", "user.email=a@b")
         return subprocess.run(["git", *name, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)

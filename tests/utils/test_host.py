@@ -1,4 +1,3 @@
-import importlib.util
 import os
 import subprocess
 import sys
@@ -6,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from relay_diffusion.networks import UNet
-from relay_diffusion.utils.host import THREADS_KEY, prepare_host, report_slow_settings
+from relay_diffusion.networks import UNet, ops
+from relay_diffusion.utils.host import THREADS_KEY, prepare_host
 
 PAGES = """
 import resource, sys, torch
@@ -39,19 +38,19 @@ def many(monkeypatch):
     torch.set_num_threads(before)
 
 
-def test_few_threads_beside_a_gpu():
+def test_cpu_threads_are_limited_beside_a_gpu():
     prepare_host(torch.device("cuda", 0))
     assert torch.get_num_threads() == 4
     assert os.environ[THREADS_KEY] == "4"
 
 
-def test_all_threads_on_a_cpu():
+def test_all_threads_are_used_on_a_cpu():
     prepare_host(torch.device("cpu"))
     assert torch.get_num_threads() == 6
     assert THREADS_KEY not in os.environ
 
 
-def test_the_users_choice_of_threads_holds(monkeypatch):
+def test_omp_num_threads_is_kept(monkeypatch):
     monkeypatch.setenv(THREADS_KEY, "6")
     prepare_host(torch.device("cuda", 0))
     assert torch.get_num_threads() == 6
@@ -60,7 +59,7 @@ def test_the_users_choice_of_threads_holds(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
 def test_freed_memory_is_kept_on_a_cpu():
-    """The same large tensors again cost next to no new pages."""
+    """Allocating the same large tensors again needs almost no new pages."""
     result = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=True)
     given_back, kept = map(int, result.stdout.split())
     assert kept < given_back / 10
@@ -80,8 +79,8 @@ def test_settings_that_are_slow_on_a_gpu_are_reported(
     monkeypatch, capsys, device, have_triton, channels_last, reported
 ):
     network = UNet(8, channels=8, channel_mult=[1], blocks=1, attention_resolutions=[], channels_last=channels_last)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object() if have_triton else None)
-    report_slow_settings(torch.device(device, 0), {"network.channels_last": network, "another": object()})
+    monkeypatch.setattr(ops, "HAVE_TRITON", have_triton)
+    ops.report_slow_settings(torch.device(device, 0), {"network.channels_last": network, "another": object()})
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(reported)
     for line, part in zip(lines, reported, strict=True):

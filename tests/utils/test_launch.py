@@ -1,4 +1,4 @@
-"""What SLURM and torchrun tell a run, and sweeps on SLURM."""
+"""Launchers: number of processes, and sweeps on SLURM."""
 
 import pytest
 from omegaconf import OmegaConf
@@ -31,7 +31,7 @@ def test_a_launcher_with_another_number_of_processes_is_refused(monkeypatch, env
             check_processes(world)
 
 
-def test_the_launcher_of_sweeps_on_slurm():
+def test_sweeps_on_slurm_use_the_submitit_launcher():
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     result = run("train.py", "hydra/launcher=slurm", "--cfg", "hydra", "-p", "hydra.launcher")
     assert result.returncode == 0, result.stderr

@@ -20,7 +20,7 @@ def test_a_value_is_one_short_printable_line(value, text):
     assert shorten(value) == text
 
 
-def test_values_that_python_does_not_write_are_shortened():
+def test_values_that_cannot_be_printed_are_shortened():
     assert shorten(10**5000) == "..."
     nested = []
     for _ in range(10**5):
@@ -36,7 +36,7 @@ def test_the_nearest_name_is_suggested_or_all_are_listed():
     assert did_you_mean("xyz", []) == ""
 
 
-def test_every_leaf_that_differs():
+def test_differences_lists_every_leaf_that_differs():
     before = {"a": {"b": 1, "c": 2}, "d": 3, "e": {"f": 4}, "h": None}
     now = {"a": {"b": 1, "c": 5}, "e": None, "g": 6, "h": None}
     expected = [("a.c", 2, 5), ("d", 3, "not set"), ("e", {"f": 4}, None), ("g", "not set", 6)]
@@ -54,9 +54,9 @@ def test_every_leaf_that_differs():
         ({"a": "x\x1b[2J"}, {"a": "y"}, r"a was x\x1b[2J, is y"),  # a file's content is escaped
     ],
 )
-def test_the_first_difference(before, now, text):
+def test_the_first_difference_is_described(before, now, text):
     assert first_difference(before, now) == text
 
 
-def test_letters_of_any_language_are_shown():
+def test_unicode_letters_are_shown():
     assert shorten("Häuser & Gärten") == "Häuser & Gärten"

@@ -19,14 +19,14 @@ commands.{command}()
 
 
 def script(tmp_path, **parts):
-    """A command of the project in which rank 1 sees other files than rank 0."""
+    """Run a command in which rank 1 sees other files than rank 0."""
     path = tmp_path / "script.py"
     path.write_text(DISAGREEING.format(**parts))
     return str(path)
 
 
 @pytest.mark.slow
-def test_rank_zero_decides_which_checkpoint_is_continued(tmp_path, small_zip):
+def test_rank_zero_decides_which_checkpoint_is_resumed(tmp_path, small_zip):
     """Rank 1 does not see the checkpoint yet."""
     disagreeing = script(
         tmp_path, package="training", module="resume", command="train", patch="resume.last_checkpoint = lambda _: None"
@@ -64,7 +64,7 @@ class Trainer:
         return self.sent[0]
 
 
-def test_all_ranks_get_the_decision_or_the_error_of_rank_zero():
+def test_all_ranks_get_the_result_or_error_of_rank_zero():
     def never():
         raise AssertionError("decided on rank 1")
 

@@ -1,4 +1,4 @@
-"""One process at a time uses a run directory, whatever ended the one before."""
+"""Exclusive lock of a run directory, also after a process was killed."""
 
 import errno
 import json
@@ -19,7 +19,7 @@ from support import PROJECT, TINY, run
 
 @pytest.fixture
 def left(tmp_path):
-    """Leave a lock file as another process wrote it; the arguments are how that one differs from this."""
+    """Write the lock file of another process; the arguments are its differences from this process."""
 
     def leave(**differences):
         content = {**vars(Holder.this_process()), **differences}
@@ -77,7 +77,7 @@ with run_lock(sys.argv[1], "run_dir"):
 
 
 def test_another_process_is_refused_until_it_is_killed(tmp_path):
-    """Also while data workers, which inherit the files that a process has open, outlive it."""
+    """Data workers, which inherit open files, may outlive the process."""
     command = [sys.executable, "-c", FORKING, tmp_path]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         child = int(process.stdout.readline())
@@ -109,13 +109,13 @@ def test_stale_locks_are_taken_over(tmp_path, left, kernel_locks, differences): 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"host": 1}', "\0\xff"])
 def test_a_lock_file_without_a_holder_is_free(tmp_path, content):
-    """A process was killed while it wrote it."""
+    """A process was killed while writing it."""
     (tmp_path / LOCK).write_text(content)
     with run_lock(tmp_path, "run_dir"):
         pass
 
 
-def test_another_host_is_not_overruled(tmp_path, left):
+def test_a_lock_of_another_host_is_kept(tmp_path, left):
     left(host="node7", boot="of another kernel", pid=123)
     expected = (
         rf"locked by process 123 on host node7, which host \S+ cannot check; if it no .*, delete {tmp_path / LOCK}$"
@@ -147,7 +147,7 @@ def test_a_container_of_this_host_is_stale_only_with_kernel_locks(tmp_path, left
             pass
 
 
-def test_a_directory_that_cannot_be_locked_is_named(tmp_path):
+def test_a_directory_that_cannot_be_locked_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     expected = pytest.raises(UserError, match=r"^o=\S+file/run: cannot be created or locked")
     with expected, run_lock(tmp_path / "file/run", "o"):
@@ -163,7 +163,7 @@ def refused(result, option, directory, process):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", [[], ["strategy=ddp_cpu"]], ids=["one process", "two ranks"])
-def test_a_second_training_process_is_refused_and_a_killed_one_is_not_in_the_way(tmp_path, small_zip, strategy):
+def test_a_second_training_process_is_refused_until_the_first_is_killed(tmp_path, small_zip, strategy):
     directory = tmp_path / "run"
     command = [PROJECT / "train.py", *TINY, "resolution=16", f"data.dataset.path={small_zip}", f"run_dir={directory}"]
     command += ["callbacks.checkpoints.every_n_images=40", *strategy]

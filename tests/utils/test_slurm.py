@@ -27,7 +27,7 @@ def test_a_timeout_of_the_queue_is_reported(monkeypatch, capsys):
         ({}, None),
     ],
 )
-def test_the_job_that_is_requeued(monkeypatch, environment, called):
+def test_only_a_batch_job_is_requeued(monkeypatch, environment, called):
     for name in ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():

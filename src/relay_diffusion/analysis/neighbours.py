@@ -1,6 +1,6 @@
-"""Nearest training images of generated images, by Inception features and by pixels.
+"""Nearest training images of generated images.
 
-Their distances are compared with those among the training images themselves, which shows copies of the training set.
+By Inception features and by pixels. Comparison with the distances among training images detects copies.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from relay_diffusion.utils.pictures import image_grid, side_by_side
 from relay_diffusion.utils.progress import progress
 
 BATCH = 64
-MAX_SCALE = 1000  # reference images whose distance to their nearest other one is the scale
-QUANTILE = 0.01  # of these distances; nearer than that is suspicious
-COLUMN_GAP = 48  # in the picture, pixels
+MAX_SCALE = 1000  # reference images whose nearest-neighbour distances are the scale
+QUANTILE = 0.01  # of these distances; smaller distances suggest copies
+COLUMN_GAP = 48  # pixels
 
 
 class Comparison(NamedTuple):
@@ -50,10 +50,11 @@ def read(images: ImageSet, indices: Sequence[int], description: str) -> Tensor:
 def compare(
     images: Tensor, reference: ImageSet, inception: Inception, nearest: int, mirrored: bool
 ) -> dict[str, Comparison]:
-    """Compare images [Q,3,H,W] (uint8) with a reference of their size in "features" and "pixels".
+    """Compare uint8 images [Q,3,H,W] with a reference of their size.
 
-    Distances: Euclidean of the pool features; root mean square difference of 8-bit values. Memory holds the features of
-    the reference, and the pixels of the images and of at most MAX_SCALE reference images.
+    Returns a Comparison for "features" and one for "pixels". Distances: Euclidean of the pool features; root mean
+    square difference of 8-bit values. Memory holds the features of the reference, and the pixels of the images and of
+    at most MAX_SCALE reference images.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prepare_host(device)
@@ -89,7 +90,10 @@ def _comparison(all_found: Neighbours, count: int, unit: float) -> Comparison:
 
 
 def picture(images: Tensor, reference: ImageSet, found: Sequence[Neighbours]) -> Image.Image:
-    """Draw one row per image [Q,3,H,W]: the image, then its neighbours in each space; in columns, about square."""
+    """Draw images [Q,3,H,W] beside their neighbours in each space.
+
+    One row per image, in as many columns as make the picture about square.
+    """
     positions = torch.stack([space.positions for space in found])
     wanted, places = positions.unique(return_inverse=True)
     neighbours = read(reference, wanted.tolist(), "drawing")[places]
@@ -107,7 +111,10 @@ def picture(images: Tensor, reference: ImageSet, found: Sequence[Neighbours]) ->
 
 
 def neighbours_csv(names: Sequence[str], reference: Sequence[str], comparisons: Mapping[str, Comparison]) -> str:
-    """Return image, space, rank (from 1), neighbour, mirrored (true or false) and distance, one row per neighbour."""
+    """Format the neighbours as CSV, one row per neighbour.
+
+    Columns: image, space, rank (from 1), neighbour, mirrored (true or false), distance.
+    """
 
     def rows() -> Iterator[Sequence[object]]:
         for index, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""Plots of the command `relay_diffusion.cli.spectrum`; the only file that needs matplotlib."""
+"""Plots of `relay_diffusion.cli.spectrum`. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 STYLES = (("tab:blue", "-"), ("tab:red", "-"), ("black", ":"), ("tab:green", "--"), ("tab:orange", "-."))
 
 
-Line = tuple[str, int, Tensor]  # label, resolution, values by ring
+Line = tuple[str, int, Tensor]  # label, resolution in pixels, values by ring
 
 
 def plot(folder: Path, powers: dict[int, Tensor], settings: Settings, curves: Sequence[Sequence[Curve]]) -> None:
-    """Draw spectrum.png (power of images and noise) and snr.png (`curves`).
+    """Draw spectrum.png and snr.png.
 
-    The noise in spectrum.png has the first sigma; snr.png has a panel for each sigma. Raises UserError without
-    matplotlib.
+    spectrum.png shows the power of images and noise, snr.png the `curves`. The noise in spectrum.png has the first
+    sigma; snr.png has a panel for each sigma. Raises UserError without matplotlib.
     """
     small, large, block, sigma = settings.small, settings.large, settings.block, settings.sigmas[0]
     variance = sigma**2
@@ -48,7 +48,10 @@ def plot(folder: Path, powers: dict[int, Tensor], settings: Settings, curves: Se
 
 
 def _figure(panels: Sequence[tuple[str, Sequence[Line]]], unit: str) -> Figure:
-    """Draw values by ring on logarithmic axes, without ring 0 (frequency 0) and without incomplete rings."""
+    """Draw values by ring on logarithmic axes.
+
+    Without ring 0 (frequency 0) and incomplete rings.
+    """
     try:  # matplotlib is optional
         from matplotlib.figure import Figure
     except ImportError:

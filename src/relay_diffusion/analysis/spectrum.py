@@ -1,4 +1,4 @@
-"""Power of images and noise by frequency, in the orthonormal DCT-II of whole images.
+"""Power of images and noise by frequency (orthonormal DCT-II).
 
 X = M x M^T of an R x R image x; the power of a coefficient is E[X_kl^2]. M is orthonormal, so the mean power over the
 coefficients is the mean squared pixel (Parseval), and white noise has the power sigma^2 everywhere. Index k is k/2
@@ -22,7 +22,7 @@ def summed_power(images: Tensor) -> Tensor:
 
 
 def block_power(resolution: int, block: int) -> Tensor:
-    """E[X_kl^2] of block noise of standard deviation 1, exactly: float64 [R,R].
+    """Power E[X_kl^2] of block noise at sigma 1: float64 [R,R].
 
     Block noise is B w B^T of white noise w, where B is the circular sum of `block` neighbours over sqrt(block), so
     E[X_kl^2] = p_k p_l, p_k = (M B B^T M^T)_kk: the squared length of row k of M B. The DCT does not diagonalise B:
@@ -31,7 +31,7 @@ def block_power(resolution: int, block: int) -> Tensor:
     Raises ValueError unless 1 <= block <= resolution.
     """
     if not 1 <= block <= resolution:
-        raise ValueError(f"block is {block}: need 1 to {resolution}, the side of the image")
+        raise ValueError(f"block={block}: must be 1 to {resolution}, the resolution")
     identity = torch.eye(resolution, dtype=torch.float64)
     box = sum((identity.roll(shift, 0) for shift in range(block)), torch.zeros_like(identity)) / block**0.5
     power = (dct_matrix(resolution, torch.float64, torch.device("cpu")) @ box).square().sum(1)
@@ -39,18 +39,19 @@ def block_power(resolution: int, block: int) -> Tensor:
 
 
 def mixed_power(resolution: int, block: int, strength: float) -> Tensor:
-    """E[X_kl^2] of a relay stage's noise at sigma 1, eps + strength block(eps'): float64 [R,R].
+    """Power E[X_kl^2] of relay-stage noise at sigma 1: float64 [R,R].
 
-    The two are independent: 1 + strength^2 p_k p_l. As in `BlurringCorruption`, nothing is divided by
-    sqrt(1 + strength^2), so its variance is 1 + strength^2.
+    The noise is eps + strength block(eps'). The two terms are independent: 1 + strength^2 p_k p_l. As in
+    `BlurringCorruption`, nothing is divided by sqrt(1 + strength^2), so its variance is 1 + strength^2.
     """
     return 1 + strength**2 * block_power(resolution, block)
 
 
 @lru_cache(maxsize=8)
 def rings(resolution: int) -> Tensor:
-    """The ring of each coefficient, round(sqrt(k^2 + l^2)): int64 [R,R]. Ring r is r/2 cycles per image.
+    """Ring of each coefficient, round(sqrt(k^2 + l^2)): int64 [R,R].
 
+    Ring r is r/2 cycles per image.
     Rings from R on are incomplete: only the corners of the square reach them.
     """
     squared = torch.arange(resolution, dtype=torch.float64) ** 2
@@ -85,12 +86,12 @@ class Curve:
 
 
 def snr_curves(powers: dict[int, Tensor], settings: Settings, sigma: float) -> list[Curve]:
-    """Signal-to-noise ratio E[X^2] of images / E[X^2] of noise, ring by ring, for one sigma.
+    """Compute signal-to-noise ratios by ring for one sigma.
 
-    White noise at both resolutions; at the large one also white noise of factor * sigma, block noise, and the noise of
-    a relay stage. The mean of factor x factor pixels divides sigma by factor, so at low frequencies factor * sigma at
-    the large resolution corresponds to sigma at the small one. Block noise has factor^2 of the power of white noise
-    at low frequencies, so its sigma is the same at both resolutions.
+    SNR = E[X^2] of images / E[X^2] of noise. White noise at both resolutions; at the large one also white noise of
+    factor * sigma, block noise, and the noise of a relay stage. The mean of factor x factor pixels divides sigma by
+    factor, so at low frequencies factor * sigma at the large resolution corresponds to sigma at the small one. Block
+    noise has factor^2 of the power of white noise at low frequencies, so its sigma is the same at both resolutions.
     """
     small, large, block = settings.small, settings.large, settings.block
     white = torch.ones((), dtype=torch.float64)
@@ -107,5 +108,8 @@ def snr_curves(powers: dict[int, Tensor], settings: Settings, sigma: float) -> l
 
 
 def matching_factors(small: Tensor, large: Tensor) -> Tensor:
-    """Return by ring the factor of white sigma that keeps the SNR: sqrt(P_large / P_small)."""
+    """Compute the factor of white sigma that keeps the SNR.
+
+    sqrt(P_large / P_small), by ring.
+    """
     return (large[: len(small)] / small).sqrt()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a table as CSV, floats with nine digits."""
+    """Format a table as CSV, floats with nine digits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
@@ -17,7 +17,7 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def print_table(rows: Sequence[Sequence[str]], width: int) -> None:
-    """Print rows of a title and cells, the cells right-aligned in columns of `width`."""
+    """Print rows of a title and right-aligned cells of `width` characters."""
     longest = max(len(title) for title, *_ in rows)
     for title, *cells in rows:
         print(f"{title:<{longest}}" + "".join(f"{cell:>{width}}" for cell in cells))

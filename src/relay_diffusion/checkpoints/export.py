@@ -3,7 +3,7 @@
     FOLDER/weights.safetensors   parameters of the denoiser
     FOLDER/stage.json            how to build the stage, and the SHA-256 of the weights
 
-It holds what sampling needs, neither the optimizer nor the position in the data. `load_stage(FOLDER)` reads it.
+An export has no optimizer state and no position in the data. `load_stage(FOLDER)` reads it.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def export_stage(
     dtype: str = "float32",
     kind: str = "ema",
 ) -> Path:
-    """Write a stage as the folder `destination` and return it; an earlier export is replaced.
+    """Write a stage to the folder `destination` and return the folder.
 
-    `weights`: the state dict of the stage's denoiser; `kind`: "ema" or "raw", what they are. `dtype` of the stored
-    weights: float32, float16 or bfloat16. `origin`: where they came from, e.g. {"file": name, "sha256": ...}.
-    stage.json is written last, so an interrupted export is never read. Raises UserError if the folder holds other
-    files of a run, if the dtype is unknown, and if a weight is too large for it.
+    An earlier export is replaced. `weights`: the state dict of the stage's denoiser. `kind`: "ema" or "raw". `dtype`:
+    data type of the written weights, float32, float16 or bfloat16. `origin`: source of the weights, e.g. {"file": name,
+    "sha256": ...}. stage.json is written last, so an interrupted export is never read. Raises UserError if the folder
+    holds a training run, if the dtype is unknown, and if a weight is not finite in it.
     """
     destination = Path(destination).expanduser()
     if destination.exists() and not destination.is_dir():
@@ -79,9 +79,9 @@ def _converted(weights: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
 
 
 def read_export(file: Path) -> dict[str, Any]:
-    """Read the stage.json of an export and its weights, as the content of a checkpoint.
+    """Read an export in the format of a checkpoint.
 
-    Raises UserError naming the file.
+    `file`: its stage.json. Raises UserError naming the file.
     """
     try:
         content = parse_json(file.read_text(encoding="utf-8"))
@@ -115,5 +115,5 @@ def _read_weights(file: Path, sha256: str) -> dict[str, Tensor]:
         raise UserError(f"{file} is missing: it belongs to {EXPORT_STAGE} beside it") from None
     except UserError:
         raise
-    except Exception:  # foreign bytes
+    except Exception:  # safetensors raises many types for damaged files
         raise UserError(f"{file} cannot be read: it is damaged; export again") from None

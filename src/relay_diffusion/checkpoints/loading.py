@@ -48,25 +48,24 @@ def load_stage(
 
     `path`: a .ckpt file, the directory of a training run, or the folder of an export. `weights`: "ema" or
     "raw". `changes`: values of the stored stage config to replace, e.g. {"sampler": {"steps": 50}}; nulls
-    change nothing; guidance_scale 1 disables guidance, guidance_interval [0, inf] lifts a stored interval.
-    `guide`: the same as `path` for a weaker network of the same images, to guide away from.
-    `trusted`: packages besides relay_diffusion whose classes the files may name, such as ["my_package"]; these are
-    imported and called, nothing else that the files name is.
-    `sampler`: another sampler instead of the stored one and its changes: its class and arguments, as in conf/sampler.
-    A sampler with a `corruption` gets that of the stage, or that with the values given here:
+    change nothing; guidance_scale 1 disables guidance, guidance_interval [0, inf] removes a stored interval.
+    `guide`: checkpoint of a weaker network of the same images for autoguidance, given as `path`.
+    `trusted`: packages besides relay_diffusion whose classes the files may name, e.g. ["my_package"]; no other code
+    that the files name is imported or called.
+    `sampler`: class and arguments of a sampler that replaces the stored one, as in conf/sampler. A sampler with a
+    `corruption` gets that of the stage, with the values given here:
 
         load_stage(path, sampler={"_target_": "relay_diffusion.samplers.EDMSampler", "steps": 12})
 
-    Raises UserError naming the file, if it cannot be used.
+    Raises UserError naming the file if it is missing, damaged or not trusted.
     """
     file = find_stage(path)
     checkpoint = read_stage(file)
     stored = {key: value for key, value in checkpoint["stage_config"].items() if key != "optimizer"}
-    config = changed_config(
-        {"cuda_graphs": True, "label_dropout": 0.0} | stored, changes, file
-    )  # older files lack them
+    defaults = {"cuda_graphs": True, "label_dropout": 0.0}  # older files lack them
+    config = changed_config(defaults | stored, changes, f"changes to the stage of {file}: ")
     if sampler is not None:
-        config["sampler"] = _replaced_sampler(sampler, config["corruption"], file, trusted)
+        config["sampler"] = _replaced_sampler(sampler, config["corruption"], trusted)
     if config.get("guidance_scale", 1) == 1 and (changes or {}).get("guidance_interval") is not None:
         raise UserError(
             f"changes to the stage of {file}: guidance_interval needs a guidance_scale other than 1, e.g. 2"
@@ -85,8 +84,8 @@ def load_stage(
     stage = cast(DiffusionStage, build_stored(config, file, trusted, info=info, **arguments))
     stage.denoiser.load_state_dict(state)
     try:
-        stage.guided()
-    except UserError as error:  # guidance that cannot work shows before sampling
+        stage.guided_denoiser()
+    except UserError as error:  # report invalid guidance before sampling
         raise UserError(f"{file}: {error}") from None
     return stage.eval()
 
@@ -98,7 +97,7 @@ def load_relay(
     trusted: Sequence[str] = (),
     samplers: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Relay:
-    """Load a relay from a folder with relay.json, a choice of conf/relay, or the paths of its stages.
+    """Load a relay from a folder, a conf/relay choice, or stage paths.
 
     `source`: a folder that holds relay.json, e.g. {"format": 1, "stages": {"base": {"path": "base"}, "relay": {"path":
     "relay"}}}, with paths relative to it and stages in order; or a name such as "emoji", which is built as
@@ -138,7 +137,7 @@ def load_relay(
 
 
 def build_configured(settings: DictConfig, **arguments: Any) -> DiffusionStage:
-    """Build a stage of a relay config. Raises UserError for files that it cannot be built from."""
+    """Build a stage of a relay config. Raises UserError for a checkpoint that cannot be loaded."""
     try:
         return cast(DiffusionStage, instantiate(settings, _convert_="all", **arguments))
     except InstantiationException as error:
@@ -148,7 +147,7 @@ def build_configured(settings: DictConfig, **arguments: Any) -> DiffusionStage:
 
 
 def relay_options(settings: DictConfig) -> dict[str, Any]:
-    """Return the arguments of Relay, besides its stages, that a relay config gives."""
+    """Return the arguments of Relay in a relay config, except the stages."""
     return {
         "hand_over_sigma": settings.hand_over_sigma,
         "rounding": settings.rounding,
@@ -157,7 +156,7 @@ def relay_options(settings: DictConfig) -> dict[str, Any]:
 
 
 def _relay_choice(name: str) -> DictConfig:
-    """Compose a choice of conf/relay. Raises UserError for an unknown name, and for one without checkpoints."""
+    """Compose a choice of conf/relay. Raises UserError for an unknown name or missing stage paths."""
     known = sorted(file.stem for file in (CONF / "relay").glob("*.yaml"))
     if name not in known:
         raise UserError(
@@ -199,7 +198,7 @@ def _stage_paths(file: Path) -> dict[str, Path]:
 
 
 def read_checkpoint(path: str | Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a checkpoint to resume from: tensors and plain values, on the CPU.
+    """Read a checkpoint to resume from, onto the CPU.
 
     trusted: as for load_stage. Raises UserError naming the file, and the first key or tensor that is wrong.
     """
@@ -217,9 +216,9 @@ def read_checkpoint(path: str | Path, trusted: Sequence[str] = ()) -> dict[str, 
 
 
 def _described(config: Mapping[str, Any], file: Path, trusted: Sequence[str]) -> torch.nn.Module | None:
-    """Build the stage of a stored config on the meta device; None for untrusted classes.
+    """Build the stage of a stored config on the meta device.
 
-    Training builds its own config, and compares the stored one with that.
+    Returns None for untrusted classes: training builds its own config and compares the stored one with it.
     """
     try:
         stage = build_empty({key: value for key, value in config.items() if key != "optimizer"}, file, trusted)
@@ -231,65 +230,62 @@ def _described(config: Mapping[str, Any], file: Path, trusted: Sequence[str]) ->
 
 
 def check_loadable(stage_config: Mapping[str, Any], trusted: Sequence[str], file: Path) -> None:
-    """Raise UserError unless a stage with this config could be loaded from its checkpoint, whose name is `file`.
+    """Raise UserError unless checkpoints with this stage config can be loaded.
 
-    The optimizer may be of any package: loading leaves it out. Leaves the global random state as it is.
+    `file`: name of the checkpoint, for messages. The optimizer may be of any package, because loading ignores it. The
+    global random state does not change.
     """
     check_stored({"stage_config": dict(stage_config)}, file)
     config = {key: value for key, value in stage_config.items() if key != "optimizer"}
     check_targets(config, (OWN_PACKAGE, *package_names(trusted)), file)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            build_empty(config, file, trusted)
-    except UserError as error:
-        raise UserError(
-            f"{error}; loading first builds stages on the meta device, so a constructor that reads numbers of a tensor "
-            "must make it with device='cpu'"
-        ) from None
 
 
 def build_stored(config: Mapping[str, Any], file: Path, trusted: Sequence[str] = (), **arguments: Any) -> Any:
     """Build the object of a stored config, with additional `arguments`.
 
-    trusted: packages besides this one whose classes it may name. Raises UserError for a class of another package, and
-    for one that raises an error for its settings.
+    trusted: packages besides this one whose classes it may name. Raises UserError for a class of another package and
+    for settings that the class refuses.
     """
     check_targets(config, (OWN_PACKAGE, *package_names(trusted)), file)
     try:
         factory = instantiate(OmegaConf.create(dict(config)), _convert_="all", _partial_=True)
-        return factory(**arguments) if callable(factory) else factory  # the caller refuses anything but a stage
-    except Exception as error:  # foreign settings, and foreign ways to call a class
+        return factory(**arguments) if callable(factory) else factory  # the caller checks the type
+    except Exception as error:  # classes of trusted packages raise any type
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise UserError(f"the stage of {file} cannot be built: {reason}") from None
 
 
 def build_empty(config: Mapping[str, Any], file: Path, trusted: Sequence[str] = ()) -> Any:
-    """Build the object on the meta device: what a file describes may be of any size."""
+    """Build the object on the meta device.
+
+    A damaged file may describe a network of any size.
+    """
     with torch.device("meta"):
         return build_stored(config, file, trusted)
 
 
-def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any] | None, file: Path) -> dict[str, Any]:
-    """Replace values of a stored config; nulls in `changes` change nothing.
+def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any] | None, said: str) -> dict[str, Any]:
+    """Return a stored config with replaced values.
 
-    `changes` has the structure of the config. Changes of the corruption also apply to that of the sampler, unless
-    `changes` sets the latter. Raises UserError for an unknown key and for a value of another kind.
+    `changes` has the structure of the config; nulls in it change nothing. Changes of the corruption also apply to that
+    of the sampler, unless `changes` sets the latter. said: prefix of messages. Raises UserError for an unknown key and
+    for a value of another type.
     """
-    _check_changes(config, changes or {}, f"changes to the stage of {file}: ")
+    _check_changes(config, changes or {}, said)
     stored, given = OmegaConf.create(dict(config)), _without_nulls(changes or {})
     OmegaConf.set_struct(stored, True)
     copied = {}
     if "corruption" in given and "corruption" in (config.get("sampler") or {}):
-        copied = {"sampler": {"corruption": given["corruption"]}}  # it has a copy, with settings for sampling alone
+        copied = {"sampler": {"corruption": given["corruption"]}}  # the sampler has a copy
     try:
         merged = OmegaConf.merge(stored, copied, given)
     except OmegaConfBaseException as error:
-        raise UserError(f"changes to the stage of {file}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{said.rstrip('.: ')}: {str(error).splitlines()[0]}") from None
     return cast(dict[str, Any], OmegaConf.to_container(merged))
 
 
 def _check_changes(stored: Mapping[str, Any], changes: Mapping[str, Any], said: str, prefix: str = "") -> None:
-    """Raise UserError for an unknown key, or a value of another kind than the stored one.
+    """Raise UserError for an unknown key or a value of another type.
 
     A stored null accepts any value. `said`: prefix of messages.
     """
@@ -308,11 +304,11 @@ def _check_changes(stored: Mapping[str, Any], changes: Mapping[str, Any], said: 
 
 
 def _replaced_sampler(
-    settings: Mapping[str, Any], corruption: Mapping[str, Any], file: Path, trusted: Sequence[str]
+    settings: Mapping[str, Any], corruption: Mapping[str, Any], trusted: Sequence[str]
 ) -> dict[str, Any]:
     """Return the settings of another sampler with the corruption of the stage.
 
-    Raises UserError for a class that is not trusted, and for an argument that it does not have.
+    Raises UserError for an untrusted class and for an unknown argument.
     """
     if not isinstance(settings, Mapping) or not settings.get("_target_"):
         raise UserError(
@@ -327,7 +323,7 @@ def _replaced_sampler(
             raise UserError(f"sampler.{shorten(key)}: unknown key{did_you_mean(str(key), known)}")
     replaced = dict(settings)
     if "corruption" in known:
-        replaced["corruption"] = changed_config(corruption, settings.get("corruption"), file)
+        replaced["corruption"] = changed_config(corruption, settings.get("corruption"), "sampler.corruption.")
     return replaced
 
 

@@ -16,9 +16,9 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.utils.messages import shorten
 
 LAST, BEST = "last.ckpt", "best.ckpt"
-KEPT = "images-*.ckpt"  # earlier ones, with the images they have seen in twelve digits
+KEPT = "images-*.ckpt"  # earlier checkpoints; the images seen have twelve digits
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MAX_DEPTH = 20  # of a stored config
+MAX_DEPTH = 20  # levels of nesting in a stored config
 MAX_IMAGES_SEEN = 2**62
 TRAINING = ("state_dict", "images_seen", "replaced_gradients", "optimizer_states", "loops", "pytorch-lightning_version")
 KINDS = {  # types of the keys that only training reads
@@ -53,12 +53,12 @@ def read_file(file: Path) -> dict[str, Any]:
     """Read a checkpoint file: tensors and plain values only, on the CPU. Raises UserError naming the file."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols and of types that are refused below
+            warnings.simplefilter("ignore")  # torch warns of pickle protocols, and of types that are refused below
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # foreign bytes: torch.load raises a dozen types
+    except Exception:  # torch.load raises a dozen types for damaged files
         raise UserError(
             f"{file} cannot be read as a checkpoint: it is damaged, no checkpoint, "
-            "or holds more than tensors and plain values, which is refused (published .pkl and .pt files are converted "
+            "or holds more than tensors and plain values (convert published .pkl and .pt files "
             "first: python -m relay_diffusion.cli.convert_checkpoint)"
         ) from None
     return _translated(check_stored(content, file))
@@ -69,7 +69,7 @@ def _translated(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_stage(path: str | Path) -> Path:
-    """Find the stage.json of an export at `path`, or else a checkpoint as find_checkpoint does."""
+    """Find the stage.json of an export, or else a checkpoint (find_checkpoint)."""
     path = Path(path)
     if (path / EXPORT_STAGE).is_file():
         return path / EXPORT_STAGE
@@ -89,10 +89,10 @@ def read_stage(file: Path) -> dict[str, Any]:
 def stored_weights(
     content: Mapping[str, Any], kind: str, denoiser: torch.nn.Module, file: Path
 ) -> Mapping[str, Tensor]:
-    """Return the state dict of a stored stage's denoiser, of `kind` ema or raw.
+    """Return the state dict of a stored denoiser.
 
-    `denoiser`: the network to load it into, which may be on the meta device. Raises UserError if the weights are
-    missing, do not fit or are not finite.
+    `kind`: "ema" or "raw". `denoiser`: the network to load it into, which may be on the meta device. Raises UserError
+    if the weights are missing, do not fit or are not finite.
     """
     states = {
         "raw": {k.removeprefix("denoiser."): v for k, v in content.get("state_dict", {}).items()},
@@ -109,12 +109,14 @@ def stored_weights(
 
 
 def check_stored(content: Any, file: Path) -> dict[str, Any]:
-    """Check the type of every key of a checkpoint or export, but no shapes; return its content.
+    """Check the type of every key of a checkpoint or export.
 
-    Raises UserError naming the file and the key.
+    Shapes are not checked. Returns the content. Raises UserError naming the file and the key.
     """
     if not isinstance(content, dict) or not isinstance(content.get("stage_config"), dict):
-        raise UserError(f"{file} is not a checkpoint of a diffusion stage: it holds no stage_config")
+        raise UserError(
+            f"{file} is not a checkpoint of a diffusion stage: it holds no stage_config; give a checkpoint of train.py"
+        )
     _check_plain(content["stage_config"], "stage_config", file)
     if "state_dict" in content:
         _check_tensors(content["state_dict"], "state_dict", file)
@@ -132,10 +134,10 @@ def check_stored(content: Any, file: Path) -> dict[str, Any]:
 
 
 def check_resumable(content: dict[str, Any], file: Path) -> None:
-    """Raise UserError unless a checked checkpoint is complete and finite, so that training can resume."""
+    """Raise UserError unless training can resume: the checkpoint is complete and finite."""
     for key in TRAINING:
         if key not in content:
-            raise UserError(f"{file} lacks {key}: training cannot continue from it")
+            raise UserError(f"{file} lacks {key}: training cannot continue from it; use an earlier checkpoint")
     for key, kind in KINDS.items():
         value = content.get(key)
         if key in content and (not isinstance(value, kind) or isinstance(value, bool)):
@@ -144,7 +146,7 @@ def check_resumable(content: dict[str, Any], file: Path) -> None:
     _check_run(content.get("run", {}), file)
     states = content["optimizer_states"]
     if len(states) != 1 or not isinstance(states[0], dict) or {"state", "param_groups"} - states[0].keys():
-        raise UserError(f"{file} holds no state of one optimizer: training cannot continue from it")
+        raise UserError(f"{file} does not hold the state of one optimizer: use an earlier checkpoint to continue")
     check_finite(content["state_dict"], file)
     check_finite((content.get("ema") or {}).get("weights") or {}, file, "ema ")
     moments = states[0]["state"]
@@ -180,7 +182,7 @@ def check_finite(weights: Mapping[str, Tensor], file: Path, what: str = "") -> N
 
 
 def check_fits(weights: Mapping[str, Tensor], network: torch.nn.Module, file: Path, what: str = "") -> None:
-    """Raise UserError unless names and shapes match a network, which may be on the meta device."""
+    """Raise UserError unless names and shapes match a network (meta device allowed)."""
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     stored = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     problems = [f"it lacks {name}" for name in expected if name not in stored]
@@ -195,7 +197,7 @@ def check_fits(weights: Mapping[str, Tensor], network: torch.nn.Module, file: Pa
 
 
 def _check_tensors(weights: Any, key: str, file: Path) -> None:
-    """Require a dictionary of dense float tensors that store all of their elements."""
+    """Require a dictionary of dense float tensors that store all elements."""
     if not isinstance(weights, dict):
         _wrong(file, key, weights, "a dictionary of tensors")
     for name, tensor in weights.items():
@@ -205,8 +207,11 @@ def _check_tensors(weights: Any, key: str, file: Path) -> None:
             raise UserError(
                 f"{file} is damaged: {key}.{shorten(name)} must hold float numbers, not {tensor.dtype} {tensor.layout}"
             )
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # expanded: of any size
-            raise UserError(f"{file} is damaged: {key}.{shorten(name)} claims more numbers than it stores")
+        # an expanded tensor may have any size
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UserError(
+                f"{file} is damaged: {key}.{shorten(name)} has more elements than it stores; use an earlier checkpoint"
+            )
 
 
 def _check_plain(node: Any, key: str, file: Path, depth: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""Classes that a stored config may name."""
+"""Class names in stored configs: translation and trust."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hydra.utils import get_class
 from relay_diffusion.errors import UserError, require
 from relay_diffusion.utils.messages import shorten
 
-OWN_PACKAGE = "relay_diffusion"  # whose classes every stored config may name
-RENAMED = {  # modules and classes that stored configs of earlier versions name
+OWN_PACKAGE = "relay_diffusion"  # always trusted
+RENAMED = {  # old name -> new name, for stored configs of earlier versions
     "relay_diffusion.stage": "relay_diffusion.models",
     "relay_diffusion.cascade": "relay_diffusion.models",
     "relay_diffusion.data.augment": "relay_diffusion.diffusion.augment",
@@ -27,6 +27,7 @@ RENAMED = {  # modules and classes that stored configs of earlier versions name
     "relay_diffusion.postprocess": "relay_diffusion.sampling.postprocess",
     "relay_diffusion.trainer": "relay_diffusion.training.trainer",
     "relay_diffusion.callbacks.Evaluator": "relay_diffusion.metrics.Evaluator",
+    "relay_diffusion.callbacks.TrainingProgress": "relay_diffusion.training.callbacks.ImagesProgress",
     "relay_diffusion.callbacks": "relay_diffusion.training.callbacks",
     "relay_diffusion.loggers.wandb_run": "relay_diffusion.training.loggers.wandb",
     "relay_diffusion.loggers": "relay_diffusion.training.loggers",
@@ -34,7 +35,7 @@ RENAMED = {  # modules and classes that stored configs of earlier versions name
 
 
 def translate_targets(node: Any) -> Any:
-    """Return a stored config whose `_target_` names are those of this version."""
+    """Return a stored config with the `_target_` names of this version."""
     if isinstance(node, Mapping):
         return {
             key: _translate(value) if key == "_target_" and isinstance(value, str) else translate_targets(value)
@@ -62,7 +63,10 @@ def package_names(trusted: Any) -> tuple[str, ...]:
 
 
 def check_targets(node: Any, packages: Sequence[str], file: Path | str) -> None:
-    """Refuse a config that would call anything but a class of the trusted packages. file: its source, for messages."""
+    """Raise UserError unless a config names only classes of trusted packages.
+
+    file: source of the config, for messages.
+    """
     if isinstance(node, str) and "${" in node:
         raise UserError(f"{file} holds a config with an interpolation ({node[:60]}): refused")
     if isinstance(node, Mapping):
@@ -92,5 +96,8 @@ def _check_target(target: Any, packages: Sequence[str], file: Path | str) -> Non
 
 
 def _inside(name: str, packages: Sequence[str]) -> bool:
-    """Whether a dotted name lies in one of the packages: my_package does not contain my_package_2."""
+    """Whether a dotted name lies in one of the packages.
+
+    my_package does not contain my_package_2.
+    """
     return any(name == package or name.startswith(f"{package}.") for package in packages)

@@ -1,1 +1,1 @@
-"""Commands. Each is also `python -m relay_diffusion.cli.NAME`."""
+"""Commands, each run by `python -m relay_diffusion.cli.NAME`."""

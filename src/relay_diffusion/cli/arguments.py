@@ -1,4 +1,4 @@
-"""Parse key=value arguments of the tools into a dataclass; errors are one line with exit code 2."""
+"""Command lines of key=value arguments."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ def parse_arguments(schema: type[Options], arguments: Sequence[str]) -> Options:
 
 
 def positive_numbers(option: str, text: str, remedy: str) -> tuple[float, ...]:
-    """Parse "0.5,1,2" as (0.5, 1.0, 2.0); raise UserError unless all are positive and finite."""
+    """Parse "0.5,1,2" as (0.5, 1.0, 2.0).
+
+    Raises UserError unless all numbers are positive and finite.
+    """
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -55,7 +58,10 @@ def positive_numbers(option: str, text: str, remedy: str) -> tuple[float, ...]:
 
 
 def run_tool(arguments: Sequence[str], usage: str, schema: type[Options], action: Callable[[Options], None]) -> int:
-    """Run a key=value command and return its exit code: 0, or 2 after an error message of one line."""
+    """Run a key=value command and return its exit code.
+
+    0, or 2 after an error message of one line.
+    """
     if not arguments or {"-h", "--help"} & set(arguments):
         print(usage, end="")
         return 0

@@ -1,4 +1,4 @@
-"""Export a stage: from a published checkpoint, or from one of this project."""
+"""Export a stage of a published checkpoint or of this project."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from relay_diffusion.utils.files import file_sha256, refuse_existing
 USAGE = """\
 python -m relay_diffusion.cli.convert_checkpoint source=FILE destination=FOLDER [key=value ...]
 
-  source       a published checkpoint: EDM's .pkl or the authors' .pt (nothing in it is run); or one of this project:
+  source       a published checkpoint: EDM's .pkl or the authors' .pt (no code in it runs); or one of this project:
                a .ckpt file, the directory of a training run, an exported folder
   destination  the folder to write: weights.safetensors (the averaged weights) and stage.json
-  experiment   published files hold the network alone: take corruption, loss and sampler from conf/experiment/NAME.yaml;
-               without it, those of a first stage (conf/stage/base.yaml)
-  dtype        of the stored weights: float32 (default) | float16 | bfloat16
+  experiment   source of corruption, loss and sampler for a published file, conf/experiment/NAME.yaml
+               (default: a first stage, conf/stage/base.yaml)
+  dtype        data type of the written weights: float32 (default) | float16 | bfloat16
   overwrite    false: refuse a folder that holds an export (default) | true: replace that
   trusted      packages besides relay_diffusion whose classes the source or the experiment may name: my_package,other
 """
@@ -60,11 +60,11 @@ class ConvertOptions:
 
 
 def convert(options: ConvertOptions) -> DiffusionStage:
-    """Write the export and return the stage. Raises UserError, without writing stage.json."""
+    """Write the export and return the stage. Raises UserError before writing stage.json."""
     source = Path(options.source).expanduser()
     destination = Path(options.destination).expanduser()
     if destination.exists() and source.exists() and destination.samefile(source):
-        raise UserError(f"destination={options.destination}: is the source itself; choose another name")
+        raise UserError(f"destination={options.destination}: is the source; choose another name")
     for file in (EXPORT_STAGE, EXPORT_WEIGHTS):
         refuse_existing(destination / file, "destination", options.overwrite)
     trusted = [name.strip() for name in options.trusted.strip("[]").split(",") if name.strip()]
@@ -90,7 +90,7 @@ def convert(options: ConvertOptions) -> DiffusionStage:
 
 
 def compose_stage(experiment: str | None) -> dict[str, Any]:
-    """The stage of an experiment as train.py would build it, without its optimizer."""
+    """Compose the stage config of an experiment, without its optimizer."""
     main = CONF / "train.yaml"
     register_resolvers()
     try:

@@ -1,4 +1,4 @@
-"""Make an image zip from a folder, zip or tar."""
+"""Convert a folder, zip or tar of images to an image zip."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from relay_diffusion.data.convert import Converted, ConvertOptions, convert
 from relay_diffusion.data.decode import UNUSED_BITS, dark_warning
 from relay_diffusion.utils.messages import shorten
 
-MAX_ENDINGS = 8  # named in the line about files of other types
+MAX_ENDINGS = 8  # suffixes in the line about ignored files
 MAX_CLASSES_SHOWN = 20
-MAX_NAMES_SHOWN = 5  # of classes, in a warning
+MAX_NAMES_SHOWN = 5  # class names in a warning
 USAGE = """\
 python -m relay_diffusion.cli.convert_images source=FOLDER|ZIP|TAR destination=OUT.zip [key=value ...]
 
@@ -23,21 +23,21 @@ python -m relay_diffusion.cli.convert_images source=FOLDER|ZIP|TAR destination=O
   destination  the zip to write: PNG files and dataset.json
   resolution   side of the written images in pixels (256); make ONE zip at the highest resolution you train,
                lower stages average its blocks while loading
-  crop         center: cut the middle square out (default) | none: refuse images that are not square
+  crop         center: crop the central square (default) | none: require square images
   classes      folders: an image's class is its folder (default) | keep: the source's dataset.json | none
   class_level  which folder is the class, 1 being the outermost of the source; by default the first one below folders
                that hold everything (left out of the written names) and below splits (train, val, valid, test, heldout
                and the like, which stay in the names: data.dataset.subset=train); all splits have the same classes
-  exif         apply: turn images as their EXIF orientation says (default) | ignore: take the pixels as stored
+  exif         apply: rotate images by their EXIF orientation (default) | ignore: keep the pixels as stored
   bit_depth    bits that the samples of 16-bit images use, 8 to 16 (16); 12 is usual for cameras and microscopes
-  skip_bad     false: stop at the first unusable image (default) | true: leave such images out and name them;
-               folders of which nothing is left are no classes; files of other types are counted in one line
+  skip_bad     false: stop at the first unusable image (default) | true: omit and list such images;
+               folders without usable images are no classes; files of other types are counted in one line
   overwrite    false: refuse a destination that exists (default) | true: replace it once all is converted
 """
 
 
 def _by_type(names: list[str]) -> str:
-    """Number of files, with their most frequent suffixes."""
+    """Describe the number of files and their most frequent suffixes."""
     endings = Counter(PurePosixPath(name).suffix.lower() or "no ending" for name in names)
     shown = sorted(ending for ending, _ in endings.most_common(MAX_ENDINGS))
     more = ", ..." if len(endings) > len(shown) else ""
@@ -54,7 +54,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def class_table(names: Sequence[str], counts: Sequence[int]) -> list[str]:
-    """Lines of class names and image counts: the first classes, then the range of the others."""
+    """Return one line per class with its image count, shortened if many."""
     shown = len(names) if len(names) <= MAX_CLASSES_SHOWN + 1 else MAX_CLASSES_SHOWN
     width = max((len(shorten(name)) for name in names[:shown]), default=0)
     lines = [f"  {shorten(name):{width}} {count:8,}" for name, count in zip(names[:shown], counts[:shown], strict=True)]
@@ -64,7 +64,7 @@ def class_table(names: Sequence[str], counts: Sequence[int]) -> list[str]:
 
 
 def _describe_classes(result: Converted) -> list[str]:
-    """Lines about class folders, splits, and classes with their counts."""
+    """Describe class folders, splits and classes, one line each."""
     lines, folders, names = [], result.folders, result.class_names or []
     if folders is not None:
         lines.append(f"classes: the folders of level {folders.level} (class_level)")
@@ -79,7 +79,7 @@ def _describe_classes(result: Converted) -> list[str]:
 
 
 def _warnings(result: Converted, options: ConvertOptions) -> list[str]:
-    """Warnings about class folders, EXIF blocks and 16-bit images that look wrong."""
+    """Return warnings about class folders, EXIF blocks and 16-bit images."""
     lines, folders, names = [], result.folders, result.class_names or []
     if folders is not None:
         nested = sorted(set(folders.nested) & set(names))
@@ -97,12 +97,10 @@ def _warnings(result: Converted, options: ConvertOptions) -> list[str]:
                     f"{_some(missing)}"
                 )
         if len(names) == 1:
-            lines.append(
-                f"warning: {shorten(names[0])} is the only class: classes=none if it is none, or class_level=N"
-            )
+            lines.append(f"warning: {shorten(names[0])} is the only class; use classes=none, or class_level=N")
     if result.exif_damaged:
         images = _counted(result.exif_damaged, "image")
-        lines.append(f"warning: {images} with a damaged EXIF block: the pixels are taken as stored")
+        lines.append(f"warning: {images} with a damaged EXIF block; the pixels are kept as stored")
     if result.deep_images and result.bits <= options.bit_depth - UNUSED_BITS:
         lines.append(dark_warning(_counted(result.deep_images, "16-bit image"), result.bits, options.bit_depth))
     return lines

@@ -1,4 +1,4 @@
-"""Errors of the user in one line: those of this package, of Hydra and of OmegaConf."""
+"""One-line messages for user errors of this package, Hydra and OmegaConf."""
 
 from __future__ import annotations
 
@@ -22,22 +22,25 @@ from relay_diffusion.utils.messages import did_you_mean
 
 
 def caused_by_user(error: BaseException) -> bool:
-    """Return whether an error is the user's: a mistake in an option or a file."""
-    return isinstance(error, UserError | HydraException | OmegaConfBaseException)  # also refused classes
+    """Return whether an option or a file caused the error."""
+    return isinstance(error, UserError | HydraException | OmegaConfBaseException)
 
 
 def explain(error: BaseException, config: Path) -> str:
-    """Describe an error of the user in one line. config: the yaml of the command, for the nearest key."""
+    """Describe a user error in one line.
+
+    config: yaml of the command, for suggestions of keys.
+    """
     causes = list(_causes(error))
     users = next((cause for cause in causes if isinstance(cause, UserError)), None)
     unknown = next((cause for cause in causes if isinstance(cause, ConfigKeyError | AttributeError)), None)
     resolved = next((cause for cause in causes if isinstance(cause, OmegaConfBaseException)), None)
     if users is not None:
-        text = str(users).rpartition("UserError: ")[2]  # a data worker sends its traceback along
+        text = str(users).rpartition("UserError: ")[2]  # drop the traceback of a data worker
     elif isinstance(error, InstantiationException) and error.__cause__ is not None:
         key = str(error).rpartition("full_key: ")[2]
         cause = str(error.__cause__)
-        named = cause.partition("=")[0].isidentifier()  # a constructor names its argument
+        named = cause.partition("=")[0].isidentifier()  # the message starts with an argument name
         text = f"{key}{'.' if named else ': '}{cause}"
     elif isinstance(error, OverrideParseException):
         text = (
@@ -49,7 +52,7 @@ def explain(error: BaseException, config: Path) -> str:
     elif isinstance(unknown, OmegaConfBaseException) and unknown.full_key and isinstance(error, HydraException):
         name, known = str(unknown.full_key), _known_keys(config)
         elsewhere = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]  # the same last word
-        nearest = f"; did you mean {elsewhere[0]}?" if elsewhere else did_you_mean(name, known, "")
+        nearest = did_you_mean(name, elsewhere or known, f"; did you mean {elsewhere[0]}?" if elsewhere else "")
         text = f"{name} is not an option{nearest}"
     elif resolved is not None and resolved.full_key:
         text = f"{resolved.full_key}: {str(resolved).splitlines()[0]}"
@@ -74,7 +77,7 @@ def _unknown_choice(choice: str, known: list[str]) -> str:
 
 
 def _known_keys(config: Path) -> list[str]:
-    """Every key of a command's config, with the group choices of its defaults."""
+    """List the keys of a command's config with its default group choices."""
     with initialize_config_dir(str(config.parent.resolve()), version_base="1.3"):
         return list(_keys(OmegaConf.to_container(compose(config.stem), resolve=False)))
 

@@ -1,4 +1,7 @@
-"""Run train.py and sample.py: a user's error is one line and exit code 2."""
+"""Commands train.py and sample.py.
+
+A user error prints one line, with exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -28,18 +31,22 @@ from relay_diffusion.config.train import validate_training
 from relay_diffusion.errors import UserError, require
 from relay_diffusion.utils.distributed import destroy_process_group, first_failure, rank, ranks_differ
 from relay_diffusion.utils.files import write_text
+from relay_diffusion.utils.host import check_gpus
 
 TRAIN, SAMPLE = CONF / "train.yaml", CONF / "sample.yaml"
-PACKAGES = {"hydra": "hydra-core", "torch": "torch", "lightning": "lightning"}  # whose versions results depend on
-FULL_ERROR = "HYDRA_FULL_ERROR"  # Hydra's own switch: set it to 1 to see tracebacks
-SHOW_TRACEBACK = "RELAY_DIFFUSION_TRACEBACK"  # keeps the user's value of HYDRA_FULL_ERROR, which is overwritten below
+PACKAGES = {"hydra": "hydra-core", "torch": "torch", "lightning": "lightning"}  # printed by --version
+FULL_ERROR = "HYDRA_FULL_ERROR"  # variable of Hydra: 1 shows tracebacks
+SHOW_TRACEBACK = "RELAY_DIFFUSION_TRACEBACK"  # the user's value of HYDRA_FULL_ERROR, which is overwritten below
 FIRST_RANK_SECONDS = 3
-DIRECTORIES = ("output=", "run_dir=", "run_id=")  # what two jobs of a sweep cannot share
+DIRECTORIES = ("output=", "run_dir=", "run_id=")  # options that jobs of a sweep cannot share
 SLURM = {"hydra/launcher=slurm", "hydra/launcher=submitit_slurm"}
 
 
 class JobError(Exception):
-    """Failure of a job of a sweep, already reported by the job. Pickles: launchers return it from other processes."""
+    """Failure of a sweep job, already reported by the job.
+
+    Can be pickled, because launchers return it from other processes.
+    """
 
     def __init__(self, text: str, code: int) -> None:
         super().__init__(text, code)
@@ -51,15 +58,18 @@ def _shows_traceback() -> bool:
 
 
 def _check_command(config: Path) -> None:
-    """Refuse a launcher without a sweep, and new top-level keys that nothing reads."""
+    """Reject a launcher without a sweep, and unknown top-level keys.
+
+    Raises UserError.
+    """
     settings = HydraConfig.get()
     launcher = settings.runtime.choices.get("hydra/launcher", "basic")
     require(
         launcher == "basic" or sweep_job() is not None,
-        f"hydra/launcher={launcher} starts the jobs of a sweep: add --multirun, or leave the launcher out",
+        f"hydra/launcher={launcher} is for sweeps: add --multirun, or remove it",
     )
     if settings.job.config_name != config.stem:
-        return  # --config-name: another config has other keys
+        return  # --config-name chose a config with other keys
     main = OmegaConf.load(config)
     entries = [str(group) for entry in main.defaults if isinstance(entry, DictConfig) for group in entry]
     groups = sorted(group for group in entries if not group.startswith("override "))
@@ -75,8 +85,8 @@ def _check_command(config: Path) -> None:
 def report_errors(config: Path) -> Iterator[None]:
     """Report errors inside a Hydra main function, before Hydra does.
 
-    A user's error is one line and exit code 2; anything else keeps its traceback and exit code 1. In a job of a
-    sweep both become a JobError, which stops the sweep. config: the yaml that the function composes.
+    A user error prints one line, with exit code 2; other errors keep their traceback, with exit code 1. In a sweep job
+    both become a JobError, which stops the sweep. config: the yaml that the function composes.
     """
     job = sweep_job()
     try:
@@ -88,10 +98,10 @@ def report_errors(config: Path) -> Iterator[None]:
         expected = caused_by_user(error) and not _shows_traceback()
         first, code = first_failure(2 if expected else 1)
         if first != rank() and not expected and not _shows_traceback():
-            error = UserError(f"rank {first} failed: see its error message")  # this rank only lost its connection
+            error = UserError(f"rank {first} failed: see its error message")  # this rank lost the connection to it
             expected = True
         if expected and rank() > 0 and not ranks_differ():
-            time.sleep(FIRST_RANK_SECONDS)  # rank 0 reports the same error before a launcher terminates all ranks
+            time.sleep(FIRST_RANK_SECONDS)  # let rank 0 report the same error before a launcher terminates all ranks
             raise SystemExit(code) from None
         if job is not None:
             if expected:
@@ -108,8 +118,8 @@ def report_errors(config: Path) -> Iterator[None]:
         raise SystemExit(code) from None
     finally:
         if job is not None:
-            with suppress(OSError):  # another rank may be quicker; a directory with files stays
-                Path(job.runtime.output_dir).rmdir()  # Hydra's, where run_dir= names another one
+            with suppress(OSError):  # another rank removed it, or it has files
+                Path(job.runtime.output_dir).rmdir()  # Hydra's directory, which may differ from run_dir
 
 
 def _print_error(error: Exception, config: Path) -> None:
@@ -118,26 +128,30 @@ def _print_error(error: Exception, config: Path) -> None:
 
 
 def _check_sweep(words: list[str]) -> None:
-    """Refuse a sweep that cannot work: jobs that share a directory, SLURM jobs on a host without SLURM."""
+    """Reject sweep jobs that share a directory or need a missing SLURM.
+
+    Raises UserError.
+    """
     if not {"-m", "--multirun"} & {*words}:
         return
     for word in words:
         own = "," in word or "${" in word
         require(
             own or not word.startswith(DIRECTORIES),
-            f"{word}: jobs of the sweep would share it: leave it out, and each job gets its own",
+            f"{word}: the jobs of the sweep would share it; remove it, and each job gets its own",
         )
     require(
         not SLURM & {*words} or shutil.which("sbatch") is not None,
-        "hydra/launcher: the jobs go to SLURM, but there is no sbatch on this host: start the sweep where SLURM is, or "
+        "hydra/launcher: needs SLURM, but this host has no sbatch; start the sweep on a SLURM host, or "
         "use hydra/launcher=submitit_local or basic",
     )
 
 
 def command_line(task: Callable[[DictConfig], float | None], config: Path) -> NoReturn:
-    """Run `task` with the config that Hydra composes from the yaml `config` and the command line.
+    """Run `task` with the composed config.
 
-    The user's errors become one line on standard error and exit code 2. With HYDRA_FULL_ERROR=1 every error keeps its
+    Hydra composes it from the yaml `config` and the command line. User errors print one line on standard error, with
+    exit code 2. With HYDRA_FULL_ERROR=1 every error keeps its
     traceback. Without arguments it prints the help. `task` returns the metric for sweepers that optimize.
     """
     register_resolvers()
@@ -146,8 +160,8 @@ def command_line(task: Callable[[DictConfig], float | None], config: Path) -> No
         others = ", ".join(f"{name} {version(package)}" for name, package in PACKAGES.items())
         print(f"relay-diffusion {__version__} ({others})")
         sys.exit(0)
-    os.environ.setdefault(SHOW_TRACEBACK, os.environ.get(FULL_ERROR, "0"))  # processes that this one starts inherit it
-    os.environ[FULL_ERROR] = "1"  # let errors through to here
+    os.environ.setdefault(SHOW_TRACEBACK, os.environ.get(FULL_ERROR, "0"))  # child processes inherit it
+    os.environ[FULL_ERROR] = "1"  # Hydra must not handle errors
     try:
         _check_sweep(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(config.parent), config_name=config.stem)(task)()
@@ -155,15 +169,15 @@ def command_line(task: Callable[[DictConfig], float | None], config: Path) -> No
         destroy_process_group()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
-        os._exit(128 + signal.SIGINT)  # threads and other processes may wait for this one
+        os._exit(128 + signal.SIGINT)  # a normal exit may wait for threads and other ranks
     except BrokenPipeError:  # `--help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports it again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again at exit
         sys.exit(128 + signal.SIGPIPE)
     except JobError as failure:
         print(f"error: the sweep has stopped: {failure.text}", file=sys.stderr, flush=True)
         sys.exit(failure.code)
     except Exception as error:
-        if type(error).__name__ == "UncompletedJobError":  # of submitit, which is optional
+        if type(error).__name__ == "UncompletedJobError":  # a class of submitit, which is optional
             reason = " ".join(str(error).splitlines()[:2])
             print(f"error: a job of the sweep was killed or ran out of memory: {reason}", file=sys.stderr, flush=True)
             sys.exit(2)
@@ -175,9 +189,7 @@ def command_line(task: Callable[[DictConfig], float | None], config: Path) -> No
 
 
 def _begin(cfg: DictConfig, directory: str) -> None:
-    """Check that the devices exist, and record the overrides of a sweep's job in its directory."""
-    from relay_diffusion.training.trainer import check_gpus  # loads torch: only after the settings are validated
-
+    """Check that the devices exist; record the overrides of a sweep job."""
     check_gpus(cfg.trainer)
     job = sweep_job()
     if job is not None and rank() == 0:
@@ -185,7 +197,7 @@ def _begin(cfg: DictConfig, directory: str) -> None:
 
 
 def run_training(cfg: DictConfig) -> float | None:
-    """Validate and train; return the last value of the metric of best.ckpt, or else of the loss."""
+    """Validate and train; return the last monitored metric or loss."""
     with report_errors(TRAIN):
         validate_training(cfg)
         _begin(cfg, cfg.run_dir)

@@ -56,13 +56,16 @@ class NeighboursOptions:
 
 
 def opened(options: NeighboursOptions) -> tuple[ImageSet, ImageSet]:
-    """Open the images and the reference at one resolution; raise UserError that names the option."""
+    """Open the images and the reference at one resolution.
+
+    Raises UserError naming the option.
+    """
     for option in ("count", "nearest"):
         if (value := getattr(options, option)) < 1:
             raise UserError(f"{option}={value}: must be at least 1")
     images = open_image_set(options.images, "images")
     reference = open_image_set(options.reference, "reference", images.resolution, options.subset)
-    if options.nearest >= len(reference):  # each reference image needs this many others
+    if options.nearest >= len(reference):  # each reference image needs this many other ones
         raise UserError(
             f"nearest={options.nearest}: must be less than the number of reference images, which is {len(reference)}"
         )
@@ -70,7 +73,10 @@ def opened(options: NeighboursOptions) -> tuple[ImageSet, ImageSet]:
 
 
 def report(comparisons: Mapping[str, Comparison]) -> None:
-    """Print per space: distances of the images and within the reference, and the number of suspected copies."""
+    """Print distances and the number of suspected copies per space.
+
+    Distances: of images to the reference, and within the reference.
+    """
     titles = [
         "distance to the nearest",
         "images to reference: median",
@@ -83,14 +89,17 @@ def report(comparisons: Mapping[str, Comparison]) -> None:
     columns = []
     for space, (found, scale) in comparisons.items():
         distances, limit = found.distances[:, 0], scale.quantile(QUANTILE)
-        within = int((distances <= limit).sum())  # "<=": a copy's 0 counts where duplicates make the quantile 0
+        within = int((distances <= limit).sum())  # "<=": duplicates in the reference may make the quantile 0
         numbers = (distances.quantile(0.5), distances.min(), scale.quantile(0.5), limit, scale.min())
         columns.append([space, *(f"{number:.4g}" for number in numbers), f"{within} of {len(distances)}"])
     print_table(list(zip(titles, *columns, strict=True)), 14)
 
 
 def analyse(options: NeighboursOptions) -> None:
-    """Write neighbours.png and neighbours.csv, print the table; raise UserError that names the option."""
+    """Write neighbours.png and neighbours.csv; print the table.
+
+    Raises UserError naming the option.
+    """
     destination = Path(options.destination).expanduser()
     for file in FILES:
         refuse_existing(destination / file, "destination", options.overwrite)

@@ -1,7 +1,7 @@
-"""Compare noise levels at two resolutions: `python -m relay_diffusion.cli.spectrum images=...`.
+"""Compare noise levels at two resolutions by power spectra.
 
 The analysis of Teng et al. 2024, sections 2 and 3, for any images: their power by frequency at two resolutions, and
-their signal-to-noise ratio under white noise, block noise and the noise of a relay stage.
+their signal-to-noise ratio for white noise, block noise and the noise of a relay stage.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class SpectrumOptions:
 
 
 def checked(options: SpectrumOptions) -> Settings:
-    """Check the options; raise UserError that names the option."""
+    """Check the options. Raises UserError naming the option."""
     remedy = "give the small and the large resolution, such as 16,64; the large one must be a whole multiple"
     sides = positive_numbers("resolutions", options.resolutions, remedy)
     if len(sides) != 2 or any(side % 1 for side in sides) or sides[0] >= sides[1] or sides[1] % sides[0]:
@@ -81,10 +81,10 @@ def checked(options: SpectrumOptions) -> Settings:
 
 
 def image_powers(images: ImageSet, count: int, resolutions: Sequence[int]) -> dict[int, Tensor]:
-    """Return mean squared DCT coefficients of `count` images by resolution: float64 [R,R] each.
+    """Compute mean squared DCT coefficients by resolution: float64 [R,R].
 
-    The mean is over images and channels. Images are square, their side a multiple of every resolution; box averages
-    are not rounded to 8 bits.
+    count: number of images. The mean is over images and channels. Images are square, their side a multiple of every
+    resolution; box averages are not rounded to 8 bits.
     """
     totals = {side: torch.zeros(side, side, dtype=torch.float64) for side in resolutions}
     with progress("transforming", count) as advance:
@@ -97,7 +97,11 @@ def image_powers(images: ImageSet, count: int, resolutions: Sequence[int]) -> di
 
 
 def spectrum_csv(powers: dict[int, Tensor], settings: Settings) -> str:
-    """Return frequency (cycles per image), power at both resolutions, and `matching_factors`; empty without a ring."""
+    """Format the power by frequency as CSV.
+
+    Columns: frequency (cycles per image), power at both resolutions, `matching_factors`; empty cells beyond the small
+    resolution.
+    """
     small, large = (ring_means(powers[side]) for side in (settings.small, settings.large))
     columns = [small.tolist(), large.tolist(), matching_factors(small, large).tolist()]
     rows = ([ring / 2, *(c[ring] if ring < len(c) else "" for c in columns)] for ring in range(len(large)))
@@ -106,7 +110,10 @@ def spectrum_csv(powers: dict[int, Tensor], settings: Settings) -> str:
 
 
 def snr_csv(curves: Iterable[Curve]) -> str:
-    """Return resolution, noise, sigma, frequency (cycles per image) and snr, one row per ring; no curve twice."""
+    """Format distinct curves as CSV, one row per ring.
+
+    Columns: resolution, noise, sigma, frequency (cycles per image), snr.
+    """
     distinct = {(curve.resolution, curve.noise, curve.sigma): curve for curve in curves}
     rows = ([*key, ring / 2, snr] for key, curve in distinct.items() for ring, snr in enumerate(curve.snr.tolist()))
     return csv_text(["resolution", "noise", "sigma", "frequency", "snr"], rows)
@@ -127,7 +134,7 @@ def _report(powers: dict[int, Tensor], settings: Settings, curves: Sequence[Curv
 
 
 def analyse(options: SpectrumOptions) -> None:
-    """Write spectrum.csv, snr.csv and their plots; raise UserError that names the option."""
+    """Write spectrum.csv, snr.csv and their plots. Raises UserError naming the option."""
     settings, output = checked(options), Path(options.output).expanduser()
     for file in FILES:
         refuse_existing(output / file, "output", options.overwrite)

@@ -1,4 +1,4 @@
-"""Checks of the configuration, and its directory. Imports neither torch nor lightning."""
+"""Checks of the configuration. Imports neither torch nor lightning."""
 
 from relay_diffusion.utils.files import CONF
 

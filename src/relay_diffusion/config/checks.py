@@ -1,4 +1,4 @@
-"""Checks of single options: each raises a UserError that names its key."""
+"""Checks of single options. Each raises UserError naming the key."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from omegaconf.errors import OmegaConfBaseException
 from relay_diffusion.errors import UserError, require
 from relay_diffusion.utils.messages import shorten
 
-HUGE = 1e12  # larger numbers are typing errors
+HUGE = 1e12  # larger numbers are typos
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 _ABSENT = object()
 READ_BY_HYDRA = ("_target_", "_partial_", "_recursive_")
 
 
 def selected(cfg: DictConfig, key: str, absent: Any = None) -> Any:
-    """Return the value of `key`, or `absent` if the config has no such key."""
+    """Return the value of `key`, or `absent` without such a key."""
     node: Any = cfg
     for part in key.split("."):
         if not isinstance(node, DictConfig) or part not in node:
@@ -56,7 +56,7 @@ def check_number(cfg: DictConfig, key: str, low: float, high: float) -> None:
 
 
 def check_whole(cfg: DictConfig, key: str, low: int, high: int) -> None:
-    """Require a whole number from low to high."""
+    """Require an integer from low to high."""
     value = selected(cfg, key)
     bounds = f"between {low} and {high}" if is_whole(value) and value > high else f"at least {low}"
     bounds += f": write {value:.0f}" if isinstance(value, float) and value.is_integer() and low <= value <= high else ""
@@ -71,7 +71,10 @@ def check_flag(cfg: DictConfig, key: str) -> None:
 
 
 def check_run_id(run_id: Any) -> None:
-    """Require the name of one directory; Hydra quotes it on the command lines of other ranks."""
+    """Require the name of one directory.
+
+    No quotes: Hydra quotes it on the command lines of other ranks.
+    """
     named = isinstance(run_id, str | float) or (isinstance(run_id, int) and abs(run_id) < 10**100)
     text = str(run_id) if named else ""
     valid = text.isprintable() and text not in ("", ".", "..") and not set(text) & set("/\\\"'")
@@ -82,9 +85,9 @@ def check_run_id(run_id: Any) -> None:
 
 
 def check_subset(cfg: DictConfig, key: str) -> None:
-    """Require the name of a folder inside an image set; "" is all of it."""
+    """Require a folder name inside an image set, or "" for all."""
     value = selected(cfg, key)
-    require(isinstance(value, str), f"{key}={shorten(value)}: must be the name of a folder inside it")
+    require(isinstance(value, str), f"{key}={shorten(value)}: must be the name of a folder inside the image set")
 
 
 def check_choice(cfg: DictConfig, key: str, choices: tuple[str, ...]) -> None:
@@ -104,7 +107,7 @@ def check_built(cfg: DictConfig, key: str, null: bool = False) -> None:
 
 
 def check_file(path: Any, key: str) -> None:
-    """Raise UserError naming the option `key`, if there is nothing at `path`."""
+    """Require an existing file or folder."""
     found = isinstance(path, str | int | float) and _exists(Path(str(path)))
     require(found, f"{key}={shorten(path)}: no such file or folder (relative paths start at {Path.cwd()})")
 
@@ -120,8 +123,8 @@ def check_directory(cfg: DictConfig, key: str) -> None:
             mode = place.stat().st_mode
         except (FileNotFoundError, NotADirectoryError):
             continue
-        except (OSError, ValueError):  # too long, odd characters
-            raise UserError(f"{key}={shorten(ascii(path))}: is not the name of a directory") from None
+        except (OSError, ValueError):  # too long, or invalid characters
+            raise UserError(f"{key}={shorten(ascii(path))}: is not a valid name of a directory; use another") from None
         require(stat.S_ISDIR(mode), f"{key}={shorten(path)}: {shorten(place)} is a file: choose another directory")
         break
 
@@ -129,7 +132,7 @@ def check_directory(cfg: DictConfig, key: str) -> None:
 def _exists(path: Path) -> bool:
     try:
         return path.expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # too long, odd characters, forbidden
+    except (OSError, ValueError, RuntimeError):  # too long, invalid characters, or no permission
         return False
 
 
@@ -138,25 +141,24 @@ def check_mapping(cfg: DictConfig, *keys: str) -> None:
     for key in keys:
         value = selected(cfg, key)
         require(
-            isinstance(value, DictConfig), f"{key}={shorten(value)}: is a group of options, set those: {key}.NAME=..."
+            isinstance(value, DictConfig),
+            f"{key}={shorten(value)}: is a group of options; set one of them: {key}.NAME=...",
         )
 
 
 def check_complete(cfg: DictConfig, prefix: str = "", besides: str = "-") -> None:
     """Require a resolvable value for every key, except below `besides`.
 
-    Hydra's own keys (`_target_`, ...) must be well-formed.
-
-    prefix: of the keys of `cfg`, for messages.
+    Hydra's keys (`_target_`, ...) must be well-formed. prefix: of the keys of `cfg`, for messages.
     """
-    for copied in (False, True):  # first what is written, so that messages name that and not what refers to it
+    for copied in (False, True):  # plain values first, so that messages name these and not interpolations of them
         for key, value in _leaves(cfg, prefix, copied):
             if value is _ABSENT:
-                require(key.startswith(besides), f"{key} has no value: give it on the command line, {key}=...")
-            if is_whole(value):  # Python refuses to write those of thousands of digits
-                require(abs(value) < 10**100, f"{key}: holds a number of more than a hundred digits")
+                require(key.startswith(besides), f"{key} has no value; give it on the command line: {key}=...")
+            if is_whole(value):  # str() raises for thousands of digits
+                require(abs(value) < 10**100, f"{key}: must have at most a hundred digits")
             if isinstance(value, str):
-                require(_writable(value), f"{key}={shorten(ascii(value))}: holds characters that no file can hold")
+                require(_writable(value), f"{key}={shorten(ascii(value))}: is not valid UTF-8; change it")
             name = key.rpartition(".")[2]
             if name == "_target_":
                 named = isinstance(value, str) and all(part.isidentifier() for part in value.split("."))
@@ -173,9 +175,10 @@ def _writable(text: str) -> bool:
 
 
 def _leaves(node: DictConfig | ListConfig, prefix: str, copied: bool) -> Iterator[tuple[str, Any]]:
-    """Yield (key, value) of each leaf: plain values, or with `copied` interpolations; `_ABSENT` for ???.
+    """Yield (key, value) of each leaf.
 
-    Keys that Hydra reads are leaves of any type. Raises UserError for an interpolation that leads nowhere.
+    copied: yield interpolations instead of plain values. The value of ??? is `_ABSENT`. Hydra's keys are leaves of any
+    type. Raises UserError for an interpolation that cannot be resolved.
     """
     parts: list[Any] = list(node) if isinstance(node, DictConfig) else list(range(len(node)))
     for part in parts:
@@ -187,7 +190,7 @@ def _leaves(node: DictConfig | ListConfig, prefix: str, copied: bool) -> Iterato
             continue
         try:
             value = node[part]
-        except (OmegaConfBaseException, RecursionError) as error:  # an interpolation without end recurses
+        except (OmegaConfBaseException, RecursionError) as error:  # circular interpolations recurse
             raise UserError(f"{key}: {shorten(str(error).partition(chr(10))[0])}") from None
         if OmegaConf.is_interpolation(node, part):
             yield key, value
@@ -198,7 +201,7 @@ def _leaves(node: DictConfig | ListConfig, prefix: str, copied: bool) -> Iterato
 
 
 def check_devices(cfg: DictConfig) -> None:
-    """Check the options of a trainer that choose devices and precision."""
+    """Check the options of a trainer for devices and precision."""
     check_built(cfg, "trainer")
     check_whole(cfg, "trainer.num_nodes", 1, 2**20)
     check_choice(cfg, "trainer.precision", PRECISIONS)
@@ -211,7 +214,7 @@ def check_devices(cfg: DictConfig) -> None:
 
 
 def world_size(devices: Any, num_nodes: int) -> int | None:
-    """Return the number of processes of a run; None if it depends on the machine ("auto")."""
+    """Return the number of processes of a run; None for "auto"."""
     if isinstance(devices, int):
         return devices * num_nodes
     if isinstance(devices, Sequence) and not isinstance(devices, str):

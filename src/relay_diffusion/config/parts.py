@@ -1,6 +1,6 @@
-"""Check a part of the configuration against the constructor of its class.
+"""Check parts of the configuration against the constructors of their classes.
 
-Option names and types come from the signature, ranges from the constructor itself, which runs on the meta device.
+Names and types are compared with the signature. Constructors check ranges; they run on the meta device.
 """
 
 from __future__ import annotations
@@ -24,11 +24,16 @@ KINDS = types.MappingProxyType(
     {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
 )
 
+META_HINT = (
+    "loading first builds stages on the meta device, so a constructor that reads numbers of a tensor must make it with "
+    "device='cpu'"
+)
+
 
 def check_types(cfg: DictConfig, key: str) -> None:
-    """Check option names and types of `key`, and of the parts inside it, against their constructors.
+    """Check names and types of the options below `key`.
 
-    Raises UserError that names the option. Nothing is built.
+    They are compared with the signatures of the constructors. Raises UserError naming the option.
     """
     node = selected(cfg, key)
     if not isinstance(node, DictConfig):
@@ -43,7 +48,7 @@ def check_types(cfg: DictConfig, key: str) -> None:
     try:
         parameters = inspect.signature(target).parameters
         hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except (TypeError, ValueError, NameError):  # built in C, or annotated with names that exist for type checkers only
+    except (TypeError, ValueError, NameError):  # built in C, or annotations that only type checkers can import
         return
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for name in options:
@@ -59,7 +64,7 @@ def check_types(cfg: DictConfig, key: str) -> None:
 def _target(key: str, name: str) -> Callable[..., Any]:
     try:
         target = get_object(name)
-    except Exception as error:  # whatever an import raises
+    except Exception as error:  # an import may raise any type
         raise UserError(f"{key}._target_={shorten(name)}: cannot be imported ({shorten(error)})") from None
     require(callable(target), f"{key}._target_={shorten(name)}: must be the full name of a class or function")
     return typing.cast(Callable[..., Any], target)
@@ -75,14 +80,17 @@ def _check_type(key: str, value: Any, hint: Any) -> None:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of a config has the type of an annotation. A class is fitted by a mapping that builds one."""
+    """Return whether a config value has the type of an annotation.
+
+    A mapping with a `_target_` has the type of a class.
+    """
     origin = typing.get_origin(hint) or hint
     if origin in (int, float, bool):
         fits: Callable[[Any], bool] = {int: is_whole, float: is_number, bool: lambda v: isinstance(v, bool)}[origin]
         return fits(value)
     if origin is type(None):
         return value is None
-    if origin in (str, Path):  # YAML reads 5 as a number, which is a name all the same
+    if origin in (str, Path):  # YAML reads the name 5 as a number
         return isinstance(value, str | int | float) and not isinstance(value, bool)
     if origin is typing.Literal:
         return value in typing.get_args(hint)
@@ -113,7 +121,10 @@ def _kind(hint: Any) -> str:
 
 
 def check_call(key: str, function: Callable[..., Any], node: DictConfig) -> None:
-    """Call a function with those options of `key` that it takes. Raises UserError that names the option."""
+    """Call a function with the options of `key` that it accepts.
+
+    Raises UserError naming the option.
+    """
     given = typing.cast(dict[str, Any], OmegaConf.to_object(node))
     options = {name: value for name, value in given.items() if name in inspect.signature(function).parameters}
     try:
@@ -123,17 +134,17 @@ def check_call(key: str, function: Callable[..., Any], node: DictConfig) -> None
 
 
 class MetaBuilder:
-    """Build parts of a config on the meta device, each once, to check their settings.
+    """Build parts of a config on the meta device, as a check.
 
-    Raises UserError that names the option if a constructor refuses one.
+    Each part is built once. Raises UserError naming an option that its constructor refuses.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg = cfg
-        self._built: dict[int, Any] = {}  # by the id of the node, which interpolations share
+        self._built: dict[int, Any] = {}  # key: id of the node, equal for interpolations of it
 
     def build(self, key: str) -> Any:
-        """Build what `key` describes, its parts first."""
+        """Build the object of `key`, its parts first."""
         node = selected(self.cfg, key)
         if not isinstance(node, DictConfig):
             return OmegaConf.to_container(node) if isinstance(node, ListConfig) else node
@@ -142,7 +153,7 @@ class MetaBuilder:
         return self._built[id(node)]
 
     def _build(self, key: str, node: DictConfig) -> Any:
-        import torch  # --help does without
+        import torch  # keep --help fast
 
         options = {name: self.build(f"{key}.{name}") for name in map(str, node) if not name.startswith("_")}
         if "_target_" not in node:
@@ -151,16 +162,18 @@ class MetaBuilder:
             with torch.device("meta"):
                 return instantiate(node, **options, _recursive_=False, _convert_="all")
         except InstantiationException as error:
-            raise UserError(explain_option(key, error.__cause__ or error, options)) from error
+            text = explain_option(key, error.__cause__ or error, options)
+            hint = f"; {META_HINT}" if "meta tensor" in text else ""
+            raise UserError(text + hint) from error
 
 
 def explain_option(key: str, error: BaseException, options: Mapping[str, Any]) -> str:
-    """Describe an error of the constructor of `key` in one line that names the full key of the option."""
+    """Describe a constructor error in one line with the full key."""
     text = " ".join(str(error).split())
     name = text.partition("=")[0]
     if name in options:
         return f"{key}.{text}"
-    if "." in name and all(part.isidentifier() for part in name.split(".")):  # the full key of another option
+    if "." in name and all(part.isidentifier() for part in name.split(".")):  # the message starts with a full key
         return text
     plain = {k: v for k, v in options.items() if v is None or isinstance(v, str | int | float | list | ListConfig)}
     refused = [name for name, value in plain.items() if text.endswith(f": {value}")]  # torch ends with the value

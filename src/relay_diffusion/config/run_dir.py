@@ -1,4 +1,4 @@
-"""Run directories and ids: the resolvers of the configuration."""
+"""OmegaConf resolvers for run directories and run ids."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from relay_diffusion.utils.distributed import RUN_ID
 
 
 def sweep_job() -> Any:
-    """Hydra's settings of this job, if it is one of a sweep (--multirun)."""
+    """Return Hydra's settings of a sweep job (--multirun), else None."""
     if not HydraConfig.initialized():
         return None
     settings = HydraConfig.get()
@@ -33,8 +33,8 @@ def sweep_job() -> Any:
 
 
 def _launcher_id() -> str | None:
-    """Return the id that the launcher (SLURM, torchrun) gives all ranks; None without one."""
-    command = hashlib.sha256("\0".join(sys.argv).encode()).hexdigest()[:4]  # one job may run several commands
+    """Return the id that SLURM or torchrun gives all ranks, else None."""
+    command = hashlib.sha256("\0".join(sys.argv).encode()).hexdigest()[:4]  # a job may run several commands
     if "SLURM_JOB_ID" in os.environ:
         return f"{os.environ['SLURM_JOB_ID']}-{command}"
     if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -43,19 +43,22 @@ def _launcher_id() -> str | None:
         return f"{os.environ['TORCHELASTIC_RUN_ID']}-{command}"
     parent = Path(f"/proc/{os.getppid()}")
     if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE") or not parent.exists():
-        raise UserError("the processes of this run share no id: give run_id=NAME, or torchrun --rdzv-id=NAME")
+        raise UserError("run_id: the processes have no common id; give run_id=NAME, or torchrun --rdzv-id=NAME")
     return f"torchrun-{os.getppid()}-{int(parent.stat().st_ctime)}"
 
 
 def _new_run_id() -> str:
-    """One id for all ranks of a run: from rank 0 that started this one, the launcher, or else the time."""
+    """Return one id for all ranks: from rank 0, the launcher or the time."""
     run_id = os.environ.get(RUN_ID) or _launcher_id() or f"{time.strftime('%H%M%S')}-{secrets.token_hex(2)}"
     job = sweep_job()
     return run_id if job is None or RUN_ID in os.environ else f"{run_id}-{job.job.num}"
 
 
 def _run_dir(root: str, run_id: str) -> str:
-    """`root`/<date>/<run id>; the directory of an earlier day, if the run began then; a sweep's own directory."""
+    """Return `root`/<date>/<run id>, or the directory of a sweep job.
+
+    A run that started on an earlier day keeps its directory.
+    """
     job = sweep_job()
     if job is not None:
         return str(job.runtime.output_dir)
@@ -65,7 +68,7 @@ def _run_dir(root: str, run_id: str) -> str:
 
 
 def _wandb_offline() -> bool:
-    """Whether no Weights & Biases account is set up here."""
+    """Return whether no Weights & Biases account is configured."""
     if os.environ.get("WANDB_API_KEY"):
         return False
     try:
@@ -76,14 +79,14 @@ def _wandb_offline() -> bool:
 
 
 def _group_choices() -> str:
-    """List the config groups of this command with their choices, one group a line."""
+    """List the config groups of this command with their choices."""
     loader = GlobalHydra.instance().config_loader()
     groups = sorted(group for group in HydraConfig.get().runtime.choices if "/" not in group)
     return "\n".join(f"{group}: {', '.join(loader.get_group_options(group.partition('@')[0]))}" for group in groups)
 
 
 def register_resolvers() -> None:
-    """Make the project's resolvers known to OmegaConf; calling it again changes nothing."""
+    """Register the resolvers with OmegaConf. Repeated calls have no effect."""
     resolvers: dict[str, Callable[..., Any]] = {
         "run_dir": _run_dir,
         "wandb_offline": _wandb_offline,
@@ -93,5 +96,5 @@ def register_resolvers() -> None:
     }
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
-    # cached per config: one id for all settings of a run, a new one for the next run
+    # cached per config, so that all settings of a run share one id
     OmegaConf.register_new_resolver("new_run_id", _new_run_id, replace=True, use_cache=True)

@@ -37,7 +37,7 @@ def _check_relay(cfg: DictConfig) -> None:
         check_complete(relay.stages[name], prefix=f"{place}.")
         check_built(cfg, place)
         check_file(selected(cfg, f"{place}.path"), f"{place}.path")
-        if has_key(cfg, f"{place}.weights"):  # load_stage has a default
+        if has_key(cfg, f"{place}.weights"):  # optional: load_stage has a default
             check_choice(cfg, f"{place}.weights", ("ema", "raw"))
         guide, changes = selected(cfg, f"{place}.guide"), selected(cfg, f"{place}.changes")
         if guide is not None:
@@ -63,7 +63,7 @@ def _check_relay(cfg: DictConfig) -> None:
     check_built(cfg, "relay.postprocess", null=True)
     if relay.hand_over_sigma is not None:
         check_number(cfg, "relay.hand_over_sigma", 0, HUGE)
-        require(relay.start is None, "relay.hand_over_sigma is for a stage that starts from noise, not for relay.start")
+        require(relay.start is None, "relay.hand_over_sigma needs a stage that starts from noise: remove relay.start")
     if cfg.seeds is not None:
         parse_seeds(cfg.seeds)
     elif relay.start is None:
@@ -71,7 +71,7 @@ def _check_relay(cfg: DictConfig) -> None:
 
 
 def validate_sampling(cfg: DictConfig) -> None:
-    """Raise UserError for the first thing in a sample config that cannot work."""
+    """Check a sample config. Raises UserError for the first invalid option."""
     check_mapping(cfg, "metrics", "trainer", "relay", "relay.reference", "relay.stages")
     check_run_id(selected(cfg, "run_id"))
     check_complete(cfg, besides="relay.stages.")
@@ -91,17 +91,17 @@ def validate_sampling(cfg: DictConfig) -> None:
     for key in ("run_dir", "output"):
         check_directory(cfg, key)
     if cfg.images is not None:
-        require(cfg.mode == "evaluate", f"images={shorten(cfg.images)} are only measured: add mode=evaluate")
+        require(cfg.mode == "evaluate", f"images={shorten(cfg.images)} are evaluated only: add mode=evaluate")
         for key in ("seeds", "class"):
             require(
                 cfg[key] is None,
-                f"{key}={shorten(cfg[key])} is for sampling: images={shorten(cfg.images)} are only measured",
+                f"{key}={shorten(cfg[key])} cannot be set: images={shorten(cfg.images)} are evaluated only",
             )
         require(
             cfg.format == "png" and not cfg.npz and not drawn,
-            f"images={shorten(cfg.images)} are only measured: no format, npz or save_trajectory",
+            f"images={shorten(cfg.images)} are evaluated only; remove format, npz and save_trajectory",
         )
-        require(cfg.reference is not None, f"images={shorten(cfg.images)}: give reference=... to compare them with")
+        require(cfg.reference is not None, f"images={shorten(cfg.images)}: give reference=FOLDER, ZIP or NPZ")
         check_file(cfg.images, "images")
     else:
         _check_relay(cfg)

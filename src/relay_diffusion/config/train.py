@@ -23,7 +23,7 @@ from relay_diffusion.config.parts import MetaBuilder, check_call, check_types, e
 from relay_diffusion.errors import UserError, require
 from relay_diffusion.utils.messages import shorten
 
-WHOLE = {  # settings of the whole run, and of the data, which only training builds: lowest, highest
+WHOLE = {  # integer settings without a constructor on the meta device: lowest, highest
     "resolution": (1, 2**14),
     "seed": (0, 2**32 - 1),
     "data.batch_size": (1, 2**24),
@@ -31,46 +31,35 @@ WHOLE = {  # settings of the whole run, and of the data, which only training bui
     "data.seed": (0, 2**63 - 1),
 }
 NO_EPOCHS = "training is one endless stream of images, without epochs"
-NO_LOOP = "there is no validation loop: callbacks=validation and callbacks=evaluated measure while training"
-UNSUPPORTED = {  # options of Lightning's Trainer that do not apply, and why
-    "barebones": "it would turn off logs and checkpoints",
+NO_LOOP = "there is no validation loop: use callbacks=validation or callbacks=evaluated"
+UNSUPPORTED = {  # options of Lightning's Trainer that have an alternative
     "benchmark": "it is on unless trainer.deterministic=true",
-    "callbacks": "callbacks are a group of their own: callbacks.NAME.OPTION=..., +callbacks.NAME._target_=...",
-    "check_val_every_n_epoch": NO_LOOP,
-    "detect_anomaly": "it does not go with CUDA graphs; train/replaced_gradients counts non-finite gradients",
-    "enable_autolog_hparams": "the run's resolved configuration is always logged",
+    "callbacks": "set callbacks in their config group: callbacks.NAME.OPTION=..., +callbacks.NAME._target_=...",
     "enable_checkpointing": "use ~callbacks.checkpoints to write none",
-    "enable_model_summary": "the number of parameters is on the first line of every run",
     "enable_progress_bar": "RELAY_DIFFUSION_QUIET=1 turns progress off",
-    "inference_mode": "it is about validation and prediction; training does neither",
-    "limit_predict_batches": "training predicts nothing",
-    "limit_test_batches": "training tests nothing",
     "limit_val_batches": NO_LOOP,
     "log_every_n_steps": "set callbacks.log.every_n_images",
-    "logger": "loggers are a group of their own: logger=wandb",
+    "logger": "set loggers in their config group: logger=wandb",
     "max_epochs": f"{NO_EPOCHS}: set trainer.max_images",
-    "max_steps": "amounts are in images: set trainer.max_images, or trainer.limit_train_batches for this start alone",
-    "min_epochs": NO_EPOCHS,
-    "min_steps": "amounts are in images, and no other condition ends a run early by default",
-    "model_registry": "callbacks.checkpoints.upload=true hands checkpoints to the loggers",
-    "num_sanity_val_steps": NO_LOOP,
+    "max_steps": "amounts are in images: set trainer.max_images, or trainer.limit_train_batches for the present start",
+    "model_registry": "callbacks.checkpoints.upload=true sends checkpoints to the loggers",
     "overfit_batches": "train on a folder of a few images instead: data.dataset.subset",
     "plugins": "precision and strategy are set by trainer.precision and strategy=",
-    "reload_dataloaders_every_n_epochs": NO_EPOCHS,
-    "sync_batchnorm": "the networks have no batch normalisation",
-    "use_distributed_sampler": "the data module deals the stream out to the devices itself",
     "val_check_interval": NO_LOOP,
 }
 BUILT_BY = "relay_diffusion.training.trainer.build_trainer"
 
 
 def fused_optimizer(precision: str) -> bool:
-    """False for fp16: its loss scaling finds infinite gradients before they are replaced, a fused step would after."""
+    """Return whether the optimizer may be fused: not for fp16.
+
+    The loss scaling of fp16 must detect infinite gradients before they are replaced; a fused step detects them after.
+    """
     return not str(precision).startswith("16")
 
 
 def validate_training(cfg: DictConfig) -> None:
-    """Raise UserError for the first thing in a train config that cannot work."""
+    """Check a train config. Raises UserError for the first invalid option."""
     check_mapping(cfg, "data", "data.dataset", "network", "stage", "stage.denoiser", "trainer", "callbacks", "logger")
     check_run_id(selected(cfg, "run_id"))
     check_complete(cfg)
@@ -87,38 +76,41 @@ def validate_training(cfg: DictConfig) -> None:
     builder = MetaBuilder(cfg)
     _check_callbacks(cfg, builder)
     _check_network(cfg)
-    for key in ("network", "stage.corruption"):  # before the stage, so that messages name these
+    for key in ("network", "stage.corruption"):  # before the stage, so that messages name these keys
         builder.build(key)
     _check_stage(cfg)
-    _check_optimizer(cfg, builder.build("stage"))
+    stage = builder.build("stage")
+    try:
+        stage.guided_denoiser()
+    except UserError as error:
+        raise UserError(explain_option("stage", error, cfg.stage)) from None
+    _check_optimizer(cfg, stage)
     _check_dataset(cfg)
     for key in ("resume", "init"):
         if cfg[key] is not None:
             check_file(cfg[key], key)
     require(
         cfg.resume is None or cfg.init is None,
-        "resume continues a run and init begins a new one with its weights: give one of them",
+        "resume continues a run, init starts a new one from its weights: give one of them",
     )
     _check_batch(cfg)
 
 
 def _check_trainer(cfg: DictConfig) -> None:
-    """Check the options that our trainer takes, and refuse those of Lightning that do not apply."""
-    if selected(cfg, "trainer._target_") == BUILT_BY:
-        for option in cfg.trainer:
-            require(
-                str(option) not in UNSUPPORTED, f"trainer.{option} is not supported: {UNSUPPORTED.get(str(option))}"
-            )
+    """Check the options of our trainer; reject unsupported ones of Lightning."""
+    ours = selected(cfg, "trainer._target_") == BUILT_BY
+    for option in map(str, cfg.trainer if ours else ()):
+        require(option not in UNSUPPORTED, f"trainer.{option} is not supported: {UNSUPPORTED.get(option)}")
     check_types(cfg, "trainer")
-    if selected(cfg, "trainer._target_") == BUILT_BY:
-        from relay_diffusion.training.trainer import training_limits  # --help does without torch
+    if ours:
+        from relay_diffusion.training.trainer import training_limits  # keep --help fast
 
         check_call("trainer", training_limits, cfg.trainer)
 
 
 def _check_optimizer(cfg: DictConfig, stage: Any) -> None:
-    """Check the optimizer's settings on two small weights, and that it suits the precision."""
-    import torch  # --help does without
+    """Check optimizer settings on two small weights, and the precision."""
+    import torch  # keep --help fast
 
     options = {str(name): value for name, value in cfg.stage.optimizer.items() if str(name)[0] != "_"}
     try:
@@ -135,7 +127,10 @@ def _check_optimizer(cfg: DictConfig, stage: Any) -> None:
 
 
 def _check_callbacks(cfg: DictConfig, builder: MetaBuilder) -> None:
-    """Check callbacks and loggers; callbacks with an evaluator or a dataset are built when training starts."""
+    """Check callbacks and loggers.
+
+    Callbacks with an evaluator or a dataset are built at the start of training.
+    """
     for group in ("callbacks", "logger"):
         for name in cfg[group]:
             require(selected(cfg, f"{group}.{name}") is not None, f"{group}.{name}=null: use ~{group}.{name}")
@@ -155,11 +150,11 @@ def _check_callbacks(cfg: DictConfig, builder: MetaBuilder) -> None:
 
 def _check_resolution(cfg: DictConfig, key: str) -> None:
     value = selected(cfg, key)
-    require(value == cfg.resolution, f"{key}={shorten(value)} is not resolution={cfg.resolution}: leave {key} out")
+    require(value == cfg.resolution, f"{key}={shorten(value)} differs from resolution={cfg.resolution}; remove {key}")
 
 
 def _check_dataset(cfg: DictConfig) -> None:
-    """Check `resolution` and `path`, if the dataset's class has them."""
+    """Check `resolution` and `path` of the dataset, if its class has them."""
     if "resolution" in cfg.data.dataset:
         _check_resolution(cfg, "data.dataset.resolution")
     if "path" in cfg.data.dataset:
@@ -168,7 +163,7 @@ def _check_dataset(cfg: DictConfig) -> None:
 
 def _check_network(cfg: DictConfig) -> None:
     channels = selected(cfg, "network.image_channels", 3)
-    require(channels == 3, f"network.image_channels={shorten(channels)}: images have 3")
+    require(channels == 3, f"network.image_channels={shorten(channels)}: must be 3, as images have")
     _check_resolution(cfg, "network.resolution")
 
 
@@ -193,28 +188,17 @@ def _check_stage(cfg: DictConfig) -> None:
     interval = cfg.stage.guidance_interval
     require(
         interval is None or cfg.stage.guidance_scale != 1,
-        f"stage.guidance_interval={shorten(interval)} has no use with stage.guidance_scale=1, which is no guidance",
+        f"stage.guidance_interval={shorten(interval)} has no effect with stage.guidance_scale=1; remove it",
     )
+    dropout = cfg.stage.label_dropout
     require(
-        cfg.network.num_classes == 0 or cfg.stage.guidance_scale == 1 or cfg.stage.label_dropout > 0,
-        f"stage.guidance_scale={cfg.stage.guidance_scale} needs stage.label_dropout above 0, e.g. 0.1: the network "
-        "must also learn the estimate without class",
+        dropout == 0 or cfg.network.num_classes > 0,
+        f"stage.label_dropout={dropout} needs classes, but network.num_classes is 0",
     )
-    for key, idle in (("guidance_scale", 1), ("label_dropout", 0)):
-        require(
-            cfg.network.num_classes > 0 or cfg.stage[key] == idle,
-            f"stage.{key}={cfg.stage[key]} needs classes, but network.num_classes is 0",
-        )
 
 
 def _check_batch(cfg: DictConfig) -> None:
-    world = world_size(cfg.trainer.devices, cfg.trainer.num_nodes)
-    if world is not None:
-        accumulate = selected(cfg, "trainer.accumulate_grad_batches", 1)
-        parts = world * accumulate
-        fits = max(parts, cfg.data.batch_size // parts * parts)
-        require(
-            cfg.data.batch_size % parts == 0,
-            f"data.batch_size={cfg.data.batch_size} does not divide over {world} devices (trainer.devices x "
-            f"trainer.num_nodes) x trainer.accumulate_grad_batches={accumulate}: {fits} would",
-        )
+    from relay_diffusion.data.datamodule import micro_batch_size  # keep --help fast
+
+    world = world_size(cfg.trainer.devices, cfg.trainer.num_nodes) or 1  # "auto": checked again once it is known
+    micro_batch_size(cfg.data.batch_size, world, selected(cfg, "trainer.accumulate_grad_batches", 1))

@@ -1,4 +1,4 @@
-"""Image data: archives and folders of images, their loading in training order, and the tools that make archives."""
+"""Image archives and folders, their conversion, and training batches."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ if TYPE_CHECKING:
 
 __all__ = ["ImageDataModule", "ImageDataset"]
 
-# The command line tools of this package need neither torch nor lightning.
+# Command line tools must start without torch and lightning.
 __getattr__ = lazy_exports(__name__, {"ImageDataModule": "datamodule", "ImageDataset": "dataset"})

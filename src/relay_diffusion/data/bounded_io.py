@@ -1,4 +1,7 @@
-"""Bounded reading of archive members and files, whatever size their headers give."""
+"""Bounded reading of archive members and files.
+
+Memory grows with the data, not with the sizes in headers.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ PIECE = 2**20  # bytes read at once, so that memory grows with the content of a 
 
 
 def read_exactly(stream: IO[bytes], size: int) -> bytearray:
-    """Read exactly `size` bytes, in memory that grows with them. Raises EOFError if there are fewer."""
+    """Read exactly `size` bytes.
+
+    Memory grows with the bytes read. Raises EOFError if there are fewer.
+    """
     data = bytearray()
     while len(data) < size:
         piece = stream.read(min(size - len(data), PIECE))
@@ -33,16 +39,22 @@ def check_size(size: int, most: int = MAX_MEMBER) -> None:
 
 
 def check_zip_member(info: zipfile.ZipInfo) -> None:
-    """Raise ValueError for a member that is encrypted, or compressed otherwise than by deflate."""
+    """Raise ValueError for an encrypted or unsupported member of a zip.
+
+    Supported are deflate and no compression.
+    """
     if info.flag_bits & 0x1:
         raise ValueError("it is encrypted")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        # zipfile inflates what it reads of bzip2 and LZMA as a whole: a few KiB would fill the memory
+        # zipfile inflates bzip2 and LZMA data without a limit: a few KiB could exhaust the memory
         raise ValueError("its compression is not supported: use deflate or none")
 
 
 def zip_bytes(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    """Read one member of a zip and check its checksum. Raises ValueError and zipfile's errors."""
+    """Read one member of a zip and verify its checksum.
+
+    Raises ValueError and zipfile's errors.
+    """
     check_zip_member(info)
     check_size(info.file_size)
     with archive.open(info) as stream:
@@ -52,16 +64,19 @@ def zip_bytes(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
 
 
 def is_link(info: zipfile.ZipInfo) -> bool:
-    """Whether a member of a zip is a symbolic link."""
+    """Return whether a member of a zip is a symbolic link."""
     return stat.S_ISLNK(info.external_attr >> 16)
 
 
 class BoundedTarInfo(tarfile.TarInfo):
-    """Tar header of bounded size, for tarfile.open."""
+    """Tar header with a size limit, for tarfile.open."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> BoundedTarInfo:
-        """Parse one header; tarfile reads the content of special headers into memory."""
+        """Parse one header; raise ReadError for a large special header.
+
+        tarfile reads the content of special headers into memory.
+        """
         info = super().frombuf(buf, encoding, errors)
         if not info.isreg() and info.size > MAX_TAR_HEADER:
             raise tarfile.ReadError(f"a header of {info.size:,} bytes")
@@ -69,7 +84,10 @@ class BoundedTarInfo(tarfile.TarInfo):
 
 
 def tar_bytes(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
-    """Read one regular file of a tar. Raises ValueError and tarfile's errors."""
+    """Read one regular file of a tar.
+
+    Raises ValueError and tarfile's errors.
+    """
     check_size(info.size)
     stream = archive.extractfile(info)
     assert stream is not None  # only regular files get here
@@ -77,7 +95,10 @@ def tar_bytes(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
 
 
 def file_bytes(path: Path) -> bytes:
-    """Read a file of a folder. Raises ValueError for a device or a pipe, which may never end."""
+    """Read a regular file.
+
+    Raises ValueError for a device or a pipe, which may never end.
+    """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("it is not a regular file")
@@ -86,8 +107,11 @@ def file_bytes(path: Path) -> bytes:
 
 
 def files_below(folder: Path) -> Iterator[str]:
-    """Names of the files in a folder and its sub-folders, following links. Raises ValueError for a circle."""
-    # Parent folders by device and inode, not by name: a circle may go through any number of links.
+    """Yield names of the files in a folder and its sub-folders.
+
+    Links are followed. Raises ValueError for a circle of links.
+    """
+    # Parent folders are compared by device and inode: a circle may include any number of links.
     above = {os.fspath(folder): {_identity(folder)}}
     for root, folders, names in os.walk(folder, followlinks=True):
         way = above.pop(root)

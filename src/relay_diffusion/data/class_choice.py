@@ -1,4 +1,7 @@
-"""Choice of classes to sample: names, indices, or the proportions of a reference."""
+"""Choice of classes to sample.
+
+By names, indices, or in the proportions of a reference.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,10 @@ AS_REFERENCE = "reference"  # class=reference: each class as often as in the ref
 
 
 def class_indices(chosen: object, num_classes: int, names: Sequence[str]) -> list[int]:
-    """Resolve classes by name or number, one or a list. None means all, -1 no class; [-1] without classes.
+    """Resolve classes by name or number, one or a list.
 
-    Raises UserError for a class that the model does not know.
+    None means all classes, -1 no class; an unconditional model gives [-1]. Raises UserError for a class that the model
+    does not have.
     """
     if chosen is None:
         return list(range(num_classes)) or [NO_CLASS]
@@ -30,7 +34,7 @@ def class_indices(chosen: object, num_classes: int, names: Sequence[str]) -> lis
         if text == str(NO_CLASS):
             indices.append(NO_CLASS)
         elif not num_classes:
-            raise UserError(f"class={entry} was given, but the model is unconditional: leave it out (class=null)")
+            raise UserError(f"class={entry} was given, but the model is unconditional: use class=null")
         elif text in names:
             indices.append(list(names).index(text))
         elif text.isdecimal() and len(text) < 10 and int(text) < num_classes:
@@ -41,20 +45,21 @@ def class_indices(chosen: object, num_classes: int, names: Sequence[str]) -> lis
             nearest = did_you_mean(text[:80], names, f"; {every}")
             raise UserError(f"class={shorten(text)} is not known to the model{nearest}")
     if not indices:
-        raise UserError("class=[] names no class: leave it out (class=null) for all in turn")
+        raise UserError("class=[]: is empty; use class=null for all classes in turn")
     return indices
 
 
-def labels_like_reference(path: str | Path, subset: str, names: Sequence[str], option: str) -> list[int]:
-    """Return the class indices of an image set in a fixed random order.
+def labels_like_reference(
+    path: str | Path, subset: str, num_classes: int, names: Sequence[str], option: str
+) -> list[int]:
+    """Return an image set's class indices in fixed random order.
 
     Any part of them has about the same class proportions.
-
-    Raises UserError for a set without classes, or with others than the model's `names`.
+    Raises UserError for a set without classes, or with classes other than the model's, which may have no `names`.
     """
     source = open_source(path, option)
     labels = read_labels(source)
-    if labels is None or (names and labels.class_names != list(names)):
+    if labels is None or len(labels.class_names) > num_classes or (names and labels.class_names != list(names)):
         problem = "has no classes (dataset.json)" if labels is None else "has other classes than the model"
         raise UserError(f"class={AS_REFERENCE}: {option}={path} {problem}: name classes instead")
     with prefix_errors(f"class={AS_REFERENCE}"):

@@ -1,4 +1,4 @@
-"""Detection of class folders, split folders and folders around everything."""
+"""Detection of class folders, split folders and wrapping folders."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from relay_diffusion.errors import UserError
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "heldout"}  # in any case
 
-Folders = tuple[str, ...]  # around one image, the outermost first
+Folders = tuple[str, ...]  # folders of one image, the outermost first
 
 
 @dataclass(frozen=True)
 class ClassFolders:
     """Classes of images by their folders.
 
-    level: of the class folders, the outermost being 1. wrappers: folders around everything, not in the short names.
-    splits: the split folders, sorted. class_of, short_names: by the name of each image. nested: classes
-    whose images all lie in further folders.
+    level: depth of the class folders, 1 is the outermost. wrappers: folders that contain everything, left out of the
+    short names. splits: the split folders, sorted. class_of, short_names: by the name of each image. nested: classes
+    whose images are all in sub-folders.
     """
 
     level: int
@@ -32,16 +32,17 @@ class ClassFolders:
 
     @property
     def class_names(self) -> list[str]:
-        """The classes of all splits, sorted."""
+        """Classes of all splits, sorted."""
         return sorted(set(self.class_of.values()))
 
 
 def find_class_folders(names: Sequence[str], class_level: int | None, where: Callable[[str], str]) -> ClassFolders:
-    """Find the class folders: those at `class_level`, or the first below wrapping and split folders.
+    """Find the class folders of images.
 
-    A folder wraps if it is the only one at its level and holds folders, but no image. Folders are splits if each at
-    their level has the name of one. where: names an image or folder in messages. Errors: UserError for an image in no
-    class folder, and for ambiguous folders.
+    They are at `class_level`, or at the first level below wrapping and split folders. A folder is a wrapper if it is
+    the only one at its level and contains folders, but no image. Folders are splits if each folder at their level has
+    the name of a split. where: names an image or folder in messages. Raises UserError for an image in no class folder,
+    and for ambiguous folders.
     """
     folders = {name: tuple(name.split("/")[:-1]) for name in names}
     last = sys.maxsize if class_level is None else class_level - 1
@@ -62,7 +63,7 @@ def find_class_folders(names: Sequence[str], class_level: int | None, where: Cal
     classes = {path[level] for path in folders.values()}
     if class_level is None and len(classes) == len(direct) == 1 and max(map(len, folders.values())) > level + 1:
         raise UserError(
-            f"{where(min(classes))} is around everything, but holds images beside folders: "
+            f"{where(min(classes))} contains everything, but also images beside folders: "
             f"class_level={level + 1} takes it as the only class; or move its images into class folders"
         )
     any_path = next(iter(folders.values()))
@@ -82,8 +83,11 @@ def _is_split(folder: str) -> bool:
 
 
 def _skip_wrappers(paths: Collection[Folders], level: int, last: int) -> int:
-    """The first level from `level` to `last` at which no single folder wraps everything."""
-    while level < last and all(len(path) > level + 1 for path in paths):  # no image lies in that folder or beside it
+    """Return the first level without a single folder that contains everything.
+
+    From `level` to `last`.
+    """
+    while level < last and all(len(path) > level + 1 for path in paths):  # no image is in that folder or beside it
         folders = {path[level] for path in paths}
         if len(folders) > 1 or any(map(_is_split, folders)):
             break
@@ -92,7 +96,10 @@ def _skip_wrappers(paths: Collection[Folders], level: int, last: int) -> int:
 
 
 def _refuse_some_splits(groups: Mapping[str, Sequence[Folders]], level: int, where: Callable[[str], str]) -> None:
-    """Refuse split folders that hold folders, as splits do, beside folders with other names."""
+    """Raise UserError for split folders beside folders with other names.
+
+    Only if the split folders contain folders, as splits do.
+    """
     for folder, group in groups.items():
         if _is_split(folder) and all(len(path) > level + 1 for path in group):
             other = next(name for name in groups if not _is_split(name))

@@ -1,8 +1,8 @@
-"""Conversion of a folder, zip or tar to an image zip (command: relay_diffusion.cli.convert_images).
+"""Conversion of a folder, zip or tar to an image zip.
 
-One zip at the highest resolution serves every stage: a relay stage ends its forward process at block *means*, so the
-lower stages box-average this zip while they load it (`resolution`). A second zip made with another filter
-would not match.
+Command: relay_diffusion.cli.convert_images. One zip at the highest resolution serves every stage: a relay stage ends
+its forward process at block *means*, so lower stages box-average this zip while loading it (`resolution`). A second
+zip made with another filter would not match.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Exif = Enum("Exif", ["apply", "ignore"])  # whether the EXIF orientation is appl
 
 @dataclass
 class ConvertOptions:
-    """Options of the command `relay_diffusion.cli.convert_images`."""
+    """Options of the command relay_diffusion.cli.convert_images."""
 
     source: str = MISSING
     destination: str = MISSING
@@ -50,12 +50,13 @@ class ConvertOptions:
 
 @dataclass(frozen=True)
 class Converted:
-    """Result of a conversion: image count, class names (None without classes), errors of the images left out.
+    """Result of a conversion.
 
-    ignored: names of the files with other suffixes. labels: class index (None without classes) by
-    written name. folders: how folders became classes, if they did. turned, exif_damaged: images whose pixels follow
-    their EXIF orientation, and whose EXIF block cannot be read. deep_images, bits: 16-bit images, and the bits that
-    their brightest sample needs.
+    Image count, class names (None without classes), errors of the images left out.
+    ignored: names of the files with other suffixes. labels: class index (None without classes) by written name.
+    folders: the detected class folders, if any. turned, exif_damaged: images with an applied EXIF orientation, and
+    images with a damaged EXIF block. deep_images, bits: number of 16-bit images, and the bits that their brightest
+    sample needs.
     """
 
     images: int
@@ -71,7 +72,7 @@ class Converted:
 
 
 class _Encoded(NamedTuple):
-    """An encoded image and the facts that `decode` returned."""
+    """Encoded image and the properties that `decode` returned."""
 
     png: bytes
     turned: bool
@@ -80,8 +81,9 @@ class _Encoded(NamedTuple):
 
 
 def fit(image: Image.Image, resolution: int, crop: Crop, where: str) -> Image.Image:
-    """Crop to a square and shrink to `resolution`: block means for an integer factor, Lanczos otherwise.
+    """Crop an image to a square and shrink it to `resolution`.
 
+    Block means for an integer factor, Lanczos otherwise.
     Raises UserError with the image and its size if it is not square (crop=none) or too small.
     """
     width, height = image.size
@@ -99,7 +101,10 @@ def fit(image: Image.Image, resolution: int, crop: Crop, where: str) -> Image.Im
 
 
 def convert(options: ConvertOptions) -> Converted:
-    """Write the image zip that `options` describe. Raises UserError; the destination is unchanged then."""
+    """Write the image zip that `options` describe.
+
+    Raises UserError; the destination is unchanged then.
+    """
     if options.resolution < 1:
         raise UserError(f"resolution={options.resolution}: must be at least 1")
     if not 8 <= options.bit_depth <= FULL_DEPTH:
@@ -139,12 +144,12 @@ def convert(options: ConvertOptions) -> Converted:
             elif options.skip_bad:
                 left_out.append(str(result))
             else:
-                raise UserError(f"source: {result} (skip_bad=true leaves such images out)") from result
+                raise UserError(f"source: {result}; skip_bad=true skips such images") from result
             advance()
         if not writer.labels:
             raise UserError(f"source={options.source}: none of {len(left_out)} images is usable; {left_out[0]}")
         if options.bit_depth < FULL_DEPTH and not facts["deep"]:
-            raise UserError(f"bit_depth={options.bit_depth}: no image has 16 bits a sample; leave it out")
+            raise UserError(f"bit_depth={options.bit_depth}: no image has 16 bits a sample; remove the option")
         if options.classes is Classes.folders:
             writer.drop_empty_classes()
     return Converted(

@@ -1,4 +1,7 @@
-"""Training batches in an order that depends on the seed and the number of images seen alone."""
+"""Training batches in a reproducible, resumable order.
+
+The order depends only on the seed and the number of images seen.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,12 @@ from relay_diffusion.utils.distributed import SIGNALS, exit_for_parent_only
 
 
 def micro_batch_size(batch_size: int, world_size: int, accumulate: int = 1) -> int:
-    """Return images per device and forward pass. Raises UserError unless `batch_size` divides evenly."""
+    """Return the images per device and forward pass.
+
+    Raises UserError unless `batch_size` divides evenly.
+    """
+    if accumulate < 1:
+        raise UserError(f"trainer.accumulate_grad_batches={accumulate}: must be at least 1")
     parts = world_size * accumulate
     if batch_size < 1 or batch_size % parts:
         below, above = batch_size // parts * parts, (batch_size // parts + 1) * parts
@@ -31,12 +39,12 @@ def micro_batch_size(batch_size: int, world_size: int, accumulate: int = 1) -> i
 
 
 class InfiniteSampler(Sampler[list[int]]):
-    """Endless micro-batches of dataset indices for one rank, resumable at any number of images seen.
+    """Endless micro-batches of dataset indices for one rank.
 
-    Position p of the stream belongs to epoch p // length and is entry p % length of a permutation drawn from
-    (seed, epoch): a pure function of (seed, p). Training step t takes stream[start + t B : start + (t + 1) B],
-    B = `batch_size`, cut into accumulate x world_size equal slices: micro-batch m of rank r is slice
-    m * world_size + r. So the images of a step are the same for any number of devices.
+    Resumable at any number of images seen. Position p of the stream belongs to epoch p // length and is entry p %
+    length of a permutation drawn from (seed, epoch): a pure function of (seed, p). Training step t takes
+    stream[start + t B : start + (t + 1) B], B = `batch_size`, cut into accumulate x world_size equal slices:
+    micro-batch m of rank r is slice m * world_size + r. So the images of a step are the same for any number of devices.
 
     length: items in the dataset. start: images seen so far, or a function that returns them, called at every `iter`.
     Raises UserError unless B divides evenly and the seed is at least 0.
@@ -70,7 +78,7 @@ class InfiniteSampler(Sampler[list[int]]):
             first += self.batch_size
 
     def stream(self, first: int, count: int) -> list[int]:
-        """Dataset indices at positions first .. first + count - 1."""
+        """Return the dataset indices at positions first .. first + count - 1."""
         indices: list[int] = []
         while len(indices) < count:
             epoch, offset = divmod(first + len(indices), self.length)
@@ -82,12 +90,12 @@ class InfiniteSampler(Sampler[list[int]]):
 
 
 class ImageDataModule(LightningDataModule):
-    """Endless training batches (uint8 [b, 3, R, R], int64 [b]) of `batch_size` images per step over all devices.
+    """Endless training batches of an image dataset.
 
-    b = batch_size / (devices x nodes x accumulate_grad_batches of the Trainer).
-    num_workers: decoding processes per device; a dataset in memory needs none. seed: of the order.
-    The order continues at `images_seen` of the trained LightningModule, which counts them.
-    Raises UserError unless the batch divides evenly.
+    Each batch is (uint8 [b, 3, R, R], int64 [b]) with b = batch_size / (devices x nodes x accumulate_grad_batches of
+    the Trainer); `batch_size` counts the images of a step over all devices. num_workers: decoding processes per device;
+    0 is enough for a cached dataset. seed: determines the order. The order continues at `images_seen` of the trained
+    LightningModule. Raises UserError unless the batch divides evenly.
     """
 
     def __init__(self, dataset: ImageDataset, batch_size: int, num_workers: int = 2, seed: int = 0) -> None:
@@ -97,7 +105,10 @@ class ImageDataModule(LightningDataModule):
         self.dataset, self.batch_size, self.num_workers, self.seed = dataset, batch_size, num_workers, seed
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
-        """The loader of this rank; Lightning must not replace its sampler (Trainer(use_distributed_sampler=False))."""
+        """Return the loader of this rank.
+
+        Lightning must not replace its sampler (Trainer(use_distributed_sampler=False)).
+        """
         trainer = self.trainer
         assert trainer is not None, "train_dataloader needs an attached Trainer"
         self.dataset.load(show_progress=trainer.global_rank == 0)
@@ -122,10 +133,10 @@ class ImageDataModule(LightningDataModule):
 
 
 class _TrainingLoader(DataLoader[tuple[Tensor, int]]):
-    """A loader whose workers ignore the signals that stop a run.
+    """Data loader whose workers ignore the signals that stop a run.
 
     A closed terminal, `timeout` and `scancel` signal every process of a run, and the step that training then finishes
-    still needs its images. Workers inherit the blocked signals, so they cannot be stopped while they start either.
+    still needs its images. Workers inherit the blocked signals, so they cannot be stopped during their start either.
     """
 
     def __iter__(self) -> Any:

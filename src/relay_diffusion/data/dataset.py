@@ -1,4 +1,4 @@
-"""Image zips and folders as a dataset of uint8 tensors."""
+"""Dataset of uint8 image tensors from a zip or folder."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from relay_diffusion.utils.progress import progress
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
-    """Images of a zip or folder as (uint8 [3, R, R], class index or -1), in the order of their names.
+    """Images of a zip or folder with class indices, sorted by name.
 
+    Items are (uint8 [3, R, R], class index or -1).
     path: an image zip, a folder (searched recursively) of PNG, WebP and JPEG files, or one such file.
     resolution: R; larger images whose side is a multiple of R are box-averaged, others are an error.
-    subset: a top-level folder inside `path` ("train"); "" takes everything.
+    subset: a top-level folder inside `path` ("train"); "" selects everything.
     labels: read classes from `dataset.json` if it exists.
     x_flip: indices N..2N-1 are the mirrored images 0..N-1, so mirroring is part of the data order.
     cache: decode everything once, at the first access, and keep it as one uint8 tensor in memory.
-    exif: "apply" turns images by their EXIF orientation, "ignore" does not.
+    exif: "apply" applies the EXIF orientation, "ignore" does not.
     option: the user's name of `path`, for messages.
     Attributes: `names` [N] and their `labels` [N]; `class_names` and `num_classes` of the whole set, not of the subset;
     `source_hash`, `path`, `subset`; `turned`, the names of images that this process has turned so far.
@@ -66,9 +67,9 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
     @cached_property
     def source_hash(self) -> str:
-        """Hex digest of names, contents, subset, resolution and exif (not of x_flip).
+        """Hash of names, contents, subset, resolution and exif (hexadecimal).
 
-        Cheap for a zip (its directory has a checksum of every file); a folder is read once.
+        x_flip is not part of it. Fast for a zip, whose directory has a checksum of every file; a folder is read once.
         """
         return self._files.digest(f"{self.subset}\n{self.resolution}\n")
 
@@ -79,7 +80,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
-        """The items of a whole batch at once: DataLoader calls this when it exists."""
+        """Return the items of a batch; DataLoader calls this if it exists."""
         count = len(self)
         for index in indices:
             if not -count <= index < count:
@@ -90,7 +91,10 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return [(image, self.labels[position]) for image, position in zip(flipped, positions, strict=True)]
 
     def load(self, show_progress: bool = True) -> None:
-        """With cache=True, decode everything now; call it before worker processes start."""
+        """Decode all images now if cache=True.
+
+        Call it before worker processes start.
+        """
         if self.cache and self._cached is None:
             images = torch.empty(len(self.names), 3, self.resolution, self.resolution, dtype=torch.uint8)
             with progress("decoding images", len(self.names), enabled=show_progress) as advance:
@@ -110,7 +114,10 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
 
 def spread_images(dataset: ImageDataset, numbers: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
-    """Images (uint8 [B,C,H,W]) and labels [B] of some `numbers` out of `count`, spread evenly over the set."""
+    """Return evenly spaced images and their labels.
+
+    numbers: which of `count` evenly spaced images. Returns uint8 [B,C,H,W] and labels [B].
+    """
     chosen = spread(count, len(dataset.names))
     items = [dataset[chosen[number]] for number in numbers]
     return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])

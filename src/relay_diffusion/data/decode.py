@@ -1,4 +1,7 @@
-"""Decoding of images to RGB, with their EXIF orientation. Free of torch, so that command line tools start quickly."""
+"""Decoding of images to RGB, with their EXIF orientation.
+
+Imports no torch, so that command line tools start quickly.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,9 @@ OPENERS: dict[bytes, Callable[[BytesIO], ImageFile]] = {
     b"RIFF": WebPImageFile,
     b"\xff\xd8\xff": JpegImageFile,
 }
-EXIF_APPLIED = "exif\n"  # in hashes of sets that apply EXIF: their pixels may differ from those in the files
-FULL_DEPTH = 16  # bits that a 16-bit sample has unless bit_depth says fewer
-UNUSED_BITS = 2  # a set of 16-bit images that needs these fewer uses a quarter of its range or less
+EXIF_APPLIED = "exif\n"  # part of the hash if EXIF is applied: pixels may then differ from those in the files
+FULL_DEPTH = 16  # default bits of a 16-bit sample
+UNUSED_BITS = 2  # 16-bit images with so many unused bits use a quarter of their range or less
 ORIENTATION = 0x0112
 SHORT, LONG = 3, 4  # TIFF types
 APP1 = 0xE1  # JPEG marker of the segment that holds EXIF
@@ -44,21 +47,22 @@ TURNS = {  # orientation: operation that turns the pixels upright (EXIF 2.32, ta
 
 
 class Decoded(NamedTuple):
-    """An image and what was done to its samples."""
+    """Decoded image and facts about its samples."""
 
     image: Image.Image  # 8-bit RGB, without metadata
-    turned: bool  # by its EXIF orientation
-    exif_damaged: bool  # the EXIF block cannot be read: the pixels are as stored
-    bits: int  # that the brightest 16-bit sample needs, at least 8; 0 for an image of 8 bits
+    turned: bool  # the EXIF orientation was applied
+    exif_damaged: bool  # the EXIF block is damaged; the pixels are as stored
+    bits: int  # bits of the brightest 16-bit sample, at least 8; 0 for an 8-bit image
 
 
 def decode(data: bytes, where: str, apply_exif: bool = True, bit_depth: int = FULL_DEPTH) -> Decoded:
-    """Decode PNG, WebP or JPEG bytes to 8-bit RGB; `where` names the image in messages.
+    """Decode PNG, WebP or JPEG bytes to 8-bit RGB.
 
-    The format is detected from the content. Transparency is composited on white, an animation gives its first frame,
-    CMYK is converted without its profile. apply_exif: turn the pixels as the EXIF orientation says; a damaged block
-    counts as none. bit_depth: bits that 16-bit samples use; their highest 8 are kept. Errors: UserError for anything
-    else, damage, more than Image.MAX_IMAGE_PIXELS pixels, and 16-bit samples above 2^bit_depth - 1.
+    where: names the image in messages. The format is detected from the content. Transparency is composited on white, of
+    an animation the first frame is taken, CMYK is converted without its profile. apply_exif: apply the EXIF
+    orientation; a damaged block counts as none. bit_depth: bits that 16-bit samples use; their highest 8 are kept.
+    Raises UserError for other formats, damage, more than Image.MAX_IMAGE_PIXELS pixels, and 16-bit samples above
+    2^bit_depth - 1.
     """
     data, exif = _hide_jpeg_exif(data)
     try:
@@ -74,15 +78,18 @@ def decode(data: bytes, where: str, apply_exif: bool = True, bit_depth: int = FU
         raise
     except UnidentifiedImageError as error:
         raise UserError(f"{where} is not a {', '.join(IMAGE_FORMATS)} image") from error
-    except Exception as error:  # foreign bytes: decoders raise many types, and the user needs one message
+    except Exception as error:  # untrusted bytes: decoders raise many exception types
         raise UserError(f"{where} cannot be decoded: {one_line(error)}") from error
-    rgb.info.clear()  # a copy that is written must not carry an orientation that is applied already
+    rgb.info.clear()  # a copy that is written must not repeat the applied orientation
     turn, damaged = _turn(block) if apply_exif else (None, False)
     return Decoded(rgb if turn is None else rgb.transpose(turn), turn is not None, damaged, bits)
 
 
 def dark_warning(what: str, bits: int, bit_depth: int, where: str = "") -> str:
-    """Return the warning that 16-bit images use few of their bits; `where`: the command that has bit_depth."""
+    """Return the warning that 16-bit images use few of their bits.
+
+    where: the command that has the option bit_depth.
+    """
     return (
         f"warning: {what} with values below {2**bits:,} of {2**bit_depth:,} become dark; {where}bit_depth={bits} "
         "rescales them"
@@ -95,18 +102,19 @@ def decode_rgb(data: bytes, where: str) -> Image.Image:
 
 
 def _turn(exif: object) -> tuple[Image.Transpose | None, bool]:
-    """The operation that turns the pixels upright, and whether the block is damaged."""
+    """Return the transposition to upright pixels, and whether the EXIF is damaged."""
     try:
-        # a compressed text chunk of a PNG may be called exif too
+        # a compressed text chunk of a PNG may have the key exif too
         return TURNS.get(_orientation(exif)) if exif and isinstance(exif, bytes) else None, False
     except ValueError:
         return None, True
 
 
 def _orientation(block: bytes) -> int:
-    """Orientation 1..8 in an EXIF block, 1 without one. Raises ValueError for a damaged block.
+    """Read the orientation 1..8 of an EXIF block; 1 if missing.
 
-    Pillow's reader warns of damaged blocks through the process-wide filters, which threads cannot change safely.
+    Raises ValueError for a damaged block. Pillow's reader warns of damaged blocks through process-wide filters, which
+    are not thread-safe.
     """
     tiff = block.removeprefix(PREFIX)
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
@@ -128,29 +136,38 @@ def _orientation(block: bytes) -> int:
 
 
 def _hide_jpeg_exif(data: bytes) -> tuple[bytes, bytes]:
-    """Return a JPEG with its EXIF segments renamed, and the first EXIF block; other bytes are returned unchanged."""
+    """Rename a JPEG's EXIF segments; return the first EXIF block too.
+
+    Other bytes are returned unchanged.
+    """
     renamed, block, at = bytearray(), b"", 2
     while data.startswith(b"\xff\xd8") and data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] not in END_OF_HEADERS:
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4])
         if data[at + 1] == APP1 and data.startswith(PREFIX, at + 4, end):
             block, renamed = block or data[at + 4 : end], renamed or bytearray(data)
-            renamed[at + 4 : at + 8] = b"none"  # Pillow reads the block for the resolution, and warns of damage
+            renamed[at + 4 : at + 8] = b"none"  # Pillow would read the block, and warn of damage
         at = end
     return bytes(renamed or data), block
 
 
 def _bits(image: Image.Image) -> int:
-    """Bits that the brightest sample of a loaded 16-bit PNG needs, alpha aside; at least 8."""
+    """Return the bits that a 16-bit PNG's brightest sample needs.
+
+    At least 8; alpha is ignored.
+    """
     if image.mode.startswith("I"):
         return max(8, int(np.asarray(image).max()).bit_length())
     return 8 + int(np.asarray(image.convert("RGB")).max()).bit_length()  # Pillow keeps the high bytes of colour
 
 
 def _rescaled(data: bytes, image: Image.Image, bit_depth: int, where: str) -> Image.Image:
-    """The highest 8 of the `bit_depth` bits of a loaded 16-bit PNG."""
+    """Keep the highest 8 of `bit_depth` bits of a 16-bit PNG.
+
+    Raises UserError for an alpha channel and for larger samples.
+    """
     if image.mode == "RGB":
         with Image.open(BytesIO(data), formats=("PNG",)) as low:
-            # Pillow keeps the first byte of each sample, as "RGB;16B" tells it; read as little-endian, the second.
+            # In mode "RGB;16B" Pillow keeps the first byte of each sample; read as little-endian, the second.
             low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
             samples = np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)
     elif image.mode.startswith("I"):
@@ -164,14 +181,15 @@ def _rescaled(data: bytes, image: Image.Image, bit_depth: int, where: str) -> Im
 
 
 def _open(data: bytes, where: str) -> ImageFile:
-    """Read the header of an image. Raises UserError if it has more pixels than Pillow's limit.
+    """Read the header of an image.
 
-    Image.open only warns between once and twice the limit, and filters of warnings belong to the whole process.
+    Raises UserError if it has more pixels than Pillow's limit. Image.open only warns between once and twice the limit,
+    and warning filters are process-wide.
     """
     opener = next((opener for start, opener in OPENERS.items() if data.startswith(start)), None)
     try:
         image = opener(BytesIO(data)) if opener is not None else None
-    except (SyntaxError, IndexError, TypeError, struct.error):  # plugins raise these for other formats
+    except (SyntaxError, IndexError, TypeError, struct.error):  # Pillow's plugins raise these for other formats
         image = None
     if image is None:
         raise UnidentifiedImageError
@@ -183,10 +201,10 @@ def _open(data: bytes, where: str) -> ImageFile:
 
 def _check_png(data: bytes, image: Image.Image) -> None:
     """Raise ValueError for a PNG that Pillow would misread."""
-    if data[24] == 16 and "transparency" in image.info:  # Pillow compares the colour with 8-bit samples
+    if data[24] == 16 and "transparency" in image.info:  # Pillow would compare the colour with 8-bit samples
         raise ValueError("a transparent colour of 16 bits is not read; save it with 8 bits or an alpha channel")
     content, at, kind = memoryview(data), 8, b""
-    while kind != b"IEND":  # Pillow does not check the checksums of the pixels
+    while kind != b"IEND":  # Pillow does not verify the checksums of pixel data
         end = at + 8 + int.from_bytes(content[at : at + 4])
         kind = bytes(content[at + 4 : at + 8])
         if zlib.crc32(content[at + 4 : end]) != int.from_bytes(content[end : end + 4]) or end + 4 > len(data):
@@ -196,7 +214,7 @@ def _check_png(data: bytes, image: Image.Image) -> None:
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        # Pillow clips 16-bit grey to 255 on conversion, but takes the high byte of 16-bit colour: do that here too.
+        # Pillow clips 16-bit grey to 255, but takes the high byte of 16-bit colour: take it for grey too.
         high_byte = np.asarray(image).astype(np.uint32) >> 8
         image = Image.fromarray(high_byte.astype(np.uint8))
     if image.has_transparency_data:
@@ -206,11 +224,14 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def box_average(image: Image.Image, factor: int) -> Image.Image:
-    """Mean of every factor x factor block, rounded to the nearest integer (halves up); sides divisible by factor."""
+    """Average every factor x factor block.
+
+    Rounded to the nearest integer (halves up); the sides must be divisible by factor.
+    """
     if factor == 1:
         return image
     pixels = np.asarray(image)
-    # Sums of strided slices, not Pillow's reduce: that is off by one for some factors that are no power of two.
+    # Sums of strided slices, because Pillow's reduce is off by one for some factors that are not powers of two.
     rows = pixels[::factor].astype(np.uint32)
     for start in range(1, factor):
         rows += pixels[start::factor]

@@ -1,6 +1,6 @@
-"""Image sets to evaluate or to compare with: a folder, an image zip, or an .npz of ADM samples.
+"""Image sets for evaluation: a folder, an image zip, or an .npz.
 
-Images are streamed: no set is held in memory.
+The .npz has ADM's sample format. Images are streamed; no set is held in memory.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from relay_diffusion.data.sources import CONVERTER, Source, existing_path, open_
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.parallel import map_in_order
 
-IMAGES_KEY = "arr_0"  # numpy.savez names its first array so, and ADM writes its samples so
-INSPECTED = 16  # images of a set, evenly over it, whose 16-bit range is measured
-MAX_PIXELS = 2**27  # of one image; a header with more is damaged or hostile
+IMAGES_KEY = "arr_0"  # numpy.savez's name of the first array, which ADM uses for samples
+INSPECTED = 16  # evenly spaced images of a set whose 16-bit range is measured
+MAX_PIXELS = 2**27  # limit of one image; a header with more is damaged or hostile
 
 
 class ImageSet(ABC):
     """Images of one size in a fixed order.
 
-    kind: "folder", "zip", "file" or "npz". names [N]: of the images, in messages and files. resolution: (H, W).
-    averaging: the factors by which the images read so far were box-averaged; 1: not at all.
+    kind: "folder", "zip", "file" or "npz". names [N]: names of the images, for messages and files. resolution: (H, W).
+    averaging: the factors by which the images read so far were box-averaged; 1: not averaged.
     """
 
     kind: str
@@ -51,14 +51,18 @@ class ImageSet(ABC):
     @property
     @abstractmethod
     def source_hash(self) -> str:
-        """Hex digest of the names, contents and resolution, without decoding an image."""
+        """Hash of names, contents and resolution (hexadecimal).
+
+        No image is decoded.
+        """
 
     @abstractmethod
     def _images(self, indices: Sequence[int]) -> Iterator[Image.Image]: ...
 
     def batches(self, batch_size: int, indices: Sequence[int] | None = None) -> Iterator[Tensor]:
-        """Images as uint8 [B,3,H,W], all or those of ascending `indices`; the last batch may be smaller.
+        """Yield images as uint8 [B,3,H,W].
 
+        All images or those of ascending `indices`; the last batch may be smaller.
         Raises UserError for an image that cannot be read or has another size, ValueError for other indices.
         """
         wanted = range(len(self)) if indices is None else indices
@@ -78,11 +82,11 @@ class ImageSet(ABC):
 
 
 class ImageFiles(ImageSet):
-    """Images of a folder or a zip, or one file; several threads may read them.
+    """Image files of a folder or zip; thread-safe.
 
-    resolution: (H, W); images of a multiple of it are box-averaged. None: that of the first image, and all must have
-    it. subset: a folder inside. apply_exif: turn images by their EXIF orientation.
-    turned: names of the images that this process has turned. Errors: UserError naming the option and the image.
+    Also a single image file. resolution: (H, W); images of a multiple of it are box-averaged. None: that of the first
+    image, and all must have it. subset: a folder inside. apply_exif: apply the EXIF orientation.
+    turned: names of the images that this process has turned. Raises UserError naming the option and the image.
     """
 
     def __init__(
@@ -97,21 +101,27 @@ class ImageFiles(ImageSet):
             first = source.decoded(self.names[0], apply_exif).image
             resolution = (first.height, first.width)
         self.resolution = resolution
-        self.image(self.names[0])  # a wrong resolution fails before anything is built
+        self.image(self.names[0])  # a wrong resolution fails early
         _warn_of_unused_range(source, self.names)
 
     @cached_property
     def source_hash(self) -> str:
-        """Hex digest: of the directory of a zip; a folder is read once."""
+        """Hash of names, contents and resolution (hexadecimal).
+
+        Of a zip only the directory is read; a folder is read once.
+        """
         return self.digest("{}x{}\n".format(*self.resolution) + f"{self._subset}\n")
 
     def digest(self, header: str) -> str:
-        """Hex digest of a header, the use of EXIF, and the names and contents of the images."""
+        """Hash a header, the use of EXIF, and names and contents."""
         exif = EXIF_APPLIED if self._apply_exif else ""
         return _digest([header, exif, *(f"{name}\n{self._source.fingerprint(name)}\n" for name in self.names)])
 
     def image(self, name: str) -> Image.Image:
-        """One image at the resolution."""
+        """Return one image at the resolution.
+
+        Raises UserError if its size is not a multiple of it.
+        """
         decoded = self._source.decoded(name, self._apply_exif)
         if decoded.turned:
             self.turned.add(name)
@@ -134,7 +144,10 @@ class ImageFiles(ImageSet):
 
 
 class ArraySet(ImageSet):
-    """uint8 images [N,H,W,3] in the array `arr_0` of an .npz, see `open_image_set`."""
+    """Images of the array `arr_0` in an .npz, uint8 [N,H,W,3].
+
+    See `open_image_set`. Raises UserError for an .npz without such an array.
+    """
 
     kind = "npz"
 
@@ -165,7 +178,7 @@ class ArraySet(ImageSet):
 
     @cached_property
     def source_hash(self) -> str:
-        """Hex digest of the archive's directory."""
+        """Hash of the archive's directory (hexadecimal)."""
         return _digest(["{}x{}\n".format(*self.resolution), self._npz.fingerprint()])
 
     def _images(self, indices: Sequence[int]) -> Iterator[Image.Image]:
@@ -174,7 +187,10 @@ class ArraySet(ImageSet):
 
 
 def _factor(size: tuple[int, int], target: tuple[int, int]) -> int | None:
-    """Return the whole factor from the target to a size, None if it is not a multiple."""
+    """Return the integer factor from the target to a size.
+
+    None if the size is not a multiple.
+    """
     factor = size[0] // target[0]
     return factor if factor and size == (target[0] * factor, target[1] * factor) else None
 
@@ -188,8 +204,11 @@ def _digest(lines: Iterable[str]) -> str:
 
 @rank_zero_only
 def _warn_of_unused_range(source: Source, names: Sequence[str]) -> None:
-    """Print a warning if the images have 16 bits and use less than a quarter of that range; decodes a few of them."""
-    with suppress(UserError):  # a damaged image is reported where it is used
+    """Print a warning if 16-bit images use little of their range.
+
+    Less than a quarter of it, in a few decoded images.
+    """
+    with suppress(UserError):  # damaged images are reported on use
         if not source.decoded(names[0]).bits:
             return
         chosen = names[:: -(-len(names) // INSPECTED)]
@@ -205,18 +224,21 @@ def image_tensor(image: Image.Image) -> Tensor:
 
 
 def spread(count: int, size: int) -> list[int]:
-    """Ascending indices of `count` of `size` images, evenly over the set: names are sorted by class."""
+    """Return `count` ascending, evenly spaced indices of `size` images.
+
+    Names are sorted by class, so the first images would be of few classes.
+    """
     return [index * size // count for index in range(count)]
 
 
 def open_image_set(
     path: str | Path, option: str, resolution: tuple[int, int] | None = None, subset: str = ""
 ) -> ImageSet:
-    """Open a folder, an image zip, an image or an ADM sample .npz (`arr_0`, uint8 [N,H,W,3]).
+    """Open a folder, image zip, image or ADM sample .npz.
 
-    option: its name in messages. resolution: (H, W) wanted; larger images are box-averaged if they are a multiple.
-    None: the first image's, and all must have it. subset: a folder inside a folder or zip. Errors: UserError naming the
-    option and the file.
+    The .npz holds `arr_0`, uint8 [N,H,W,3]. option: its name in messages. resolution: (H, W) wanted; larger images are
+    box-averaged if they are a multiple. None: the first image's, and all must have it. subset: a folder inside a folder
+    or zip. Raises UserError naming the option and the file.
     """
     expanded = existing_path(path, option)
     if expanded.suffix == ".npz" and expanded.is_file():
@@ -224,6 +246,6 @@ def open_image_set(
             raise UserError(f"{option}={path}: an .npz has no folders; leave out subset={subset!r}")
         return ArraySet(Npz(expanded, option), resolution)
     inside = [name for name in ("images.zip", "images") if (expanded / name).exists()]
-    if inside and (expanded / "settings.json").is_file():  # beside them lie pictures of other sizes
+    if inside and (expanded / "settings.json").is_file():  # the directory also holds pictures of other sizes
         raise UserError(f"{option}={path}: is the directory of a run of sample.py; use {option}={expanded / inside[0]}")
     return ImageFiles(open_source(expanded, option), resolution, subset)

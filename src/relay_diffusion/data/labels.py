@@ -1,4 +1,4 @@
-"""Class labels of dataset.json. Imports no torch."""
+"""Class labels of dataset.json; imports no torch."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from relay_diffusion.data.sources import LABEL_FILE, Source
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.messages import one_line
 
-MAX_CLASSES = 1_000_000  # a larger label is a mistake, and would fill the memory with names
+MAX_CLASSES = 1_000_000  # a larger label is a mistake, and its class names would exhaust the memory
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Class index of every image, and the class names in the order of their index."""
+    """Class index of every image, and the ordered class names."""
 
     by_name: dict[str, int]
     class_names: list[str]
 
 
 def read_labels(source: Source) -> Labels | None:
-    """Labels of `dataset.json`: {"labels": [[name, class], ...], "classes": [class name, ...] (optional)}.
+    """Read the labels of a source's dataset.json.
 
-    None when the file is absent or has no labels. Errors: UserError naming the file and the entry for anything
-    malformed, for a label of a missing image, and for an image without a label.
+    {"labels": [[name, class], ...], "classes": [class name, ...] (optional)}. None when the file is missing or has no
+    labels. Raises UserError naming the file and the entry for anything malformed, for a label of a missing image, and
+    for an image without a label.
     """
     if LABEL_FILE not in source.members:
         return None

@@ -1,4 +1,4 @@
-"""Reading of untrusted .npz files, and writing of ADM samples."""
+"""Reader of untrusted .npz files, and writer of ADM samples."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.utils.files import atomic_write
 from relay_diffusion.utils.messages import one_line
 
-MAX_ARRAY = 2**30  # bytes of one array of statistics or features, which are held in memory
+MAX_ARRAY = 2**30  # byte limit of one array of statistics or features, which are held in memory
 
 
 class ArrayHeader(NamedTuple):
-    """Header of an .npy."""
+    """Header of an .npy member."""
 
     shape: tuple[int, ...]
     fortran_order: bool
@@ -29,9 +29,9 @@ class ArrayHeader(NamedTuple):
 
 
 class Npz:
-    """An untrusted .npz whose arrays are read one at a time, without unpickling.
+    """Untrusted .npz, read one array at a time without unpickling.
 
-    Errors: UserError, one line with the option and the file, for a file that is not an .npz, is damaged or cut short,
+    Raises UserError, one line with the option and the file, for a file that is not an .npz, is damaged or truncated,
     or whose arrays do not have the size in their header.
     """
 
@@ -48,11 +48,14 @@ class Npz:
             yield
         except UserError:
             raise
-        except Exception as error:  # foreign bytes: zipfile, zlib and numpy raise a dozen types
+        except Exception as error:  # untrusted bytes: zipfile, zlib and numpy raise many exception types
             raise UserError(f"{self.where}: {problem} ({one_line(error)})") from error
 
     def fingerprint(self) -> str:
-        """Checksum and size of every array in the archive's directory; reads nothing else."""
+        """Return checksum and size of every array.
+
+        Only the archive's directory is read.
+        """
         lines = (f"{key} {self._infos[key].CRC:08x} {self._infos[key].file_size}" for key in sorted(self.keys))
         return "\n".join(lines)
 
@@ -61,20 +64,23 @@ class Npz:
         check_zip_member(self._infos[key])
         with zipfile.ZipFile(self.path) as archive, archive.open(self._infos[key]) as stream:
             if (version := np.lib.format.read_magic(stream)) != (1, 0):
-                raise ValueError(f"a header of version {version}, which may be of any size")  # plain arrays have 1.0
+                raise ValueError(f"a header of version {version}, which may be of any size")  # plain arrays: 1.0
             header = ArrayHeader(*np.lib.format.read_array_header_1_0(stream))
             size = int(np.prod([int(side) for side in header.shape], dtype=object)) * header.dtype.itemsize
             if stream.tell() + size != self._infos[key].file_size:
-                raise ValueError(f"{header.dtype} of shape {list(header.shape)} is not what follows its header")
+                raise ValueError(f"{header.dtype} of shape {list(header.shape)} does not match the size of its data")
             yield header, stream
 
     def header(self, key: str) -> ArrayHeader:
-        """Shape, order and type of an array."""
+        """Return shape, order and dtype of an array."""
         with self._readable(f"{key!r} cannot be read"), self._open(key) as (header, _):
             return header
 
     def read(self, key: str) -> np.ndarray:
-        """Read a whole array of numbers or text; check its header first."""
+        """Read a whole array of numbers or text.
+
+        Its header is checked first.
+        """
         with self._readable(f"{key!r} cannot be read"), self._open(key) as (header, stream):
             if header.dtype.hasobject:
                 raise ValueError("it holds pickled objects")
@@ -84,7 +90,7 @@ class Npz:
             return np.ascontiguousarray(array).reshape(header.shape)  # a scalar would become one-dimensional
 
     def rows(self, key: str, indices: Iterable[int]) -> Iterator[np.ndarray]:
-        """Rows array[i] of a C-ordered array, for ascending indices; others are skipped."""
+        """Yield rows array[i] of a C-ordered array, for ascending indices."""
         with self._readable(f"{key!r} cannot be read"), self._open(key) as (header, stream):
             shape, at = header.shape[1:], 0
             size = int(np.prod(shape)) * header.dtype.itemsize
@@ -101,15 +107,16 @@ def write_adm_samples(
     resolution: tuple[int, int],
     labels: Sequence[int] | None = None,
 ) -> None:
-    """Write uint8 batches [B,3,H,W] as `arr_0`, uint8 [count,H,W,3], and class indices as `arr_1`, int64 [count].
+    """Write images and labels as an ADM sample .npz.
 
-    The write is atomic, and no more than a batch is in memory. Raises ValueError unless there are exactly `count`
-    images of size `resolution` (H, W) and as many labels.
+    batches: uint8 [B,3,H,W], stored as `arr_0`, uint8 [count,H,W,3]; labels as `arr_1`, int64 [count].
+    The write is atomic, and at most one batch is in memory. Raises ValueError unless there are exactly `count` images
+    of size `resolution` (H, W) and as many labels.
     """
     if labels is not None and len(labels) != count:
         raise ValueError(f"{len(labels)} labels for {count} images")
     with atomic_write(Path(path)) as file, zipfile.ZipFile(file, "w") as archive:
-        # zipfile must know beforehand that a member may be large: force_zip64.
+        # force_zip64: zipfile must know in advance that a member may be large.
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, *resolution, 3)}
             np.lib.format.write_array_header_1_0(member, header)

@@ -1,6 +1,6 @@
-"""Image files and class labels of a folder, a zip, a tar or one file, always read in memory.
+"""Image files and labels of a folder, zip, tar or file.
 
-Free of torch, so that the command line tools start quickly.
+Members are read into memory, never extracted. Imports no torch, so that command line tools start quickly.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from relay_diffusion.utils.messages import one_line
 
 IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 LABEL_FILE = "dataset.json"
-HIDDEN_FILES = ("Thumbs.db", "desktop.ini")  # Windows hides them by an attribute, not by a dot
+HIDDEN_FILES = ("Thumbs.db", "desktop.ini")  # Windows hides these by an attribute instead of a dot
 CONVERTER = "`python -m relay_diffusion.cli.convert_images`"
 
 
 class Source(ABC):
-    """Image files under one path: `names` in reading order, '/'-separated, without hidden files.
+    """Image files under one path.
 
-    `option` is the user's name of this path ("data.dataset.path"); error messages begin with it.
-    Raises UserError for a name that is absolute, contains '..', is not UTF-8 or occurs twice, and without an image.
+    `names`: in reading order, '/'-separated, without hidden files. `option`: the user's name of this path
+    ("data.dataset.path"), with which messages begin. Raises UserError for a name that is absolute, contains '..', is
+    not UTF-8 or occurs twice, and for a source without images.
     """
 
     kind: str
@@ -41,22 +42,27 @@ class Source(ABC):
         self.members: dict[str, str] = {}  # normalized name -> name in the archive
         for member in members:
             if member.startswith(("/", "\\")) or re.match("[A-Za-z]:", member) or ".." in re.split(r"[/\\]", member):
-                raise UserError(f"{option}={path}: the member name {member!r} is absolute or leaves the archive")
+                raise UserError(
+                    f"{option}={path}: the member name {member!r} is absolute or leaves the archive; rename it"
+                )
             parts = PurePosixPath(member).parts
             name = "/".join(parts)
             if not parts or any(part.startswith(".") or part == "__MACOSX" for part in parts):
                 continue
-            if name.encode(errors="ignore").decode() != name:  # bytes that are not UTF-8 are read as surrogates
-                raise UserError(f"{option}={path}: the name {name!r} is not UTF-8: rename it")
+            if name.encode(errors="ignore").decode() != name:  # Python decodes bytes that are not UTF-8 as surrogates
+                raise UserError(f"{option}={path}: the name {name!r} is not UTF-8; rename it")
             if name in self.members:
-                raise UserError(f"{option}={path}: holds {name!r} twice")
+                raise UserError(f"{option}={path}: holds {name!r} twice; rename one")
             self.members[name] = member
         self.names = [name for name in self.members if name.lower().endswith(IMAGE_SUFFIXES)]
         if not self.names:
             raise UserError(f"{option}={path}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
 
     def names_in(self, subset: str) -> list[str]:
-        """Names of the images in a folder; "" selects all. Raises UserError if there are none."""
+        """Return names of the images in a folder; "" selects all.
+
+        Raises UserError if there are none.
+        """
         folder = subset.strip("/")
         names = [name for name in self.names if not folder or name.startswith(f"{folder}/")]
         if not names:
@@ -68,31 +74,37 @@ class Source(ABC):
         return names
 
     def ignored(self) -> list[str]:
-        """Names of the files that are neither images nor labels, by their suffixes."""
+        """Return names of files that are neither images nor labels.
+
+        By their suffixes.
+        """
         known = {*self.names, LABEL_FILE}
         return [name for name in self.members if name not in known and name.rpartition("/")[2] not in HIDDEN_FILES]
 
     def where(self, name: str) -> str:
-        """Name a member in a message."""
+        """Describe a member in a message."""
         return f"{name!r} in {self.path}"
 
     def read(self, name: str) -> bytes:
-        """Bytes of one member. Raises UserError that names it if it cannot be read."""
+        """Read one member. Raises UserError that names it if it is unreadable."""
         try:
             return self._read(self.members[name])
-        except Exception as error:  # damaged archives raise a dozen types, and all mean this to the user
+        except Exception as error:  # damaged archives raise many exception types
             raise self._unreadable(name, error) from error
 
     def decoded(self, name: str, apply_exif: bool = True) -> Decoded:
-        """One image as 8-bit RGB. Raises UserError that names the option, the image and the remedy."""
+        """Decode one image to 8-bit RGB.
+
+        Raises UserError that names the option, the image and the remedy.
+        """
         try:
             return decode(self.read(name), self.where(name), apply_exif)
         except UserError as error:
-            remedy = "leave it out, or convert with skip_bad=true (python -m relay_diffusion.cli.convert_images)"
+            remedy = "remove it, or convert with skip_bad=true (python -m relay_diffusion.cli.convert_images)"
             raise UserError(f"{self.option}: {error}: {remedy}") from error
 
     def fingerprint(self, name: str) -> str:
-        """Hex digest of the content of one image; reads it."""
+        """Hash the content of one image, which is read (hexadecimal)."""
         return hashlib.sha256(self.read(name)).hexdigest()
 
     def _unreadable(self, name: str, error: Exception) -> UserError:
@@ -108,7 +120,10 @@ class Source(ABC):
 
 
 class FolderSource(Source):
-    """Images in a folder and its sub-folders, sorted by name; links to folders are followed, but not in circles."""
+    """Images in a folder and its sub-folders, sorted by name.
+
+    Links to folders are followed; a circle of links is an error.
+    """
 
     kind = "folder"
 
@@ -124,7 +139,7 @@ class FolderSource(Source):
 
 
 class FileSource(Source):
-    """One image file; its name is that of the file without the folder."""
+    """Single image file, named without its folder."""
 
     kind = "file"
 
@@ -132,7 +147,7 @@ class FileSource(Source):
         super().__init__(path, option, [path.name])
 
     def where(self, name: str) -> str:  # noqa: ARG002
-        """Name the image in a message."""
+        """Describe the image in a message."""
         return repr(str(self.path))
 
     def _read(self, member: str) -> bytes:  # noqa: ARG002
@@ -140,7 +155,7 @@ class FileSource(Source):
 
 
 class ZipSource(Source):
-    """Images in a zip, sorted by name, without symbolic links.
+    """Images in a zip, sorted by name; symbolic links are skipped.
 
     Forked and spawned workers and threads can read from it.
     """
@@ -153,7 +168,7 @@ class ZipSource(Source):
         try:
             with zipfile.ZipFile(path) as archive:
                 members = sorted(i.filename for i in archive.infolist() if not (i.is_dir() or is_link(i)))
-        except Exception as error:  # foreign bytes: zipfile raises many types
+        except Exception as error:  # untrusted bytes: zipfile raises many exception types
             raise UserError(
                 f"{option}={path}: not a zip, or cut short ({one_line(error)}); "
                 f"{CONVERTER} makes one from a folder, tar or zip"
@@ -176,13 +191,19 @@ class ZipSource(Source):
         return zip_bytes(archive, archive.getinfo(member))
 
     def fingerprint(self, name: str) -> str:
-        """Checksum and size of one image in the archive's directory; reads nothing else."""
+        """Return checksum and size of one image.
+
+        Only the archive's directory is read.
+        """
         info = self._archive().getinfo(self.members[name])
         return f"{info.CRC:08x} {info.file_size}"
 
 
 class TarSource(Source):
-    """Images in a tar (plain or compressed), in the archive's order, without links."""
+    """Images in a tar in the archive's order; links are skipped.
+
+    Plain or compressed.
+    """
 
     kind = "tar"
 
@@ -190,8 +211,8 @@ class TarSource(Source):
         try:
             with self._opened(path) as archive:
                 members = [info.name for info in archive if info.isfile()]
-        except Exception as error:  # foreign bytes: tarfile and the decompressors raise many types
-            # The error's own text lists every compression it tried, over many lines.
+        except Exception as error:  # untrusted bytes: tarfile and the decompressors raise many exception types
+            # tarfile's message lists every compression it tried, over many lines.
             raise UserError(f"{option}={path}: not a folder, zip or tar, or cut short") from error
         super().__init__(path, option, members)
 
@@ -204,7 +225,7 @@ class TarSource(Source):
             return tar_bytes(archive, archive.getmember(member))
 
     def items(self) -> Iterator[tuple[str, Callable[[], bytes]]]:
-        # One pass: a compressed tar cannot seek.
+        # Read in one pass: a compressed tar cannot seek.
         names = {self.members[name]: name for name in self.names}
         with self._opened(self.path) as archive:
             for info in archive:
@@ -213,7 +234,10 @@ class TarSource(Source):
                     yield name, self._content(archive, info, name)
 
     def _content(self, archive: tarfile.TarFile, info: tarfile.TarInfo, name: str) -> Callable[[], bytes]:
-        """Read a member now; the function returns its bytes or raises the error."""
+        """Read a member now; return a function that gives its bytes.
+
+        The function raises the error if the member is unreadable.
+        """
         try:
             return partial(bytes, tar_bytes(archive, info))
         except Exception as error:  # as in `read`
@@ -225,7 +249,10 @@ def _raise(error: UserError) -> NoReturn:
 
 
 def existing_path(path: str | Path, option: str) -> Path:
-    """The path with ~ expanded. Raises UserError naming `option` if it does not exist."""
+    """Return the path with ~ expanded.
+
+    Raises UserError naming `option` if it does not exist.
+    """
     try:
         expanded = Path(path).expanduser()
         exists = expanded.exists()
@@ -237,9 +264,10 @@ def existing_path(path: str | Path, option: str) -> Path:
 
 
 def open_source(path: str | Path, option: str, tar: bool = False) -> Source:
-    """Open a folder, an image zip, one image file or, with `tar`, a tar. Errors: UserError naming `option`.
+    """Open a folder, image zip, image file or, with `tar`, a tar.
 
-    Archives are identified by their content. A tar is fast to read only in its own order.
+    Archives are recognized by their content. A tar is fast to read only in its own order. Raises UserError naming
+    `option`.
     """
     expanded = existing_path(path, option)
     if expanded.is_dir():

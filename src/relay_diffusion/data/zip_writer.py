@@ -16,24 +16,30 @@ from relay_diffusion.data.sources import LABEL_FILE
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.files import atomic_write, sync
 
-EPOCH = (1980, 1, 1, 0, 0, 0)  # one time stamp for all members, so that the same images give the same bytes
+EPOCH = (1980, 1, 1, 0, 0, 0)  # fixed time stamp: the same images give the same bytes
 
 
 class ImageZipWriter:
-    """Writer of an image zip, see `image_zip`."""
+    """Writer of an image zip; created by `image_zip`."""
 
     def __init__(self, archive: zipfile.ZipFile, what: str, class_names: list[str] | None) -> None:
         self._archive, self._what, self.class_names = archive, what, class_names
-        self.labels: dict[str, int | None] = {}  # of every image written, in order
+        self.labels: dict[str, int | None] = {}  # label of every written image, in order
 
     def add(self, name: str, image: Image.Image, label: int | None = None) -> None:
-        """Add one image as a PNG; `label` is an index into the class names, None when there are none."""
+        """Add one image as a PNG.
+
+        label: index into the class names, None without classes.
+        """
         self.add_encoded(name, encode_png(image), label)
 
     def add_encoded(self, name: str, content: bytes, label: int | None = None) -> None:
-        """Add one encoded image (encoding can run in threads, this cannot)."""
+        """Add one encoded image; not thread-safe.
+
+        Images can be encoded in threads. Raises UserError if the name exists already.
+        """
         if name in self.labels:
-            raise UserError(f"{self._what}: two images would be named {name!r}")
+            raise UserError(f"{self._what}: two images would be named {name!r}; rename one")
         assert (label is None) == (self.class_names is None), "all images have a label, or none has"
         assert label is None or 0 <= label < len(self.class_names or ()), f"no class {label}"
         self.labels[name] = label
@@ -55,7 +61,7 @@ class ImageZipWriter:
 
     def _write(self, name: str, data: bytes) -> None:
         info = zipfile.ZipInfo(name, EPOCH)
-        info.create_system, info.external_attr = 3, 0o644 << 16  # the same on every operating system
+        info.create_system, info.external_attr = 3, 0o644 << 16  # identical on every operating system
         self._archive.writestr(info, data)
 
 
@@ -63,11 +69,11 @@ class ImageZipWriter:
 def image_zip(
     destination: str | Path, class_names: list[str] | None = None, option: str = "destination"
 ) -> Iterator[ImageZipWriter]:
-    """Write an image zip atomically: PNG members without compression, and dataset.json when the block ends.
+    """Write an image zip atomically.
 
-    The same images in the same order give the same bytes. `option` is the user's name of the destination.
-    Errors: UserError that names it when it is not a .zip name, cannot be written or is on a full disk, and when a name
-    occurs twice.
+    PNG members without compression, and dataset.json when the block ends. The same images in the same order give the
+    same bytes. `option` is the user's name of the destination. Raises UserError that names it when it is not a .zip
+    name, cannot be written or is on a full disk, and when a name occurs twice.
     """
     path, what = Path(destination).expanduser(), f"{option}={destination}"
     if path.suffix != ".zip":
@@ -76,18 +82,24 @@ def image_zip(
         writer = ImageZipWriter(archive, what, class_names)
         yield writer
         writer.write_labels()
-    sync(path.parent)  # the source of the images may be deleted after this
+    sync(path.parent)  # users may delete the source of the images after this
 
 
 def encode_png(image: Image.Image) -> bytes:
-    """PNG bytes, at zlib's default effort: the highest takes four times as long for 2 % less."""
+    """Encode an image as PNG at zlib's default level.
+
+    The highest level takes four times as long for files that are 2 % smaller.
+    """
     stream = BytesIO()
     image.save(stream, "PNG")
     return stream.getvalue()
 
 
 def png_names(names: Sequence[str]) -> dict[str, str]:
-    """Names of images -> as PNG: a/x.jpg -> a/x.png; but x.jpg beside x.png -> x.jpg.png and x.png.png."""
+    """Map names of images to PNG names.
+
+    a/x.jpg -> a/x.png; but x.jpg beside x.png -> x.jpg.png and x.png.png.
+    """
     stems = {name: str(PurePosixPath(name).with_suffix("")) for name in names}
     uses = Counter(stems.values())
     return {name: f"{stem if uses[stem] == 1 else name}.png" for name, stem in stems.items()}

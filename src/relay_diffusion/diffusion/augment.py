@@ -1,7 +1,8 @@
-"""EDM's geometric augmentation: random flips, scaling, rotation, stretching, translation, and augmentation labels.
+"""EDM's geometric augmentation with augmentation labels.
 
-Karras et al. 2022 (arXiv 2206.00364), appendix F.2; images are resampled as in Karras et al. 2020 (arXiv 2006.06676),
-appendix B.2. Sampling with all labels 0 gives images without augmentation.
+Random flips, scaling, rotation, stretching and translation: Karras et al. 2022 (arXiv 2206.00364), appendix F.2.
+Images are resampled as in Karras et al. 2020 (arXiv 2006.06676), appendix B.2. Sampling with all labels 0 gives
+images without augmentation.
 
 Coordinates are pixels: x to the right, y down, the origin at the image's centre, whole numbers between pixel centres.
 """
@@ -28,7 +29,7 @@ LABEL_NAMES = (
     "translation_y",
 )
 LABELS = len(LABEL_NAMES)
-FIRST_RESAMPLED = LABEL_NAMES.index("scale")  # the labels before it are exact flips
+FIRST_RESAMPLED = LABEL_NAMES.index("scale")  # earlier labels are exact flips, without resampling
 
 # Low-pass filter of the symlet wavelet with 6 vanishing moments: sum sqrt(2), orthonormal to its shifts by 2, 4, ...
 SYM6 = (
@@ -47,9 +48,9 @@ SYM6 = (
 )
 TAPS = len(SYM6)
 EVEN, ODD = SYM6[0::2], SYM6[1::2]
-# The filter's mass centre: it shifts what it filters by so many samples (polynomials up to degree 2 are only shifted).
+# Centre of mass of the filter: filtering shifts a signal by so many samples (exactly, up to degree 2).
 CENTRE = sum(tap * weight for tap, weight in enumerate(SYM6)) / math.sqrt(2)
-MARGIN = TAPS // 4  # pixels that the filter reaches to either side
+MARGIN = TAPS // 4  # reach of the filter to either side, in pixels
 
 
 class Parameters(NamedTuple):
@@ -65,7 +66,7 @@ class Parameters(NamedTuple):
     down: Tensor  # a7: in units of `translation` heights
 
     def labels(self) -> Tensor:
-        """Augmentation labels for the network: [B,9], the columns of LABEL_NAMES."""
+        """Return the augmentation labels: [B,9], the columns of LABEL_NAMES."""
         columns = [
             self.x_flip,
             self.y_flip,
@@ -81,15 +82,18 @@ class Parameters(NamedTuple):
 
 
 class Augmentation:
-    """Transform each image of a batch at random: float32 [B,C,H,W] -> the same shape, and labels [B,9].
+    """Random geometric transformation of training images.
 
-    probability: of each transformation, independently: y-flip (then a coin decides), scaling, rotation, anisotropic
-    scaling, translation; 0 changes nothing. x_flip: a coin for every image, at any probability above 0.
-    scale_base: an image is scaled by scale_base^a, a ~ N(0,1). anisotropy_base: it is scaled by anisotropy_base^a
-    along one axis, by the inverse across. anisotropy_axis_aligned: share of these along x, the others in any direction.
+    probability: of each transformation, independently: y-flip (then applied with probability 1/2), scaling, rotation,
+    anisotropic scaling, translation; 0 disables all.
+    x_flip: mirror each image with probability 1/2, at any `probability` above 0.
+    scale_base: images are scaled by scale_base^a, a ~ N(0,1).
+    anisotropy_base: images are scaled by anisotropy_base^a along one axis, by the inverse across it.
+    anisotropy_axis_aligned: share of these along x, the others in any direction.
     translation: standard deviation of the shift, in image widths and heights.
-    Outside its borders an image is mirrored about the centres of its border pixels. An image whose labels are all 0
-    is unchanged to the bit. Randomness is the global generator's of the images' device.
+    Images are mirrored at their borders, about the centres of the border pixels. An image whose labels are all 0 is
+    bit-identical. Random numbers come from the global generator of the images' device.
+    Raises ValueError for an option out of range.
     """
 
     def __init__(
@@ -104,7 +108,7 @@ class Augmentation:
         for name, value in (("probability", probability), ("anisotropy_axis_aligned", anisotropy_axis_aligned)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}={value}: must lie between 0 and 1")
-        # at these limits a transformation changes nothing, but its labels are not 0
+        # at these limits a transformation is the identity, but its labels would not be 0
         limits = (
             ("scale_base", scale_base, 1),
             ("anisotropy_base", anisotropy_base, 1),
@@ -119,15 +123,18 @@ class Augmentation:
         self.labels = LABELS
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """float32 [B,C,H,W] -> images of the same shape, labels [B,9]; other images raise ValueError."""
+        """Transform images at random and return their labels.
+
+        float32 [B,C,H,W] -> images of the same shape, labels [B,9]. Raises ValueError for another dtype or shape.
+        """
         if images.dtype != torch.float32 or images.ndim != 4 or min(images.shape[2:]) < 2:
             shape = tuple(images.shape)
-            raise ValueError(f"need float32 images [B,C,H,W] of 2x2 pixels or more, not {images.dtype} {shape}")
+            raise ValueError(f"images is {images.dtype} {shape}: need float32 images [B,C,H,W] of 2x2 pixels or more")
         parameters = self.draw(len(images), images.device)
         return images if self.probability == 0 else self.apply(images, parameters), parameters.labels()
 
     def draw(self, count: int, device: torch.device | str = "cpu") -> Parameters:
-        """Draw the parameters of `count` images."""
+        """Draw the transformation parameters of `count` images."""
         applied = torch.rand(5, count, device=device) < self.probability
         x_coin, y_coin = torch.rand(2, count, device=device) < 0.5
         rotation, direction = (torch.rand(2, count, device=device) * 2 - 1) * math.pi
@@ -146,16 +153,19 @@ class Augmentation:
         )
 
     def apply(self, images: Tensor, parameters: Parameters) -> Tensor:
-        """Transform float32 [B,C,H,W] by given parameters [B]."""
+        """Transform images, float32 [B,C,H,W], with given parameters [B]."""
         images = flip(images, parameters)
         with torch.autocast(images.device.type, enabled=False):  # positions in bfloat16 would be off by pixels
-            # all are warped, because to pick some the host would have to wait for the device
+            # warp the whole batch: selecting images would synchronize with the device
             warped = warp(images, self.matrix(parameters, *images.shape[2:]))
         moved = (parameters.labels()[:, FIRST_RESAMPLED:] != 0).any(dim=1)
         return torch.where(_per_image(moved), warped, images)
 
     def matrix(self, parameters: Parameters, height: int, width: int) -> Tensor:
-        """Affine matrix [B,2,3]: scaling, then rotation, anisotropy and translation; no flips."""
+        """Compute the affine matrix [B,2,3]: scaling, rotation, anisotropy, then translation.
+
+        Flips are not part of it.
+        """
         scale, spread = self.scale_base**parameters.scale, self.anisotropy_base**parameters.stretch
         cos, sin = torch.cos(parameters.rotation) * scale, torch.sin(parameters.rotation) * scale
         ux, uy = torch.cos(parameters.direction), -torch.sin(parameters.direction)
@@ -163,7 +173,7 @@ class Augmentation:
         extra = spread - 1 / spread
         xx, xy, yy = extra * ux * ux + 1 / spread, extra * ux * uy, extra * uy * uy + 1 / spread
         x_shift, y_shift = parameters.right * (self.translation * width), parameters.down * (self.translation * height)
-        # times [[cos, sin], [-sin, cos]], written out: `@` could run in TF32 and move pixels
+        # times [[cos, sin], [-sin, cos]], written out because `@` could run in TF32 and shift pixels
         first = torch.stack([xx * cos - xy * sin, xx * sin + xy * cos, x_shift], dim=1)
         second = torch.stack([xy * cos - yy * sin, xy * sin + yy * cos, y_shift], dim=1)
         return torch.stack([first, second], dim=1)
@@ -176,8 +186,9 @@ def flip(images: Tensor, parameters: Parameters) -> Tensor:
 
 
 def warp(images: Tensor, matrix: Tensor) -> Tensor:
-    """Move each point p of the images [B,C,H,W] to M [p; 1]; matrix M [B,2,3] in pixels from the centre, y down.
+    """Resample images [B,C,H,W] under an affine map.
 
+    matrix M [B,2,3]: point p moves to M [p; 1], in pixels from the centre, y down.
     Both axes are doubled with the wavelet's filter, sampled bilinearly where the inverse points, filtered with the
     same filter reversed and halved: its orthonormality makes that exact for the identity.
     """
@@ -193,15 +204,21 @@ def warp(images: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _to_halve(size: int, device: torch.device) -> Tensor:
-    """Positions, from the centre, of the 2 size + 10 samples that `_halve` needs."""
+    """Return the positions of the samples that `_halve` needs.
+
+    [2 size + 10], in pixels from the centre.
+    """
     return (torch.arange(2 * size + TAPS - 2, device=device) - CENTRE) / 2 - (size - 1) / 2
 
 
 def _in_doubled(position: Tensor, size: int) -> Tensor:
-    """Positions from the centre -> places among the samples of `_double`, in grid_sample's -1 (first) to 1 (last)."""
+    """Convert positions from the centre to grid_sample's coordinates in `_double`.
+
+    -1 is the first sample, 1 the last.
+    """
     pixel = position + (size - 1) / 2
-    # near the border, `_double` has filtered mirrored pixels; beyond, samples are mirrored: a little less exact, since
-    # the filter is not symmetric
+    # near the border, `_double` has filtered mirrored pixels; beyond it, samples are mirrored, which is slightly less
+    # exact because the filter is not symmetric
     near = position.abs() <= (size - 1) / 2 + MARGIN
     pixel = torch.where(near, pixel, _mirror(pixel, size))
     sample = 2 * (pixel + MARGIN) - (2 * MARGIN - 1) + CENTRE
@@ -209,26 +226,30 @@ def _in_doubled(position: Tensor, size: int) -> Tensor:
 
 
 def _mirror(pixel: Tensor, size: int) -> Tensor:
-    """Pixels, anywhere on the line -> 0..size-1, mirrored at both ends as often as needed."""
+    """Map any pixel index to 0..size-1 by mirroring at both ends."""
     return (size - 1) - (pixel % (2 * (size - 1)) - (size - 1)).abs()
 
 
 def _double(images: Tensor, dim: int) -> Tensor:
-    """Extend by MARGIN, insert zeros and filter, times sqrt(2): size -> 2 (size + 2 MARGIN).
+    """Double the resolution: extend by MARGIN, insert zeros, filter, multiply by sqrt(2).
 
-    Sample j lies at pixel (j + 2 MARGIN - 1 - CENTRE) / 2 - MARGIN: the first has all its taps inside the padding.
+    size -> 2 (size + 2 MARGIN). Sample j lies at pixel (j + 2 MARGIN - 1 - CENTRE) / 2 - MARGIN: all taps of the first
+    sample are inside the padding.
     """
     size, half = images.shape[dim], TAPS // 2
     index = torch.arange(-2 * MARGIN, size + 2 * MARGIN, device=images.device)
     padded = images.index_select(dim, _mirror(index, size))
-    # between inserted zeros a sample meets every second tap only, the last tap first: it is a convolution
+    # each sample uses every second tap only (the others meet zeros), in the reversed order of a convolution
     parts = [padded.narrow(dim, half - tap, size + 2 * MARGIN) for tap in range(half + 1)]
     samples = [_weighted_sum(parts[1:], ODD), _weighted_sum(parts[:-1], EVEN)]
     return torch.stack(samples, dim + 1).flatten(dim, dim + 1).mul_(math.sqrt(2))
 
 
 def _halve(samples: Tensor, dim: int) -> Tensor:
-    """Filter with the filter reversed, over sqrt(2), and keep every second sample: 2 size + 10 -> size."""
+    """Halve the resolution: filter reversed, divide by sqrt(2), keep every second sample.
+
+    2 size + 10 -> size.
+    """
     pairs = samples.unflatten(dim, (-1, 2)).unbind(dim + 1)
     size, half = pairs[0].shape[dim] - TAPS // 2 + 1, TAPS // 2
     parts = [phase.narrow(dim, tap, size) for phase in pairs for tap in range(half)]
@@ -236,7 +257,10 @@ def _halve(samples: Tensor, dim: int) -> Tensor:
 
 
 def _weighted_sum(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Sum of weights times parts: float32 wherever it runs, where a convolution on a GPU could be TF32."""
+    """Sum weights times parts in float32.
+
+    A convolution could run in TF32 on a GPU.
+    """
     total = parts[0] * weights[0]
     for part, weight in zip(parts[1:], weights[1:], strict=True):
         total.add_(part, alpha=weight)

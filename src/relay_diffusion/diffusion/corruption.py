@@ -1,4 +1,4 @@
-"""Forward processes: from a clean image to a noisy one; each owns its noise schedule."""
+"""Forward processes from clean to noisy images, each with its noise schedule."""
 
 from __future__ import annotations
 
@@ -13,40 +13,44 @@ from torch import Tensor
 from relay_diffusion.diffusion.dct import filter_and_add
 from relay_diffusion.diffusion.noise import RandnLike, add_block_noise
 from relay_diffusion.diffusion.schedule import LogNormal, TruncatedLogNormal
+from relay_diffusion.diffusion.tensors import check_images, expand, noise_levels
 
 
-def expand(sigma: Tensor, like: Tensor) -> Tensor:
-    """[B] -> [B,1,1,1] on the device of `like`, to multiply images with.
+class Corruption(Protocol):
+    """Interface of a corruption: forward process, noise schedule and start of sampling."""
 
-    sigma may be on the CPU: computing a few numbers there is faster than launching GPU kernels, and the copy is
-    asynchronous.
+    schedule: LogNormal
+    block: int  # upsampling factor of the stage; 1: it starts from noise
+
+    def start(self, like: Tensor, previous: Tensor | None, randn_like: RandnLike) -> Tensor:
+        """Compute the start of sampling, like `like` [B,C,H,W].
+
+        previous: images [B,C,H/block,W/block] of the previous stage, or None.
+        """
+
+    def draw_noise(self, like: Tensor, randn_like: RandnLike) -> Tensor:
+        """Draw noise of the forward process at sigma 1, like `like` [B,C,H,W]."""
+
+    def corrupt(self, x0: Tensor, sigma: Tensor | float, noise: Tensor) -> Tensor:
+        """Apply the forward process to clean images.
+
+        x0 [B,C,H,W], sigma [B] (may be on the CPU) or a number, noise from `draw_noise` -> noisy images [B,C,H,W].
+        """
+
+
+class GainCorruption(Corruption, Protocol):
+    """Corruption x_sigma = F[A(sigma)] x0 + sigma noise with gains A.
+
+    F[A] multiplies the block DCT coefficients by A.
     """
-    return sigma.view(-1, 1, 1, 1).to(like.device, non_blocking=True)
 
+    starts_from_noise: bool  # else from the images of the previous stage
 
-def noise_levels(sigma: Tensor | float, count: int) -> Tensor:
-    """Expand noise levels to `count` images: a number, tensor [] or tensor [B] -> [B]; not copied.
+    def gains(self, sigma: Tensor) -> Tensor:
+        """Compute the gains at sigma [B]: [B,1,n,n] for blocks of n x n."""
 
-    Raises ValueError for another type, dtype or shape, and for a number that is not above 0 and finite. Values of
-    tensors are not looked at, which would wait for the device.
-    """
-    if not isinstance(sigma, Tensor):
-        if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not 0 < sigma < math.inf:
-            raise ValueError(f"sigma is {sigma!r}: must be a number above 0, or a tensor of floats [{count}]")
-        return torch.full((count,), float(sigma), device="cpu")
-    levels = sigma.expand(count) if sigma.ndim == 0 else sigma
-    if levels.shape != (count,) or not levels.is_floating_point():
-        raise ValueError(f"sigma is {sigma.dtype} of shape {tuple(sigma.shape)}: must be floats, one or [{count}]")
-    return levels
-
-
-def check_images(name: str, images: Tensor) -> None:
-    """Raise ValueError naming the argument unless images are floats [B,C,H,W]; values are not checked."""
-    if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4:
-        given = (
-            f"{images.dtype} of shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        )
-        raise ValueError(f"{name} is {given}: must be floats [B,C,H,W]; uint8 images become such by pixels / 127.5 - 1")
+    def at_level(self, start: Tensor, sigma: float, randn_like: RandnLike) -> Tensor:
+        """Compute the state [B,C,H,W] at sigma from `start` [B,C,H,W]."""
 
 
 def _check_corrupted(x0: Tensor, noise: Tensor) -> None:
@@ -57,17 +61,20 @@ def _check_corrupted(x0: Tensor, noise: Tensor) -> None:
 
 
 def upsample_blocks(images: Tensor, block: int) -> Tensor:
-    """Repeat every pixel block x block times: [B,C,H,W] -> [B,C,H*block,W*block]; the end state of blurring."""
+    """Repeat every pixel block x block times: [B,C,H,W] -> [B,C,H*block,W*block].
+
+    The end state of blurring.
+    """
     return images.repeat_interleave(block, dim=-2).repeat_interleave(block, dim=-1)
 
 
 def block_mean(images: Tensor, block: int) -> Tensor:
-    """Mean of every block x block piece: [B,C,H,W] -> [B,C,H/block,W/block]."""
+    """Average every block x block piece: [B,C,H,W] -> [B,C,H/block,W/block]."""
     return F.avg_pool2d(images, block)
 
 
 class GaussianCorruption:
-    """Add white noise: x_sigma = x0 + sigma eps. Every relay's first stage."""
+    """White noise: x_sigma = x0 + sigma eps. Used by the first stage of every relay."""
 
     block = 1  # a first stage has no upsampling factor
     starts_from_noise = True
@@ -76,17 +83,20 @@ class GaussianCorruption:
         self.schedule = schedule
 
     def start(self, like: Tensor, previous: Tensor | None, randn_like: RandnLike) -> Tensor:
-        """Return the start of sampling: unit noise like `like` [B,C,H,W]. Raises ValueError if given an image."""
+        """Draw the start of sampling: unit noise like `like` [B,C,H,W].
+
+        Raises ValueError if `previous` is given.
+        """
         if previous is not None:
-            raise ValueError("a first stage starts from noise: it takes no image of an earlier stage")
+            raise ValueError("previous: a first stage starts from noise; remove `previous`")
         return randn_like(like)
 
     def gains(self, sigma: Tensor) -> Tensor:
-        """Gains of the block DCT coefficients, all 1: sigma [B] -> [B,1,1,1]."""
+        """Return gains of 1: sigma [B] -> [B,1,1,1]."""
         return torch.ones_like(sigma).view(-1, 1, 1, 1)
 
     def at_level(self, start: Tensor, sigma: float, randn_like: RandnLike) -> Tensor:  # noqa: ARG002
-        """Return the state at noise level sigma where sampling starts: start [B,C,H,W] is unit noise."""
+        """Scale the start, unit noise [B,C,H,W], to noise level sigma."""
         return start * sigma
 
     def draw_noise(self, like: Tensor, randn_like: RandnLike) -> Tensor:
@@ -94,27 +104,34 @@ class GaussianCorruption:
         return randn_like(like)
 
     def corrupt(self, x0: Tensor, sigma: Tensor | float, noise: Tensor) -> Tensor:
-        """x0 [B,C,H,W], sigma [B] (may lie on the CPU) or a number, noise of `draw_noise` -> noisy images [B,C,H,W]."""
+        """Add noise to clean images.
+
+        x0 [B,C,H,W], sigma [B] (may be on the CPU) or a number, noise from `draw_noise` -> noisy images [B,C,H,W].
+        """
         _check_corrupted(x0, noise)
         return torch.addcmul(x0, expand(noise_levels(sigma, len(x0)), x0), noise)
 
 
 @lru_cache(maxsize=64)
 def _widest_exponents(block: int, blur_sigma_max: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """-(w_k^2 + w_l^2) blur_sigma_max^2 / 2, w_k = pi k / block: [block, block]."""
-    with torch.inference_mode(False):  # kept between calls, as dct_matrix is
+    """Return the exponents of the strongest blur, [block, block].
+
+    -(w_k^2 + w_l^2) blur_sigma_max^2 / 2 with w_k = pi k / block.
+    """
+    with torch.inference_mode(False):  # cached, and used in training too
         frequency = torch.arange(block, dtype=torch.float64, device="cpu") * (math.pi / block)
         squared = frequency[:, None] ** 2 + frequency[None, :] ** 2
         return (squared * (-(blur_sigma_max**2) / 2)).to(device=device, dtype=dtype)
 
 
 class BlurringCorruption:
-    """Block blur with noise; its end state is the upsampled small image.
+    """Block blur with noise; the end state is the upsampled small image.
 
     x_u = DCT^-1[A(u) DCT[x0]] + sigma(u) (eps + block_strength block(eps')), per block x block piece, with
     A_kl(u) = (1 - min_gain) exp(-(w_k^2 + w_l^2) b(u)^2 / 2) + min_gain, w_k = pi k / block,
     b(u) = blur_sigma_max sin^2(pi u / 2) (Teng et al. 2024, section 3). The noise is not divided by
-    sqrt(1 + block_strength^2) as the paper writes it: the published weights were trained without.
+    sqrt(1 + block_strength^2) as in the paper: the published weights were trained without the division.
+    Raises ValueError for an option out of range.
     """
 
     starts_from_noise = False
@@ -128,7 +145,7 @@ class BlurringCorruption:
         block_strength: float = 0.15,
     ) -> None:
         if block < 2:
-            raise ValueError(f"block={block}: a relay stage enlarges its input at least twice")
+            raise ValueError(f"block={block}: must be at least 2; a relay stage enlarges its input")
         for name, value in (("blur_sigma_max", blur_sigma_max), ("block_strength", block_strength)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value}: must be at least 0 and finite")
@@ -139,22 +156,27 @@ class BlurringCorruption:
         self.block_strength = block_strength
 
     def start(self, like: Tensor, previous: Tensor | None, randn_like: RandnLike) -> Tensor:  # noqa: ARG002
-        """Where sampling starts: `previous` [B,C,H/block,W/block], each pixel repeated -> [B,C,H,W].
+        """Upsample the previous stage's images to start sampling from.
 
+        `previous` [B,C,H/block,W/block], each pixel repeated -> [B,C,H,W].
         Raises ValueError if `previous` is missing or does not fit `like`.
         """
         if previous is None:
-            raise ValueError("a relay stage starts from the images of the stage before: give `previous`")
+            raise ValueError("previous=None: a relay stage starts from the previous stage's images; give `previous`")
         check_images("previous", previous)
         upsampled = upsample_blocks(previous.to(like), self.block)
         if upsampled.shape != like.shape:
             raise ValueError(
-                f"images of {tuple(previous.shape)} enlarged {self.block} times are not of {tuple(like.shape)}"
+                f"previous has shape {tuple(previous.shape)}: its images enlarged {self.block} times are not of "
+                f"{tuple(like.shape)}"
             )
         return upsampled
 
     def gains(self, sigma: Tensor | float) -> Tensor:
-        """Gain of each DCT coefficient at noise sigma: [B] -> [B,1,block,block], or one number; the mean's is 1."""
+        """Compute the gain of each DCT coefficient at noise level sigma.
+
+        [B] -> [B,1,block,block]; sigma may be one number. The gain of the mean is 1.
+        """
         sigma = noise_levels(sigma, len(sigma) if isinstance(sigma, Tensor) and sigma.ndim else 1)
         widest = _widest_exponents(self.block, self.blur_sigma_max, sigma.dtype, sigma.device)
         share = torch.sin(self.schedule.level(sigma) * (math.pi / 2)) ** 4  # of the exponents: (b(u) / b_max)^2
@@ -162,57 +184,36 @@ class BlurringCorruption:
         return (1 - self.min_gain) * decay + self.min_gain
 
     def at_level(self, start: Tensor, sigma: float, randn_like: RandnLike) -> Tensor:
-        """Return the state at noise level sigma where sampling starts: start [B,C,H,W] is the upsampled image."""
+        """Add noise of level sigma to the start, the upsampled image [B,C,H,W]."""
         return torch.add(start, self.draw_noise(start, randn_like), alpha=sigma)
 
     def draw_noise(self, like: Tensor, randn_like: RandnLike) -> Tensor:
-        """Draw white plus block noise at sigma 1, like `like` [B,C,H,W]; without block noise, one draw only."""
+        """Draw white plus block noise at sigma 1, like `like` [B,C,H,W].
+
+        With block_strength=0 only the white noise is drawn.
+        """
         white = randn_like(like)
         if self.block_strength == 0:
             return white
         return add_block_noise(white, randn_like(like), self.block, self.block_strength)
 
     def corrupt(self, x0: Tensor, sigma: Tensor | float, noise: Tensor) -> Tensor:
-        """x0 [B,C,H,W], sigma [B] (may lie on the CPU) or a number, noise of `draw_noise` -> blurred, noisy images."""
+        """Blur clean images and add noise.
+
+        x0 [B,C,H,W], sigma [B] (may be on the CPU) or a number, noise from `draw_noise` -> noisy images [B,C,H,W].
+        """
         _check_corrupted(x0, noise)
         sigma = noise_levels(sigma, len(x0))
         return filter_and_add(x0, self.gains(sigma), sigma, noise)
 
 
-class Corruption(Protocol):
-    """Interface of a corruption: forward process, noise schedule and start of sampling."""
-
-    schedule: LogNormal
-    block: int  # factor by which the stage enlarges; 1: it starts from noise
-
-    def start(self, like: Tensor, previous: Tensor | None, randn_like: RandnLike) -> Tensor:
-        """Where sampling starts, like `like` [B,C,H,W], from images [B,C,H/block,W/block] of the stage before."""
-
-    def draw_noise(self, like: Tensor, randn_like: RandnLike) -> Tensor:
-        """Draw noise of the forward process at sigma 1, like `like` [B,C,H,W]."""
-
-    def corrupt(self, x0: Tensor, sigma: Tensor | float, noise: Tensor) -> Tensor:
-        """x0 [B,C,H,W], sigma [B] (may lie on the CPU) or a number, noise of `draw_noise` -> noisy images [B,C,H,W]."""
-
-
-class GainCorruption(Corruption, Protocol):
-    """Interface of a corruption x_sigma = F[A(sigma)] x0 + sigma noise, with gains A of block DCT coefficients."""
-
-    starts_from_noise: bool  # else from the images of the previous stage
-
-    def gains(self, sigma: Tensor) -> Tensor:
-        """Gains of the block DCT coefficients at sigma [B]: [B,1,n,n] for blocks of n x n."""
-
-    def at_level(self, start: Tensor, sigma: float, randn_like: RandnLike) -> Tensor:
-        """State [B,C,H,W] at noise level sigma where sampling starts, from `start` of the method above."""
-
-
 class ConditionedCorruption(GaussianCorruption):
-    """Gaussian corruption, conditioned on the noisy, upsampled small image.
+    """Gaussian corruption conditioned on the noisy, upsampled small image.
 
     y = bicubic(block_mean(x0) + level eps'), level ~ U(0, condition_noise_max) for each training image, and
     condition_noise in sampling: conditioning augmentation (Ho et al. 2021, arXiv 2106.15282, section 4), which hides
-    from the network that small images are samples and not block means. Levels are standard deviations, like sigma.
+    the difference between samples of the previous stage and block means. Levels are standard deviations, like sigma.
+    Raises ValueError for an option out of range.
     """
 
     def __init__(
@@ -220,44 +221,52 @@ class ConditionedCorruption(GaussianCorruption):
     ) -> None:
         super().__init__(schedule)
         if block < 2:
-            raise ValueError(f"block={block}: a cascade's later stage enlarges its input at least twice")
+            raise ValueError(f"block={block}: must be at least 2; a later stage of a cascade enlarges its input")
         if not 0 <= condition_noise_max < math.inf:
             raise ValueError(f"condition_noise_max={condition_noise_max}: must be at least 0 and finite")
         if not 0 <= condition_noise <= condition_noise_max:
             raise ValueError(
                 f"condition_noise={condition_noise}: must lie between 0 and condition_noise_max={condition_noise_max}, "
-                "the most that is seen in training"
+                "the highest level in training"
             )
         self.block = block
         self.condition_noise_max, self.condition_noise = condition_noise_max, condition_noise
 
     def start(self, like: Tensor, previous: Tensor | None, randn_like: RandnLike) -> Tensor:
-        """Return the start of sampling: unit noise like `like` [B,C,H,W], as in a first stage.
+        """Draw the start of sampling: unit noise like `like` [B,C,H,W].
 
-        Raises ValueError if `previous` [B,C,H/block,W/block], which becomes the condition, is missing or does not fit.
+        `previous` [B,C,H/block,W/block] becomes the condition. Raises ValueError if it is missing or does not fit.
         """
         if previous is None:
-            raise ValueError("a conditioned stage needs the images of the stage before: give `previous`")
+            raise ValueError("previous=None: a conditioned stage needs the previous stage's images; give `previous`")
         check_images("previous", previous)
         height, width = (size * self.block for size in previous.shape[2:])
         if (*previous.shape[:2], height, width) != tuple(like.shape):
             raise ValueError(
-                f"images of {tuple(previous.shape)} enlarged {self.block} times are not of {tuple(like.shape)}"
+                f"previous has shape {tuple(previous.shape)}: its images enlarged {self.block} times are not of "
+                f"{tuple(like.shape)}"
             )
         return randn_like(like)
 
     def draw_condition_levels(self, size: int) -> Tensor:
-        """Training noise levels of the condition [size] from the global random state, on the CPU."""
+        """Draw training noise levels of the condition, [size], on the CPU.
+
+        Random numbers come from the global generator.
+        """
         return torch.rand(size, device="cpu") * self.condition_noise_max
 
     def small(self, x0: Tensor) -> Tensor:
-        """Ideal output of the previous stage: x0 [B,C,H,W] -> block means [B,C,H/block,W/block]."""
+        """Average blocks: the ideal output of the previous stage.
+
+        x0 [B,C,H,W] -> [B,C,H/block,W/block].
+        """
         return block_mean(x0, self.block)
 
     def condition(self, small: Tensor, level: Tensor, noise: Tensor) -> Tensor:
-        """small and unit noise [B,C,h,w], level [B] (may lie on the CPU) -> noisy and enlarged [B,C,h*block,w*block].
+        """Add noise to small images and upsample them.
 
-        Bicubic with a = -0.75 and half-pixel centres, as torch.nn.functional.interpolate computes it.
+        small and unit noise [B,C,h,w], level [B] (may be on the CPU) -> [B,C,h*block,w*block].
+        Bicubic with a = -0.75 and half-pixel centres, as in torch.nn.functional.interpolate.
         """
         noisy = torch.addcmul(small, expand(level, small), noise)
         return F.interpolate(noisy, scale_factor=self.block, mode="bicubic", align_corners=False)

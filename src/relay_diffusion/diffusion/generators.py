@@ -20,24 +20,27 @@ def mix_seeds(seed: int, stream: int) -> int:
 
 
 class PerImageGenerator:
-    """One random generator per image, so that an image depends on its seed and not on its batch.
+    """One random generator per image: samples do not depend on the batch.
 
     `seeds`: one integer per image. `stream` separates uses of the same seed (the stages of a relay): equal
-    seeds in different streams give independent noise. Drawn in float32, so that the state's precision does
-    not change the noise.
+    seeds in different streams give independent noise. Noise is drawn in float32, so that it does not depend on the
+    precision of the sampler's state.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu", stream: int = 0) -> None:
         self.generators = [torch.Generator(device).manual_seed(mix_seeds(int(seed), stream)) for seed in seeds]
-        self._drawn: list[Tensor] = []  # ahead of their use, the next one last
+        self._drawn: list[Tensor] = []  # noise drawn in advance, the next one last
 
     def __len__(self) -> int:
         return len(self.generators)
 
     def randn_like(self, x: Tensor) -> Tensor:
-        """Standard normal noise like x [B,C,H,W], image i from generator i. Raises ValueError if B differs."""
+        """Draw standard normal noise like x [B,C,H,W], image i from generator i.
+
+        Raises ValueError if B differs from the number of seeds.
+        """
         if len(x) != len(self.generators):
-            raise ValueError(f"{len(self.generators)} seeds for a batch of {len(x)} images")
+            raise ValueError(f"{len(self.generators)} seeds for a batch of {len(x)} images: give one seed per image")
         if not self._drawn or self._drawn[-1].shape != x.shape:
             self._drawn = self._draw(x)
         return self._drawn.pop().to(x.dtype, memory_format=torch.contiguous_format)

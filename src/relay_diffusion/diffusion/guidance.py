@@ -1,4 +1,4 @@
-"""Guidance: denoisers that wrap a denoiser; samplers do not depend on it."""
+"""Guidance as wrappers of a denoiser, independent of the sampler."""
 
 from __future__ import annotations
 
@@ -15,13 +15,19 @@ NO_CLASS = -1
 
 
 def drop_labels(labels: Tensor, probability: float) -> Tensor:
-    """Replace each label [B] by "no class" with the given probability, so that the network learns both."""
+    """Replace each label [B] by "no class" with the given probability.
+
+    The network then learns the conditional and the unconditional estimate.
+    """
     dropped = torch.rand(labels.shape, device=labels.device) < probability
     return labels.masked_fill(dropped, NO_CLASS)
 
 
 def check_label_tensor(labels: Tensor | None, count: int) -> None:
-    """Raise ValueError unless labels are None or integers [count]; values are not checked."""
+    """Raise ValueError unless labels are None or integers [count].
+
+    Values are not checked.
+    """
     if labels is None:
         return
     if not isinstance(labels, Tensor):
@@ -34,7 +40,10 @@ def check_label_tensor(labels: Tensor | None, count: int) -> None:
 
 
 def check_guidance(scale: float, interval: Sequence[float] | None) -> None:
-    """Raise ValueError unless `scale` is a number, and `interval` None or [lowest sigma, highest sigma]."""
+    """Raise ValueError unless guidance scale and interval are valid.
+
+    `scale` is a finite number, `interval` None or [lowest sigma, highest sigma].
+    """
     if not isinstance(scale, int | float) or not math.isfinite(scale):
         raise ValueError(f"guidance_scale={scale!r}: must be a finite number")
     if interval is not None and not (
@@ -47,36 +56,42 @@ def check_guidance(scale: float, interval: Sequence[float] | None) -> None:
 
 
 class ClassifierFreeGuidance:
-    """D_none + scale (D_class - D_none), both in one batch of twice the size (Ho & Salimans 2022).
+    """Classifier-free guidance: D_none + scale (D_class - D_none).
 
-    Scale 1 is the plain denoiser and costs no second half.
+    Both estimates are one batch of twice the size (Ho & Salimans 2022). Scale 1 evaluates the plain denoiser only.
     """
 
     def __init__(self, denoise: Denoiser, scale: float = 1.0) -> None:
         self.denoise, self.scale = denoise, scale
 
     def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
-        """x [B,C,H,W], sigma [B], labels [B] -> guided estimate [B,C,H,W]. Raises ValueError without labels."""
+        """Return the guided estimate [B,C,H,W].
+
+        x [B,C,H,W], sigma [B], labels [B]. Raises ValueError without labels.
+        """
         if self.scale == 1:
             return self.denoise(x, sigma, labels)
         if labels is None:
-            raise ValueError("guidance needs labels: there is no class to guide towards")
+            raise ValueError("labels=None: guidance needs class labels; give labels [B], or use guidance_scale=1")
         both = torch.cat([labels, torch.full_like(labels, NO_CLASS)])
         conditional, unconditional = self.denoise(x.repeat(2, 1, 1, 1), sigma.repeat(2), both).chunk(2)
         return unconditional + self.scale * (conditional - unconditional)
 
 
 class AutoGuidance:
-    """D_guide + scale (D - D_guide), with a weaker denoiser as the guide (Karras et al. 2024, eq. 3).
+    """Guidance with a weaker denoiser: D_guide + scale (D - D_guide).
 
-    The guide gets the same labels. Scale 1 is the plain denoiser; the guide is not evaluated.
+    Autoguidance, Karras et al. 2024, eq. 3. The guide gets the same labels. Scale 1 evaluates the plain denoiser only.
     """
 
     def __init__(self, denoise: Denoiser, guide: Denoiser, scale: float = 1.0) -> None:
         self.denoise, self.guide, self.scale = denoise, guide, scale
 
     def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
-        """x [B,C,H,W], sigma [B], labels [B] or None -> guided estimate [B,C,H,W]."""
+        """Return the guided estimate [B,C,H,W].
+
+        x [B,C,H,W], sigma [B], labels [B] or None.
+        """
         denoised = self.denoise(x, sigma, labels)
         if self.scale == 1:
             return denoised
@@ -85,19 +100,22 @@ class AutoGuidance:
 
 
 class GuidanceInterval:
-    """The guided denoiser where low <= sigma <= high, the plain one elsewhere (Kynkaanniemi et al. 2024).
+    """Guidance limited to low <= sigma <= high (Kynkaanniemi et al. 2024).
 
-    Outside the interval guidance is not computed at all. Samplers give sigma on the CPU, so that the choice
-    never waits for the device.
+    Outside the interval only the plain denoiser is evaluated. Samplers pass sigma on the CPU, so the choice needs no
+    synchronization with the device. Raises ValueError for an empty or negative interval.
     """
 
     def __init__(self, plain: Denoiser, guided: Denoiser, low: float = 0.0, high: float = math.inf) -> None:
         if not 0 <= low <= high:
-            raise ValueError(f"the guidance interval [{low}, {high}] is empty or negative")
+            raise ValueError(f"guidance_interval=[{low}, {high}]: is empty or negative; use 0 <= low <= high")
         self.plain, self.guided, self.low, self.high = plain, guided, low, high
 
     def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
-        """x [B,C,H,W], sigma [B], labels [B] or None -> estimate [B,C,H,W]."""
+        """Return the estimate [B,C,H,W].
+
+        x [B,C,H,W], sigma [B], labels [B] or None.
+        """
         inside = (self.low <= sigma) & (sigma <= self.high)
         if bool(inside.all()):
             return self.guided(x, sigma, labels)
@@ -107,18 +125,18 @@ class GuidanceInterval:
         return torch.where(inside.to(x.device)[:, None, None, None], self.guided(x, sigma, labels), plain)
 
 
-def guided(
+def with_guidance(
     plain: Denoiser,
     scale: float,
     interval: Sequence[float] | None = None,
     guide: Denoiser | None = None,
     classes: bool = True,
 ) -> Denoiser:
-    """Wrap `plain` with autoguidance if `guide` is given, else with classifier-free guidance.
+    """Wrap a denoiser with autoguidance or classifier-free guidance.
 
-    Scale 1 disables guidance, whatever the interval. `interval`: the sigmas where it is applied; None: all.
-    `classes`: whether the network is class-conditional.
-    Raises ValueError if there is nothing to guide with, or a guide at scale 1.
+    Autoguidance if `guide` is given. Scale 1 disables guidance for any interval. `interval`: the noise levels with
+    guidance; None: all. `classes`: whether the network is class-conditional.
+    Raises ValueError for a guide at scale 1, or another scale without classes and guide.
     """
     if scale == 1:
         if guide is not None:

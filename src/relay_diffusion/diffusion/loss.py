@@ -1,4 +1,4 @@
-"""The denoising loss and its weight."""
+"""Denoising loss and its weight."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from relay_diffusion.diffusion.corruption import expand
+from relay_diffusion.diffusion.tensors import expand
 
 
 class DenoisingLoss:
-    """weight(sigma) (D(x) - x0)^2 with weight = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, at most max_weight.
+    """Weighted denoising loss: weight(sigma) (D(x) - x0)^2.
 
-    The weight, 1/sigma^2 + 1/sigma_data^2, undoes the preconditioner's c_out^2, so every noise level counts alike
-    (Karras et al. 2022, table 1).
-    The relay stage bounds it by 1e5, as published.
+    weight = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 = 1/sigma^2 + 1/sigma_data^2, at most max_weight. It undoes
+    the preconditioner's c_out^2, so every noise level has the same weight (Karras et al. 2022, table 1).
+    The relay stage limits it to 1e5, as published. Raises ValueError for an option out of range.
     """
 
     def __init__(self, sigma_data: float = 0.5, max_weight: float = math.inf) -> None:
@@ -26,9 +26,12 @@ class DenoisingLoss:
         self.sigma_data, self.max_weight = sigma_data, max_weight
 
     def weight(self, sigma: Tensor) -> Tensor:
-        """Loss weight of noise level sigma, any shape."""
+        """Compute the loss weight of noise level sigma, any shape."""
         return (sigma**-2 + self.sigma_data**-2).clamp(max=self.max_weight)
 
     def __call__(self, denoised: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
-        """Loss of each element: denoised and x0 [B,C,H,W], sigma [B] -> [B,C,H,W]."""
+        """Compute the loss of each element.
+
+        denoised and x0 [B,C,H,W], sigma [B] -> [B,C,H,W].
+        """
         return F.mse_loss(denoised, x0, reduction="none").mul_(expand(self.weight(sigma), denoised))

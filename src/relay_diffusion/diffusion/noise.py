@@ -20,14 +20,17 @@ It is part of what a seed means there. On the CPU the noise of a seed is that of
 """
 
 
-KERNEL_BLOCK = 8  # the kernel reads block^2 neighbours of each pixel; doubling windows are better for larger blocks
+KERNEL_BLOCK = 8  # the kernel reads block^2 neighbours of each pixel; doubled windows are faster for larger blocks
 
 
 def _window_sum(x: Tensor, length: int, dim: int) -> Tensor:
-    """Sums of `length` neighbours along `dim`, which gets length - 1 shorter; windows are built by doubling."""
+    """Sum `length` neighbours along `dim`, by doubling windows.
+
+    `dim` gets length - 1 shorter.
+    """
     if length == 1:
         return x
-    joined = length // 2 if length % 2 == 0 else 1  # a window of even length is two halves, an odd one has one more
+    joined = length // 2 if length % 2 == 0 else 1  # an odd window adds one pixel to an even one
     window = _window_sum(x, length - joined, dim)
     size = x.shape[dim] - length + 1
     other = window if joined > 1 or length == 2 else x
@@ -35,7 +38,10 @@ def _window_sum(x: Tensor, length: int, dim: int) -> Tensor:
 
 
 def block_sum(white: Tensor, block: int) -> Tensor:
-    """The sum of block x block circular shifts, by 0..block-1 along both axes: [B,C,H,W] -> [B,C,H,W]."""
+    """Sum the block x block circular shifts: [B,C,H,W] -> [B,C,H,W].
+
+    Shifts are 0..block-1 along both axes.
+    """
     total = white
     for dim in (-2, -1):  # each window ends at its pixel (circular padding in front)
         before = total.narrow(dim, total.shape[dim] - block + 1, block - 1)
@@ -44,16 +50,20 @@ def block_sum(white: Tensor, block: int) -> Tensor:
 
 
 def block_noise(white: Tensor, block: int) -> Tensor:
-    """Noise correlated within `block` pixels: the sum of block x block circular shifts of white noise, over block.
+    """Block noise: white noise averaged so that it correlates within blocks.
 
-    [B,C,H,W] -> [B,C,H,W]. Unit variance; pixels at distance (dx, dy) correlate by
-    max(0, s-|dx|)/s * max(0, s-|dy|)/s. A circular box filter computes it (Teng et al., section 3.2).
+    The sum of block x block circular shifts of white noise, over block: [B,C,H,W] -> [B,C,H,W]. Unit variance; pixels
+    at distance (dx, dy) correlate by max(0, s-|dx|)/s * max(0, s-|dy|)/s. A circular box filter computes it
+    (Teng et al. 2024, section 3.2).
     """
     return block_sum(white, block) / block
 
 
 def add_block_noise(white: Tensor, other: Tensor, block: int, strength: float) -> Tensor:
-    """white + strength * block_noise(other), all [B,C,H,W]; on a GPU in one pass."""
+    """Compute white + strength * block_noise(other), all [B,C,H,W].
+
+    One pass over memory on a GPU.
+    """
     scale = strength / block
     if HAVE_TRITON and white.is_cuda and block <= KERNEL_BLOCK:
         from relay_diffusion.kernels.block_noise import add_block_noise as in_one_pass

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 MAX_LOG_SIGMA = 100  # float32 overflows beyond exp(88)
-MAX_STEPS = 100_000  # of a sampler: more would only fill the memory
+MAX_STEPS = 100_000  # of a sampler; more would exhaust the memory
 
 
 class LogNormal:
-    """ln sigma ~ N(p_mean, p_std): the level u in (0, 1) is the probability of a smaller sigma (Karras et al. 2022).
+    """Log-normal noise levels: ln sigma ~ N(p_mean, p_std) (Karras et al. 2022).
 
-    sigma(u) = exp(p_mean + p_std Phi^-1(u)); level(sigma) is its inverse.
+    The level u in (0, 1) is the probability of a smaller sigma: sigma(u) = exp(p_mean + p_std Phi^-1(u)), and
+    level(sigma) is its inverse. Raises ValueError for an option out of range.
     """
 
     prob_length: float = 1.0
@@ -28,30 +29,38 @@ class LogNormal:
         self.p_mean, self.p_std = float(p_mean), float(p_std)
 
     def sigma(self, level: Tensor) -> Tensor:
-        """Noise standard deviation at a level in (0, 1), any shape."""
+        """Compute the noise standard deviation at a level in (0, 1).
+
+        Any shape.
+        """
         return self.from_normal(torch.special.ndtri(level * self.prob_length))
 
     def level(self, sigma: Tensor) -> Tensor:
-        """Level of a noise standard deviation, any shape."""
-        # Phi(z) = erfc(-z / sqrt(2)) / 2: fewer operations than ndtr, and exact digits far below the mean
+        """Compute the level of a noise standard deviation, any shape."""
+        # Phi(z) = erfc(-z / sqrt(2)) / 2: fewer operations than ndtr, and accurate far below the mean
         return torch.erfc((self.p_mean - sigma.log()) / (self.p_std * math.sqrt(2))) / (2 * self.prob_length)
 
     def draw(self, size: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Training noise levels sigma [size] from the global random state."""
+        """Draw training noise levels sigma [size] from the global random state."""
         normal = torch.randn(size, device=device, dtype=dtype)
         return self.from_normal(normal)
 
     def from_normal(self, normal: Tensor) -> Tensor:
-        """sigma of a standard normal draw: exp(p_mean + p_std normal), any shape."""
+        """Convert a standard normal draw to sigma, any shape.
+
+        exp(p_mean + p_std normal).
+        """
         return torch.exp(self.p_mean + self.p_std * normal)
 
 
 class TruncatedLogNormal(LogNormal):
-    """Log-normal truncated at its `prob_length` quantile: a relay stage starts at that noise level.
+    """Log-normal noise levels, truncated at the `prob_length` quantile.
 
+    A relay stage starts at that noise level.
     sigma(u) = exp(p_mean + p_std Phi^-1(u m)), m = prob_length; level(sigma) = Phi((ln sigma - p_mean)/p_std)/m.
     `sigma_floor` bounds training levels from below by Phi((ln sigma_floor - p_mean)/p_std) * m, as published
     (one would expect a division; the published weights were trained with the product).
+    Raises ValueError for an option out of range.
     """
 
     def __init__(
@@ -72,13 +81,13 @@ class TruncatedLogNormal(LogNormal):
         self.level_floor = below * self.prob_length
 
     def draw(self, size: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Training noise levels sigma [size] from the global random state."""
+        """Draw training noise levels sigma [size] from the global random state."""
         return self.from_uniform(torch.rand(size, device=device, dtype=dtype))
 
     def from_uniform(self, uniform: Tensor) -> Tensor:
-        """sigma of a uniform draw, its level clamped from below, any shape.
+        """Convert a uniform draw to sigma, any shape.
 
-        Raises ValueError if prob_length is above 1: sampling may use such a schedule, training has no such noise.
+        The level is clamped from below. Raises ValueError if prob_length is above 1, which only sampling can use.
         """
         if self.prob_length > 1:
             raise ValueError(f"prob_length={self.prob_length}: a schedule for training needs at most 1")
@@ -86,8 +95,9 @@ class TruncatedLogNormal(LogNormal):
 
 
 def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
-    """Noise levels [steps], float64, decreasing from sigma_max to sigma_min (Karras et al. 2022, eq. 5).
+    """Compute decreasing noise levels from sigma_max to sigma_min.
 
+    [steps], float64 (Karras et al. 2022, eq. 5):
     sigma_i = (sigma_max^(1/rho) + i/(steps-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho.
     Raises ValueError unless steps is whole and 1 to MAX_STEPS, rho > 0 and 0 < sigma_min < sigma_max, all finite.
     """

@@ -1,8 +1,8 @@
-"""Triton kernels of what is bound by memory or by launching: for GPUs only, imported where one is used.
+"""Triton kernels for operations limited by memory bandwidth or launch time.
 
-Those of the network walk over channels_last tensors as rows of pixels [N, pixels, C], in tiles of BLOCK_R pixels x
-BLOCK_C channels, and compute in float32, whatever their inputs are stored in. The caller of each kernel
-holds the same computation in plain torch.
+GPU only; each module is imported on first use. The network's kernels read channels_last tensors as rows of pixels
+[N, pixels, C], in tiles of BLOCK_R pixels x BLOCK_C channels, and compute in float32 for any input dtype. The caller
+of each kernel has the same computation in plain torch.
 """
 
 import importlib.util

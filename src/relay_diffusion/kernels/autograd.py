@@ -1,6 +1,6 @@
-"""The steps between convolutions on a GPU: each one pass over memory, or two, where plain torch needs five to ten.
+"""Fused steps between convolutions on a GPU, with their gradients.
 
-Same functions as in `networks/ops.py`, with their gradients.
+Each step is one or two passes over memory; plain torch needs five to ten. Same functions as in `networks/ops.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from relay_diffusion.kernels.group_norm import coefficients, moments, normalise
 from relay_diffusion.kernels.group_norm_backward import gradient_coefficients, gradient_of_input, gradient_sums
 from relay_diffusion.kernels.residual import add, sum_quads
 
-# Pixels that one program walks over, fastest on an H200 (as are the tiles below).
+# Pixels per program; these and the tile sizes below are the fastest on an H200.
 ROWS = 256
 SUM_ROWS = 512
 MAX_CHUNKS = 128  # parts of an image whose sums are merged at once
@@ -29,7 +29,10 @@ Launch = tuple[tuple[int, int, int], dict[str, int]]
 
 
 def _map(channels: int, pixels: int, samples: int) -> Launch:
-    """For a kernel that writes every pixel: small tiles, many threads."""
+    """Choose grid and tile of a kernel that writes every pixel.
+
+    Small tiles with many threads.
+    """
     block_c = 128 if channels % 128 == 0 else min(64, triton.next_power_of_2(channels))
     grid = (triton.cdiv(channels, block_c), triton.cdiv(pixels, ROWS), samples)
     rows = max(2048 // block_c, 16) if block_c >= 64 else 32
@@ -37,14 +40,17 @@ def _map(channels: int, pixels: int, samples: int) -> Launch:
 
 
 def _sum(channels: int, pixels: int, samples: int) -> Launch:
-    """For a kernel that sums over pixels."""
+    """Choose grid and tile of a kernel that sums over pixels."""
     block_c = min(64, triton.next_power_of_2(channels))
     grid = (triton.cdiv(channels, block_c), triton.cdiv(pixels, _sum_rows(pixels)), samples)
     return grid, {"BLOCK_R": 64, "BLOCK_C": block_c, "num_warps": 4} | FUSION
 
 
 def _sum_rows(pixels: int) -> int:
-    """How many pixels are summed at once: few enough parts to merge, large enough ones to be worth it."""
+    """Return how many pixels one program sums.
+
+    Balances the number of parts to merge against the work of each part.
+    """
     return max(SUM_ROWS, triton.cdiv(triton.cdiv(pixels, MAX_CHUNKS), 64) * 64)
 
 
@@ -58,7 +64,10 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def measure(x: Tensor) -> Tensor:
-    """Mean and sum of squared deviations of each channel in parts of the image: [N,C,H,W] -> [2,N,parts,C]."""
+    """Compute mean and sum of squared deviations of each channel, per part.
+
+    [N,C,H,W] -> [2,N,parts,C]; a part is a range of pixels of an image.
+    """
     samples, channels, height, width = x.shape
     grid, tile = _sum(channels, height * width, samples)
     out = torch.empty(2, samples, grid[1], channels, dtype=torch.float32, device=x.device)
@@ -68,20 +77,21 @@ def measure(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NormOptions:
-    """What `Norm` does besides normalising, and how."""
+    """Options of `Norm`."""
 
     groups: int
     eps: float
     silu: bool
-    dropout: float  # share that is dropped
+    dropout: float  # probability of zeroing an element
     down: bool  # halve y and x
 
 
 class Norm(torch.autograd.Function):
-    """drop(silu(norm(cat(x, skip) + bias) (1 + scale) + shift)), and x and skip again; y and x halved if `down`.
+    """Group norm of concatenated inputs with modulation, SiLU and dropout.
 
-    The gradients that x and skip get elsewhere come back through those, and are added in the same pass.
-    The moments are those of `measure`.
+    drop(silu(norm(cat(x, skip) + bias) (1 + scale) + shift)); also returns x and skip. `down` halves the resolution of
+    the result and of x. The gradients of the returned x and skip are added in the same backward pass. Moments are those
+    of `measure`.
     """
 
     @staticmethod
@@ -177,7 +187,10 @@ class Norm(torch.autograd.Function):
 
 
 class Add(torch.autograd.Function):
-    """hidden + bias + shortcut, the shortcut repeated to 2x2 pixels if `up`; and its moments, as `measure` has them."""
+    """Sum of a residual block: hidden + bias + shortcut, and its moments.
+
+    `up`: each shortcut pixel is repeated to 2x2 pixels. Moments are those of `measure`.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, shortcut: Tensor, bias: Tensor | None, up: bool) -> tuple[Tensor, Tensor]:
@@ -210,9 +223,10 @@ class Add(torch.autograd.Function):
 
 
 class QueryKeyValue(torch.autograd.Function):
-    """x W^T + b in three parts: pixels [B,L,C] -> q, k, v [B,L,C] each.
+    """Linear projection to query, key and value.
 
-    One matrix product forward; backward the three gradients, which attention gives apart, are never brought together.
+    x W^T + b in three parts: pixels [B,L,C] -> q, k, v [B,L,C] each. Forward is one matrix product; backward uses the
+    three gradients of attention without concatenating them.
     """
 
     @staticmethod
@@ -236,7 +250,7 @@ class QueryKeyValue(torch.autograd.Function):
 
 
 def _offsets(parts: list[Tensor]) -> list[tuple[int, Tensor]]:
-    """Each part with its first channel in the concatenation."""
+    """Return each part with its first channel in the concatenation."""
     return [(sum(before.shape[1] for before in parts[:k]), part) for k, part in enumerate(parts)]
 
 

@@ -1,4 +1,4 @@
-"""Block blur and noise in one pass."""
+"""Block blur and noise in one pass over memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from relay_diffusion.kernels import FUSION
 
-PIECES = 64  # of one program
+PIECES = 64  # blocks per program
 
 
 @triton.jit
@@ -19,14 +19,15 @@ def filter_pieces(
     x, matrix, factors, noise, out, height, width, channels,
     BLOCK: tl.constexpr, SIZE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """out = M^T G M x + scale * noise for the BLOCK x BLOCK pieces of one channel, M [BLOCK^2, BLOCK^2] their DCT.
+    """Filter the blocks of one channel in DCT space and add noise.
 
+    out = M^T G M x + scale * noise for each BLOCK x BLOCK piece, with its DCT M [BLOCK^2, BLOCK^2].
     factors [N, BLOCK^2 + 1]: the diagonal of G, and the scale.
     """
     sample = tl.program_id(1) // channels
     image = tl.program_id(1).to(tl.int64) * height * width
     piece = tl.program_id(0) * PIECES + tl.arange(0, PIECES)
-    k = tl.arange(0, SIZE)  # pixels of a piece, or coefficients; more than there are, as a product needs 16
+    k = tl.arange(0, SIZE)  # pixels or coefficients of a piece, padded: tl.dot needs at least 16
     inside = k < BLOCK * BLOCK
     across = width // BLOCK
     corner = piece // across * (BLOCK * width) + piece % across * BLOCK
@@ -44,7 +45,11 @@ def filter_pieces(
 
 
 def filter_and_add(x: Tensor, matrix: Tensor, factors: Tensor, noise: Tensor) -> Tensor:
-    """x, noise [B,C,H,W], DCT of a piece [s^2,s^2], factors [B,s^2+1]: gains and scale; all float32 -> [B,C,H,W]."""
+    """Filter images by blocks in DCT space and add noise.
+
+    x, noise [B,C,H,W], matrix: DCT of a piece [s^2,s^2], factors [B,s^2+1]: gains and noise scale; all float32.
+    Returns [B,C,H,W].
+    """
     x, noise = x.contiguous(), noise.contiguous()
     batch, channels, height, width = x.shape
     block = math.isqrt(len(matrix))

@@ -1,4 +1,4 @@
-"""White and block noise in one pass."""
+"""White and block noise in one pass over memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ TILE = 1024
 
 @triton.jit
 def add_shifts(white, other, out, height, width, BLOCK: tl.constexpr, SCALE: tl.constexpr, TILE: tl.constexpr):
-    """out = white + SCALE * the sum of `other`'s circular shifts by 0..BLOCK-1 along both axes, of one channel."""
+    """Add circular shifts of `other` to the white noise of one channel.
+
+    out = white + SCALE * the sum of the shifts by 0..BLOCK-1 along both axes.
+    """
     image = tl.program_id(1).to(tl.int64) * height * width
     pixel = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = pixel < height * width
@@ -29,7 +32,10 @@ def add_shifts(white, other, out, height, width, BLOCK: tl.constexpr, SCALE: tl.
 
 
 def add_block_noise(white: Tensor, other: Tensor, block: int, scale: float) -> Tensor:
-    """white + scale * the sum of block x block circular shifts of `other`, all [B,C,H,W] of one dtype."""
+    """Add the circular shifts of `other` to white noise.
+
+    white + scale * the sum of the block x block shifts by 0..block-1; all [B,C,H,W] of one dtype.
+    """
     white, other = white.contiguous(), other.contiguous()
     batch, channels, height, width = white.shape
     out = torch.empty_like(white)

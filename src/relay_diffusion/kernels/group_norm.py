@@ -1,7 +1,7 @@
-"""Fused group normalisation, modulation, SiLU and dropout: y = drop(silu((x - mu) a + d)).
+"""Fused group normalisation, modulation, SiLU and dropout.
 
-mu, a and d, for each sample and channel, hold the statistics, the weights, the scale and shift by the embedding, and
-the bias of the convolution before, which therefore never costs a pass of its own.
+y = drop(silu((x - mu) a + d)). mu, a and d, for each sample and channel, combine the statistics, the weights, the
+scale and shift from the embedding, and the bias of the preceding convolution, which then needs no separate pass.
 """
 
 from __future__ import annotations
@@ -12,13 +12,19 @@ import triton.language as tl
 
 @triton.jit
 def last_first():
-    """The sample of this program, the last one first: the step before wrote it last, so it is still in the cache."""
+    """Return the sample of this program, in reverse order.
+
+    The previous kernel wrote the last sample last, so it is still in the cache.
+    """
     return tl.num_programs(2) - 1 - tl.program_id(2)
 
 
 @triton.jit
 def store_moments(out, pivot, s, q, count, n, chunk, channels, c, inside):
-    """Sums of a chunk about a pivot -> its mean and its sum of squared deviations, in out [2, N, chunks, C]."""
+    """Store the mean and sum of squared deviations of a chunk.
+
+    s, q: sums of the deviations from `pivot` and of their squares. out [2, N, chunks, C].
+    """
     first, second = tl.sum(s, 0), tl.sum(q, 0)
     samples, chunks = tl.num_programs(2), tl.num_programs(1)
     at = (n * chunks + chunk) * channels + c
@@ -28,9 +34,9 @@ def store_moments(out, pivot, s, q, count, n, chunk, channels, c, inside):
 
 @triton.jit
 def moments(x, out, pixels, channels, rows, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Mean and sum of squared deviations of every `rows` pixels, for each channel: [2, N, chunks, C].
+    """Compute mean and sum of squared deviations of every `rows` pixels.
 
-    Taken about the chunk's first pixel, so that a large mean costs no digits.
+    Per channel: [2, N, chunks, C]. Sums are taken about the chunk's first pixel, so a large mean loses no precision.
     """
     chunk, n = tl.program_id(1), last_first()
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -58,8 +64,9 @@ def coefficients(
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
     BIAS: tl.constexpr, MODULATION: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
-    """One group of one sample: its moments -> mu, a, d, 1/deviation and the channel's mean: [5, N, total].
+    """Compute the normalisation coefficients of one group of one sample.
 
+    out [5, N, total]: mu, a, d, 1/deviation and the channel's mean.
     SKIP: the channels from `channels` on are those of skip_moments.
     """
     n, samples = tl.program_id(1), tl.num_programs(1)
@@ -107,10 +114,11 @@ def coefficients(
 
 @triton.jit
 def kept(index, key0, key1, threshold):
-    """Which elements dropout keeps: a hash of their index in the sample, below the threshold (of 2^32).
+    """Return the dropout mask: a hash of the element's index below the threshold.
 
-    Rounds of xor-shift-multiply with a key in each of the first two, so that masks of different calls are no
-    shifted copies of each other; without the third, elements at distances of high powers of two would be alike.
+    The threshold is a fraction of 2^32. The hash has rounds of xor-shift-multiply with a key in each of the first two,
+    so that masks of different calls are not shifted copies of each other; without the third round, elements at
+    distances of high powers of two would be correlated.
     """
     v = (index.to(tl.uint32) ^ key0) * 0x7FEB352D
     v = ((v ^ (v >> 15)) ^ key1) * 0x846CA68B
@@ -119,7 +127,7 @@ def kept(index, key0, key1, threshold):
 
 @triton.jit
 def sample_keys(seed, n):
-    """Two 32-bit keys for a sample, from the seed of the call [2] on the device."""
+    """Derive a sample's two 32-bit keys from the call's seed [2]."""
     key0 = tl.load(seed).to(tl.uint32) + n.to(tl.uint32) * 0x9E3779B9
     key1 = tl.load(seed + 1).to(tl.uint32) ^ (n.to(tl.uint32) * 0x85EBCA6B)
     return key0, key1
@@ -130,9 +138,10 @@ def normalise(
     x, coefs, y, pooled, seed, pixels, width, channels, total, offset, rows, plane, threshold, rate,
     SILU: tl.constexpr, DROPOUT: tl.constexpr, HALVE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y = drop(silu((x - mu) a + d)), into the channels from `offset` of y's `total`; `pixels` and `width` are y's.
+    """Compute y = drop(silu((x - mu) a + d)) for one tile.
 
-    HALVE: y is the mean of that over 2x2 pixels, and `pooled` the mean of x.
+    Writes the channels from `offset` of y's `total` channels; `pixels` and `width` are those of y.
+    HALVE: y is the mean over 2x2 pixels, and `pooled` the mean of x.
     """
     n = tl.program_id(2)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)

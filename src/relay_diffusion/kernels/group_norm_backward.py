@@ -1,4 +1,4 @@
-"""Gradients of `kernels/group_norm.py`."""
+"""Gradient kernels of fused group normalisation (`kernels/group_norm.py`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ def gradient_before(
     value, dy, row, c, mask, mu, a, d, key0, key1, width, channels, total, threshold, rate,
     SILU: tl.constexpr, DROPOUT: tl.constexpr, HALVE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient with respect to z = (x - mu) a + d, at x's pixels, from that of y."""
+    """Compute the gradient with respect to z = (x - mu) a + d.
+
+    At the pixels of x, from the gradient dy of y.
+    """
     if HALVE:
         parent = row // width // 2 * (width // 2) + row % width // 2
         g = 0.25 * tl.load(dy + parent[:, None] * total + c[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -34,7 +37,10 @@ def gradient_sums(
     x, dy, coefs, sums, seed, pixels, width, channels, total, offset, rows, plane, threshold, rate,
     SILU: tl.constexpr, DROPOUT: tl.constexpr, HALVE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums over `rows` pixels of dz and of dz (x - mu), for each channel: [2, N, chunks, total]."""
+    """Sum dz and dz (x - mu) over every `rows` pixels.
+
+    Per channel: [2, N, chunks, total].
+    """
     chunk, n = tl.program_id(1), last_first()
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < channels
@@ -71,9 +77,10 @@ def gradient_coefficients(
     pixels, chunks, total,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, MODULATION: tl.constexpr,
 ):  # fmt: skip
-    """One group of one sample: dx = a dz + out[0] (x - mu) + out[1], [2, N, total], and the small gradients.
+    """Compute the coefficients of dx and the parameter gradients of one group.
 
-    dparameters [3, N, total]: of weight, shift and the bias before, for each sample; dmodulation [N, 2 total].
+    For one sample: dx = a dz + out[0] (x - mu) + out[1], out [2, N, total]. dparameters [3, N, total]: gradients of
+    weight, shift and the preceding bias, for each sample. dmodulation [N, 2 total].
     """
     n, samples = tl.program_id(1), tl.num_programs(1)
     plane = samples * total
@@ -108,7 +115,7 @@ def gradient_coefficients(
     tl.store(out + plane + here, level, mask=inside)
     tl.store(dparameters + here, scale * inverse * q, mask=inside)
     tl.store(dparameters + plane + here, scale * p, mask=inside)
-    # the bias before x: the sum of dx over the pixels, in closed form
+    # gradient of the bias added before x: the sum of dx over the pixels, in closed form
     tl.store(dparameters + 2 * plane + here, a * p + pixels * (slope * (channel_mean - mu) + level), mask=inside)
 
 
@@ -119,7 +126,10 @@ def gradient_of_input(
     SHORTCUT: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr, HALVE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx = a dz + slope (x - mu) + level, plus the gradient that came along the shortcut."""
+    """Compute dx = a dz + slope (x - mu) + level for one tile.
+
+    SHORTCUT: adds the gradient of the shortcut.
+    """
     n = tl.program_id(2)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < channels

@@ -1,4 +1,4 @@
-"""One Triton kernel over many tensors: find and replace what is not finite."""
+"""Replacement of non-finite values in many tensors with one kernel."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from torch import Tensor
 from relay_diffusion.kernels import FUSION
 
 BLOCK = 2048
-CHUNK = 16 * BLOCK  # elements of one program
+CHUNK = 16 * BLOCK  # elements per program
 
 
 @triton.jit
 def replace(pointers, sizes, tensors, chunks, count, limit, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """Program i looks at chunk chunks[i] of tensor tensors[i]; NaN becomes 0, infinities +-limit; counts them."""
+    """Replace and count the non-finite values of one chunk.
+
+    Program i reads chunk chunks[i] of tensor tensors[i]; NaN becomes 0, infinities +-limit.
+    """
     tensor = tl.load(tensors + tl.program_id(0))
     begin = tl.load(chunks + tl.program_id(0)) * CHUNK
     size = tl.load(sizes + tensor) - begin
@@ -38,14 +41,20 @@ def replace(pointers, sizes, tensors, chunks, count, limit, CHUNK: tl.constexpr,
 
 @lru_cache(maxsize=8)
 def _work(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """For tensors of these sizes: the sizes, and the tensor and chunk of each program, on the device."""
+    """Return the tensor sizes and the tensor and chunk of each program.
+
+    All on the device.
+    """
     programs = [(i, chunk) for i, size in enumerate(sizes) for chunk in range(triton.cdiv(size, CHUNK))]
     tensors, chunks = torch.tensor(programs, dtype=torch.int64).T.contiguous().unbind()
     return torch.tensor(sizes, device=device), tensors.to(device), chunks.to(device)
 
 
 def replace_all(gradients: Sequence[Tensor], limit: float) -> Tensor:
-    """Replace NaN by 0 and infinities by +-limit in float32 tensors of dense memory; their number, on the device."""
+    """Replace NaN by 0 and infinities by +-limit, in place.
+
+    gradients: dense float32 tensors. Returns the number of replaced values, on the device.
+    """
     device = gradients[0].device
     sizes, tensors, chunks = _work(tuple(gradient.numel() for gradient in gradients), device)
     addresses = torch.tensor([gradient.data_ptr() for gradient in gradients], pin_memory=device.type == "cuda")

@@ -1,4 +1,4 @@
-"""The sum at the end of a residual block."""
+"""Sum at the end of a residual block, and its gradient."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ def add(
     hidden, shortcut, bias, out, moments, pixels, width, channels, rows,
     BIAS: tl.constexpr, UPSAMPLED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out = hidden + bias + shortcut, and its moments, which the normalisation after it needs.
+    """Add hidden, bias and shortcut; measure the moments of the sum.
 
-    UPSAMPLED: the shortcut's pixels count for 2x2 of hidden's.
+    The following normalisation needs the moments.
+    UPSAMPLED: each pixel of the shortcut counts for 2x2 pixels of hidden.
     """
     chunk, n = tl.program_id(1), tl.program_id(2)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -40,7 +41,7 @@ def add(
         value += tl.load(shortcut + source[:, None] * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
         value = (value + b[None, :]).to(out.dtype.element_ty)
         tl.store(out + at, value, mask=mask)
-        away = tl.where(mask, value.to(tl.float32) - pivot[None, :], 0.0)  # of what was stored, rounded
+        away = tl.where(mask, value.to(tl.float32) - pivot[None, :], 0.0)  # of the rounded values stored above
         s += away
         q += away * away
     store_moments(moments, pivot, s, q, (end - begin).to(tl.float32), n, chunk, channels, c, inside)
@@ -48,7 +49,10 @@ def add(
 
 @triton.jit
 def sum_quads(x, out, pixels, width, channels, rows, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Sum over every 2x2 pixels, the gradient of repeating them; `pixels` and `width` are out's."""
+    """Sum every 2x2 pixels: the gradient of repeating them.
+
+    `pixels` and `width` are those of out.
+    """
     n = tl.program_id(2)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < channels

@@ -1,4 +1,7 @@
-"""Metrics of generated images: Inception features, distances to a reference set, published protocols."""
+"""Metrics of generated images.
+
+Inception features, distances to a reference set, published protocols.
+"""
 
 from relay_diffusion.metrics.base import FeatureMetric, ImageMetric
 from relay_diffusion.metrics.evaluator import Evaluator

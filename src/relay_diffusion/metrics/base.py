@@ -16,11 +16,11 @@ from relay_diffusion.metrics.reference import Reference
 
 
 class ImageMetric(nn.Module, ABC):
-    """Metric of generated images, computed from the Inception features that `Evaluator` passes to it.
+    """Metric of generated images, computed from Inception features.
 
-    names: keys of the result of `compute`. keeps_features: `compute` needs the pool features of all generated images,
-    which `Evaluator` keeps once for all metrics. Accumulate in torchmetrics, which sum over ranks and which `Evaluator`
-    resets.
+    names: keys of the result of `compute`. keeps_features: `compute` needs the pool features of all generated images;
+    `Evaluator` keeps one copy for all metrics. Accumulate in torchmetrics: they sum over ranks, and `Evaluator` resets
+    them.
     """
 
     names: ClassVar[tuple[str, ...]]
@@ -28,29 +28,33 @@ class ImageMetric(nn.Module, ABC):
 
     @abstractmethod
     def prepare(self, reference: Reference, inception: Inception) -> str | None:
-        """Prepare to compare with `reference`, or return in one line why this metric cannot be computed."""
+        """Prepare for `reference`, or return why this metric cannot be computed."""
 
     def update(self, features: InceptionFeatures, positions: Tensor) -> None:
-        """Add generated images; positions [B] (int64) are their indices in the ordered list of all of them."""
+        """Add generated images.
+
+        positions [B], int64: indices in the ordered list of all images.
+        """
 
     @abstractmethod
     def compute(self, features: Tensor) -> dict[str, float]:
-        """Return the numbers over all ranks, on every rank; raise UserError for too few images.
+        """Return the results over all ranks, on every rank.
 
-        features: pool features [N,D] of all generated images in order, if keeps_features.
+        features: pool features [N,D] of all generated images in order, if keeps_features. Raises UserError for too few
+        images.
         """
 
     def warnings(self, images: int) -> list[str]:  # noqa: ARG002
-        """Return one line for each limitation of the numbers of this many generated images."""
+        """Return one line per limitation of results from `images` generated images."""
         return []
 
     def describe(self) -> dict[str, Any]:
-        """Return the settings that the numbers depend on."""
+        """Return the settings that the results depend on."""
         return {}
 
 
 class FeatureMetric(ImageMetric):
-    """Metric that compares the pool features of all generated images with those that the reference keeps.
+    """Metric on pool features of all generated images and the reference.
 
     min_images: smallest number of reference images.
     """
@@ -69,9 +73,10 @@ class FeatureMetric(ImageMetric):
 
 
 class ExactMetric(Metric):
-    """torchmetrics Metric whose states keep their dtype on every device; on mps they stay on the CPU.
+    """torchmetrics Metric whose states keep their dtype.
 
-    A program that converts its modules to bfloat16 would otherwise convert the states, and mps has no float64.
+    A program that converts its modules to bfloat16 would otherwise convert the states too. mps has no float64, so there
+    the states stay on the CPU.
     """
 
     full_state_update = False
@@ -82,11 +87,11 @@ class ExactMetric(Metric):
         return super()._apply(lambda tensor: tensor.to(device), exclude_state)
 
 
-class ImageStore(ExactMetric):
-    """Positions of the images of all ranks (8 bytes an image), and their features [N,D] if `keeps_features`.
+class FeatureStore(ExactMetric):
+    """Positions and features [N,D] of the images of all ranks.
 
-    The order of the features depends on neither batches nor ranks; they keep their dtype (float32: 8 KB an image). A
-    rank without images needs an update with [0,D].
+    A position takes 8 bytes per image. Features are kept if `keeps_features`, in their dtype (float32: 8 KB per image);
+    their order depends on neither batches nor ranks. A rank without images needs an update with [0,D].
     """
 
     positions: list[Tensor]
@@ -100,7 +105,7 @@ class ImageStore(ExactMetric):
             self.add_state("features", default=[], dist_reduce_fx="cat")
 
     def update(self, features: Tensor, positions: Tensor) -> None:
-        """Add features [B,D] at positions [B] of the ordered list of all images."""
+        """Add features [B,D] at positions [B] in the list of all images."""
         # Copies: a slice would keep the whole tensor alive.
         self.positions.append(positions.to(self.device).clone())
         if self.keeps_features:
@@ -108,9 +113,10 @@ class ImageStore(ExactMetric):
             self.features.append(copy)
 
     def compute(self) -> tuple[int, Tensor]:
-        """Return the number of images N and the features [N,D] in order, or [0,0] if they are not kept.
+        """Return the number of images N and the features [N,D].
 
-        Raises ValueError unless the positions are 0..N-1, each once.
+        The features are in order; [0,0] if they are not kept. Raises ValueError unless the positions are 0..N-1, each
+        once.
         """
         positions, order = dim_zero_cat(self.positions).sort()
         count = len(positions)

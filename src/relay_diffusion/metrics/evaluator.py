@@ -1,4 +1,4 @@
-"""Evaluate generated images: any number of metrics from one Inception pass per image."""
+"""Evaluate generated images with one Inception pass for all metrics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from relay_diffusion.errors import UserError
-from relay_diffusion.metrics.base import ImageMetric, ImageStore
+from relay_diffusion.metrics.base import FeatureStore, ImageMetric
 from relay_diffusion.metrics.inception import Inception
 from relay_diffusion.metrics.protocol import Protocol
 from relay_diffusion.metrics.reference import Reference
@@ -18,13 +18,13 @@ from relay_diffusion.metrics.reference_source import ReferenceSource
 
 
 class Evaluator(nn.Module):
-    """Compare generated uint8 images [B,3,H,W] with a reference; `metrics` by name.
+    """Compare generated uint8 images [B,3,H,W] with a reference.
 
-    reference: loaded, or a source that `prepare` loads with Inception batches of `batch_size`. On several ranks each
-    one updates with its own images; `compute` then returns the numbers of all of them, on every rank, and independently
-    of the number of ranks, the batches and their order. `skipped`: by name, why a metric has no number. `warnings`:
-    limitations of the numbers, one line each. Raises UserError for a setting that contradicts the protocol, ValueError
-    for two metrics of one name.
+    metrics: by name. reference: loaded, or a source that `prepare` loads with Inception batches of `batch_size` images.
+    Each rank updates with its own images; `compute` then returns the results of all images on every rank. They do not
+    depend on the number of ranks, the batches or their order. `skipped`: by name, the reason why a metric was not
+    computed. `warnings`: limitations of the results, one line each. Raises UserError for a setting that contradicts the
+    protocol, ValueError for two metrics of one name.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class Evaluator(nn.Module):
         self.inception, self.protocol, self.batch_size = inception, protocol, batch_size
         self._by_name, self._modules_by_name = dict(metrics), nn.ModuleList(metrics.values())
         if len(set(self.names)) < len(self.names):
-            raise ValueError(f"two metrics have the same name: {', '.join(self.names)}")
+            raise ValueError(f"metrics: two have the same name ({', '.join(self.names)}); rename one")
         if protocol is not None:
             for name, metric in metrics.items():
                 protocol.check(metric.describe(), f"metrics.evaluator.metrics.{name}")
-        self._store = ImageStore(any(metric.keeps_features for metric in metrics.values()))
+        self._store = FeatureStore(any(metric.keeps_features for metric in metrics.values()))
         self.source = reference if isinstance(reference, ReferenceSource) else None
         if isinstance(reference, Reference):
             self._compare_with(reference)
@@ -51,7 +51,7 @@ class Evaluator(nn.Module):
     def prepare(self, device: torch.device, rank: int = 0, barrier: Callable[[], object] = lambda: None) -> None:
         """Load the reference and move to `device`; collective.
 
-        Rank 0 computes what the cache lacks, and the other ranks read it after the barrier.
+        Rank 0 computes missing statistics; the other ranks read them from the cache after the barrier.
         """
         assert self.source is not None, "the reference is loaded"
         self.inception.to(device)
@@ -70,7 +70,7 @@ class Evaluator(nn.Module):
 
     @property
     def names(self) -> list[str]:
-        """Return the keys of the numbers of all metrics."""
+        """Return the keys of the results of all metrics."""
         return [key for metric in self._by_name.values() for key in metric.names]
 
     @property
@@ -79,24 +79,24 @@ class Evaluator(nn.Module):
         return {name: metric for name, metric in self._by_name.items() if name not in self._unavailable}
 
     def update(self, images: Tensor, positions: Tensor) -> None:
-        """Add generated images; positions [B] (int64) are their indices in the ordered list of all of them.
+        """Add generated images.
 
-        Over all ranks the positions must be 0..N-1, each once.
+        positions [B], int64: indices in the ordered list of all images; over all ranks 0..N-1, each once.
         """
         if positions.shape != images.shape[:1] or positions.dtype != torch.int64:
-            raise ValueError(f"{len(images)} images need as many int64 positions, not {list(positions.shape)}")
+            raise ValueError(f"positions: need {len(images)} int64 values, one per image, not {list(positions.shape)}")
         features = self.inception(images)
         for metric in self.metrics.values():
             metric.update(features, positions)
         self._store.update(features.pool, positions)
 
     def compute(self) -> dict[str, float | int]:
-        """Return the numbers of every metric and "images", over all ranks; collective.
+        """Return the results of every metric and "images"; collective.
 
         A metric that needs more images is added to `skipped`. Raises ValueError if positions are missing or repeated.
         """
-        # A rank without images gets states of the right shapes, and takes part in every sum.
-        nothing = torch.zeros(0, 3, 32, 32, dtype=torch.uint8, device=self._store.device)
+        # An empty update gives a rank without images states of the right shapes.
+        nothing = torch.zeros(0, 3, 32, 32, dtype=torch.uint8, device=self.inception.device)
         self.update(nothing, torch.zeros(0, dtype=torch.int64))
         images, features = self._store.compute()
         self.skipped, self.warnings = dict(self._unavailable), []
@@ -110,14 +110,14 @@ class Evaluator(nn.Module):
         return results | {"images": images}
 
     def reset(self) -> None:
-        """Remove the generated images; the reference stays."""
+        """Remove the generated images; keep the reference."""
         self.skipped, self.warnings = dict(self._unavailable), []
         for module in self.modules():
             if isinstance(module, Metric):
                 module.reset()
 
     def reference_warnings(self, resolution: tuple[int, int]) -> list[str]:
-        """Return one line for each way in which the reference differs from images [height, width]."""
+        """Return one line per difference of the reference from images [height, width]."""
         reference, lines = self.reference, []
         if reference.averaging not in (None, (1,)):
             factors = ", ".join(str(factor) for factor in reference.averaging)
@@ -128,13 +128,16 @@ class Evaluator(nn.Module):
         return lines
 
     def departures(self, rounding: str | None) -> list[str]:
-        """Return where the rounding of the images (None: unknown) or the reference departs from the protocol."""
+        """Return the departures of images and reference from the protocol.
+
+        rounding: of the images to 8 bits; None: unknown.
+        """
         if self.protocol is None or self.source is None:
             return []
         return self.protocol.departures(rounding, self.source.max_features)
 
     def describe(self) -> dict[str, Any]:
-        """Return how the numbers are obtained."""
+        """Return the settings of the evaluation."""
         return {
             "protocol": self.protocol.describe() if self.protocol is not None else None,
             "metrics": {name: metric.describe() for name, metric in self.metrics.items()},

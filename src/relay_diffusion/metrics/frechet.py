@@ -1,4 +1,4 @@
-"""Fréchet distance between two sets of features: FID of pooled features, sFID of spatial ones."""
+"""Fréchet distance between two sets of features (FID, sFID)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from relay_diffusion.metrics.base import ExactMetric, ImageMetric
 from relay_diffusion.metrics.inception import Inception, InceptionFeatures
 from relay_diffusion.metrics.reference import FeatureStatistics, Reference
 
-RECOMMENDED_IMAGES = 10_000  # the bias of a Fréchet distance falls with 1/n; papers use 50,000
+RECOMMENDED_IMAGES = 10_000  # images; the bias of a Fréchet distance falls with 1/n, and papers use 50,000
 
 
 class FrechetDistance(ExactMetric):
-    """Fréchet distance of Gaussian fits to real and generated features [N,D] (Heusel et al., arXiv 1706.08500).
+    """Fréchet distance of Gaussian fits to real and generated features.
 
-    d = |m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)), from float64 sums, which add up over any number of ranks.
-    The real side is added with `update(features, real=True)`, or it is `reference`, which `reset` keeps and which is
-    not summed over ranks.
+    d = |m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)) (Heusel et al., arXiv 1706.08500), from float64 sums of
+    features [N,D] over all ranks. Real features are added with `update(features, real=True)`, or `reference` holds
+    their statistics; `reset` keeps these, and they are not summed over ranks.
     """
 
     is_differentiable = False
@@ -42,9 +42,12 @@ class FrechetDistance(ExactMetric):
             self.add_state(f"{side}_count", torch.zeros((), dtype=torch.int64), "sum")
 
     def update(self, features: Tensor, real: bool) -> None:
-        """Add features [N,D] of any float type; raise ValueError for another shape, or real ones beside a reference."""
+        """Add features [N,D] of any float type.
+
+        Raises ValueError for another shape, and for real features if there is a `reference`.
+        """
         if features.ndim != 2 or features.shape[1] != self.features:
-            raise ValueError(f"expected features [N,{self.features}], not {list(features.shape)}")
+            raise ValueError(f"features: must be [N,{self.features}], not {list(features.shape)}")
         if real and self.reference is not None:
             raise ValueError("the real statistics are those of `reference`; update with real=False only")
         side = "real" if real else "fake"
@@ -54,7 +57,10 @@ class FrechetDistance(ExactMetric):
         setattr(self, f"{side}_count", getattr(self, f"{side}_count") + len(rows))
 
     def statistics(self, real: bool) -> FeatureStatistics:
-        """Return mean, unbiased covariance and count of one side on this rank; raise UserError below 2 samples."""
+        """Return mean, unbiased covariance and count of one side on this rank.
+
+        Raises UserError for fewer than 2 samples.
+        """
         if real and self.reference is not None:
             return self.reference
         side = "real" if real else "fake"
@@ -67,15 +73,19 @@ class FrechetDistance(ExactMetric):
         return FeatureStatistics(mean, (outer - count * torch.outer(mean, mean)) / (count - 1), count)
 
     def compute(self) -> Tensor:
-        """Return the distance over all ranks, a float64 scalar; raise UserError for fewer than 2 samples on a side."""
+        """Return the distance over all ranks, a float64 scalar.
+
+        Raises UserError for fewer than 2 samples on a side.
+        """
         real, fake = self.statistics(real=True), self.statistics(real=False)
         mean, covariance = (part.to(fake.mean.device).double() for part in real[:2])
         return frechet_distance(mean, covariance, fake.mean, fake.covariance)
 
 
 def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> Tensor:
-    """Fréchet distance of two Gaussians, means [D] and covariances [D,D] in float64 -> scalar, finite and >= 0.
+    """Compute the Fréchet distance of two Gaussians.
 
+    Means [D] and covariances [D,D] in float64 -> scalar, finite and >= 0.
     tr((S1 S2)^(1/2)) is the sum of the roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric: they are
     real even if S1 or S2 is singular. With S1 = V diag(w) V^T they are those of R^T S2 R, R = V diag(w)^(1/2).
     """
@@ -109,11 +119,14 @@ class FrechetMetric(ImageMetric):
         self.distance.update(getattr(features, self.layer).flatten(1), real=False)
 
     def compute(self, features: Tensor) -> dict[str, float]:  # noqa: ARG002
-        """Return the distance by name; raise UserError for fewer than 2 images."""
+        """Return the distance by name. Raises UserError for fewer than 2 images."""
         return {self.names[0]: float(self.distance.compute())}
 
     def warnings(self, images: int) -> list[str]:
-        """Return one line for each side whose covariance is singular: n images have at most rank n - 1."""
+        """Return one line per side whose covariance is singular.
+
+        The covariance of n images has at most rank n - 1.
+        """
         width, reference = self.distance.features, self.distance.statistics(real=True).n
         return [
             f"{self.label}: the covariance of {count:,} {side} images is singular, as {width:,} features need at "
@@ -133,7 +146,10 @@ class FIDMetric(FrechetMetric):
 
 
 class SFIDMetric(FrechetMetric):
-    """Fréchet distance of the first 7 channels of a 17x17 layer (Nash et al., arXiv 2103.03841), in NCHW order."""
+    """Fréchet distance of spatial features, sFID (Nash et al., arXiv 2103.03841).
+
+    The features are the first 7 channels of a 17x17 layer, in NCHW order.
+    """
 
     names = ("sfid",)
     label = "sFID"

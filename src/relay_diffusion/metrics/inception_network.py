@@ -1,9 +1,9 @@
-"""The FID variant of Inception-v3 (the TensorFlow graph of 2015-12-05), rebuilt for inference.
+"""FID variant of Inception-v3 for inference.
 
-Source: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", arXiv 1512.00567. The graph
-differs from later Inception-v3 networks: BatchNorm has no scale, average pools exclude the padding, the pool of the
-last block takes the maximum. BatchNorm is folded into the convolutions, so a unit is a convolution with a bias, then
-ReLU.
+Rebuilds the TensorFlow graph of 2015-12-05. Source: Szegedy et al., "Rethinking the Inception Architecture for Computer
+Vision", arXiv 1512.00567. The graph differs from later Inception-v3 networks: BatchNorm has no scale, average pools
+exclude the padding, the pool of the last block takes the maximum. BatchNorm is folded into the convolutions, so a unit
+is a convolution with a bias, then ReLU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BRANCHES = {
     "Mixed_7a": REDUCE17,
     **dict.fromkeys(("Mixed_7b", "Mixed_7c"), GRID8),
 }
-UNIT_NAMES = (  # of a pt_inception-2015-12-05-*.pth state dict, in the order of the network's modules
+UNIT_NAMES = (  # in a pt_inception-2015-12-05-*.pth state dict, in the order of the modules
     *(f"Conv2d_{name}" for name in ("1a_3x3", "2a_3x3", "2b_3x3", "3b_1x1", "4a_3x3")),
     *(f"{block}.branch{branch}" for block, branches in BRANCHES.items() for branch in branches.split()),
 )
@@ -62,7 +62,7 @@ class Branches(nn.ModuleList):
 
 
 def _chain(inputs: int, *units: tuple[int, int | tuple[int, int]]) -> nn.Sequential:
-    """Return consecutive units of (outputs, kernel)."""
+    """Return consecutive units, each given as (output channels, kernel)."""
     widths = [inputs, *(outputs for outputs, _ in units)]
     return nn.Sequential(*(ConvUnit(width, *unit) for width, unit in zip(widths, units, strict=False)))
 
@@ -117,7 +117,7 @@ def _reduce17() -> Branches:
 
 
 def _grid8(inputs: int, pool: nn.Module) -> Branches:
-    """End the 3x3 branches in a 1x3 and a 3x1 convolution side by side."""
+    """Build a block of an 8x8 level, with 1x3 and 3x1 convolutions."""
     halves = [Branches([ConvUnit(384, 384, (1, 3)), ConvUnit(384, 384, (3, 1))]) for _ in range(2)]
     return Branches(
         [
@@ -130,10 +130,11 @@ def _grid8(inputs: int, pool: nn.Module) -> Branches:
 
 
 class InceptionNetwork(nn.Module):
-    """Map normalised images [B,3,299,299] to (pool [B,2048], spatial [B,7,17,17], logits [B,1008] or None).
+    """Inception-v3 network of the FID literature.
 
-    `fc` has no bias: the published Inception Score is taken from softmax(W pool) without it. It is a convolution like
-    the rest, so that one precision setting covers the whole network.
+    Normalised images [B,3,299,299] -> (pool [B,2048], spatial [B,7,17,17], logits [B,1008] or None). `fc` has no bias:
+    the published Inception Score is taken from softmax(W pool) without it. It is a convolution like the rest, so that
+    one precision setting covers the whole network.
     """
 
     def __init__(self, classes: bool) -> None:

@@ -15,11 +15,11 @@ from relay_diffusion.metrics.reference import Reference
 
 
 class InceptionScore(ExactMetric):
-    """Mean over splits of exp(mean KL(p(y|x) || p(y))); a split is `split_size` consecutive images.
+    """Mean over splits of exp(mean KL(p(y|x) || p(y))).
 
-    Only sums are kept, one row of K + 2 float64 numbers per split: sum of p [K], sum of p log p, number of images, for
-    mean KL = mean(sum_k p log p) - sum_k mean(p) log mean(p). As in ADM's evaluator the last split may be smaller and
-    has the same weight as the others.
+    A split is `split_size` consecutive images. Only sums are kept, one row of K + 2 float64 numbers per split: sum of p
+    [K], sum of p log p, number of images, for mean KL = mean(sum_k p log p) - sum_k mean(p) log mean(p). As in ADM's
+    evaluator the last split may be smaller and has the same weight as the others.
     """
 
     higher_is_better = True
@@ -36,10 +36,10 @@ class InceptionScore(ExactMetric):
         self.add_state("sums", default=[], dist_reduce_fx="cat")
 
     def update(self, logits: Tensor, real: bool = False, positions: Tensor | None = None) -> None:
-        """Add class logits [N,K] of generated images; real images are ignored.
+        """Add class logits [N,K] of generated images; ignore real images.
 
-        positions [N]: indices in the ordered list of all images, which determine the splits in any order of updates.
-        None: the images follow the previous ones, which is valid on one process only.
+        positions [N]: indices in the ordered list of all images; they determine the splits. None: the images follow the
+        previous ones, which is valid in a single process only.
         """
         if real:
             return
@@ -50,12 +50,12 @@ class InceptionScore(ExactMetric):
         p = log_p.exp()
         rows = torch.cat([p, (p * log_p).sum(1, keepdim=True), torch.ones_like(p[:, :1])], dim=1)
         splits = positions.to(self.device) // self.split_size
-        # Always one tensor in each list: a rank without images has an empty one after an empty update.
+        # One tensor in each list, so that ranks without images also have one to gather.
         merged, sums = _merge(torch.cat([*self.splits, splits]), torch.cat([*self.sums, rows]))
         self.splits, self.sums = [merged], [sums]
 
     def compute(self) -> Tensor:
-        """Return the score over all ranks, a float64 scalar; raise UserError without images."""
+        """Return the score over all ranks, a float64 scalar. Raises UserError without images."""
         if not sum(len(part) for part in self.sums):
             raise UserError("the Inception Score needs at least one generated image")
         _, sums = _merge(dim_zero_cat(self.splits), dim_zero_cat(self.sums))
@@ -71,7 +71,7 @@ def _merge(splits: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class InceptionScoreMetric(ImageMetric):
-    """The Inception Score in ordered splits, 5,000 images each as in the ADM evaluator."""
+    """Inception Score in ordered splits (ADM evaluator: 5,000 images each)."""
 
     names = ("inception_score",)
 
@@ -94,7 +94,7 @@ class InceptionScoreMetric(ImageMetric):
         self.score.update(features.logits, positions=positions)
 
     def compute(self, features: Tensor) -> dict[str, float]:  # noqa: ARG002
-        """Return {"inception_score"}; raise UserError without images."""
+        """Return {"inception_score"}. Raises UserError without images."""
         return {"inception_score": float(self.score.compute())}
 
     def describe(self) -> dict[str, Any]:

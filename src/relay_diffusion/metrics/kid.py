@@ -8,7 +8,7 @@ from torch import Tensor
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics.base import FeatureMetric
 
-BLOCK_ELEMENTS = 2**24  # of the kernel matrix at once: 128 MiB
+BLOCK_ELEMENTS = 2**24  # elements of the kernel matrix at once: 128 MiB
 
 
 def kernel_distance(real: Tensor, fake: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def kernel_distance(real: Tensor, fake: Tensor) -> Tensor:
     """
     for name, features in (("real", real), ("generated", fake)):
         if len(features) < 2:
-            raise UserError(f"the kernel distance needs at least 2 {name} images, not {len(features)}")
+            raise UserError(f"KID needs at least 2 {name} images, not {len(features)}; give more of them")
     return _mean_of_pairs(real) + _mean_of_pairs(fake) - 2 * _sum(real, fake) / (len(real) * len(fake))
 
 
@@ -32,14 +32,14 @@ def _mean_of_pairs(x: Tensor) -> Tensor:
 
 
 def _sum(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of the kernel over all pairs."""
+    """Sum the kernel over all pairs."""
     columns = b.double().T / b.shape[1]
     rows = a.double().split(max(1, BLOCK_ELEMENTS // len(b)))
     return torch.stack([(block @ columns + 1).pow(3).sum() for block in rows]).sum()
 
 
 class KIDMetric(FeatureMetric):
-    """Kernel Inception Distance between all generated images and all features that the reference keeps.
+    """Kernel Inception Distance of generated images to the reference features.
 
     Not multiplied by 1000, as in many papers; deterministic, see `kernel_distance`.
     """
@@ -48,5 +48,5 @@ class KIDMetric(FeatureMetric):
     min_images = 2
 
     def compute(self, features: Tensor) -> dict[str, float]:
-        """Return {"kid"}; raise UserError for fewer than 2 generated images."""
+        """Return {"kid"}. Raises UserError for fewer than 2 generated images."""
         return {"kid": float(kernel_distance(self.real.to(features.device), features))}

@@ -1,4 +1,4 @@
-"""Nearest neighbours in large sets of points, from blockwise float64 matrix products.
+"""Nearest neighbours in large sets, from blockwise float64 matrix products.
 
 |q - p|^2 = |q|^2 + |p|^2 - 2 q.p is fast, but loses the digits of points that lie close together far from the origin.
 It is computed in float64, which TF32 settings do not affect. `squared_radii` and `covered` subtract the sets' common
@@ -13,15 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 2**24  # of a block's float64 matrices: 128 MiB
+BLOCK_ELEMENTS = 2**24  # elements of a block's float64 matrices: 128 MiB
 BLOCK_ROWS = 1024
 SPARE = 5  # neighbours beyond the k-th to compare by differences
-NEGLIGIBLE = 1e-9  # of a squared radius; float32 features are less precise
+NEGLIGIBLE = 1e-9  # share of a squared radius; float32 features are less precise
 TIE = 1 + 1e-14  # equal distances may differ in their last digits, as torch sums pairwise
 
 
 class Block(NamedTuple):
-    """Consecutive queries from index `start`, and their partial distances to all points.
+    """Consecutive queries from `start` and their partial distances to all points.
 
     rows [B,D]: the queries as given. norms [B]: |q|^2. partial [B,P]: |q - p|^2 - |q|^2, which orders the points.
     """
@@ -71,7 +71,7 @@ def squared_radii(points: Tensor, nearest_k: int, origin: Tensor) -> Tensor:
 
 
 def _exact_squares(point: Tensor, points: Tensor) -> Tensor:
-    """Return squared distances [N] of a point [D] to points [N,D] from float64 differences."""
+    """Squared distances [N] of a point [D] to points [N,D], from differences."""
     return torch.cat([(part.double() - point.double()).square().sum(1) for part in points.split(BLOCK_ROWS)])
 
 
@@ -96,7 +96,10 @@ def covered(points: Tensor, centres: Tensor, squared_radius: Tensor, origin: Ten
 
 
 def _relative_error(points: Tensor) -> float:
-    """Bound the error of |a|^2 + |b|^2 - 2 a.b relative to |a|^2 + |b|^2, for any order of summation."""
+    """Bound the error of |a|^2 + |b|^2 - 2 a.b.
+
+    The bound is relative to |a|^2 + |b|^2 and valid for any order of summation.
+    """
     return (points.shape[1] + 16) * torch.finfo(torch.float64).eps
 
 
@@ -112,17 +115,21 @@ class Neighbours(NamedTuple):
 
 
 def squared_distances(queries: Tensor, points: Tensor) -> Tensor:
-    """Return |q - p|^2 [Q,P] (float64) of queries [Q,D] and points [P,D]; see `distance_blocks`."""
+    """Squared distances of queries [Q,D] to points [P,D]: float64 [Q,P].
+
+    Computed as in `distance_blocks`.
+    """
     points = points.double()
     blocks = distance_blocks(queries, points, points.square().sum(1))
     return torch.cat([block.partial + block.norms[:, None] for block in blocks]).clamp_(min=0)
 
 
 class NearestSearch:
-    """Search the nearest points of queries [Q,...] in a stream of points, which are not kept.
+    """Nearest points of queries [Q,...] in a stream of points.
 
-    nearest: number K of neighbours. own [Q]: position of the query itself among the points, excluded in every view; -1:
-    none. A point is found once, in its nearer view; equally distant points are found in their order.
+    Points are not kept. nearest: number K of neighbours. own [Q]: position of the query itself among the points,
+    excluded in every view; -1: none. A point is found once, in its nearer view; equally distant points are found in
+    their order.
     """
 
     def __init__(self, queries: Tensor, nearest: int, own: Tensor) -> None:
@@ -146,5 +153,5 @@ class NearestSearch:
         self.mirrored = torch.cat([self.mirrored, view == 1], 1).gather(1, best)
 
     def compute(self) -> Neighbours:
-        """Return the neighbours on the CPU; a rank without a point has an infinite distance."""
+        """Return the neighbours on the CPU; a missing neighbour has infinite distance."""
         return Neighbours(self.squares.sqrt().cpu(), self.positions.cpu(), self.mirrored.cpu())

@@ -13,21 +13,27 @@ from relay_diffusion.metrics.neighbours import covered, squared_radii
 
 
 class PrecisionAndRecall(NamedTuple):
-    """Shares in 0..1: of generated images among the real ones, and of real images among the generated ones."""
+    """Precision and recall, each in 0..1.
+
+    precision: share of generated images within the real set. recall: share of real images within the generated set.
+    """
 
     precision: Tensor
     recall: Tensor
 
 
 def precision_recall(real: Tensor, fake: Tensor, nearest_k: int) -> PrecisionAndRecall:
-    """Return the shares of points within the k-th neighbour radius of the other set.
+    """Compute the shares of points within k-th neighbour radii.
 
+    The radii are those of the points of the other set.
     Features [M,D] and [N,D] on one device; float64 scalars. Raises UserError for a set of no more than nearest_k
     images.
     """
     for name, features in (("real", real), ("generated", fake)):
         if len(features) <= nearest_k:
-            raise UserError(f"precision and recall need more than {nearest_k} {name} images, not {len(features)}")
+            raise UserError(
+                f"precision and recall need more than {nearest_k} {name} images, not {len(features)}; give more"
+            )
     origin = real.double().mean(0)
     inside_real = covered(fake, real, squared_radii(real, nearest_k, origin), origin)
     inside_fake = covered(real, fake, squared_radii(fake, nearest_k, origin), origin)
@@ -40,7 +46,7 @@ def _share(inside: Tensor) -> Tensor:
 
 
 class PrecisionRecallMetric(FeatureMetric):
-    """Precision and recall of the generated images against the features that the reference keeps."""
+    """Precision and recall of generated images against the reference features."""
 
     names = ("precision", "recall")
 
@@ -51,10 +57,13 @@ class PrecisionRecallMetric(FeatureMetric):
         self.nearest_k, self.min_images = nearest_k, nearest_k + 1
 
     def compute(self, features: Tensor) -> dict[str, float]:
-        """Return {"precision", "recall"}; raise UserError for no more than nearest_k generated images."""
+        """Return {"precision", "recall"}.
+
+        Raises UserError for no more than nearest_k generated images.
+        """
         result = precision_recall(self.real.to(features.device), features, self.nearest_k)
         return {name: float(value) for name, value in result._asdict().items()}
 
     def describe(self) -> dict[str, Any]:
-        """Return the number of neighbours."""
+        """Return the neighbour that sets the radius."""
         return {"nearest_k": self.nearest_k}

@@ -1,4 +1,4 @@
-"""Published evaluation protocols: the settings that comparable numbers share."""
+"""Published evaluation protocols."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from relay_diffusion.errors import UserError
 
 @dataclass(frozen=True)
 class Protocol:
-    """Settings of an evaluation. None: the protocol does not define it.
+    """Settings of a published evaluation.
 
-    rounding: how [-1, 1] is rounded to 8 bits, see `diffusion.pixels.to_uint8`. spatial_layout: order of the spatial
-    features in the protocol's files. split_size: images per split of the Inception Score. nearest_k: neighbour of
-    precision and recall, which compare with reference_features images.
+    None: the protocol does not define the setting. rounding: how [-1, 1] is rounded to 8 bits, see
+    `diffusion.pixels.to_uint8`. spatial_layout: order of the spatial features in the protocol's files. split_size:
+    images per split of the Inception Score. nearest_k: neighbour whose distance is the radius of precision and recall.
+    reference_features: number of their reference images.
     """
 
     name: str
@@ -33,7 +34,10 @@ class Protocol:
         return asdict(self)
 
     def departures(self, rounding: str | None, max_features: int) -> list[str]:
-        """Return in words where these images differ from the protocol; rounding None: unknown."""
+        """Describe differences of these images from the protocol.
+
+        rounding: None if unknown.
+        """
         found = []
         if rounding not in (None, self.rounding):
             found.append(f"images are rounded {rounding}, where {self.name} has {self.rounding}")
@@ -44,7 +48,10 @@ class Protocol:
         return found
 
     def check(self, settings: Mapping[str, Any], option: str) -> None:
-        """Raise UserError if a metric's settings contradict the protocol; `option` is the metric's key."""
+        """Raise UserError if the settings of a metric contradict the protocol.
+
+        option: the key of the metric.
+        """
         for key, value in settings.items():
             agreed = getattr(self, key, None)
             if agreed is not None and agreed != value:
@@ -55,15 +62,18 @@ class Protocol:
 
 
 def edm() -> Protocol:
-    """EDM (Karras et al., arXiv 2206.00364): FID alone; 8-bit images are floor(127.5 x + 128)."""
+    """Protocol of EDM (Karras et al., arXiv 2206.00364).
+
+    FID alone; 8-bit images are floor(127.5 x + 128).
+    """
     return Protocol("edm", rounding="nearest")
 
 
 def adm() -> Protocol:
-    """ADM (Dhariwal & Nichol, arXiv 2105.05233); 8-bit images are floor(127.5 (x + 1)).
+    """Protocol of ADM (Dhariwal & Nichol, arXiv 2105.05233).
 
-    FID and sFID against the statistics in a file, the Inception Score in ordered splits of 5,000, precision and recall
-    with the third neighbour against 10,000 reference images.
+    8-bit images are floor(127.5 (x + 1)). FID and sFID against the statistics in a file, the Inception Score in ordered
+    splits of 5,000, precision and recall with the third neighbour against 10,000 reference images.
     """
     return Protocol(
         "adm", rounding="floor", spatial_layout="NHWC", split_size=5000, nearest_k=3, reference_features=10_000

@@ -22,15 +22,18 @@ SHAPES = {
     "mu_s": (SPATIAL_FEATURES,),
     "sigma_s": (SPATIAL_FEATURES, SPATIAL_FEATURES),
 }
-MAX_INTEGERS = 1000  # longest list read from a file
+MAX_INTEGERS = 1000  # longest list of integers in a file
 COUNT = "the number of images, at least 2 (0: unknown)"
 LAYOUTS = ("NCHW", "NHWC")
-CLEARLY = 4.0  # times the share of variance; the right order has 5 to 600 times that of the wrong one
+CLEARLY = 4.0  # factor; the right order has 5 to 600 times the variance share of the wrong one
 MEANINGFUL = 0.15  # share of variance: a wrong order of 7 x 17 x 17 means has at most 0.05
 
 
 class FeatureStatistics(NamedTuple):
-    """Gaussian fit of a feature set, float64: mean [D], covariance [D,D] (divided by n - 1), n samples if known."""
+    """Gaussian fit of a feature set, float64.
+
+    mean [D]; covariance [D,D], divided by n - 1; n: number of samples, None if unknown.
+    """
 
     mean: Tensor
     covariance: Tensor
@@ -42,7 +45,7 @@ class Reference:
     """Statistics and features of a reference set.
 
     pool: mean [2048] and covariance [2048,2048] for FID. spatial: mean [2023] and covariance [2023,2023] for sFID, in
-    NCHW order; None if a file has none. features [K,2048], float32: of all images or a fixed subset of them, for
+    NCHW order, or None. features [K,2048], float32: of all images or a fixed subset of them, for
     precision, recall and KID; None without images. path, kind: the source and its type. layout: the spatial order in
     that file. source_hash: identifies the images or statistics, and the Inception weights. resolution: (H, W) of the
     images after box averaging; averaging: its factors (1: none). Both are None if a file holds statistics alone.
@@ -59,7 +62,7 @@ class Reference:
     averaging: tuple[int, ...] | None = None
 
     def describe(self) -> dict[str, Any]:
-        """Return what the numbers were compared with."""
+        """Describe the reference for metrics.json."""
         return {
             "path": str(self.path),
             "kind": self.kind,
@@ -88,15 +91,15 @@ class Reference:
 
 
 def read_reference(npz: Npz) -> Reference:
-    """Read statistics (and features) from an .npz of this project, of ADM or of EDM.
+    """Read the statistics and features of an .npz file.
 
-    Of this project: it has a `layout`. ADM: mu, sigma, mu_s, sigma_s in NHWC order without a `layout`. EDM: mu and
+    Files of this project have a `layout`. ADM: mu, sigma, mu_s, sigma_s in NHWC order without a `layout`. EDM: mu and
     sigma. Spatial statistics are returned in NCHW order. Raises UserError for a file that lacks a key, holds other
     shapes, or spatial values in another order.
     """
     layout = _optional(npz, "layout", "U", 0, "a text") or "NHWC"
     if layout not in LAYOUTS:
-        raise UserError(f"{npz.where}: has the layout {layout!r}; it must be 'NCHW' or 'NHWC'")
+        raise UserError(f"{npz.where}: has the layout {layout!r}; use 'NCHW' or 'NHWC'")
     n = _optional(npz, "n", "iu", 0, COUNT)
     if n is not None and (n < 0 or n == 1):
         raise UserError(f"{npz.where}: 'n' must be {COUNT}, not {n}")
@@ -133,7 +136,7 @@ def _numbers(npz: Npz, key: str, shape: tuple[int, ...]) -> Tensor:
         raise UserError(f"{npz.where}: lacks {key!r}; give reference statistics or images")
     header = npz.header(key)
     wrong = f"{npz.where}: {key!r} must hold finite numbers of shape {list(shape)}, not"
-    if header.shape != shape or header.dtype.kind != "f":  # before reading: a wrong array may have any size
+    if header.shape != shape or header.dtype.kind != "f":  # check before reading: a wrong array may have any size
         raise UserError(f"{wrong} {header.dtype} of shape {list(header.shape)}")
     array = npz.read(key)
     if not np.isfinite(array).all():
@@ -142,7 +145,7 @@ def _numbers(npz: Npz, key: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def _optional(npz: Npz, key: str, kinds: str, dimensions: int, expected: str) -> Any:
-    """Read a text, an integer or a list of integers; None if the file lacks it."""
+    """Read an optional text, integer or list of integers; None if absent."""
     if key not in npz.keys:
         return None
     shape, _, dtype = npz.header(key)
@@ -152,10 +155,11 @@ def _optional(npz: Npz, key: str, kinds: str, dimensions: int, expected: str) ->
 
 
 def check_layout(mean: Tensor, layout: str, where: str) -> None:
-    """Raise UserError if spatial means [D] are clearly not in the order `layout`; `where` names the file.
+    """Raise UserError if spatial means [D] are clearly not in order `layout`.
 
-    Channels respond to different features, so their levels differ much more than the positions within one channel: in
-    the right order most of the variance lies between channels, in the wrong one every group mixes all of them.
+    where: name of the file. Channels respond to different features, so their levels differ much more than the positions
+    within one channel: in the right order most of the variance lies between channels, in the wrong one every group
+    mixes all of them.
     """
     shares = {
         "NCHW": _channel_share(mean.reshape(SPATIAL_CHANNELS, -1)),
@@ -170,6 +174,6 @@ def check_layout(mean: Tensor, layout: str, where: str) -> None:
 
 
 def _channel_share(channels: Tensor) -> float:
-    """Return the share of the variance of means [C,positions] that lies between channels."""
+    """Compute the between-channel share of the variance of means [C,positions]."""
     total = channels.var(correction=0)
     return float(channels.mean(1).var(correction=0) / total) if total > 0 else 0.0

@@ -1,4 +1,4 @@
-"""Load a reference from images, through Inception once, or from a file of statistics."""
+"""Load a reference from images or from a file of statistics."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ CHOICE_SEED = 0
 
 
 class ReferenceSource:
-    """Folder or zip of images, ADM sample or reference .npz, EDM statistics, or a file of `Reference.save`.
+    """Source of a reference: images or a file of statistics.
 
-    Results computed from images are cached in the folder `cache`, by the images and the Inception weights. Statistics
-    in a file are used unchanged. Pool features of at most `max_features` images are kept (0: none), as Kynkäänniemi et
-    al. and ADM compare with 10,000: of more images, a fixed random subset, as names are sorted by class. resolution:
-    (H, W) of the generated images; larger reference images are box-averaged if they are a whole multiple (unless the
-    file has statistics, which belong to its images unchanged). subset: a folder inside a folder or zip. option: the
-    user's name of `path`. Raises UserError that names it, already here for a path that cannot be a reference.
+    path: a folder or zip of images, a sample or reference .npz of ADM, statistics of EDM, or a file of
+    `Reference.save`. cache: folder for results computed from images, by hash of the images and the Inception weights.
+    Statistics in a file are used unchanged. max_features: number of images whose pool features are kept (0: none); of
+    more images, a fixed random subset, because names are sorted by class. Kynkäänniemi et al. and ADM compare with
+    10,000. resolution: (H, W) of the generated images; larger reference images are box-averaged if they are a whole
+    multiple, unless the file has statistics of the original images. subset: a folder inside a folder or zip. option:
+    key of `path`, for messages. Raises UserError naming the option for a path that cannot be a reference.
     """
 
     def __init__(
@@ -64,17 +65,17 @@ class ReferenceSource:
             self.images = open_image_set(self.path, option, size, subset)
 
     def check(self) -> None:
-        """Read a file of statistics; raise UserError if it is damaged, before images are sampled."""
+        """Read a file of statistics before images are sampled. Raises UserError if it is damaged."""
         if self._statistics is not None:
             read_reference(self._statistics)
 
     def load(
         self, inception: Inception, device: torch.device | str, batch_size: int = 64, show_progress: bool = True
     ) -> Reference:
-        """Return the reference; compute on `device` and cache what the cache lacks.
+        """Load the reference, from the cache if possible.
 
-        One process does all the work: with several, call it on one and then on the others, which read the cache.
-        Raises UserError for a damaged file, wrong shapes, or spatial statistics in the wrong order.
+        Otherwise compute it on `device` and cache it. With several ranks, call it on one rank first; the others then
+        read the cache. Raises UserError for a damaged file, wrong shapes, or spatial statistics in the wrong order.
         """
         stored = read_reference(self._statistics) if self._statistics is not None else None
         if self.images is None:
@@ -87,7 +88,7 @@ class ReferenceSource:
         wanted = _digest(self.images.source_hash, inception.weights_hash, str(self.max_features))
         file = self.cache / f"reference-{wanted[:16]}.npz"
         kept = self._cached(file) if file.exists() else None
-        if kept is None or kept.source_hash != wanted or kept.averaging is None:  # older files lack the averaging
+        if kept is None or kept.source_hash != wanted or kept.averaging is None:  # older files have no averaging
             kept = self._compute(self.images, stored, inception, device, batch_size, show_progress)
             kept = replace(kept, source_hash=wanted)
             kept.save(file)
@@ -113,7 +114,7 @@ class ReferenceSource:
         batch_size: int,
         show_progress: bool,
     ) -> Reference:
-        """Compute statistics of all images (unless `stored`) and features of the chosen ones."""
+        """Compute features of the chosen images, and statistics of all unless `stored`."""
         chosen = _choice(len(images), self.max_features).tolist()
         indices = list(range(len(images))) if stored is None else chosen
         is_chosen = torch.isin(torch.tensor(indices), torch.tensor(chosen))
@@ -144,7 +145,10 @@ class ReferenceSource:
 
 
 def _choice(count: int, most: int) -> Tensor:
-    """Return ascending indices of at most `most` of `count` images, a fixed draw without replacement."""
+    """Draw at most `most` of `count` indices, ascending.
+
+    The draw is fixed, without replacement.
+    """
     order = torch.randperm(count, generator=torch.Generator().manual_seed(CHOICE_SEED))
     return order[:most].sort().values
 

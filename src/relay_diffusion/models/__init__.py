@@ -1,4 +1,4 @@
-"""The stages of a relay, and the relay that chains them: LightningModules."""
+"""LightningModules of a relay: its stages and the chain of them."""
 
 from relay_diffusion.models.cascade import CascadeStage
 from relay_diffusion.models.relay import Relay

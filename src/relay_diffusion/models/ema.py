@@ -12,8 +12,8 @@ from torch import Tensor
 class WeightAverage:
     """Exponential moving average of a network's parameters, in float32.
 
-    `half_life_images`: images after which the weight of an old state has halved. `ramp_up`: share of the images seen
-    that the half-life may not exceed; None disables the limit. `weights`: the average to continue, by parameter name;
+    `half_life_images`: images after which the weight of an old state has halved. `ramp_up`: upper limit of the
+    half-life as a share of the images seen; None disables it. `weights`: the average to continue, by parameter name;
     empty starts from the network's parameters.
     """
 
@@ -30,11 +30,17 @@ class WeightAverage:
         self.weights = {k: source[k].detach().to(p.device, torch.float32, copy=True) for k, p in present.items()}
 
     def half_life(self, seen: int) -> float:
-        """min(half_life_images, seen ramp_up): the half-life in images after `seen` images."""
+        """Return the half-life in images after `seen` images.
+
+        min(half_life_images, seen ramp_up).
+        """
         return self.half_life_images if self.ramp_up is None else min(self.half_life_images, seen * self.ramp_up)
 
     def beta(self, batch: int, seen: int) -> float:
-        """Weight of the old average after `batch` more images than `seen`: 0.5 ** (batch / max(half-life, 1e-8))."""
+        """Return the weight of the old average in an update.
+
+        After `batch` more images than `seen`: 0.5 ** (batch / max(half-life, 1e-8)).
+        """
         return float(0.5 ** (batch / max(self.half_life(seen), 1e-8)))
 
     @torch.no_grad()
@@ -48,7 +54,10 @@ class WeightAverage:
 
     @contextmanager
     def applied_to(self, network: torch.nn.Module) -> Iterator[None]:
-        """Give the network the averaged weights inside the block, and restore its own afterwards."""
+        """Use the averaged weights in the network during the block.
+
+        The network's weights are restored afterwards.
+        """
         parameters = dict(network.named_parameters())
         raw = {name: p.detach().clone() for name, p in parameters.items()}
         try:

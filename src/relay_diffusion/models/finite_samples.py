@@ -1,4 +1,4 @@
-"""Detect non-finite samples on the device, and find the noise level of the first."""
+"""Detection of non-finite samples, and of the noise level where they appear."""
 
 from __future__ import annotations
 
@@ -12,22 +12,29 @@ from relay_diffusion.diffusion.guidance import Denoiser
 from relay_diffusion.errors import UserError
 from relay_diffusion.samplers import Sampler
 
-SHOWN_SEEDS = 4  # a message names so many
+SHOWN_SEEDS = 4  # number of seeds that a message lists
 
 
 class NonFiniteSamplesError(UserError):
-    """Samples that hold nan or infinity; the message names stage, seeds, sigma and remedy."""
+    """Samples with nan or infinity.
+
+    The message names stage, seeds, noise level and remedy.
+    """
 
 
 def finite(images: Tensor) -> Tensor:
-    """Whether each image is finite: [B,C,H,W] -> bool [B] on the same device. One reduction, no synchronization."""
+    """Return whether each image is finite: [B,C,H,W] -> bool [B].
+
+    On the same device: one reduction without synchronization.
+    """
     return torch.stack(torch.aminmax(images.flatten(1), dim=1)).isfinite().all(0)
 
 
-def first_nonfinite(sampler: Sampler, draw: Callable[[Callable[..., Tensor]], Tensor]) -> str | None:
-    """Draw a batch once more; describe the first state or estimate that is not finite.
+def first_nonfinite_level(sampler: Sampler, draw: Callable[[Callable[..., Tensor]], Tensor]) -> str | None:
+    """Sample a batch again and describe the first non-finite state or estimate.
 
-    draw: samples the batch with another sampler. None if everything stayed finite. Waits for the device at each step.
+    draw: samples the batch with a given sampler. None if everything stayed finite. Synchronizes with the device at each
+    step.
     """
     found: list[str] = []
 
@@ -55,12 +62,15 @@ def nonfinite_samples(
     sampler: Sampler,
     draw: Callable[[Callable[..., Tensor]], Tensor],
 ) -> NonFiniteSamplesError:
-    """Build the error for a batch in which some samples are not `finite` [B]; `draw` as in `first_nonfinite`."""
-    where = first_nonfinite(sampler, draw) or "but not when sampled once more"
+    """Build the error for a batch with non-finite samples.
+
+    finite: bool [B]. draw: as in `first_nonfinite_level`.
+    """
+    where = first_nonfinite_level(sampler, draw) or "but not when sampled once more"
     lost = list(dict.fromkeys(seed for seed, fine in zip(seeds, finite, strict=True) if not fine))
     named = ", ".join(map(str, lost[:SHOWN_SEEDS]))
     named += f" and {len(lost) - SHOWN_SEEDS} more" if len(lost) > SHOWN_SEEDS else ""
     return NonFiniteSamplesError(
         f"{stage}: the samples of seed{'s' if len(lost) > 1 else ''} {named} are not finite, {where}: use another "
-        "checkpoint, or precision 32-true or bf16-mixed if it was 16-mixed"
+        "checkpoint, or precision 32-true or bf16-mixed instead of 16-mixed"
     )

@@ -1,24 +1,23 @@
-"""Replace non-finite gradients, as published; compute their norm; count steps without finite ones."""
+"""Non-finite gradients, the gradient norm, and consecutive non-finite steps."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim import Optimizer
 
 from relay_diffusion.kernels import HAVE_TRITON
 
-GRADIENT_LIMIT = 1e5  # what an infinite gradient becomes, as published
+GRADIENT_LIMIT = 1e5  # replaces an infinite gradient, as published
 
 
 def replace_nonfinite(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
-    """Set NaN gradients to 0 and infinite ones to +-1e5, in place; return their number, on the device.
+    """Replace NaN gradients by 0 and infinite ones by +-1e5, in place.
 
-    On a GPU one kernel reads all gradients once, and writes only what it replaces.
+    As published. Returns the number of replaced elements, on the device. On a GPU one kernel reads all gradients once,
+    and writes only what it replaces.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
@@ -33,24 +32,19 @@ def replace_nonfinite(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
     return torch.stack(counts).sum()
 
 
-def keep_fused(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Keep this run's `fused` setting in a loaded optimizer state."""
-    if "fused" not in optimizer.defaults:
-        return state
-    fused = optimizer.defaults["fused"]
-    return state | {"param_groups": [group | {"fused": fused} for group in state["param_groups"]]}
-
-
 class GradientNorm:
-    """Mean over optimizer steps of the L2 norm of all gradients, summed on the device without synchronization."""
+    """Mean L2 norm of all gradients over optimizer steps.
+
+    Summed on the device without synchronization.
+    """
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None  # [2]: sum of the norms, number of steps
 
     def add(self, parameters: Iterable[torch.nn.Parameter], taken: Tensor | None = None) -> Tensor:
-        """Count the norm of a step's gradients, and return it.
+        """Add the norm of a step's gradients, and return it.
 
-        `taken`: bool on the device, whether the step will take place.
+        `taken`: bool on the device, whether the step will take place; None counts it.
         """
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients:
@@ -62,18 +56,19 @@ class GradientNorm:
         return norm
 
     def take(self) -> float | None:
-        """The mean since the last call; None if there was no step."""
+        """Return the mean since the last call; None without a step."""
         total, steps = (0.0, 0.0) if self._sums is None else self._sums.tolist()
         self._sums = None
         return total / steps if steps else None
 
 
 class NonfiniteSteps:
-    """Count consecutive optimizer steps without a finite loss or without a finite gradient, on the device.
+    """Number of consecutive optimizer steps without finite loss or gradient.
 
-    A step counts if the loss of every image (of all micro-batches and ranks), or every gradient element, is not
-    finite; a step with a finite loss and a finite gradient sets the count back to 0. Steps that the fp16 loss scaler
-    skips because of their gradients change nothing; losses are not scaled, so a non-finite one always counts.
+    Counted on the device. A step counts if the loss of every image (of all micro-batches and ranks), or every gradient
+    element, is not finite; a step with a finite loss and a finite gradient resets the count to 0. Steps that the fp16
+    loss scaler skips because of their gradients change nothing; losses are not scaled, so a non-finite one always
+    counts.
     """
 
     def __init__(self) -> None:
@@ -86,7 +81,7 @@ class NonfiniteSteps:
         self._finite_loss = finite if self._finite_loss is None else self._finite_loss | finite
 
     def end_step(self, finite_gradient: Tensor, taken: Tensor | None = None, world_size: int = 1) -> None:
-        """Count an optimizer step. Every rank must call.
+        """Count an optimizer step (collective).
 
         finite_gradient: bool on the device, whether any gradient element was finite; equal on all ranks.
         taken: bool on the device, whether the loss scaler lets the step take place; None without one.
@@ -99,16 +94,19 @@ class NonfiniteSteps:
         if self.count is None:
             self.count = torch.zeros((), dtype=torch.int32, device=finite_loss.device)
         after = torch.where(good_loss & good_gradient, 0, self.count + 1)
-        if taken is not None:  # skipped with a finite loss: the scale was too large, the weights are not to blame
+        if taken is not None:  # a skipped step with a finite loss means that the loss scale was too large
             after = torch.where(good_loss & ~taken.to(after.device), self.count, after)
         self.count, self._finite_loss = after, None
 
     def now(self) -> int:
-        """The present count; waits for the device."""
+        """Return the present count (synchronizes with the device)."""
         return 0 if self.count is None else int(self.count)
 
 
 def _is_dense(gradient: Tensor) -> bool:
-    """Whether a gradient is float32 and dense in memory, as the kernel needs."""
+    """Return whether a gradient is float32 and dense in memory.
+
+    The kernel needs both.
+    """
     last = gradient.dim() == 4 and gradient.is_contiguous(memory_format=torch.channels_last)
     return gradient.dtype == torch.float32 and (last or gradient.is_contiguous())

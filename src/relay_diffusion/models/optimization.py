@@ -1,4 +1,4 @@
-"""Hooks around the optimizer step, with all amounts in images."""
+"""Hooks around the optimizer step; all amounts are in images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from relay_diffusion.models.ema import WeightAverage
-from relay_diffusion.models.gradients import GradientNorm, NonfiniteSteps, keep_fused, replace_nonfinite
+from relay_diffusion.models.gradients import GradientNorm, NonfiniteSteps, replace_nonfinite
 
 
 @dataclass
@@ -20,8 +20,8 @@ class FitState:
     """State that the callbacks of one fit share, as `stage.fit_state`.
 
     stop_signal: the signal that stops all ranks; 0 without one. stop_reason: the option that ended training early.
-    kept_checkpoint: the checkpoint that stays if the present state is not saved. metrics: the latest row of the
-    training log. excluded_seconds: time spent on other work than training.
+    kept_checkpoint: the checkpoint that remains if the present state is not saved. metrics: the latest row of the
+    training log. excluded_seconds: time spent outside training.
     """
 
     stop_signal: int = 0
@@ -32,9 +32,10 @@ class FitState:
 
 
 class OptimizationHooks(L.LightningModule):
-    """Warm up, clean and clip the gradients of `denoiser`, count images, and update its average `ema`.
+    """Hooks for warm-up, gradient clipping, weight averaging and counting images.
 
-    A subclass calls `add_pending` for each micro-batch and `prepare_optimizer` for the optimizer that it configures.
+    Applied to the gradients of `denoiser` and its average `ema`. A subclass calls `add_pending` for each micro-batch
+    and `prepare_optimizer` for the optimizer that it configures. Raises ValueError for a negative warmup_images.
     """
 
     denoiser: torch.nn.Module
@@ -44,44 +45,50 @@ class OptimizationHooks(L.LightningModule):
         if not warmup_images >= 0:
             raise ValueError(f"warmup_images={warmup_images}: must be at least 0")
         self.warmup_images = warmup_images
-        self.images_seen = images_seen  # images whose gradients the weights have seen
-        self.ema: WeightAverage | None = None  # of the denoiser; set by a callback at the start of a fit
+        self.images_seen = images_seen  # images whose gradients have updated the weights
+        self.ema: WeightAverage | None = None  # average of the denoiser; a callback sets it at the start of a fit
         self.fit_state = FitState()
         self.replaced_gradients: Tensor | int = 0  # non-finite gradient elements replaced so far
-        self.gradient_norm = GradientNorm()  # after non-finite elements are replaced, before clipping
+        self.gradient_norm = GradientNorm()  # computed after replacing non-finite elements, before clipping
         self.nonfinite_steps = NonfiniteSteps()
-        self._pending = 0  # images of the current step so far
-        self._norm: Tensor | None = None  # of the present step's gradients
+        self._pending = 0  # images of the current step
+        self._norm: Tensor | None = None  # norm of the current step's gradients
         self._base_lrs: list[float] = []
 
     @property
     def mid_accumulation(self) -> bool:
-        """Whether images were seen whose gradients have not moved the weights yet."""
+        """Return whether accumulated gradients have not updated the weights yet."""
         return self._pending > 0
 
     def add_pending(self, images: int, per_image: Tensor) -> None:
-        """Count a micro-batch of `images` over all ranks, with this rank's losses [B]."""
+        """Count a micro-batch and its losses.
+
+        images: number over all ranks. per_image: losses [B] of this rank.
+        """
         self._pending += images
         self.nonfinite_steps.add_losses(per_image)
 
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
-        """Note the learning rates that warm-up scales, and keep this run's `fused` setting."""
-        optimizer.register_load_state_dict_pre_hook(keep_fused)
+        """Store the learning rates for warm-up, and keep this run's `fused` setting."""
+        optimizer.register_load_state_dict_pre_hook(_keep_fused)
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Use the averaged weights inside the block, if training keeps an average."""
+        """Use the averaged weights in the block, if training keeps an average."""
         return nullcontext() if self.ema is None else self.ema.applied_to(self.denoiser)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Set the warmed-up learning rate, replace and count non-finite gradients, and note their norm."""
+        """Set the learning rate, replace non-finite gradients, and compute their norm.
+
+        Replaced gradient elements are counted.
+        """
         warmth = min(self.images_seen / self.warmup_images, 1.0) if self.warmup_images else 1.0
         for group, lr in zip(optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = lr * warmth
         replaced = replace_nonfinite(self.denoiser.parameters())
         elements = sum(p.grad.numel() for p in self.denoiser.parameters() if p.grad is not None)
         self.replaced_gradients = self.replaced_gradients + replaced
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # unscaled by now
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # gradients are unscaled already
         taken = replaced == 0 if scaled else None  # with fp16, Lightning skips a step with infinite gradients
         self.nonfinite_steps.end_step(replaced < elements, taken, self.trainer.world_size)
         self._norm = self.gradient_norm.add(self.denoiser.parameters(), taken)
@@ -92,10 +99,10 @@ class OptimizationHooks(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the L2 norm of the gradients, or each element, after non-finite ones were replaced.
+        """Clip the L2 norm of the gradients, or each element.
 
-        Lightning's own clipping refuses a fused optimizer under mixed precision, where it is sound: gradients are
-        unscaled by now.
+        Non-finite gradients were replaced before. Lightning's own clipping rejects a fused optimizer under mixed
+        precision, where clipping is valid: the gradients are unscaled already.
         """
         if not gradient_clip_val:
             return
@@ -118,9 +125,10 @@ class OptimizationHooks(L.LightningModule):
         """Reset the state of an earlier fit."""
         if stage == "fit":
             self.nonfinite_steps, self.fit_state, self.ema = NonfiniteSteps(), FitState(), None
+            self.gradient_norm, self._pending = GradientNorm(), 0  # left by a fit that failed between two steps
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the counts."""
+        """Save the counts."""
         checkpoint["images_seen"] = self.images_seen
         checkpoint["replaced_gradients"] = int(self.replaced_gradients)
 
@@ -128,3 +136,11 @@ class OptimizationHooks(L.LightningModule):
         """Restore the counts."""
         self.images_seen = checkpoint["images_seen"]
         self.replaced_gradients = checkpoint["replaced_gradients"]
+
+
+def _keep_fused(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Keep this run's `fused` setting in a loaded optimizer state."""
+    if "fused" not in optimizer.defaults:
+        return state
+    fused = optimizer.defaults["fused"]
+    return state | {"param_groups": [group | {"fused": fused} for group in state["param_groups"]]}

@@ -1,4 +1,4 @@
-"""A relay: stages in order, each starting from the images of the one before."""
+"""Relay: stages in order, each starting from the previous one's images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from relay_diffusion.diffusion.pixels import to_float, to_uint8
+from relay_diffusion.diffusion.pixels import ROUNDING, to_float, to_uint8
 from relay_diffusion.errors import UserError, require
 from relay_diffusion.models.finite_samples import finite, nonfinite_samples
 from relay_diffusion.models.sample_arguments import ClassLabels, Integers, image_batch, label_tensor, seed_list
@@ -21,7 +21,10 @@ from relay_diffusion.samplers import Sampler
 
 
 def _check_chain(stages: Mapping[str, DiffusionStage]) -> None:
-    """Raise UserError, naming both, for stages that do not fit each other."""
+    """Raise UserError unless each stage fits the previous one.
+
+    The message names both.
+    """
     require(len(stages) > 0, "relay.stages is empty: a relay needs at least a first stage")
     for before, name in itertools.pairwise(stages):
         small, large, option = stages[before], stages[name], f"relay.stages.{name}"
@@ -34,7 +37,7 @@ def _check_chain(stages: Mapping[str, DiffusionStage]) -> None:
         )
         channels, classes = (small.image_channels, large.image_channels), (small.num_classes, large.num_classes)
         require(len({*channels}) == 1, f"{option} has {channels[1]} image channels, {before} has {channels[0]}")
-        require(0 in classes or len({*classes}) == 1, f"{option} knows {classes[1]} classes, {before} {classes[0]}")
+        require(0 in classes or len({*classes}) == 1, f"{option} has {classes[1]} classes, {before} has {classes[0]}")
         names = small.info.class_names, large.info.class_names
         require(
             not all(names) or names[0] == names[1],
@@ -43,13 +46,13 @@ def _check_chain(stages: Mapping[str, DiffusionStage]) -> None:
 
 
 class Relay(L.LightningModule):
-    """Chain any number of stages, of any integer factors; predicts images from (seeds, labels).
+    """Chain of stages with any integer factors.
 
-    A first stage that enlarges starts from images that are given (`start`), others from noise.
-    `hand_over_sigma`: the first stage stops at that noise level and hands over its estimate. `rounding` to 8 bits
-    is "nearest" or "floor"; `postprocess` changes the 8-bit images [B,C,H,W]. `samplers`: those of the stages, by name;
-    replacing one here leaves the stage as it is.
-    Raises UserError if a stage's output is not what the next one starts from.
+    Predicts images from (seeds, labels). A first stage that enlarges starts from given images (`start`), others from
+    noise. `hand_over_sigma`: the first stage stops at that noise level and passes its estimate on. `rounding` to 8 bits
+    is "nearest" or "floor"; `postprocess` changes the 8-bit images [B,C,H,W]. `samplers`: the samplers of the stages,
+    by name; replacing one in the relay leaves the stage unchanged.
+    Raises UserError if the output of a stage does not fit the input of the next one, ValueError for another rounding.
     """
 
     def __init__(
@@ -61,7 +64,9 @@ class Relay(L.LightningModule):
     ) -> None:
         super().__init__()
         _check_chain(stages)
-        self._names = list(stages)  # a ModuleDict refuses some names ("keys", "pop")
+        if rounding not in ROUNDING:
+            raise ValueError(f"rounding={rounding}: use {' or '.join(ROUNDING)}")
+        self._names = list(stages)  # a ModuleDict rejects some names ("keys", "pop")
         self.stages = nn.ModuleList(stages.values())
         self.rounding, self.postprocess = rounding, postprocess
         self.samplers = {name: stage.sampler for name, stage in stages.items()}
@@ -73,9 +78,12 @@ class Relay(L.LightningModule):
 
     @staticmethod
     def _stopped(name: str, first: DiffusionStage, sigma: float) -> Sampler:
-        """The sampler of the first stage, stopped at a noise level."""
+        """Return the first stage's sampler, stopped at a noise level.
+
+        Raises UserError if it does not start from noise or cannot stop there.
+        """
         if first.corruption.block != 1:
-            raise UserError(f"relay.hand_over_sigma={sigma}: relay.stages.{name} does not start from noise")
+            raise UserError(f"relay.hand_over_sigma={sigma}: relay.stages.{name} does not start from noise; use null")
         if not hasattr(first.sampler, "stopping_at"):
             kind = type(first.sampler).__name__
             raise UserError(f"relay.hand_over_sigma={sigma}: the {kind} of relay.stages.{name} cannot stop early")
@@ -85,32 +93,38 @@ class Relay(L.LightningModule):
             raise UserError(f"relay.hand_over_sigma={sigma}: {error}") from None
 
     def chain(self) -> dict[str, DiffusionStage]:
-        """The stages by name, in order."""
+        """Stages by name, in order."""
         return {name: cast(DiffusionStage, stage) for name, stage in zip(self._names, self.stages, strict=True)}
 
     @property
     def num_classes(self) -> int:
-        """Classes of the relay; 0: unconditional."""
+        """Number of classes; 0: unconditional."""
         return max(stage.num_classes for stage in self.chain().values())
 
     @property
     def class_names(self) -> list[str]:
-        """Class names of the first stage that has any; empty without."""
+        """Class names of the first stage that has any; else empty."""
         return next((stage.info.class_names for stage in self.chain().values() if stage.info.class_names), [])
 
     @property
     def start_resolution(self) -> int | None:
-        """Pixels along one side of the images that the first stage enlarges; None: it starts from noise."""
+        """Side in pixels of the images that the first stage enlarges.
+
+        None: it starts from noise.
+        """
         first = next(iter(self.chain().values()))
         return None if first.corruption.block == 1 else first.resolution // first.corruption.block
 
     @property
     def resolution(self) -> int:
-        """Pixels along one side of the final images."""
+        """Side in pixels of the final images."""
         return list(self.chain().values())[-1].resolution
 
     def describe(self) -> dict[str, Any]:
-        """Describe what determines the images: settings of each stage, hand-over and conversion to 8 bits."""
+        """Describe everything that determines the images.
+
+        Settings of each stage, hand-over and conversion to 8 bits.
+        """
         stages = {
             name: {
                 **stage.info.origin,
@@ -133,14 +147,15 @@ class Relay(L.LightningModule):
     def sample_stages(
         self, seeds: Integers, labels: ClassLabels | None = None, start: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """The images [B,C,H,W] of every stage by name, in about [-1, 1]; see `sample`."""
+        """Sample the images [B,C,H,W] of every stage, by name.
+
+        In about [-1, 1]; arguments and errors as in `sample`.
+        """
         seeds = seed_list(seeds)
         labels = label_tensor(labels, len(seeds), self.num_classes, self.class_names)
         size, channels = self.start_resolution, next(iter(self.chain().values())).image_channels
         if (start is None) != (size is None):
-            wanted = (
-                "starts from noise: leave it out" if size is None else f"enlarges images of {size}x{size}: give them"
-            )
+            wanted = "starts from noise: remove it" if size is None else f"enlarges images of {size}x{size}: give them"
             raise ValueError(f"start: the first stage of this relay {wanted}")
         if start is not None and size is not None:
             start = image_batch("start", start, (len(seeds), channels, size, size))
@@ -149,30 +164,37 @@ class Relay(L.LightningModule):
         return images
 
     def sample(self, seeds: Integers, labels: ClassLabels | None = None, start: Tensor | None = None) -> Tensor:
-        """Final images [B,C,H,W] in about [-1, 1], one for each seed.
+        """Sample final images [B,C,H,W] in about [-1, 1], one per seed.
 
-        seeds: integers of 0..2^63-1 as a range, list, array or tensor [B], or one integer. labels: class indices
-        or names [B], -1 or None for no class, or one for all; a stage that knows no classes ignores them.
+        seeds: integers in 0..2^63-1 as a range, list, array or tensor [B], or one integer. labels: class indices
+        or names [B], -1 or None for no class, or one for all; unconditional stages ignore them.
         start: images [B,C,h,w], uint8 or in [-1, 1], for a relay whose first stage enlarges.
-        Waits for the device. Raises ValueError if an argument does not fit, UserError for classes that no stage knows,
-        NonFiniteSamplesError (a UserError) if a stage's samples hold nan or infinity.
+        Synchronizes with the device. Raises ValueError if an argument does not fit, UserError for classes that no stage
+        has, NonFiniteSamplesError (a UserError) if a stage's samples hold nan or infinity.
         """
         return list(self.sample_stages(seeds, labels, start).values())[-1]
 
     def _draw(
         self, seeds: Sequence[int], labels: Tensor | None, start: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor, Callable[[Tensor], None]]:
-        """Return the images by stage, their finiteness (bool [stages,B]), and a function that checks it."""
+        """Sample the images of all stages without synchronization.
+
+        Returns the images by stage, their finiteness (bool [stages,B]), and a function that raises
+        NonFiniteSamplesError for that finiteness.
+        """
         images: dict[str, Tensor] = {}
         draws, fine, previous = [], [], start
         for name, stage in self.chain().items():
             draws.append(partial(stage.draw, seeds, labels if stage.num_classes else None, previous))
             images[name] = draws[-1](self.samplers[name])
-            fine.append(finite(images[name]))  # before an infinity is clamped
+            fine.append(finite(images[name]))  # clamping would hide an infinity
             previous = images[name].clamp(-1, 1)  # the next stage was trained on means of real images
 
         def check(fine: Tensor) -> None:
-            """Raise NonFiniteSamplesError naming the first stage whose samples are not finite; waits for the device."""
+            """Raise NonFiniteSamplesError for the first stage with non-finite samples.
+
+            Synchronizes with the device.
+            """
             for name, draw, whole in zip(images, draws, fine.tolist(), strict=True):
                 if not all(whole):
                     raise nonfinite_samples(f"relay.stages.{name}", seeds, whole, self.samplers[name], draw)
@@ -180,20 +202,23 @@ class Relay(L.LightningModule):
         return images, torch.stack(fine), check
 
     def finish(self, images: Tensor) -> Tensor:
-        """Images [B,C,H,W] in [-1, 1] as the 8-bit images that are written and measured."""
+        """Convert images [B,C,H,W] in [-1, 1] to 8-bit images.
+
+        These are the images that are written and evaluated.
+        """
         pixels = to_uint8(images, self.rounding)
         return pixels if self.postprocess is None else self.postprocess(pixels)
 
     def to_pil(self, images: Tensor) -> list[Image.Image]:
-        """Images [B,C,H,W], as `sample` or `finish` gives them, as PIL images."""
+        """Convert images [B,C,H,W] of `sample` or `finish` to PIL images."""
         pixels = images if images.dtype == torch.uint8 else self.finish(images)
         pixels = pixels[:, 0] if pixels.shape[1] == 1 else pixels.permute(0, 2, 3, 1)
         return [Image.fromarray(image) for image in pixels.cpu().numpy()]
 
     def predict_step(self, batch: SampleBatch, batch_idx: int) -> Samples:  # noqa: ARG002
-        """A SampleBatch -> Samples of the positions that it wants, their final images on the CPU.
+        """Sample a SampleBatch; return Samples of its wanted positions.
 
-        Raises NonFiniteSamplesError, so that no image of the batch is written.
+        The final images are on the CPU. Raises NonFiniteSamplesError before any image of the batch is written.
         """
         labels = batch.labels if self.num_classes else None
         start = None if batch.start is None else to_float(batch.start)
@@ -203,7 +228,7 @@ class Relay(L.LightningModule):
         stages |= images
         wanted = {name: images[: len(batch.positions)] for name, images in stages.items()}
         fine = fine.to("cpu", non_blocking=True)
-        pixels = self.finish(list(wanted.values())[-1]).cpu()  # the only synchronization: `fine` was copied before
+        pixels = self.finish(list(wanted.values())[-1]).cpu()  # the only synchronization; `fine` is copied before it
         check(fine)
         return Samples(batch.positions, pixels, wanted)
 
@@ -211,7 +236,7 @@ class Relay(L.LightningModule):
 class Samples(NamedTuple):
     """Samples of one batch.
 
-    positions [B]: places in the list of all images. images: uint8 [B,C,H,W], final. stages: the images of every
+    positions [B]: indices in the list of all images. images: uint8 [B,C,H,W], final. stages: the images of every
     stage by name, float [B,C,H,W] in about [-1, 1], after the "start" if one was given.
     """
 
@@ -221,9 +246,10 @@ class Samples(NamedTuple):
 
 
 class SampleBatch(NamedTuple):
-    """positions [P] in the plan, seeds [B], labels [B] (-1: none), start: uint8 [B,C,h,w] or None.
+    """Seeds, labels and start images of one batch.
 
-    The first P <= B are wanted; the others fill the batch up.
+    positions [P] in the plan, seeds [B], labels [B] (-1: none), start: uint8 [B,C,h,w] or None.
+    The first P <= B images are wanted; the others pad the batch.
     """
 
     positions: Tensor

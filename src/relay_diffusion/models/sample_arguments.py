@@ -1,4 +1,4 @@
-"""Check arguments of sampling: seeds, class labels, images to start from."""
+"""Validation of sampling arguments: seeds, class labels, start images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.utils.messages import did_you_mean
 
 MAX_SEED = 2**63 - 1
-LARGEST_VALUE = 8.0  # of images in [-1, 1], which samples exceed a little; pixels in 0..255 exceed it
+LARGEST_VALUE = 8.0  # samples exceed [-1, 1] a little; pixels in 0..255 exceed this limit
 
 Integers = int | Sequence[int] | Tensor | np.ndarray
 """One integer, or a range, list, tuple, array or tensor of them."""
@@ -26,9 +26,10 @@ ClassLabels = Integers | str | Sequence[str]
 
 
 def seed_list(seeds: Integers) -> list[int]:
-    """Return seeds as a list: one integer, or a range, list, array or tensor [B].
+    """Convert seeds to a list.
 
-    Raises ValueError unless there is at least one and all lie in 0..2^63-1.
+    One integer, or a range, list, array or tensor [B]. Raises ValueError unless there is at least one and all lie in
+    0..2^63-1.
     """
     found = _integers("seeds", seeds)
     found = [found] if isinstance(found, int) else found
@@ -42,9 +43,10 @@ def seed_list(seeds: Integers) -> list[int]:
 def label_tensor(
     labels: ClassLabels | None, count: int, num_classes: int, class_names: Sequence[str] = ()
 ) -> Tensor | None:
-    """Return class labels [count] as a tensor on the CPU: one class for all images, or one for each; None stays.
+    """Convert class labels to a tensor [count] on the CPU.
 
-    Raises ValueError for another number or kind of labels, UserError for classes that the network does not know.
+    One class for all images, or one for each; None stays None. Raises ValueError for a wrong number or type of labels,
+    UserError for classes that the network does not have.
     """
     if labels is None:
         return None
@@ -53,18 +55,19 @@ def label_tensor(
     if len(found) != count:
         raise ValueError(f"labels holds {len(found)} for {count} seeds: give one for each, or one integer for all")
     if min(found) < NO_CLASS:
-        raise ValueError(f"labels holds {min(found)}: a class index is 0 or more, {NO_CLASS} means no class")
+        raise ValueError(f"labels holds {min(found)}: use class indices from 0, or {NO_CLASS} for no class")
     if max(found) >= 0 and not num_classes:
         raise UserError("class was given, but the model is unconditional: remove it (class=null)")
     if max(found) >= num_classes > 0:
-        raise UserError(f"class {max(found)}: the model knows classes 0..{num_classes - 1}")
+        raise UserError(f"class {max(found)}: the model has classes 0..{num_classes - 1}")
     return torch.tensor(found)
 
 
 def image_batch(name: str, images: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return images of `shape` [B,C,h,w] in [-1, 1]: uint8 is scaled, floats are taken as they are.
+    """Convert images of `shape` [B,C,h,w] to floats in [-1, 1].
 
-    Raises ValueError naming the argument for another type, dtype or shape, and for values far outside [-1, 1].
+    uint8 is scaled, floats are kept. Raises ValueError naming the argument for another type, dtype or shape, and for
+    values far outside [-1, 1].
     """
     if not isinstance(images, Tensor) or not (images.dtype == torch.uint8 or images.is_floating_point()):
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
@@ -82,7 +85,10 @@ def image_batch(name: str, images: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _class_indices(labels: Any, class_names: Sequence[str]) -> Any:
-    """Replace class names by their indices; raises UserError for an unknown name."""
+    """Replace class names by their indices.
+
+    Raises UserError for an unknown name.
+    """
     if isinstance(labels, str):
         if labels not in class_names:
             raise UserError(f"labels={labels[:60]}: unknown class{did_you_mean(labels, class_names)}")
@@ -93,7 +99,10 @@ def _class_indices(labels: Any, class_names: Sequence[str]) -> Any:
 
 
 def _integers(name: str, values: Any) -> int | list[int]:
-    """Integers of any usual type, one or a list. Raises ValueError naming the argument."""
+    """Convert one integer or a list of any usual type.
+
+    Raises ValueError naming the argument.
+    """
     given = values
     if isinstance(values, Tensor | np.ndarray):
         if values.ndim > 1:

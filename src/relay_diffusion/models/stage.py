@@ -1,4 +1,7 @@
-"""One stage of a relay: network, corruption, loss, sampler and optimizer as a LightningModule."""
+"""One relay stage as a LightningModule.
+
+Network, corruption, loss, sampler and optimizer.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from relay_diffusion.diffusion import (
-    Corruption,
-    Denoiser,
-    DenoisingLoss,
-    RandnLike,
-    check_guidance,
-    drop_labels,
-    guided,
-)
 from relay_diffusion.diffusion.augment import Augmentation
+from relay_diffusion.diffusion.corruption import Corruption
 from relay_diffusion.diffusion.generators import PerImageGenerator, mix_seeds
+from relay_diffusion.diffusion.guidance import Denoiser, check_guidance, drop_labels, with_guidance
+from relay_diffusion.diffusion.loss import DenoisingLoss
+from relay_diffusion.diffusion.noise import RandnLike
 from relay_diffusion.diffusion.pixels import to_float
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.finite_samples import finite, nonfinite_samples
@@ -37,9 +35,8 @@ OptimizerFactory = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
 class StageInfo:
     """Metadata of a stage.
 
-    config: the stage config from which a checkpoint rebuilds it. class_names: names of the classes, in order.
-    origin: the file and weights that a loaded stage came from, and those of its guide. images_seen: images of its
-    training so far.
+    config: the stage config from which a checkpoint is rebuilt. class_names: names of the classes, in order.
+    origin: file and choice of weights of a loaded stage, and those of its guide. images_seen: images of its training.
     """
 
     config: dict[str, Any] | None = None
@@ -51,18 +48,19 @@ class StageInfo:
 class DiffusionStage(OptimizationHooks):
     """Denoiser of a corruption with its loss, optimizer and sampler.
 
-    `augment`: augments training images; its labels are an input of the network, 0 in sampling.
-    `label_dropout`: share of labels hidden in training, which guidance away from the estimate without class needs.
-    `guidance_scale` 1 disables guidance; any other is applied where sigma lies in `guidance_interval` (null:
-    everywhere), away from the estimate without class, or from that of a weaker network if there is a `guide`.
-    `cuda_graphs`: on a GPU, the network is replayed from graphs instead of launching its kernels one by one.
-    `guide`: a weaker stage with the same images and classes. `info`: what is known about the stage besides its weights.
-    `warmup_images`: the learning rate rises linearly over so many images. `seed` fixes the training noise:
+    `augment`: augmentation of training images; its labels are an input of the network, 0 in sampling.
+    `label_dropout`: share of labels dropped in training, which classifier-free guidance needs.
+    `guidance_scale` 1 disables guidance; other scales apply where sigma lies in `guidance_interval` (null: everywhere),
+    as autoguidance if there is a `guide`, else as classifier-free guidance.
+    `cuda_graphs`: on a GPU, replay the network from CUDA graphs.
+    `guide`: a weaker stage with the same images and classes. `info`: metadata of the stage.
+    `warmup_images`: the learning rate rises linearly over so many images. `seed` determines the training noise:
     each step derives it from (seed, position in the data), so a resumed run repeats none.
+    Raises ValueError for an option out of range, or for parts that do not fit each other.
     """
 
     denoiser: EDMPreconditioner
-    conditioned = False  # whether another image is an input of the network
+    conditioned = False  # whether the network has another image as input
 
     def __init__(
         self,
@@ -84,7 +82,7 @@ class DiffusionStage(OptimizationHooks):
         info = StageInfo() if info is None else info
         super().__init__(warmup_images, info.images_seen)
         if not isinstance(denoiser, torch.nn.Module):
-            raise ValueError(f"denoiser must be a network, not a {type(denoiser).__name__}")
+            raise ValueError(f"denoiser is a {type(denoiser).__name__}: must be an EDMPreconditioner")
         if not 0 <= label_dropout <= 1:
             raise ValueError(f"label_dropout={label_dropout}: must lie between 0 and 1")
         if not 0 <= seed < 2**63:
@@ -93,7 +91,8 @@ class DiffusionStage(OptimizationHooks):
         self.optimizer_factory, self.augment = optimizer, augment
         if augment is not None and augment.labels != denoiser.network.augment_labels:
             raise ValueError(
-                f"network.augment_labels={denoiser.network.augment_labels}, but the augmentation has {augment.labels}"
+                f"network.augment_labels={denoiser.network.augment_labels}: the augmentation has {augment.labels}; "
+                f"set network.augment_labels={augment.labels}"
             )
         wanted, provided = denoiser.network.condition_channels, denoiser.network.image_channels * self.conditioned
         if wanted != provided:
@@ -108,7 +107,7 @@ class DiffusionStage(OptimizationHooks):
                 f"sampler={type(sampler).__name__}: starts from {starts[0]}, and {type(corruption).__name__} from "
                 f"{starts[1]}; use another sampler"
             )
-        # constants, which DistributedDataParallel would broadcast at every step
+        # constant buffers, which DistributedDataParallel would broadcast at every step
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self.label_dropout, self.guidance_scale = label_dropout, guidance_scale
         check_guidance(guidance_scale, guidance_interval)
@@ -121,23 +120,26 @@ class DiffusionStage(OptimizationHooks):
 
     @property
     def resolution(self) -> int:
-        """Pixels along one side of this stage's images."""
+        """Side in pixels of this stage's images."""
         return self.denoiser.network.resolution
 
     @property
     def image_channels(self) -> int:
-        """Colour channels of this stage's images."""
+        """Number of colour channels."""
         return self.denoiser.network.image_channels
 
     @property
     def num_classes(self) -> int:
-        """Classes that the network knows; 0: unconditional."""
+        """Number of classes of the network; 0: unconditional."""
         return self.denoiser.network.num_classes
 
     # ---- training ----
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:  # noqa: ARG002
-        """Return the loss of uint8 images [B,C,H,W] with labels [B], and each image's loss and sigma (CPU)."""
+        """Return the loss of a batch, and each image's loss and sigma.
+
+        batch: uint8 images [B,C,H,W] and labels [B]. "sigma" is on the CPU.
+        """
         images, labels = batch
         position = self.images_seen + self._pending + self.global_rank * len(images)
         torch.manual_seed(mix_seeds(self.seed, position))
@@ -150,26 +152,35 @@ class DiffusionStage(OptimizationHooks):
         denoised = self.training_denoiser(noisy, sigma, labels, augment_labels, self.training_condition(x0))
         per_image = self.loss(denoised, x0, sigma).mean(dim=(1, 2, 3))
         self.add_pending(len(images) * self.trainer.world_size, per_image.detach())
-        # as published, the sum over an image's elements: it keeps gradients far above Adam's epsilon
+        # as published, sum over an image's elements, which keeps gradients far above Adam's epsilon
         return {"loss": per_image.mean() * x0[0].numel(), "per_image": per_image.detach(), "sigma": sigma}
 
     @property
     def training_denoiser(self) -> Callable[..., Tensor]:
-        """The denoiser as a training step calls it."""
+        """Return the denoiser that a training step calls."""
         return self._graphed_training if self.cuda_graphs else self.denoiser
 
     def training_condition(self, x0: Tensor) -> Condition | None:  # noqa: ARG002
-        """Return the network's condition for training images x0 [B,C,H,W]; None here."""
+        """Return the network's condition for training images x0 [B,C,H,W].
+
+        None without conditioning.
+        """
         return None
 
     def sampling_condition(self, previous: Tensor | None, randn_like: RandnLike) -> Condition | None:  # noqa: ARG002
-        """Return the condition in sampling, from images [B,C,h,w] of the previous stage; None here."""
+        """Return the network's condition for the previous stage's images [B,C,h,w].
+
+        None without conditioning.
+        """
         return None
 
     def configure_optimizers(self) -> Optimizer:
-        """Build the optimizer over the network's parameters."""
+        """Build the optimizer over the network's parameters.
+
+        Raises UserError if stage.optimizer is null or rejects its options.
+        """
         if self.optimizer_factory is None:
-            raise UserError("stage.optimizer is null: training needs one")
+            raise UserError("stage.optimizer=null: training needs an optimizer; choose one")
         try:
             optimizer = self.optimizer_factory(self.denoiser.parameters())
         except (TypeError, ValueError) as error:
@@ -182,7 +193,7 @@ class DiffusionStage(OptimizationHooks):
         self._graphed_training = GraphedTraining(self.denoiser)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the stage config, the class names and the counts."""
+        """Save the stage config, the class names and the counts."""
         checkpoint["stage_config"] = self.info.config
         checkpoint["class_names"] = list(self.info.class_names)
         super().on_save_checkpoint(checkpoint)
@@ -190,42 +201,52 @@ class DiffusionStage(OptimizationHooks):
     # ---- sampling ----
 
     def _checked_guide(self, weaker: DiffusionStage) -> EDMPreconditioner:
-        """The denoiser of a guide. Raises UserError unless it has the same images and classes."""
+        """Return the denoiser of a guide.
+
+        Raises UserError unless it has the same images and classes.
+        """
         mine, theirs = (
             (stage.resolution, stage.image_channels, stage.num_classes, stage.conditioned) for stage in (self, weaker)
         )
         if mine != theirs:
             what = "(resolution, channels, classes, conditioned)"
-            raise UserError(f"the guide {weaker.info.origin.get('file')} has {what} {theirs}, the stage {mine}")
+            file = weaker.info.origin.get("file")
+            raise UserError(f"the guide {file} has {what} {theirs}, the stage {mine}; use another guide")
         return weaker.denoiser
 
-    def guided(self, condition: Condition | None = None) -> Denoiser:
-        """Return the denoiser with this stage's guidance. Raises UserError if guidance is impossible."""
+    def guided_denoiser(self, condition: Condition | None = None) -> Denoiser:
+        """Return the denoiser with this stage's guidance.
+
+        Raises UserError if the network does not support the guidance.
+        """
         known = self.num_classes > 0
         if self.guidance_scale != 1 and self.guide is None and known and not self.label_dropout:
             raise UserError(
                 f"guidance_scale={self.guidance_scale:g} needs a network that was trained without labels as well, and "
                 "this one was not (label_dropout=0): train with stage.label_dropout=0.1, or give a weaker checkpoint "
-                "as guide, which needs no label dropout; if it had some elsewhere, set changes.label_dropout=0.1 "
-                "(sample.py: +relay.stages.NAME.changes.label_dropout=0.1)"
+                "as guide, which needs no label dropout; if an imported network was trained with label dropout, set "
+                "changes.label_dropout=0.1 (sample.py: +relay.stages.NAME.changes.label_dropout=0.1)"
             )
         guide = None if self.guide is None else self._evaluator(self.guide, condition)
         plain = self._evaluator(self.denoiser, condition)
         try:
-            return guided(plain, self.guidance_scale, self.guidance_interval, guide, known)
+            return with_guidance(plain, self.guidance_scale, self.guidance_interval, guide, known)
         except ValueError as error:
             raise UserError(str(error)) from None
 
     def train(self, mode: bool = True) -> DiffusionStage:
-        """Set training or evaluation mode; training discards the graphs, which hold cast weights."""
+        """Set training or evaluation mode.
+
+        Training discards the CUDA graphs, which hold cast weights.
+        """
         if mode:
             self._graphed.clear()
         return super().train(mode)
 
     def _evaluator(self, denoiser: EDMPreconditioner, condition: Condition | None = None) -> Denoiser:
-        if condition is not None:  # a graph takes no condition
+        if condition is not None:  # graphs have no condition input
             return Conditioned(denoiser, condition)
-        if not self.cuda_graphs or self.training:  # in training a graph would hold memory
+        if not self.cuda_graphs or self.training:  # in training a graph would occupy memory
             return denoiser
         return self._graphed.setdefault(id(denoiser), Graphed(denoiser))
 
@@ -237,13 +258,14 @@ class DiffusionStage(OptimizationHooks):
         labels: ClassLabels | None = None,
         previous: Tensor | None = None,
     ) -> Tensor:
-        """Images of `shape` [B,C,H,W] in about [-1, 1], float32, one for each seed.
+        """Sample images of `shape` [B,C,H,W], one per seed.
 
-        seeds: B integers of 0..2^63-1 as a range, list, array or tensor, or one integer. labels: class indices or
-        names [B], -1 or None for no class, or one for all. previous: images [B,C,H/block,W/block] of the stage before,
-        uint8 or in [-1, 1], for a stage that enlarges. Equal seeds give equal images, however they are batched.
-        Waits for the device. Raises ValueError if an argument does not fit, UserError for labels that the network does
-        not know, NonFiniteSamplesError (a UserError) if a sample holds nan or infinity.
+        float32 in about [-1, 1]. seeds: B integers in 0..2^63-1 as a range, list, array or tensor, or one integer.
+        labels: class indices or names [B], -1 or None for no class, or one for all. previous: images
+        [B,C,H/block,W/block] of the previous stage, uint8 or in [-1, 1], for a stage that enlarges. Equal seeds give
+        equal images in any batch. Synchronizes with the device. Raises ValueError if an argument does not fit,
+        UserError for labels that the network does not have, NonFiniteSamplesError (a UserError) if a sample holds nan
+        or infinity.
         """
         seeds = seed_list(seeds)
         labels = label_tensor(labels, len(seeds), self.num_classes, self.info.class_names)
@@ -271,16 +293,16 @@ class DiffusionStage(OptimizationHooks):
         previous: Tensor | None = None,
         sampler: Callable[..., Tensor] | None = None,
     ) -> Tensor:
-        """As `sample`, for arguments known to fit, without waiting for the device: samples may be non-finite.
+        """Sample like `sample`, with valid arguments and without synchronization.
 
-        sampler: used instead of the stage's own.
+        Samples may be non-finite. sampler: used instead of the stage's own.
         """
-        noise = PerImageGenerator(seeds, self.device, stream=self.resolution)  # so that stages have independent noise
+        noise = PerImageGenerator(seeds, self.device, stream=self.resolution)  # stages have independent noise
         like = torch.empty(len(seeds), self.image_channels, self.resolution, self.resolution, device=self.device)
         start = self.corruption.start(like, previous, noise.randn_like)
         if labels is not None:
             labels = labels.to(self.device)
-        denoise = self.guided(self.sampling_condition(previous, noise.randn_like))
+        denoise = self.guided_denoiser(self.sampling_condition(previous, noise.randn_like))
         training = self.training
         self.eval()
         try:

@@ -1,4 +1,4 @@
-"""One UNet for every stage, and the preconditioner that makes a denoiser of it."""
+"""UNet of every stage, and the preconditioner that makes it a denoiser."""
 
 from relay_diffusion.networks.cuda_graphs import Graphed, GraphedTraining
 from relay_diffusion.networks.preconditioning import Condition, Conditioned, EDMPreconditioner

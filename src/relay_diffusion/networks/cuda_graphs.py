@@ -1,4 +1,4 @@
-"""Denoisers replayed from CUDA graphs, in sampling and in training.
+"""CUDA graphs of denoisers, for sampling and training.
 
 Launching a thousand kernels one by one can take longer than running them.
 """
@@ -17,8 +17,8 @@ from torch.func import functional_call
 from relay_diffusion.networks.layers import ResidualBlock
 from relay_diffusion.networks.preconditioning import Condition, EDMPreconditioner
 
-MAX_GRAPHS = 2  # shapes kept: guidance evaluates one and two batches in turns
-WARM_UP = 3  # evaluations before the capture: libraries choose their kernels
+MAX_GRAPHS = 2  # captured shapes: guidance alternates between one and two batches
+WARM_UP = 3  # evaluations before the capture, in which libraries choose their kernels
 
 
 @dataclass
@@ -27,15 +27,15 @@ class _CapturedForward:
     inputs: list[Tensor]
     output: Tensor
     cast: dict[str, Tensor]  # weights in the precision of the products
-    version: int  # of the weights when they were cast
+    version: int  # version of the weights when they were cast
 
 
 class Graphed:
-    """The denoiser, captured at the second evaluation of a shape and replayed from then on: the same numbers.
+    """Denoiser captured in a CUDA graph, for sampling.
 
-    The first evaluation runs as usual: libraries choose their kernels there. Weights are cast to the precision of
-    autocast once, and again when they have changed in place. Without a GPU, or where gradients are wanted, it is the
-    denoiser itself.
+    Captured at the second evaluation of a shape and replayed afterwards, with bit-identical results. The first
+    evaluation runs normally, because libraries choose their kernels in it. Weights are cast to autocast's precision
+    once, and again after in-place changes. Without a GPU, or with gradients enabled, it calls the denoiser directly.
     """
 
     def __init__(self, denoiser: EDMPreconditioner) -> None:
@@ -44,7 +44,10 @@ class Graphed:
         self._graphs: dict[Any, _CapturedForward | None] = {}
 
     def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
-        """x [B,C,H,W], sigma [B], labels [B] or None -> estimate of x0, float32."""
+        """Return the estimate of x0 [B,C,H,W], float32.
+
+        x [B,C,H,W], sigma [B], labels [B] or None.
+        """
         if not x.is_cuda or torch.is_grad_enabled():
             return self.denoiser(x, sigma, labels)
         with torch.cuda.device_of(x):
@@ -61,7 +64,7 @@ class Graphed:
         given = [x, sigma] if labels is None else [x, sigma, labels]
         captured = self._graphs[key]
         if captured is None:
-            # what is captured serves evaluations with and without inference mode
+            # tensors of the capture are used with and without inference mode
             with torch.inference_mode(False), torch.no_grad():
                 captured = self._graphs[key] = self._capture(given, precision)
         if captured.version != self._version():
@@ -76,7 +79,7 @@ class Graphed:
         return sum(weight._version for weight in self._weights if not weight.is_inference())
 
     def _cast(self, places: dict[str, Tensor]) -> None:
-        if not places:  # computed in float32
+        if not places:  # these weights are used in float32
             return
         torch._foreach_copy_(list(places.values()), [self.denoiser.get_parameter(name) for name in places])
 
@@ -86,13 +89,16 @@ class Graphed:
         cast = {name: torch.empty_like(weight, dtype=precision) for name, weight in weights.items()}
         self._cast(cast)
         graph = torch.cuda.CUDAGraph()
-        # other threads, which load data, may go on
+        # data-loading threads may call CUDA meanwhile
         with torch.cuda.graph(graph, capture_error_mode="thread_local"), _autocast(precision):
             output = functional_call(self.denoiser, cast, tuple(inputs))
         return _CapturedForward(graph, inputs, output, cast, self._version())
 
     def _cast_by_autocast(self) -> dict[str, Tensor]:
-        """Weights of products, but for those that are computed with in float32 before they are cast."""
+        """Return the weights that autocast casts, by name.
+
+        Weights that are computed with in float32 before the cast are left out.
+        """
         modules = dict(self.denoiser.named_modules())
         blocks = [module for module in modules.values() if isinstance(module, ResidualBlock) and module.up]
         computed_with = [self.denoiser.network.conv_in, *(block.conv0 for block in blocks)]
@@ -102,7 +108,7 @@ class Graphed:
 
 @dataclass
 class _CapturedStep:
-    """One graph forward, one backward, and the memory that they read and write."""
+    """Captured forward and backward graph with their input and output memory."""
 
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
@@ -114,12 +120,12 @@ class _CapturedStep:
 
 
 class GraphedTraining:
-    """The denoiser with gradients for its weights, forward and backward replayed: the same numbers and random numbers.
+    """Denoiser with gradients, its forward and backward pass replayed.
 
-    Captured at the first evaluation of a shape, which leaves no trace: neither in gradients nor in the state of the
-    generator. One shape is kept. Without a GPU, without gradients, or where blocks are computed again in the backward
-    pass, it is the denoiser itself. Raises RuntimeError for a network that a graph cannot hold, for a gradient of any
-    evaluation but the last, and for a second one.
+    Results and random numbers are bit-identical. The capture at the first evaluation of a shape changes neither
+    gradients nor the state of the generator. One shape is kept. Without a GPU, without gradients, or with activation
+    checkpointing, it calls the denoiser directly. Raises RuntimeError for a network that cannot be captured, for a
+    gradient of any evaluation but the last, and for a second gradient of one.
     """
 
     def __init__(self, denoiser: EDMPreconditioner) -> None:
@@ -135,7 +141,10 @@ class GraphedTraining:
         augment_labels: Tensor | None = None,
         condition: Condition | None = None,
     ) -> Tensor:
-        """As EDMPreconditioner: x [B,C,H,W], sigma [B], labels [B], ... -> estimate of x0, float32."""
+        """Return the estimate of x0, float32, as EDMPreconditioner.
+
+        x [B,C,H,W], sigma [B], labels [B] or None, augment_labels [B,A] or None.
+        """
         if not x.is_cuda or self._again or not torch.is_grad_enabled():
             return self.denoiser(x, sigma, labels, augment_labels, condition)
         given = [x, sigma, labels, augment_labels, *(condition or (None, None))]
@@ -146,11 +155,11 @@ class GraphedTraining:
             shapes = [None if value is None else value.shape for value in given]
             key = (shapes, self.denoiser.training, precision, _addresses(weights.values()))
             if self._captured is None or self._captured[0] != key:
-                self._captured = None  # its memory first
+                self._captured = None  # free its memory before the next capture
                 self._captured = key, _capture(self.denoiser, given, weights, precision)
             captured = self._captured[1]
             for weight, place in zip(weights.values(), captured.gradients, strict=True):
-                # the graphs write over what another part of the same step has left, and is to be added to
+                # keep the gradients of an earlier micro-batch, which the graphs would overwrite
                 if place is not None and weight.grad is not None and weight.grad.data_ptr() == place.data_ptr():
                     weight.grad = weight.grad.clone()
             output: Tensor = _Replayed.apply(captured, there, *weights.values())  # type: ignore[no-untyped-call]
@@ -158,7 +167,10 @@ class GraphedTraining:
 
 
 class _Replayed(torch.autograd.Function):
-    """Inputs -> output, whose gradient goes to the weights; these lie where the graphs read them."""
+    """Autograd function that replays a captured step.
+
+    Inputs -> output; the gradient goes to the weights, at the addresses that the graphs read.
+    """
 
     @staticmethod
     def forward(ctx: Any, captured: _CapturedStep, given: Sequence[Tensor], *_: Tensor) -> Tensor:
@@ -175,9 +187,9 @@ class _Replayed(torch.autograd.Function):
         captured: _CapturedStep = ctx.captured
         if ctx.replay != captured.replays:
             raise RuntimeError(
-                "another evaluation, or gradient, came before this one: stage.cuda_graphs=false allows it"
+                "training graphs hold one evaluation and one gradient of it; set stage.cuda_graphs=false for more"
             )
-        captured.replays += 1  # what this one needs is gone then
+        captured.replays += 1  # the memory of earlier evaluations is overwritten
         captured.output_gradient.copy_(gradient)
         captured.backward.replay()
         return None, None, *(None if place is None else place.detach() for place in captured.gradients)
@@ -190,7 +202,7 @@ def _capture(
     precision: torch.dtype | None,
 ) -> _CapturedStep:
     device = next(iter(weights.values())).device
-    # the same memory as other leaves: what waits for the gradients of the weights themselves is not to be captured
+    # new leaves on the same memory: hooks on the weights themselves must not be captured
     leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
     places = [None if value is None else _place(value, device) for value in given]
     x, sigma, labels, augment_labels, images, level = places
@@ -204,7 +216,7 @@ def _capture(
             return output
 
     def differentiate(output: Tensor, gradient: Tensor) -> list[Tensor | None]:
-        with torch.autocast("cuda", enabled=False):  # as a backward pass is run
+        with torch.autocast("cuda", enabled=False):  # as in a normal backward pass
             return _apart(torch.autograd.grad(output, list(leaves.values()), gradient, allow_unused=True))
 
     state = torch.cuda.get_rng_state(device)
@@ -217,7 +229,7 @@ def _capture(
         del output
     torch.cuda.current_stream().wait_stream(side)
     forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-    # other threads, which load data and talk to other devices, may go on
+    # threads for data loading and communication may call CUDA meanwhile
     with torch.cuda.graph(forward, capture_error_mode="thread_local"):
         output = evaluate()
     output_gradient = torch.zeros_like(output)
@@ -229,7 +241,10 @@ def _capture(
 
 
 def _apart(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Clone gradients that share memory, such as those of two terms of a sum."""
+    """Clone gradients that share memory.
+
+    For example those of two terms of a sum.
+    """
     kept: list[Tensor | None] = []
     seen: set[int] = set()
     for gradient in gradients:
@@ -240,21 +255,24 @@ def _apart(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def _precision() -> torch.dtype | None:
-    """Return the precision of autocast on the GPU; None without autocast."""
+    """Return autocast's precision on the GPU; None without autocast."""
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
 
 
 def _autocast(precision: torch.dtype | None) -> torch.autocast:
-    """Autocast to `precision` inside a graph, whose casts another call must not reuse."""
+    """Enable autocast to `precision` inside a graph, without its cache.
+
+    Casts inside a graph must not be reused by another call.
+    """
     return torch.autocast("cuda", dtype=precision, enabled=precision is not None, cache_enabled=False)
 
 
 def _addresses(weights: Iterable[Tensor]) -> int:
-    """Hash where the weights lie: a graph reads them there."""
+    """Hash the memory addresses of the weights, which a graph reads."""
     return hash(tuple(weight.data_ptr() for weight in weights))
 
 
 def _place(value: Tensor, device: torch.device) -> Tensor:
-    """Memory of its own for an input, filled with it."""
+    """Allocate memory for an input and fill it."""
     dtype = torch.float32 if value.is_floating_point() else value.dtype
     return torch.empty_like(value, dtype=dtype, device=device).copy_(value)

@@ -1,4 +1,4 @@
-"""FLOPs of a network and peak FLOP/s of a device."""
+"""FLOPs of a network and peak FLOP/s of a GPU."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from relay_diffusion.networks.unet import UNet
 
 
 def forward_flops(network: UNet) -> int:
-    """Floating-point operations of convolutions and matrix products in one evaluation of one image; a step costs 3x.
+    """Count floating-point operations of one evaluation of one image.
 
-    Counted on shapes alone: nothing is computed.
+    Convolutions and matrix products, from shapes alone (on the meta device). A training step costs 3 times as much.
     """
     states = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     on_meta = {name: torch.empty_like(value, device="meta") for name, value in states.items()}
@@ -28,7 +28,10 @@ def forward_flops(network: UNet) -> int:
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype, size: int = 8192, repeats: int = 10) -> float:
-    """Measure FLOP/s of a large matrix product on this GPU, the base of utilisation."""
+    """Measure FLOP/s of a large matrix product on this GPU.
+
+    The reference for reported utilisation.
+    """
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     with _products_as_convolutions():
         for _ in range(3):
@@ -45,7 +48,7 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, size: int = 8192, repe
 
 @contextmanager
 def _products_as_convolutions() -> Iterator[None]:
-    """Use TF32 for matrix products inside the block if convolutions do."""
+    """Use TF32 for matrix products in the block if convolutions do."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]

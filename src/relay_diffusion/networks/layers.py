@@ -1,4 +1,4 @@
-"""Layers of the UNet: normalisation, resampling, attention, the residual block."""
+"""Layers of the UNet: normalisation, resampling, attention, residual block."""
 
 from __future__ import annotations
 
@@ -17,14 +17,20 @@ MIN_GROUP_CHANNELS = 4
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with at most 32 groups of at least 4 channels: the largest number of groups that divides."""
+    """Create a GroupNorm with as many groups as divide `channels`.
+
+    At most 32 groups, of at least 4 channels.
+    """
     most = max(1, min(MAX_GROUPS, channels // MIN_GROUP_CHANNELS))
     groups = next(groups for groups in range(most, 0, -1) if channels % groups == 0)
     return nn.GroupNorm(groups, channels, eps=1e-5)
 
 
 def zero(layer: nn.Conv2d) -> nn.Conv2d:
-    """Initialize a layer to zero, so that its residual block starts as the identity."""
+    """Initialize a layer to zero.
+
+    A residual block then starts as the identity.
+    """
     nn.init.zeros_(layer.weight)
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)
@@ -32,9 +38,10 @@ def zero(layer: nn.Conv2d) -> nn.Conv2d:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over pixels, added to its input: [B,C,H,W] -> [B,C,H,W].
+    """Multi-head self-attention over pixels, with a residual connection.
 
-    Heads of `head_channels` channels (one head of all channels, if they are fewer or do not divide).
+    [B,C,H,W] -> [B,C,H,W]. Heads of `head_channels` channels (one head of all channels, if these are fewer or not
+    divisible).
     """
 
     def __init__(self, channels: int, head_channels: int = 64) -> None:
@@ -45,7 +52,7 @@ class SelfAttention(nn.Module):
         self.proj = zero(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B,C,H,W] -> [B,C,H,W]."""
+        """Compute x + attention(x): [B,C,H,W] -> [B,C,H,W]."""
         h, shortcut, _ = norm_act(x, self.norm, silu=False)
         q, k, v = (rearrange(t, "b l (heads c) -> b heads l c", heads=self.heads) for t in query_key_value(self.qkv, h))
         attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads l c -> b l (heads c)")
@@ -54,10 +61,11 @@ class SelfAttention(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """norm, SiLU, conv; norm, scale and shift by the embedding, SiLU, dropout, conv; plus the input (ADM's block).
+    """Residual block of ADM, with scale and shift from the embedding.
 
-    `up` or `down` resamples by two before the first convolution and on the shortcut. `checkpointed`: training keeps
-    the input only and computes the rest again in the backward pass.
+    norm, SiLU, conv; norm, scale and shift by the embedding, SiLU, dropout, conv; plus the input. `up` or `down`
+    resamples by two before the first convolution and on the shortcut. `checkpointed`: training keeps only the input and
+    recomputes the rest in the backward pass.
     """
 
     def __init__(
@@ -82,7 +90,10 @@ class ResidualBlock(nn.Module):
         self.attention = SelfAttention(out_channels) if attention else None
 
     def forward(self, x: Tensor, embedding: Tensor, skip: Tensor | None = None) -> Tensor:
-        """x [B,C,H,W], embedding [B,E] -> [B,C',H',W']; skip [B,D,H,W]: more channels of the input."""
+        """Apply the block: x [B,C,H,W], embedding [B,E] -> [B,C',H',W'].
+
+        skip [B,D,H,W]: concatenated to the input channels.
+        """
         if self.checkpointed and self.training:
             result: Tensor = checkpoint(self._forward, x, embedding, skip, use_reentrant=False)
             return result
@@ -101,7 +112,10 @@ class ResidualBlock(nn.Module):
 
 
 class SinusoidalEmbedding(nn.Module):
-    """cos and sin of the input at `features`/2 frequencies from 1 down towards 1/max_period: [B] -> [B,features]."""
+    """Cosine and sine of the input at geometrically spaced frequencies.
+
+    [B] -> [B,features]; `features`/2 frequencies from 1 down towards 1/max_period.
+    """
 
     def __init__(self, features: int, max_period: float = 10_000.0) -> None:
         super().__init__()
@@ -111,6 +125,6 @@ class SinusoidalEmbedding(nn.Module):
         self.frequencies: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B] -> [B,features], float32."""
+        """Embed x: [B] -> [B,features], float32."""
         angles = x[:, None] * self.frequencies
         return torch.cat([angles.cos(), angles.sin()], dim=1)

@@ -1,7 +1,8 @@
-"""The steps of a block between its convolutions: in plain torch, and where they are fused on a GPU."""
+"""Operations between convolutions, in plain torch or fused on a GPU."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -17,7 +18,7 @@ MOMENTS = "_relay_moments"
 
 
 def downsample(x: Tensor) -> Tensor:
-    """Halve the resolution by the mean of 2x2 pixels: [B,C,H,W] -> [B,C,H/2,W/2]."""
+    """Halve the resolution by averaging 2x2 pixels: [B,C,H,W] -> [B,C,H/2,W/2]."""
     return F.avg_pool2d(x, 2)
 
 
@@ -27,7 +28,10 @@ def upsample(x: Tensor) -> Tensor:
 
 
 def fusible(*tensors: Tensor | None) -> bool:
-    """Whether the kernels take these activations: on a GPU, channels_last, of one type of at most 32 bits."""
+    """Return whether the Triton kernels support these tensors.
+
+    On a GPU, channels_last, of one dtype of at most 32 bits.
+    """
     given = [x for x in tensors if x is not None]
     return (
         on_gpu(given[0])
@@ -38,7 +42,7 @@ def fusible(*tensors: Tensor | None) -> bool:
 
 
 def on_gpu(x: Tensor) -> bool:
-    """Whether kernels can run where this tensor lies."""
+    """Return whether Triton kernels can run on this tensor's device."""
     return HAVE_TRITON and x.is_cuda
 
 
@@ -52,10 +56,11 @@ def norm_act(
     dropout: float = 0.0,
     down: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """drop(silu(norm(cat(x, skip) + bias) (1 + scale) + shift)), and x and skip again, for the shortcut.
+    """Group norm, modulation, SiLU and dropout; also returns its inputs.
 
-    x [B,C,H,W], skip [B,D,H,W]; bias [C] of the convolution that made x; modulation [B,2C]: scale and shift.
-    `down` halves the result and x, of even height and width; it takes no skip and no dropout.
+    drop(silu(norm(cat(x, skip) + bias) (1 + scale) + shift)); x and skip are returned for the shortcut.
+    x [B,C,H,W], skip [B,D,H,W]; bias [C] of the convolution that computed x; modulation [B,2C]: scale and shift.
+    `down` halves the result and x, of even height and width; it excludes skip and dropout.
     """
     assert not down or (skip is None and not dropout and x.shape[2] % 2 == x.shape[3] % 2 == 0)
     if fusible(x, skip):
@@ -101,7 +106,10 @@ def _version(x: Tensor) -> int:
 
 
 def add(hidden: Tensor, shortcut: Tensor, bias: Tensor | None = None, up: bool = False) -> Tensor:
-    """hidden + bias + shortcut: [B,C,H,W], bias [C]; `up`: the shortcut [B,C,H/2,W/2] is enlarged first."""
+    """Add hidden, bias and shortcut at the end of a residual block.
+
+    [B,C,H,W], bias [C]. `up`: the shortcut [B,C,H/2,W/2] is upsampled first.
+    """
     if fusible(hidden, shortcut):
         from relay_diffusion.kernels.autograd import Add
 
@@ -115,9 +123,9 @@ def add(hidden: Tensor, shortcut: Tensor, bias: Tensor | None = None, up: bool =
 
 
 def convolve_image(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """The first convolution, of an image of few channels [B,C,H,W].
+    """Convolve an image of few channels [B,C,H,W], the first layer.
 
-    On a GPU the bias is one more channel, of ones, and eight channels are faster than fewer.
+    On a GPU the bias is an additional channel of ones, and the channels are padded to eight, which is faster.
     """
     if not (fusible(x) and x.shape[1] < 8):
         out: Tensor = conv(x)
@@ -136,10 +144,10 @@ def convolve_image(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def convolve_enlarged(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The 3x3 convolution of `upsample(x)`, as `convolve` gives it: [B,C,H,W] -> [B,C',2H,2W].
+    """Compute the 3x3 convolution of `upsample(x)`: [B,C,H,W] -> [B,C',2H,2W].
 
-    Each output pixel depends on 2x2 pixels of x, so it is one 4x4 transposed convolution with summed weights and
-    4/9 of the operations.
+    Returns result and bias as `convolve`. Each output pixel depends on 2x2 pixels of x, so it is one 4x4 transposed
+    convolution with summed weights and 4/9 of the operations.
     """
     weight = conv.weight
     for dim in (2, 3):
@@ -152,8 +160,11 @@ def convolve_enlarged(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None
 
 
 def query_key_value(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A 1x1 convolution to three times the channels, in three parts and as pixels: [B,C,H,W] -> each [B,H W,C]."""
-    tokens = rearrange(x, "b c h w -> b (h w) c")  # in channels_last as it lies
+    """Project pixels to query, key and value by a 1x1 convolution.
+
+    [B,C,H,W] -> three tensors [B,H W,C].
+    """
+    tokens = rearrange(x, "b c h w -> b (h w) c")  # no copy in channels_last
     weight = conv.weight.flatten(1)
     if fusible(x):
         from relay_diffusion.kernels.autograd import QueryKeyValue
@@ -165,16 +176,20 @@ def query_key_value(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def convolve(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Convolve; return the result and the bias that the next fused step adds (None: added)."""
+    """Convolve without the bias where a fused step can add it.
+
+    Returns the result and the bias that the next step adds; None if it is added already.
+    """
     if fusible(x):
         return F.conv2d(x, conv.weight, None, conv.stride, conv.padding), conv.bias
     return conv(x), None
 
 
 def project(conv: nn.Conv2d, x: Tensor, skip: Tensor | None, bias: Tensor | None = None) -> Tensor:
-    """A 1x1 convolution of cat(x, skip), plus one more bias [C']: [B,C,H,W], [B,D,H,W] -> [B,C',H,W].
+    """Apply a 1x1 convolution to cat(x, skip).
 
-    On a GPU the concatenation is never built: two matrix products, the second one added to the first.
+    [B,C,H,W], [B,D,H,W] -> [B,C',H,W]; `bias` [C'] is added to that of the convolution. On a GPU two matrix products
+    replace the concatenation; the second accumulates into the first.
     """
     assert conv.bias is not None
     if fusible(x, skip):
@@ -184,11 +199,24 @@ def project(conv: nn.Conv2d, x: Tensor, skip: Tensor | None, bias: Tensor | None
         if skip is not None:
             out.addmm_(_rows(skip), weight[:, x.shape[1] :].T)
         return out.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
-    weight = conv.weight.flatten(1)[:, :, None, None]  # so that the gradient lies as above
+    weight = conv.weight.flatten(1)[:, :, None, None]  # so that the gradient has the same memory layout as above
     out = F.conv2d(x if skip is None else torch.cat([x, skip], dim=1), weight, conv.bias)
     return out if bias is None else out + bias.to(out.dtype)[:, None, None]
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Pixels of a channels_last tensor as rows, without a copy: [B,C,H,W] -> [B H W, C]."""
+    """View a channels_last tensor as rows of pixels: [B,C,H,W] -> [B H W, C]."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def report_slow_settings(device: torch.device, networks: Mapping[str, object]) -> None:
+    """Print settings that slow down a run on a GPU; `networks`: by the option that sets channels_last."""
+    if device.type != "cuda":
+        return
+    slow = "and the fused kernels are not used"
+    if not HAVE_TRITON:
+        print(f"note: Triton is not installed, {slow}: slower, same images; pip install triton", flush=True)
+    for option, network in networks.items():
+        # networks of other packages have no memory_format
+        if getattr(network, "memory_format", torch.channels_last) is not torch.channels_last:
+            print(f"note: {option}=false is slow on a GPU, {slow}: same numbers with true", flush=True)

@@ -1,4 +1,4 @@
-"""EDM preconditioning: from a network to a denoiser."""
+"""EDM preconditioning, which makes a network a denoiser."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from relay_diffusion.diffusion.corruption import check_images, noise_levels
 from relay_diffusion.diffusion.guidance import check_label_tensor
+from relay_diffusion.diffusion.tensors import check_images, noise_levels
 from relay_diffusion.networks.unet import UNet
 
 
@@ -22,9 +22,12 @@ class Condition(NamedTuple):
 
 
 class EDMPreconditioner(nn.Module):
-    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise, labels) (Karras et al. 2022, section 5)."""
+    """Denoiser D(x; sigma) = c_skip x + c_out F(c_in x; c_noise, labels) (Karras et al. 2022, section 5).
 
-    __call__: Callable[..., Tensor]  # of Module it returns Any
+    Raises ValueError for sigma_data out of range.
+    """
+
+    __call__: Callable[..., Tensor]  # torch types Module.__call__ as returning Any
 
     def __init__(self, network: UNet, sigma_data: float = 0.5) -> None:
         super().__init__()
@@ -40,10 +43,11 @@ class EDMPreconditioner(nn.Module):
         augment_labels: Tensor | None = None,
         condition: Condition | None = None,
     ) -> Tensor:
-        """x [B,C,H,W], sigma [B], labels [B] or None, augment_labels [B,A] or None -> estimate of x0, float32.
+        """Return the estimate of x0 [B,C,H,W], float32.
 
-        sigma may lie on the CPU, where a sampler keeps it, or be one number. A condition is scaled by c_in of its own
-        level. Raises ValueError for integer images, and for another number of noise levels or labels than of images.
+        x [B,C,H,W], sigma [B] (may be on the CPU) or a number, labels [B] or None, augment_labels [B,A] or None. A
+        condition is scaled by the c_in of its own noise level. Raises ValueError for integer images, and if the number
+        of noise levels or labels differs from that of images.
         """
         check_images("x", x)
         check_label_tensor(labels, len(x))
@@ -53,7 +57,7 @@ class EDMPreconditioner(nn.Module):
         c_out = sigma * self.sigma_data / total.sqrt()
         scales = torch.stack([c_skip, c_out, 1 / total.sqrt(), sigma.log() / 4]).to(x.device, non_blocking=True)
         c_skip, c_out, c_in = scales[:3, :, None, None, None]
-        with torch.cuda.device_of(x):  # where Triton launches its kernels
+        with torch.cuda.device_of(x):  # Triton launches on the current device
             if condition is None:
                 f = self.network(c_in * x, scales[3], labels, augment_labels)
             else:
@@ -65,18 +69,20 @@ class EDMPreconditioner(nn.Module):
 
 
 class Conditioned:
-    """Denoiser with a condition for each image of a batch.
+    """Denoiser with a fixed condition for each image of a batch.
 
-    Guidance may evaluate the batch several times at once: the condition is repeated.
-
-    Evaluations are not replayed from a CUDA graph: a graph would keep the condition that it was captured with.
+    Guidance may evaluate the batch several times at once: the condition is repeated. Evaluations are not replayed from
+    a CUDA graph, which would keep the condition of its capture.
     """
 
     def __init__(self, denoiser: EDMPreconditioner, condition: Condition) -> None:
         self.denoiser, self.condition = denoiser, condition
 
     def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
-        """x [n B,C,H,W], sigma [n B], labels [n B] or None -> estimate of x0, float32, n times over the condition."""
+        """Return the estimate of x0, float32, for n copies of the batch.
+
+        x [n B,C,H,W], sigma [n B], labels [n B] or None; the condition is repeated n times.
+        """
         images, level = self.condition
         times = len(x) // len(images)
         return self.denoiser(x, sigma, labels, None, Condition(images.repeat(times, 1, 1, 1), level.repeat(times)))

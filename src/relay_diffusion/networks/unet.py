@@ -1,4 +1,4 @@
-"""The UNet of every stage: ADM's architecture (Dhariwal & Nichol 2021) with its noise and label embedding."""
+"""UNet of every stage: ADM's architecture (Dhariwal & Nichol 2021)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ MAX_LEVELS = 14
 
 
 class UNet(nn.Module):
-    """[B,C,R,R] -> [B,C,R,R], conditioned on noise level, class, augmentation and another image.
+    """UNet conditioned on noise level, class, augmentation and an image.
 
-    `channels` x `channel_mult` are the channels of each level (each at half the resolution of the one before);
-    `blocks` residual blocks a level; attention at the given `attention_resolutions` and at the lowest level.
-    `num_classes` 0: unconditional. `augment_labels`: number of augmentation parameters, 0 for none.
-    `condition_channels`: channels that a condition adds to the input, 0 for none; its noise level enters through the
-    same embedding as the image's own, but as sigma itself, not as ln(sigma)/4.
-    `channels_last` keeps weights and activations in that memory format: the same numbers, faster; on a GPU the steps
-    between convolutions are fused for it. `checkpoint_levels`: levels (0: full resolution) of which training keeps
-    only the inputs of blocks and computes the rest again: less memory, more time.
-    Raises ValueError if the resolution cannot be halved often enough, for a level that does not exist, and for
+    [B,C,R,R] -> [B,C,R,R]. `channels` x `channel_mult` are the channels of each level (each at half the resolution of
+    the previous one); `blocks` residual blocks per level; attention at the `attention_resolutions` and at the lowest
+    level. `num_classes` 0: unconditional. `augment_labels`: number of augmentation labels, 0 for none.
+    `condition_channels`: channels that a condition adds to the input, 0 for none; its noise level has the same
+    embedding as that of the image, but as sigma itself, not as ln(sigma)/4.
+    `channels_last` keeps weights and activations in that memory format: same results, faster; on a GPU it enables the
+    fused steps between convolutions. `checkpoint_levels`: levels (0: full resolution) with activation checkpointing:
+    less memory, more time.
+    Raises ValueError if the resolution is not divisible often enough, for a level that does not exist, and for
     dropout or channels out of range.
     """
 
@@ -47,7 +47,7 @@ class UNet(nn.Module):
         condition_channels: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, low, high in (  # a damaged config must not take hours or all memory
+        for name, value, low, high in (  # a damaged config must not exhaust time or memory
             ("resolution", resolution, 1, 2**14),
             ("image_channels", image_channels, 1, 1024),
             ("channels", channels, 2, 2**14),
@@ -100,7 +100,7 @@ class UNet(nn.Module):
         self.middle = nn.ModuleList(block(levels - 1, current, current, attention) for attention in (True, False))
 
         self.decoder = nn.ModuleList()
-        self.joins = []  # for each decoder block, whether it takes a skip connection
+        self.joins = []  # whether each decoder block has a skip connection
         for level, mult in reversed(list(enumerate(channel_mult))):
             attention = resolution >> level in attention_resolutions
             if level < levels - 1:
@@ -133,7 +133,10 @@ class UNet(nn.Module):
     def embed(
         self, noise: Tensor, labels: Tensor | None, augment: Tensor | None, condition_level: Tensor | None = None
     ) -> Tensor:
-        """noise [B], labels [B] (-1: no class), augment [B,A], condition_level [B], each or None -> [B,E]."""
+        """Compute the embedding [B,E] of noise level, class, augmentation and condition.
+
+        noise [B], labels [B] (-1: no class), augment [B,A], condition_level [B]; all but noise may be None.
+        """
         embedding = self.embed_noise(noise)
         if self.embed_augment is not None and augment is not None:
             embedding = embedding + self.embed_augment(augment.to(embedding.dtype))
@@ -153,9 +156,10 @@ class UNet(nn.Module):
         augment_labels: Tensor | None = None,
         condition_level: Tensor | None = None,
     ) -> Tensor:
-        """x [B,C,R,R], noise level c_noise [B], labels [B] or None, augment_labels [B,A] or None -> [B,C,R,R].
+        """Apply the network: x [B,C,R,R] -> [B,C,R,R].
 
-        A network with K condition_channels takes x [B,C+K,R,R], and condition_level [B] of the last K.
+        noise: c_noise [B], labels [B] or None, augment_labels [B,A] or None.
+        With K condition_channels x is [B,C+K,R,R], and condition_level [B] the noise level of the last K channels.
         """
         embedding = self.embed(noise, labels, augment_labels, condition_level)
         x = convolve_image(self.conv_in, x.contiguous(memory_format=self.memory_format))

@@ -1,4 +1,7 @@
-"""Samplers: (denoise, start, randn_like, labels) -> images. Guidance wraps `denoise`; noise is injected."""
+"""Samplers: (denoise, start, randn_like, labels) -> images.
+
+Guidance wraps `denoise`; noise is injected.
+"""
 
 from relay_diffusion.samplers.base import Sampler
 from relay_diffusion.samplers.blurring import BlurringSampler

@@ -1,4 +1,4 @@
-"""Interface of samplers; precision and second-order update of their state."""
+"""Sampler interface, and precision and second-order update of the state."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from relay_diffusion.diffusion.corruption import check_images
 from relay_diffusion.diffusion.guidance import Denoiser, check_label_tensor
 from relay_diffusion.diffusion.noise import RandnLike
 from relay_diffusion.diffusion.schedule import LogNormal
+from relay_diffusion.diffusion.tensors import check_images
 
-ROUNDING = 1 + 1e-9  # a grid ends at sigma_min to within that
+ROUNDING = 1 + 1e-9  # rounding error of sigma_min at the end of the grid
 
 
 def state_dtype(device: torch.device) -> torch.dtype:
-    """float64, where the device has it: hundreds of small steps add up (Apple's GPUs have none)."""
+    """Return the dtype of a sampler's state: float64 where supported.
+
+    Rounding errors of hundreds of small steps add up; Apple's GPUs have no float64.
+    """
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def initial_state(start: Tensor, labels: Tensor | None) -> Tensor:
-    """Convert the start [B,C,H,W] to the precision of the sampler's state.
+    """Convert the start [B,C,H,W] to the precision of the state.
 
-    Raises ValueError unless `start` are floats, and `labels` None or integers [B].
+    Raises ValueError unless `start` is a float tensor and `labels` is None or integers [B].
     """
     check_images("start", start)
     check_label_tensor(labels, len(start))
@@ -31,7 +34,10 @@ def initial_state(start: Tensor, labels: Tensor | None) -> Tensor:
 
 
 def check_start(option: str, schedule: LogNormal, sigma: float) -> None:
-    """Raise ValueError, which begins with `option`, if `sigma` lies beyond the end of the corruption's schedule."""
+    """Raise ValueError if `sigma` is beyond the end of the schedule.
+
+    option: prefix of the message.
+    """
     level = schedule.level(torch.tensor(sigma, dtype=torch.float64, device="cpu")).item()
     if level > 1:
         raise ValueError(
@@ -42,27 +48,33 @@ def check_start(option: str, schedule: LogNormal, sigma: float) -> None:
 
 
 def stopped_levels(sigmas: list[float], sigma: float) -> list[float]:
-    """The levels above `sigma`, then `sigma`. Raises ValueError unless it lies in [last, first)."""
+    """Return the levels above `sigma`, then `sigma`.
+
+    Raises ValueError unless it lies in [last, first).
+    """
     if not sigmas[-1] <= sigma * ROUNDING < sigmas[0]:
-        raise ValueError(f"cannot stop at sigma {sigma}: give {sigmas[-1]:g} to below {sigmas[0]:g}")
+        raise ValueError(f"cannot stop at sigma {sigma}: use {sigmas[-1]:g} to below {sigmas[0]:g}")
     return [*(level for level in sigmas if level > sigma * ROUNDING), sigma]
 
 
 def second_order(both: Tensor, residual: Tensor, ratio: float) -> Tensor:
-    """Clean estimate of Heun's second-order step, all [B,C,H,W].
+    """Compute the clean estimate of Heun's second-order step.
 
-    x - sigma (d + d')/2 with d = (x - x0^)/sigma and d' = (x' - x0^')/sigma', that is (both - ratio residual)/2 with
-    both = x + x0^, residual = x' - x0^', ratio = sigma/sigma'.
+    All [B,C,H,W]. x - sigma (d + d')/2 with d = (x - x0^)/sigma and d' = (x' - x0^')/sigma', which is
+    (both - ratio residual)/2 with both = x + x0^, residual = x' - x0^', ratio = sigma/sigma'.
     """
     return torch.sub(both, residual, alpha=ratio).mul_(0.5)
 
 
 class Sampler(Protocol):
-    """Interface of a sampler: start [B,C,H,W] -> images [B,C,H,W]; noise comes from `randn_like` only."""
+    """Sampler interface: start [B,C,H,W] -> images [B,C,H,W].
+
+    All noise comes from `randn_like`.
+    """
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations for one image."""
+        """Network evaluations per image (without guidance)."""
 
     def __call__(self, denoise: Denoiser, start: Tensor, randn_like: RandnLike, labels: Tensor | None = None) -> Tensor:
-        """Images of the labels [B] (-1 or None: no class)."""
+        """Sample images of the labels [B] (-1 or None: no class)."""

@@ -1,4 +1,4 @@
-"""The relay sampler: from the upsampled image of the stage before, along the blurring corruption."""
+"""Relay sampler, along the blurring corruption from the upsampled image."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from relay_diffusion.samplers.base import check_start, initial_state, second_ord
 
 
 class BlurringSampler:
-    """Second-order steps sigma -> sigma' that sharpen while they denoise (Teng et al. 2024, algorithm 1).
+    """Second-order sampler that deblurs and denoises (Teng et al. 2024, algorithm 1).
 
     With gamma = sqrt(1 - s_noise^2) sigma'/sigma, gains A(sigma) and F[g] = multiplication of block DCT
     coefficients by g:  x' = gamma x + F[A' - gamma A] x0^ + s_noise sigma' noise.
-    The grid is Karras's, kept below `truncation_sigma`, where little but the block means is left.
+    Noise levels are those of Karras's grid below `truncation_sigma`, at which little more than the block means remains.
+    Raises ValueError for an option out of range, and if fewer than two noise levels are left.
     """
 
     starts_from_noise = False
@@ -50,16 +51,19 @@ class BlurringSampler:
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations for one image (without guidance)."""
+        """Network evaluations per image (without guidance)."""
         return 2 * len(self.sigmas) - 1
 
     @torch.no_grad()
     def __call__(self, denoise: Denoiser, start: Tensor, randn_like: RandnLike, labels: Tensor | None = None) -> Tensor:
-        """start: upsampled images [B,C,H,W] in [-1, 1]; labels [B] or None -> images [B,C,H,W], state's dtype."""
+        """Sample images [B,C,H,W] in the dtype of the state.
+
+        start: upsampled images [B,C,H,W] in [-1, 1]; labels [B] or None.
+        """
         x = initial_state(start, labels)
         x = self.corruption.at_level(x, self.sigmas[0], randn_like)
-        ones = torch.ones(len(x), dtype=torch.float64, device="cpu")  # CPU: no sync for guidance intervals
-        gains = self.corruption.gains(x.new_tensor(self.sigmas))[:, None]  # of all levels at once: [levels,1,1,s,s]
+        ones = torch.ones(len(x), dtype=torch.float64, device="cpu")  # on the CPU, guidance intervals need no sync
+        gains = self.corruption.gains(x.new_tensor(self.sigmas))[:, None]  # all levels: [levels,1,1,s,s]
         for level, (sigma, sigma_next) in enumerate(pairwise(self.sigmas)):
             gamma = math.sqrt(1 - self.s_noise**2) * sigma_next / sigma
             filter_gains = gains[level + 1] - gamma * gains[level]

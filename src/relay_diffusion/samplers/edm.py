@@ -1,4 +1,7 @@
-"""Heun's sampler with churn (Karras et al. 2022, algorithm 2), and the relay paper's SDE scale."""
+"""EDM's second-order sampler with churn and the relay paper's SDE scale.
+
+Karras et al. 2022, algorithm 2.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,12 @@ from relay_diffusion.samplers.base import ROUNDING, initial_state, second_order,
 
 
 class EDMSampler:
-    """From unit noise to images along Karras's grid, with second-order steps.
+    """Second-order sampler from unit noise along Karras's grid (Karras et al. 2022).
 
-    `churn`: each step first adds noise that raises sigma by min(churn / steps, sqrt(2) - 1) of itself, where
+    `churn`: each step first adds noise that raises sigma by a factor 1 + min(churn / steps, sqrt(2) - 1), where
     churn_min <= sigma <= churn_max; `churn_noise` scales that noise. `sde_scale` (eta): after each step
     x' = gamma x + (1 - gamma) x0^ + eta sigma' eps with gamma = sqrt(1 - eta^2) sigma'/sigma; 0 is the ODE.
+    Raises ValueError for an option out of range.
     """
 
     starts_from_noise = True
@@ -49,17 +53,17 @@ class EDMSampler:
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations for one image (without guidance)."""
+        """Network evaluations per image (without guidance)."""
         return 2 * (len(self.sigmas) - 1) - 1
 
     def stopping_at(self, sigma: float) -> EDMSampler:
-        """Return a sampler that stops at noise level `sigma` and returns its estimate there.
+        """Return a sampler that stops at `sigma` and returns its estimate.
 
         Raises ValueError unless sigma lies in [sigma_min, sigma_max).
         """
         stopped = copy.copy(self)
         stopped.sigmas = [*stopped_levels(self.sigmas[:-1], sigma), 0.0]
-        stopped.churn_min = max(self.churn_min, sigma * ROUNDING)  # the estimate is that of this level, not above
+        stopped.churn_min = max(self.churn_min, sigma * ROUNDING)  # no churn before the last estimate
         return stopped
 
     def _gamma(self, sigma: float) -> float:
@@ -68,9 +72,12 @@ class EDMSampler:
 
     @torch.no_grad()
     def __call__(self, denoise: Denoiser, start: Tensor, randn_like: RandnLike, labels: Tensor | None = None) -> Tensor:
-        """start: unit-variance noise [B,C,H,W]; labels [B] or None -> images [B,C,H,W] in the state's dtype."""
+        """Sample images [B,C,H,W] in the dtype of the state.
+
+        start: unit-variance noise [B,C,H,W]; labels [B] or None.
+        """
         x = initial_state(start, labels) * self.sigmas[0]
-        ones = torch.ones(len(x), dtype=torch.float64, device="cpu")  # CPU: no sync for guidance intervals
+        ones = torch.ones(len(x), dtype=torch.float64, device="cpu")  # on the CPU, guidance intervals need no sync
         for sigma, sigma_next in zip(self.sigmas, self.sigmas[1:], strict=False):
             gamma = self._gamma(sigma)
             sigma_hat = sigma * (1 + gamma)

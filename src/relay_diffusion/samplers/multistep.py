@@ -54,7 +54,10 @@ class MultistepSampler:
         self._gains = torch.stack(steps) if steps else None  # [steps-1, 2, 1, block, block] on the CPU
 
     def _step_gains(self, i: int) -> Tensor:
-        """Gains of this and of the previous estimate in the step from level i: float64 [2,1,block,block]."""
+        """Compute the gains of both estimates in a step.
+
+        From level i: those of the present and of the previous estimate, float64 [2,1,block,block].
+        """
         sigma, sigma_next = self.sigmas[i : i + 2]
         kept = math.sqrt(1 - self.s_noise**2) * sigma_next
         ends = self.corruption.gains(torch.tensor([sigma, sigma_next], dtype=torch.float64, device="cpu"))
@@ -65,7 +68,10 @@ class MultistepSampler:
         return torch.stack([direct + slope, -slope])
 
     def _first_moment(self, sigma: float, sigma_next: float) -> Tensor:
-        """I of the class, by parts: (lambda' - lambda) r(lambda') - integral of r: float64 [1,block,block]."""
+        """Integrate (t - lambda) dr by parts: float64 [1,block,block].
+
+        (lambda' - lambda) r(lambda') minus the integral of r, by Simpson's rule.
+        """
         length = math.log(sigma / sigma_next)
         levels = sigma * torch.exp(-torch.linspace(0, length, INTERVALS + 1, dtype=torch.float64, device="cpu"))
         ratios = self.corruption.gains(levels) / levels.view(-1, 1, 1, 1)
@@ -81,7 +87,9 @@ class MultistepSampler:
         return len(self.sigmas)
 
     def stopping_at(self, sigma: float) -> MultistepSampler:
-        """Return a sampler that stops at noise level `sigma` and returns its estimate there.
+        """Return a sampler that stops at noise level `sigma`.
+
+        Its result is the estimate there.
 
         Raises ValueError unless sigma lies in [sigma_min, sigma_max).
         """
@@ -91,7 +99,10 @@ class MultistepSampler:
 
     @torch.no_grad()
     def __call__(self, denoise: Denoiser, start: Tensor, randn_like: RandnLike, labels: Tensor | None = None) -> Tensor:
-        """start: the corruption's [B,C,H,W]; labels [B] or None -> images [B,C,H,W] in the state's dtype."""
+        """Sample images [B,C,H,W] in the dtype of the state.
+
+        start: from the corruption, [B,C,H,W]; labels [B] or None.
+        """
         x = self.corruption.at_level(initial_state(start, labels), self.sigmas[0], randn_like)
         ones = torch.ones(len(x), dtype=torch.float64, device="cpu")  # CPU: no sync for guidance intervals
         gains = None if self._gains is None else self._gains.to(x.device, x.dtype)

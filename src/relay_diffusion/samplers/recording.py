@@ -1,4 +1,4 @@
-"""Record a sampler's intermediate states."""
+"""Recording of a sampler's intermediate states."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from relay_diffusion.diffusion.noise import RandnLike
 from relay_diffusion.diffusion.pixels import to_uint8
 from relay_diffusion.samplers import Sampler
 
-SIGMA_DATA = 0.5  # standard deviation of images, as EDM takes it
+SIGMA_DATA = 0.5  # standard deviation of images, as in EDM
 
 
 class Step(NamedTuple):
-    """A noise level, the noisy states there and the estimates of the clean images, both uint8 [B,C,h,w] on the CPU."""
+    """Noisy states and clean estimates at one noise level.
+
+    Both uint8 [B,C,h,w] on the CPU.
+    """
 
     sigma: float
     states: Tensor
@@ -25,21 +28,21 @@ class Step(NamedTuple):
 
 
 def shown_state(x: Tensor, sigma: float) -> Tensor:
-    """A state at noise level sigma, scaled to the spread of images: x sd / sqrt(sd^2 + sigma^2), sd = 0.5.
+    """Scale a state at noise level sigma to the range of images.
 
-    So noise is seen as noise at any level (two standard deviations fit into [-1, 1]), and at level 0 the state is
-    the image itself.
+    x sd / sqrt(sd^2 + sigma^2), sd = 0.5: two standard deviations of the noise fit into [-1, 1] at any level, and at
+    level 0 the state is the image itself.
     """
     scale: float = SIGMA_DATA / (SIGMA_DATA**2 + sigma**2) ** 0.5
     return x * scale
 
 
 class RecordingSampler:
-    """A sampler that makes the same images and keeps the `steps` of the first `count` of its last call.
+    """Wrapper of a sampler that records its intermediate states.
 
-    A level that the sampler comes back to (a second-order step looks ahead to the next one, churn raises it again)
-    is kept as it was left. The last step is sigma = 0, where states and estimates are the images. Kept pictures are
-    at most `side` pixels wide: larger ones are averaged.
+    `steps`: the first `count` images of the latest call. If the sampler returns to a noise level (a second-order step
+    looks ahead to the next one, churn raises it again), the last evaluation counts. The last step is sigma = 0, where
+    states and estimates are the images. Recorded images are averaged down to at most `side` pixels.
     """
 
     def __init__(self, sampler: Sampler, count: int, side: int) -> None:
@@ -48,17 +51,17 @@ class RecordingSampler:
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations for one image (without guidance)."""
+        """Network evaluations per image (without guidance)."""
         return self.sampler.evaluations
 
     def __call__(self, denoise: Denoiser, start: Tensor, randn_like: RandnLike, labels: Tensor | None = None) -> Tensor:
-        """The sampler's images of `start` [B,C,H,W]."""
+        """Sample images of `start` [B,C,H,W] and record the steps."""
         steps: list[Step] = []
         self.steps = steps
 
         def recording(x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
             estimates = denoise(x, sigma, labels)
-            level = float(sigma[0])  # samplers give it on the CPU, and the same for all images
+            level = float(sigma[0])  # samplers pass it on the CPU, with the same value for all images
             while steps and steps[-1].sigma <= level:
                 steps.pop()
             steps.append(Step(level, self._picture(shown_state(x[: self.count], level)), self._picture(estimates)))

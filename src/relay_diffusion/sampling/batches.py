@@ -1,7 +1,7 @@
-"""Batches of a plan, split over the devices.
+"""Batches of a plan, split over ranks.
 
-Every image belongs to one rank. Every rank needs at least one: Lightning lets a rank without a batch leave early, and
-the others would wait for it. With fewer images than ranks, several ranks make the same image.
+Every rank needs at least one image: Lightning ends a rank without a batch early, and the others would wait for it. With
+fewer images than ranks, several ranks make the same image.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from relay_diffusion.sampling.plan import Plan
 class PlanDataModule(L.LightningDataModule):
     """Batches of the missing images of a plan.
 
-    todo: positions in the plan. batch_size: images per batch on one device. The last batch of a rank is padded, because
-    the last bit of an image depends on the batch size: a resumed run, or one on other devices, makes the same files.
+    todo: positions in the plan. batch_size: images per batch on one device. The last batch of a rank is padded,
+    because the last bit of an image depends on the batch size. So a resumed run, or a run on other devices, makes the
+    same files.
     """
 
     def __init__(self, plan: Plan, todo: Sequence[int], batch_size: int) -> None:
@@ -47,9 +48,9 @@ class PlanDataModule(L.LightningDataModule):
 
 
 def rank_order(todo: Sequence[int], shown: int, devices: int) -> list[int]:
-    """Order `todo` so that every rank gets an image, and rank 0 the first `shown` first.
+    """Order positions so that every rank gets an image.
 
-    Images are repeated if there are fewer than ranks.
+    Rank 0 gets the first `shown` images first. Images are repeated if there are fewer than ranks.
     """
     count = max(len(todo), devices, (shown - 1) * devices + 1)
     repeated = list(islice(cycle(todo), count))

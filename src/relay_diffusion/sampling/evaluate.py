@@ -1,4 +1,4 @@
-"""Evaluate images that exist: a loop over batches, split by rank."""
+"""Evaluate existing images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import Evaluator
 from relay_diffusion.sampling.options import ReferenceOptions, SamplingOptions
 from relay_diffusion.sampling.report import report
-from relay_diffusion.training.callbacks.preemption import Preemption
+from relay_diffusion.training.callbacks.preemption import Preemption, restored_signal_handlers
 from relay_diffusion.utils.distributed import started_ranks
 from relay_diffusion.utils.files import json_text, write_text
 from relay_diffusion.utils.progress import progress
@@ -26,7 +26,7 @@ from relay_diffusion.utils.progress import progress
 def measure_stored(
     options: SamplingOptions, trainer: L.Trainer, images: ImageSet, evaluator: Evaluator
 ) -> dict[str, Any]:
-    """Evaluate existing images."""
+    """Evaluate the images of a folder, zip or .npz."""
     check_count(f"images={options.images}", len(images), trainer.num_devices * trainer.num_nodes)
     with started_ranks(trainer, options.run_id, str(options.output), "output"):
         if trainer.is_global_zero:
@@ -39,11 +39,11 @@ def measure_stored(
 
 
 def check_count(option: str, count: int, processes: int) -> None:
-    """Raise UserError if the images are too few for statistics or for the devices."""
+    """Raise UserError if images are too few for metrics or devices."""
     if count < 2:
-        raise UserError(f"{option}: statistics need at least 2 images")
+        raise UserError(f"{option}: metrics need at least 2 images; give more")
     if count < processes:
-        raise UserError(f"{option} are {count} images for {processes} devices: use fewer devices")
+        raise UserError(f"{option}: {count} images for {processes} devices; use fewer devices")
 
 
 def build_evaluator(metrics: DictConfig, reference: ReferenceOptions, resolution: tuple[int, int]) -> Evaluator:
@@ -51,7 +51,7 @@ def build_evaluator(metrics: DictConfig, reference: ReferenceOptions, resolution
     source = instantiate(metrics.reference)(
         path=reference.path, subset=reference.subset, resolution=resolution, option=reference.option
     )
-    source.check()  # before images are made
+    source.check()  # report errors before sampling
     evaluator: Evaluator = instantiate(metrics.evaluator, reference=source, _convert_="all")
     return evaluator
 
@@ -64,9 +64,13 @@ def measure(
     how: dict[str, Any],
     rounding: str | None,
 ) -> dict[str, Any]:
-    """Return the numbers of images; rank 0 also writes metrics.json with how they were obtained."""
+    """Evaluate images; rank 0 writes metrics.json.
+
+    how: settings to write beside the metrics. Collective.
+    """
     began = time.perf_counter()
-    numbers = _compute(trainer, evaluator, images, options.batch_size)
+    with restored_signal_handlers():
+        numbers = _compute(trainer, evaluator, images, options.batch_size)
     if not trainer.is_global_zero:
         return dict(numbers)
     results = how | numbers
@@ -90,7 +94,7 @@ def measure(
 
 @torch.inference_mode()
 def _compute(trainer: L.Trainer, evaluator: Evaluator, images: ImageSet, batch_size: int) -> dict[str, float | int]:
-    """Feed this rank's images, every `world_size`-th one, and compute over all ranks."""
+    """Update with every `world_size`-th image and compute over all ranks."""
     Preemption().leave_at_signals(trainer)
     device, world = trainer.strategy.root_device, trainer.world_size
     evaluator.prepare(device, trainer.global_rank, trainer.strategy.barrier)
@@ -100,5 +104,5 @@ def _compute(trainer: L.Trainer, evaluator: Evaluator, images: ImageSet, batch_s
         for batch in images.batches(batch_size, mine.tolist()):
             evaluator.update(batch.to(device), mine[done : done + len(batch)])
             done += len(batch)
-            advance(min(len(batch) * world, len(images) - advance.done))  # as if all ranks were equally fast
+            advance(min(len(batch) * world, len(images) - advance.done))  # counts all ranks as equally fast
     return evaluator.compute()

@@ -24,10 +24,10 @@ from relay_diffusion.utils.parallel import map_in_order
 
 
 class ImageStore:
-    """Images by name in `directory`/images, one PNG each; `pack` moves them into `directory`/images.zip.
+    """Folder of PNG files, `directory`/images, or `directory`/images.zip.
 
-    `settings` (what determines the images) are kept beside them. Raises UserError if the directory already
-    holds images of other settings, and names the first that differs.
+    `pack` moves the files into the zip. `settings`: all settings that the images depend on; they are written to the
+    directory. Raises UserError, naming the first difference, if the directory holds images of other settings.
     """
 
     def __init__(self, directory: str | Path, settings: Mapping[str, Any]) -> None:
@@ -39,7 +39,7 @@ class ImageStore:
             known = _read_json(self._settings_file)
             if known != self._settings:
                 difference = first_difference(known, self._settings)
-                raise UserError(f"{directory} holds images of other settings ({difference}): choose another output")
+                raise UserError(f"{directory} holds images with different settings ({difference}): use another output")
         self._packed: set[str] = set()
         if self.archive.exists():
             with self._open() as archive:
@@ -52,7 +52,7 @@ class ImageStore:
         write_text(self._settings_file, json_text(self._settings))
 
     def path(self, name: str) -> Path:
-        """Return the file of an image that is not packed."""
+        """Return the path of an image that is not packed."""
         return self.folder / f"{name}.png"
 
     def __contains__(self, name: str) -> bool:
@@ -83,13 +83,13 @@ class ImageStore:
         return archive.read(member) if archive is not None and packed else self.path(name).read_bytes()
 
     def note_labels(self, labels: Mapping[str, int], class_names: Sequence[str]) -> None:
-        """Write the class labels of images (by name) to a dataset.json, as in a dataset.
+        """Write the class labels of images (by name) to dataset.json.
 
-        Only if every image in the folder has a label; -1 is none.
+        Written only if every image in the folder has a label; -1 is no label.
         """
         loose = self._loose()
         if not loose:
-            return  # the zip holds the labels of packed images
+            return  # packed images have their labels in the zip
         known = self._labels() | {f"{name}.png": label for name, label in labels.items()}
         if not all(known.get(member, -1) >= 0 for member in loose):
             (self.folder / LABEL_FILE).unlink(missing_ok=True)
@@ -98,9 +98,10 @@ class ImageStore:
         write_text(self.folder / LABEL_FILE, json.dumps(content))
 
     def pack(self) -> None:
-        """Move all images into one zip, with their labels if all have one.
+        """Move all images into one zip.
 
-        Images that are packed already stay in it. Call on rank 0, when all ranks have written.
+        Labels are included if all images have one. Images in an existing zip are kept. Call on rank 0 after all ranks
+        have written.
         """
         self._clear()
         loose = self._loose()
@@ -158,16 +159,17 @@ class ImageStore:
 
 
 class _KeptImages(ImageSet):
-    """Images of a store, by name."""
+    """Image set of a store."""
 
     kind = "run"
 
     def __init__(self, store: ImageStore, names: Sequence[str], resolution: tuple[int, int]) -> None:
+        super().__init__()
         self.store, self.names, self.resolution, self.path = store, names, resolution, store.folder
 
     @property
     def source_hash(self) -> str:
-        """Empty: the settings of the run determine the images."""
+        """Return "": the settings of the run identify the images."""
         return ""
 
     def _images(self, indices: Sequence[int]) -> Iterator[Image.Image]:

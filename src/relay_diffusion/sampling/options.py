@@ -1,4 +1,4 @@
-"""Settings of a sampling run, read from its configuration once. Imports neither torch nor lightning."""
+"""Settings of a sampling run. Imports neither torch nor lightning."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from relay_diffusion.utils.messages import shorten
 
 
 def chosen_stages(relay: DictConfig) -> dict[str, DictConfig]:
-    """The stages to run, by name, in order: from `relay.first` to `relay.last`; with `relay.start` from the second.
+    """Select the stages from `relay.first` to `relay.last`, by name.
 
-    Raises UserError for a name that is no stage, and where first, last and start contradict each other.
+    The default of `relay.first` is the second stage if `relay.start` is set. Raises UserError for an unknown stage, and
+    if first, last and start contradict each other.
     """
     names = [str(name) for name in relay.stages]
     require(len(names) > 0, "relay.stages is empty: a relay needs at least a first stage")
     for key in ("first", "last"):
-        require(relay[key] is None or relay[key] in names, f"relay.{key}={shorten(relay[key])}: the stages are {names}")
+        require(relay[key] is None or relay[key] in names, f"relay.{key}={shorten(relay[key])}: choose one of {names}")
     start, first, last = relay.start is not None, relay.first, relay.last
     require(
         start or first in (None, names[0]),
         f"relay.first={first}: relay.start=FOLDER must give the images that it starts from",
     )
-    require(not start or len(names) > 1 or first is not None, "relay.start: the relay has no second stage")
+    require(not start or len(names) > 1 or first is not None, "relay.start: the relay has no second stage; remove it")
     begin = names.index(first) if first is not None else int(start)
     end = names.index(last) if last is not None else len(names) - 1
-    require(begin <= end, f"relay.last={last} comes before the first stage to run, {names[begin]}")
+    require(begin <= end, f"relay.last={last} is before the first stage to run, {names[begin]}; choose a later one")
     chosen = names[begin : end + 1]
     for name in chosen:
         require(not OmegaConf.is_missing(relay.stages, name), f"relay.stages.{name} has no value: it must be a stage")
@@ -37,7 +38,7 @@ def chosen_stages(relay: DictConfig) -> dict[str, DictConfig]:
 
 
 def reference_of(cfg: DictConfig) -> dict[str, Any]:
-    """Return path and subset of the reference: `reference`, or else the relay's."""
+    """Return path and subset of `reference` or else `relay.reference`."""
     if cfg.reference is not None:
         return {"path": cfg.reference, "subset": ""}
     return {
@@ -48,7 +49,7 @@ def reference_of(cfg: DictConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StartOptions:
-    """Images to start from: `path` None means noise. exif: "apply" or "ignore"."""
+    """Starting images; `path` None: noise. exif: "apply" or "ignore"."""
 
     path: str | None
     subset: str
@@ -57,7 +58,7 @@ class StartOptions:
 
 @dataclass(frozen=True)
 class ReferenceOptions:
-    """Reference of an evaluation; option: the key that the user set, for messages."""
+    """Reference of an evaluation. option: the key in messages."""
 
     path: str | None
     subset: str
@@ -66,11 +67,11 @@ class ReferenceOptions:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Settings of a sampling run besides the objects that Hydra builds: relay, trainer and metrics.
+    """Settings of a sampling run, without relay, trainer and metrics.
 
-    seeds: as the user gave them; None: all, which are default_seeds or every image of `start`. classes: names or
-    indices as given; None: all in turn. trajectory: how many images are drawn with their intermediate states.
-    config: the resolved configuration as YAML.
+    seeds: as given; None: default_seeds, or every image of `start`. classes: names or indices as given; None: all in
+    turn. trajectory: number of images that are drawn with their intermediate states. config: the resolved configuration
+    as YAML.
     """
 
     output: Path
@@ -92,7 +93,10 @@ class SamplingOptions:
 
     @property
     def shown_seeds(self) -> str | None:
-        """The seeds for metrics.json: "all" for every image that is enlarged, None for images that exist."""
+        """Seeds for metrics.json.
+
+        "all" for every image of `start`; None for existing images.
+        """
         if self.images is not None:
             return None
         every = self.default_seeds if self.start.path is None else "all"

@@ -1,4 +1,4 @@
-"""The plan of a sampling run: which images are made, from which seeds, classes and starting images."""
+"""Plan of a sampling run: names, seeds, classes and starting images."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ FOLDER_SIZE = 1000  # images in one sub-folder
 
 @dataclass(frozen=True)
 class Plan:
-    """The images of a run in order: names (paths without .png), seeds and labels (-1: no class).
+    """Images of a run in order.
 
-    start: the images to start from, number k for seed k; None: noise. classes: the chosen classes, which the labels
-    take in turn; None: not chosen.
+    names: paths without .png. labels: -1 is no class. start: starting images, index k for seed k; None: noise. classes:
+    the chosen classes, taken in turn; None: not chosen.
     """
 
     names: list[str]
@@ -30,17 +30,17 @@ class Plan:
 
 
 def plan_from_noise(seeds: object, classes: Sequence[int]) -> Plan:
-    """Plan one image a seed; the classes in turn by seed, as the authors do."""
+    """Plan one image per seed; classes alternate by seed (as published)."""
     chosen = parse_seeds(seeds)
     names = [f"{seed // FOLDER_SIZE * FOLDER_SIZE:08d}/seed{seed:08d}" for seed in chosen]
     return Plan(names, chosen, [classes[seed % len(classes)] for seed in chosen])
 
 
 def plan_from_images(start: ImageDataset, seeds: object, classes: Sequence[int] | None) -> Plan:
-    """Plan one image for each of `start`, under its name; image number k has seed k.
+    """Plan one image per starting image, under its name.
 
-    `seeds` chooses some of them by number (null: all). Without `classes` each image has the class of its
-    dataset.json, or none. Raises UserError for numbers out of range, and for two images that would share a file.
+    Image k has seed k. `seeds` selects images (null: all). Without `classes` each image has its class in dataset.json,
+    or none. Raises UserError for seeds out of range, and for two images with one file name.
     """
     chosen = list(range(len(start.names))) if seeds is None else parse_seeds(seeds)
     if max(chosen) >= len(start.names):

@@ -1,4 +1,4 @@
-"""Postprocess 8-bit images as for the published results. Off by default."""
+"""Postprocess 8-bit images as in the published results."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class Enhance:
-    """Apply Pillow's enhancers: contrast, brightness, colour; a factor of 1 changes nothing.
+    """Change contrast, brightness and colour with Pillow.
 
-    Brightness mixes an image with black, contrast with its mean grey, colour with its grey version; factors above 1
-    move away from these.
+    A factor of 1 changes nothing. Brightness interpolates between black and the image, contrast between its mean grey
+    and the image, colour between its grey version and the image; factors above 1 extrapolate.
     """
 
     def __init__(self, contrast: float = 1.0, brightness: float = 1.0, colour: float = 1.0) -> None:
@@ -24,7 +24,10 @@ class Enhance:
         return f"Enhance(contrast={self.contrast}, brightness={self.brightness}, colour={self.colour})"
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 [B,3,H,W] -> uint8 [B,3,H,W] on the same device; computed image by image on the CPU."""
+        """Enhance uint8 images [B,3,H,W].
+
+        The result is on the same device; Pillow computes on the CPU.
+        """
         changed = [self._one(pixels) for pixels in images.permute(0, 2, 3, 1).cpu().numpy()]
         return torch.from_numpy(np.stack(changed)).permute(0, 3, 1, 2).contiguous().to(images.device)
 

@@ -27,9 +27,9 @@ OTHERS = (
 
 
 def report(results: Mapping[str, Any]) -> None:
-    """Print the results as a table, with paths, skipped metrics and warnings.
+    """Print the results as a table.
 
-    "names" in the results are those of the computed metrics, custom ones included.
+    Paths, skipped metrics and warnings follow. "names" in the results lists the computed metrics, custom ones included.
     """
     table = Table(show_header=False, box=None)
     listed = {key for key, _, _ in (*MEASURES, *OTHERS)}

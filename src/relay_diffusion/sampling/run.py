@@ -23,9 +23,9 @@ from relay_diffusion.data.npz import write_adm_samples
 from relay_diffusion.errors import UserError, prefix_errors
 from relay_diffusion.metrics import Evaluator
 from relay_diffusion.models.relay import Relay
+from relay_diffusion.networks.ops import report_slow_settings
 from relay_diffusion.sampling.batches import PlanDataModule, rank_order
 from relay_diffusion.sampling.callbacks.image_writer import ImageWriter
-from relay_diffusion.sampling.callbacks.progress import SamplingProgress
 from relay_diffusion.sampling.callbacks.relay_picture import RelayPicture
 from relay_diffusion.sampling.callbacks.trajectory_picture import TrajectoryPicture
 from relay_diffusion.sampling.evaluate import build_evaluator, check_count, measure, measure_stored
@@ -39,19 +39,19 @@ from relay_diffusion.sampling.options import (
 from relay_diffusion.sampling.plan import Plan, plan_from_images, plan_from_noise
 from relay_diffusion.sampling.report import report
 from relay_diffusion.training.callbacks.preemption import Preemption
+from relay_diffusion.training.callbacks.progress import ImagesProgress
 from relay_diffusion.utils.distributed import on_rank_zero, started_ranks
 from relay_diffusion.utils.files import write_text
-from relay_diffusion.utils.host import report_slow_settings
 from relay_diffusion.utils.parallel import map_in_order
 from relay_diffusion.utils.quiet import quiet_libraries
 
 MANY_CLASSES = 1000  # a longer list is stored as counts and a checksum
-UNEVEN = 2  # largest ratio of class frequencies in the reference without a note
+UNEVEN = 2  # ratio of class frequencies in the reference above which a note is printed
 
 
 @quiet_libraries()
 def sample(cfg: DictConfig) -> dict[str, Any]:
-    """Sample the images that are missing, evaluate all of them if mode=evaluate, and return the results."""
+    """Sample the missing images, evaluate all if mode=evaluate, return the results."""
     options = sampling_options(cfg)
     if options.images is not None:
         images = open_image_set(options.images, option="images")
@@ -70,7 +70,7 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
 def sample_relay(
     options: SamplingOptions, trainer: L.Trainer, relay: Relay, plan: Plan, evaluator: Evaluator | None = None
 ) -> dict[str, Any]:
-    """Sample the missing images of a plan; evaluate all of them with `evaluator`."""
+    """Sample the missing images of a plan; evaluate all with `evaluator`."""
     if evaluator is not None and trainer.is_global_zero and options.classes is None and plan.start is None:
         _report_uneven_classes(options.reference, relay)
     with started_ranks(trainer, options.run_id, str(options.output), "output"):
@@ -101,7 +101,7 @@ def _make_and_measure(
     todo = sorted({*missing, *shown})
     if todo:
         began, picture = time.perf_counter(), options.output / "relay.png"
-        callbacks: list[Callback] = [SamplingProgress("sampling", len(plan.names), done=len(plan.names) - len(todo))]
+        callbacks: list[Callback] = [ImagesProgress(len(plan.names), done=len(plan.names) - len(todo))]
         callbacks.append(ImageWriter(store, plan, missing))
         if options.picture and missing:
             callbacks.append(RelayPicture(picture, count=options.picture))
@@ -121,14 +121,17 @@ def _make_and_measure(
 
 
 def build_relay(settings: DictConfig) -> Relay:
-    """Build the stages that a relay config chooses, as one relay."""
+    """Build a relay from its config.
+
+    Raises UserError for a checkpoint that cannot be loaded and for stages without 3 channels.
+    """
     stages = {}
     for name, stage in chosen_stages(settings).items():
         with prefix_errors(f"relay.stages.{name}"):
             stages[name] = build_configured(stage)
         if stages[name].image_channels != 3:
             raise UserError(
-                f"relay.stages.{name} makes images of {stages[name].image_channels} channels: only 3 are drawn here"
+                f"relay.stages.{name} makes images of {stages[name].image_channels} channels: use a stage of 3 channels"
             )
     return Relay(stages, **relay_options(settings))
 
@@ -140,7 +143,7 @@ def make_plan(options: SamplingOptions, relay: Relay) -> Plan:
     chosen = chosen_classes(options, relay)
     if size is None:
         if path is not None:
-            raise UserError(f"relay.start={path}: the stage {first} starts from noise")
+            raise UserError(f"relay.start={path}: the stage {first} starts from noise; remove relay.start")
         every = class_indices(None, relay.num_classes, relay.class_names)
         seeds = options.default_seeds if options.seeds is None else options.seeds
         return replace(plan_from_noise(seeds, chosen or every), classes=chosen)
@@ -162,7 +165,7 @@ def make_plan(options: SamplingOptions, relay: Relay) -> Plan:
 
 
 def _read_start(plan: Plan, positions: list[int]) -> None:
-    """Decode the images to start from once, so that a damaged one is reported before hours of work."""
+    """Decode the starting images to report a damaged one before sampling."""
     if plan.start is not None:
         chosen = [plan.seeds[position] for position in positions]
         for _ in map_in_order(plan.start.__getitem__, chosen):
@@ -174,31 +177,41 @@ def _read_start(plan: Plan, positions: list[int]) -> None:
 
 
 def chosen_classes(options: SamplingOptions, relay: Relay) -> list[int] | None:
-    """Resolve `class` to class indices, taken in turn; None if it is not set. Raises UserError for unknown ones."""
+    """Resolve `class` to class indices, taken in turn.
+
+    None if it is not set. Raises UserError for unknown classes.
+    """
     chosen, reference = options.classes, options.reference
     if chosen is None:
         return None
     if chosen != AS_REFERENCE or AS_REFERENCE in relay.class_names or not relay.num_classes:
         return class_indices(chosen, relay.num_classes, relay.class_names)
     if reference.path is None:
-        raise UserError(f"class={AS_REFERENCE}: there is no {reference.option}; give reference=FOLDER or ZIP")
-    return labels_like_reference(reference.path, reference.subset, relay.class_names, reference.option)
+        raise UserError(f"class={AS_REFERENCE}: {reference.option} is null; give reference=FOLDER or ZIP")
+    return labels_like_reference(
+        reference.path, reference.subset, relay.num_classes, relay.class_names, reference.option
+    )
 
 
 def _check_classes(start: ImageDataset, relay: Relay) -> None:
-    """Raise UserError unless the images to start from have the classes of the model."""
+    """Raise UserError unless the starting images have the model's classes."""
     wanted = "give class=NAME (or class=-1 for no class)"
     if not start.class_names:
-        raise UserError(f"relay.start={start.path} has no classes (dataset.json), but the model knows some: {wanted}")
+        raise UserError(f"relay.start={start.path} has no classes (dataset.json), but the model does: {wanted}")
     if start.num_classes > relay.num_classes or (relay.class_names and start.class_names != relay.class_names):
         raise UserError(f"relay.start={start.path} has other classes than the model: {wanted}")
 
 
 def _report_uneven_classes(reference: ReferenceOptions, relay: Relay) -> None:
-    """Report class shares that differ between reference and samples, which raises all distances."""
+    """Print a note if classes are uneven in the reference alone.
+
+    Different class frequencies raise all distances.
+    """
     assert reference.path is not None
-    with suppress(UserError):  # no classes, or no set of images
-        labels = labels_like_reference(reference.path, reference.subset, relay.class_names, "reference")
+    with suppress(UserError):  # a reference without classes or images
+        labels = labels_like_reference(
+            reference.path, reference.subset, relay.num_classes, relay.class_names, "reference"
+        )
         counts = Counter(labels)
         if relay.num_classes and max(counts.values()) > UNEVEN * min(counts[k] for k in range(relay.num_classes)):
             print(
@@ -207,7 +220,7 @@ def _report_uneven_classes(reference: ReferenceOptions, relay: Relay) -> None:
 
 
 def run_settings(options: SamplingOptions, relay: Relay, plan: Plan, device: str) -> dict[str, Any]:
-    """Return everything that determines the images of a plan, except its seeds."""
+    """Return all settings that the images depend on, except the seeds."""
     settings = relay.describe() | {
         "classes": _shown_classes(plan.classes),
         "precision": options.precision,
@@ -254,14 +267,14 @@ def _keep(options: SamplingOptions, relay: Relay, plan: Plan, store: ImageStore)
 
 
 def _without_places(node: Any) -> Any:
-    """Settings without paths: a moved checkpoint is the same one, by its hash."""
+    """Remove paths from settings: the hash identifies a moved checkpoint."""
     if not isinstance(node, dict):
         return node
     return {key: _without_places(value) for key, value in node.items() if key not in ("file", "path")}
 
 
 def _shown_classes(classes: list[int] | None) -> Any:
-    """Shorten a long list of classes to counts and a checksum, for the settings."""
+    """Shorten a long list of classes to counts and a checksum."""
     if classes is None or len(classes) <= MANY_CLASSES:
         return classes
     counts = {str(label): count for label, count in sorted(Counter(classes).items())}

@@ -1,4 +1,4 @@
-"""Parse seeds: numbers and ranges. Imports no torch: seeds are checked before anything is built."""
+"""Parse seeds: numbers and ranges. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.utils.messages import shorten
 
 MAX_SEED = 2**63 - 1
-MAX_IMAGES = 10_000_000  # of one run: a plan of them takes gigabytes
+MAX_IMAGES = 10_000_000  # images of one run; a plan of more takes gigabytes
 
 
 def parse_seeds(text: object, option: str = "seeds") -> list[int]:
-    """Parse seeds: 0-3,7 is [0, 1, 2, 3, 7]. `option`: the name for messages.
+    """Parse seeds: 0-3,7 is [0, 1, 2, 3, 7].
 
-    Raises UserError for anything else, for seeds named twice, and for more than MAX_IMAGES.
+    option: key for messages. Raises UserError for other formats, repeated seeds, and more than MAX_IMAGES seeds.
     """
     parts = (
         [str(seed) for seed in text]
@@ -28,20 +28,20 @@ def parse_seeds(text: object, option: str = "seeds") -> list[int]:
             raise UserError(f"{option} is {shorten(text)}: give numbers and ranges, e.g. seeds=0-31 or seeds=[0-7,12]")
         low, high = int(first), int(last if dash else first)
         if max(low, high) > MAX_SEED:
-            raise UserError(f"{option} holds {shorten(part.strip())}: the largest seed is {MAX_SEED}")
+            raise UserError(f"{option} holds {shorten(part.strip())}: must be at most {MAX_SEED}")
         if high < low:
-            raise UserError(f"{option} holds the range {part.strip()!r}, which runs backwards")
+            raise UserError(f"{option} holds the range {part.strip()!r}, which descends; write the lower number first")
         ranges.append(range(low, high + 1))
         count += high + 1 - low
     if not ranges:
         raise UserError(f"{option} is empty: give numbers and ranges, e.g. seeds=0-31")
     if count > MAX_IMAGES:
-        raise UserError(f"{option} is {shorten(text)}: {count:,} images, more than {MAX_IMAGES:,} at once")
+        raise UserError(f"{option} is {shorten(text)}: {count:,} images; a run makes at most {MAX_IMAGES:,}")
     seeds = [seed for numbers in ranges for seed in numbers]
     if len(set(seeds)) != len(seeds):
-        raise UserError(f"{option} is {shorten(text)}: a seed is named twice")
+        raise UserError(f"{option} is {shorten(text)}: a seed is repeated; give each once")
     return seeds
 
 
 def _is_number(text: str) -> bool:
-    return text.isdecimal() and len(text) < 100  # Python refuses to read numbers of thousands of digits
+    return text.isdecimal() and len(text) < 100  # int() raises for thousands of digits

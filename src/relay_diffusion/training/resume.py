@@ -1,4 +1,4 @@
-"""Start of a run: its own last checkpoint, `resume`, the weights of `init`, or new; and the record for it."""
+"""Start of a run: new, from initial weights, or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from relay_diffusion.checkpoints.reading import (
 from relay_diffusion.data.datamodule import ImageDataModule
 from relay_diffusion.errors import UserError, prefix_errors
 from relay_diffusion.models.stage import DiffusionStage
-from relay_diffusion.utils.messages import differences, first_difference, shown
+from relay_diffusion.utils.messages import differences, first_difference, setting_text
 
 KEY = "run"  # key of the run's settings in a checkpoint
 LONGEST = 200  # characters of a value in messages
-WITHOUT_EFFECT = (  # on what is trained; the number of devices is recorded as such
+WITHOUT_EFFECT = (  # settings without effect on the result; "devices" records the number of ranks
     "run_id", "run_dir", "resume", "init", "trainer.max_images", "trainer.devices", "trainer.num_nodes",
     "data.num_workers", "data.dataset.cache",
 )  # fmt: skip
@@ -40,26 +40,26 @@ DATA_ORDER = ("data.seed", "data.dataset.x_flip", "images")  # settings that cha
 class RunRecord(Callback):
     """Store the settings of the run in every checkpoint, as "run".
 
-    config: the resolved settings. derived: the keys whose values refer to other keys. devices: ranks of the run.
-    images: of the data set, without mirrored ones. wandb: what a WandbRun continues from.
+    config: the resolved settings. derived: keys whose values are interpolations. devices: number of ranks.
+    images: number of images in the dataset, without mirrored ones. wandb: the `run_record` of a WandbRun.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
         self.settings = {"config": OmegaConf.to_container(cfg, resolve=True), "derived": list(_derived(cfg))}
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
-        """Add the record."""
+        """Add the record to the checkpoint."""
         wandb = next((logger.run_record for logger in trainer.loggers if hasattr(logger, "run_record")), None)
         data = trainer.datamodule  # type: ignore[attr-defined]
         checkpoint[KEY] = self.of(trainer, data) | ({"wandb": wandb} if wandb else {})
 
     def of(self, trainer: L.Trainer, data: ImageDataModule) -> dict[str, Any]:
-        """The settings, the number of ranks and the number of images."""
+        """Return the settings, the number of ranks and the number of images."""
         return {**self.settings, "devices": trainer.world_size, "images": len(data.dataset.names)}
 
 
 def _derived(node: Any, prefix: str = "") -> Iterator[str]:
-    """Keys whose values are written as references to others."""
+    """Yield the keys whose values are interpolations."""
     if not isinstance(node, DictConfig):
         return
     for name in map(str, node):
@@ -71,20 +71,21 @@ def _derived(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(setting, before, now) of each setting in which a run differs from the record that it continues."""
-    derived = set(before.get("derived", [])) & set(now["derived"])  # what they refer to is compared itself
+    """Return (setting, before, now) of each setting that a resumed run changes."""
+    derived = set(before.get("derived", [])) & set(now["derived"])  # the keys that they refer to are compared
     found = []
     for key, old, new in differences(_flat(before), _flat(now)):
         parents = {key[:end] for end in range(len(key) + 1) if key[end : end + 1] in (".", "")}
         if key not in WITHOUT_EFFECT and not parents & derived:
-            found.append((key, shown(old, LONGEST), shown(new, LONGEST)))
+            found.append((key, setting_text(old, LONGEST), setting_text(new, LONGEST)))
     return found
 
 
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
     config = dict(record.get("config", {}))
     data, trainer = config.get("data"), config.get("trainer")
-    if isinstance(data, Mapping) and isinstance(trainer, Mapping) and "accumulate" in data:  # of an older checkpoint
+    # older checkpoints have data.accumulate
+    if isinstance(data, Mapping) and isinstance(trainer, Mapping) and "accumulate" in data:
         config["data"] = {name: value for name, value in data.items() if name != "accumulate"}
         config["trainer"] = {name: value for name, value in trainer.items() if name != "accumulate"}
         config["trainer"]["accumulate_grad_batches"] = data["accumulate"]
@@ -93,10 +94,10 @@ def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Start:
-    """Start of a run, as rank 0 decides it.
+    """Start of a run, decided on rank 0.
 
-    checkpoint: the file to continue from; None for a new run. own: it belongs to this run, not to `resume`. changed:
-    (setting, before, now) of each setting that differs. wandb: what its W&B run continues from.
+    checkpoint: the file to continue from; None for a new run. own: whether it belongs to this run, not to `resume`.
+    changed: (setting, before, now) of each changed setting. wandb: the stored `run_record` of its WandbRun.
     """
 
     checkpoint: Path | None = None
@@ -107,10 +108,10 @@ class Start:
 
 
 def last_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any], bool] | None:
-    """Find the checkpoint to continue from: the last one of this run, or else `resume`.
+    """Find the checkpoint to continue from, in the run directory or `resume`.
 
-    Returns its path, its content, and whether it is this run's own; None for a new run. A damaged one of this run is
-    skipped, with a warning, for the one before. Raises UserError if none of this run can be read.
+    Returns its path, its content, and whether it belongs to this run; None for a new run. A damaged checkpoint of this
+    run is skipped with a warning. Raises UserError if the run has checkpoints but none can be read.
     """
     directory = OmegaConf.select(cfg, "callbacks.checkpoints.directory")
     own = [Path(directory) / LAST, *sorted(Path(directory).glob(KEPT), reverse=True)] if directory else []
@@ -121,9 +122,9 @@ def last_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any], bool] | None
                 return path, read_checkpoint(path, cfg.trusted), True
             except UserError as error:
                 failures.append(str(error))
-                print(f"warning: {error}; trying the checkpoint before", file=sys.stderr, flush=True)
+                print(f"warning: {error}; trying the previous checkpoint", file=sys.stderr, flush=True)
     if failures:
-        raise UserError(f"no checkpoint in {directory} can be read: delete them to start a new run ({failures[0]})")
+        raise UserError(f"no checkpoint in {directory} can be read ({failures[0]}): delete them to start a new run")
     if cfg.resume is None:
         return None
     with prefix_errors("resume"):
@@ -133,7 +134,7 @@ def last_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any], bool] | None
 def check_same_stage(path: Path, checkpoint: dict[str, Any], stage_config: dict[str, Any]) -> None:
     """Require that a checkpoint has the same stage and optimizer.
 
-    The learning rate may change, and so may settings that affect speed and memory alone.
+    The learning rate and settings that affect only speed and memory may differ. Raises UserError.
     """
     stored, present = _fixed_settings(checkpoint["stage_config"]), _fixed_settings(stage_config)
     if stored != present:
@@ -144,7 +145,10 @@ def check_same_stage(path: Path, checkpoint: dict[str, Any], stage_config: dict[
 
 
 def check_same_classes(path: Path, checkpoint: dict[str, Any], data: ImageDataModule) -> None:
-    """Require the same classes in the same order: otherwise labels change their meaning."""
+    """Require the same classes in the same order. Raises UserError.
+
+    Other classes would change the meaning of labels.
+    """
     stored, present = checkpoint.get("class_names", []), data.dataset.class_names
     if stored and present and stored != present:
         pairs = enumerate(zip_longest(stored, present))
@@ -156,9 +160,9 @@ def check_same_classes(path: Path, checkpoint: dict[str, Any], data: ImageDataMo
 
 
 def _fixed_settings(stage_config: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a stage that a resumed run may not change."""
+    """Select stage settings that a resumed run may not change."""
     denoiser, corruption, optimizer = (stage_config.get(part) or {} for part in ("denoiser", "corruption", "optimizer"))
-    # older files lack condition_channels, and the log-normal of a relay stage
+    # older files lack condition_channels and p_mean, p_std of a relay stage
     network = {"condition_channels": 0} | (denoiser.get("network") or {}) | {"checkpoint_levels": None}
     schedule = {"p_mean": -1.2, "p_std": 1.2} | (corruption.get("schedule") or {})
     return {
@@ -169,7 +173,7 @@ def _fixed_settings(stage_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def init_from(stage: DiffusionStage, path: str) -> Path:
-    """Load the averaged weights stored at `path`, or the raw ones if there is no average.
+    """Load initial weights: averaged ones, or raw ones without an average.
 
     Returns the file. Raises UserError naming it, if the weights are missing or those of another network.
     """
@@ -186,7 +190,7 @@ def init_from(stage: DiffusionStage, path: str) -> Path:
 def find_start(cfg: DictConfig, data: ImageDataModule, record: dict[str, Any]) -> Start:
     """Decide where the run starts. Call on rank 0.
 
-    `record`: the RunRecord of this run. The checkpoint does not stay in memory: Lightning reads it again. Raises
+    `record`: settings from `RunRecord.of`. The content of the checkpoint is freed; Lightning reads it again. Raises
     UserError for a checkpoint that this run cannot continue.
     """
     found = last_checkpoint(cfg)

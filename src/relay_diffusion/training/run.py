@@ -15,17 +15,20 @@ from relay_diffusion.checkpoints.reading import LAST
 from relay_diffusion.data.datamodule import ImageDataModule
 from relay_diffusion.errors import UserError, prefix_errors, require
 from relay_diffusion.models.stage import DiffusionStage, StageInfo
-from relay_diffusion.training.callbacks.preemption import leave_after_signal
+from relay_diffusion.networks.ops import report_slow_settings
+from relay_diffusion.training.callbacks.preemption import leave_after_signal, restored_signal_handlers
 from relay_diffusion.training.resume import DATA_ORDER, RunRecord, Start, find_start, init_from
 from relay_diffusion.utils.distributed import destroy_process_group, on_rank_zero, started_ranks
 from relay_diffusion.utils.files import write_text
 from relay_diffusion.utils.git import git_revision
-from relay_diffusion.utils.host import report_slow_settings
 from relay_diffusion.utils.quiet import quiet_libraries
 
 
 def _build_stage(config: DictConfig, info: StageInfo) -> DiffusionStage:
-    """Build the stage of a config, which cannot hold `info`: Hydra would convert a dataclass."""
+    """Build the stage of a config with its `info`.
+
+    The config cannot hold `info`, because Hydra converts dataclasses.
+    """
     factory = instantiate(config, _convert_="all", _partial_=True)
     try:
         return cast(DiffusionStage, factory(info=info))
@@ -37,7 +40,7 @@ def _build_stage(config: DictConfig, info: StageInfo) -> DiffusionStage:
 
 @quiet_libraries()
 def train(cfg: DictConfig) -> DiffusionStage | None:
-    """Build the stage, continue from a checkpoint if one exists, and fit; None if training is complete."""
+    """Train a stage, new or resumed; None if training is complete."""
     stage_config = cast(dict[str, Any], OmegaConf.to_container(cfg.stage, resolve=True))
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     data: ImageDataModule = instantiate(cfg.data, _convert_="all")
@@ -75,9 +78,10 @@ def train(cfg: DictConfig) -> DiffusionStage | None:
         initial = init_from(stage, cfg.init) if start.checkpoint is None and cfg.init is not None else None
         if trainer.is_global_zero:
             _announce(cfg, trainer, stage, data, start, initial)
-        trainer.fit(stage, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
+        with restored_signal_handlers():
+            trainer.fit(stage, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
     if stage.images_seen < cfg.trainer.max_images and stage.fit_state.stop_signal:
-        destroy_process_group()  # all ranks are here
+        destroy_process_group()  # no rank is in a collective now
         leave_after_signal(trainer, stage.fit_state.stop_signal)
     if test_steps and stage.nonfinite_steps.now():
         raise UserError("trainer.fast_dev_run: the last step had no finite loss, or no finite gradient")
@@ -87,7 +91,7 @@ def train(cfg: DictConfig) -> DiffusionStage | None:
 
 
 def _how_it_ended(cfg: DictConfig, trainer: L.Trainer, stage: DiffusionStage) -> str:
-    """Describe how a run ended, in one line."""
+    """Describe the end of a run in one line."""
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return f"trainer.fast_dev_run: trained on {stage.images_seen:,} images as a test, without checkpoint and log"
     done, where = f"{stage.images_seen:,}", os.path.relpath(cfg.run_dir)
@@ -109,7 +113,7 @@ def _announce(
     start: Start,
     initial: Path | None,
 ) -> None:
-    """Record the run in its directory and loggers, and print how it starts."""
+    """Record the run in its directory and loggers; print its start."""
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]
         write_text(Path(cfg.run_dir) / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     settings, revision = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)), git_revision()

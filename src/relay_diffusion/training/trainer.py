@@ -6,19 +6,16 @@ from collections.abc import Sequence
 from typing import Literal
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import Strategy
-from omegaconf import DictConfig
 
 from relay_diffusion.errors import UserError
 from relay_diffusion.training.callbacks.stopping import StopAtImages, StopIfDiverged, TimeLimit
 from relay_diffusion.utils.messages import did_you_mean
 
-OWN = ("relay_diffusion.", "lightning.")  # packages whose callbacks list in `logged` what they log
-MANY = 10**15  # images: no run trains on so many
+OWN = ("relay_diffusion.", "lightning.")  # packages whose callbacks list their metrics in `logged`
 PROFILERS: dict[str, type[Profiler]] = {
     "simple": SimpleProfiler,
     "advanced": AdvancedProfiler,
@@ -32,23 +29,15 @@ def training_limits(
     max_time: str | dict[str, int] | None = None,
     limit_train_batches: int | None = None,
     gradient_clip_val: float | None = None,
-    fast_dev_run: bool | int = False,
-    accumulate_grad_batches: int = 1,
 ) -> list[Callback]:
-    """Build the callbacks that end training, for options of `build_trainer`. Raises ValueError that names an option."""
-    for name, value, least in (
-        ("max_images", max_images, 1),
-        ("limit_train_batches", limit_train_batches, 1),
-        ("gradient_clip_val", gradient_clip_val, 0),
-        ("fast_dev_run", fast_dev_run, 0),
-        ("accumulate_grad_batches", accumulate_grad_batches, 1),
-    ):
-        if value is not None and not least <= value <= MANY:
-            raise ValueError(f"{name}={value}: must be at least {least} and at most {MANY:.0e}")
+    """Check the limits of `build_trainer`, and build the callbacks that end training.
+
+    Raises ValueError that names the option.
+    """
+    if gradient_clip_val is not None and not gradient_clip_val >= 0:
+        raise ValueError(f"gradient_clip_val={gradient_clip_val}: must be at least 0")
     limits: list[Callback] = [StopIfDiverged(max_nonfinite_steps), StopAtImages(max_images, limit_train_batches)]
-    if max_time is not None:
-        limits.append(TimeLimit(max_time))
-    return limits
+    return limits if max_time is None else [*limits, TimeLimit(max_time)]
 
 
 def build_trainer(
@@ -73,17 +62,14 @@ def build_trainer(
 ) -> L.Trainer:
     """Build a Trainer that stops once the stage has seen `max_images` images.
 
-    Each step is `accumulate_grad_batches` micro-batches. Epochs, validation loops and Lightning's own progress and
-    checkpoint callbacks are off: the data is one endless stream, and ours count in images.
+    Each step is `accumulate_grad_batches` micro-batches. Epochs, validation loops and Lightning's progress and
+    checkpoint callbacks are off: the data is one endless stream, and our callbacks count images.
     max_nonfinite_steps: see StopIfDiverged. max_time: see TimeLimit. limit_train_batches: optimizer steps after which
-    training ends. fast_dev_run: so many steps, without checkpoints and loggers. profiler: simple, advanced or
-    pytorch; its report is written to `default_root_dir`.
+    training ends. fast_dev_run: number of optimizer steps of a test without checkpoints and loggers. profiler:
+    simple, advanced or pytorch; its report is written to `default_root_dir`.
     """
-    limits = training_limits(
-        max_images, max_nonfinite_steps, max_time, limit_train_batches, gradient_clip_val, fast_dev_run,
-        accumulate_grad_batches,
-    )  # fmt: skip
-    callbacks = [*limits, *callbacks]  # first, so that the others know whether training goes on
+    limits = training_limits(max_images, max_nonfinite_steps, max_time, limit_train_batches, gradient_clip_val)
+    callbacks = [*limits, *callbacks]  # limits first: the other callbacks read trainer.should_stop
     _check_monitors(callbacks)
     trainer = L.Trainer(
         max_steps=-1,
@@ -108,19 +94,19 @@ def build_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        # log_row calls callbacks that monitor a metric; the only epoch never ends
+        # log_row calls monitoring callbacks, because the only epoch never ends
         check_val_every_n_epoch=None,
         val_check_interval=1,
     )
-    # Lightning synchronizes ranks and device at every step to detect SIGTERM; Preemption does not wait
+    # Lightning synchronizes at every step to detect SIGTERM; Preemption does not
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     return trainer
 
 
 def _check_monitors(callbacks: Sequence[Callback]) -> None:
-    """Raise UserError if a callback monitors a metric that none of them logs.
+    """Raise UserError if a callback monitors a metric that none logs.
 
-    A callback from elsewhere may log anything.
+    Callbacks of other packages may log any metric.
     """
     known = [name for callback in callbacks for name in getattr(callback, "logged", ())]
     if not all(type(callback).__module__.startswith(OWN) for callback in callbacks):
@@ -134,16 +120,3 @@ def _check_monitors(callbacks: Sequence[Callback]) -> None:
                 f"{option}={name}: no callback logs it{meant} "
                 "(callbacks=evaluated logs eval/fid, callbacks=validation logs val/loss)"
             )
-
-
-def check_gpus(trainer: DictConfig) -> None:
-    """Raise UserError if the options `trainer` ask for GPUs on a host without any."""
-    accelerator = trainer.accelerator
-    missing = accelerator in ("gpu", "cuda") and not torch.cuda.is_available()
-    if not missing or (accelerator == "gpu" and torch.backends.mps.is_available()):
-        return
-    if accelerator == "gpu" and not isinstance(trainer.strategy, str):  # as conf/strategy/ddp.yaml has it
-        option, instead = "strategy=ddp", "use strategy=ddp_cpu"
-    else:
-        option, instead = f"trainer.accelerator={accelerator}", "use trainer.accelerator=cpu"
-    raise UserError(f"{option} needs GPUs, and this host has none: {instead}, or leave it out")

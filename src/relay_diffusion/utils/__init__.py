@@ -1,1 +1,1 @@
-"""Files, processes, messages and pictures. Importing a module of it loads no torch."""
+"""Files, processes, messages and pictures; no module imports torch on loading."""

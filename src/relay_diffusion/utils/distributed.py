@@ -1,4 +1,7 @@
-"""Ranks of a run: their launcher (SLURM, torchrun, Lightning), their process group, decisions of rank 0."""
+"""Launcher, process group and rank-0 decisions of a distributed run.
+
+Launchers are SLURM, torchrun and Lightning.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ T = TypeVar("T")
 
 RUN_ID = "RELAY_DIFFUSION_RUN_ID"  # environment variable that passes rank 0's run id to the ranks it starts
 REQUEUED = (signal.SIGUSR1, signal.SIGUSR2)
-SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, *REQUEUED)  # ask a run to stop
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, *REQUEUED)  # signals that stop a run
 FAILED = "relay_diffusion/failed"  # key of the store: the rank that failed first
 STORE_SECONDS = 3  # timeout after which rank 0 is assumed to have exited
 
@@ -34,13 +37,19 @@ def rank() -> int:
 
 
 def first_process() -> int | None:
-    """Return the pid of local rank 0 if it launched this process; None under SLURM and torchrun."""
+    """Return the pid of local rank 0 if it launched this process.
+
+    None under SLURM and torchrun.
+    """
     launched = "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_PROCID" in os.environ
     return None if launched or "LOCAL_RANK" not in os.environ else os.getppid()
 
 
 def exit_for_parent_only(worker: int) -> None:  # noqa: ARG001
-    """Exit this data worker on SIGTERM from its parent, which terminates hung workers, and from no other process."""
+    """Exit this data worker on SIGTERM, but only from its parent.
+
+    The parent terminates hung workers; SIGTERM from any other process is ignored.
+    """
     parent = os.getppid()
 
     def wait() -> None:
@@ -52,19 +61,25 @@ def exit_for_parent_only(worker: int) -> None:  # noqa: ARG001
 
 
 def ranks_differ() -> bool:
-    """Return whether the process group is initialized; before that, all ranks meet the same errors."""
+    """Return whether the process group is initialized.
+
+    Before that, all ranks fail with the same errors.
+    """
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def destroy_process_group() -> None:
-    """Destroy the process group (collective): at interpreter exit, its threads may abort."""
+    """Destroy the process group (collective).
+
+    At interpreter exit its threads could abort the process.
+    """
     if ranks_differ():
         sys.modules["torch.distributed"].destroy_process_group()
 
 
 def first_failure(code: int) -> tuple[int, int]:
-    """Return rank and exit code of the rank that failed first, this one unless another was earlier.
+    """Return rank and exit code of the rank that failed first.
 
     Call once per failing rank, before its connections close: other ranks then fail with network errors that differ
     between backends. The ranks agree through the store of their process group.
@@ -95,11 +110,11 @@ def check_processes(world: int) -> None:
 
 @contextmanager
 def started_ranks(trainer: L.Trainer, run_id: str, directory: str, option: str) -> Iterator[None]:
-    """Start the other ranks and lock the run directory while the block runs; rank 0 holds the lock.
+    """Start the other ranks and lock the run directory during the block.
 
-    Lightning would start the ranks within `fit` and `predict`, but rank 0 decides for all of them before. The ranks
-    are terminated if the block fails. Raises UserError if another run uses `directory`, the value of `option`, or
-    unless the launcher started one process per device.
+    Rank 0 holds the lock. Lightning would start the ranks within `fit` and `predict`, but rank 0 decides for all of
+    them earlier. The ranks are terminated if the block fails. Raises UserError if another run uses `directory`, the
+    value of `option`, or unless the launcher started one process per device.
     """
     prepare_host(trainer.strategy.root_device)
     check_processes(trainer.num_devices * trainer.num_nodes)
@@ -130,19 +145,19 @@ def on_rank_zero(trainer: L.Trainer, decide: Callable[[], T]) -> T:
             problem = str(error)
     decision, problem = trainer.strategy.broadcast((decision, problem))
     if problem is not None:
-        destroy_process_group()  # all ranks are here; from now on only rank 0 reports errors
+        destroy_process_group()  # every rank takes this branch; afterwards only rank 0 reports errors
         raise UserError(problem)
-    return decision  # type: ignore[return-value]  # rank 0 made it
+    return decision  # type: ignore[return-value]  # broadcast from rank 0
 
 
 def _start_ranks(trainer: L.Trainer, run_id: str) -> None:
-    from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher  # it has no public name
+    from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher  # Lightning exports no public name
 
     launcher = trainer.strategy.launcher
     if not isinstance(launcher, _SubprocessScriptLauncher):
-        return  # one process, or forks that inherit the decision
+        return  # a single process, or forked ranks that inherit the decision
     before = os.environ.get(RUN_ID)
-    os.environ[RUN_ID] = run_id  # for the processes that this starts
+    os.environ[RUN_ID] = run_id  # inherited by the launched ranks
     try:
         launcher.launch(trainer.strategy.setup_environment, trainer=trainer)
     finally:

@@ -17,11 +17,14 @@ from relay_diffusion.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _INSTALLED = _PACKAGE / "conf"
-CONF = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parents[1] / "conf"  # of an installed package, or the project
+CONF = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parents[1] / "conf"  # installed package or source checkout
 
 
 def temporary_name(path: Path) -> Path:
-    """Name a temporary file in the folder of `path`, so that a rename moves it."""
+    """Name a temporary file in the folder of `path`.
+
+    In the same folder a rename replaces `path` atomically.
+    """
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
@@ -46,7 +49,7 @@ def atomic_write(path: Path, what: object = None) -> Iterator[IO[bytes]]:
     """Write a file atomically: to a temporary name, synced, then renamed to `path`.
 
     An error inside the block removes the temporary file. Raises UserError if the folder is not writable or full;
-    `what` names the file in it, by default its path.
+    `what` names the file in the message, by default its path.
     """
     temporary = temporary_name(path)
     try:

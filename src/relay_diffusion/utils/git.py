@@ -8,9 +8,12 @@ from typing import Any
 
 
 def git_revision(file: Path = Path(__file__)) -> dict[str, Any]:
-    """Return "commit" and "uncommitted_changes" of the checkout that tracks `file`; empty without git."""
+    """Return the commit of the checkout that tracks `file`.
+
+    Keys "commit" and "uncommitted_changes"; empty without git.
+    """
     try:
-        _git(file.parent, "ls-files", "--error-unmatch", file.name)  # not another project's checkout
+        _git(file.parent, "ls-files", "--error-unmatch", file.name)  # fails in another project's checkout
         commit, changes = _git(file.parent, "rev-parse", "HEAD"), _git(file.parent, "status", "--porcelain")
     except (OSError, subprocess.SubprocessError):
         return {}

@@ -1,42 +1,28 @@
-"""Threads and memory of this host, and settings that are slow on it."""
+"""Threads, memory and devices of this host."""
 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
 import sys
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+from relay_diffusion.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from omegaconf import DictConfig
 
 THREADS, THREADS_KEY = 4, "OMP_NUM_THREADS"  # limit of CPU threads on a host with a GPU
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt, from malloc.h
 
 
-def report_slow_settings(device: torch.device, networks: Mapping[str, object]) -> None:
-    """Print settings that slow down a run on a GPU; `networks`: by the option that sets channels_last."""
-    import torch
-
-    if device.type != "cuda":
-        return
-    slow = "and the fused kernels are not used"
-    if importlib.util.find_spec("triton") is None:
-        print(f"note: Triton is not installed, {slow}: slower, same images; pip install triton", flush=True)
-    for option, network in networks.items():
-        # networks of other packages have no memory_format
-        if getattr(network, "memory_format", torch.channels_last) is not torch.channels_last:
-            print(f"note: {option}=false is slow on a GPU, {slow}: same numbers with true", flush=True)
-
-
 def prepare_host(device: torch.device) -> None:
-    """Limit torch to few threads beside a GPU; keep freed memory on a CPU.
+    """Limit CPU threads beside a GPU; keep freed memory on a CPU.
 
-    Beside a GPU the CPU only copies batches: a few threads are far faster than one for each of many cores, above all
-    with several ranks on a host. A user's OMP_NUM_THREADS is kept. On the CPU glibc returns the memory of large tensors
-    to the system, which clears their pages for the next ones: 44 % of the time of an evaluation of emoji_256.
+    Beside a GPU the CPU only copies batches: a few threads are far faster than one per core, especially with several
+    ranks on a host. A user's OMP_NUM_THREADS is kept. On the CPU glibc returns the memory of large tensors to the
+    system, which must clear those pages again: 44 % of the time of an evaluation of emoji_256.
     """
     import torch
 
@@ -47,4 +33,19 @@ def prepare_host(device: torch.device) -> None:
             mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     elif THREADS_KEY not in os.environ:
         torch.set_num_threads(min(THREADS, torch.get_num_threads()))
-        os.environ[THREADS_KEY] = str(torch.get_num_threads())  # for other ranks, and so that Lightning keeps it
+        os.environ[THREADS_KEY] = str(torch.get_num_threads())  # launched ranks inherit it, Lightning keeps it
+
+
+def check_gpus(trainer: DictConfig) -> None:
+    """Raise UserError if the options `trainer` ask for GPUs on a host without any."""
+    import torch
+
+    accelerator = trainer.accelerator
+    missing = accelerator in ("gpu", "cuda") and not torch.cuda.is_available()
+    if not missing or (accelerator == "gpu" and torch.backends.mps.is_available()):
+        return
+    if accelerator == "gpu" and not isinstance(trainer.strategy, str):  # as conf/strategy/ddp.yaml has it
+        option, instead = "strategy=ddp", "use strategy=ddp_cpu"
+    else:
+        option, instead = f"trainer.accelerator={accelerator}", "use trainer.accelerator=cpu"
+    raise UserError(f"{option} needs GPUs, and this host has none: {instead}, or leave it out")

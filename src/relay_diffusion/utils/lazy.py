@@ -1,4 +1,4 @@
-"""Names of a package that are imported on first use (PEP 562)."""
+"""Lazy imports of a package's names (PEP 562)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def lazy_exports(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return the `__getattr__` of a package that imports each name from its module on first use.
+    """Return a package's `__getattr__` that imports each name on first use.
 
-    homes: the module of each name, relative to the package.
+    homes: the module of each name, relative to the package. Raises AttributeError for any other name.
     """
 
     def get(name: str) -> Any:

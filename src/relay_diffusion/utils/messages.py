@@ -1,4 +1,4 @@
-"""Parts of messages: short values, the nearest name, differences of settings."""
+"""Parts of messages: shortened values, suggestions, differences of settings."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ ABSENT = "not set"  # stands for the value of a missing setting
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
-    """Suggest the nearest name, as "; did you mean NEAREST?".
+    """Suggest the nearest known name, as "; did you mean NEAREST?".
 
-    Without a near one: `otherwise`, or by default "; available: ..." with all known names.
+    If no name is near: `otherwise`, or by default "; available: ..." with all known names.
     """
     names = {choice.lower(): choice for choice in known}
     close = difflib.get_close_matches(name.lower(), names, n=1)
@@ -24,12 +24,18 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str | None = None) 
 
 
 def one_line(error: Exception) -> str:
-    """Return the message of an error of another library in one line, or its class if it has none."""
+    """Return the message of another library's error in one line.
+
+    An error without a message gives its class name.
+    """
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def shorten(value: Any, length: int = 80) -> str:
-    """Return a value as one printable line of at most `length` characters; of a tensor its shape."""
+    """Return a value as one printable line of at most `length` characters.
+
+    A tensor gives its shape.
+    """
     try:
         text = " ".join(str(tuple(value.shape) if hasattr(value, "shape") else value).split())
     except (ValueError, RecursionError):  # numbers of thousands of digits, thousands of levels
@@ -39,7 +45,10 @@ def shorten(value: Any, length: int = 80) -> str:
 
 
 def differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield (key, old value, new value) of each leaf of nested settings that differs; a missing part is one leaf."""
+    """Yield (key, old value, new value) for each differing leaf of nested settings.
+
+    A missing part counts as one leaf.
+    """
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for part in sorted({*before, *now}):
             name = f"{key}.{part}" if key else str(part)
@@ -48,8 +57,11 @@ def differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any
         yield key, before, now
 
 
-def shown(value: Any, length: int = 80) -> str:
-    """Return a setting as one short line; of a component its class."""
+def setting_text(value: Any, length: int = 80) -> str:
+    """Return a setting as one short line.
+
+    A component gives its class name.
+    """
     target = value.get("_target_") if isinstance(value, Mapping) else None
     return shorten(target.rpartition(".")[2] if isinstance(target, str) else value, length)
 
@@ -57,4 +69,4 @@ def shown(value: Any, length: int = 80) -> str:
 def first_difference(before: Any, now: Any) -> str:
     """Describe the first difference, as "KEY was A, is B"."""
     key, old, new = next(differences(before, now))
-    return f"{key} was {shown(old)}, is {shown(new)}"
+    return f"{key} was {setting_text(old)}, is {setting_text(new)}"

@@ -1,4 +1,4 @@
-"""Progress bars on a terminal, occasional plain lines in a log."""
+"""Progress bars on a terminal, occasional plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ QUIET = "RELAY_DIFFUSION_QUIET"  # 1: no progress at all
 
 
 class Advance:
-    """Count finished units of work; `__call__(n, note)` adds n and shows the count by `show(done, note)`."""
+    """Counter of finished units of work.
+
+    `__call__(n, note)` adds n and calls `show(done, note)`.
+    """
 
     def __init__(self, done: int, show: Callable[[int, str], None]) -> None:
         self.done, self.note, self._show = done, "", show
@@ -31,10 +34,10 @@ class Advance:
 def progress(
     description: str, total: int, unit: str = "images", done: int = 0, enabled: bool = True
 ) -> Iterator[Advance]:
-    """Show progress towards `total` units; yields an `Advance` to call with each finished count.
+    """Show progress towards `total` units.
 
-    `done` units are counted as finished already (a resumed run). Disabled (ranks above 0), or with
-    RELAY_DIFFUSION_QUIET=1, it shows nothing.
+    Yields an `Advance` to call with each finished count. done: units finished earlier, as in a resumed run.
+    Shows nothing if disabled (ranks above 0) or with RELAY_DIFFUSION_QUIET=1.
     """
     next_line = time.monotonic()
 

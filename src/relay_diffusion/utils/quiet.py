@@ -17,7 +17,10 @@ MESSAGES = (
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Hide these messages inside the block or the decorated function; other warnings stay."""
+    """Hide these messages in the block or the decorated function.
+
+    Other warnings are still shown.
+    """
     loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

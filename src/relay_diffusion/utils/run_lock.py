@@ -1,4 +1,4 @@
-"""Exclusive use of a run directory. Imports neither torch nor lightning."""
+"""Exclusive lock of a run directory; imports neither torch nor lightning."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # fi
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that uses a directory, as its lock file names it.
+    """Process that holds a lock, as recorded in the lock file.
 
-    started: clock ticks from boot to the start of the process, which tells it from a later one with the same pid.
-    boot, namespace: identify the running kernel and its set of pids. job, restarts: of SLURM, or empty.
+    started: clock ticks from boot to the start of the process, which distinguish it from a later one with the same pid.
+    boot, namespace: identify the running kernel and its set of pids. job, restarts: from SLURM, or empty.
     """
 
     host: str
@@ -50,7 +50,10 @@ class Holder:
 
     @classmethod
     def parse(cls, text: str) -> Holder | None:
-        """Read a lock file; None if it names no process, e.g. while it is written."""
+        """Parse a lock file; None if it names no process.
+
+        A lock file that is being written names none.
+        """
         try:
             content = json.loads(text)
             if {name: type(value).__name__ for name, value in content.items()} == cls.__annotations__:
@@ -60,13 +63,13 @@ class Holder:
         return None
 
     def is_stale(self, me: Holder, kernel_locks: bool) -> bool | None:
-        """Whether the process has ended; None if this host cannot tell.
+        """Return whether the process has ended; None if this host cannot tell.
 
-        kernel_locks: the file system supports locks, and this process just got the one on the file.
+        kernel_locks: the file system supports locks, and this process just acquired the lock.
         """
         if (self.host, self.boot, self.namespace) == (me.host, me.boot, me.namespace):
             return _start_time(self.pid) != self.started
-        if self.boot and self.boot == me.boot:  # in another container of this host: only the kernel can tell
+        if self.boot and self.boot == me.boot:  # another container of this host, whose pids mean other processes
             return True if kernel_locks else None
         if self.host == me.host:
             return True  # the host was rebooted
@@ -77,13 +80,13 @@ class Holder:
 
 @contextmanager
 def run_lock(directory: str | Path, option: str) -> Iterator[None]:
-    """Create and lock a run directory; remove what stays empty of it. `option` names it in messages.
+    """Create and lock a run directory; remove it if it stays empty.
 
-    Two mechanisms cover each other's gaps. A POSIX lock on `directory`/run.lock ends with its process, whatever
-    ends that, and also works between hosts where the file system supports it; unlike flock() it is not inherited by
+    Two mechanisms cover each other's gaps. A POSIX lock on `directory`/run.lock is released when its process ends for
+    any reason, and also works between hosts where the file system supports it; unlike flock() it is not inherited by
     data workers, which outlive a killed process for some seconds. The content of the file (host, pid, start time)
     names the holder in messages, and decides where the file system has no locks or only those of one host.
-    Raises UserError if another process uses the directory, or another host may.
+    Raises UserError (with `option`) if another process uses the directory, or a process on another host may.
     """
     directory = Path(directory)
     path = directory / LOCK
@@ -101,12 +104,12 @@ def run_lock(directory: str | Path, option: str) -> Iterator[None]:
             yield
         finally:
             with suppress(OSError):
-                path.unlink()  # before the lock ends, so that it is not the file of the next process
+                path.unlink()  # before unlocking: afterwards the file may belong to the next process
             os.close(handle)
     finally:
         with suppress(OSError):
             for place in created:
-                place.rmdir()  # of a run that failed early: one with files stays
+                place.rmdir()  # a run that failed early; directories with files stay
 
 
 def _acquire(path: Path, option: str) -> int:
@@ -135,7 +138,10 @@ def _acquire(path: Path, option: str) -> int:
 
 
 def _lock(handle: int) -> bool | None:
-    """Lock a file: True if that succeeded, False if the file system has no locks, None if another process has it."""
+    """Try to lock a file.
+
+    True: locked. False: the file system has no locks. None: another process holds the lock.
+    """
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -164,14 +170,17 @@ def _refusal(path: Path, option: str, holder: Holder | None, in_use: bool) -> Us
 
 
 def _start_time(pid: int) -> str:
-    """Return the start of a process in clock ticks since boot; "ended" without such a process, "" without /proc."""
+    """Return the start of a process in clock ticks since boot.
+
+    "ended" if no such process runs, "" without /proc.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         return "ended" if stat[0] in "ZX" else stat[19]
     except (FileNotFoundError, ProcessLookupError):
         pass
     try:
-        os.kill(pid, 0)  # sends nothing
+        os.kill(pid, 0)  # signal 0 only tests whether the process exists
     except ProcessLookupError:
         return "ended"
     except (PermissionError, OverflowError):
@@ -180,7 +189,7 @@ def _start_time(pid: int) -> str:
 
 
 def _identifier(path: Path) -> str:
-    """Return the content of a file, or the target of a link, of /proc; "" without it."""
+    """Read a file or link target in /proc; "" if missing."""
     try:
         return str(path.readlink()) if path.is_symlink() else path.read_text().strip()
     except OSError:

@@ -1,20 +1,26 @@
-"""The SLURM job of this process."""
+"""SLURM job of this process."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 
-INTERACTIVE = ("bash", "interactive")  # names of jobs in which commands are started by hand
+INTERACTIVE = ("bash", "interactive")  # job names of interactive shells
 
 
 def is_interactive() -> bool:
-    """Return whether this process belongs to an interactive job, as of `salloc` or `srun --pty bash`."""
+    """Return whether this process runs in an interactive SLURM job.
+
+    Such jobs come from `salloc` or `srun --pty bash`.
+    """
     return os.environ.get("SLURM_JOB_NAME") in INTERACTIVE
 
 
 def requeue() -> None:
-    """Requeue the batch job, if there is one; it resumes its run, which is named after the job."""
+    """Requeue the SLURM batch job, if there is one.
+
+    The restarted job resumes its run, which is named after the job.
+    """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or is_interactive():
         return

@@ -1,4 +1,4 @@
-"""Training that diverges ends with an error, and its state replaces no checkpoint."""
+"""Diverged training raises an error and keeps the checkpoint."""
 
 import os
 import signal
@@ -24,7 +24,10 @@ YES, NO = torch.tensor(True), torch.tensor(False)
 
 @pytest.fixture
 def spoil(monkeypatch):
-    """Make the loss of some steps, counted from 1 over all runs of a test, nan for every image."""
+    """Set the loss of some steps to nan for every image.
+
+    Steps are counted from 1 over all runs of a test.
+    """
     step, plain = [0], DenoisingLoss.__call__
 
     def choose(bad):
@@ -38,7 +41,7 @@ def spoil(monkeypatch):
 
 
 def counted(*steps):
-    """The count after steps of (losses of each micro-batch, finite gradient, taken)."""
+    """Return the count after steps of (micro-batch losses, finite gradient, taken)."""
     counter, counts = NonfiniteSteps(), []
     assert counter.now() == 0
     for losses, finite_gradient, taken in steps:
@@ -104,8 +107,8 @@ def test_training_ends_one_step_after_the_limit(fit, spoil):
         fit("run", 40, "trainer.max_nonfinite_steps=3")
 
 
-def test_steps_that_recover_do_not_end_it(fit, spoil):
-    """Two of three steps are spoilt, three in a row would end it; images 20 belong to a good step."""
+def test_training_continues_after_recovered_steps(fit, spoil):
+    """Two of three losses are nan; the limit is three."""
     spoil(lambda step: step % 3 != 2)
     assert fit("run", 20, "trainer.max_nonfinite_steps=3").images_seen == 20
 
@@ -145,7 +148,7 @@ def test_the_end_of_training_is_not_saved_during_bad_steps(fit, spoil, tmp_path)
     fit("run", 8)
     good = last.read_bytes()
     spoil(lambda step: step > 2)
-    with pytest.raises(UserError, match=r"ended diverged, and is not saved: .*last 2 steps .*last\.ckpt of 8 images"):
+    with pytest.raises(UserError, match=r"diverged, its end is not saved: .*last 2 steps .*last\.ckpt of 8 images"):
         fit("run", 24)
     assert last.read_bytes() == good
 
@@ -196,7 +199,7 @@ def test_a_state_that_is_not_finite_is_not_saved(fit, tmp_path, monkeypatch, par
 
 
 def train_scaled(steps, init_scale, backoff, spoilt=False, max_steps=5):
-    """Train with the loss scaling of fp16, in float32; returns the stage."""
+    """Train in float32 with the loss scaling of fp16; return the stage."""
     with quiet_libraries():
         return _train_scaled(steps, init_scale, backoff, spoilt, max_steps)
 

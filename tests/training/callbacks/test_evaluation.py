@@ -1,4 +1,4 @@
-"""FID and sFID while a stage trains."""
+"""Periodic FID and sFID during training."""
 
 import csv
 import math
@@ -24,7 +24,7 @@ INCEPTION = "callbacks.evaluation.evaluator.inception._target_"
 
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
-    """Overrides for an evaluation whose features are pixels."""
+    """Return overrides for an evaluation with pixels as features."""
     use_small_features(monkeypatch)
     return [
         "callbacks=evaluated", "callbacks.evaluation.every_n_images=8", "callbacks.evaluation.count=10",
@@ -46,7 +46,7 @@ def weights_of(directory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["base", "relay"])
-def test_the_numbers_are_those_of_the_averaged_weights(fit, tmp_path, quick, stage):
+def test_metrics_are_those_of_the_averaged_weights(fit, tmp_path, quick, stage):
     slow = ("callbacks.ema.ramp_up=null", "callbacks.ema.half_life_images=20", "stage.optimizer.lr=1e-2")
     trained = fit("run", 20, *quick, *slow, stage=stage)
     rows = rows_of(tmp_path / "run")
@@ -74,7 +74,7 @@ def test_the_numbers_are_those_of_the_averaged_weights(fit, tmp_path, quick, sta
 
 
 @pytest.mark.slow
-def test_training_is_the_same_with_and_without(fit, tmp_path, quick):
+def test_measurement_does_not_change_training(fit, tmp_path, quick):
     hard = ("network.dropout=0.2", "stage.label_dropout=0.3", "augment=edm", "stage.augment.probability=0.5")
     fit("without", 24, *hard)
     fit("with", 24, *hard, *quick)
@@ -85,7 +85,7 @@ def test_training_is_the_same_with_and_without(fit, tmp_path, quick):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_repeats_no_measurement(fit, tmp_path, quick, monkeypatch):
+def test_a_resumed_run_does_not_repeat_measurements(fit, tmp_path, quick, monkeypatch):
     measured, update = [], Evaluator.update
     monkeypatch.setattr(Evaluator, "update", lambda self, *a: measured.append(len(a[0])) or update(self, *a))
     fit("run", 16, *quick)
@@ -108,7 +108,7 @@ def test_zero_disables_the_evaluation(fit, tmp_path, quick):
 
 
 @pytest.mark.parametrize("setting", ["count=1", "count=2.5", "batch_size=0"])
-def test_numbers_that_make_no_sense_are_named(configuration, small_zip, quick, setting):
+def test_errors_name_invalid_numbers(configuration, small_zip, quick, setting):
     cfg = configuration(
         "train", *TINY, *quick, "resolution=16", f"data.dataset.path={small_zip}", f"callbacks.evaluation.{setting}"
     )
@@ -141,7 +141,7 @@ def test_a_singular_covariance_is_reported_before_training(fit, quick, capsys):
 
 @pytest.mark.slow
 def test_two_processes_measure_together(fit, tmp_path, small_zip, quick):
-    """An uneven share each, then fewer images than processes at the last batch; both go on training afterwards."""
+    """Shares are uneven, and the last batch has fewer images than processes."""
     options = [*TINY, *quick, "resolution=16", f"data.dataset.path={small_zip}", "callbacks.evaluation.count=7"]
     options.append("callbacks.evaluation.batch_size=2")
     folders = (PROJECT / name for name in ("src", "tests"))

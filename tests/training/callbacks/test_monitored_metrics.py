@@ -1,4 +1,4 @@
-"""Logged numbers as Lightning's callback metrics: early stopping, and the checkpoint of the best."""
+"""Monitor logged metrics: early stopping and the best checkpoint."""
 
 import csv
 import sys
@@ -22,7 +22,7 @@ VALUES = [5.0, 3.0, 4.0, 3.0, 2.0, float("nan"), 6.0]  # at 4, 8, ... images
 
 
 class Measured(PeriodicMeasurement):
-    """Gives VALUES."""
+    """Measurement that returns VALUES."""
 
     group = "eval"
     names = ("fid",)
@@ -32,12 +32,12 @@ class Measured(PeriodicMeasurement):
 
 
 class Foreign(Callback):
-    """Might log anything."""
+    """Callback of another package, which may log any metric."""
 
 
 @pytest.fixture(autouse=True)
 def _one_module(monkeypatch):
-    """The classes that a config names are those of this module."""
+    """Import the classes of configs from this module."""
     monkeypatch.setitem(sys.modules, "test_monitored_metrics", sys.modules[__name__])
 
 
@@ -50,7 +50,7 @@ def best_of(directory):
     return torch.load(directory / "checkpoints/best.ckpt", weights_only=True)
 
 
-def test_logged_numbers_are_callback_metrics(fit, tmp_path):
+def test_logged_metrics_are_callback_metrics(fit, tmp_path):
     trainer = fit("run", 16, *MEASURED).trainer
     expected = {key: value for key, value in rows_of(tmp_path / "run")[-1].items() if "/" in key}
     assert expected["eval/fid"] == 3.0
@@ -58,8 +58,8 @@ def test_logged_numbers_are_callback_metrics(fit, tmp_path):
     assert {key: metrics[key] for key in expected} == pytest.approx(expected, rel=1e-6)
 
 
-def test_training_stops_where_the_metric_no_longer_falls(fit, tmp_path, capsys):
-    """Rows 5, 3, 4, 3: with a patience of 2 the fourth ends it."""
+def test_training_stops_when_the_metric_stops_falling(fit, tmp_path, capsys):
+    """Values 5, 3, 4, 3 stop at the fourth with patience 2."""
     stage = fit(
         "run", 100, *MEASURED, STOPPING, "+callbacks.stopping.monitor=eval/fid", "+callbacks.stopping.patience=2"
     )
@@ -69,7 +69,7 @@ def test_training_stops_where_the_metric_no_longer_falls(fit, tmp_path, capsys):
     assert [row["images_seen"] for row in rows_of(tmp_path / "run")] == [4, 8, 12, 16]
 
 
-def test_training_stops_where_the_loss_stays(fit, capsys):
+def test_training_stops_when_the_loss_is_constant(fit, capsys):
     stopping = [STOPPING, "+callbacks.stopping.monitor=train/loss", "+callbacks.stopping.patience=1"]
     stage = fit("run", 100, *stopping, "+callbacks.stopping.min_delta=1e6")
     assert stage.images_seen == 16  # rows at 8 and 16
@@ -77,8 +77,8 @@ def test_training_stops_where_the_loss_stays(fit, capsys):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_has_the_patience_that_was_left(fit):
-    """No check is added by the end of a start, none is lost where rows are not measured again."""
+def test_a_resumed_run_keeps_the_remaining_patience(fit):
+    """A resume neither adds nor skips a check."""
     stopping = [STOPPING, "+callbacks.stopping.monitor=eval/fid", "+callbacks.stopping.patience=2"]
     for images in (4, 8, 12):
         assert fit("run", images, *MEASURED, *stopping).images_seen == images
@@ -86,7 +86,7 @@ def test_a_resumed_run_has_the_patience_that_was_left(fit):
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_back_repeats_the_logged_numbers(fit, tmp_path):
+def test_a_run_resumed_from_an_earlier_step_reuses_logged_metrics(fit, tmp_path):
     fit("run", 16, *MEASURED)
     (tmp_path / "run/checkpoints/last.ckpt").unlink()
     stopping = [STOPPING, "+callbacks.stopping.monitor=eval/fid", "+callbacks.stopping.patience=2"]
@@ -106,14 +106,14 @@ def test_the_best_checkpoint_is_kept(fit, tmp_path):
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["images_seen"] == 28
 
 
-def test_higher_can_be_better(fit, tmp_path):
+def test_best_mode_max_keeps_the_highest_value(fit, tmp_path):
     fit("run", 20, *MEASURED, "callbacks.checkpoints.best=eval/fid", "callbacks.checkpoints.best_mode=max")
     assert best_of(tmp_path / "run")["best"]["value"] == 5.0
 
 
 @pytest.mark.slow
 def test_two_processes_agree_on_the_best(tmp_path, small_zip):
-    """Each of them measures another speed."""
+    """Each process measures a different speed."""
     result = run(
         "train.py", *TINY, "resolution=16", f"data.dataset.path={small_zip}", f"run_dir={tmp_path / 'run'}",
         "strategy=ddp_cpu", "trainer.max_images=40", "callbacks.checkpoints.best=train/images_per_second",
@@ -124,8 +124,8 @@ def test_two_processes_agree_on_the_best(tmp_path, small_zip):
 
 
 @pytest.mark.slow
-def test_the_best_of_the_end_is_kept_too(fit, tmp_path):
-    """It is measured after the last checkpoint was written; training goes on from it as from the last."""
+def test_the_final_state_can_be_the_best(fit, tmp_path):
+    """The final value is measured after the last checkpoint is written."""
     fit("whole", 28)
     fit("run", 18, *MEASURED, "callbacks.measured.every_n_images=1000", "callbacks.checkpoints.best=eval/fid")
     assert best_of(tmp_path / "run")["best"]["images_seen"] == 20
@@ -194,7 +194,7 @@ def test_monitoring_an_unknown_metric_is_an_error(fit, tmp_path, options, messag
 
 
 def test_a_metric_that_was_never_logged_is_reported(fit, tmp_path, capsys):
-    """A callback of the user's own could log it: known at the end only."""
+    """A custom callback may log it until the end."""
     foreign = "+callbacks.own._target_=test_monitored_metrics.Foreign"
     fit("run", 8, foreign, "callbacks.checkpoints.best=mine/score")
     said = capsys.readouterr().err
@@ -202,7 +202,7 @@ def test_a_metric_that_was_never_logged_is_reported(fit, tmp_path, capsys):
     assert not (tmp_path / "run/checkpoints/best.ckpt").exists()
 
 
-def test_options_that_make_no_sense_are_named(configuration):
+def test_errors_name_invalid_options(configuration):
     for override in ("callbacks.checkpoints.best_mode=low", "callbacks.checkpoints.best=[1]"):
         with pytest.raises(UserError, match=override.partition("=")[0].replace(".", r"\.")):
             validate_training(configuration("train", override))
@@ -213,7 +213,7 @@ def test_options_that_make_no_sense_are_named(configuration):
 
 
 class Watch(Callback):
-    """Notes at each step whether the average has the images of the step."""
+    """Record at each step whether the average includes the step."""
 
     def __init__(self):
         self.seen = []
@@ -225,7 +225,7 @@ class Watch(Callback):
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [("checkpoints", "ema"), ("watch", "ema"), ("ema", "watch")])
 def test_the_average_does_not_depend_on_the_order_of_callbacks(fit, tmp_path, monkeypatch, first):
-    """Callbacks before it in yaml see the average of this step, and the last checkpoint holds it."""
+    """Callbacks before EMA see the average of the same step."""
     from relay_diffusion.training import run as training
 
     plain, watch = training.instantiate, Watch()

@@ -1,11 +1,13 @@
-"""When periodic callbacks act."""
+"""Periods of periodic callbacks."""
 
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from relay_diffusion.training.callbacks.checkpoints import Checkpoints
 from relay_diffusion.training.callbacks.periodic import PeriodicCallback
+from relay_diffusion.training.callbacks.sample_grid import SampleGrid
 from support import tiny_stage
 
 
@@ -21,7 +23,10 @@ class Recorder(PeriodicCallback):
 
 
 def train(callback, steps, signal=0, fast=False):
-    """Call the hooks as a run of `steps`, the images seen after each; the first is where it starts."""
+    """Call the hooks of a run.
+
+    steps: images seen after each step; the first is the start.
+    """
     stage, trainer = tiny_stage(4), SimpleNamespace(should_stop=False, fast_dev_run=fast)
     stage.images_seen = steps[0]
     callback.on_train_start(trainer, stage)
@@ -53,6 +58,24 @@ def test_a_signal_skips_the_end():
 
 def test_fast_dev_run_skips_all():
     assert train(Recorder(4), [0, 4, 8], fast=True) == []
+
+
+def test_pictures_are_drawn_at_the_precision_of_the_run(fit, monkeypatch):
+    seen, picture = [], SampleGrid.picture
+    monkeypatch.setattr(
+        SampleGrid, "picture", lambda *args: seen.append(torch.is_autocast_enabled("cpu")) or picture(*args)
+    )
+    fit("plain", 4, "callbacks.grid.every_n_images=4")
+    fit("mixed", 4, "callbacks.grid.every_n_images=4", "trainer.precision=bf16-mixed")
+    assert seen == [False, True]
+
+
+def test_checkpoints_cannot_be_disabled_by_zero(configuration, tmp_path):
+    """The pictures follow their interval: with 0 they would be disabled without a word."""
+    with pytest.raises(ValueError, match=r"^every_n_images=0: must be at least 1; above trainer\.max_images, only the"):
+        Checkpoints(str(tmp_path), 0)
+    cfg = configuration("train", "callbacks.checkpoints.every_n_images=5_000_000")
+    assert cfg.callbacks.grid.every_n_images == 5_000_000
 
 
 def test_checkpoints_count_the_same_way(tmp_path):

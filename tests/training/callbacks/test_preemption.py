@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop."""
+"""Stop training at signals."""
 
 import os
 import signal
@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from relay_diffusion.training.callbacks import preemption
+from relay_diffusion.training.callbacks.ema import EMA
 from relay_diffusion.training.callbacks.stopping import StopAtImages
-from relay_diffusion.training.ema import EMA
 from relay_diffusion.training.trainer import build_trainer
 from support import assert_same_weights, weights_of
 
 
 @pytest.fixture(autouse=True)
 def _in_the_foreground():
-    """Ctrl-C is not ignored, as it is in a shell's background jobs."""
+    """Handle Ctrl-C, which background jobs of a shell ignore."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -76,15 +76,15 @@ def test_a_second_interrupt_stops_at_once(fit, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run/checkpoints/last.ckpt").exists()
 
 
-def test_an_interrupt_that_was_ignored_stays_so(fit):
-    """As a shell leaves it to its jobs in the background."""
+def test_an_ignored_interrupt_stays_ignored(fit):
+    """Shells ignore interrupts in background jobs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     assert fit("run", 8).images_seen == 8
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_a_signal_before_the_first_step(fit, tmp_path, monkeypatch):
-    """It is noted, and training saves and stops after that step."""
+    """Training saves and stops after the first step."""
     begin = EMA.on_fit_start
     monkeypatch.setattr(EMA, "on_fit_start", lambda *args: os.kill(os.getpid(), signal.SIGUSR1) or begin(*args))
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
@@ -97,7 +97,7 @@ def test_a_signal_before_the_first_step(fit, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_signal_during_accumulation_waits_for_the_step(fit, tmp_path, monkeypatch):
-    """Of four parts of a batch the first is done: the others follow."""
+    """A signal after the first of four micro-batches waits for the others."""
     plain = StopAtImages.on_train_batch_end
 
     def on_train_batch_end(self, trainer, pl_module, *args):
@@ -111,6 +111,23 @@ def test_a_signal_during_accumulation_waits_for_the_step(fit, tmp_path, monkeypa
     assert weights_of(tmp_path / "run/checkpoints/last.ckpt")
     monkeypatch.undo()
     assert fit("run", 12, "trainer.accumulate_grad_batches=4").images_seen == 12
+
+
+def handlers():
+    return [signal.getsignal(number) for number in preemption.SIGNALS]
+
+
+def test_training_that_fails_restores_the_signal_handlers(fit, monkeypatch):
+    before = handlers()
+
+    def on_train_batch_end(*_):
+        assert handlers() != before
+        raise ValueError("an error in training")
+
+    monkeypatch.setattr(StopAtImages, "on_train_batch_end", on_train_batch_end)
+    with pytest.raises(ValueError, match="an error in training"):
+        fit("run", 8)
+    assert handlers() == before
 
 
 def test_a_signal_with_the_last_step_changes_nothing(fit, signal_at):
@@ -127,7 +144,7 @@ def test_training_in_a_thread_handles_no_signals(fit):
 
 
 def test_lightning_does_not_synchronize_for_signals_at_every_step():
-    """What the trainer takes away is there to be taken away."""
+    """The patched method of Lightning exists."""
     trainer = build_trainer(8, accelerator="cpu")
     loop = trainer.fit_loop.epoch_loop
     assert callable(type(loop)._broadcast_sigterm_tensor)

@@ -1,4 +1,4 @@
-"""What training logs."""
+"""Metrics that training logs."""
 
 import csv
 import time
@@ -8,10 +8,11 @@ import pytest
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.networks.flops import forward_flops
 from relay_diffusion.training.callbacks.sample_grid import SampleGrid
+from relay_diffusion.training.callbacks.training_log import TrainingLog
 
 
 def rows_of(directory):
-    """The log as numbers; a noise level that no image had is left out."""
+    """Read the log as numbers, without empty cells."""
     with (directory / "log/metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     return [{key.removeprefix("train/"): float(text) for key, text in row.items() if text} for row in rows]
@@ -20,6 +21,12 @@ def rows_of(directory):
 def test_a_short_run_is_logged_too(fit, tmp_path):
     fit("run", 8, "callbacks.log.every_n_images=1000")
     assert len(rows_of(tmp_path / "run")) == 1
+
+
+def test_zero_disables_the_log(fit, tmp_path):
+    assert TrainingLog(0).logged == []
+    fit("run", 8, "callbacks.log.every_n_images=0")
+    assert not (tmp_path / "run/log/metrics.csv").exists()
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -52,7 +59,7 @@ def test_the_half_life_of_the_average_is_the_present_one(fit, tmp_path):
 
 
 @pytest.mark.slow
-def test_drawing_pictures_does_not_count_in_the_speed(fit, tmp_path, monkeypatch):
+def test_drawing_is_excluded_from_throughput(fit, tmp_path, monkeypatch):
     picture = SampleGrid.picture
     monkeypatch.setattr(SampleGrid, "picture", lambda *args: time.sleep(2) or picture(*args))
     fit("run", 16, "callbacks.log.every_n_images=8", "callbacks.grid.every_n_images=12")
@@ -69,7 +76,7 @@ def test_training_lowers_the_loss(fit, tmp_path):
 
 
 @pytest.mark.slow
-def test_speed_is_logged_in_operations_too(fit, tmp_path):
+def test_throughput_is_logged_in_operations(fit, tmp_path):
     stage = fit("run", 24, "callbacks.log.every_n_images=8")
     for row in rows_of(tmp_path / "run"):
         expected = row["images_per_second"] * 3 * forward_flops(stage.denoiser.network) / 1e12

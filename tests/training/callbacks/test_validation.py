@@ -1,4 +1,4 @@
-"""The loss of the averaged weights on held-out images."""
+"""Loss of the averaged weights on held-out images."""
 
 import csv
 
@@ -22,7 +22,7 @@ OFTEN = ("callbacks=validation", "callbacks.validation.every_n_images=8")
 
 @pytest.fixture(scope="module")
 def split_zip(tmp_path_factory):
-    """24 images to train on and 10 that are held out, of two classes."""
+    """Create 24 training and 10 held-out images of two classes."""
     path = tmp_path_factory.mktemp("data") / "split.zip"
     generator = np.random.default_rng(0)
     with image_zip(path, ["dark", "light"]) as archive:
@@ -46,7 +46,7 @@ def rows_of(directory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["base", "relay", "cascade"])
-def test_training_is_the_same_with_and_without(fit, tmp_path, data, stage):
+def test_measurement_does_not_change_training(fit, tmp_path, data, stage):
     contents = []
     for name, options in (("without", ()), ("with", OFTEN)):
         fit(name, 24, *HARD, *data, *options, stage=stage)
@@ -62,8 +62,8 @@ def test_training_is_the_same_with_and_without(fit, tmp_path, data, stage):
 
 
 @pytest.mark.slow
-def test_the_numbers_are_those_of_the_averaged_weights_at_fixed_noise(fit, tmp_path, data, split_zip):
-    """Written out for one image after the other: level (part + place of the image) / 4, noise of the case's seed."""
+def test_the_loss_is_that_of_the_averaged_weights_at_fixed_noise(fit, tmp_path, data, split_zip):
+    """The level of a case is (part + offset) / 4."""
     slow = ("callbacks.ema.ramp_up=null", "callbacks.ema.half_life_images=20", "stage.optimizer.lr=1e-2")
     fit("run", 20, *data, *OFTEN, *slow)
     dataset = ImageDataset(split_zip, 16, "heldout")
@@ -87,7 +87,7 @@ def test_the_numbers_are_those_of_the_averaged_weights_at_fixed_noise(fit, tmp_p
 
 
 @pytest.mark.slow
-def test_the_numbers_do_not_depend_on_batches_processes_or_the_seed_of_training(fit, tmp_path, data):
+def test_the_loss_does_not_depend_on_batches_processes_or_the_training_seed(fit, tmp_path, data):
     still = ("stage.optimizer.lr=0", "init=" + str(tmp_path / "start"))
     fit("start", 4, *data)
     fit("one", 8, *data, *OFTEN, *still)
@@ -112,7 +112,7 @@ def test_validation_chooses_the_best_checkpoint(fit, tmp_path, data):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_repeats_no_measurement(fit, tmp_path, data, monkeypatch):
+def test_a_resumed_run_does_not_repeat_measurements(fit, tmp_path, data, monkeypatch):
     fit("run", 16, *data, *OFTEN)
     before = rows_of(tmp_path / "run")
     (tmp_path / "run/checkpoints/last.ckpt").unlink()
@@ -123,24 +123,24 @@ def test_a_resumed_run_repeats_no_measurement(fit, tmp_path, data, monkeypatch):
     assert {images: rows_of(tmp_path / "run")[images] for images in before} == before
 
 
-def test_images_that_are_trained_on_are_refused(fit, data):
+def test_training_images_are_rejected(fit, data):
     with pytest.raises(UserError, match=r"10 of 10 images are also in data\.dataset; set data\.dataset\.subset"):
         fit("run", 8, *data, *OFTEN, "data.dataset.subset=''")
 
 
-def test_missing_images_are_named(fit):
+def test_errors_name_missing_images(fit):
     with pytest.raises(Exception, match=r"callbacks\.validation\.dataset\.path=.* subset='heldout'") as caught:
         fit("run", 8, *OFTEN)
     assert isinstance(caught.value.__cause__, UserError)
 
 
-def test_other_classes_are_refused(fit, data):
+def test_other_classes_are_rejected(fit, data):
     with pytest.raises(UserError, match=r"has other classes \(0\) than data\.dataset \(2\)"):
         fit("run", 8, *data, *OFTEN, "callbacks.validation.dataset.labels=false")
 
 
 @pytest.mark.parametrize("setting", ["count", "batch_size", "bins"])
-def test_numbers_that_make_no_sense_are_named(split_zip, setting):
+def test_errors_name_invalid_numbers(split_zip, setting):
     with pytest.raises(ValueError, match=f"{setting}=0"):
         Validation(ImageDataset(split_zip, 16, "heldout"), 8, **{setting: 0})
 

@@ -1,4 +1,4 @@
-"""The log of a run in one CSV file, whatever happens to the run."""
+"""Log a run to one CSV file across interruptions."""
 
 import resource
 
@@ -12,7 +12,7 @@ def text_of(folder):
     return (folder / "metrics.csv").read_text()
 
 
-def test_a_continued_run_adds_to_the_file(tmp_path):
+def test_a_resumed_run_appends_to_the_file(tmp_path):
     MetricsCSV(tmp_path).log_metrics({"train/loss": 0.5, "train/lr": 1e-4}, 8)
     assert text_of(tmp_path) == "images_seen,train/loss,train/lr\n8,0.5,0.0001\n"
     again = MetricsCSV(tmp_path)
@@ -21,7 +21,7 @@ def test_a_continued_run_adds_to_the_file(tmp_path):
     assert text_of(tmp_path) == "images_seen,train/loss,train/lr\n8,0.5,0.0001\n16,0.25,0.0002\n24,0.125,\n"
 
 
-def test_a_row_is_on_the_disk_at_once_and_the_rest_of_the_file_untouched(tmp_path):
+def test_a_row_is_appended_to_the_disk_at_once(tmp_path):
     log = MetricsCSV(tmp_path)
     log.log_metrics({"a/x": 1}, 8)
     before = log.file.stat().st_ino
@@ -43,7 +43,7 @@ def test_new_metrics_get_columns_and_late_ones_their_row(tmp_path):
 
 
 @pytest.mark.parametrize("torn", ["16,0.2", "16,0.25", "1", "16,0.25,9", "\0\0"])
-def test_half_a_row_is_dropped(tmp_path, torn):
+def test_an_incomplete_row_is_dropped(tmp_path, torn):
     whole = "images_seen,train/loss\n8,0.5\n"
     (tmp_path / "metrics.csv").write_text(whole + torn)
     log = MetricsCSV(tmp_path)
@@ -56,7 +56,7 @@ def test_half_a_row_is_dropped(tmp_path, torn):
 @pytest.mark.parametrize("text", ["loss,step\n1,2\n", "\n", "images_seen,a\n8,1,2\n", "images_seen,a\nx,1\n"])
 def test_another_file_is_not_overwritten(tmp_path, text):
     (tmp_path / "metrics.csv").write_text(text)
-    with pytest.raises(UserError, match=r"metrics\.csv is no log of a run.*move it away"):
+    with pytest.raises(UserError, match=r"metrics\.csv is not a training log.*move it away"):
         MetricsCSV(tmp_path).log_metrics({"a/x": 1}, 8)
     assert text_of(tmp_path) == text
 
@@ -67,7 +67,7 @@ def test_no_file_without_rows(tmp_path):
 
 
 def test_the_csv_comes_first(tmp_path):
-    """So that a run killed between two loggers repeats nothing elsewhere."""
+    """A run killed between two loggers then repeats no rows."""
     order = []
 
     class Other(MetricsCSV.__base__):
@@ -86,7 +86,7 @@ def test_the_csv_comes_first(tmp_path):
     assert last_step([Other()], "train") == -1
 
 
-def test_a_full_disk_is_named(tmp_path):
+def test_errors_name_a_full_disk(tmp_path):
     log = MetricsCSV(tmp_path)
     log.log_metrics({"train/loss": 1.0}, step=8)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,4 +1,4 @@
-"""What reaches Weights & Biases, read back from the files of runs without a network."""
+"""Log to Weights & Biases, read back from offline runs."""
 
 import csv
 import json
@@ -26,13 +26,13 @@ EVERY_8 = [f"callbacks.{name}.every_n_images=8" for name in ("log", "grid")]
 
 @pytest.fixture(autouse=True)
 def _own_folders(tmp_path, monkeypatch):
-    """Nothing is left in the home of whoever runs the tests."""
+    """Keep the files of W&B out of the home directory."""
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
 
 
 def records(run_dir):
-    """The records of each part of a run, in order."""
+    """Read the records of each part of a run, in order."""
     parts = []
     for file in sorted((run_dir / "wandb").glob("offline-run-*/*.wandb")):
         command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", file]
@@ -61,7 +61,7 @@ def crash_at(monkeypatch, images):
 
 
 @pytest.mark.slow
-def test_a_crash_and_a_continuation_are_one_run_without_doubled_rows(fit, tmp_path, monkeypatch):
+def test_a_crash_and_a_resume_are_one_run_without_repeated_rows(fit, tmp_path, monkeypatch):
     options = ["logger=wandb", "run_id=mine", *EVERY_8, "callbacks.checkpoints.every_n_images=16"]
     revision = {"commit": "1f2e", "uncommitted_changes": True}
     with monkeypatch.context() as patch:
@@ -111,7 +111,7 @@ def ids(run_dir):
 
 @pytest.mark.slow
 def test_the_same_run_dir_is_the_same_wandb_run(tmp_path, small_zip):
-    """Also without a run_id, which is another at each start."""
+    """Also without run_id, whose default differs at each start."""
     command = [*TINY, "logger=wandb", "resolution=16", f"data.dataset.path={small_zip}", f"run_dir={tmp_path / 'run'}"]
     for images in (8, 16):
         result = run("train.py", *command, f"trainer.max_images={images}")
@@ -141,7 +141,7 @@ def test_which_wandb_run_a_directory_continues(fit, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"id": 1}'])
-def test_a_damaged_note_of_the_wandb_run_is_named(tmp_path, content):
+def test_errors_name_a_damaged_wandb_record(tmp_path, content):
     (tmp_path / "wandb_run.json").write_text(content)
     with pytest.raises(UserError, match=r"wandb_run\.json cannot be read: delete it for a new W&B run"):
         WandbRun("project", "mine", tmp_path).continue_run()

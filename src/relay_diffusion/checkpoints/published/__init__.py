@@ -1,4 +1,4 @@
-"""Weights of other implementations."""
+"""Checkpoints of other implementations."""
 
 from relay_diffusion.checkpoints.published.edm import load_published
 

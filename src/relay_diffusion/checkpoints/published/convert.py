@@ -19,8 +19,9 @@ def published_stage(
 ) -> DiffusionStage:
     """Build the stage of `config` around the network of a published checkpoint.
 
-    `experiment`: the experiment that `config` is of, whose network must be that of the file. None: `config` is a first
-    stage and gets the noise levels of the file's loss. The label dropout is that of the file if it is above 0.
+    `experiment`: name of the experiment in conf/experiment that `config` comes from; its network must equal that of the
+    file. None: `config` is a first stage and gets the noise levels of the file's loss. The label dropout is that of the
+    file if it is above 0.
     `trusted`: as for load_stage. Raises UserError naming the file or the setting that disagrees.
     """
     published = read_published(path)
@@ -29,8 +30,8 @@ def published_stage(
         config["corruption"]["schedule"] |= _trained_noise(published)
     elif different := [key for key in _SAME if network.get(key) != published.settings[key]]:
         says = ", ".join(f"{key}={network.get(key)} (the file: {published.settings[key]})" for key in different)
-        raise UserError(f"experiment={experiment} is for another network than {path} holds: {says}")
-    channels_last = network.get("channels_last", False)  # a matter of speed alone
+        raise UserError(f"experiment={experiment} has another network than {path} ({says}): choose its experiment")
+    channels_last = network.get("channels_last", False)  # changes speed alone
     config["denoiser"]["network"] = {
         "_target_": "relay_diffusion.networks.UNet",
         **published.settings,
@@ -48,7 +49,7 @@ def published_stage(
 
 
 def _trained_noise(published: PublishedCheckpoint) -> dict[str, float]:
-    """Return p_mean and p_std of a published file's loss; empty if it stores none."""
+    """Return p_mean and p_std of a published loss; empty without them."""
     if published.loss is None:
         return {}
     if published.loss.class_name != "EDMLoss":

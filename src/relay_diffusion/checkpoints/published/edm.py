@@ -1,4 +1,4 @@
-"""Published checkpoints: their networks, the names of their parameters, and the conversion to ours.
+"""Networks of published checkpoints and the conversion of their parameters.
 
 | published                     | ours                                | change                                      |
 | ----------------------------- | ----------------------------------- | ------------------------------------------- |
@@ -13,7 +13,7 @@
 |                               |                                     | (qkv, head, channel)                        |
 | model.out_norm, out_conv      | norm_out, conv_out                  |                                             |
 
-Resampling filters (buffers `resample_filter`) are constants here and are left out.
+The buffers `resample_filter` are omitted, because resampling is constant here.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _ATTENTION = {"norm": "norm2", "qkv": "qkv", "proj": "proj"}
 
 
 def _block_names(network: UNet) -> dict[str, str]:
-    """Our block -> the published block, e.g. encoder.3 -> enc.32x32_block1."""
+    """Map our block names to the published ones, e.g. encoder.3 -> enc.32x32_block1."""
     names, resolution, count = {}, network.resolution, 0
     for i, block in enumerate(network.encoder):
         assert isinstance(block, ResidualBlock)
@@ -64,7 +64,7 @@ def _block_names(network: UNet) -> dict[str, str]:
 
 
 def published_names(network: UNet) -> dict[str, str]:
-    """Our parameter name -> the published name, for every parameter of `network`."""
+    """Map our parameter names to the published ones."""
     blocks = _block_names(network)
     first = f"enc.{network.resolution}x{network.resolution}_conv"
     names = {}
@@ -83,7 +83,10 @@ def published_names(network: UNet) -> dict[str, str]:
 
 
 def convert_weights(state: Mapping[str, Tensor], network: UNet) -> dict[str, Tensor]:
-    """Published parameters -> the state dict of `network`. Raises KeyError naming a parameter that is missing."""
+    """Convert published parameters to the state dict of `network`.
+
+    Raises KeyError naming a missing parameter.
+    """
     converted = {ours: state[published] for ours, published in published_names(network).items()}
     if network.embed_class is not None:
         converted["embed_class.weight"] = converted["embed_class.weight"].mT.contiguous()
@@ -98,9 +101,9 @@ def convert_weights(state: Mapping[str, Tensor], network: UNet) -> dict[str, Ten
 
 
 def _idle_attention(settings: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Parameters of attention that adds nothing, for a published network too narrow to have any at its lowest level.
+    """Parameters of an attention that adds nothing.
 
-    Ours has one there in any case.
+    Our UNet always has attention at its lowest level; a narrow published network has none.
     """
     levels = len(settings["channel_mult"])
     size, channels = settings["resolution"] >> (levels - 1), settings["channels"] * settings["channel_mult"][-1]
@@ -122,11 +125,14 @@ def _check_class(stored: Any, wanted: str, path: Path) -> None:
         raise ValueError(f"a {type(stored).__name__} where a network is expected")
     if stored.class_name != wanted:
         name = ascii(stored.class_name)[1:-1][:60]
-        raise UserError(f"{path} holds a {name}, which is not supported: only EDMPrecond with a DhariwalUNet inside is")
+        raise UserError(f"{path} holds a {name}, which is not supported: give an EDMPrecond with a DhariwalUNet")
 
 
 def _parameters(module: StoredObject, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter under `module` by its published name. Buffers must be the resampling filter of our UNet."""
+    """Collect the parameters under `module` by their published names.
+
+    Raises ValueError for a buffer other than the resampling filter of our UNet.
+    """
     if id(module) in seen:
         raise ValueError(f"{prefix} is the same module as another")
     seen.add(id(module))
@@ -159,10 +165,10 @@ def _more(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class PublishedCheckpoint:
-    """The averaged network of a published file; settings and weights fit.
+    """Settings and averaged weights of a published file.
 
     `settings`: constructor settings of our UNet. `weights`: by published name. `loss`: the stored loss object, if any.
-    `label_dropout`: the stored share of labels hidden in training.
+    `label_dropout`: probability that training hid a label.
     """
 
     path: Path
@@ -173,15 +179,15 @@ class PublishedCheckpoint:
     label_dropout: float = 0.0
 
     def denoiser(self) -> EDMPreconditioner:
-        """The network with its weights, in eval mode."""
+        """Build the network with its weights, in eval mode."""
         network = UNet(**self.settings)
         network.load_state_dict(convert_weights(self.weights, network))
         return EDMPreconditioner(network, self.sigma_data).eval()
 
     def check(self) -> None:
-        """Compare names and shapes with a network that takes no memory, and look for numbers that are not finite.
+        """Check that the weights fit the network and are finite.
 
-        Raises UserError that names the first parameter that is wrong.
+        The network is on the meta device. Raises UserError naming the first wrong parameter.
         """
         try:
             with torch.device("meta"):
@@ -195,22 +201,24 @@ class PublishedCheckpoint:
             expected["model.map_label.weight"] = expected["model.map_label.weight"][::-1]
         stored = {name: tuple(tensor.shape) for name, tensor in self.weights.items()}
         if wrong := [f"lacks {name}" for name in expected if name not in stored]:
-            raise UserError(f"{self.path} {wrong[0]}{_more(wrong)}: it is not the network that it describes")
+            raise UserError(f"{self.path} {wrong[0]}{_more(wrong)}: not the network that it describes; fetch it again")
         if wrong := [f"also holds {name}" for name in stored if name not in expected]:
-            raise UserError(f"{self.path} {wrong[0]}{_more(wrong)}: it is not the network that it describes")
+            raise UserError(f"{self.path} {wrong[0]}{_more(wrong)}: not the network that it describes; fetch it again")
         if wrong := [name for name in expected if stored[name] != expected[name]]:
             raise UserError(
                 f"{self.path} holds {wrong[0]} of shape {list(stored[wrong[0]])}, but describes a network where it is "
-                f"{list(expected[wrong[0]])}{_more(wrong)}"
+                f"{list(expected[wrong[0]])}{_more(wrong)}: fetch it again"
             )
         if wrong := [name for name, tensor in self.weights.items() if not bool(tensor.isfinite().all())]:
-            raise UserError(f"{self.path} holds weights that are not finite in {wrong[0]}{_more(wrong)}: fetch again")
+            raise UserError(
+                f"{self.path} holds weights that are not finite in {wrong[0]}{_more(wrong)}: fetch it again"
+            )
 
 
 def read_published(path: str | Path) -> PublishedCheckpoint:
-    """Read a published checkpoint (EDM's .pkl or the authors' .pt) as data; nothing in it is run.
+    """Read a published checkpoint without running code in it.
 
-    Raises UserError naming the file, if it cannot be used.
+    `path`: EDM's .pkl or the authors' .pt. Raises UserError naming the file.
     """
     path = Path(path)
     with open_checkpoint(path) as entries:
@@ -225,7 +233,7 @@ def read_published(path: str | Path) -> PublishedCheckpoint:
 
 
 def _checkpoint(path: Path, ema: Any, loss: Any) -> PublishedCheckpoint:
-    """The settings and weights of the stored network `ema`."""
+    """Convert the settings and weights of the stored network `ema`."""
     try:
         _check_class(ema, "EDMPrecond", path)
         outer = constructor_arguments(ema, EDM_PRECOND)
@@ -249,16 +257,17 @@ def _checkpoint(path: Path, ema: Any, loss: Any) -> PublishedCheckpoint:
 
 
 def load_published(path: str | Path) -> EDMPreconditioner:
-    """The denoiser of a published checkpoint, with its averaged weights and in eval mode.
+    """Load the denoiser of a published checkpoint, in eval mode.
 
-    `path`: EDM's .pkl or the authors' .pt; nothing in it is run. Raises UserError naming the file if unusable.
+    It has the averaged weights. `path`: EDM's .pkl or the authors' .pt; no code in it runs. Raises UserError naming the
+    file.
     """
     return read_published(path).denoiser()
 
 
 HEAD = 64  # channels of an attention head
 
-# Constructors of the published classes: settings in order, with their defaults; ... is a setting without one.
+# Constructors of the published classes: settings in order, with their defaults; ... marks a required one.
 EDM_PRECOND: dict[str, Any] = {
     "img_resolution": ...,
     "img_channels": ...,
@@ -282,9 +291,9 @@ DHARIWAL_UNET: dict[str, Any] = {
     "attn_resolutions": [32, 16, 8],
     "dropout": 0.10,
     "label_dropout": 0,
-    "eff_attn": False,  # the authors' faster attention: the same numbers
+    "eff_attn": False,  # a faster attention with equal results
 }
-# Bounds of integers, far above any real network: a damaged file must not fill the memory.
+# Bounds far above any real network, so that a damaged file cannot exhaust the memory.
 _WHOLE = {
     "img_resolution": (1, 2**14),
     "in_channels": (1, 2**10),
@@ -299,7 +308,7 @@ _MAX_LEVELS = 15
 
 
 def constructor_arguments(stored: StoredObject, signature: Mapping[str, Any]) -> dict[str, Any]:
-    """What `stored` was constructed with, by name; settings that the signature lacks included."""
+    """Return the constructor arguments of `stored` by name, unknown ones included."""
     positional, named = stored.state["_init_args"], stored.state["_init_kwargs"]
     if len(positional) > len(signature):
         raise ValueError(f"{stored.class_name} was made with {len(positional)} settings")
@@ -313,14 +322,14 @@ def constructor_arguments(stored: StoredObject, signature: Mapping[str, Any]) ->
 
 
 def heads(channels: int) -> int:
-    """Attention heads of the published block with so many channels: one for every 64, so maybe none."""
+    """Number of attention heads: one for every 64 channels, or none."""
     if channels >= 2 * HEAD and channels % HEAD:
         raise ValueError(f"it has attention over {channels} channels, which is no multiple of {HEAD}")
     return channels // HEAD
 
 
 def unet_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Constructor settings of the published UNet -> those of ours."""
+    """Convert constructor settings of the published UNet to those of ours."""
     if unknown := arguments.keys() - DHARIWAL_UNET.keys():
         raise ValueError(f"its network has a setting {min(unknown)}, which is not known here")
     if arguments["in_channels"] != arguments["out_channels"]:
@@ -333,9 +342,9 @@ def unet_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if not (isinstance(dropout, int | float) and 0 <= dropout <= 1):
         raise ValueError("its network's dropout makes no sense")
     resolution, width, mult = arguments["img_resolution"], arguments["model_channels"], values["channel_mult"]
-    levels = {resolution >> level: width * m for level, m in enumerate(mult)}  # pixels of a side -> channels
+    levels = {resolution >> level: width * m for level, m in enumerate(mult)}  # resolution -> channels
     attention = [size for size in values["attn_resolutions"] if size in levels and heads(levels[size]) > 0]
-    heads(width * mult[-1])  # the lowest level has attention in any case
+    heads(width * mult[-1])  # the lowest level always has attention
     return {
         "resolution": resolution,
         "image_channels": arguments["in_channels"],

@@ -1,8 +1,9 @@
-"""Read EDM pickles and `torch.save` files of whole modules without running code from them.
+"""Read EDM pickles and `torch.save` files without running code in them.
 
-A `pickle.Unpickler` that resolves no name: the globals of published checkpoints become the inert stand-ins of
-`_STAND_INS`, all others are refused. A scan of the opcodes comes first, because the unpickler itself reserves whatever
-memory a small file asks for, looks up extension codes without `find_class`, and hashes nested tuples for ever.
+A `pickle.Unpickler` that imports nothing: the globals of published checkpoints become the inert stand-ins of
+`_STAND_INS`, all others raise an error. The opcodes are scanned first, because the unpickler itself allocates any size
+that a small file requests, looks up extension codes without `find_class`, and takes exponential time to hash nested
+tuples.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor
 from relay_diffusion.errors import UserError
 
 MAX_OPCODES = 5_000_000  # a published checkpoint has fewer than a million
-MAX_ELEMENTS = 2**48  # of a storage
+MAX_ELEMENTS = 2**48  # elements of a storage
 ZIP_START, PICKLE_START = b"PK\x03\x04", b"\x80"
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 OPCODES = frozenset((
@@ -37,7 +38,7 @@ OPCODES = frozenset((
     "EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_SET", "ADDITEMS", "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET",
     "LONG_BINGET", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "BINPERSID",
 ))  # fmt: skip
-_BROKEN = (  # raised by pickle and zipfile, then by values that do not fit
+_BROKEN = (  # errors of pickle and zipfile, then of values of the wrong type
     pickle.UnpicklingError,
     zipfile.BadZipFile,
     EOFError,
@@ -51,21 +52,21 @@ _BROKEN = (  # raised by pickle and zipfile, then by values that do not fit
     MemoryError,
     struct.error,
 )
-_NUMBERS = {  # numpy -> struct
+_NUMBERS = {  # numpy code -> struct code
     **{"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b"},
     **{"u8": "Q", "u4": "I", "u2": "H", "u1": "B", "b1": "?"},
 }
 
 
 class _UnknownGlobalError(Exception):
-    """A global that checkpoints do not use."""
+    """Global that checkpoints do not use."""
 
 
-# ---- stand-ins: what the globals of a checkpoint construct; all have __setstate__, so BUILD sets no attribute ----
+# ---- stand-ins for the globals of a checkpoint; all have __setstate__, so BUILD sets no attribute ----
 
 
 class _Function:
-    """A function that only REDUCE can call."""
+    """Function that only REDUCE can call."""
 
     __slots__ = ("_call",)
 
@@ -92,7 +93,7 @@ class _Mapping(dict[Any, Any]):
 
 
 class StoredObject:
-    """An object of a foreign class: the name of the class and the state, never its source."""
+    """Object of a foreign class: the class name and the state, never the source."""
 
     def __init__(self, class_name: str, state: Mapping[str, Any]) -> None:
         self.class_name, self.state = class_name, state
@@ -104,12 +105,12 @@ class StoredObject:
 
 
 def _container(class_name: str) -> type[StoredObject]:
-    """A stand-in for one of torch's containers, which pickles construct without calling `__init__`."""
+    """Stand-in for a torch container, which pickles construct without `__init__`."""
     return type(class_name, (StoredObject,), {"class_name": class_name})
 
 
 def _persistent(meta: Any) -> StoredObject:
-    """Object of EDM's torch_utils.persistence, whose class is stored as source."""
+    """Build an object of EDM's torch_utils.persistence, whose class is stored as source."""
     class_name, state = meta.get("class_name"), meta.get("state")
     if not (isinstance(class_name, str) and isinstance(state, dict)):
         raise ValueError("an object without a class name or state")
@@ -117,7 +118,7 @@ def _persistent(meta: Any) -> StoredObject:
 
 
 class _DType:
-    """numpy.dtype: its code and its byte order."""
+    """Stand-in for numpy.dtype: code and byte order."""
 
     __slots__ = ("code", "order")
 
@@ -139,14 +140,14 @@ def _number(dtype: Any, content: Any) -> float | int | bool:
 
 
 def _set(items: Any) -> set[Any]:
-    """A set, as protocol 2 writes it."""
+    """Build a set, as protocol 2 writes it."""
     if not isinstance(items, list) or not all(isinstance(item, str | int | float) for item in items):
         raise ValueError("a set of something other than text and numbers")
     return set(items)
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
-    """Bytes, as protocol 2 writes them."""
+    """Encode bytes, as protocol 2 writes them."""
     if not isinstance(text, str) or encoding != "latin1":
         raise ValueError("bytes in another encoding than latin1")
     return text.encode("latin1")
@@ -165,7 +166,7 @@ class _StorageType:
 
 
 class Storage:
-    """Numbers of tensors, read on first use."""
+    """Elements of tensors, read on first use."""
 
     def __init__(self, dtype: torch.dtype, count: int, content: Callable[[], bytes | memoryview]) -> None:
         self.dtype, self.count, self._content = dtype, count, content
@@ -175,16 +176,16 @@ class Storage:
         raise ValueError("a state of a storage")
 
     def read(self) -> Tensor:
-        """The numbers, 1-D, in memory of their own."""
+        """Return the elements as a 1-D tensor that owns its memory."""
         if self._tensor is None:
             content = self._content()
-            empty = torch.empty(0, dtype=self.dtype)  # frombuffer refuses to make this
+            empty = torch.empty(0, dtype=self.dtype)  # frombuffer cannot make an empty tensor
             self._tensor = torch.frombuffer(bytearray(content), dtype=self.dtype) if content else empty
         return self._tensor
 
 
 class StoredTensor:
-    """A view of a storage, within its bounds. `read()` gives the tensor."""
+    """View of a storage, within its bounds. `read()` returns the tensor."""
 
     __slots__ = ("_layout", "_storage")
 
@@ -202,21 +203,24 @@ class StoredTensor:
         raise ValueError("a state of a tensor")
 
     def read(self) -> Tensor:
-        """The tensor on the CPU. Raises ValueError or KeyError if the file lacks its numbers."""
+        """Return the tensor on the CPU. Raises ValueError or KeyError if elements are missing."""
         size, stride, offset = self._layout
         numbers = self._storage.read()
         return numbers.as_strided(size, stride, offset) if math.prod(size) else numbers.new_empty(size)
 
 
 def _parameter(tensor: Any, *_: Any) -> StoredTensor:
-    """A parameter is its tensor."""
+    """Stand-in for a parameter: its tensor."""
     if not isinstance(tensor, StoredTensor):
         raise ValueError("a parameter that is no tensor")
     return tensor
 
 
 def _nested_storage(content: Any) -> Storage:
-    """A storage inside a pickle, as an old torch.save wrote it: five pickles, the count, the numbers."""
+    """Read a storage in a pickle, as old torch.save wrote it.
+
+    Five pickles, the number of elements, the elements.
+    """
     if not isinstance(content, bytes):
         raise ValueError("a storage of no bytes")
     file = BytesIO(content)
@@ -282,7 +286,7 @@ class _Unpickler(pickle.Unpickler):
         return _stand_in(self._known, module, name)
 
     def persistent_load(self, pid: Any) -> Any:
-        """('storage', its class, key, device, count[, None]): the storage."""
+        """Return the storage of an id ('storage', class, key, device, count[, None])."""
         if isinstance(pid, tuple) and (len(pid) == 5 or (len(pid) == 6 and pid[5] is None)):
             word, kind, key, _, count = pid[:5]
             valid = isinstance(key, str) and type(count) is int and 0 <= count < MAX_ELEMENTS
@@ -293,7 +297,7 @@ class _Unpickler(pickle.Unpickler):
 
 def _stand_in(known: Mapping[tuple[str, str], Any], module: str, name: str) -> Any:
     if (module, name) not in known:
-        raise _UnknownGlobalError(ascii(f"{module}.{name}")[1:-1][:100])  # one line, whatever the file holds
+        raise _UnknownGlobalError(ascii(f"{module}.{name}")[1:-1][:100])  # ascii: the name may hold any character
     return known[module, name]
 
 
@@ -303,18 +307,19 @@ def _load(
     """Read the next pickle of a file."""
     start = file.tell()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pickletools warns of odd escapes in a damaged file
+        warnings.simplefilter("ignore")  # pickletools warns of odd escapes in damaged files
         _scan(file, known)
     file.seek(start)
     return _Unpickler(file, known, storage).load()
 
 
 def _scan(file: IO[bytes], known: Mapping[tuple[str, str], Any]) -> None:
-    """Refuse opcodes that checkpoints do not use, or that take time or memory beyond the size of the file.
+    """Reject opcodes that checkpoints do not use or that exhaust resources.
 
-    Follows the stack as far as needed to see tuples that are used as keys.
+    Resources: time or memory beyond the size of the file. Follows the stack as far as needed to detect tuples that are
+    used as keys.
     """
-    stack: list[Any] = []  # the kind of each value, as pickletools describes it
+    stack: list[Any] = []  # type of each value, as pickletools names it
     memo: dict[int, Any] = {}
     frame_end: int | None = None
     for count, (opcode, argument, position) in enumerate(
@@ -322,11 +327,11 @@ def _scan(file: IO[bytes], known: Mapping[tuple[str, str], Any]) -> None:
     ):
         name = opcode.name
         if name in ("GLOBAL", "INST"):
-            _stand_in(known, *argument.split(" ", 1))  # the name is the better reason to refuse
+            _stand_in(known, *argument.split(" ", 1))  # prefer the message that names the global
         if name not in OPCODES or count >= MAX_OPCODES:
-            raise ValueError(f"its opcode {name} has no use in a checkpoint, or comes after {MAX_OPCODES:,} others")
+            raise ValueError(f"opcode {name} is not used by checkpoints, or follows {MAX_OPCODES:,} others")
         if frame_end is not None and position >= frame_end:
-            if position > frame_end:  # the unpickler would skip what lies across
+            if position > frame_end:  # the unpickler would skip bytes beyond the frame
                 raise ValueError("an opcode crosses the end of a frame")
             frame_end = None
         if name == "FRAME":
@@ -337,7 +342,7 @@ def _scan(file: IO[bytes], known: Mapping[tuple[str, str], Any]) -> None:
             raise ValueError("a frame that does not end with the pickle")
         elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
             index = len(memo) if argument is None else argument
-            if index > count:  # the unpickler would reserve memory for all before it
+            if index > count:  # the unpickler would allocate memory for all indices below
                 raise ValueError("a memo index larger than the pickle")
             memo[index] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
@@ -351,7 +356,7 @@ def _step(opcode: pickletools.OpcodeInfo, stack: list[Any]) -> None:
     before, items = opcode.stack_before, []
     if pickletools.stackslice in before:
         start = len(stack) - 1
-        while stack[start] is not pickletools.markobject:  # IndexError if there is none
+        while stack[start] is not pickletools.markobject:  # IndexError without a mark
             start -= 1
         items, stack[start:] = stack[start + 1 :], []
         before = before[: before.index(pickletools.markobject)]
@@ -369,10 +374,10 @@ def _step(opcode: pickletools.OpcodeInfo, stack: list[Any]) -> None:
 
 @contextmanager
 def open_checkpoint(path: Path) -> Iterator[dict[Any, Any]]:
-    """Give the dictionary that a .pkl or .pt file holds; its StoredTensors can be read while it is open.
+    """Yield the dictionary in a .pkl or .pt file.
 
-    Raises UserError that names the file, for one that cannot be used, also if the body finds it damaged, and the first
-    global in it that checkpoints do not use.
+    Its StoredTensors can be read inside the block. Raises UserError naming the file if it is damaged, also if the body
+    of the block detects that, and naming the first global that checkpoints do not use.
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder: give the .pkl or .pt file itself")
@@ -380,15 +385,15 @@ def open_checkpoint(path: Path) -> Iterator[dict[Any, Any]]:
         with path.open("rb") as file, ExitStack() as opened:
             content = _read(file, path, opened)
             if not isinstance(content, dict):
-                raise UserError(f"{path} holds a single object, not the dictionary of a published checkpoint")
+                raise UserError(f"{path} holds a single object: give a published checkpoint, which holds a dictionary")
             yield content
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the .pkl or .pt file of a published checkpoint") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}; check its permissions") from None
     except _UnknownGlobalError as error:
         raise UserError(
-            f"{path} names {error}, which a checkpoint has no use for: refused; nothing in it was run"
+            f"{path} names {error}, which checkpoints do not use: fetch a published checkpoint; no code in it ran"
         ) from None
     except UserError:
         raise
@@ -402,17 +407,17 @@ def _read(file: IO[bytes], path: Path, opened: ExitStack) -> Any:
     if not start:
         raise UserError(f"{path} is empty: fetch it again")
     if start != ZIP_START and start[:1] != PICKLE_START:
-        raise UserError(f"{path} is no checkpoint: it is neither a pickle (.pkl) nor a torch.save file (.pt)")
+        raise UserError(f"{path} is neither a pickle (.pkl) nor a torch.save file (.pt): give a published checkpoint")
     file.seek(0)
     if start != ZIP_START:
-        mapped = opened.enter_context(mmap(file.fileno(), 0, access=ACCESS_READ))  # never reads past the end
+        mapped = opened.enter_context(mmap(file.fileno(), 0, access=ACCESS_READ))  # mmap never reads past the end
         return _load(cast(IO[bytes], mapped), _STAND_INS, _no_storage)
     archive = opened.enter_context(zipfile.ZipFile(file))
     pickles = [n for n in archive.namelist() if n.endswith("/data.pkl") and n.count("/") == 1]
     if len(pickles) != 1:
         raise ValueError("a zip without the data.pkl of torch.save")
     folder = pickles[0].rpartition("/")[0]
-    order = f"{folder}/byteorder"  # older files have none
+    order = f"{folder}/byteorder"  # older files have no such member
     if order in archive.namelist() and _read_member(archive, order) != b"little":
         raise ValueError("written on a big-endian machine")
     storages: dict[tuple[torch.dtype, str, int], Storage] = {}
@@ -429,7 +434,10 @@ def _no_storage(*_: Any) -> Storage:
 
 
 def _read_member(archive: zipfile.ZipFile, name: str, size: int | None = None) -> bytes:
-    """A member of a torch.save zip. Raises ValueError if it is not of `size` or compressed, which may grow at will."""
+    """Read a member of a torch.save zip.
+
+    Raises ValueError unless it has `size` bytes, uncompressed: compressed data could expand without limit.
+    """
     member = archive.getinfo(name)
     if member.compress_type != zipfile.ZIP_STORED or (size is not None and member.file_size != size):
         raise ValueError(f"{name} is compressed, or of another size than the pickle gives")

@@ -16,7 +16,7 @@ from relay_diffusion.sampling.plan import Plan
 class ImageWriter(BasePredictionWriter):
     """Write the missing images of a plan to an ImageStore.
 
-    missing: their positions in the plan, as determined on rank 0.
+    missing: positions in the plan, determined on rank 0.
     """
 
     def __init__(self, store: ImageStore, plan: Plan, missing: Iterable[int]) -> None:
@@ -42,5 +42,5 @@ class ImageWriter(BasePredictionWriter):
                 self.store.write(self.plan.names[position], image)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-        """Wait until all ranks have written their images: they may be packed then."""
+        """Wait until all ranks have written, before images are packed."""
         trainer.strategy.barrier()

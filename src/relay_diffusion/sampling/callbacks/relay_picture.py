@@ -1,4 +1,4 @@
-"""Draw the start and the result of every stage side by side."""
+"""Draw the start and the result of every stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draw the sampling trajectory of a relay as a picture and an animation."""
+"""Draw the sampling trajectory as a picture and an animation."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from relay_diffusion.models.relay import Relay, Samples
 from relay_diffusion.samplers.recording import RecordingSampler, Step, joined
 from relay_diffusion.utils.pictures import image_grid, save_png, save_webp, side_by_side
 
-MAX_SIDE = 256  # pixels: of 1024x1024 images the noise alone would be some hundred megabytes
-COLUMNS = 8  # of one stage in the strip
+MAX_SIDE = 256  # pixels: larger pictures would be hundreds of megabytes of noise
+COLUMNS = 8  # columns of one stage in the picture
 STEP, STAGE_END, END = 100, 800, 2500  # milliseconds
 
 
 class TrajectoryPicture(Callback):
-    """Record the samplers of a relay for the first `count` images of rank 0.
+    """Draw the trajectories of the first `count` images of rank 0.
 
-    Written into `folder` as soon as those are made: trajectory.png, two rows an image (noisy states above the
-    estimates of the clean image), some steps of each stage; trajectory.webp, all steps, one column an image.
+    Writes to `folder`, as soon as these images are finished: trajectory.png, two rows per image (noisy states above the
+    estimates of the clean image), some steps of each stage; trajectory.webp, all steps, one column per image.
     """
 
     def __init__(self, folder: str | Path, count: int = 4) -> None:
@@ -36,7 +36,7 @@ class TrajectoryPicture(Callback):
         self._side = MAX_SIDE
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Record the samplers of all stages, on rank 0 only."""
+        """Record the samplers of all stages on rank 0."""
         if not trainer.is_global_zero:
             return
         assert isinstance(pl_module, Relay)
@@ -61,7 +61,7 @@ class TrajectoryPicture(Callback):
             self._finish(pl_module)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-        """Draw what was collected, if fewer than `count`."""
+        """Draw the collected images, if fewer than `count`."""
         if self._recorders:
             self._finish(pl_module)
 
@@ -86,7 +86,10 @@ class TrajectoryPicture(Callback):
 
 
 def strip(stages: Sequence[Sequence[Step]], side: int, columns: int = COLUMNS) -> Image.Image:
-    """Steps of every stage, left to right: for each image its states, and below them its estimates."""
+    """Arrange steps from left to right, in two rows per image.
+
+    The upper row shows the states, the lower one the estimates.
+    """
     panels = []
     for steps in stages:
         chosen = evenly(steps, columns)
@@ -96,16 +99,19 @@ def strip(stages: Sequence[Sequence[Step]], side: int, columns: int = COLUMNS) -
 
 
 def frame(step: Step, side: int) -> Image.Image:
-    """One step of all images: a row of states above the row of estimates."""
+    """Arrange one step of all images: states above estimates."""
     return image_grid(enlarged(torch.cat(step[1:]), side), len(step.states))
 
 
 def evenly(steps: Sequence[Step], count: int) -> list[Step]:
-    """At most `count` (2 or more) of them, evenly spread, with the first and the last."""
+    """Choose at most `count` evenly spaced steps, first and last included.
+
+    count: at least 2.
+    """
     last, count = len(steps) - 1, min(count, len(steps))
     return [steps[round(k * last / (count - 1))] for k in range(count)]
 
 
 def enlarged(pictures: Tensor, side: int) -> Tensor:
-    """uint8 [B,C,h,w] -> [B,C,side,side], every pixel a square."""
+    """Enlarge pixels to squares: uint8 [B,C,h,w] -> [B,C,side,side]."""
     return F.interpolate(pictures, (side, side), mode="nearest-exact")

@@ -1,4 +1,4 @@
-"""Write checkpoints atomically every so many images, unless training has diverged."""
+"""Write checkpoints periodically, unless training has diverged."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ DIVERGED = "lower stage.optimizer.lr, raise stage.warmup_images, or set trainer.
 class Checkpoints(PeriodicCallback, Checkpoint):
     """Write `directory`/last.ckpt every `every_n_images` and at the end.
 
-    `keep`: number of earlier checkpoints (images-000128000.ckpt, ...) to keep.
-    `upload`: also send each one to loggers with `log_file`, as a "model".
-    `best`: a logged metric, such as eval/fid; `directory`/best.ckpt then holds the state of its lowest value, or the
-    highest with `best_mode` max, and the value under its key "best".
-    A checkpoint is synced to the disk before it replaces the previous one, so one is always complete.
-    A state is not saved while steps have no finite loss or gradient; a periodic save then waits for the first good
-    step. Raises UserError if a checkpoint cannot be written, if weights, average or optimizer state are not finite, or
-    if training ends in such steps; the previous checkpoint stays. Lightning runs it after all other callbacks.
+    `keep`: number of earlier checkpoints (images-000128000.ckpt, ...) to keep; 0 adds none and removes
+    none of before.
+    `upload`: also send each checkpoint to loggers with `log_file`, as a "model".
+    `best`: a logged metric, e.g. eval/fid; `directory`/best.ckpt then holds the state with its lowest value
+    (`best_mode` max: its highest), and the value under the key "best". Each checkpoint is synced to the disk before it
+    replaces the previous one, so a complete one always exists. No state is saved while loss or gradients are not
+    finite; a periodic save then waits for the first finite step. Raises UserError if a checkpoint cannot be written, if
+    weights, average or optimizer state are not finite, or if training ends in such steps; the previous checkpoint is
+    kept. Lightning runs this callback last.
     """
 
     monitor_option = "callbacks.checkpoints.best"
@@ -52,15 +53,19 @@ class Checkpoints(PeriodicCallback, Checkpoint):
             raise ValueError(f"best_mode={best_mode}: use min or max")
         if not keep >= 0:
             raise ValueError(f"keep={keep}: must be at least 0")
+        if not every_n_images >= 1:
+            raise ValueError(
+                f"every_n_images={every_n_images}: must be at least 1; above trainer.max_images, only the end is saved"
+            )
         super().__init__(every_n_images)
         self.directory, self.keep, self.upload = Path(directory), keep, upload
         self.monitor, self.best_mode = best, best_mode
         self._due = False
-        self._saved, self._refused = -1, -1  # images seen at the last saved and the last refused state
+        self._saved, self._refused = -1, -1  # images seen at the last saved and the last unsaved state
         self._start: Path | None = None  # the checkpoint that training started from
-        self._last_is_readable = False  # an unreadable one is not kept
+        self._last_is_readable = False  # an unreadable checkpoint is not kept
         self._best: dict[str, Any] | None = None  # metric, mode, value, images_seen
-        self._better: float | None = None  # a value of the present state that is better
+        self._better: float | None = None  # value of the present state, if it is better
         self._measured = False  # whether the metric was ever logged
 
     def setup(self, trainer: L.Trainer, pl_module: DiffusionStage, stage: str) -> None:
@@ -69,9 +74,9 @@ class Checkpoints(PeriodicCallback, Checkpoint):
             write_text(self.directory / ".probe", "")
             (self.directory / ".probe").unlink()
             for name in (LAST, BEST):
-                _temporary(self.directory / name).unlink(missing_ok=True)  # left by a killed run
+                _temporary(self.directory / name).unlink(missing_ok=True)  # a killed run may have left it
             with suppress(OSError):
-                self.directory.rmdir()  # if the run fails before its first checkpoint
+                self.directory.rmdir()  # no empty directory if the run fails before its first checkpoint
 
     def on_save_checkpoint(
         self,
@@ -79,7 +84,7 @@ class Checkpoints(PeriodicCallback, Checkpoint):
         pl_module: DiffusionStage,
         checkpoint: dict[str, Any],
     ) -> None:
-        """Mark the best state so far."""
+        """Record the value of the best state so far."""
         if self._best is not None and self._best["images_seen"] == pl_module.images_seen:
             checkpoint["best"] = dict(self._best)
 
@@ -95,7 +100,10 @@ class Checkpoints(PeriodicCallback, Checkpoint):
             self._best = trainer.strategy.broadcast(stored)
 
     def _read_best(self) -> dict[str, Any] | None:
-        """Read the record of an earlier best.ckpt; warn if it is damaged, or of another metric."""
+        """Read the record of an earlier best.ckpt.
+
+        Warns if it is damaged or belongs to another metric.
+        """
         file = self.directory / BEST
         if not file.exists():
             return None
@@ -112,9 +120,9 @@ class Checkpoints(PeriodicCallback, Checkpoint):
         return best
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
-        """Compare the monitored metric, which was just logged, with its best value."""
+        """Compare the last value of the monitored metric with the best one."""
         assert self.monitor is not None
-        # of rank 0 on all of them: speeds differ
+        # all ranks take the value of rank 0, because speeds differ
         value: float = trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]))
         self._measured = True
         sign = 1 if self.best_mode == "min" else -1
@@ -122,7 +130,7 @@ class Checkpoints(PeriodicCallback, Checkpoint):
             self._better = value
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: DiffusionStage, *args: Any) -> None:
-        """Save when due, and at the end of training before other callbacks measure it."""
+        """Save when due, and at the end before other callbacks measure."""
         if trainer.fast_dev_run or pl_module.mid_accumulation:  # type: ignore[attr-defined]
             return
         self._due |= self.due(pl_module.images_seen)
@@ -131,11 +139,11 @@ class Checkpoints(PeriodicCallback, Checkpoint):
         self._save_best(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
-        """Save the end of training, and again if it was measured since."""
+        """Save the final state, again if it was measured since."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         signal = pl_module.fit_state.stop_signal
-        # measurements after the last save have changed the state of callbacks that monitor them
+        # measurements after the last save changed callbacks that monitor them
         others = [c for c in trainer.callbacks if getattr(c, "monitor", None) is not None and c is not self]  # type: ignore[attr-defined]
         self.act(trainer, pl_module, again=bool(others) and not signal)
         self._save_best(trainer, pl_module)
@@ -143,7 +151,7 @@ class Checkpoints(PeriodicCallback, Checkpoint):
             _warn(f"{self.monitor_option}={self.monitor} was never logged: {self.directory / BEST} was not written")
 
     def act(self, trainer: L.Trainer, stage: DiffusionStage, again: bool = False) -> None:
-        """Save the present state as the last one; a second time only if `again`."""
+        """Save the present state as last.ckpt, once unless `again`."""
         saved = stage.images_seen == self._saved
         if stage.images_seen == self._refused or (saved and not again):
             self._due = self._due and not saved
@@ -175,8 +183,11 @@ class Checkpoints(PeriodicCallback, Checkpoint):
         self._write(trainer, stage, self.directory / BEST)
 
     def _good(self, trainer: L.Trainer, stage: DiffusionStage) -> bool:
-        """Whether the state may replace a checkpoint; UserError if training cannot continue from it."""
-        nonfinite = trainer.strategy.broadcast(first_nonfinite(trainer, stage))  # what rank 0 would write
+        """Return whether the state may replace a checkpoint.
+
+        Raises UserError if training cannot continue from it.
+        """
+        nonfinite = trainer.strategy.broadcast(first_nonfinite_tensor(trainer, stage))  # rank 0 writes the checkpoint
         if nonfinite is not None:
             raise UserError(
                 f"training has diverged: {nonfinite} is not finite after {stage.images_seen:,} images; "
@@ -187,22 +198,22 @@ class Checkpoints(PeriodicCallback, Checkpoint):
             return True
         found = f"no finite loss, or no finite gradient, in the last {steps} steps of {stage.images_seen:,} images"
         if trainer.should_stop and not stage.fit_state.stop_signal:
-            raise UserError(f"training has ended diverged, and is not saved: {found}; {self.kept()}: {DIVERGED}")
+            raise UserError(f"training has diverged, its end is not saved: {found}; {self.kept()}: {DIVERGED}")
         if self._refused < 0 and trainer.is_global_zero:
             _warn(f"not saved: {found}; {self.kept()}")
         return False
 
     def kept(self) -> str:
-        """Describe the checkpoint that stays if the present state is not saved."""
+        """Describe the kept checkpoint if the present state is not saved."""
         if self._last_is_readable:
             return f"{self.directory / LAST} of {self._saved:,} images is kept"
         return "no checkpoint exists" if self._start is None else f"{self._start} is kept"
 
     def _write(self, trainer: L.Trainer, stage: DiffusionStage, file: Path, before: Path | None = None) -> None:
-        """Write a checkpoint to `file` atomically; the present `file` is kept as `before`."""
+        """Write a checkpoint atomically; keep the present `file` as `before`."""
         temporary = _temporary(file)
         try:
-            trainer.save_checkpoint(temporary)  # on all ranks: Lightning lets rank 0 write
+            trainer.save_checkpoint(temporary)  # collective; rank 0 writes
             if trainer.is_global_zero:
                 sync(temporary)
                 if before is not None:
@@ -228,7 +239,7 @@ def _warn(text: str) -> None:
 
 
 def _keep(last: Path, kept: Path) -> None:
-    """Link or copy a file, so that last.ckpt always exists."""
+    """Link or copy a file: a rename would leave no last.ckpt for a moment."""
     kept.unlink(missing_ok=True)
     try:
         kept.hardlink_to(last)
@@ -237,10 +248,10 @@ def _keep(last: Path, kept: Path) -> None:
             shutil.copyfileobj(file, copy)
 
 
-def first_nonfinite(trainer: L.Trainer, stage: DiffusionStage) -> str | None:
-    """Name the first tensor of weights, average and optimizer state with nan or infinity, if any.
+def first_nonfinite_tensor(trainer: L.Trainer, stage: DiffusionStage) -> str | None:
+    """Name the first tensor with nan or infinity, if any.
 
-    Waits for the device once.
+    Checks weights, average and optimizer state. Waits for the device once.
     """
     tensors = [(name, tensor) for name, tensor in _state(trainer, stage) if tensor.is_floating_point()]
     finite = torch.stack([tensor.isfinite().all().to(stage.device) for _, tensor in tensors]).tolist()
@@ -248,7 +259,7 @@ def first_nonfinite(trainer: L.Trainer, stage: DiffusionStage) -> str | None:
 
 
 def _state(trainer: L.Trainer, stage: DiffusionStage) -> Iterator[tuple[str, Tensor]]:
-    """All tensors that a checkpoint holds, and their names in messages."""
+    """Tensors of a checkpoint and their names in messages."""
     yield from ((f"weight {name}", tensor) for name, tensor in stage.state_dict().items())
     if stage.ema is not None:
         yield from ((f"averaged weight {name}", tensor) for name, tensor in stage.ema.weights.items())

@@ -21,11 +21,12 @@ from relay_diffusion.training.callbacks.periodic import PeriodicMeasurement
 
 
 class PeriodicEvaluation(PeriodicMeasurement):
-    """Evaluate samples of the averaged weights every `every_n_images` and at the end; log eval/fid and others.
+    """Evaluate samples of the averaged weights during training.
 
-    `count` images from the seeds 0..count-1, split over the ranks, in batches of `batch_size`, with the classes of
-    training images spaced evenly over the dataset; a relay stage starts from the block means of these images. Samples
-    that are not finite are reported and not logged. Raises ValueError for a count or batch size out of range.
+    Every `every_n_images` and at the end; logs eval/fid and others. `count` images from the seeds 0..count-1, split
+    over the ranks, in batches of `batch_size`. They have the classes of training images spaced evenly over the dataset;
+    a relay stage starts from the block means of these images. Samples that are not finite are reported and not logged.
+    Raises ValueError for a count or batch size out of range.
     """
 
     group = "eval"
@@ -38,7 +39,7 @@ class PeriodicEvaluation(PeriodicMeasurement):
         super().__init__(every_n_images)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
-        """Load the reference before training starts, so that errors in it show early."""
+        """Load the reference before training, to report its errors early."""
         if self.every_n_images <= 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self.evaluator.prepare(pl_module.device, trainer.global_rank, trainer.strategy.barrier)
@@ -47,7 +48,7 @@ class PeriodicEvaluation(PeriodicMeasurement):
         limits = [line for metric in self.evaluator.metrics.values() for line in metric.warnings(self.count)]
         for line in limits if trainer.is_global_zero else []:
             print(f"warning: callbacks.evaluation.count={self.count}: {line}", file=sys.stderr, flush=True)
-        self.evaluator.cpu()  # training needs the memory
+        self.evaluator.cpu()  # free the memory for training
 
     @property
     def names(self) -> list[str]:
@@ -55,7 +56,7 @@ class PeriodicEvaluation(PeriodicMeasurement):
         return self.evaluator.names
 
     def measure(self, trainer: L.Trainer, stage: DiffusionStage) -> dict[str, float]:
-        """Sample and compare with the reference; empty if samples of any rank are not finite."""
+        """Sample and compare with the reference; empty for non-finite samples."""
         evaluator = self.evaluator.to(stage.device)
         evaluator.reset()
         mine = range(self.count)[trainer.global_rank :: trainer.world_size]
@@ -65,7 +66,7 @@ class PeriodicEvaluation(PeriodicMeasurement):
                 for first in range(0, len(mine), self.batch_size):
                     positions = mine[first : first + self.batch_size]
                     evaluator.update(to_uint8(self._sample(trainer, stage, positions)), torch.tensor(positions))
-        except NonFiniteSamplesError as error:  # training goes on: its own checks decide whether it has diverged
+        except NonFiniteSamplesError as error:  # StopIfDiverged decides whether training ends
             failure = error
             print(f"warning: no evaluation at {stage.images_seen:,} images, {error}", file=sys.stderr, flush=True)
         all_finite = trainer.strategy.reduce_boolean_decision(failure is None, all=True)

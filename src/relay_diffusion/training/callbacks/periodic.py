@@ -1,4 +1,4 @@
-"""Base classes of callbacks that act, or measure and log, every so many images."""
+"""Base classes of periodic callbacks, with periods in images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from relay_diffusion.training.loggers import last_step, logged_row, send_row
 def exclude_from_throughput(stage: DiffusionStage) -> Iterator[None]:
     """Exclude the block's time from the logged throughput."""
     if stage.device.type == "cuda":
-        torch.cuda.synchronize()  # steps that are still running are training
+        torch.cuda.synchronize()  # queued steps count as training
     started = time.perf_counter()
     try:
         yield
@@ -31,11 +31,11 @@ def exclude_from_throughput(stage: DiffusionStage) -> Iterator[None]:
 def log_row(
     trainer: L.Trainer, stage: DiffusionStage, group: str, values: Mapping[str, float], again: bool = False
 ) -> None:
-    """Log values as `group`/... at the images seen, and as `trainer.callback_metrics`.
+    """Log values as `group`/... at the images seen.
 
-    Callbacks whose `monitor` is one of them (Lightning's EarlyStopping, our Checkpoints) get `on_validation_end`: the
-    stream of images has no epochs at whose end they could look. Call it on all ranks, from on_train_batch_end or
-    on_train_epoch_end. again: the loggers have this row from before the run was resumed.
+    Also sets `trainer.callback_metrics` and calls `on_validation_end` of callbacks whose `monitor` is one of the values
+    (Lightning's EarlyStopping, our Checkpoints), because the stream of images has no epochs. Call it on all ranks, from
+    on_train_batch_end or on_train_epoch_end. again: the loggers already have this row, from before a resume.
     """
     if not again:
         send_row(trainer.loggers, group, values, stage.images_seen)
@@ -47,10 +47,11 @@ def log_row(
 
 
 class PeriodicCallback(Callback, ABC):
-    """Call `act` every `every_n_images` images and at the end of training; 0 disables.
+    """Call `act` every `every_n_images` images and at the end.
 
-    The last call is in on_train_epoch_end, after the last checkpoint. It is skipped if a signal stops the run: the
-    remaining time is for the checkpoint. Disabled by trainer.fast_dev_run.
+    0 disables. The last call is in on_train_epoch_end, after the last checkpoint. It is skipped if a signal stops the
+    run, to leave the remaining time to the checkpoint. Disabled by trainer.fast_dev_run. A disabled
+    callback logs nothing, so others cannot monitor its metrics. `Checkpoints` cannot be disabled by 0.
     """
 
     def __init__(self, every_n_images: int) -> None:
@@ -62,10 +63,10 @@ class PeriodicCallback(Callback, ABC):
 
     @abstractmethod
     def act(self, trainer: L.Trainer, stage: DiffusionStage) -> None:
-        """Act on the present state; every rank calls it, at most once for an amount of images."""
+        """Act on the present state. Called on every rank, at most once per image count."""
 
     def due(self, images_seen: int) -> bool:
-        """Whether a multiple of `every_n_images` was reached since the last call."""
+        """Return whether a multiple of `every_n_images` was reached since the last call."""
         if self.every_n_images <= 0:
             return False
         passed = images_seen // self.every_n_images > self._checked // self.every_n_images
@@ -73,7 +74,7 @@ class PeriodicCallback(Callback, ABC):
         return passed
 
     def on_train_start(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
-        """Count from where training starts."""
+        """Start counting at the images already seen."""
         self._checked = pl_module.images_seen
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: DiffusionStage, *args: Any) -> None:
@@ -82,7 +83,7 @@ class PeriodicCallback(Callback, ABC):
             self._act_once(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
-        """Act at the end of training, unless that was just done."""
+        """Act at the end of training, unless the last step did."""
         if self.every_n_images > 0 and not pl_module.fit_state.stop_signal:
             self._act_once(trainer, pl_module)
 
@@ -93,10 +94,10 @@ class PeriodicCallback(Callback, ABC):
 
 
 class PeriodicMeasurement(PeriodicCallback):
-    """Measure every `every_n_images` and at the end; log the numbers as `group`/....
+    """Measure periodically and log the results as `group`/....
 
-    It does not change training. An amount of images that was measured before the run was resumed is not
-    measured again: callbacks that monitor the numbers get those of the log.
+    Measures every `every_n_images` images and at the end, without an effect on training. After a resume, image counts
+    that were measured before are not measured again: callbacks that monitor the metrics get the logged values.
     """
 
     group: ClassVar[str]
@@ -108,11 +109,14 @@ class PeriodicMeasurement(PeriodicCallback):
     @property
     @abstractmethod
     def names(self) -> list[str]:
-        """Names of the numbers that `measure` returns."""
+        """Names of the metrics that `measure` returns."""
 
     @abstractmethod
     def measure(self, trainer: L.Trainer, stage: DiffusionStage) -> dict[str, float]:
-        """Return the numbers, equal on all ranks; empty to log none. Collective, without gradients."""
+        """Return the metrics, equal on all ranks; empty logs nothing.
+
+        Collective, without gradients.
+        """
 
     @property
     def logged(self) -> list[str]:
@@ -120,13 +124,13 @@ class PeriodicMeasurement(PeriodicCallback):
         return [f"{self.group}/{name}" for name in self.names] if self.every_n_images > 0 else []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
-        """Count from where training starts."""
+        """Start counting at the images already seen."""
         super().on_train_start(trainer, pl_module)
         self._before = trainer.strategy.broadcast(last_step(trainer.loggers, self.group))  # the same on all ranks
 
     @torch.no_grad()
     def act(self, trainer: L.Trainer, stage: DiffusionStage) -> None:
-        """Measure and log, or repeat the logged numbers to callbacks that monitor them."""
+        """Measure and log, or pass logged values to monitoring callbacks."""
         if stage.images_seen <= self._before:
             known = logged_row(trainer.loggers, self.group, stage.images_seen) if trainer.is_global_zero else {}
             log_row(trainer, stage, self.group, trainer.strategy.broadcast(known), again=True)

@@ -1,4 +1,4 @@
-"""Stop at a signal: from a job's time limit, a preempted node or Ctrl-C."""
+"""Stop at signals from a time limit, a preempted node or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -17,36 +18,47 @@ from relay_diffusion.training.callbacks.stopping import Agreement
 from relay_diffusion.utils.distributed import REQUEUED, SIGNALS, first_process, rank
 from relay_diffusion.utils.slurm import requeue
 
-IGNORABLE = (signal.SIGINT, signal.SIGHUP)  # ignored by background jobs of a shell and under nohup
+IGNORABLE = (signal.SIGINT, signal.SIGHUP)  # background jobs of a shell and nohup ignore these
+
+
+@contextmanager
+def restored_signal_handlers() -> Iterator[None]:
+    """Restore the present signal handlers after the block, unless the process exits.
+
+    Lightning restores handlers that were set after `setup`, as for sampling; those of training are set earlier.
+    """
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    exits = False
+    try:
+        yield
+    except SystemExit:
+        exits = True  # a second signal must not interrupt that
+        raise
+    finally:
+        if not exits and threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 class Preemption(Callback):
-    """Stop at a signal: training after it has saved, sampling at once.
+    """Stop at a signal: training after a checkpoint, sampling at once.
 
     Signals: SIGINT (Ctrl-C), SIGHUP (the terminal was closed), SIGTERM, SIGUSR1 and SIGUSR2.
     Sampling keeps every finished image. A signal to one process stops all ranks; a second SIGINT stops training at
-    once, without saving. Under SLURM, SIGUSR1 and SIGUSR2 (sent before the time limit, with `--signal=USR1@300`)
+    once, without saving. Under SLURM, SIGUSR1 and SIGUSR2 (sent before the time limit with `--signal=USR1@300`)
     also requeue the job. SIGTERM does not: SLURM requeues preempted jobs itself, and a cancelled job must not restart.
-    The exit code is 128 + the signal's number.
+    The exit code is 128 + the signal's number. Run `fit` inside `restored_signal_handlers`.
     """
 
     def __init__(self) -> None:
-        self.received = 0  # the signal that this process got
+        self.received = 0  # number of the signal
         self._reading: Agreement | None = None
-        self._before: dict[int, Any] = {}  # handlers
-        self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]  # now, because a closed terminal is no tty
+        self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]  # a closed terminal is no tty
 
     def setup(self, trainer: L.Trainer, pl_module: DiffusionStage, stage: str) -> None:
-        """Handle signals that arrive before the first step; training stops after it."""
+        """Handle early signals; training stops after its first step."""
         if stage == "fit":
-            self._before = {number: signal.getsignal(number) for number in SIGNALS}
             _handle_signals(self._note)
-
-    def teardown(self, trainer: L.Trainer, pl_module: DiffusionStage, stage: str) -> None:
-        """Restore the previous signal handlers."""
-        if stage == "fit" and threading.current_thread() is threading.main_thread():
-            for number, handler in self._before.items():
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
         """Replace Lightning's handlers, which save nothing."""
@@ -82,7 +94,7 @@ class Preemption(Callback):
         self.leave_at_signals(trainer)
 
     def leave_at_signals(self, trainer: L.Trainer) -> None:
-        """Exit at a signal, and make the other ranks exit."""
+        """Exit at a signal, with all ranks."""
 
         def leave(number: int, _: Any) -> None:
             if self.received:
@@ -91,13 +103,16 @@ class Preemption(Callback):
             self._leave_closed_terminal(number)
             first = first_process()
             if first is not None and not trainer.is_global_zero:
-                os.kill(first, number)  # it terminates the others and prints the message
+                os.kill(first, number)  # rank 0 terminates the others and prints the message
             leave_after_signal(trainer, number)
 
         _handle_signals(leave)
 
     def _leave_closed_terminal(self, number: int) -> None:
-        """Redirect output to the null device after SIGHUP: writing to a closed terminal fails."""
+        """Redirect output to the null device after SIGHUP.
+
+        Writing to a closed terminal fails.
+        """
         if number == signal.SIGHUP and self._terminals:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             for stream in self._terminals:
@@ -115,9 +130,9 @@ def _handle_signals(handler: Callable[[int, Any], None] | signal.Handlers) -> No
 
 
 def leave_after_signal(trainer: L.Trainer, number: int) -> None:
-    """Requeue the job if signal `number` asks for it, then end the process."""
+    """End the process after signal `number`; SIGUSR1 and SIGUSR2 requeue the job."""
     if not trainer.is_global_zero:
-        raise SystemExit(0)  # rank 0 reports the end
+        raise SystemExit(0)  # rank 0 prints the message
     print(f"stopped by {signal.Signals(number).name}: the same command continues", flush=True)
     if number in REQUEUED:
         requeue()

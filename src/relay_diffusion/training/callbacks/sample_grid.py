@@ -18,12 +18,12 @@ from relay_diffusion.utils.pictures import image_grid, save_png, side_by_side
 
 
 class SampleGrid(PeriodicCallback):
-    """Draw samples of fixed seeds and the averaged weights, every `every_n_images` and at the end.
+    """Draw samples of fixed seeds and the averaged weights during training.
 
-    Written to `directory`/images-<images seen>.png and sent to loggers with `log_image`, as samples/base or
-    samples/relay; an existing picture is not drawn again. Samples that are not finite are reported instead. A relay
-    stage starts from block means of `count` training images, shown left of its output, the real images right of it; a
-    first stage takes their classes.
+    Every `every_n_images` and at the end. Written to `directory`/images-<images seen>.png and sent to loggers with
+    `log_image`, as samples/base or samples/relay; an existing picture is not drawn again. Samples that are not finite
+    are reported instead. A relay stage starts from block means of `count` training images: start, sample and real image
+    are side by side. A first stage samples the classes of these images.
     """
 
     def __init__(self, directory: str, every_n_images: int, count: int = 16) -> None:
@@ -38,9 +38,10 @@ class SampleGrid(PeriodicCallback):
         if not trainer.is_global_zero or path.exists():
             return
         try:
-            with exclude_from_throughput(stage), stage.averaged():
+            precision = trainer.precision_plugin.predict_step_context()
+            with exclude_from_throughput(stage), stage.averaged(), precision:
                 picture = self.picture(stage, trainer.datamodule.dataset)  # type: ignore[attr-defined]
-        except NonFiniteSamplesError as error:  # training goes on: its own checks decide whether it has diverged
+        except NonFiniteSamplesError as error:  # StopIfDiverged decides whether training ends
             print(f"warning: no {path.name}, {error}", file=sys.stderr, flush=True)
             return
         save_png(picture, path)
@@ -50,7 +51,7 @@ class SampleGrid(PeriodicCallback):
                 logger.log_image(name, [picture], step=stage.images_seen)
 
     def picture(self, stage: DiffusionStage, dataset: ImageDataset) -> Image.Image:
-        """Samples of the stage as one picture; for a relay stage between their start and the real images."""
+        """Draw samples; for a relay stage between their start and real images."""
         count = min(self.count, len(dataset.names))
         images, classes = spread_images(dataset, range(count), count)
         real = to_float(images).to(stage.device)

@@ -1,4 +1,4 @@
-"""End training: enough images, diverged, out of time, or after a number of batches."""
+"""End training at a number of images, divergence or a time limit."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Delayed:
         self._ready = torch.cuda.Event() if device.type == "cuda" else None
 
     def exchange(self, value: Tensor) -> int:
-        """Keep an int32 `value` of one element; return that of the previous call, at first 0."""
+        """Keep `value` (int32, one element); return the previous one, at first 0."""
         if self._ready is not None:
-            self._ready.synchronize()  # of the step before: the device is busy with this one
+            self._ready.synchronize()  # only the previous step has finished on the device
         before = int(self._seen)
         self._seen.copy_(value, non_blocking=True)
         if self._ready is not None:
@@ -36,7 +36,7 @@ class Delayed:
 
 
 class Agreement:
-    """Maximum over all ranks, one call late; with one rank, immediate."""
+    """Maximum over all ranks, one call late (immediate with one rank)."""
 
     def __init__(self, trainer: L.Trainer, device: torch.device) -> None:
         self._sum = torch.zeros(1, dtype=torch.int32, device=device) if trainer.world_size > 1 else None
@@ -52,18 +52,25 @@ class Agreement:
 
 
 class StopAtImages(Callback):
-    """End training at `max_images` images seen, or after `batches` optimizer steps of this start."""
+    """End training at `max_images` images or after `limit_train_batches` optimizer steps.
 
-    def __init__(self, max_images: int, batches: int | None = None) -> None:
-        self.max_images, self.batches = max_images, batches
+    Images count over all starts of a run, steps from the present start.
+    """
+
+    def __init__(self, max_images: int, limit_train_batches: int | None = None) -> None:
+        if not max_images >= 1:
+            raise ValueError(f"max_images={max_images}: must be at least 1")
+        if limit_train_batches is not None and not limit_train_batches >= 1:
+            raise ValueError(f"limit_train_batches={limit_train_batches}: must be at least 1, or null")
+        self.max_images, self.batches = max_images, limit_train_batches
         self._first_step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
-        """Count the steps from where training starts."""
+        """Start counting the optimizer steps."""
         self._first_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: DiffusionStage, *args: Any) -> None:
-        """Stop after the last step; training saves and ends as usual."""
+        """Stop after the last step."""
         if pl_module.images_seen >= self.max_images:
             trainer.should_stop = True
         if self.batches is not None and trainer.global_step >= self._first_step + self.batches:
@@ -73,7 +80,7 @@ class StopAtImages(Callback):
 class StopIfDiverged(Callback):
     """End training after `max_steps` consecutive steps without a finite loss or gradient.
 
-    Raises UserError on all ranks at the same step, one step late: the count is copied from the device meanwhile.
+    Raises UserError on all ranks at the same step, one step late, because the count is copied asynchronously.
     """
 
     def __init__(self, max_steps: int) -> None:
@@ -100,9 +107,10 @@ class StopIfDiverged(Callback):
 
 
 class TimeLimit(Timer):
-    """End training after `duration` (DD:HH:MM:SS, or {hours: 8}), over all starts of a run.
+    """End training after `duration` over all starts of a run.
 
-    All ranks stop after the same optimizer step; Lightning's Timer would wait for all ranks at every micro-batch.
+    duration: DD:HH:MM:SS, or a mapping such as {hours: 8}. All ranks stop after the same optimizer step; Lightning's
+    Timer would wait for all ranks at every micro-batch.
     """
 
     def __init__(self, duration: str | timedelta | dict[str, int]) -> None:
@@ -137,6 +145,6 @@ class TimeLimit(Timer):
 
 
 def _stop(trainer: L.Trainer, stage: DiffusionStage, option: str) -> None:
-    """End training after this step, because of `option`."""
+    """End training after this step; `option` is the reason."""
     stage.fit_state.stop_reason = stage.fit_state.stop_reason or option
     trainer.should_stop = True

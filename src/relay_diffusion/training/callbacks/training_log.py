@@ -1,4 +1,4 @@
-"""Log loss, loss by noise level, gradients, learning rate, throughput and memory of training."""
+"""Log the loss, gradients, throughput and memory of training."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from relay_diffusion.training.loggers import last_step
 
 
 class TrainingLog(PeriodicCallback):
-    """Log means over the last `every_n_images` images, with the images seen as the x-axis.
+    """Log means over every `every_n_images` images.
 
-    loss: mean weighted squared error per element. loss_noise_K: the same for the K-th quarter of noise levels,
-    1 the smallest noise. gradient_norm: L2 norm of all gradients, non-finite ones replaced, before they are clipped;
-    mean over the optimizer's steps.
-    replaced_gradients (so far), lr, ema_half_life (at present, in images), images_per_second (without the time in
-    `exclude_from_throughput`). tflops: of each device, in 10^12 operations of convolutions and matrix products a
-    second; on a GPU also utilisation, their share of what a large matrix product reaches on it, and memory_gib, the
-    peak.
+    The x-axis is the number of images seen. loss: mean weighted squared error per element. loss_noise_K: the same for
+    the K-th quarter of noise levels, 1 the smallest noise. gradient_norm: L2 norm of all gradients after replacement of
+    non-finite ones and before clipping; mean over optimizer steps. replaced_gradients: number since the start of the
+    run. lr: learning rate. ema_half_life: present half-life in images. images_per_second: without the time in
+    `exclude_from_throughput`. tflops: 10^12 operations of convolutions and matrix products per second and device. On a
+    GPU also utilisation, the ratio of tflops to that of a large matrix product, and memory_gib, the peak memory.
     After a resume, rows that metrics.csv already has are not sent to loggers again.
     """
 
@@ -39,10 +38,10 @@ class TrainingLog(PeriodicCallback):
         self._flops, self._peak = 0, 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
-        """Count the operations of a step, measure the device, and start the sums and the clock."""
+        """Count the operations of a step and measure the device."""
         super().on_train_start(trainer, pl_module)
         self._logged = last_step(trainer.loggers, "train")
-        self._flops = 3 * forward_flops(pl_module.denoiser.network)  # backward costs twice as much as forward
+        self._flops = 3 * forward_flops(pl_module.denoiser.network)  # a backward pass costs two forward passes
         if pl_module.device.type == "cuda":
             half = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float16
             self._peak = matrix_peak(pl_module.device, half if "16" in str(trainer.precision) else torch.float32)
@@ -55,6 +54,8 @@ class TrainingLog(PeriodicCallback):
     @property
     def logged(self) -> list[str]:
         """The metrics that callbacks can monitor."""
+        if self.every_n_images <= 0:
+            return []
         bins = [f"loss_noise_{i + 1}" for i in range(self.bins)]
         others = ["loss", "gradient_norm", "replaced_gradients", "lr", "ema_half_life", "images_per_second", "tflops"]
         return [f"train/{name}" for name in (*others, *bins, "utilisation", "memory_gib")]
@@ -76,8 +77,8 @@ class TrainingLog(PeriodicCallback):
             self.act(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
-        """Log the images after the last row."""
-        if pl_module.images_seen > self._counted_from:
+        """Log the images since the last row."""
+        if self.every_n_images > 0 and pl_module.images_seen > self._counted_from:
             self.act(trainer, pl_module)
 
     def act(self, trainer: L.Trainer, stage: DiffusionStage) -> None:
@@ -107,5 +108,5 @@ class TrainingLog(PeriodicCallback):
 
 
 def _training_seconds(stage: DiffusionStage) -> float:
-    """Return the time of a clock that stops in `exclude_from_throughput`."""
+    """Return the training time in seconds, without `exclude_from_throughput`."""
     return time.perf_counter() - stage.fit_state.excluded_seconds

@@ -1,4 +1,4 @@
-"""Loss of the averaged weights on held-out images, at fixed noise."""
+"""Measure the loss on held-out images at fixed noise."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.training.callbacks.periodic import PeriodicMeasurement
 
 GOLDEN = 0.6180339887498949  # golden ratio: its multiples modulo 1 are a low-discrepancy sequence
-STREAM = 2**20  # of the noise; sampling uses resolutions as streams
+STREAM = 2**20  # random stream of the noise; sampling uses resolutions as streams
 
 
 class Validation(PeriodicMeasurement):
-    """Log val/loss and val/loss_noise_1 .. every `every_n_images` and at the end, with the averaged weights.
+    """Validation loss of the averaged weights, in total and by noise level.
 
-    `count` images of `dataset`, spread evenly over it (fewer if it has fewer), each once in each of the `bins` equal
-    parts of the noise levels, 1 the smallest noise, so all parts see the same images. Levels and noise depend on the
-    image's number alone: they are the same at every measurement, in every run, and for any number of devices. Without
-    dropout, augmentation and hidden labels; a stage of a cascade sees its condition as in sampling.
-    Raises UserError if the dataset has other classes than training, or images that are trained on.
+    Logs val/loss and val/loss_noise_1 ... every `every_n_images` and at the end. `count` images, evenly spaced over
+    `dataset` (all if it has fewer), are evaluated once in each of the `bins` equal parts of the noise levels, 1 the
+    smallest noise. Levels and noise depend on the index of the image alone, so they are equal at every measurement, in
+    every run, and for any number of devices. Dropout, augmentation and label dropout are off; a cascade stage gets its
+    condition as in sampling. Raises UserError if the dataset has other classes than training, or training images.
     """
 
     group = "val"
@@ -58,7 +58,7 @@ class Validation(PeriodicMeasurement):
 
     @property
     def names(self) -> list[str]:
-        """The loss, and that of each part of the noise levels."""
+        """Names of the loss in total and by noise level."""
         return ["loss", *(f"loss_noise_{part + 1}" for part in range(self.bins))]
 
     def measure(self, trainer: L.Trainer, stage: DiffusionStage) -> dict[str, float]:
@@ -80,7 +80,10 @@ class Validation(PeriodicMeasurement):
         return dict(zip(self.names, [sum(losses) / len(losses), *losses], strict=True))
 
     def _losses(self, stage: DiffusionStage, cases: Sequence[int], count: int) -> Tensor:
-        """Loss [B] of each case: image case // bins, in part case % bins of the noise levels."""
+        """Compute the loss [B] of cases.
+
+        A case is image case // bins in part case % bins of the noise levels.
+        """
         images, labels = spread_images(self.dataset, [case // self.bins for case in cases], count)
         x0 = to_float(images).to(stage.device)
         within = [(case // self.bins + 0.5) * GOLDEN % 1 for case in cases]

@@ -15,12 +15,18 @@ __all__ = ["MetricsCSV", "last_step", "logged_row", "send_row"]
 
 
 def last_step(loggers: Iterable[Logger], group: str) -> int:
-    """Return the most images seen with a metric `group`/... in a MetricsCSV, or -1."""
+    """Return the images seen at the last `group`/... row of a MetricsCSV.
+
+    -1 without such a row.
+    """
     return max((logger.last_step(group) for logger in loggers if isinstance(logger, MetricsCSV)), default=-1)
 
 
 def logged_row(loggers: Iterable[Logger], group: str, images_seen: int) -> dict[str, float]:
-    """Return the metrics `group`/... of a MetricsCSV at `images_seen`, without the group's name."""
+    """Return the metrics `group`/... of a MetricsCSV at `images_seen`.
+
+    Keys have no group prefix.
+    """
     rows = (logger.values(group, images_seen) for logger in loggers if isinstance(logger, MetricsCSV))
     return next(filter(None, rows), {})
 

@@ -1,4 +1,4 @@
-"""Log metrics to one CSV file, which a resumed run continues."""
+"""Log metrics to one CSV file."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ STEP = "images_seen"
 
 
 class MetricsCSV(Logger):
-    """Write `directory`/metrics.csv, with one row for each number of images seen.
+    """Write `directory`/metrics.csv, one row per number of images seen.
 
-    The first column is images_seen, the others are metrics; a new metric adds a column. A row is written when
-    `log_metrics` returns; half a row, left by a killed run, is dropped. A resumed run appends. Rank 0 writes.
-    Raises UserError for a file with other content, or one that cannot be written.
+    The first column is images_seen, the others are metrics; a new metric adds a column. A row is on disk when
+    `log_metrics` returns; an incomplete row of a killed run is dropped. A resumed run appends. Rank 0 writes.
+    Raises UserError for a file with other content, and for one that cannot be written.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -39,7 +39,7 @@ class MetricsCSV(Logger):
 
     @property
     def version(self) -> str:
-        """Empty: a resumed run has no new version."""
+        """Return "": a resumed run has no new version."""
         return ""
 
     @property
@@ -64,15 +64,15 @@ class MetricsCSV(Logger):
             for step, *values in lines[1:]:
                 self._rows[int(step)] = {k: v for k, v in zip(self._columns, values, strict=True) if v}
         except (ValueError, IndexError):
-            raise UserError(f"{self.file} is no log of a run: the first column is not {STEP}; move it away") from None
+            raise UserError(f"{self.file} is not a training log (first column not {STEP}): move it away") from None
 
     def last_step(self, group: str) -> int:
-        """Return the most images seen with a metric `group`/..., or -1."""
+        """Return the images seen at the last `group`/... row, or -1."""
         self._load()
         return max((s for s, row in self._rows.items() if any(k.startswith(f"{group}/") for k in row)), default=-1)
 
     def values(self, group: str, step: int) -> dict[str, float]:
-        """Return the metrics `group`/... at `step` images, without the group's name."""
+        """Return the metrics `group`/... at `step` images, without that prefix."""
         self._load()
         row = self._rows.get(step, {})
         return {key.removeprefix(f"{group}/"): float(v) for key, v in row.items() if key.startswith(f"{group}/")}
@@ -105,4 +105,4 @@ class MetricsCSV(Logger):
         return text.getvalue()
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Log nothing: the run's directory has its config.yaml."""
+        """Ignore hyperparameters: the run directory has config.yaml."""

@@ -1,4 +1,4 @@
-"""Weights & Biases, with images seen as the x-axis."""
+"""Weights & Biases logger."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from relay_diffusion.utils.files import json_text, write_text
 from relay_diffusion.utils.messages import shorten
 
 LONGEST = 64  # characters of an id
-FILE = "wandb_run.json"  # in the run's directory: the id of the W&B run that a resumed run continues
+FILE = "wandb_run.json"  # in the run directory: id of the W&B run, for a resume
 
 
 class WandbRun(WandbLogger):
-    """Log to a W&B run whose x-axis is images seen, on rank 0.
+    """Log to a W&B run on rank 0, over images seen.
 
     run_id: id of a new W&B run; a resumed one keeps its id. directory: the run directory; it holds the id and the
     local files in wandb/. offline: no network; `wandb sync` uploads the run later.
-    W&B's step is images seen too, so the parts of a run that was resumed offline fit together when they are synced.
-    Metrics logged at one number of images become one row, sent when the next row starts.
+    The W&B step is the number of images seen, so synced parts of a run that was resumed offline fit together. Metrics
+    logged at one number of images become one row, sent when the next row starts.
     """
 
     def __init__(self, project: str, run_id: str, directory: str | Path, offline: bool = False) -> None:
-        # Not the parent's `offline`, which sets an environment variable for the whole process.
+        # The parent's `offline` would set an environment variable for the whole process.
         super().__init__(project=project, save_dir=directory, mode="offline" if offline else None)
         self.directory = Path(directory)
         self._new_id, self._id = _valid_id(run_id), None
 
     def continue_run(self, stored: Mapping[str, str] | None = None) -> None:
-        """Choose the W&B run of the directory, else of `stored`, else a new one.
+        """Continue the W&B run of the directory or of `stored`.
 
-        stored: the `run_record` in the checkpoint.
+        Without either, start a new one. stored: the `run_record` in the checkpoint.
         """
         self._id = self._continued(self._read_record()) or self._continued(stored) or self._new_id
 
@@ -57,7 +57,7 @@ class WandbRun(WandbLogger):
         return record
 
     def _continued(self, record: Mapping[str, str] | None) -> str | None:
-        """Return the id of a record, unless this directory is a copy of its run."""
+        """Return the id of a record; None in a copied directory."""
         if record is None or not {"id", "directory"} <= record.keys():
             return None
         original = Path(record["directory"])
@@ -65,14 +65,14 @@ class WandbRun(WandbLogger):
             copied = json.loads((original / FILE).read_text(encoding="utf-8"))["id"] == record["id"]
             copied = copied and not (self.directory.exists() and original.samefile(self.directory))
         except (OSError, ValueError, LookupError, TypeError):
-            copied = False  # it was moved
+            copied = False  # the directory was moved
         if copied:
             print(f"note: {self.directory} is a copy of {shorten(original)}: it becomes a separate W&B run")
         return None if copied else record["id"]
 
     @property
     def run_record(self) -> dict[str, str]:
-        """Return what a checkpoint stores for `continue_run`."""
+        """Return the record for `continue_run` that checkpoints store."""
         return {"id": self.version, "directory": str(self.directory.absolute())}
 
     @property
@@ -89,7 +89,7 @@ class WandbRun(WandbLogger):
                 self.continue_run()
             self.directory.mkdir(parents=True, exist_ok=True)
             write_text(self.directory / FILE, json_text(self.run_record))
-            # Not through the parent, which makes the trainer's steps the x-axis.
+            # The parent would use the trainer's steps as the x-axis.
             self._experiment = wandb.init(**self._wandb_init | {"id": self.version, "name": self.version})
             self._experiment.define_metric(STEP, hidden=True)
             self._experiment.define_metric("*", step_metric=STEP)
@@ -103,21 +103,24 @@ class WandbRun(WandbLogger):
 
     @rank_zero_only
     def log_file(self, path: Path, kind: str, step: int) -> None:
-        """Upload a file as a new version of the artifact that is named after the run."""
+        """Upload a file as a new version of the run's artifact."""
         artifact = wandb.Artifact(self.version, type=kind, metadata={STEP: step})
         artifact.add_file(str(path))
         self.experiment.log_artifact(artifact, aliases=["latest", f"images-{step}"])
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Finish the W&B run: the next one in this process is another."""
+        """Finish the W&B run: the next run in this process needs another."""
         if self._experiment is not None:
             self._experiment.finish(exit_code=0 if status == "success" else 1)
             self._experiment = None
 
 
 def _valid_id(run_id: str) -> str:
-    """Return `run_id` as W&B accepts it; a changed one gets a checksum to stay unique."""
+    """Return `run_id` with valid characters for W&B.
+
+    A changed id gets a checksum to stay unique.
+    """
     valid = re.sub(r"[^\w.-]", "-", run_id, flags=re.ASCII)
     if valid == run_id and len(run_id) <= LONGEST:
         return run_id

@@ -1,4 +1,4 @@
-"""What the tests of hostile and odd checkpoints write."""
+"""Forged pickles and checkpoints for tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the package does to the process of those who import or call it: nothing."""
+"""Importing or calling the package leaves the state of the process as it is."""
 
 import json
 import logging

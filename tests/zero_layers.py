@@ -1,4 +1,4 @@
-"""Networks of which every layer counts."""
+"""Random weights for the layers that start at zero."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch.nn import Module
 AnyModule = TypeVar("AnyModule", bound=Module)
 
 
-def awake(module: AnyModule) -> AnyModule:
-    """In evaluation mode, with random weights in the layers that start at zero."""
+def randomize_zero_layers(module: AnyModule) -> AnyModule:
+    """Fill the layers that start at zero, and set evaluation mode."""
     with torch.no_grad():
         for parameter in module.parameters():
             if not parameter.any():
