@@ -18,6 +18,7 @@ _EXPORTS = {  # imported on first use (PEP 562): the package alone imports neith
     "Relay": "models.relay",
     "EDMSampler": "samplers.edm",
     "BlurringSampler": "samplers.blurring",
+    "MultistepSampler": "samplers.multistep",
     "GaussianCorruption": "diffusion.corruption",
     "BlurringCorruption": "diffusion.corruption",
     "UserError": "errors",

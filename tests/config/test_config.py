@@ -154,6 +154,9 @@ def test_every_experiment_trains_a_step(configuration, large_zip, tmp_path, expe
         ("trusted=[my-package]", r"trusted holds my-package: must be names of packages"),
         ("stage=cascade stage.corruption.condition_noise_max=a", r"stage\.corruption\.condition_noise_max=a: "),
         ("network.condition_channels=3", r"network\.condition_channels=3: DiffusionStage provides 0"),
+        ("sampler=blurring", r"stage\.sampler=BlurringSampler: starts from images, and GaussianCorruption from noise"),
+        ("stage=relay sampler=edm", r"stage\.sampler=EDMSampler: starts from noise, and Blurring\w+ from images"),
+        ("stage=relay sampler=multistep", r"stage\.sampler\.sigma_max=120\.0: .* beyond the end"),
         (
             "stage=relay network.condition_channels=3",
             r"network\.condition_channels=3: DiffusionStage provides 0 .*set network\.condition_channels=0",

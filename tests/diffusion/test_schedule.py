@@ -131,7 +131,7 @@ def test_karras_middle_is_the_mean_of_the_roots(rho, sigma_max, middle):
 
 @pytest.mark.parametrize(
     ("steps", "sigma_min", "sigma_max", "rho"),
-    [(1, 0.1, 1.0, 7), (4, 0.0, 1.0, 7), (4, -0.1, 1.0, 7), (4, 1.0, 1.0, 7), (4, 2.0, 1.0, 7), (4, 0.1, 1.0, 0)],
+    [(0, 0.1, 1.0, 7), (4, 0.0, 1.0, 7), (4, -0.1, 1.0, 7), (4, 1.0, 1.0, 7), (4, 2.0, 1.0, 7), (4, 0.1, 1.0, 0)],
 )
 def test_impossible_grids_are_refused(steps, sigma_min, sigma_max, rho):
     with pytest.raises(ValueError, match=r"^(steps|sigma_min|rho)="):

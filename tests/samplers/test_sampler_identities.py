@@ -12,7 +12,7 @@ from relay_diffusion.diffusion.dct import block_dct, block_filter, block_idct
 from relay_diffusion.diffusion.generators import PerImageGenerator
 from relay_diffusion.diffusion.noise import block_noise
 from relay_diffusion.diffusion.schedule import karras_sigmas
-from relay_diffusion.samplers import BlurringSampler, EDMSampler
+from relay_diffusion.samplers import BlurringSampler, EDMSampler, MultistepSampler
 from support import Replay, toy_denoiser
 
 SCHEDULE = TruncatedLogNormal()
@@ -22,6 +22,10 @@ EXACT = {"atol": 1e-11, "rtol": 1e-11}
 
 def relay_with_noise():
     return BlurringSampler(BlurringCorruption(SCHEDULE), steps=16, s_noise=0.3)
+
+
+def multistep_with_noise():
+    return MultistepSampler(BlurringCorruption(SCHEDULE), steps=16, sigma_max=0.85, s_noise=0.3)
 
 
 def images(batch=2, size=8):
@@ -128,7 +132,9 @@ def test_edm_steps_equal_the_formula(of_network):
     torch.testing.assert_close(got, expected, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("sampler", [EDMSampler(steps=5, churn=3.0, sde_scale=0.3), relay_with_noise()])
+@pytest.mark.parametrize(
+    "sampler", [EDMSampler(steps=5, churn=3.0, sde_scale=0.3), relay_with_noise(), multistep_with_noise()]
+)
 def test_outputs_of_denoiser_and_noise_source_are_not_modified(sampler):
     """Steps modify only their own memory in place."""
     handed, copies = [], []
@@ -146,7 +152,7 @@ def test_outputs_of_denoiser_and_noise_source_are_not_modified(sampler):
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(handed, copies, strict=True))
 
 
-@pytest.mark.parametrize("sampler", [EDMSampler(steps=5), relay_with_noise()])
+@pytest.mark.parametrize("sampler", [EDMSampler(steps=5), relay_with_noise(), multistep_with_noise()])
 def test_a_network_may_reuse_its_output_memory(sampler):
     """A network captured in a CUDA graph does."""
     start, memory = images(), torch.empty(2, 3, 8, 8)

@@ -38,6 +38,21 @@ class Corruption(Protocol):
         """
 
 
+class GainCorruption(Corruption, Protocol):
+    """Corruption x_sigma = F[A(sigma)] x0 + sigma noise with gains A.
+
+    F[A] multiplies the block DCT coefficients by A.
+    """
+
+    starts_from_noise: bool  # else from the images of the previous stage
+
+    def gains(self, sigma: Tensor) -> Tensor:
+        """Compute the gains at sigma [B]: [B,1,n,n] for blocks of n x n."""
+
+    def at_level(self, start: Tensor, sigma: float, randn_like: RandnLike) -> Tensor:
+        """Compute the state [B,C,H,W] at sigma from `start` [B,C,H,W]."""
+
+
 def _check_corrupted(x0: Tensor, noise: Tensor) -> None:
     check_images("x0", x0)
     check_images("noise", noise)
@@ -62,6 +77,7 @@ class GaussianCorruption:
     """White noise: x_sigma = x0 + sigma eps. Used by the first stage of every relay."""
 
     block = 1  # a first stage has no upsampling factor
+    starts_from_noise = True
 
     def __init__(self, schedule: LogNormal) -> None:
         self.schedule = schedule
@@ -74,6 +90,14 @@ class GaussianCorruption:
         if previous is not None:
             raise ValueError("previous: a first stage starts from noise; remove `previous`")
         return randn_like(like)
+
+    def gains(self, sigma: Tensor) -> Tensor:
+        """Return gains of 1: sigma [B] -> [B,1,1,1]."""
+        return torch.ones_like(sigma).view(-1, 1, 1, 1)
+
+    def at_level(self, start: Tensor, sigma: float, randn_like: RandnLike) -> Tensor:  # noqa: ARG002
+        """Scale the start, unit noise [B,C,H,W], to noise level sigma."""
+        return start * sigma
 
     def draw_noise(self, like: Tensor, randn_like: RandnLike) -> Tensor:
         """Draw noise of the forward process at sigma 1, like `like` [B,C,H,W]."""
@@ -109,6 +133,8 @@ class BlurringCorruption:
     sqrt(1 + block_strength^2) as in the paper: the published weights were trained without the division.
     Raises ValueError for an option out of range.
     """
+
+    starts_from_noise = False
 
     def __init__(
         self,
@@ -156,6 +182,10 @@ class BlurringCorruption:
         share = torch.sin(self.schedule.level(sigma) * (math.pi / 2)) ** 4  # of the exponents: (b(u) / b_max)^2
         decay = torch.exp(share.view(-1, 1, 1, 1) * widest)
         return (1 - self.min_gain) * decay + self.min_gain
+
+    def at_level(self, start: Tensor, sigma: float, randn_like: RandnLike) -> Tensor:
+        """Add noise of level sigma to the start, the upsampled image [B,C,H,W]."""
+        return torch.add(start, self.draw_noise(start, randn_like), alpha=sigma)
 
     def draw_noise(self, like: Tensor, randn_like: RandnLike) -> Tensor:
         """Draw white plus block noise at sigma 1, like `like` [B,C,H,W].

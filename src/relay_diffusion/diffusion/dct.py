@@ -100,6 +100,8 @@ def block_filter(x: Tensor, gains: Tensor) -> Tensor:
     Raises ValueError if H or W is not a multiple of `block`.
     """
     block = gains.shape[-1]
+    if block == 1:
+        return x * gains
 
     def one_product(pieces: Tensor) -> Tensor:
         transform = _dct_matrix_of_pieces(block, pieces.dtype, pieces.device)

@@ -99,12 +99,12 @@ def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float) ->
 
     [steps], float64 (Karras et al. 2022, eq. 5):
     sigma_i = (sigma_max^(1/rho) + i/(steps-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho.
-    Raises ValueError unless steps is whole and 2 to MAX_STEPS, rho > 0 and 0 < sigma_min < sigma_max, all finite.
+    Raises ValueError unless steps is whole and 1 to MAX_STEPS, rho > 0 and 0 < sigma_min < sigma_max, all finite.
     """
     if not isinstance(steps, int):
         raise ValueError(f"steps={steps!r}: must be a whole number")
-    if not 2 <= steps <= MAX_STEPS:
-        raise ValueError(f"steps={steps}: must lie between 2 and {MAX_STEPS:,}")
+    if not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps={steps}: must lie between 1 and {MAX_STEPS:,}")
     for name, value in (("rho", rho), ("sigma_min", sigma_min), ("sigma_max", sigma_max)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name}={value}: must be positive and finite")

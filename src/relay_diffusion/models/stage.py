@@ -100,6 +100,13 @@ class DiffusionStage(OptimizationHooks):
                 f"network.condition_channels={wanted}: {type(self).__name__} provides {provided} condition channels; "
                 f"set network.condition_channels={provided}"
             )
+        from_noise = [getattr(part, "starts_from_noise", None) for part in (sampler, corruption)]
+        if None not in from_noise and from_noise[0] != from_noise[1]:
+            starts = ["noise" if noise else "images" for noise in from_noise]
+            raise ValueError(
+                f"sampler={type(sampler).__name__}: starts from {starts[0]}, and {type(corruption).__name__} from "
+                f"{starts[1]}; use another sampler"
+            )
         # constant buffers, which DistributedDataParallel would broadcast at every step
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self.label_dropout, self.guidance_scale = label_dropout, guidance_scale

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from relay_diffusion.diffusion.guidance import Denoiser, check_label_tensor
 from relay_diffusion.diffusion.noise import RandnLike
+from relay_diffusion.diffusion.schedule import LogNormal
 from relay_diffusion.diffusion.tensors import check_images
+
+ROUNDING = 1 + 1e-9  # rounding error of sigma_min at the end of the grid
 
 
 def state_dtype(device: torch.device) -> torch.dtype:
@@ -28,6 +31,30 @@ def initial_state(start: Tensor, labels: Tensor | None) -> Tensor:
     check_images("start", start)
     check_label_tensor(labels, len(start))
     return start.to(state_dtype(start.device))
+
+
+def check_start(option: str, schedule: LogNormal, sigma: float) -> None:
+    """Raise ValueError if `sigma` is beyond the end of the schedule.
+
+    option: prefix of the message.
+    """
+    level = schedule.level(torch.tensor(sigma, dtype=torch.float64, device="cpu")).item()
+    if level > 1:
+        raise ValueError(
+            f"{option}: sampling would start at sigma {sigma:.3f}, beyond the end of the corruption's schedule "
+            f"(level {level:.3f} > 1, p_mean={schedule.p_mean}, p_std={schedule.p_std}); lower it or raise "
+            f"prob_length={schedule.prob_length}"
+        )
+
+
+def stopped_levels(sigmas: list[float], sigma: float) -> list[float]:
+    """Return the levels above `sigma`, then `sigma`.
+
+    Raises ValueError unless it lies in [last, first).
+    """
+    if not sigmas[-1] <= sigma * ROUNDING < sigmas[0]:
+        raise ValueError(f"cannot stop at sigma {sigma}: use {sigmas[-1]:g} to below {sigmas[0]:g}")
+    return [*(level for level in sigmas if level > sigma * ROUNDING), sigma]
 
 
 def second_order(both: Tensor, residual: Tensor, ratio: float) -> Tensor:

@@ -13,7 +13,7 @@ from relay_diffusion.diffusion.dct import block_filter
 from relay_diffusion.diffusion.guidance import Denoiser
 from relay_diffusion.diffusion.noise import RandnLike
 from relay_diffusion.diffusion.schedule import karras_sigmas
-from relay_diffusion.samplers.base import initial_state, second_order
+from relay_diffusion.samplers.base import check_start, initial_state, second_order
 
 
 class BlurringSampler:
@@ -24,6 +24,8 @@ class BlurringSampler:
     Noise levels are those of Karras's grid below `truncation_sigma`, at which little more than the block means remains.
     Raises ValueError for an option out of range, and if fewer than two noise levels are left.
     """
+
+    starts_from_noise = False
 
     def __init__(
         self,
@@ -44,14 +46,7 @@ class BlurringSampler:
                 f"truncation_sigma={truncation_sigma}: only {len(self.sigmas)} of {steps} noise levels lie below it "
                 f"(sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho}); raise steps or truncation_sigma"
             )
-        start_level = corruption.schedule.level(torch.tensor(self.sigmas[0], dtype=torch.float64, device="cpu")).item()
-        if start_level > 1:
-            schedule = corruption.schedule
-            raise ValueError(
-                f"truncation_sigma={truncation_sigma}: sampling would start at sigma {self.sigmas[0]:.3f}, beyond the "
-                f"end of the corruption's schedule (level {start_level:.3f} > 1, p_mean={schedule.p_mean}, "
-                f"p_std={schedule.p_std}); lower it or raise prob_length={schedule.prob_length}"
-            )
+        check_start(f"truncation_sigma={truncation_sigma}", corruption.schedule, self.sigmas[0])
         self.corruption, self.s_noise = corruption, s_noise
 
     @property
@@ -66,7 +61,7 @@ class BlurringSampler:
         start: upsampled images [B,C,H,W] in [-1, 1]; labels [B] or None.
         """
         x = initial_state(start, labels)
-        x = torch.add(x, self.corruption.draw_noise(x, randn_like), alpha=self.sigmas[0])
+        x = self.corruption.at_level(x, self.sigmas[0], randn_like)
         ones = torch.ones(len(x), dtype=torch.float64, device="cpu")  # on the CPU, guidance intervals need no sync
         gains = self.corruption.gains(x.new_tensor(self.sigmas))[:, None]  # all levels: [levels,1,1,s,s]
         for level, (sigma, sigma_next) in enumerate(pairwise(self.sigmas)):

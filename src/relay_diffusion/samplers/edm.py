@@ -14,7 +14,7 @@ from torch import Tensor
 from relay_diffusion.diffusion.guidance import Denoiser
 from relay_diffusion.diffusion.noise import RandnLike
 from relay_diffusion.diffusion.schedule import karras_sigmas
-from relay_diffusion.samplers.base import initial_state, second_order
+from relay_diffusion.samplers.base import ROUNDING, initial_state, second_order, stopped_levels
 
 
 class EDMSampler:
@@ -25,6 +25,8 @@ class EDMSampler:
     x' = gamma x + (1 - gamma) x0^ + eta sigma' eps with gamma = sqrt(1 - eta^2) sigma'/sigma; 0 is the ODE.
     Raises ValueError for an option out of range.
     """
+
+    starts_from_noise = True
 
     def __init__(
         self,
@@ -59,12 +61,9 @@ class EDMSampler:
 
         Raises ValueError unless sigma lies in [sigma_min, sigma_max).
         """
-        rounding = 1 + 1e-9  # rounding error of sigma_min at the end of the grid
-        if not self.sigmas[-2] <= sigma * rounding < self.sigmas[0]:
-            raise ValueError(f"cannot stop at sigma {sigma}: use {self.sigmas[-2]:g} to below {self.sigmas[0]:g}")
         stopped = copy.copy(self)
-        stopped.sigmas = [*(level for level in self.sigmas if level > sigma * rounding), sigma, 0.0]
-        stopped.churn_min = max(self.churn_min, sigma * rounding)  # no churn before the last estimate
+        stopped.sigmas = [*stopped_levels(self.sigmas[:-1], sigma), 0.0]
+        stopped.churn_min = max(self.churn_min, sigma * ROUNDING)  # no churn before the last estimate
         return stopped
 
     def _gamma(self, sigma: float) -> float:
