@@ -310,7 +310,7 @@ def test_offline_wandb_needs_no_account(tmp_path, small_zip):
         ("train.py", ["run_dir={file}"], ["run_dir={file}", "{file} is a file: choose another directory"]),
         ("train.py", ["run_dir={file}/run"], ["run_dir={file}", "{file} is a file: choose another directory"]),
         ("sample.py", ["output={file}"], ["output={file}", "{file} is a file: choose another directory"]),
-        ("sample.py", ["output={new}", "seeds=0-999999999999"], ["seeds is 0-999999999999", "more than 10,000,000"]),
+        ("sample.py", ["output={new}", "seeds=0-999999999999"], ["seeds is 0-999999999999", "at most 10,000,000"]),
     ],
 )
 def test_hostile_options_are_one_line(tmp_path, script, arguments, words):

@@ -178,7 +178,7 @@ def test_stored_configs_of_extreme_size_are_refused(checkpoint) -> None:
         refused(path, with_(content, f"{network}/{name}", value), resumed=False)
     refused(path, with_(content, f"{network}/blocks", 10**12), "between 1 and 100", resumed=False)
     refused(path, with_(content, f"{network}/channel_mult", [1] * 1000), "at most 64 times the channels", resumed=False)
-    refused(path, with_(content, "stage_config/sampler/steps", 10**12), "between 2 and 100,000", resumed=False)
+    refused(path, with_(content, "stage_config/sampler/steps", 10**12), "between 1 and 100,000", resumed=False)
     refused(path, with_(content, "stage_config/sampler/rho", math.nan), "cannot be built", resumed=False)
     refused(path, with_(content, "stage_config/deep", _deep(30)), "nested too deeply")
     refused(path, with_(content, "stage_config/deep", _deep(200)), "nested too deeply")

@@ -211,7 +211,7 @@ def test_names_are_not_looked_up(name, tmp_path):
 def test_other_opcodes_are_refused(opcodes, tmp_path):
     path = tmp_path / "opcode.pkl"
     path.write_bytes(b"\x80\x05" + opcodes)
-    assert "has no use in a checkpoint" in refused(path)
+    assert "is not used by checkpoints" in refused(path)
 
 
 def test_a_compressed_member_is_not_unpacked(tmp_path):
