@@ -17,7 +17,7 @@ from hydra.errors import (
 )
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-from yaml import YAMLError
+from yaml import MarkedYAMLError, YAMLError
 
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.messages import did_you_mean
@@ -25,7 +25,7 @@ from relay_diffusion.utils.messages import did_you_mean
 
 def caused_by_user(error: BaseException) -> bool:
     """Return whether an option or a file caused the error."""
-    return isinstance(error, UserError | HydraException | OmegaConfBaseException)
+    return isinstance(error, UserError | HydraException | OmegaConfBaseException | YAMLError)
 
 
 def explain(error: BaseException, config: Path, words: Sequence[str] = ()) -> str:
@@ -56,6 +56,9 @@ def explain(error: BaseException, config: Path, words: Sequence[str] = ()) -> st
         text = f"{name} is not an option{_nearest_key(name, _known_keys(config, words))}"
     elif resolved is not None and resolved.full_key:
         text = f"{resolved.full_key}: {str(resolved).splitlines()[0]}"
+    elif isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        text = f"{mark.name}, line {mark.line + 1}: {error.problem}; correct the YAML"
     elif type(error) is ConfigCompositionException:
         text = f"{error} (--help lists the groups and options)"
     else:
