@@ -80,7 +80,7 @@ def _unknown_choice(choice: str, known: list[str]) -> str:
 
 
 def _nearest_key(name: str, known: list[str]) -> str:
-    """Suggest a key with the same last word, or with a similar one.
+    """Suggest a key with the same or a similar last word.
 
     Similar keys must have the same parent, if it exists.
     """
@@ -98,7 +98,7 @@ def _nearest_key(name: str, known: list[str]) -> str:
 
 
 def _known_keys(config: Path, words: Sequence[str]) -> list[str]:
-    """List the keys of a command's config with the groups that are chosen."""
+    """List the keys of a config with the chosen groups."""
     chosen = [word for word in words if _is_group(config, word.lstrip("+").partition("=")[0])]
     with initialize_config_dir(str(config.parent.resolve()), version_base="1.3"):
         try:
