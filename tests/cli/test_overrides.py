@@ -1,9 +1,13 @@
 """Invalid overrides give one line with override and remedy."""
 
-import pytest
-from hydra.errors import HydraException
+import shutil
 
-from relay_diffusion.cli.errors import explain
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from yaml import YAMLError
+
+from relay_diffusion.cli.errors import caused_by_user, explain
 from relay_diffusion.config import CONF
 
 
@@ -40,3 +44,42 @@ def test_a_value_that_needs_quotes_is_named(configuration, value):
 )
 def test_unreadable_overrides_are_explained(configuration, word, message):
     assert message in explained(configuration, word)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["optimizer=chosen"], "did you mean stage.optimizer.weight_decay?"),
+        ([], "; a new key is added with +stage.optimizer.weigth_decay=VALUE"),
+        (["optimizer=nowhere"], "; a new key is added with +stage.optimizer.weigth_decay=VALUE"),
+        (["optimizer=adam,chosen"], "; a new key is added with +stage.optimizer.weigth_decay=VALUE"),
+    ],
+)
+def test_suggestions_follow_the_chosen_groups(tmp_path, words, message):
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF, conf)
+    (conf / "optimizer/chosen.yaml").write_text("# @package stage.optimizer\nlr: 1.0\nweight_decay: 0.0\n")
+    unknown = "stage.optimizer.weigth_decay=0.1"
+    with initialize_config_dir(str(conf), version_base="1.3"), pytest.raises(HydraException) as caught:
+        compose("train", overrides=[unknown])
+    line = explain(caught.value, conf / "train.yaml", [*words, unknown, "seed=1"])
+    assert line.endswith(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("lr: [1\nb: 2\n", "line 2: expected ',' or ']', but got ':'"),
+        ("lr: 1\nlr: 2\n", "line 2: found duplicate key lr"),
+        ("lr: a: 3\n", "line 1: mapping values are not allowed here"),
+    ],
+)
+def test_invalid_yaml_is_one_line(tmp_path, text, problem):
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF, conf)
+    (conf / "optimizer/broken.yaml").write_text(text)
+    with initialize_config_dir(str(conf), version_base="1.3"), pytest.raises(YAMLError) as caught:
+        compose("train", overrides=["optimizer=broken"])
+    assert caused_by_user(caught.value)
+    line = explain(caught.value, conf / "train.yaml")
+    assert line == f"{conf / 'optimizer/broken.yaml'}, {problem}; correct the YAML"

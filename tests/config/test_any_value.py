@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -210,7 +211,27 @@ def test_parts_of_a_callback_are_checked_without_being_built() -> None:
     [
         ("+network.blokcs=1", r"^network\.blokcs=1: _target_=relay_diffusion\.networks\.UNet has no such option"),
         ("+stage.sampler.step=4", r"^stage\.sampler\.step=4: _target_=.*EDMSampler has no such option"),
-        ("stage.sampler._target_=nowhere.Sampler", r"^stage\.sampler\._target_=nowhere\.Sampler: cannot be imported"),
+        (
+            "stage.sampler._target_=nowhere.Sampler",
+            r"^stage\.sampler\._target_=nowhere\.Sampler: there is no module nowhere \(it must be on PYTHONPATH",
+        ),
+        (
+            "stage.sampler._target_=relay_diffusion.samplers.EDMSample",
+            r"^stage\.sampler\._target_=.*: relay_diffusion\.samplers has no EDMSample; did you mean EDMSampler\?$",
+        ),
+        (
+            "stage.sampler._target_=relay_diffusion.samplers.EDMSampler.nothing.x",
+            r"^stage\.sampler\._target_=.*: relay_diffusion\.samplers\.EDMSampler has no nothing$",
+        ),
+        ("stage.sampler._target_=torch.nn.functional", r"must be the full name of a class or function$"),
+        ("stage.optimizer.lr=inf", r"^stage\.optimizer\.lr=inf: must be finite"),
+        ("~stage.optimizer._partial_", r"^stage\.optimizer\._partial_=false: .* add `_partial_: true`"),
+        (
+            "~stage.optimizer._target_",
+            r"^stage\.optimizer=.*: must be a mapping that names its class as _target_$",
+        ),
+        ("stage.optimizer.lr=fast", r"^stage\.optimizer\.lr=fast: must be a number$"),
+        ("stage.optimizer.betas=[a]", r"^stage\.optimizer\.betas=.*: must be a list, each item a number$"),
         ("stage.optimizer.betas=[2.0,0.9]", r"^stage\.optimizer: Invalid beta.*stage\.optimizer\.betas=\[2\.0, 0\.9\]"),
         ("~stage.loss", r"^stage: .*missing .*'loss'"),
     ],
@@ -218,6 +239,28 @@ def test_parts_of_a_callback_are_checked_without_being_built() -> None:
 def test_unknown_options_of_a_class(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         validate_training(_compose("train", *TINY, "resolution=16", DATA, override))
+
+
+def test_a_group_in_the_wrong_package() -> None:
+    changed = _compose("train", *TINY, "resolution=16", DATA)
+    OmegaConf.set_struct(changed, False)
+    changed.optimizer = changed.stage.pop("optimizer")
+    with pytest.raises(UserError, match=r"^stage\.optimizer=None: .*; does its yaml begin with `# @package stage"):
+        validate_training(changed)
+
+
+def test_a_module_that_fails_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "failing_parts.py").write_text("import no_such_package\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for target, reason in (
+        ("failing_parts.Sampler", r"cannot be imported \(No module named 'no_such_package'\)"),
+        ("relay_diffusion.samplers.Nothing", "relay_diffusion.samplers has no Nothing"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            validate_training(_compose("train", *TINY, "resolution=16", DATA, f"stage.sampler._target_={target}"))
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("flag", ["_target_", "_partial_", "_recursive_"])

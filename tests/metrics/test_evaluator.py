@@ -19,6 +19,7 @@ from relay_diffusion.data.npz import Npz, write_adm_samples
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import (
     Evaluator,
+    FeatureMetric,
     FIDMetric,
     FrechetDistance,
     ImageMetric,
@@ -228,6 +229,63 @@ def test_invalid_calls(reference: Reference) -> None:
             evaluation.update(random_images(3, 4), positions)
     with pytest.raises(ValueError, match=r"two have the same name \(fid, fid\)"):
         Evaluator(PixelFeatures(), reference, {"a": FIDMetric(), "b": FIDMetric()})
+
+
+class PlainMean(FeatureMetric):
+    names = ("mean",)
+
+    def compute(self, features: Tensor) -> dict[str, float]:
+        return {"mean": features.mean()}  # type: ignore[dict-item]
+
+
+class WithoutFeatures(PlainMean):
+    keeps_features = False
+
+
+class Misnamed(PlainMean):
+    names = ("average",)
+
+
+class Failing(PlainMean):
+    names = ("failed",)
+
+    def compute(self, features: Tensor) -> dict[str, float]:  # noqa: ARG002
+        raise ValueError("no\nnumber")
+
+
+class Nameless(ImageMetric):
+    def prepare(self, reference: Reference, inception: Inception) -> None:
+        pass
+
+    def compute(self, features: Tensor) -> dict[str, float]:  # noqa: ARG002
+        return {}
+
+
+def test_a_tensor_as_result_is_a_number(reference: Reference) -> None:
+    evaluation = Evaluator(PixelFeatures(), reference, {"failing": Failing(), "mean": PlainMean()})
+    feed(evaluation, random_images(9, 4), range(9))
+    result = evaluation.compute()
+    assert list(result) == ["mean", "images"]
+    assert type(result["mean"]) is float
+    assert evaluation.skipped == {"failing": "no number"}
+
+
+def test_a_metric_names_its_results(reference: Reference) -> None:
+    for metric in (Nameless(), torch.nn.Identity()):
+        with pytest.raises(UserError, match=r"^metrics\.evaluator\.metrics\.a: .* must be a subclass .* names ="):
+            Evaluator(PixelFeatures(), reference, {"a": metric})  # type: ignore[dict-item]
+    evaluation = Evaluator(PixelFeatures(), reference, {"a": Misnamed()})
+    feed(evaluation, random_images(9, 4), range(9))
+    with pytest.raises(UserError, match=r"^metrics\.evaluator\.metrics\.a: compute returned mean, .*\(average\)"):
+        evaluation.compute()
+
+
+@pytest.mark.parametrize("others", [{}, {"kid": KIDMetric()}])
+def test_features_need_keeps_features(reference: Reference, others: dict[str, ImageMetric]) -> None:
+    evaluation = Evaluator(PixelFeatures(), reference, {"a": WithoutFeatures(), **others})
+    feed(evaluation, random_images(9, 4), range(9))
+    with pytest.raises(TypeError, match="set keeps_features = True"):
+        evaluation.compute()
 
 
 def test_protocol_checks_and_description(reference: Reference) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hydra.errors import (
 )
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
 
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.messages import did_you_mean
@@ -23,13 +25,13 @@ from relay_diffusion.utils.messages import did_you_mean
 
 def caused_by_user(error: BaseException) -> bool:
     """Return whether an option or a file caused the error."""
-    return isinstance(error, UserError | HydraException | OmegaConfBaseException)
+    return isinstance(error, UserError | HydraException | OmegaConfBaseException | YAMLError)
 
 
-def explain(error: BaseException, config: Path) -> str:
+def explain(error: BaseException, config: Path, words: Sequence[str] = ()) -> str:
     """Describe a user error in one line.
 
-    config: yaml of the command, for suggestions of keys.
+    config, words: yaml and arguments of the command, for suggestions of keys.
     """
     causes = list(_causes(error))
     users = next((cause for cause in causes if isinstance(cause, UserError)), None)
@@ -50,12 +52,13 @@ def explain(error: BaseException, config: Path) -> str:
     elif isinstance(error, MissingConfigException) and error.missing_cfg_file:
         text = _unknown_choice(error.missing_cfg_file, list(error.options or []))
     elif isinstance(unknown, OmegaConfBaseException) and unknown.full_key and isinstance(error, HydraException):
-        name, known = str(unknown.full_key), _known_keys(config)
-        elsewhere = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]  # the same last word
-        nearest = did_you_mean(name, elsewhere or known, f"; did you mean {elsewhere[0]}?" if elsewhere else "")
-        text = f"{name} is not an option{nearest}"
+        name = str(unknown.full_key)
+        text = f"{name} is not an option{_nearest_key(name, _known_keys(config, words))}"
     elif resolved is not None and resolved.full_key:
         text = f"{resolved.full_key}: {str(resolved).splitlines()[0]}"
+    elif isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        text = f"{mark.name}, line {mark.line + 1}: {error.problem}; correct the YAML"
     elif type(error) is ConfigCompositionException:
         text = f"{error} (--help lists the groups and options)"
     else:
@@ -76,10 +79,37 @@ def _unknown_choice(choice: str, known: list[str]) -> str:
     return f"unknown choice {group}={name}{did_you_mean(name, known)}"
 
 
-def _known_keys(config: Path) -> list[str]:
-    """List the keys of a command's config with its default group choices."""
+def _nearest_key(name: str, known: list[str]) -> str:
+    """Suggest a key with the same or a similar last word.
+
+    Similar keys must have the same parent, if it exists.
+    """
+    parent, _, last = name.rpartition(".")
+    same = [key for key in known if key.rpartition(".")[2] == last]
+    if same:
+        return did_you_mean(name, same, f"; did you mean {same[0]}?")
+    for beside in (True, False):
+        keys = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == parent or not beside}
+        if close := get_close_matches(last, keys, n=1):
+            return f"; did you mean {keys[close[0]]}?"
+        if parent in known:
+            return f"; a new key is added with +{name}=VALUE"
+    return "; --help lists the options"
+
+
+def _known_keys(config: Path, words: Sequence[str]) -> list[str]:
+    """List the keys of a config with the chosen groups."""
+    chosen = [word for word in words if _is_group(config, word.lstrip("+").partition("=")[0])]
     with initialize_config_dir(str(config.parent.resolve()), version_base="1.3"):
-        return list(_keys(OmegaConf.to_container(compose(config.stem), resolve=False)))
+        try:
+            cfg = compose(config.stem, overrides=chosen)
+        except (HydraException, OmegaConfBaseException, YAMLError):  # e.g. several choices for a sweep
+            cfg = compose(config.stem)
+    return list(_keys(OmegaConf.to_container(cfg, resolve=False)))
+
+
+def _is_group(config: Path, key: str) -> bool:
+    return bool(key) and (config.parent / key).is_dir()
 
 
 def _keys(node: Any, prefix: str = "") -> Iterator[str]:

@@ -108,7 +108,7 @@ def report_errors(config: Path) -> Iterator[None]:
                 _print_error(error, config)
             else:
                 traceback.print_exc()
-            text = explain(error, config) if expected else repr(error)
+            text = explain(error, config, sys.argv[1:]) if expected else repr(error)
             raise JobError(f"job {job.job.num} ({job.job.override_dirname}): {text}", code) from None
         if not expected:
             raise
@@ -124,7 +124,7 @@ def report_errors(config: Path) -> Iterator[None]:
 
 def _print_error(error: Exception, config: Path) -> None:
     who = f"error on rank {rank()}" if rank() else "error"
-    print(f"{who}: {explain(error, config)}", file=sys.stderr, flush=True)
+    print(f"{who}: {explain(error, config, sys.argv[1:])}", file=sys.stderr, flush=True)
 
 
 def _check_sweep(words: list[str]) -> None:

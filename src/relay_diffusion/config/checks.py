@@ -103,7 +103,9 @@ def check_built(cfg: DictConfig, key: str, null: bool = False) -> None:
     value = selected(cfg, key)
     valid = (isinstance(value, DictConfig) and "_target_" in value) or (null and value is None)
     kind = f"a mapping that names its class as _target_{', or null' if null else ''}"
-    require(valid, f"{key}={shorten(value)}: must be {kind}")
+    misplaced = "." in key and has_key(cfg, key.rpartition(".")[2])  # the package of a group's yaml is its name
+    hint = f"; does its yaml begin with `# @package {key}`?" if misplaced else ""
+    require(valid, f"{key}={shorten(value)}: must be {kind}{hint}")
 
 
 def check_file(path: Any, key: str) -> None:

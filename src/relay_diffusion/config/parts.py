@@ -5,6 +5,7 @@ Names and types are compared with the signature. Constructors check ranges; they
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import types
 import typing
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from relay_diffusion.config.checks import is_number, is_whole, selected
@@ -62,21 +63,29 @@ def check_types(cfg: DictConfig, key: str) -> None:
 
 
 def _target(key: str, name: str) -> Callable[..., Any]:
-    try:
-        target = get_object(name)
-    except Exception as error:  # an import may raise any type
-        raise UserError(f"{key}._target_={shorten(name)}: cannot be imported ({shorten(error)})") from None
-    require(callable(target), f"{key}._target_={shorten(name)}: must be the full name of a class or function")
-    return typing.cast(Callable[..., Any], target)
+    found: Any = None
+    path = ""
+    option = f"{key}._target_={shorten(name)}"
+    for part in name.split("."):
+        module, path = path, f"{path}.{part}".lstrip(".")
+        try:
+            found = getattr(found, part) if module and hasattr(found, part) else importlib.import_module(path)
+        except Exception as error:  # an import may raise any type
+            if isinstance(error, ModuleNotFoundError) and f"{path}.".startswith(f"{error.name}."):
+                where = f"there is no module {shorten(path)} (it must be on PYTHONPATH or beside train.py)"
+                missing = f"{shorten(module)} has no {shorten(part)}{did_you_mean(part, dir(found), '')}"
+                raise UserError(f"{option}: {missing if module else where}") from None
+            raise UserError(f"{option}: cannot be imported ({shorten(error)})") from None
+    require(callable(found), f"{option}: must be the full name of a class or function")
+    return typing.cast(Callable[..., Any], found)
 
 
 def _check_type(key: str, value: Any, hint: Any) -> None:
     hints = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if any(_fits(value, one) for one in hints):
         return
-    kinds = " or ".join(dict.fromkeys(_kind(one) for one in hints))
     remedy = f": write {value:.0f}" if int in hints and isinstance(value, float) and value.is_integer() else ""
-    raise UserError(f"{key}={shorten(value)}: must be {kinds}{remedy}")
+    raise UserError(f"{key}={shorten(value)}: must be {_kind(hint)}{remedy}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -109,7 +118,12 @@ def _item_fits(value: Any, hints: list[Any]) -> bool:
 
 
 def _kind(hint: Any) -> str:
+    from torch import Tensor  # keep --help fast
+
     origin = typing.get_origin(hint) or hint
+    if origin in (typing.Union, types.UnionType):
+        kinds = [one for one in typing.get_args(hint) if one is not Tensor]  # a config has no tensors
+        return " or ".join(dict.fromkeys(map(_kind, kinds)))
     if origin is typing.Literal:
         return " or ".join(map(str, typing.get_args(hint)))
     if origin in (list, tuple, Sequence):

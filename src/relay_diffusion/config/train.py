@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from omegaconf import DictConfig
@@ -67,6 +68,10 @@ def validate_training(cfg: DictConfig) -> None:
     package_names(cfg.trusted)
     for key in ("data", "data.dataset", "network", "stage", "stage.corruption", "stage.optimizer", "trainer"):
         check_built(cfg, key)
+    require(
+        selected(cfg, "stage.optimizer._partial_", False),
+        "stage.optimizer._partial_=false: the stage adds the weights; add `_partial_: true` to its yaml",
+    )
     for key, (least, most) in WHOLE.items():
         check_whole(cfg, key, least, most)
     check_devices(cfg)
@@ -113,6 +118,9 @@ def _check_optimizer(cfg: DictConfig, stage: Any) -> None:
     import torch  # keep --help fast
 
     options = {str(name): value for name, value in cfg.stage.optimizer.items() if str(name)[0] != "_"}
+    rate = options.get("lr")
+    finite = not isinstance(rate, float) or math.isfinite(rate)
+    require(finite, f"stage.optimizer.lr={rate}: must be finite, e.g. 3e-4")
     try:
         stage.optimizer_factory(torch.nn.Linear(1, 1).parameters())
     except Exception as error:

@@ -40,7 +40,7 @@ class ImageMetric(nn.Module, ABC):
     def compute(self, features: Tensor) -> dict[str, float]:
         """Return the results over all ranks, on every rank.
 
-        features: pool features [N,D] of all generated images in order, if keeps_features. Raises UserError for too few
+        features: pool features [N,D] of all generated images in order, if keeps_features. Raises ValueError for too few
         images.
         """
 
@@ -60,7 +60,7 @@ class FeatureMetric(ImageMetric):
     """
 
     keeps_features = True
-    min_images: int
+    min_images: int = 1
 
     def prepare(self, reference: Reference, inception: Inception) -> str | None:  # noqa: ARG002
         """Require features of at least min_images reference images."""

@@ -9,12 +9,23 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from relay_diffusion.errors import UserError
+from relay_diffusion.errors import require
 from relay_diffusion.metrics.base import FeatureStore, ImageMetric
 from relay_diffusion.metrics.inception import Inception
 from relay_diffusion.metrics.protocol import Protocol
 from relay_diffusion.metrics.reference import Reference
 from relay_diffusion.metrics.reference_source import ReferenceSource
+from relay_diffusion.utils.messages import one_line
+
+
+class _FeaturesNotKept(Tensor):
+    """Placeholder that raises TypeError if a metric uses it."""
+
+    @classmethod
+    def __torch_function__(cls, *_: Any) -> Any:
+        raise TypeError(
+            "compute uses features, which are not kept: set keeps_features = True in the class of the metric"
+        )
 
 
 class Evaluator(nn.Module):
@@ -36,6 +47,13 @@ class Evaluator(nn.Module):
         batch_size: int = 64,
     ) -> None:
         super().__init__()
+        for name, metric in metrics.items():
+            keys = getattr(metric, "names", None)
+            require(
+                isinstance(metric, ImageMetric) and isinstance(keys, tuple | list),
+                f"metrics.evaluator.metrics.{name}: {type(metric).__name__} must be a subclass of "
+                'relay_diffusion.metrics.ImageMetric with the keys of its results, e.g. names = ("fid",)',
+            )
         self.inception, self.protocol, self.batch_size = inception, protocol, batch_size
         self._by_name, self._modules_by_name = dict(metrics), nn.ModuleList(metrics.values())
         if len(set(self.names)) < len(self.names):
@@ -93,20 +111,33 @@ class Evaluator(nn.Module):
     def compute(self) -> dict[str, float | int]:
         """Return the results of every metric and "images"; collective.
 
-        A metric that needs more images is added to `skipped`. Raises ValueError if positions are missing or repeated.
+        A metric that raises ValueError, e.g. for too few images, is added to `skipped`. Raises ValueError if positions
+        are missing or repeated, UserError for a key that a metric does not name, TypeError for a metric that uses the
+        features without `keeps_features`.
         """
         # An empty update gives a rank without images states of the right shapes.
         nothing = torch.zeros(0, 3, 32, 32, dtype=torch.uint8, device=self.inception.device)
         self.update(nothing, torch.zeros(0, dtype=torch.int64))
         images, features = self._store.compute()
+        unavailable = torch.empty(0, 0).as_subclass(_FeaturesNotKept)
         self.skipped, self.warnings = dict(self._unavailable), []
         results: dict[str, float | int] = {}
         for name, metric in self.metrics.items():
             try:
-                results |= metric.compute(features)
-                self.warnings += metric.warnings(images)
-            except UserError as error:
-                self.skipped[name] = str(error)
+                found = metric.compute(features if metric.keeps_features else unavailable)
+                found = {key: float(value) for key, value in found.items()}
+                limitations = metric.warnings(images)
+            except ValueError as error:
+                self.skipped[name] = one_line(error)
+                continue
+            unknown = ", ".join(found.keys() - {*metric.names})
+            require(
+                not unknown,
+                f"metrics.evaluator.metrics.{name}: compute returned {unknown}, which is not one of its names "
+                f"({', '.join(metric.names)}); add it to names",
+            )
+            results |= found
+            self.warnings += limitations
         return results | {"images": images}
 
     def reset(self) -> None:

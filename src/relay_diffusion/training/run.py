@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from relay_diffusion.checkpoints.loading import check_loadable
 from relay_diffusion.checkpoints.reading import LAST
+from relay_diffusion.checkpoints.targets import OWN_PACKAGE, package_names
 from relay_diffusion.data.datamodule import ImageDataModule
 from relay_diffusion.errors import UserError, prefix_errors, require
 from relay_diffusion.models.stage import DiffusionStage, StageInfo
@@ -38,6 +39,19 @@ def _build_stage(config: DictConfig, info: StageInfo) -> DiffusionStage:
         raise UserError(f"stage: {error}") from None
 
 
+def _check_trusted(node: Any, trusted: tuple[str, ...], key: str = "stage") -> None:
+    """Require `trusted` for classes outside this package."""
+    for name, value in node.items() if isinstance(node, dict) else ():
+        if name == "_target_" and not any(f"{value}.".startswith(f"{own}.") for own in (OWN_PACKAGE, *trusted)):
+            packages = ",".join((*trusted, value.partition(".")[0]))
+            raise UserError(
+                f"{key} is {value}, a class outside relay_diffusion: add trusted=[{packages}], which its checkpoints "
+                "need too"
+            )
+        if f"{key}.{name}" != "stage.optimizer":  # loading ignores it
+            _check_trusted(value, trusted, f"{key}.{name}")
+
+
 @quiet_libraries()
 def train(cfg: DictConfig) -> DiffusionStage | None:
     """Train a stage, new or resumed; None if training is complete."""
@@ -53,6 +67,7 @@ def train(cfg: DictConfig) -> DiffusionStage | None:
     )
     test_steps = int(cfg.trainer.get("fast_dev_run", False))
     stage = _build_stage(cfg.stage, StageInfo(stage_config, data.dataset.class_names))
+    _check_trusted(stage_config, package_names(cfg.trusted))
     with prefix_errors("stage: its checkpoint could not be loaded"):
         check_loadable(stage_config, cfg.trusted, Path(LAST))
     record = RunRecord(cfg)
