@@ -175,7 +175,7 @@ def test_a_second_training_process_is_refused_until_the_first_is_killed(tmp_path
         first.wait()
     assert (directory / LOCK).exists()
     with ended([Process(tmp_path / "second.txt", [*command, "trainer.max_images=1000000"])]) as (second,):
-        until(lambda: "continues" in second.text(), [second])
+        until(lambda: "training: " in second.text(), [second])
         second.popen.terminate()
         assert second.wait() == 128 + signal.SIGTERM, second.text()
     assert not (directory / LOCK).exists()
