@@ -26,13 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from timing import environment
 
 from relay_diffusion.cli.arguments import run_tool
-from relay_diffusion.config import CONF
-from relay_diffusion.config.run_dir import register_resolvers
+from relay_diffusion.config import compose
 from relay_diffusion.config.sample import validate_sampling
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import Evaluator
@@ -83,8 +81,7 @@ def settings(options: Options, overrides: str, repeat: int) -> DictConfig:
     given = ["mode=evaluate", "class=reference", f"seeds={first}-{first + options.count - 1}", *overrides.split()]
     if options.weights is not None:
         given.append(f"metrics.evaluator.inception.weights={options.weights}")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("sample", given)
+    cfg = compose("sample", given)
     validate_sampling(cfg)
     return cfg
 
@@ -151,7 +148,6 @@ def measured(options: Options, cfg: DictConfig, device: torch.device, kept: dict
 
 def run(options: Options) -> None:
     """Print and write a row for each point and repeat."""
-    register_resolvers()
     for name in ("count", "repeats", "batch", "points"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"{name}={getattr(options, name)}: must be at least 1")

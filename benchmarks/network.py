@@ -24,14 +24,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from timing import environment, line, seconds, seconds_once
 from torch.profiler import ProfilerActivity, profile
 
 from relay_diffusion.cli.arguments import run_tool
-from relay_diffusion.config import CONF
-from relay_diffusion.config.run_dir import register_resolvers
+from relay_diffusion.config import compose
 from relay_diffusion.diffusion.pixels import to_float
 from relay_diffusion.models.gradients import replace_nonfinite
 from relay_diffusion.models.stage import DiffusionStage
@@ -66,10 +64,9 @@ class Options:
 def build(network: str) -> DiffusionStage:
     """Build the published stage with random non-zero weights on the device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with initialize_config_dir(str(CONF), version_base="1.3"), torch.device(device):
-        stage: DiffusionStage = instantiate(
-            compose("train", [f"experiment={EXPERIMENT[network]}", "trainer.precision=bf16-mixed"]).stage
-        )
+    cfg = compose("train", [f"experiment={EXPERIMENT[network]}", "trainer.precision=bf16-mixed"])
+    with torch.device(device):
+        stage: DiffusionStage = instantiate(cfg.stage)
     for parameter in stage.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
@@ -147,7 +144,6 @@ def kinds(work: Callable[[], None]) -> str:
 
 def run(options: Options) -> None:
     """Print one row per network, work and batch size."""
-    register_resolvers()
     if not options.fused:
         ops.HAVE_TRITON = False
     print(environment())

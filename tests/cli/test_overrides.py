@@ -66,6 +66,14 @@ def test_suggestions_follow_the_chosen_groups(tmp_path, words, message):
     assert line.endswith(message)
 
 
+def test_suggestions_follow_the_chosen_sampler_of_a_stage():
+    unknown = "relay.stages.base.sampler.stepz=3"
+    with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(HydraException) as caught:
+        compose("sample", overrides=[unknown])
+    line = explain(caught.value, CONF / "sample.yaml", ["sampler@relay.stages.base.sampler=multistep", unknown])
+    assert line.endswith("; did you mean relay.stages.base.sampler.steps?")
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [

@@ -8,7 +8,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -18,8 +17,7 @@ from relay_diffusion.checkpoints.loading import load_stage
 from relay_diffusion.checkpoints.published.convert import published_stage
 from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.cli.errors import explain
-from relay_diffusion.config import CONF
-from relay_diffusion.config.run_dir import register_resolvers
+from relay_diffusion.config import CONF, compose
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.utils.files import file_sha256, refuse_existing
@@ -91,14 +89,11 @@ def convert(options: ConvertOptions) -> DiffusionStage:
 
 def compose_stage(experiment: str | None) -> dict[str, Any]:
     """Compose the stage config of an experiment, without its optimizer."""
-    main = CONF / "train.yaml"
-    register_resolvers()
     try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = compose(main.stem, overrides=[] if experiment is None else [f"experiment={experiment}"])
+        cfg = compose("train", [] if experiment is None else [f"experiment={experiment}"], CONF)
         config = cast(dict[str, Any], OmegaConf.to_container(cfg.stage, resolve=True, throw_on_missing=True))
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error, main)) from None
+        raise UserError(explain(error, CONF / "train.yaml")) from None
     config.pop("optimizer", None)
     return config
 

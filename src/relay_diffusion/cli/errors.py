@@ -7,7 +7,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -19,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
+from relay_diffusion.config import compose
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.messages import did_you_mean
 
@@ -100,16 +100,15 @@ def _nearest_key(name: str, known: list[str]) -> str:
 def _known_keys(config: Path, words: Sequence[str]) -> list[str]:
     """List the keys of a config with the chosen groups."""
     chosen = [word for word in words if _is_group(config, word.lstrip("+").partition("=")[0])]
-    with initialize_config_dir(str(config.parent.resolve()), version_base="1.3"):
-        try:
-            cfg = compose(config.stem, overrides=chosen)
-        except (HydraException, OmegaConfBaseException, YAMLError):  # e.g. several choices for a sweep
-            cfg = compose(config.stem)
+    try:
+        cfg = compose(config.stem, chosen, config.parent)
+    except (HydraException, OmegaConfBaseException, YAMLError):  # e.g. several choices for a sweep
+        cfg = compose(config.stem, (), config.parent)
     return list(_keys(OmegaConf.to_container(cfg, resolve=False)))
 
 
 def _is_group(config: Path, key: str) -> bool:
-    return bool(key) and (config.parent / key).is_dir()
+    return bool(key) and (config.parent / key.partition("@")[0]).is_dir()  # GROUP or GROUP@PACKAGE
 
 
 def _keys(node: Any, prefix: str = "") -> Iterator[str]:
