@@ -16,19 +16,20 @@ from relay_diffusion.diffusion.noise import RandnLike
 from relay_diffusion.diffusion.schedule import karras_sigmas
 from relay_diffusion.samplers.base import check_start, initial_state, stopped_levels
 
-INTERVALS = 512  # of Simpson's rule: a step over three decades of sigma is exact to 1e-9
+INTERVALS = 512  # Simpson's rule is exact to 1e-9 for a step over three decades of sigma
 
 
 class MultistepSampler:
-    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095) for any corruption with gains A(sigma).
+    """Second-order multistep sampler for any corruption with gains A(sigma).
 
+    DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095), with the integral of the linear term exact.
     The probability-flow ODE is d(x/sigma) = F[dr] x0^ with r = A/sigma, where F[g] multiplies block DCT coefficients
     by g. With lambda = -ln sigma and x0^ linear in lambda through this and the previous estimate, a step is
         x' = (s/sigma) x + F[A' - (s/sigma) A] x0^ + F[s I] (x0^ - x0^_before) / (lambda - lambda_before)
              + s_noise sigma' noise,    s = sqrt(1 - s_noise^2) sigma',
         I = integral of (t - lambda) dr(t) from lambda to lambda'.
     The first step has no third term; the last estimate is the result. The grid is Karras's: `steps` levels from
-    sigma_max, where sampling starts (0.85 or so in a relay stage), to sigma_min; steps=1 evaluates at sigma_max only.
+    sigma_max, where sampling starts (below 1 in a relay stage), to sigma_min; steps=1 evaluates at sigma_max only.
     """
 
     def __init__(
@@ -50,8 +51,7 @@ class MultistepSampler:
 
     def _set_levels(self, sigmas: list[float]) -> None:
         self.sigmas = sigmas
-        steps = [self._step_gains(i) for i in range(len(sigmas) - 1)]
-        self._gains = torch.stack(steps) if steps else None  # [steps-1, 2, 1, block, block] on the CPU
+        self._gains = [self._step_gains(i) for i in range(len(sigmas) - 1)]  # of each step, on the CPU
 
     def _step_gains(self, i: int) -> Tensor:
         """Compute the gains of both estimates in a step.
@@ -87,9 +87,7 @@ class MultistepSampler:
         return len(self.sigmas)
 
     def stopping_at(self, sigma: float) -> MultistepSampler:
-        """Return a sampler that stops at noise level `sigma`.
-
-        Its result is the estimate there.
+        """Return a sampler whose result is its estimate at noise level `sigma`.
 
         Raises ValueError unless sigma lies in [sigma_min, sigma_max).
         """
@@ -105,14 +103,13 @@ class MultistepSampler:
         """
         x = self.corruption.at_level(initial_state(start, labels), self.sigmas[0], randn_like)
         ones = torch.ones(len(x), dtype=torch.float64, device="cpu")  # CPU: no sync for guidance intervals
-        gains = None if self._gains is None else self._gains.to(x.device, x.dtype)
         before: Tensor | None = None
-        for i, (sigma, sigma_next) in enumerate(pairwise(self.sigmas)):
-            assert gains is not None
+        for (sigma, sigma_next), gains in zip(pairwise(self.sigmas), self._gains, strict=True):
+            present, previous = gains.to(x.device, x.dtype, non_blocking=True)
             denoised = denoise(x, sigma * ones, labels)
-            moved = block_filter(denoised, gains[i, 0])
+            moved = block_filter(denoised, present)
             if before is not None:
-                moved += block_filter(before, gains[i, 1])
+                moved += block_filter(before, previous)
             before = denoised.clone()  # a denoiser may write its next answer over this one
             x = moved.add_(x, alpha=math.sqrt(1 - self.s_noise**2) * sigma_next / sigma)
             if self.s_noise:
