@@ -45,7 +45,7 @@ def translate_targets(node: Any) -> Any:
 
 
 def _translate(target: str) -> str:
-    moved = max((old for old in RENAMED if _inside(target, [old])), key=len, default=None)
+    moved = max((old for old in RENAMED if inside(target, [old])), key=len, default=None)
     return target if moved is None else RENAMED[moved] + target.removeprefix(moved)
 
 
@@ -80,7 +80,7 @@ def check_targets(node: Any, packages: Sequence[str], file: Path | str) -> None:
 
 
 def _check_target(target: Any, packages: Sequence[str], file: Path | str) -> None:
-    if not (isinstance(target, str) and _inside(target, packages)):
+    if not (isinstance(target, str) and inside(target, packages)):
         package = target.partition(".")[0] if isinstance(target, str) else ""
         remedy = f"refused; if you trust it, add trusted=[{shorten(package)}]" if package.isidentifier() else "refused"
         raise UserError(f"{file} names '{shorten(target)}', which is not a class of {' or '.join(packages)}: {remedy}")
@@ -88,15 +88,15 @@ def _check_target(target: Any, packages: Sequence[str], file: Path | str) -> Non
         found = get_class(target)
     except Exception:
         raise UserError(f"{file} names {shorten(target)}, which is not a class that can be imported here") from None
-    if not _inside(found.__module__, packages):
+    if not inside(found.__module__, packages):
         raise UserError(
             f"{file} names {shorten(target)}, which comes from {shorten(found.__module__)}, outside "
             f"{' or '.join(packages)}: refused"
         )
 
 
-def _inside(name: str, packages: Sequence[str]) -> bool:
-    """Whether a dotted name lies in one of the packages.
+def inside(name: str, packages: Sequence[str]) -> bool:
+    """Return whether a dotted name lies in one of the packages.
 
     my_package does not contain my_package_2.
     """

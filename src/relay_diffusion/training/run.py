@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from relay_diffusion.checkpoints.loading import check_loadable
 from relay_diffusion.checkpoints.reading import LAST
-from relay_diffusion.checkpoints.targets import OWN_PACKAGE, package_names
+from relay_diffusion.checkpoints.targets import OWN_PACKAGE, inside, package_names
 from relay_diffusion.data.datamodule import ImageDataModule
 from relay_diffusion.errors import UserError, prefix_errors, require
 from relay_diffusion.models.stage import DiffusionStage, StageInfo
@@ -42,7 +42,7 @@ def _build_stage(config: DictConfig, info: StageInfo) -> DiffusionStage:
 def _check_trusted(node: Any, trusted: tuple[str, ...], key: str = "stage") -> None:
     """Require `trusted` for classes outside this package."""
     for name, value in node.items() if isinstance(node, dict) else ():
-        if name == "_target_" and not any(f"{value}.".startswith(f"{own}.") for own in (OWN_PACKAGE, *trusted)):
+        if name == "_target_" and not inside(value, (OWN_PACKAGE, *trusted)):
             packages = ",".join((*trusted, value.partition(".")[0]))
             raise UserError(
                 f"{key} is {value}, a class outside relay_diffusion: add trusted=[{packages}], which its checkpoints "
