@@ -39,6 +39,7 @@ from relay_diffusion.metrics import FIDMeasure, Inception, ReferenceSource, SFID
 from relay_diffusion.metrics.evaluator import Evaluator
 from relay_diffusion.models import DiffusionStage
 from relay_diffusion.samplers import MultistepSampler
+from relay_diffusion.utils.files import write_text
 from relay_diffusion.utils.host import prepare_host
 
 REAL = "real"
@@ -130,13 +131,8 @@ def run(options: Options) -> None:
     for grid in lasts:
         sampler(search.last, "last", grid)
     path = Path(options.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done = set()
-    if path.exists():
-        with path.open(newline="") as file:
-            done = {(row["first"], row["last"], row["seed"]) for row in csv.DictReader(file)}
-    else:
-        path.write_text("first,last,seed,fid,sfid,seconds\n")
+    text = path.read_text() if path.exists() else "first,last,seed,fid,sfid,seconds\n"
+    done = {(row["first"], row["last"], row["seed"]) for row in csv.DictReader(text.splitlines())}
     for first in firsts:
         todo = [last for last in lasts if (first, last, str(options.seed)) not in done]
         if not todo:
@@ -149,8 +145,8 @@ def run(options: Options) -> None:
             fid, sfid = search.measure(search.draw(search.last, sampler(search.last, "last", last), small))
             seconds = time.perf_counter() - began
             print(f"first {first:22} last {last:22} FID {fid:7.3f}  sFID {sfid:7.3f}  {seconds:5.1f} s", flush=True)
-            with path.open("a") as file:
-                file.write(f"{first},{last},{options.seed},{fid:.3f},{sfid:.3f},{seconds:.1f}\n")
+            text += f"{first},{last},{options.seed},{fid:.3f},{sfid:.3f},{seconds:.1f}\n"
+            write_text(path, text)
             began = time.perf_counter()
 
 
