@@ -36,7 +36,7 @@ def test_a_tool_refuses_to_replace_a_file(tool, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(PROJECT)
     monkeypatch.setattr(sys, "argv", [tool, *(argument.format(tmp_path) for argument in arguments)])
     start = runpy.run_path if tool.endswith(".py") else partial(runpy.run_module, alter_sys=True)
-    sys.modules.pop(tool, None)
+    monkeypatch.delitem(sys.modules, tool, raising=False)  # runpy would warn; restored for other tests
     with pytest.raises(SystemExit) as ended:
         start(tool, run_name="__main__")
     assert ended.value.code == 2

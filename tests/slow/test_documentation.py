@@ -136,7 +136,7 @@ def call(project, words, more):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", arguments if script == "-m" else [script, *arguments])
         start = partial(runpy.run_module, alter_sys=True) if script == "-m" else runpy.run_path
-        sys.modules.pop(sys.argv[0], None)
+        patch.delitem(sys.modules, sys.argv[0], raising=False)
         with pytest.raises(SystemExit) as ended:
             start(sys.argv[0], run_name="__main__")
     assert not ended.value.code
