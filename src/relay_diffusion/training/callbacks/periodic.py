@@ -50,8 +50,8 @@ class PeriodicCallback(Callback, ABC):
     """Call `act` every `every_n_images` images and at the end.
 
     0 disables. The last call is in on_train_epoch_end, after the last checkpoint. It is skipped if a signal stops the
-    run, to leave the remaining time to the checkpoint. Disabled by trainer.fast_dev_run. A disabled
-    callback logs nothing, so others cannot monitor its metrics. `Checkpoints` cannot be disabled by 0.
+    run, to leave the remaining time to the checkpoint. Disabled by trainer.fast_dev_run. A disabled callback logs
+    nothing, so others cannot monitor its metrics. `Checkpoints` cannot be disabled by 0.
     """
 
     def __init__(self, every_n_images: int) -> None:
