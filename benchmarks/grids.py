@@ -35,7 +35,7 @@ from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.diffusion.pixels import to_uint8
 from relay_diffusion.errors import UserError
-from relay_diffusion.metrics import FIDMeasure, Inception, ReferenceSource, SFIDMeasure
+from relay_diffusion.metrics import FIDMetric, Inception, ReferenceSource, SFIDMetric
 from relay_diffusion.metrics.evaluator import Evaluator
 from relay_diffusion.models import DiffusionStage
 from relay_diffusion.samplers import MultistepSampler
@@ -84,9 +84,13 @@ def sampler(stage: DiffusionStage, option: str, grid: str) -> MultistepSampler:
 class Search:
     """The stages, the small images and the evaluator, which all points share."""
 
-    def __init__(self, options: Options, device: torch.device) -> None:
+    def __init__(self, options: Options, device: torch.device, firsts: list[str], lasts: list[str]) -> None:
         relay = load_relay(options.relay).to(device).eval()
         self.first, self.last = relay.chain().values()
+        for stage, option, chosen in ((self.first, "first", firsts), (self.last, "last", lasts)):
+            for grid in chosen:
+                if grid != REAL:
+                    sampler(stage, option, grid)  # report mistakes before sampling
         dataset = ImageDataset(options.images, self.first.resolution, subset=options.subset)
         pairs = dataset.__getitems__(list(range(len(dataset))))
         self.real = torch.stack([image for image, _ in pairs])
@@ -95,7 +99,7 @@ class Search:
         self.batch, self.device = options.batch, device
         source = ReferenceSource(options.reference, "outputs/reference", [self.last.resolution] * 2, options.subset, 0)
         inception = Inception(options.weights)
-        self.evaluator = Evaluator(inception, source, {"fid": FIDMeasure(), "sfid": SFIDMeasure()})
+        self.evaluator = Evaluator(inception, source, {"fid": FIDMetric(), "sfid": SFIDMetric()})
         self.evaluator.prepare(device)
 
     def draw(self, stage: DiffusionStage, sampler: MultistepSampler, previous: Tensor | None) -> Tensor:
@@ -122,14 +126,12 @@ class Search:
 
 def run(options: Options) -> None:
     """Print and keep a row for each point."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    prepare_host(device)
-    print(environment())
-    search = Search(options, device)
     firsts = [REAL] if options.first == REAL else grids("first", options.first)
     lasts = grids("last", options.last)
-    for grid in lasts:
-        sampler(search.last, "last", grid)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    prepare_host(device)
+    search = Search(options, device, firsts, lasts)
+    print(environment())
     path = Path(options.output)
     text = path.read_text() if path.exists() else "first,last,seed,fid,sfid,seconds\n"
     done = {(row["first"], row["last"], row["seed"]) for row in csv.DictReader(text.splitlines())}

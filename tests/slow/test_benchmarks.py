@@ -1,5 +1,8 @@
 """Benchmarks with results in the documentation."""
 
+import csv
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -63,3 +66,26 @@ def test_denoising_names_wrong_sigmas(sigmas):
     result = run("benchmarks/denoising.py", f"sigmas={sigmas}")
     assert result.returncode == 2
     assert result.stderr == f"error: sigmas={sigmas}: need numbers above 0 with commas between them, e.g. 0.1,0.5\n"
+
+
+def test_grids_writes_a_row_for_each_combination(relay_runs, small_zip, tmp_path):
+    stages = {name: {"path": str(relay_runs / name)} for name in ("base", "relay")}
+    (tmp_path / "relay.json").write_text(json.dumps({"format": 1, "stages": stages}))
+    output = tmp_path / "grids.csv"
+    options = [f"relay={tmp_path}", f"images={small_zip}", f"reference={small_zip}", "subset=", f"output={output}"]
+    script = str(PROJECT / "benchmarks/grids.py")
+    for last in ("1,2/0.4/0.1/7/0", "2/0.4/0.1/7/0"):  # the second adds nothing
+        result = run(script, *options, "first=2/80/0.1/7/0", f"last={last}", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        rows = list(csv.DictReader(output.read_text().splitlines()))
+        assert [row["last"] for row in rows] == ["1/0.4/0.1/7/0", "2/0.4/0.1/7/0"]
+    assert all(float(row["fid"]) > 0 and float(row["sfid"]) > 0 for row in rows)
+
+
+def test_grids_names_a_wrong_grid():
+    result = run("benchmarks/grids.py", "last=2/0.4/0.5/7/0")
+    assert result.returncode == 2
+    assert result.stderr == "error: last=2/0.4/0.5/7/0: sigma_min=0.5: must be below sigma_max=0.4\n"
+    result = run("benchmarks/grids.py", "first=2/0.4")
+    assert result.returncode == 2
+    assert result.stderr == "error: first=2/0.4: must be steps/sigma_max/sigma_min/rho/s_noise\n"
