@@ -154,9 +154,11 @@ def test_the_examples_of_replaced_samplers_run(folder):
     assert [relay.samplers["base"].evaluations for relay in examples(rd.load_relay, folder)] == [3, 3]
 
 
-def test_another_sampler_ignores_settings_of_the_trained_one(folder):
-    changes = {"sampler": {"steps": 30, "churn": 40.0}}
-    stage = rd.load_stage(folder / "base", changes=changes, sampler={"_target_": EDM, "steps": 5, "sigma_min": 0.1})
+def test_another_sampler_replaces_the_stored_one_which_changes_then_cannot_change(folder):
+    other, changes = {"_target_": EDM, "steps": 5, "sigma_min": 0.1}, {"sampler": {"steps": 30, "churn": None}}
+    with pytest.raises(UserError, match=r"^changes\.sampler={'steps': 30}: .* which sampler replaces; set these"):
+        rd.load_stage(folder / "base", changes=changes, sampler=other)
+    stage = rd.load_stage(folder / "base", changes={"sampler": {"steps": None}}, sampler=other)
     assert stage.info.config["sampler"] == {"_target_": EDM, "steps": 5, "sigma_min": 0.1}
     assert (stage.sampler.churn, stage.sampler.evaluations) == (0, 9)
 
@@ -198,7 +200,11 @@ def test_changes_keep_the_class(folder):
 
 def test_a_choice_of_conf_relay(monkeypatch, tmp_path):
     monkeypatch.chdir(PROJECT)
-    relay = rd.load_relay("emoji", changes=FEW_STEPS, samplers={"base": {"_target_": EDM, "steps": 3}})
+    relay = rd.load_relay("emoji", changes=FEW_STEPS)
+    assert [relay.samplers[name].evaluations for name in ("base", "relay")] == [3, 3]
+    relay = rd.load_relay(
+        "emoji", changes=FEW_STEPS | {"base": {"sampler": None}}, samplers={"base": {"_target_": EDM, "steps": 3}}
+    )
     assert [relay.samplers[name].evaluations for name in ("base", "relay")] == [5, 3]
     assert relay.chain()["relay"].info.origin["file"] == str(Path("demo/emoji_256/stage.json"))
     with pytest.raises(UserError, match=r"no relay at emoj: .*a choice of conf/relay \(cascade, .*emoji, "):

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from relay_diffusion.diffusion.guidance import observed
 from relay_diffusion.errors import UserError
 from relay_diffusion.models import relay as relay_module
 from relay_diffusion.models.finite_samples import NonFiniteSamplesError, finite, first_nonfinite_level
@@ -92,7 +93,8 @@ def test_the_first_level_that_fails_is_described():
         return x * (math.inf if sigma[0] < 10 else 0.0)
 
     def found(start, value=denoise):
-        return first_nonfinite_level(EDMSampler(steps=8), lambda sampler: sampler(value, start, torch.randn_like))
+        sampler = EDMSampler(steps=8)
+        return first_nonfinite_level(lambda observers: sampler(observed(value, observers), start, torch.randn_like))
 
     expected = next(sigma for sigma in EDMSampler(steps=8).sigmas if sigma < 10)
     assert found(torch.randn(2, 3, 4, 4)) == f"first the network's estimate at sigma={expected:.4g}"

@@ -8,6 +8,7 @@ from relay_diffusion.diffusion.pixels import to_float, to_uint8
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.relay import Relay, SampleBatch
 from relay_diffusion.models.stage import StageInfo
+from relay_diffusion.samplers import EDMSampler
 from support import tiny_stage
 
 
@@ -136,6 +137,37 @@ def test_a_relay_leaves_its_stages_as_they_are():
     assert torch.equal(first.sample((1, 3, 4, 4), [7]), before)
     assert [(stage, stage.sampler, stage.training) for stage in (first, second)] == own
     assert given == {"a": first, "b": second}
+
+
+def test_a_sampler_replaced_in_a_stage_is_the_one_that_samples_and_is_described():
+    first = tiny_stage(4, info=StageInfo({"sampler": {"steps": 3}}))
+    relay = Relay({"a": first}, hand_over_sigma=1.0)
+    before = relay.sample([7])
+    assert relay.describe()["stages"]["a"]["sampler"] == {"steps": 3}
+    first.sampler = EDMSampler(steps=5, churn=2.0)
+    assert relay.samplers["a"].evaluations == first.sampler.stopping_at(1.0).evaluations
+    assert not torch.equal(relay.sample([7]), before)
+    described = relay.describe()["stages"]["a"]["sampler"]
+    assert described["_target_"] == "relay_diffusion.samplers.edm.EDMSampler"
+    assert (described["churn"], described["sigmas"]) == (0.4, first.sampler.sigmas)
+
+
+def test_a_sampler_replaced_in_a_stage_is_checked_before_it_samples():
+    first = tiny_stage(4)
+    first.sampler = tiny_stage(8, 2).sampler
+    for draw in (lambda: first.sample((1, 3, 4, 4), [0]), lambda: Relay({"a": first}).sample([0])):
+        with pytest.raises(ValueError, match=r"^sampler=BlurringSampler: starts from images"):
+            draw()
+
+
+def test_observers_see_each_evaluation_of_each_stage():
+    relay, seen = Relay({"a": tiny_stage(4), "b": tiny_stage(8, 2)}), []
+    before = relay.sample([7, 8])
+    relay.observers.append(lambda stage, *tensors: seen.append((stage, *(part.shape for part in tensors))))
+    assert torch.equal(relay.sample([7, 8]), before)
+    small, large = (2, 3, 4, 4), (2, 3, 8, 8)
+    expected = [("a", small, (2,), small)] * relay.samplers["a"].evaluations
+    assert seen == expected + [("b", large, (2,), large)] * relay.samplers["b"].evaluations
 
 
 def test_a_sampler_that_cannot_stop_early_is_named():

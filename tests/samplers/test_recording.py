@@ -11,10 +11,11 @@ from PIL import Image
 from recorder import Recorder
 from relay_diffusion.diffusion import BlurringCorruption, TruncatedLogNormal
 from relay_diffusion.diffusion.generators import PerImageGenerator
+from relay_diffusion.diffusion.guidance import observed
 from relay_diffusion.diffusion.pixels import to_uint8
 from relay_diffusion.models.relay import Relay, SampleBatch
 from relay_diffusion.samplers import BlurringSampler, EDMSampler
-from relay_diffusion.samplers.recording import RecordingSampler, Step, shown_state
+from relay_diffusion.samplers.recording import Step, TrajectoryRecorder, shown_state
 from relay_diffusion.sampling.batches import rank_order
 from relay_diffusion.sampling.callbacks.trajectory_picture import TrajectoryPicture, evenly, frame, strip
 from relay_diffusion.sampling.run import sample
@@ -39,20 +40,21 @@ class OneBuffer:
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_recording_sampler_makes_the_same_images_and_keeps_each_level_as_it_was_left(name):
+def test_a_recorded_sampler_makes_the_same_images_and_keeps_each_level_as_it_was_left(name):
     sampler, like = SAMPLERS[name], torch.empty(3, 3, 8, 8)
 
     def call(sampler, denoise):
         noise = PerImageGenerator([1, 2, 3], like.device, stream=0)
         return sampler(denoise, noise.randn_like(like), noise.randn_like, torch.tensor([0, 1, 2]))
 
-    denoiser, recorder = Recorder(toy_denoiser), RecordingSampler(sampler, count=2, side=256)
+    denoiser, recorder = Recorder(toy_denoiser), TrajectoryRecorder(count=2, side=256)
     plain = call(sampler, denoiser)
-    assert torch.equal(call(recorder, OneBuffer()), plain)
-    assert recorder.evaluations == sampler.evaluations == len(denoiser.states)
+    assert torch.equal(call(sampler, observed(OneBuffer(), [recorder])), plain)
+    assert sampler.evaluations == len(denoiser.states)
 
     left = {float(sigma[0]): k for k, sigma in enumerate(denoiser.sigmas)}  # the last evaluation at each level
-    *steps, result = recorder.steps
+    *steps, result = recorder.finish(plain)
+    assert recorder.steps == []
     raised = 1.2 if name == "churn" else 1
     grid = [s * (raised if 0.05 <= s <= 50 else 1) for s in sampler.sigmas if s > 0]
     assert [step.sigma for step in steps] == pytest.approx(grid)
@@ -73,10 +75,9 @@ def test_states_are_shown_with_the_spread_of_images():
 
 
 def test_large_pictures_are_kept_small():
-    recorder = RecordingSampler(EDMSampler(steps=2), 1, side=4)
-    images = recorder(toy_denoiser, torch.randn(2, 3, 8, 8), torch.randn_like)
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
     averaged = torch.nn.functional.avg_pool2d(images[:1], 2).float()
-    assert torch.equal(recorder.steps[-1].states, to_uint8(averaged))
+    assert torch.equal(TrajectoryRecorder(1, side=4).finish(images)[-1].states, to_uint8(averaged))
 
 
 def steps_of(count, size):
@@ -108,16 +109,14 @@ def test_the_first_device_gets_the_shown_images_and_none_is_without():
     assert all(few[rank::3] for rank in range(3))
 
 
-def test_other_devices_record_nothing_and_samplers_are_given_back():
+def test_other_devices_record_nothing_and_an_exception_ends_the_recording():
     relay = Relay({"a": tiny_stage(4), "b": tiny_stage(8, 2)})
-    own, relays = [stage.sampler for stage in relay.chain().values()], dict(relay.samplers)
-    for first, recording in ((False, [False] * 2), (True, [True] * 2)):
+    for first, recording in ((False, 0), (True, 1)):
         callback = TrajectoryPicture("nowhere")
         callback.on_predict_start(SimpleNamespace(is_global_zero=first), relay)
-        assert [isinstance(sampler, RecordingSampler) for sampler in relay.samplers.values()] == recording
-        assert [stage.sampler for stage in relay.chain().values()] == own
+        assert len(relay.observers) == recording
         callback.on_exception(None, relay, KeyboardInterrupt())
-        assert relay.samplers == relays
+        assert relay.observers == []
 
 
 def test_fewer_images_than_asked_for_are_drawn_once_each(tmp_path):
@@ -131,7 +130,7 @@ def test_fewer_images_than_asked_for_are_drawn_once_each(tmp_path):
     callback.on_predict_end(trainer, relay)
     with Image.open(tmp_path / "trajectory.png") as picture:
         assert picture.size == (4 * 6 - 2, 2 * 6 - 2)  # three steps and the result
-    assert not isinstance(relay.samplers["a"], RecordingSampler)
+    assert relay.observers == []
 
 
 def pngs(folder):

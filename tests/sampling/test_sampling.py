@@ -355,11 +355,14 @@ def test_guidance_and_rounding_reach_the_relay(configuration, relay_overrides, m
 
 
 def test_a_stage_of_a_relay_gets_another_sampler(configuration, relay_overrides):
-    """The sampler is a choice or a mapping; changes are ignored."""
+    """The sampler is a choice or a mapping; changes of the stored one are an error."""
     choice = ("sampler@relay.stages.relay.sampler=blurring", "relay.stages.relay.sampler.steps=8")
     mapping = "relay.stages.base.sampler={_target_: relay_diffusion.samplers.EDMSampler, steps: 3}"
     trained = ("relay.stages.base.changes.sampler.churn=40", "relay.stages.relay.changes.sampler.s_noise=0.9")
-    cfg = configuration("sample", *relay_overrides, *choice, mapping, *trained)
+    with pytest.raises(UserError, match=r"^relay\.stages\.base: changes\.sampler={'churn': 40}: changes the stored"):
+        build_relay(configuration("sample", *relay_overrides, *choice, mapping, *trained).relay)
+    removed = ("relay.stages.base.changes.sampler=null", "relay.stages.relay.changes.sampler=null")
+    cfg = configuration("sample", *relay_overrides, *choice, mapping, *removed)
     validate_sampling(cfg)
     relay = build_relay(cfg.relay)
     base, second = relay.samplers.values()

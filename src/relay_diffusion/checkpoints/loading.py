@@ -52,8 +52,8 @@ def load_stage(
     `guide`: checkpoint of a weaker network of the same images for autoguidance, given as `path`.
     `trusted`: packages besides relay_diffusion whose classes the files may name, e.g. ["my_package"]; no other code
     that the files name is imported or called.
-    `sampler`: class and arguments of a sampler that replaces the stored one, as in conf/sampler. A sampler with a
-    `corruption` gets that of the stage, with the values given here:
+    `sampler`: class and arguments of a sampler that replaces the stored one, as in conf/sampler; `changes` must not
+    change the latter. A sampler with a `corruption` gets that of the stage, with the values given here:
 
         load_stage(path, sampler={"_target_": "relay_diffusion.samplers.EDMSampler", "steps": 12})
 
@@ -65,6 +65,11 @@ def load_stage(
     defaults = {"cuda_graphs": True, "label_dropout": 0.0}  # older files lack them
     config = changed_config(defaults | stored, changes, f"changes to the stage of {file}: ")
     if sampler is not None:
+        if ignored := _without_nulls((changes or {}).get("sampler") or {}):
+            raise UserError(
+                f"changes.sampler={shorten(ignored)}: changes the stored sampler, which sampler replaces; set these "
+                "values in sampler, or changes.sampler=null"
+            )
         config["sampler"] = _replaced_sampler(sampler, config["corruption"], trusted)
     if config.get("guidance_scale", 1) == 1 and (changes or {}).get("guidance_interval") is not None:
         raise UserError(
@@ -264,14 +269,14 @@ def build_empty(config: Mapping[str, Any], file: Path, trusted: Sequence[str] = 
         return build_stored(config, file, trusted)
 
 
-def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any] | None, said: str) -> dict[str, Any]:
+def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any] | None, where: str) -> dict[str, Any]:
     """Return a stored config with replaced values.
 
     `changes` has the structure of the config; nulls in it change nothing. Changes of the corruption also apply to that
-    of the sampler, unless `changes` sets the latter. said: prefix of messages. Raises UserError for an unknown key and
+    of the sampler, unless `changes` sets the latter. where: start of messages. Raises UserError for an unknown key and
     for a value of another type.
     """
-    _check_changes(config, changes or {}, said)
+    _check_changes(config, changes or {}, where)
     stored, given = OmegaConf.create(dict(config)), _without_nulls(changes or {})
     OmegaConf.set_struct(stored, True)
     copied = {}
@@ -280,27 +285,27 @@ def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any] | None,
     try:
         merged = OmegaConf.merge(stored, copied, given)
     except OmegaConfBaseException as error:
-        raise UserError(f"{said.rstrip('.: ')}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{where.rstrip('.: ')}: {str(error).splitlines()[0]}") from None
     return cast(dict[str, Any], OmegaConf.to_container(merged))
 
 
-def _check_changes(stored: Mapping[str, Any], changes: Mapping[str, Any], said: str, prefix: str = "") -> None:
+def _check_changes(stored: Mapping[str, Any], changes: Mapping[str, Any], where: str, parent: str = "") -> None:
     """Raise UserError for an unknown key or a value of another type.
 
-    A stored null accepts any value. `said`: prefix of messages.
+    A stored null accepts any value. `where`: start of messages.
     """
     for name, value in changes.items():
-        before, key = stored.get(name), f"{prefix}{name}"
+        before, key = stored.get(name), f"{parent}{name}"
         if value is not None and name not in stored:
-            raise UserError(f"{said}{shorten(key)}: unknown key{did_you_mean(str(name), map(str, stored))}")
+            raise UserError(f"{where}{shorten(key)}: unknown key{did_you_mean(str(name), map(str, stored))}")
         if value is None or before is None:
             continue
         if name == "_target_" and value != before:
-            raise UserError(f"{said}{key}={shorten(value)}: changes keep the class; give another sampler as sampler")
+            raise UserError(f"{where}{key}={shorten(value)}: changes keep the class; give another sampler as sampler")
         if isinstance(before, Mapping) and isinstance(value, Mapping):
-            _check_changes(before, value, said, f"{key}.")
+            _check_changes(before, value, where, f"{key}.")
         elif _kind(before) != _kind(value):
-            raise UserError(f"{said}{key}={shorten(value)} must be {_kind(before)}; stored is {shorten(before)}")
+            raise UserError(f"{where}{key}={shorten(value)} must be {_kind(before)}; stored is {shorten(before)}")
 
 
 def _replaced_sampler(
@@ -329,7 +334,7 @@ def _replaced_sampler(
 
 def _kind(value: Any) -> str:
     kinds = {bool: "true or false", int: "a number", float: "a number", str: "a text", dict: "a mapping"}
-    return next((said for kind, said in kinds.items() if isinstance(value, kind)), "a list")
+    return next((name for kind, name in kinds.items() if isinstance(value, kind)), "a list")
 
 
 def _without_nulls(changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,24 @@ from torch import Tensor
 Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """D(x [B,C,H,W], sigma [B], labels [B] or None) -> estimate of the clean images [B,C,H,W]."""
 
+Observer = Callable[[Tensor, Tensor, Tensor], None]
+"""Called with the noisy images [B,C,H,W], sigma [B] and the estimate [B,C,H,W] of each evaluation."""
+
 NO_CLASS = -1
+
+
+def observed(denoise: Denoiser, observers: Sequence[Observer]) -> Denoiser:
+    """Return a denoiser that shows each evaluation to observers."""
+    if not observers:
+        return denoise
+
+    def evaluate(x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+        estimate = denoise(x, sigma, labels)
+        for observe in observers:
+            observe(x, sigma, estimate)
+        return estimate
+
+    return evaluate
 
 
 def drop_labels(labels: Tensor, probability: float) -> Tensor:

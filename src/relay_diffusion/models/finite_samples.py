@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from relay_diffusion.diffusion.guidance import Denoiser
+from relay_diffusion.diffusion.guidance import Observer
 from relay_diffusion.errors import UserError
-from relay_diffusion.samplers import Sampler
 
 SHOWN_SEEDS = 4  # number of seeds that a message lists
 
@@ -30,43 +28,31 @@ def finite(images: Tensor) -> Tensor:
     return torch.stack(torch.aminmax(images.flatten(1), dim=1)).isfinite().all(0)
 
 
-def first_nonfinite_level(sampler: Sampler, draw: Callable[[Callable[..., Tensor]], Tensor]) -> str | None:
+def first_nonfinite_level(draw: Callable[[Sequence[Observer]], Tensor]) -> str | None:
     """Sample a batch again and describe the first non-finite state or estimate.
 
-    draw: samples the batch with a given sampler. None if everything stayed finite. Synchronizes with the device at each
+    draw: samples the batch with given observers. None if everything stayed finite. Synchronizes with the device at each
     step.
     """
     found: list[str] = []
 
-    def check(what: str, images: Tensor, sigma: Tensor) -> None:
-        if not found and not bool(finite(images).all()):
-            found.append(f"first {what} at sigma={float(sigma[0]):.4g}")
+    def check(x: Tensor, sigma: Tensor, estimate: Tensor) -> None:
+        for what, images in (("the noisy image", x), ("the network's estimate", estimate)):
+            if not found and not bool(finite(images).all()):
+                found.append(f"first {what} at sigma={float(sigma[0]):.4g}")
 
-    def checked(denoise: Denoiser, *inputs: Any) -> Tensor:
-        def checked_denoise(x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
-            check("the noisy image", x, sigma)
-            estimates = denoise(x, sigma, labels)
-            check("the network's estimate", estimates, sigma)
-            return estimates
-
-        return sampler(checked_denoise, *inputs)
-
-    draw(checked)
+    draw([check])
     return found[0] if found else None
 
 
 def nonfinite_samples(
-    stage: str,
-    seeds: Sequence[int],
-    finite: Sequence[bool],
-    sampler: Sampler,
-    draw: Callable[[Callable[..., Tensor]], Tensor],
+    stage: str, seeds: Sequence[int], finite: Sequence[bool], draw: Callable[[Sequence[Observer]], Tensor]
 ) -> NonFiniteSamplesError:
     """Build the error for a batch with non-finite samples.
 
     finite: bool [B]. draw: as in `first_nonfinite_level`.
     """
-    where = first_nonfinite_level(sampler, draw) or "but not when sampled once more"
+    where = first_nonfinite_level(draw) or "but not when sampled once more"
     lost = list(dict.fromkeys(seed for seed, fine in zip(seeds, finite, strict=True) if not fine))
     named = ", ".join(map(str, lost[:SHOWN_SEEDS]))
     named += f" and {len(lost) - SHOWN_SEEDS} more" if len(lost) > SHOWN_SEEDS else ""

@@ -50,8 +50,8 @@ class Relay(L.LightningModule):
 
     Predicts images from (seeds, labels). A first stage that enlarges starts from given images (`start`), others from
     noise. `hand_over_sigma`: the first stage stops at that noise level and passes its estimate on. `rounding` to 8 bits
-    is "nearest" or "floor"; `postprocess` changes the 8-bit images [B,C,H,W]. `samplers`: the samplers of the stages,
-    by name; replacing one in the relay leaves the stage unchanged.
+    is "nearest" or "floor"; `postprocess` changes the 8-bit images [B,C,H,W]. `observers`: called at each evaluation
+    of a network with the name of the stage and the arguments of an Observer, for progress and trajectories.
     Raises UserError if the output of a stage does not fit the input of the next one, ValueError for another rounding.
     """
 
@@ -69,19 +69,30 @@ class Relay(L.LightningModule):
         self._names = list(stages)  # a ModuleDict rejects some names ("keys", "pop")
         self.stages = nn.ModuleList(stages.values())
         self.rounding, self.postprocess = rounding, postprocess
-        self.samplers = {name: stage.sampler for name, stage in stages.items()}
-        self.hand_over_sigma, self.saved_evaluations = hand_over_sigma, 0
-        if hand_over_sigma is not None:
-            name, first = next(iter(stages.items()))
-            self.samplers[name] = self._stopped(name, first, hand_over_sigma)
-            self.saved_evaluations = first.sampler.evaluations - self.samplers[name].evaluations
+        self.hand_over_sigma = hand_over_sigma
+        self.observers: list[Callable[[str, Tensor, Tensor, Tensor], None]] = []
+        _ = self.samplers  # raises for an impossible hand-over
+
+    @property
+    def samplers(self) -> dict[str, Sampler]:
+        """Samplers of the stages by name; with an early hand-over, the first one stops there.
+
+        Raises UserError if the first stage cannot stop at `hand_over_sigma`.
+        """
+        samplers = {name: stage.sampler for name, stage in self.chain().items()}
+        if self.hand_over_sigma is not None:
+            name, first = next(iter(self.chain().items()))
+            samplers[name] = self._stopped(name, first, self.hand_over_sigma)
+        return samplers
+
+    @property
+    def saved_evaluations(self) -> int:
+        """Evaluations of the first network that the early hand-over saves."""
+        name, first = next(iter(self.chain().items()))
+        return first.sampler.evaluations - self.samplers[name].evaluations
 
     @staticmethod
     def _stopped(name: str, first: DiffusionStage, sigma: float) -> Sampler:
-        """Return the first stage's sampler, stopped at a noise level.
-
-        Raises UserError if it does not start from noise or cannot stop there.
-        """
         if first.corruption.block != 1:
             raise UserError(f"relay.hand_over_sigma={sigma}: relay.stages.{name} does not start from noise; use null")
         if not hasattr(first.sampler, "stopping_at"):
@@ -125,15 +136,9 @@ class Relay(L.LightningModule):
 
         Settings of each stage, hand-over and conversion to 8 bits.
         """
+        samplers = self.samplers
         stages = {
-            name: {
-                **stage.info.origin,
-                **{part: (stage.info.config or {}).get(part) for part in ("corruption", "sampler")},
-                "resolution": stage.resolution,
-                "network_evaluations": self.samplers[name].evaluations,
-                "guidance_scale": stage.guidance_scale,
-                "guidance_interval": None if stage.guidance_scale == 1 else stage.guidance_interval,
-            }
+            name: stage.describe() | {"network_evaluations": samplers[name].evaluations}
             for name, stage in self.chain().items()
         }
         return {
@@ -183,10 +188,10 @@ class Relay(L.LightningModule):
         NonFiniteSamplesError for that finiteness.
         """
         images: dict[str, Tensor] = {}
-        draws, fine, previous = [], [], start
+        draws, fine, previous, samplers = [], [], start, self.samplers
         for name, stage in self.chain().items():
-            draws.append(partial(stage.draw, seeds, labels if stage.num_classes else None, previous))
-            images[name] = draws[-1](self.samplers[name])
+            draws.append(partial(stage.draw, seeds, labels if stage.num_classes else None, previous, samplers[name]))
+            images[name] = draws[-1]([partial(observe, name) for observe in self.observers])
             fine.append(finite(images[name]))  # clamping would hide an infinity
             previous = images[name].clamp(-1, 1)  # the next stage was trained on means of real images
 
@@ -197,7 +202,7 @@ class Relay(L.LightningModule):
             """
             for name, draw, whole in zip(images, draws, fine.tolist(), strict=True):
                 if not all(whole):
-                    raise nonfinite_samples(f"relay.stages.{name}", seeds, whole, self.samplers[name], draw)
+                    raise nonfinite_samples(f"relay.stages.{name}", seeds, whole, draw)
 
         return images, torch.stack(fine), check
 

@@ -17,7 +17,14 @@ from torch.optim import Optimizer
 from relay_diffusion.diffusion.augment import Augmentation
 from relay_diffusion.diffusion.corruption import Corruption
 from relay_diffusion.diffusion.generators import PerImageGenerator, mix_seeds
-from relay_diffusion.diffusion.guidance import Denoiser, check_guidance, drop_labels, with_guidance
+from relay_diffusion.diffusion.guidance import (
+    Denoiser,
+    Observer,
+    check_guidance,
+    drop_labels,
+    observed,
+    with_guidance,
+)
 from relay_diffusion.diffusion.loss import DenoisingLoss
 from relay_diffusion.diffusion.noise import RandnLike
 from relay_diffusion.diffusion.pixels import to_float
@@ -100,13 +107,8 @@ class DiffusionStage(OptimizationHooks):
                 f"network.condition_channels={wanted}: {type(self).__name__} provides {provided} condition channels; "
                 f"set network.condition_channels={provided}"
             )
-        from_noise = [getattr(part, "starts_from_noise", None) for part in (sampler, corruption)]
-        if None not in from_noise and from_noise[0] != from_noise[1]:
-            starts = ["noise" if noise else "images" for noise in from_noise]
-            raise ValueError(
-                f"sampler={type(sampler).__name__}: starts from {starts[0]}, and {type(corruption).__name__} from "
-                f"{starts[1]}; use another sampler"
-            )
+        self._check_sampler(sampler)
+        self._configured_sampler = sampler
         # constant buffers, which DistributedDataParallel would broadcast at every step
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self.label_dropout, self.guidance_scale = label_dropout, guidance_scale
@@ -117,6 +119,33 @@ class DiffusionStage(OptimizationHooks):
         self._graphed: dict[int, Graphed] = {}
         self._graphed_training = GraphedTraining(denoiser)
         self.seed, self.info = seed, info
+
+    def _check_sampler(self, sampler: Sampler) -> None:
+        """Raise ValueError unless a sampler starts where the corruption ends."""
+        from_noise = [getattr(part, "starts_from_noise", None) for part in (sampler, self.corruption)]
+        if None not in from_noise and from_noise[0] != from_noise[1]:
+            starts = ["noise" if noise else "images" for noise in from_noise]
+            raise ValueError(
+                f"sampler={type(sampler).__name__}: starts from {starts[0]}, and {type(self.corruption).__name__} from "
+                f"{starts[1]}; use another sampler"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the settings that determine the samples, and the weights.
+
+        A sampler that was replaced since the stage was built appears with its class and its numbers.
+        """
+        config = self.info.config or {}
+        own = self.sampler is self._configured_sampler
+        return {
+            **self.info.origin,
+            "corruption": config.get("corruption"),
+            "sampler": config.get("sampler") if own else _described_sampler(self.sampler),
+            "resolution": self.resolution,
+            "network_evaluations": self.sampler.evaluations,
+            "guidance_scale": self.guidance_scale,
+            "guidance_interval": None if self.guidance_scale == 1 else self.guidance_interval,
+        }
 
     @property
     def resolution(self) -> int:
@@ -281,8 +310,8 @@ class DiffusionStage(OptimizationHooks):
         fine = finite(images).tolist()
         if not all(fine):
             who = str(self.info.origin.get("file", "this stage"))
-            draw = partial(self.draw, seeds, labels, previous)
-            raise nonfinite_samples(who, seeds, fine, self.sampler, draw)
+            draw = partial(self.draw, seeds, labels, previous, self.sampler)
+            raise nonfinite_samples(who, seeds, fine, draw)
         return images
 
     @torch.no_grad()
@@ -291,21 +320,36 @@ class DiffusionStage(OptimizationHooks):
         seeds: Sequence[int],
         labels: Tensor | None = None,
         previous: Tensor | None = None,
-        sampler: Callable[..., Tensor] | None = None,
+        sampler: Sampler | None = None,
+        observers: Sequence[Observer] = (),
     ) -> Tensor:
         """Sample like `sample`, with valid arguments and without synchronization.
 
-        Samples may be non-finite. sampler: used instead of the stage's own.
+        Samples may be non-finite. sampler: used instead of the stage's own. observers: see each evaluation. Raises
+        ValueError for a sampler that does not start where the corruption ends.
         """
+        sampler = self.sampler if sampler is None else sampler
+        self._check_sampler(sampler)
         noise = PerImageGenerator(seeds, self.device, stream=self.resolution)  # stages have independent noise
         like = torch.empty(len(seeds), self.image_channels, self.resolution, self.resolution, device=self.device)
         start = self.corruption.start(like, previous, noise.randn_like)
         if labels is not None:
             labels = labels.to(self.device)
-        denoise = self.guided_denoiser(self.sampling_condition(previous, noise.randn_like))
+        denoise = observed(self.guided_denoiser(self.sampling_condition(previous, noise.randn_like)), observers)
         training = self.training
         self.eval()
         try:
-            return (sampler or self.sampler)(denoise, start, noise.randn_like, labels).float()
+            return sampler(denoise, start, noise.randn_like, labels).float()
         finally:
             self.train(training)
+
+
+def _described_sampler(sampler: Sampler) -> dict[str, Any]:
+    """Return the class and the public values of a sampler."""
+    kind = type(sampler)
+    values = {
+        name: value
+        for name, value in vars(sampler).items()
+        if not name.startswith("_") and isinstance(value, int | float | str | list)
+    }
+    return {"_target_": f"{kind.__module__}.{kind.__qualname__}", **values}

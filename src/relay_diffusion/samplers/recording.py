@@ -8,10 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from relay_diffusion.diffusion.guidance import Denoiser
-from relay_diffusion.diffusion.noise import RandnLike
 from relay_diffusion.diffusion.pixels import to_uint8
-from relay_diffusion.samplers import Sampler
 
 SIGMA_DATA = 0.5  # standard deviation of images, as in EDM
 
@@ -37,40 +34,34 @@ def shown_state(x: Tensor, sigma: float) -> Tensor:
     return x * scale
 
 
-class RecordingSampler:
-    """Wrapper of a sampler that records its intermediate states.
+class TrajectoryRecorder:
+    """Observer of a sampler that records its intermediate states.
 
-    `steps`: the first `count` images of the latest call. If the sampler returns to a noise level (a second-order step
-    looks ahead to the next one, churn raises it again), the last evaluation counts. The last step is sigma = 0, where
-    states and estimates are the images. Recorded images are averaged down to at most `side` pixels.
+    `steps`: the first `count` images of one batch. If the sampler returns to a noise level (a second-order step
+    looks ahead to the next one, churn raises it again), the last evaluation counts. Recorded images are averaged down
+    to at most `side` pixels.
     """
 
-    def __init__(self, sampler: Sampler, count: int, side: int) -> None:
-        self.sampler, self.count, self.side = sampler, count, side
+    def __init__(self, count: int, side: int) -> None:
+        self.count, self.side = count, side
         self.steps: list[Step] = []
 
-    @property
-    def evaluations(self) -> int:
-        """Network evaluations per image (without guidance)."""
-        return self.sampler.evaluations
+    def __call__(self, x: Tensor, sigma: Tensor, estimates: Tensor) -> None:
+        """Record an evaluation: x and estimates [B,C,H,W], sigma [B]."""
+        level = float(sigma[0])  # samplers pass it on the CPU, with the same value for all images
+        while self.steps and self.steps[-1].sigma <= level:
+            self.steps.pop()
+        state = shown_state(x[: self.count], level)
+        self.steps.append(Step(level, self._picture(state), self._picture(estimates)))
 
-    def __call__(self, denoise: Denoiser, start: Tensor, randn_like: RandnLike, labels: Tensor | None = None) -> Tensor:
-        """Sample images of `start` [B,C,H,W] and record the steps."""
-        steps: list[Step] = []
-        self.steps = steps
+    def finish(self, images: Tensor) -> list[Step]:
+        """Return the steps, with the images [B,C,H,W] as the last one.
 
-        def recording(x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
-            estimates = denoise(x, sigma, labels)
-            level = float(sigma[0])  # samplers pass it on the CPU, with the same value for all images
-            while steps and steps[-1].sigma <= level:
-                steps.pop()
-            steps.append(Step(level, self._picture(shown_state(x[: self.count], level)), self._picture(estimates)))
-            return estimates
-
-        images = self.sampler(recording, start, randn_like, labels)
+        Its sigma is 0. The next batch starts anew.
+        """
         result = self._picture(images)
-        steps.append(Step(0.0, result, result))
-        return images
+        steps, self.steps = [*self.steps, Step(0.0, result, result)], []
+        return steps
 
     def _picture(self, images: Tensor) -> Tensor:
         images = images[: self.count].float()

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from relay_diffusion.models.relay import Relay, Samples
-from relay_diffusion.samplers.recording import RecordingSampler, Step, joined
+from relay_diffusion.samplers.recording import Step, TrajectoryRecorder, joined
 from relay_diffusion.utils.pictures import image_grid, save_png, save_webp, side_by_side
 
 MAX_SIDE = 256  # pixels: larger pictures would be hundreds of megabytes of noise
@@ -31,19 +31,21 @@ class TrajectoryPicture(Callback):
 
     def __init__(self, folder: str | Path, count: int = 4) -> None:
         self.folder, self.count = Path(folder), count
-        self._recorders: dict[str, RecordingSampler] = {}
+        self._recorders: dict[str, TrajectoryRecorder] = {}
         self._steps: dict[str, list[Step]] = {}
         self._side = MAX_SIDE
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Record the samplers of all stages on rank 0."""
+        """Observe all stages on rank 0."""
         if not trainer.is_global_zero:
             return
         assert isinstance(pl_module, Relay)
         self._side = min(pl_module.resolution, MAX_SIDE)
-        for name, sampler in pl_module.samplers.items():
-            self._recorders[name] = RecordingSampler(sampler, self.count, self._side)
-        pl_module.samplers |= self._recorders
+        self._recorders = {name: TrajectoryRecorder(self.count, self._side) for name in pl_module.chain()}
+        pl_module.observers.append(self._record)
+
+    def _record(self, stage: str, x: Tensor, sigma: Tensor, estimate: Tensor) -> None:
+        self._recorders[stage](x, sigma, estimate)
 
     def on_predict_batch_end(
         self,
@@ -53,11 +55,13 @@ class TrajectoryPicture(Callback):
         *args: Any,  # noqa: ARG002
     ) -> None:
         """Collect the steps of the first `count` images, then draw them."""
-        for name, sampler in self._recorders.items():
-            steps = [Step(s, x[: len(outputs.positions)], y[: len(outputs.positions)]) for s, x, y in sampler.steps]
+        wanted = len(outputs.positions)
+        for name, recorder in self._recorders.items():
+            recorded = recorder.finish(outputs.stages[name])
+            steps = [Step(sigma, x[:wanted], estimates[:wanted]) for sigma, x, estimates in recorded]
             self._steps[name] = joined(self._steps[name], steps) if name in self._steps else steps
-            sampler.count -= len(steps[0].states)
-        if self._recorders and all(sampler.count == 0 for sampler in self._recorders.values()):
+            recorder.count -= len(steps[0].states)
+        if self._recorders and all(recorder.count == 0 for recorder in self._recorders.values()):
             self._finish(pl_module)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
@@ -66,11 +70,11 @@ class TrajectoryPicture(Callback):
             self._finish(pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:  # noqa: ARG002
-        """Restore the samplers."""
-        self._restore_samplers(pl_module)
+        """Stop observing."""
+        self._stop(pl_module)
 
     def _finish(self, pl_module: L.LightningModule) -> None:
-        self._restore_samplers(pl_module)
+        self._stop(pl_module)
         stages = list(self._steps.values())
         save_png(strip(stages, self._side), self.folder / "trajectory.png")
         pictures = [frame(step, self._side) for steps in stages for step in steps]
@@ -78,10 +82,10 @@ class TrajectoryPicture(Callback):
         save_webp(pictures, [*times[:-1], END], self.folder / "trajectory.webp")
         self._steps = {}
 
-    def _restore_samplers(self, pl_module: L.LightningModule) -> None:
+    def _stop(self, pl_module: L.LightningModule) -> None:
         if self._recorders:
             assert isinstance(pl_module, Relay)
-            pl_module.samplers |= {name: recorder.sampler for name, recorder in self._recorders.items()}
+            pl_module.observers.remove(self._record)
         self._recorders = {}
 
 
