@@ -36,9 +36,8 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import Evaluator
 from relay_diffusion.models.relay import Relay
 from relay_diffusion.networks.flops import forward_flops
-from relay_diffusion.sampling.evaluate import build_evaluator
 from relay_diffusion.sampling.options import sampling_options
-from relay_diffusion.sampling.run import build_relay, make_plan
+from relay_diffusion.sampling.run import build_evaluator, build_relay, make_plan
 from relay_diffusion.utils.files import write_text
 from relay_diffusion.utils.host import prepare_host
 from relay_diffusion.utils.progress import progress

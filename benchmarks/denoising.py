@@ -23,7 +23,7 @@ import torch
 from relay_diffusion.checkpoints.loading import load_stage
 from relay_diffusion.cli.arguments import positive_numbers, run_tool
 from relay_diffusion.data.dataset import ImageDataset
-from relay_diffusion.data.image_sets import spread
+from relay_diffusion.data.image_sets import evenly_spaced
 from relay_diffusion.diffusion.pixels import to_float
 from relay_diffusion.errors import UserError
 
@@ -50,7 +50,7 @@ def run(options: Options) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stage = load_stage(options.stage).eval().to(device)
     dataset = ImageDataset(options.images, stage.denoiser.network.resolution, subset=options.subset)
-    chosen = dataset.__getitems__(spread(min(options.count, len(dataset)), len(dataset)))
+    chosen = dataset.__getitems__(evenly_spaced(min(options.count, len(dataset)), len(dataset)))
     images = to_float(torch.stack([image for image, _ in chosen]))
     labels = torch.tensor([label for _, label in chosen])
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))

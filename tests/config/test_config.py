@@ -14,8 +14,8 @@ from relay_diffusion.config.run_dir import _new_run_id, _run_dir
 from relay_diffusion.config.sample import validate_sampling
 from relay_diffusion.config.train import validate_training
 from relay_diffusion.errors import UserError
-from relay_diffusion.sampling.evaluate import build_evaluator
 from relay_diffusion.sampling.options import chosen_stages, reference_of, sampling_options
+from relay_diffusion.sampling.run import build_evaluator
 from relay_diffusion.training.run import train
 from relay_diffusion.utils.distributed import RUN_ID
 from support import PROJECT, TINY

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from relay_diffusion.analysis.tables import csv_text
-from relay_diffusion.data.image_sets import ImageSet, spread
+from relay_diffusion.data.image_sets import ImageSet, evenly_spaced
 from relay_diffusion.metrics.inception import Inception
 from relay_diffusion.metrics.neighbours import NearestSearch, Neighbours
 from relay_diffusion.utils.host import prepare_host
@@ -59,7 +59,7 @@ def compare(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prepare_host(device)
     inception.to(device)
-    scale = spread(min(MAX_SCALE, len(reference)), len(reference))
+    scale = evenly_spaced(min(MAX_SCALE, len(reference)), len(reference))
     own = torch.tensor([-1] * len(images) + scale)
     pixels = torch.cat([images, read(reference, scale, "reading the reference")])
     by_pixels = NearestSearch(pixels.to(device), nearest, own)

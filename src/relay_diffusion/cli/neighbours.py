@@ -13,7 +13,7 @@ from omegaconf import MISSING
 from relay_diffusion.analysis.neighbours import QUANTILE, Comparison, compare, neighbours_csv, picture, read
 from relay_diffusion.analysis.tables import print_table
 from relay_diffusion.cli.arguments import run_tool
-from relay_diffusion.data.image_sets import ImageSet, open_image_set, spread
+from relay_diffusion.data.image_sets import ImageSet, evenly_spaced, open_image_set
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics.inception import Inception
 from relay_diffusion.utils.files import refuse_existing, write_text
@@ -111,7 +111,7 @@ def analyse(options: NeighboursOptions) -> None:
         raise UserError(
             f"destination={options.destination}: cannot be created ({error.strerror}); choose another folder"
         ) from error
-    chosen = spread(min(options.count, len(images)), len(images))
+    chosen = evenly_spaced(min(options.count, len(images)), len(images))
     pixels = read(images, chosen, "reading images")
     comparisons = compare(pixels, reference, inception, options.nearest, options.mirrored)
     drawn = picture(pixels, reference, [comparison.found for comparison in comparisons.values()])

@@ -21,7 +21,7 @@ from relay_diffusion.analysis.plots import plot
 from relay_diffusion.analysis.spectrum import Curve, Settings, matching_factors, ring_means, snr_curves, summed_power
 from relay_diffusion.analysis.tables import csv_text, print_table
 from relay_diffusion.cli.arguments import positive_numbers, run_tool
-from relay_diffusion.data.image_sets import ImageSet, open_image_set, spread
+from relay_diffusion.data.image_sets import ImageSet, evenly_spaced, open_image_set
 from relay_diffusion.diffusion.corruption import block_mean
 from relay_diffusion.diffusion.pixels import to_float
 from relay_diffusion.errors import UserError
@@ -88,7 +88,7 @@ def image_powers(images: ImageSet, count: int, resolutions: Sequence[int]) -> di
     """
     totals = {side: torch.zeros(side, side, dtype=torch.float64) for side in resolutions}
     with progress("transforming", count) as advance:
-        for batch in images.batches(BATCH, spread(count, len(images))):
+        for batch in images.batches(BATCH, evenly_spaced(count, len(images))):
             pixels = to_float(batch).double()
             for side, total in totals.items():
                 total += summed_power(block_mean(pixels, images.resolution[0] // side))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from relay_diffusion.data.image_sets import ImageFiles, image_tensor, spread
+from relay_diffusion.data.image_sets import ImageFiles, evenly_spaced, image_tensor
 from relay_diffusion.data.labels import read_labels
 from relay_diffusion.data.sources import open_source
 from relay_diffusion.diffusion.guidance import NO_CLASS
@@ -113,11 +113,11 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return image_tensor(self._files.image(name))
 
 
-def spread_images(dataset: ImageDataset, numbers: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
+def evenly_spaced_images(dataset: ImageDataset, numbers: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
     """Return evenly spaced images and their labels.
 
     numbers: which of `count` evenly spaced images. Returns uint8 [B,C,H,W] and labels [B].
     """
-    chosen = spread(count, len(dataset.names))
+    chosen = evenly_spaced(count, len(dataset.names))
     items = [dataset[chosen[number]] for number in numbers]
     return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])

@@ -223,7 +223,7 @@ def image_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def spread(count: int, size: int) -> list[int]:
+def evenly_spaced(count: int, size: int) -> list[int]:
     """Return `count` ascending, evenly spaced indices of `size` images.
 
     Names are sorted by class, so the first images would be of few classes.

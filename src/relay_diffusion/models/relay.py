@@ -75,9 +75,9 @@ class Relay(L.LightningModule):
 
     @property
     def samplers(self) -> dict[str, Sampler]:
-        """Samplers of the stages by name; with an early hand-over, the first one stops there.
+        """Samplers of the stages by name.
 
-        Raises UserError if the first stage cannot stop at `hand_over_sigma`.
+        With an early hand-over, the first one stops there. Raises UserError if it cannot.
         """
         samplers = {name: stage.sampler for name, stage in self.chain().items()}
         if self.hand_over_sigma is not None:

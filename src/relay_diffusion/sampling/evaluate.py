@@ -8,14 +8,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from hydra.utils import instantiate
-from omegaconf import DictConfig
 
 from relay_diffusion import __version__
 from relay_diffusion.data.image_sets import ImageSet
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import Evaluator
-from relay_diffusion.sampling.options import ReferenceOptions, SamplingOptions
+from relay_diffusion.sampling.options import SamplingOptions
 from relay_diffusion.sampling.report import report
 from relay_diffusion.training.callbacks.preemption import Preemption, restored_signal_handlers
 from relay_diffusion.utils.distributed import started_ranks
@@ -44,16 +42,6 @@ def check_count(option: str, count: int, processes: int) -> None:
         raise UserError(f"{option}: metrics need at least 2 images; give more")
     if count < processes:
         raise UserError(f"{option}: {count} images for {processes} devices; use fewer devices")
-
-
-def build_evaluator(metrics: DictConfig, reference: ReferenceOptions, resolution: tuple[int, int]) -> Evaluator:
-    """Build the evaluator for images [height, width] and check its reference."""
-    source = instantiate(metrics.reference)(
-        path=reference.path, subset=reference.subset, resolution=resolution, option=reference.option
-    )
-    source.check()  # report errors before sampling
-    evaluator: Evaluator = instantiate(metrics.evaluator, reference=source, _convert_="all")
-    return evaluator
 
 
 def measure(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +51,18 @@ def reference_of(cfg: DictConfig) -> dict[str, Any]:
 class StartOptions:
     """Starting images; `path` None: noise. exif: "apply" or "ignore"."""
 
-    path: str | None
-    subset: str
-    exif: str
+    path: str | None = None
+    subset: str = ""
+    exif: str = "apply"
 
 
 @dataclass(frozen=True)
 class ReferenceOptions:
     """Reference of an evaluation. option: the key in messages."""
 
-    path: str | None
-    subset: str
-    option: str
+    path: str | None = None
+    subset: str = ""
+    option: str = "reference"
 
 
 @dataclass(frozen=True)
@@ -75,21 +75,20 @@ class SamplingOptions:
     """
 
     output: Path
-    run_id: str
-    evaluate: bool
-    images: str | None
-    seeds: Any
-    default_seeds: Any
-    classes: Any
-    start: StartOptions
-    reference: ReferenceOptions
-    batch_size: int
-    format: str
-    npz: bool
-    picture: int
-    trajectory: int
-    precision: str
-    config: str
+    run_id: str = ""
+    evaluate: bool = False
+    images: str | None = None
+    seeds: Any = None
+    default_seeds: Any = "0-7"
+    classes: Any = None
+    start: StartOptions = field(default_factory=StartOptions)
+    reference: ReferenceOptions = field(default_factory=ReferenceOptions)
+    batch_size: int = 32
+    format: str = "png"
+    npz: bool = False
+    picture: int = 16
+    trajectory: int = 0
+    config: str = ""
 
     @property
     def shown_seeds(self) -> str | None:
@@ -124,6 +123,5 @@ def sampling_options(cfg: DictConfig) -> SamplingOptions:
         npz=cfg.npz,
         picture=cfg.picture,
         trajectory=4 if cfg.save_trajectory is True else int(cfg.save_trajectory),
-        precision=cfg.trainer.precision,
         config=OmegaConf.to_yaml(cfg, resolve=True),
     )

@@ -28,7 +28,7 @@ from relay_diffusion.sampling.batches import PlanDataModule, rank_order
 from relay_diffusion.sampling.callbacks.image_writer import ImageWriter
 from relay_diffusion.sampling.callbacks.relay_picture import RelayPicture
 from relay_diffusion.sampling.callbacks.trajectory_picture import TrajectoryPicture
-from relay_diffusion.sampling.evaluate import build_evaluator, check_count, measure, measure_stored
+from relay_diffusion.sampling.evaluate import check_count, measure, measure_stored
 from relay_diffusion.sampling.image_store import ImageStore
 from relay_diffusion.sampling.options import (
     ReferenceOptions,
@@ -67,6 +67,7 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
     return sample_relay(options, trainer, relay, plan, evaluator)
 
 
+@quiet_libraries()
 def sample_relay(
     options: SamplingOptions, trainer: L.Trainer, relay: Relay, plan: Plan, evaluator: Evaluator | None = None
 ) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def sample_relay(
 def _make_and_measure(
     options: SamplingOptions, trainer: L.Trainer, relay: Relay, plan: Plan, evaluator: Evaluator | None
 ) -> dict[str, Any]:
-    settings = run_settings(options, relay, plan, trainer.strategy.root_device.type)
+    settings = run_settings(relay, plan, trainer)
 
     def look() -> tuple[ImageStore, list[int]]:
         store = ImageStore(options.output, _without_places(settings))
@@ -134,6 +135,16 @@ def build_relay(settings: DictConfig) -> Relay:
                 f"relay.stages.{name} makes images of {stages[name].image_channels} channels: use a stage of 3 channels"
             )
     return Relay(stages, **relay_options(settings))
+
+
+def build_evaluator(metrics: DictConfig, reference: ReferenceOptions, resolution: tuple[int, int]) -> Evaluator:
+    """Build the evaluator for images [height, width] and check its reference."""
+    source = instantiate(metrics.reference)(
+        path=reference.path, subset=reference.subset, resolution=resolution, option=reference.option
+    )
+    source.check()  # report errors before sampling
+    evaluator: Evaluator = instantiate(metrics.evaluator, reference=source, _convert_="all")
+    return evaluator
 
 
 def make_plan(options: SamplingOptions, relay: Relay) -> Plan:
@@ -219,12 +230,12 @@ def _report_uneven_classes(reference: ReferenceOptions, relay: Relay) -> None:
             )
 
 
-def run_settings(options: SamplingOptions, relay: Relay, plan: Plan, device: str) -> dict[str, Any]:
+def run_settings(relay: Relay, plan: Plan, trainer: L.Trainer) -> dict[str, Any]:
     """Return all settings that the images depend on, except the seeds."""
     settings = relay.describe() | {
         "classes": _shown_classes(plan.classes),
-        "precision": options.precision,
-        "device": device,
+        "precision": trainer.precision,
+        "device": trainer.strategy.root_device.type,
     }
     if plan.start is not None:
         labels = hashlib.sha256(str(plan.start.labels).encode()).hexdigest()

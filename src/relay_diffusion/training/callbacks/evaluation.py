@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from relay_diffusion.data.dataset import spread_images
-from relay_diffusion.data.image_sets import spread
+from relay_diffusion.data.dataset import evenly_spaced_images
+from relay_diffusion.data.image_sets import evenly_spaced
 from relay_diffusion.diffusion.corruption import block_mean
 from relay_diffusion.diffusion.pixels import to_float, to_uint8
 from relay_diffusion.metrics import Evaluator
@@ -77,10 +77,10 @@ class PeriodicEvaluation(PeriodicMeasurement):
     def _sample(self, trainer: L.Trainer, stage: DiffusionStage, seeds: Sequence[int]) -> Tensor:
         shape = (len(seeds), stage.image_channels, stage.resolution, stage.resolution)
         dataset, previous = trainer.datamodule.dataset, None  # type: ignore[attr-defined]
-        chosen = spread(self.count, len(dataset.names))
+        chosen = evenly_spaced(self.count, len(dataset.names))
         labels = torch.tensor([dataset.labels[chosen[seed]] for seed in seeds])
         if stage.corruption.block > 1:
-            images, _ = spread_images(dataset, seeds, self.count)
+            images, _ = evenly_spaced_images(dataset, seeds, self.count)
             previous = block_mean(to_float(images).to(stage.device), stage.corruption.block)
         with trainer.precision_plugin.predict_step_context():
             return stage.sample(shape, seeds, labels if stage.num_classes else None, previous)

@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning as L
 from PIL import Image
 
-from relay_diffusion.data.dataset import ImageDataset, spread_images
+from relay_diffusion.data.dataset import ImageDataset, evenly_spaced_images
 from relay_diffusion.diffusion.corruption import block_mean, upsample_blocks
 from relay_diffusion.diffusion.pixels import to_float, to_uint8
 from relay_diffusion.models.finite_samples import NonFiniteSamplesError
@@ -53,7 +53,7 @@ class SampleGrid(PeriodicCallback):
     def picture(self, stage: DiffusionStage, dataset: ImageDataset) -> Image.Image:
         """Draw samples; for a relay stage between their start and real images."""
         count = min(self.count, len(dataset.names))
-        images, classes = spread_images(dataset, range(count), count)
+        images, classes = evenly_spaced_images(dataset, range(count), count)
         real = to_float(images).to(stage.device)
         labels = classes if stage.num_classes else None
         columns = max(1, round(count**0.5))

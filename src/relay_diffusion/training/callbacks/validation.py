@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from relay_diffusion.data.dataset import ImageDataset, spread_images
+from relay_diffusion.data.dataset import ImageDataset, evenly_spaced_images
 from relay_diffusion.diffusion.corruption import block_mean
 from relay_diffusion.diffusion.generators import PerImageGenerator
 from relay_diffusion.diffusion.pixels import to_float
@@ -84,7 +84,7 @@ class Validation(PeriodicMeasurement):
 
         A case is image case // bins in part case % bins of the noise levels.
         """
-        images, labels = spread_images(self.dataset, [case // self.bins for case in cases], count)
+        images, labels = evenly_spaced_images(self.dataset, [case // self.bins for case in cases], count)
         x0 = to_float(images).to(stage.device)
         within = [(case // self.bins + 0.5) * GOLDEN % 1 for case in cases]
         level = [(case % self.bins + place) / self.bins for case, place in zip(cases, within, strict=True)]
