@@ -160,7 +160,7 @@ class Bench:
         return {
             "images": self.options.count,
             "evaluations": "+".join(str(sampler.evaluations) for sampler in relay.samplers.values()),
-            "tflop": f"{operations:.4f}",
+            "tflop": f"{operations:.5g}",
             "seconds": f"{spent + seconds:.6f}",
             "fid": f"{results['fid']:.3f}",
             "sfid": f"{results['sfid']:.3f}",

@@ -8,7 +8,7 @@ first      grids of the first stage; real: enlarge `images`; noise: the relay ha
 last       grids of the last stage                               (2/0.6/0.02/7/0.2)
 points     yaml file with `first` and `last` of each curve, in their place (benchmarks/evaluations.yaml is one)
 relay      folder with relay.json or choice of conf/relay, of one or two stages     (demo/emoji)
-images     folder or zip of small images with classes            (demo/emoji-64.zip)
+images     folder or zip of images with classes, of the first stage's resolution or a multiple (demo/emoji-64.zip)
 reference  what FID compares with                                (data/emoji-256.zip)
 subset     of `images` and `reference`                           (train)
 count      number of evenly spaced images of `images`            (all)
@@ -174,7 +174,7 @@ class Bench:
         results = score(self.evaluator, to_uint8(images), self.batch)
         return {
             "evaluations": f"{start.evaluations}{chosen.evaluations}",
-            "tflop": f"{start.tflop + tflop(self.last, chosen):.4f}",
+            "tflop": f"{start.tflop + tflop(self.last, chosen):.5g}",
             "seconds": f"{start.seconds + seconds:.6f}",
             "fid": f"{results['fid']:.3f}",
             "sfid": f"{results['sfid']:.3f}",
