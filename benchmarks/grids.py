@@ -212,28 +212,25 @@ def run(options: Options) -> None:
     prepare_host(device)
     bench = Bench(options, device, points)
     print(environment())
-    lasts: dict[str, list[str]] = {}
-    for first, last in dict.fromkeys(points):
-        lasts.setdefault(first, []).append(last)
     known = {tuple(row[name] for name in KEY): row for row in rows}
+    starts: dict[str, Start] = {}
     of_points = []
-    for first in lasts:
-        start, began = None, time.perf_counter()
-        for last in lasts[first]:
-            key = (options.relay, first, last, str(options.seed), str(len(bench.seeds)))
-            if key not in known:
-                start = start or bench.start(first)
-                row = dict(zip(KEY, key, strict=True)) | bench.measure(start, last)
-                rows.append(row)
-                write_rows(path, COLUMNS, rows)
-                known[key] = row
-                wall, began = time.perf_counter() - began, time.perf_counter()
-                print(
-                    f"first {first:24} last {last:24} {row['evaluations']:>6} evaluations {row['tflop']} TFLOP "
-                    f"{row['seconds']} s an image  FID {row['fid']:>7}  sFID {row['sfid']:>7}  ({wall:.1f} s)",
-                    flush=True,
-                )
-            of_points.append(known[key])
+    for first, last in dict.fromkeys(points):
+        key = (options.relay, first, last, str(options.seed), str(len(bench.seeds)))
+        if key not in known:
+            began = time.perf_counter()
+            if first not in starts:
+                starts[first] = bench.start(first)
+            known[key] = row = dict(zip(KEY, key, strict=True)) | bench.measure(starts[first], last)
+            rows.append(row)
+            write_rows(path, COLUMNS, rows)
+            print(
+                f"first {first:24} last {last:24} {row['evaluations']:>6} evaluations {row['tflop']} TFLOP "
+                f"{row['seconds']} s an image  FID {row['fid']:>7}  sFID {row['sfid']:>7}  "
+                f"({time.perf_counter() - began:.1f} s)",
+                flush=True,
+            )
+        of_points.append(known[key])
     for line in best(of_points, "last", "first") + best(of_points, "first", "last"):
         print(line)
 
