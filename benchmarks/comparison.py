@@ -2,8 +2,8 @@
 
 python benchmarks/comparison.py [key=value ...]
 
-curves  yaml file with the points of each curve by name; a point is a text of overrides of sample.py
-                                                      (benchmarks/emoji.yaml)
+curves  yaml file with the points of each curve by name; a point is a text of overrides of sample.py, and commas between
+        values make several points                    (benchmarks/emoji.yaml)
 output  CSV file to which a row is added for each point and repeat; existing rows are skipped
                                                       (outputs/comparison/points.csv)
 only    comma-separated names of curves               (all)
@@ -13,34 +13,36 @@ repeats number of repeats of each point, with different seeds (3)
 batch   images per batch                              (256)
 precision  precision of the networks                  (bf16-mixed)
 weights Inception weights                             (those that are installed)
+
+Stages before the last one sample once for points with the same settings of them; their time counts in each point.
 """
 
 from __future__ import annotations
 
-import csv
+import itertools
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from measuring import device_name, draw, read_rows, score, tflop, write_rows
 from omegaconf import DictConfig, OmegaConf
 from timing import environment
+from torch import Tensor
 
 from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.config import compose
 from relay_diffusion.config.sample import validate_sampling
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import Evaluator
-from relay_diffusion.models.relay import Relay
-from relay_diffusion.networks.flops import forward_flops
+from relay_diffusion.models import DiffusionStage, Relay
 from relay_diffusion.sampling.options import sampling_options
+from relay_diffusion.sampling.plan import Plan
 from relay_diffusion.sampling.run import build_evaluator, build_relay, make_plan
-from relay_diffusion.utils.files import write_text
 from relay_diffusion.utils.host import prepare_host
-from relay_diffusion.utils.progress import progress
 
 COLUMNS = ["curve", "overrides", "repeat", "images", "evaluations", "tflop", "seconds", "fid", "sfid", "device"]
 
@@ -71,7 +73,19 @@ def points(options: Options) -> list[tuple[str, str]]:
     chosen = options.only.split(",") if options.only else list(curves)
     if unknown := [name for name in chosen if name not in curves]:
         raise UserError(f"only={unknown[0]} is not in {options.curves}; available: {', '.join(curves)}")
-    return [(name, str(overrides)) for name in chosen for overrides in curves[name][: options.points]]
+    found = {name: [point for overrides in curves[name] for point in expanded(str(overrides))] for name in chosen}
+    return [(name, overrides) for name in chosen for overrides in found[name][: options.points]]
+
+
+def expanded(overrides: str) -> list[str]:
+    """List the points of overrides, one for each combination of values with commas between them."""
+    parts = [
+        [f"{part.get_key_element()}={value}" for value in part.sweep_string_iterator()]
+        if part.is_sweep_override()
+        else [str(part.input_line)]
+        for part in OverridesParser.create().parse_overrides(overrides.split())
+    ]
+    return [" ".join(combination) for combination in itertools.product(*parts)]
 
 
 def settings(options: Options, overrides: str, repeat: int) -> DictConfig:
@@ -85,64 +99,72 @@ def settings(options: Options, overrides: str, repeat: int) -> DictConfig:
     return cfg
 
 
-def cost(relay: Relay) -> tuple[str, float]:
-    """Compute evaluations per stage ("47+27") and TFLOP per image."""
-    evaluations = {name: sampler.evaluations for name, sampler in relay.samplers.items()}
-    operations = sum(
-        forward_flops(stage.denoiser.network) * evaluations[name] * (1 if stage.guidance_scale == 1 else 2)
-        for name, stage in relay.chain().items()
-    )
-    return "+".join(map(str, evaluations.values())), operations / 1e12
+class Bench:
+    """Stages, evaluators and small images that points share."""
 
+    def __init__(self, options: Options, device: torch.device) -> None:
+        self.options, self.device = options, device
+        self.precision = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(options.precision)
+        self.stages: dict[str, DiffusionStage] = {}
+        self.evaluators: dict[str, Evaluator] = {}
+        self.settings: object = None  # of the latest small images
+        self.small: tuple[Tensor | None, float] = None, 0.0
 
-def batches(relay: Relay, cfg: DictConfig, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (finished images, positions) of a plan on the relay's device."""
-    plan = make_plan(sampling_options(cfg), relay)
-    for first in range(0, len(plan.seeds), batch):
-        labels = torch.tensor(plan.labels[first : first + batch])
-        images = relay.sample(plan.seeds[first : first + batch], labels if relay.num_classes else None)
-        yield relay.finish(images), torch.arange(first, first + len(images))
+    def evaluator(self, cfg: DictConfig, resolution: int) -> Evaluator:
+        """Return the evaluator of a point, prepared."""
+        key = f"{cfg.relay.reference}{cfg.reference}{resolution}"
+        if key not in self.evaluators:
+            evaluator = build_evaluator(cfg.metrics, sampling_options(cfg).reference, (resolution, resolution))
+            evaluator.prepare(self.device)
+            self.evaluators[key] = evaluator
+        return self.evaluators[key]
 
+    def draw(
+        self, relay: Relay, name: str, cfg: DictConfig, plan: Plan, previous: Tensor | None
+    ) -> tuple[Tensor, float]:
+        """Sample the images of a stage and time it.
 
-@torch.no_grad()
-def measured(options: Options, cfg: DictConfig, device: torch.device, kept: dict[str, Any]) -> dict[str, Any]:
-    """Sample a point and return its row.
+        An earlier stage that differs only in its sampler is used again, because it has CUDA graphs.
+        """
+        settings = OmegaConf.to_container(cfg.relay.stages[name], resolve=True)
+        settings["sampler"] = settings["changes"]["sampler"] = None
+        stage = self.stages.setdefault(str(settings), relay.chain()[name]).to(self.device).eval()
+        labels = torch.tensor(plan.labels)
+        return draw(stage, relay.samplers[name], plan.seeds, labels, previous, self.options.batch, self.precision)
 
-    kept: cache of evaluators by reference.
-    """
-    relay = build_relay(cfg.relay).to(device).eval()
-    size = (relay.resolution, relay.resolution)
-    key = f"{cfg.relay.reference}{cfg.reference}{size}"
-    if key not in kept:
-        evaluator = build_evaluator(cfg.metrics, sampling_options(cfg).reference, size)
-        evaluator.prepare(device)
-        kept[key] = evaluator
-    evaluation: Evaluator = kept[key]
-    evaluation.reset()
-    half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(options.precision)
-    seconds, timed = 0.0, 0
-    with progress("sampling", options.count) as advance:
-        stream = batches(relay, cfg, options.batch)
-        while True:
-            began = time.perf_counter()
-            with torch.autocast(device.type, half, enabled=half is not None):
-                made = next(stream, None)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if made is None:
-                break
-            images, positions = made
-            if int(positions[0]) >= 2 * options.batch:  # CUDA graphs are captured by then
-                seconds, timed = seconds + time.perf_counter() - began, timed + len(images)
-            evaluation.update(images, positions)
-            advance(len(images))
-    evaluations, tflop = cost(relay)
-    results = evaluation.compute()
-    return {
-        "images": options.count, "evaluations": evaluations, "tflop": f"{tflop:.4f}",
-        "seconds": f"{seconds / timed:.5f}" if timed else "", "fid": f"{results['fid']:.3f}",
-        "sfid": f"{results['sfid']:.3f}",
-    }  # fmt: skip
+    def before_last(self, relay: Relay, cfg: DictConfig, plan: Plan) -> tuple[Tensor | None, float]:
+        """Return the images of the stage before the last, and the seconds per image up to there.
+
+        Those of the point before, if all that they depend on is the same.
+        """
+        names = list(relay.chain())[:-1]
+        settings = [plan, cfg.relay.hand_over_sigma, *(str(cfg.relay.stages[name]) for name in names)]
+        if settings != self.settings:
+            images, spent = None, 0.0
+            for name in names:
+                images, seconds = self.draw(relay, name, cfg, plan, images)
+                images, spent = images.clamp(-1, 1), spent + seconds
+            self.settings, self.small = settings, (images, spent)
+        return self.small
+
+    def measure(self, cfg: DictConfig) -> dict[str, Any]:
+        """Sample a point and return its row."""
+        relay = build_relay(cfg.relay)
+        plan = make_plan(sampling_options(cfg), relay)
+        small, spent = self.before_last(relay, cfg, plan)
+        images, seconds = self.draw(relay, list(relay.chain())[-1], cfg, plan, small)
+        finished = torch.cat([relay.finish(part) for part in images.split(self.options.batch)])
+        results = score(self.evaluator(cfg, relay.resolution), finished, self.options.batch)
+        operations = sum(tflop(stage, relay.samplers[name]) for name, stage in relay.chain().items())
+        return {
+            "images": self.options.count,
+            "evaluations": "+".join(str(sampler.evaluations) for sampler in relay.samplers.values()),
+            "tflop": f"{operations:.5g}",
+            "seconds": f"{spent + seconds:.6f}",
+            "fid": f"{results['fid']:.3f}",
+            "sfid": f"{results['sfid']:.3f}",
+            "device": device_name(self.device),
+        }
 
 
 def run(options: Options) -> None:
@@ -152,36 +174,25 @@ def run(options: Options) -> None:
             raise UserError(f"{name}={getattr(options, name)}: must be at least 1")
     todo = [(curve, overrides, repeat) for repeat in range(options.repeats) for curve, overrides in points(options)]
     configs = [settings(options, overrides, repeat) for _, overrides, repeat in todo]  # report mistakes before sampling
-    path, rows = Path(options.output), []
-    if path.exists():
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    done = {(row["curve"], row["overrides"], row["repeat"], row["images"]) for row in rows}
+    path = Path(options.output)
+    rows: list[dict[str, Any]] = [*read_rows(path, COLUMNS)]
+    done = {tuple(row[name] for name in ("curve", "overrides", "repeat", "images")) for row in rows}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prepare_host(device)
     print(environment())
-    kept: dict[str, Any] = {}
+    bench = Bench(options, device)
     for (curve, overrides, repeat), cfg in zip(todo, configs, strict=True):
         if (curve, overrides, str(repeat), str(options.count)) in done:
             continue
-        row = {"curve": curve, "overrides": overrides, "repeat": repeat, "device": _name(device)}
-        row |= measured(options, cfg, device, kept)
+        began = time.perf_counter()
+        row = {"curve": curve, "overrides": overrides, "repeat": repeat} | bench.measure(cfg)
         rows.append(row)
-        write_text(path, "\n".join(_lines(rows)) + "\n")
+        write_rows(path, COLUMNS, rows)
         print(
-            f"{curve:18} {row['evaluations']:>8} evaluations {row['tflop']:>8} TFLOP {row['seconds']:>8} s an image  "
-            f"FID {row['fid']:>8}  sFID {row['sfid']:>8}  {overrides}",
+            f"{curve:18} {row['evaluations']:>8} evaluations {row['tflop']:>8} TFLOP {row['seconds']:>9} s an image  "
+            f"FID {row['fid']:>8}  sFID {row['sfid']:>8}  ({time.perf_counter() - began:.1f} s)  {overrides}",
             flush=True,
         )
-
-
-def _lines(rows: list[dict[str, Any]]) -> list[str]:
-    quoted = [{**row, "overrides": f'"{row["overrides"]}"'} for row in rows]
-    return [",".join(COLUMNS), *(",".join(str(row[column]) for column in COLUMNS) for row in quoted)]
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ import csv
 import statistics
 import sys
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
@@ -53,15 +55,19 @@ def spread(rows: Rows, column: str) -> tuple[float, float, float]:
     return statistics.fmean(values), min(values), max(values)
 
 
+def median(rows: Rows, column: str) -> float:
+    """Return the median of the repeats that have a value."""
+    return statistics.median(float(row[column]) for row in rows if row[column])
+
+
 def table(groups: dict[tuple[str, str], Rows]) -> str:
     """Print one line per point."""
     lines = ["| curve | settings | evaluations | TFLOP | s an image | FID | sFID | repeats |", "| --- " * 8 + "|"]
     for (curve, overrides), rows in groups.items():
         changed = " ".join(part.split("changes.")[-1] for part in overrides.split()[1:])
-        times = [float(row["seconds"]) for row in rows if row["seconds"]]
         shown = "{:.1f} ({:.1f}-{:.1f})" if len(rows) > 1 else "{:.1f}"
         fid, sfid = (shown.format(*spread(rows, column)) for column in ("fid", "sfid"))
-        seconds = f"{statistics.median(times):.4f}" if times else ""
+        seconds = f"{median(rows, 'seconds'):.4f}" if any(row["seconds"] for row in rows) else ""
         cells = [
             curve,
             changed,
@@ -76,28 +82,39 @@ def table(groups: dict[tuple[str, str], Rows]) -> str:
     return "\n".join(lines)
 
 
+def logarithmic(axes: Axes, xlabel: str, ylabel: str) -> None:
+    """Make both axes logarithmic, with plain numbers."""
+    axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(ScalarFormatter())
+    axes.grid(alpha=0.3, which="both")
+
+
+def plot(axes: Axes, points: list[tuple[float, Rows]], column: str, label: str, colour: str) -> None:
+    """Draw a column against the costs of the points, with bars from the lowest to the highest repeat."""
+    costs, spreads = zip(
+        *((cost, spread(rows, column)) for cost, rows in sorted(points, key=itemgetter(0))), strict=True
+    )
+    mean, low, high = zip(*spreads, strict=True)
+    below, above = ([abs(a - b) for a, b in zip(mean, ends, strict=True)] for ends in (low, high))
+    axes.errorbar(costs, mean, [below, above], marker="o", markersize=4, capsize=2, label=label, color=colour)
+
+
 def draw(groups: dict[tuple[str, str], Rows], curves: list[str], path: Path) -> None:
-    """Plot FID and sFID against the operations per image."""
-    figure = Figure(figsize=(11, 4.2), dpi=110, layout="constrained")
-    for axes, column in zip(figure.subplots(1, 2), ("fid", "sfid"), strict=True):
-        for curve in curves:
-            points = sorted(
-                (float(rows[0]["tflop"]), *spread(rows, column)) for (name, _), rows in groups.items() if name == curve
-            )
-            tflop, mean, low, high = zip(*points, strict=True)
-            below, above = ([abs(a - b) for a, b in zip(mean, ends, strict=True)] for ends in (low, high))
-            axes.errorbar(tflop, mean, yerr=[below, above], marker="o", markersize=4, capsize=2, label=curve)
-        axes.set(
-            xlabel="TFLOP an image, all stages",
-            ylabel={"fid": "FID", "sfid": "sFID"}[column],
-            xscale="log",
-            yscale="log",
-        )
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-            axis.set_minor_locator(NullLocator())
-            axis.set_major_formatter(ScalarFormatter())
-        axes.grid(alpha=0.3, which="both")
+    """Plot FID and sFID against the operations and against the seconds per image."""
+    figure = Figure(figsize=(11, 8), dpi=110, layout="constrained")
+    costs = {"tflop": "TFLOP an image, all stages", "seconds": "seconds an image, all stages"}
+    qualities = {"fid": "FID", "sfid": "sFID"}
+    panels = [(cost, quality) for quality in qualities for cost in costs]
+    for axes, (cost, quality) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        for number, curve in enumerate(curves):
+            groups_of_curve = [rows for (name, _), rows in groups.items() if name == curve]
+            timed = [(median(rows, cost), rows) for rows in groups_of_curve if any(row[cost] for row in rows)]
+            if timed:
+                plot(axes, timed, quality, curve.replace("_", " "), f"C{number}")
+        logarithmic(axes, costs[cost], qualities[quality])
         axes.legend()
     with atomic_write(path) as file:
         figure.savefig(file, format="png")

@@ -1,48 +1,58 @@
-"""Search noise-level grids of the multistep sampler by FID: `python benchmarks/grids.py first=GRIDS last=GRIDS`.
+"""Measure noise-level grids of samplers by FID: `python benchmarks/grids.py first=GRIDS last=GRIDS`.
 
-GRIDS is steps/sigma_max/sigma_min/rho/s_noise; commas separate alternatives of one value, and all combinations are
-measured, e.g. last=2/0.6,0.85/0.02/7/0,0.2. Several such products are joined by a plus sign.
+GRIDS is steps/sigma_max/sigma_min/rho/s_noise for the multistep sampler, heun:steps/... for the second-order sampler of
+the stage (2 steps - 1 evaluations). Commas separate alternatives of one value, and all combinations are measured, as in
+last=heun:2,3/0.6,0.85/0.02/7/0.2. Several such products are joined by a plus sign.
 
-first      grids of the first stage, or real: enlarge `images`    (real)
+first      grids of the first stage; real: enlarge `images`; noise: the relay has a single stage     (real)
 last       grids of the last stage                               (2/0.6/0.02/7/0.2)
-relay      folder with relay.json, of two stages                 (demo/emoji)
-images     folder or zip of small images with classes            (demo/emoji-64.zip)
+points     yaml file with `first` and `last` of each curve, in their place (benchmarks/evaluations.yaml is one)
+relay      folder with relay.json or choice of conf/relay, of one or two stages     (demo/emoji)
+images     folder or zip of images with classes, of the first stage's resolution or a multiple (demo/emoji-64.zip)
 reference  what FID compares with                                (data/emoji-256.zip)
 subset     of `images` and `reference`                           (train)
+count      number of evenly spaced images of `images`            (all)
 weights    Inception's                                           (those that are installed)
-seed       the first; comparisons must use others                (1000000)
+seed       the first; comparisons must use others than a search  (1000000)
 batch      images at once                                        (256)
 output     a row is added for each point; existing rows are kept (outputs/grids.csv)
 
-One image for each of `images`, of its class.
+Samples one image for each of `images`, of its class. Prints at the end the best grid of each number of evaluations.
 """
 
 from __future__ import annotations
 
-import csv
 import itertools
+import math
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from measuring import device_name, draw, read_rows, score, tflop, write_rows
+from omegaconf import OmegaConf
 from timing import environment
 from torch import Tensor
 
 from relay_diffusion.checkpoints.loading import load_relay
 from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.data.dataset import ImageDataset
-from relay_diffusion.diffusion.pixels import to_uint8
+from relay_diffusion.data.image_sets import spread
+from relay_diffusion.diffusion.corruption import GainCorruption
+from relay_diffusion.diffusion.pixels import to_float, to_uint8
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import FIDMetric, Inception, ReferenceSource, SFIDMetric
 from relay_diffusion.metrics.evaluator import Evaluator
 from relay_diffusion.models import DiffusionStage
-from relay_diffusion.samplers import MultistepSampler
-from relay_diffusion.utils.files import write_text
+from relay_diffusion.samplers import BlurringSampler, EDMSampler, MultistepSampler, Sampler
 from relay_diffusion.utils.host import prepare_host
 
-REAL = "real"
+REAL, NOISE, HEUN = "real", "noise", "heun:"
+KEY = ["relay", "first", "last", "seed", "images"]
+COLUMNS = [*KEY, "evaluations", "tflop", "seconds", "fid", "sfid", "device"]
 
 
 @dataclass
@@ -51,10 +61,12 @@ class Options:
 
     first: str = REAL
     last: str = "2/0.6/0.02/7/0.2"
+    points: str | None = None
     relay: str = "demo/emoji"
     images: str = "demo/emoji-64.zip"
     reference: str = "data/emoji-256.zip"
     subset: str = "train"
+    count: int | None = None
     weights: str | None = None
     seed: int = 1_000_000
     batch: int = 256
@@ -65,91 +77,162 @@ def grids(option: str, text: str) -> list[str]:
     """Every combination of the alternatives, each as text."""
     found = []
     for product in text.split("+"):
-        parts = [part.split(",") for part in product.split("/")]
+        kind = HEUN if product.startswith(HEUN) else ""
+        parts = [part.split(",") for part in product.removeprefix(HEUN).split("/")]
         if len(parts) != 5:
             raise UserError(f"{option}={product}: must be steps/sigma_max/sigma_min/rho/s_noise")
-        found += ["/".join(values) for values in itertools.product(*parts)]
+        found += [kind + "/".join(values) for values in itertools.product(*parts)]
     return found
 
 
-def sampler(stage: DiffusionStage, option: str, grid: str) -> MultistepSampler:
-    """The sampler of one grid."""
+def combinations(first: str, last: str) -> list[tuple[str, str]]:
+    """Every pair (grid of the first stage, grid of the last one)."""
+    firsts = [first] if first in (REAL, NOISE) else grids("first", first)
+    return list(itertools.product(firsts, grids("last", last)))
+
+
+def curves(path: str, option: str = "points") -> dict[str, dict[str, list[tuple[str, str]]]]:
+    """Read the points of each curve of each panel from a yaml file."""
+    if not Path(path).is_file():
+        raise UserError(f"{option}={path}: no such file")
     try:
-        steps, sigma_max, sigma_min, rho, s_noise = (float(part) for part in grid.split("/"))
-        return MultistepSampler(stage.corruption, int(steps), sigma_min, sigma_max, rho, s_noise)
+        panels = OmegaConf.to_container(OmegaConf.load(path))
+        return {
+            panel: {curve: combinations(str(grids["first"]), str(grids["last"])) for curve, grids in of_panel.items()}
+            for panel, of_panel in panels.items()
+        }
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{option}={path}: must hold panels, each with curves that have `first` and `last`") from None
+
+
+def sampler(stage: DiffusionStage, option: str, grid: str) -> Sampler:
+    """The sampler of one grid."""
+    corruption: GainCorruption = stage.corruption
+    try:
+        steps, *values = grid.removeprefix(HEUN).split("/")
+        levels, (sigma_max, sigma_min, rho, s_noise) = int(steps), map(float, values)
+        if not grid.startswith(HEUN):
+            return MultistepSampler(corruption, levels, sigma_min, sigma_max, rho, s_noise)
+        if corruption.starts_from_noise:
+            return EDMSampler(levels, sigma_min, sigma_max, rho, sde_scale=s_noise)
+        return BlurringSampler(corruption, levels, sigma_min, sigma_max, rho, math.inf, s_noise)
     except ValueError as error:
         raise UserError(f"{option}={grid}: {error}") from None
 
 
-class Search:
+class Start(NamedTuple):
+    """Images that the last stage starts from (None: noise), and what they cost."""
+
+    images: Tensor | None = None
+    evaluations: str = ""
+    tflop: float = 0.0
+    seconds: float = 0.0
+
+
+class Bench:
     """The stages, the small images and the evaluator, which all points share."""
 
-    def __init__(self, options: Options, device: torch.device, firsts: list[str], lasts: list[str]) -> None:
+    def __init__(self, options: Options, device: torch.device, points: Iterable[tuple[str, str]]) -> None:
         relay = load_relay(options.relay).to(device).eval()
-        self.first, self.last = relay.chain().values()
-        for stage, option, chosen in ((self.first, "first", firsts), (self.last, "last", lasts)):
-            for grid in chosen:
-                if grid != REAL:
-                    sampler(stage, option, grid)  # report mistakes before sampling
-        dataset = ImageDataset(options.images, self.first.resolution, subset=options.subset)
-        pairs = dataset.__getitems__(list(range(len(dataset))))
-        self.real = torch.stack([image for image, _ in pairs])
-        self.labels = torch.tensor([label for _, label in pairs])
-        self.seeds = range(options.seed, options.seed + len(pairs))
+        *before, self.last = relay.chain().values()
+        if len(before) > 1:
+            raise UserError(f"relay={options.relay}: must have one or two stages")
+        self.first = before[0] if before else None
+        for first, last in points:  # report mistakes before sampling
+            if (first == NOISE) != (self.first is None):
+                wanted = f"first={NOISE}" if self.first is None else "grids or real"
+                raise UserError(f"first={first}: relay={options.relay} needs {wanted}")
+            if self.first is not None and first != REAL:
+                sampler(self.first, "first", first)
+            sampler(self.last, "last", last)
+        size = self.last.resolution if self.first is None else self.first.resolution
+        self.dataset = ImageDataset(options.images, size, subset=options.subset, option="images")
+        every = len(self.dataset)
+        self.chosen = spread(min(options.count or every, every), every)
+        self.labels = torch.tensor([self.dataset.labels[i] for i in self.chosen])
+        self.seeds = range(options.seed, options.seed + len(self.chosen))
         self.batch, self.device = options.batch, device
         source = ReferenceSource(options.reference, "outputs/reference", [self.last.resolution] * 2, options.subset, 0)
-        inception = Inception(options.weights)
-        self.evaluator = Evaluator(inception, source, {"fid": FIDMetric(), "sfid": SFIDMetric()})
+        self.evaluator = Evaluator(Inception(options.weights), source, {"fid": FIDMetric(), "sfid": SFIDMetric()})
         self.evaluator.prepare(device)
 
-    def draw(self, stage: DiffusionStage, sampler: MultistepSampler, previous: Tensor | None) -> Tensor:
-        """All images of a stage, float on the device."""
-        stage.sampler = sampler
-        side, parts = stage.resolution, []
-        for first in range(0, len(self.seeds), self.batch):
-            seeds = self.seeds[first : first + self.batch]
-            shape = (len(seeds), stage.image_channels, side, side)
-            small = None if previous is None else previous[first : first + self.batch].to(self.device)
-            with torch.autocast(self.device.type, torch.bfloat16):
-                parts.append(stage.sample(shape, seeds, self.labels[first : first + self.batch], small))
-        return torch.cat(parts)
+    def start(self, first: str) -> Start:
+        """What the last stage starts from."""
+        if self.first is None:
+            return Start()
+        if first == REAL:
+            images = torch.stack([image for image, _ in self.dataset.__getitems__(self.chosen)])
+            return Start(to_float(images).to(self.device))
+        chosen = sampler(self.first, "first", first)
+        images, seconds = draw(self.first, chosen, self.seeds, self.labels, None, self.batch)
+        return Start(images.clamp(-1, 1), f"{chosen.evaluations}+", tflop(self.first, chosen), seconds)
 
-    def measure(self, images: Tensor) -> tuple[float, float]:
-        """FID and sFID."""
-        self.evaluator.reset()
-        positions = torch.arange(len(images))
-        for part, places in zip(images.split(self.batch), positions.split(self.batch), strict=True):
-            self.evaluator.update(to_uint8(part), places)
-        numbers = self.evaluator.compute()
-        return float(numbers["fid"]), float(numbers["sfid"])
+    def measure(self, start: Start, last: str) -> dict[str, str]:
+        """The columns from evaluations to device."""
+        chosen = sampler(self.last, "last", last)
+        images, seconds = draw(self.last, chosen, self.seeds, self.labels, start.images, self.batch)
+        results = score(self.evaluator, to_uint8(images), self.batch)
+        return {
+            "evaluations": f"{start.evaluations}{chosen.evaluations}",
+            "tflop": f"{start.tflop + tflop(self.last, chosen):.5g}",
+            "seconds": f"{start.seconds + seconds:.6f}",
+            "fid": f"{results['fid']:.3f}",
+            "sfid": f"{results['sfid']:.3f}",
+            "device": device_name(self.device),
+        }
+
+
+def best(rows: list[dict[str, str]], stage: str, other: str) -> list[str]:
+    """A line for each choice of the other stage: the grids of lowest FID, one for each number of steps."""
+    lines = []
+    for fixed in dict.fromkeys(row[other] for row in rows):
+        lowest: dict[str, dict[str, str]] = {}
+        compared = [row for row in rows if row[other] == fixed]
+        for row in compared:
+            steps = row[stage].split("/")[0]
+            if steps not in lowest or float(row["fid"]) < float(lowest[steps]["fid"]):
+                lowest[steps] = row
+        if len(lowest) < len(compared):
+            lines.append(f"best for {other}={fixed}: {stage}={'+'.join(row[stage] for row in lowest.values())}")
+    return lines
 
 
 def run(options: Options) -> None:
     """Print and keep a row for each point."""
-    firsts = [REAL] if options.first == REAL else grids("first", options.first)
-    lasts = grids("last", options.last)
+    for name in ("count", "batch"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise UserError(f"{name}={getattr(options, name)}: must be at least 1")
+    if options.points is not None:
+        points = [point for panel in curves(options.points).values() for curve in panel.values() for point in curve]
+    else:
+        points = combinations(options.first, options.last)
+    path = Path(options.output)
+    rows = read_rows(path, COLUMNS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prepare_host(device)
-    search = Search(options, device, firsts, lasts)
+    bench = Bench(options, device, points)
     print(environment())
-    path = Path(options.output)
-    text = path.read_text() if path.exists() else "first,last,seed,fid,sfid,seconds\n"
-    done = {(row["first"], row["last"], row["seed"]) for row in csv.DictReader(text.splitlines())}
-    for first in firsts:
-        todo = [last for last in lasts if (first, last, str(options.seed)) not in done]
-        if not todo:
-            continue
-        began = time.perf_counter()
-        small = search.real
-        if first != REAL:
-            small = search.draw(search.first, sampler(search.first, "first", first), None).clamp(-1, 1)
-        for last in todo:
-            fid, sfid = search.measure(search.draw(search.last, sampler(search.last, "last", last), small))
-            seconds = time.perf_counter() - began
-            print(f"first {first:22} last {last:22} FID {fid:7.3f}  sFID {sfid:7.3f}  {seconds:5.1f} s", flush=True)
-            text += f"{first},{last},{options.seed},{fid:.3f},{sfid:.3f},{seconds:.1f}\n"
-            write_text(path, text)
+    known = {tuple(row[name] for name in KEY): row for row in rows}
+    starts: dict[str, Start] = {}
+    of_points = []
+    for first, last in dict.fromkeys(points):
+        key = (options.relay, first, last, str(options.seed), str(len(bench.seeds)))
+        if key not in known:
             began = time.perf_counter()
+            if first not in starts:
+                starts[first] = bench.start(first)
+            known[key] = row = dict(zip(KEY, key, strict=True)) | bench.measure(starts[first], last)
+            rows.append(row)
+            write_rows(path, COLUMNS, rows)
+            print(
+                f"first {first:24} last {last:24} {row['evaluations']:>6} evaluations {row['tflop']} TFLOP "
+                f"{row['seconds']} s an image  FID {row['fid']:>7}  sFID {row['sfid']:>7}  "
+                f"({time.perf_counter() - began:.1f} s)",
+                flush=True,
+            )
+        of_points.append(known[key])
+    for line in best(of_points, "last", "first") + best(of_points, "first", "last"):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,22 @@
 """Benchmarks with results in the documentation."""
 
 import csv
+import importlib
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from relay_diffusion.checkpoints.loading import load_stage
+from fake_inception import PixelFeatures, pixel_reference, use_small_features
+from relay_diffusion.checkpoints.loading import load_relay, load_stage
+from relay_diffusion.config import compose
 from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.image_sets import open_image_set
 from relay_diffusion.diffusion.pixels import to_float
+from relay_diffusion.metrics import Evaluator, FIDMetric
 from support import PROJECT, run
 
 
@@ -68,24 +73,265 @@ def test_denoising_names_wrong_sigmas(sigmas):
     assert result.stderr == f"error: sigmas={sigmas}: need numbers above 0 with commas between them, e.g. 0.1,0.5\n"
 
 
-def test_grids_writes_a_row_for_each_combination(relay_runs, small_zip, tmp_path):
-    stages = {name: {"path": str(relay_runs / name)} for name in ("base", "relay")}
-    (tmp_path / "relay.json").write_text(json.dumps({"format": 1, "stages": stages}))
-    output = tmp_path / "grids.csv"
-    options = [f"relay={tmp_path}", f"images={small_zip}", f"reference={small_zip}", "subset=", f"output={output}"]
-    script = str(PROJECT / "benchmarks/grids.py")
-    for last in ("1,2/0.4/0.1/7/0", "2/0.4/0.1/7/0"):  # the second adds nothing
-        result = run(script, *options, "first=2/80/0.1/7/0", f"last={last}", cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-        rows = list(csv.DictReader(output.read_text().splitlines()))
-        assert [row["last"] for row in rows] == ["1/0.4/0.1/7/0", "2/0.4/0.1/7/0"]
-    assert all(float(row["fid"]) > 0 and float(row["sfid"]) > 0 for row in rows)
+def rows_of(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
 
 
-def test_grids_names_a_wrong_grid():
-    result = run("benchmarks/grids.py", "last=2/0.4/0.5/7/0")
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Import a script of benchmarks/ as a module."""
+    monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", None) and "benchmarks" in sys.modules[name].__file__:
+            del sys.modules[name]
+
+
+def relay_folder(folder, **stages):
+    """Write a relay.json with the paths of stages by name; returns the folder."""
+    content = {"format": 1, "stages": {name: {"path": str(path)} for name, path in stages.items()}}
+    folder.mkdir(exist_ok=True)
+    (folder / "relay.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def search(benchmark, small_zip, tmp_path, monkeypatch):
+    """Run grids.py with pixels as features; returns the rows of its CSV."""
+    monkeypatch.chdir(tmp_path)
+    use_small_features(monkeypatch)
+    grids = benchmark("grids")
+    monkeypatch.setattr(grids, "Inception", lambda _: PixelFeatures())
+    files = {"images": str(small_zip), "reference": str(small_zip), "subset": "", "output": "grids.csv"}
+
+    def run(relay, **options):
+        grids.run(grids.Options(relay=str(relay), **files, **options))
+        return rows_of(tmp_path / "grids.csv")
+
+    return run
+
+
+def test_grids_writes_a_row_for_each_combination_of_both_samplers(search, relay_runs, tmp_path):
+    relay = relay_folder(tmp_path / "relay", base=relay_runs / "base", relay=relay_runs / "relay")
+    rows = search(relay, first="2/80/0.1/7/0", last="1,2/0.4/0.1/7/0+heun:2/0.4/0.1/7/0,0.2")
+    assert [(row["last"], row["evaluations"]) for row in rows] == [
+        ("1/0.4/0.1/7/0", "2+1"),
+        ("2/0.4/0.1/7/0", "2+2"),
+        ("heun:2/0.4/0.1/7/0", "2+3"),
+        ("heun:2/0.4/0.1/7/0.2", "2+3"),
+    ]
+    assert all(float(row["seconds"]) > 0 for row in rows)
+    assert len({row["fid"] for row in rows}) == len({row["sfid"] for row in rows}) == 4
+    costs = [float(row["tflop"]) for row in rows]  # one more evaluation of the last stage costs the same everywhere
+    assert costs[1] - costs[0] == pytest.approx(costs[2] - costs[1], rel=0.01)
+    assert 0 < costs[1] < costs[2] == costs[3]
+    assert search(relay, first="2/80/0.1/7/0", last="2/0.4/0.1/7/0") == rows  # existing rows are skipped
+
+
+def test_grids_evaluates_the_images_of_the_relay(search, relay_runs, small_zip, tmp_path):
+    relay = relay_folder(tmp_path / "relay", base=relay_runs / "base", relay=relay_runs / "relay")
+    (row,) = search(relay, first="heun:4/80/0.002/7/0", last="2/0.4/0.1/7/0", seed=7, batch=5)
+    last = {"_target_": "relay_diffusion.samplers.MultistepSampler", "steps": 2, "sigma_max": 0.4, "sigma_min": 0.1}
+    loaded = load_relay(relay, samplers={"relay": last})  # the first stage has these 4 steps
+    dataset = ImageDataset(small_zip, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        images = loaded.finish(loaded.sample(range(7, 31), dataset.labels))
+    reference = torch.stack([image for image, _ in dataset.__getitems__(range(24))])
+    evaluator = Evaluator(PixelFeatures(), pixel_reference(reference), {"fid": FIDMetric()})
+    evaluator.update(images, torch.arange(24))
+    assert float(row["fid"]) == pytest.approx(evaluator.compute()["fid"], abs=2e-3)
+
+
+def test_grids_measures_a_file_of_points_on_some_real_images_and_names_the_best(search, relay_runs, tmp_path, capsys):
+    relay = relay_folder(tmp_path / "relay", base=relay_runs / "base", relay=relay_runs / "relay")
+    (tmp_path / "points.yaml").write_text(
+        "enlarged:\n  multistep: &multistep {first: real, last: '2/0.4/0.1,0.2/7/0'}\n"
+        "whole:\n  multistep: {<<: *multistep, first: heun:2/80/0.1/7/0}\n  again: {first: real, last: 2/0.4/0.1/7/0}\n"
+    )
+    rows = search(relay, points="points.yaml", count=12)
+    assert [row["first"] for row in rows] == ["real", "real", "heun:2/80/0.1/7/0", "heun:2/80/0.1/7/0"]
+    assert [row["evaluations"] for row in rows] == ["2", "2", "3+2", "3+2"]
+    assert {row["images"] for row in rows} == {"12"}
+    best = min(rows[:2], key=lambda row: float(row["fid"]))
+    assert f"best for first=real: last={best['last']}\n" in capsys.readouterr().out
+
+
+def test_grids_searches_a_cascade_and_a_single_stage(search, fit, relay_runs, tmp_path):
+    fit("cascade", 4, "stage.corruption.block=2", "callbacks.grid.every_n_images=0", stage="cascade")
+    last = "2/80/0.1/7/0+heun:2/80/0.1/7/0"
+    cascade = relay_folder(tmp_path / "relay", base=relay_runs / "base", cascade=tmp_path / "cascade")
+    search(cascade, first="2/80/0.1/7/0", last=last)
+    rows = search(relay_folder(tmp_path / "single", base=relay_runs / "base"), first="noise", last=last)
+    assert [row["evaluations"] for row in rows] == ["2+2", "2+3", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("last=2/0.4/0.5/7/0", "last=2/0.4/0.5/7/0: sigma_min=0.5: must be below sigma_max=0.4"),
+        ("first=2/0.4", "first=2/0.4: must be steps/sigma_max/sigma_min/rho/s_noise"),
+        ("first=noise", "first=noise: relay=demo/emoji needs grids or real"),
+        ("points=none.yaml", "points=none.yaml: no such file"),
+        ("points=benchmarks/emoji.yaml", "points=benchmarks/emoji.yaml: must hold panels, each with curves that have "
+         "`first` and `last`"),
+        ("output=docs/relay-vs-cascade.csv", "output=docs/relay-vs-cascade.csv: must have the columns relay,first,last,"
+         "seed,images,evaluations,tflop,seconds,fid,sfid,device; use another file"),
+        ("count=0", "count=0: must be at least 1"),
+    ],
+)  # fmt: skip
+def test_grids_names_wrong_options(option, message):
+    result = run("benchmarks/grids.py", option)
     assert result.returncode == 2
-    assert result.stderr == "error: last=2/0.4/0.5/7/0: sigma_min=0.5: must be below sigma_max=0.4\n"
-    result = run("benchmarks/grids.py", "first=2/0.4")
+    assert result.stderr == f"error: {message}\n"
+
+
+@pytest.mark.parametrize("grid", ["2/0.85/0.008/7/0.2", "14/0.85/0.008/7/0.2"])
+def test_a_second_order_grid_is_the_sampler_with_these_levels(grid, benchmark):
+    relay, base = (load_stage(PROJECT / f"demo/emoji_{size}") for size in (256, 64))
+    made = benchmark("grids").sampler
+    steps = int(grid.split("/")[0])
+    for stage in (relay, base):
+        heun, multistep = made(stage, "last", f"heun:{grid}"), made(stage, "last", grid)
+        levels = [sigma for sigma in heun.sigmas if sigma > 0]  # EDM's sampler ends at 0
+        assert levels == pytest.approx(multistep.sigmas)
+        assert (heun.evaluations, multistep.evaluations) == (2 * steps - 1, steps)
+    # the published grid: 40 levels to 80, of which those below 0.9 are used
+    assert made(relay, "last", f"heun:14/{relay.sampler.sigmas[0]}/0.008/7/0.2").sigmas == pytest.approx(
+        relay.sampler.sigmas
+    )
+
+
+def test_the_grids_of_the_evaluations_are_valid(benchmark):
+    grids = benchmark("grids")
+    base, relay = (load_stage(PROJECT / f"demo/emoji_{size}") for size in (64, 256))
+    for panel in grids.curves(str(PROJECT / "benchmarks/evaluations.yaml")).values():
+        for points in panel.values():
+            evaluations = set()
+            for first, last in points:
+                chosen = [] if first == "real" else [grids.sampler(base, "first", first)]
+                chosen.append(grids.sampler(relay, "last", last))
+                evaluations.add(tuple(sampler.evaluations for sampler in chosen))
+            assert len(evaluations) == len(points)
+
+
+def test_evaluations_plot_reads_points_of_grids(tmp_path, benchmark):
+    grids, module = benchmark("grids"), benchmark("evaluations_plot")
+    (tmp_path / "curves.yaml").write_text(
+        "enlarged:\n  multistep: {first: real, last: '1,2/0.4/0.03/7/0'}\n"
+        "  heun: {first: real, last: heun:2/0.4/0.03/7/0}\n"
+        "whole:\n  multistep: {first: '5,9/120/0.06/3.5/0', last: 2/0.4/0.03/7/0}\n"
+        "later:\n  multistep: {first: real, last: 9/0.4/0.03/7/0}\n"
+    )
+    points = [
+        ("real", "1/0.4/0.03/7/0", 0, "1", 20), ("real", "2/0.4/0.03/7/0", 0, "2", 10),
+        ("real", "2/0.4/0.03/7/0", 3000, "2", 12), ("real", "heun:2/0.4/0.03/7/0", 0, "3", 30),
+        ("9/120/0.06/3.5/0", "2/0.4/0.03/7/0", 0, "9+2", 25), ("5/120/0.06/3.5/0", "2/0.4/0.03/7/0", 0, "5+2", 45),
+    ]  # fmt: skip
+    lines = [",".join(grids.COLUMNS)]
+    lines += [
+        f"demo/emoji,{first},{last},{seed},2795,{n},0.1,0.001,{fid},50,GPU" for first, last, seed, n, fid in points
+    ]
+    (tmp_path / "points.csv").write_text("\n".join(lines) + "\n")
+    options = module.Options(
+        str(tmp_path / "points.csv"), str(tmp_path / "curves.yaml"), "fid", str(tmp_path / "a.png")
+    )
+    found = module.panels(options)
+    drawn = {
+        panel: [module.evaluations(rows, module.varied(chosen)) for rows in chosen["multistep"]]
+        for panel, chosen in found.items()
+    }
+    assert drawn == {"enlarged": [1, 2], "whole": [5, 9], "later": []}
+    arguments = [f"{name}={getattr(options, name)}" for name in ("points", "curves", "plot")]
+    result = run("benchmarks/evaluations_plot.py", *arguments)
+    assert result.returncode == 0, result.stderr
+    expected = "| real | 2/0.4/0.03/7/0 | 2 | 0.10 | 0.00100 | 11.0 (10.0-12.0) | 50.0 (50.0-50.0) | 2 |"
+    assert f"| enlarged | multistep {expected}" in result.stdout
+    with Image.open(options.plot) as picture:
+        assert picture.size == (1100, 484)  # two panels: nothing of the third is measured
+    result = run("benchmarks/evaluations_plot.py", *arguments, "metric=kid")
+    assert (result.returncode, result.stderr) == (2, "error: metric=kid: use fid or sfid\n")
+
+
+@pytest.fixture
+def compare(benchmark, relay_overrides, tmp_path, monkeypatch):
+    """Run comparison.py for curves of a tiny relay with pixels as features; returns its rows."""
+    use_small_features(monkeypatch)
+    module = benchmark("comparison")
+    given = [override for override in relay_overrides if not override.startswith(("run_dir", "trainer"))]
+    given.append("metrics.evaluator.inception._target_=pixel_inception.pixels")
+
+    def run(output, **curves):
+        (tmp_path / "curves.yaml").write_text(
+            "".join(f"{name}: ['{' '.join([*given, more])}']\n" for name, more in curves.items())
+        )
+        module.run(module.Options(str(tmp_path / "curves.yaml"), str(tmp_path / output), count=12, repeats=2, batch=8))
+        return rows_of(tmp_path / output)
+
+    return run
+
+
+MULTISTEP = (
+    "sampler@relay.stages.base.sampler=multistep relay.stages.base.sampler.steps=2 "
+    "sampler@relay.stages.relay.sampler=multistep_relay relay.stages.relay.sampler.steps="
+)
+
+
+def without_seconds(rows):
+    return sorted(str({**row, "seconds": None}) for row in rows)
+
+
+def test_comparison_measures_the_same_whatever_it_samples_before(compare):
+    together = compare("together.csv", a=f"{MULTISTEP}2,1", b="")
+    assert [(row["curve"], row["evaluations"]) for row in together] == [("a", "2+2"), ("a", "2+1"), ("b", "7+3")] * 2
+    assert all(float(row[name]) > 0 for row in together for name in ("tflop", "seconds", "fid", "sfid"))
+    assert len({row["fid"] for row in together}) == len(together)  # no images of another point or repeat
+    compare("alone.csv", b="")
+    alone = compare("alone.csv", b="", a=f"{MULTISTEP}1,2")  # existing rows are skipped
+    assert len(alone) == len(together)
+    assert without_seconds(alone) == without_seconds(together)
+
+
+def test_comparison_samples_first_stages_once_and_counts_their_time(benchmark, compare, monkeypatch):
+    drawn = []
+
+    def draw(stage, *arguments):
+        drawn.append((stage.resolution, stage))
+        seeds = arguments[1]
+        return torch.zeros(len(seeds), 3, stage.resolution, stage.resolution), {8: 2.0, 16: 0.5}[stage.resolution]
+
+    monkeypatch.setattr(benchmark("comparison"), "draw", draw)
+    rows = compare("points.csv", a=f"{MULTISTEP}2,1", b="", c="relay.hand_over_sigma=1")
+    assert {row["seconds"] for row in rows} == {"2.500000"}
+    of_repeat = [8, 16, 16, 8, 16, 8, 16]  # a, a, b, c
+    assert [resolution for resolution, _ in drawn] == of_repeat * 2
+    assert len({id(stage) for _, stage in drawn}) == 2  # whose CUDA graphs are captured once
+
+
+def test_commas_in_overrides_make_points(benchmark):
+    expanded = benchmark("comparison").expanded
+    assert expanded("relay=emoji a.b=[1,2] c=3,4 d=x,y") == [
+        f"relay=emoji a.b=[1,2] c={c} d={d}" for c in (3, 4) for d in "xy"
+    ]
+
+
+def test_curves_of_the_emoji_are_valid_overrides(benchmark):
+    options = benchmark("comparison").Options(points=1, curves=str(PROJECT / "benchmarks/emoji.yaml"))
+    for _, overrides in benchmark("comparison").points(options):
+        cfg = compose("sample", ["mode=evaluate", *overrides.split()])
+        assert cfg.relay.stages.base.path
+
+
+def test_comparison_plot_draws_quality_against_operations_and_seconds(tmp_path):
+    options = [f"points={PROJECT / 'docs/relay-vs-cascade.csv'}", f"plot={tmp_path / 'a.png'}"]
+    result = run("benchmarks/comparison_plot.py", *options, "curves=relay_second_order,single_second_order")
+    assert result.returncode == 0, result.stderr
+    assert (
+        "| relay_second_order | relay.stages.base.path=outputs/emoji/base sampler.steps=40 | 47+27 | 1.32 | 0.0099 |"
+        in (result.stdout)
+    )
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (1210, 880)
+    result = run("benchmarks/comparison_plot.py", *options)
     assert result.returncode == 2
-    assert result.stderr == "error: first=2/0.4: must be steps/sigma_max/sigma_min/rho/s_noise\n"
+    assert result.stderr.startswith("error: curves=relay is not in ")
