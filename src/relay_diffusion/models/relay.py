@@ -18,6 +18,7 @@ from relay_diffusion.models.finite_samples import finite, nonfinite_samples
 from relay_diffusion.models.sample_arguments import ClassLabels, Integers, image_batch, label_tensor, seed_list
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.samplers import Sampler
+from relay_diffusion.samplers.reporting import reporting
 
 
 def _check_chain(stages: Mapping[str, DiffusionStage]) -> None:
@@ -51,7 +52,8 @@ class Relay(L.LightningModule):
     Predicts images from (seeds, labels). A first stage that enlarges starts from given images (`start`), others from
     noise. `hand_over_sigma`: the first stage stops at that noise level and passes its estimate on. `rounding` to 8 bits
     is "nearest" or "floor"; `postprocess` changes the 8-bit images [B,C,H,W]. `samplers`: the samplers of the stages,
-    by name; replacing one in the relay leaves the stage unchanged.
+    by name; replacing one in the relay leaves the stage unchanged. `report_evaluation` is called, if set, after each
+    network evaluation of a batch (on a GPU: after its launch).
     Raises UserError if the output of a stage does not fit the input of the next one, ValueError for another rounding.
     """
 
@@ -70,6 +72,7 @@ class Relay(L.LightningModule):
         self.stages = nn.ModuleList(stages.values())
         self.rounding, self.postprocess = rounding, postprocess
         self.samplers = {name: stage.sampler for name, stage in stages.items()}
+        self.report_evaluation: Callable[[], None] | None = None
         self.hand_over_sigma, self.saved_evaluations = hand_over_sigma, 0
         if hand_over_sigma is not None:
             name, first = next(iter(stages.items()))
@@ -186,7 +189,8 @@ class Relay(L.LightningModule):
         draws, fine, previous = [], [], start
         for name, stage in self.chain().items():
             draws.append(partial(stage.draw, seeds, labels if stage.num_classes else None, previous))
-            images[name] = draws[-1](self.samplers[name])
+            sampler, report = self.samplers[name], self.report_evaluation
+            images[name] = draws[-1](sampler if report is None else reporting(sampler, report))
             fine.append(finite(images[name]))  # clamping would hide an infinity
             previous = images[name].clamp(-1, 1)  # the next stage was trained on means of real images
 
@@ -227,9 +231,10 @@ class Relay(L.LightningModule):
         images, fine, check = self._draw(seeds, labels, start)
         stages |= images
         wanted = {name: images[: len(batch.positions)] for name, images in stages.items()}
-        fine = fine.to("cpu", non_blocking=True)
-        pixels = self.finish(list(wanted.values())[-1]).cpu()  # the only synchronization; `fine` is copied before it
-        check(fine)
+        # in the order of image files, whose writers would otherwise rearrange every image
+        pixels = self.finish(list(wanted.values())[-1]).contiguous(memory_format=torch.channels_last)
+        pixels = pixels.to("cpu", non_blocking=True)  # to pinned memory, too fast to be worth overlapping
+        check(fine)  # the only synchronization, which waits for `pixels` as well
         return Samples(batch.positions, pixels, wanted)
 
 

@@ -85,6 +85,7 @@ class SamplingOptions:
     reference: ReferenceOptions
     batch_size: int
     format: str
+    png_compression: int
     npz: bool
     picture: int
     trajectory: int
@@ -121,6 +122,7 @@ def sampling_options(cfg: DictConfig) -> SamplingOptions:
         ),
         batch_size=cfg.batch_size,
         format=cfg.format,
+        png_compression=cfg.png_compression,
         npz=cfg.npz,
         picture=cfg.picture,
         trajectory=4 if cfg.save_trajectory is True else int(cfg.save_trajectory),
