@@ -199,7 +199,7 @@ def _is_complete(path: Path) -> bool:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - len(PNG_END)))
             return file.read() == PNG_END
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
