@@ -40,7 +40,7 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> I
 class Background(Generic[Item]):
     """Apply a function to batches of items in threads.
 
-    One batch is in progress at a time, which limits memory. After an error the rest of its batch is dropped; the next
+    Two batches are in progress at most, which limits memory. After an error the rest of its batch is dropped; the next
     call of `start` or `wait` raises the error.
     """
 
@@ -50,20 +50,20 @@ class Background(Generic[Item]):
         self._running: list[Future[None]] = []
 
     def start(self, items: Iterable[Item]) -> None:
-        """Wait for the previous batch, then process `items` while the caller continues."""
-        self.wait()
+        """Process `items` while the caller continues, once the previous batch is finished."""
         todo = deque(items)
         # one task per thread: submitting every item would hold up the caller
-        self._running = [self._pool.submit(self._process, todo) for _ in range(min(self._threads, len(todo)))]
+        tasks = [self._pool.submit(self._process, todo) for _ in range(min(self._threads, len(todo)))]
+        previous, self._running = self._running, tasks
+        _raise_errors(previous)
 
     def wait(self) -> None:
-        """Wait for the batch in progress and raise its first error."""
+        """Wait for the batches in progress and raise the first error."""
         running, self._running = self._running, []
-        for future in running:
-            future.result()
+        _raise_errors(running)
 
     def close(self) -> None:
-        """Finish the batch in progress without raising its errors; end the threads."""
+        """Finish the batches in progress without raising their errors; end the threads."""
         self._pool.shutdown()
 
     def _process(self, todo: deque[Item]) -> None:
@@ -77,6 +77,11 @@ class Background(Generic[Item]):
             except BaseException:
                 todo.clear()
                 raise
+
+
+def _raise_errors(tasks: Iterable[Future[None]]) -> None:
+    for task in tasks:
+        task.result()
 
 
 @contextmanager
