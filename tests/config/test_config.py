@@ -206,6 +206,7 @@ def test_a_block_that_does_not_divide_is_named(configuration, small_zip):
         ("mode=draw", "mode=draw: use sample or evaluate"),
         ("batch_size=0", "batch_size=0"),
         ("picture=-1", "picture=-1"),
+        ("png_compression=10", "png_compression=10: must be a whole number, between 0 and 9"),
         ("relay.stages.base.path=missing", r"relay\.stages\.base\.path=missing: no such file"),
         ("relay.stages.base.guide=missing", r"relay\.stages\.base\.guide=missing: no such file"),
         ("relay.first=relay", r"relay\.first=relay: relay\.start=FOLDER must give"),

@@ -85,6 +85,15 @@ def test_predict_step_is_sampling():
     torch.testing.assert_close(predicted.stages["a"], relay.sample([7, 8], torch.tensor([1, -1])), rtol=0, atol=0)
 
 
+def test_final_images_have_the_memory_layout_of_image_files():
+    """So no writer rearranges pixels."""
+    relay = Relay({"a": tiny_stage(4)})
+    images = relay.predict_step(
+        SampleBatch(torch.arange(2), torch.tensor([7, 8]), torch.tensor([1, -1]), None), 0
+    ).images
+    assert images.permute(0, 2, 3, 1).is_contiguous()
+
+
 def test_a_relay_of_later_stages_starts_from_given_images():
     stage = tiny_stage(8, 2)
     relay = Relay({"b": stage, "c": tiny_stage(24, 3)})

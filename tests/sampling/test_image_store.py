@@ -149,6 +149,36 @@ def test_files_of_killed_writers_are_deleted(store, tmp_path):
     assert not store.folder.exists()
 
 
+@pytest.mark.parametrize("left", [0, 5, 12, -1])
+def test_images_truncated_by_a_power_failure_are_absent(store, tmp_path, left):
+    path = store.path("0/b")
+    path.write_bytes(path.read_bytes()[:left])
+    assert [name in store for name in NAMES] == [True, False, True, False]
+    again = ImageStore(tmp_path, SETTINGS)
+    again.pack()
+    with zipfile.ZipFile(tmp_path / "images.zip") as archive:
+        assert archive.namelist() == ["0/a.png", "1/c.png", "dataset.json"]
+    assert "0/b" not in again
+
+
+def test_images_are_not_synced_one_by_one(store, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda handle: pytest.fail("synced"))  # noqa: ARG005
+    store.write("1/d", PIXELS[3])
+    assert "1/d" in store
+
+
+def test_compression_changes_the_size_but_no_pixel(tmp_path):
+    image = torch.arange(64).repeat(3, 64, 1).to(torch.uint8)
+    sizes = []
+    for level in (0, 1, 9):
+        store = ImageStore(tmp_path, SETTINGS, level)
+        store.begin()
+        store.write(f"{level}", image)
+        sizes.append(store.path(f"{level}").stat().st_size)
+        assert torch.equal(next(iter(store.images([f"{level}"], (64, 64)).batches(1)))[0], image)
+    assert sizes[0] > sizes[1] > sizes[2]
+
+
 @contextmanager
 def full_disk(room):
     """Limit the size of files to `room` bytes."""

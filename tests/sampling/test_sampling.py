@@ -1,7 +1,9 @@
 """Sample and evaluate from a config."""
 
+import io
 import json
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,34 @@ def test_sampling_resumes_and_does_not_depend_on_the_batch(configuration, relay_
     assert sample(configuration("sample", *relay_overrides, *other, "seeds=2-4", "batch_size=2"))["sampled_now"] == 3
     assert sample(configuration("sample", *relay_overrides, *other, "seeds=0-6", "batch_size=3"))["sampled_now"] == 4
     assert pngs(tmp_path / "other/images") == whole
+
+
+def test_a_run_resumes_with_another_compression(configuration, relay_overrides, tmp_path):
+    """It changes the size of new files, but no pixel."""
+    sample(configuration("sample", *relay_overrides, "seeds=0-1", "batch_size=2", "png_compression=0"))
+    first = pngs(tmp_path / "samples/images")
+    options = ["seeds=0-2", "batch_size=2", "png_compression=9"]
+    assert sample(configuration("sample", *relay_overrides, *options))["sampled_now"] == 1
+    both = pngs(tmp_path / "samples/images")
+    assert first.items() <= both.items()
+    sample(configuration("sample", *relay_overrides, *options, f"run_dir={tmp_path / 'small'}"))
+    for name, content in pngs(tmp_path / "small/images").items():
+        assert (content == both[name]) == (name not in first)
+        with Image.open(io.BytesIO(content)) as small, Image.open(io.BytesIO(both[name])) as other:
+            assert small.tobytes() == other.tobytes()
+
+
+def test_a_full_disk_stops_sampling(configuration, relay_overrides, tmp_path, monkeypatch):
+    """The error of a writing thread is raised before the second batch is followed by a third."""
+    (tmp_path / "samples/images").mkdir(parents=True)
+    (tmp_path / "samples/images/00000000").write_text("a file where a folder must be")
+    steps = []
+    predict = Relay.predict_step
+    monkeypatch.setattr(Relay, "predict_step", lambda self, *a: steps.append(1) or predict(self, *a))
+    with pytest.raises(UserError, match=r"^[^\n]*seed0000000.\.png cannot be written: (Not a directory|File exists)$"):
+        sample(configuration("sample", *relay_overrides, "seeds=0-3", "batch_size=1"))
+    assert len(steps) == 2
+    assert threading.active_count() == 1
 
 
 def test_images_of_other_settings_are_not_mixed(configuration, relay_overrides):

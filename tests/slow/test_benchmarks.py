@@ -335,3 +335,35 @@ def test_comparison_plot_draws_quality_against_operations_and_seconds(tmp_path):
     result = run("benchmarks/comparison_plot.py", *options)
     assert result.returncode == 2
     assert result.stderr.startswith("error: curves=relay is not in ")
+
+
+def test_sampling_compares_the_command_with_its_network(relay_runs):
+    paths = " ".join(f"relay.stages.{name}.path={relay_runs / name}" for name in ("base", "relay"))
+    options = ["relay=two_stages", "count=300", "batch=2", "format=zip", "precision=32-true", "accelerator=cpu"]
+    result = run("benchmarks/sampling.py", *options, f"overrides={paths} picture=0")
+    assert result.returncode == 0, result.stderr
+    *_, setting, whole, without_start, network = result.stdout.splitlines()
+    assert setting == "two_stages, 300 images in batches of 2, zip"
+    for row, name, count in [
+        (whole, "sample.py", 300),
+        (without_start, "sample.py without its start", 296),
+        (network, "network alone", 296),
+    ]:
+        assert row.startswith(name)
+        seconds, unit, speed = row.removeprefix(name).split()[:3]
+        assert unit == "s"
+        assert float(seconds) * float(speed) == pytest.approx(count, rel=0.1)
+    assert network.endswith("1.000 of the network")
+    assert float(without_start.split()[-4]) > 0
+
+
+def test_sampling_names_wrong_options():
+    for option, message in [
+        ("count=300", "count=300: must be a multiple of batch=256, at least 768"),
+        ("count=512", "count=512: must be a multiple of batch=256, at least 768"),
+        ("repeats=0", "repeats=0: must be at least 1"),
+        ("format=gif", "format=gif: use png or zip"),
+    ]:
+        result = run("benchmarks/sampling.py", option)
+        assert result.returncode == 2
+        assert result.stderr == f"error: {message}\n"

@@ -86,6 +86,7 @@ def validate_sampling(cfg: DictConfig) -> None:
     )
     check_choice(cfg, "mode", ("sample", "evaluate"))
     check_choice(cfg, "format", ("png", "zip"))
+    check_whole(cfg, "png_compression", 0, 9)
     check_flag(cfg, "npz")
     package_names(cfg.trusted)
     for key in ("run_dir", "output"):

@@ -232,9 +232,10 @@ class Relay(L.LightningModule):
         images, fine, check = self._draw(seeds, labels, start)
         stages |= images
         wanted = {name: images[: len(batch.positions)] for name, images in stages.items()}
-        fine = fine.to("cpu", non_blocking=True)
-        pixels = self.finish(list(wanted.values())[-1]).cpu()  # the only synchronization; `fine` is copied before it
-        check(fine)
+        # in the order of image files, whose writers would otherwise rearrange every image
+        pixels = self.finish(list(wanted.values())[-1]).contiguous(memory_format=torch.channels_last)
+        pixels = pixels.to("cpu", non_blocking=True)  # to pinned memory, too fast to be worth overlapping
+        check(fine)  # the only synchronization, which waits for `pixels` as well
         return Samples(batch.positions, pixels, wanted)
 
 

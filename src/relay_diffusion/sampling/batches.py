@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from relay_diffusion.models.relay import SampleBatch
 from relay_diffusion.sampling.plan import Plan
+from relay_diffusion.utils.parallel import map_in_order
 
 
 class PlanDataModule(L.LightningDataModule):
@@ -43,7 +44,7 @@ class PlanDataModule(L.LightningDataModule):
         labels = [plan.labels[position] for position in filled]
         start = None
         if plan.start is not None:
-            start = torch.stack([image for image, _ in plan.start.__getitems__(seeds)])
+            start = torch.stack([image for image, _ in map_in_order(plan.start.__getitem__, seeds)])
         return SampleBatch(torch.tensor(positions), torch.tensor(seeds), torch.tensor(labels), start)
 
 

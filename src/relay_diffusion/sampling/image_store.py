@@ -22,16 +22,23 @@ from relay_diffusion.utils.files import atomic_write, json_text, remove_temporar
 from relay_diffusion.utils.messages import first_difference
 from relay_diffusion.utils.parallel import map_in_order
 
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # last chunk of every PNG file
+
 
 class ImageStore:
     """Folder of PNG files, `directory`/images, or `directory`/images.zip.
 
     `pack` moves the files into the zip. `settings`: all settings that the images depend on; they are written to the
-    directory. Raises UserError, naming the first difference, if the directory holds images of other settings.
+    directory. `compression`: zlib's level for new images. Raises UserError, naming the first difference, if the
+    directory holds images of other settings.
+
+    An image file is complete or absent if a run is killed. Files are not synced one by one, which is slow: a power
+    failure can leave the latest ones empty or truncated. These count as absent. The zip is synced before the files are
+    deleted.
     """
 
-    def __init__(self, directory: str | Path, settings: Mapping[str, Any]) -> None:
-        directory = Path(directory)
+    def __init__(self, directory: str | Path, settings: Mapping[str, Any], compression: int = 6) -> None:
+        directory, self.compression = Path(directory), compression
         self.folder, self.archive = directory / "images", directory / "images.zip"
         self._settings_file = directory / "settings.json"
         self._settings = json.loads(json_text(settings))
@@ -56,12 +63,12 @@ class ImageStore:
         return self.folder / f"{name}.png"
 
     def __contains__(self, name: str) -> bool:
-        return f"{name}.png" in self._packed or self.path(name).exists()
+        return f"{name}.png" in self._packed or _is_complete(self.path(name))
 
     def write(self, name: str, image: Tensor) -> None:
-        """Write one uint8 image [3,H,W] atomically."""
-        with atomic_write(self.path(name)) as file:
-            file.write(encode_png(Image.fromarray(image.permute(1, 2, 0).cpu().numpy())))
+        """Write one uint8 image [3,H,W] atomically. Thread-safe."""
+        with atomic_write(self.path(name), synced=False) as file:
+            file.write(encode_png(Image.fromarray(image.permute(1, 2, 0).cpu().numpy()), self.compression))
 
     def images(self, names: Sequence[str], resolution: tuple[int, int]) -> ImageSet:
         """Return the named images of the store, in this order."""
@@ -104,6 +111,9 @@ class ImageStore:
         have written.
         """
         self._clear()
+        for member in self._loose():
+            if not _is_complete(self.folder / member):
+                (self.folder / member).unlink()
         loose = self._loose()
         if loose:
             self._add_to_zip(loose)
@@ -122,8 +132,8 @@ class ImageStore:
             self.reading() as archive,
             image_zip(self.archive, class_names if classed else None, option="output") as writer,
         ):
-            for member in members:
-                content = self.encoded(member.removesuffix(".png"), archive)
+            contents = map_in_order(lambda member: self.encoded(member.removesuffix(".png"), archive), members)
+            for member, content in zip(members, contents, strict=True):
                 writer.add_encoded(member, content, labels[member] if classed else None)
         self._packed = set(members)
 
@@ -180,6 +190,17 @@ class _KeptImages(ImageSet):
                 return decode_rgb(self.store.encoded(name, archive), str(self.store.path(name)))
 
             yield from map_in_order(read, indices)
+
+
+def _is_complete(path: Path) -> bool:
+    """Return whether a PNG file exists and has its last chunk."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - len(PNG_END)))
+            return file.read() == PNG_END
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def _read_json(path: Path) -> Any:

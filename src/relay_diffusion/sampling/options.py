@@ -85,6 +85,7 @@ class SamplingOptions:
     reference: ReferenceOptions = field(default_factory=ReferenceOptions)
     batch_size: int = 32
     format: str = "png"
+    png_compression: int = 4
     npz: bool = False
     picture: int = 16
     trajectory: int = 0
@@ -120,6 +121,7 @@ def sampling_options(cfg: DictConfig) -> SamplingOptions:
         ),
         batch_size=cfg.batch_size,
         format=cfg.format,
+        png_compression=cfg.png_compression,
         npz=cfg.npz,
         picture=cfg.picture,
         trajectory=4 if cfg.save_trajectory is True else int(cfg.save_trajectory),

@@ -27,6 +27,7 @@ from relay_diffusion.networks.ops import report_slow_settings
 from relay_diffusion.sampling.batches import PlanDataModule, rank_order
 from relay_diffusion.sampling.callbacks.image_writer import ImageWriter
 from relay_diffusion.sampling.callbacks.relay_picture import RelayPicture
+from relay_diffusion.sampling.callbacks.sampling_progress import SamplingProgress
 from relay_diffusion.sampling.callbacks.trajectory_picture import TrajectoryPicture
 from relay_diffusion.sampling.evaluate import check_count, measure, measure_stored
 from relay_diffusion.sampling.image_store import ImageStore
@@ -39,7 +40,6 @@ from relay_diffusion.sampling.options import (
 from relay_diffusion.sampling.plan import Plan, plan_from_images, plan_from_noise
 from relay_diffusion.sampling.report import report
 from relay_diffusion.training.callbacks.preemption import Preemption
-from relay_diffusion.training.callbacks.progress import ImagesProgress
 from relay_diffusion.utils.distributed import on_rank_zero, started_ranks
 from relay_diffusion.utils.files import write_text
 from relay_diffusion.utils.parallel import map_in_order
@@ -87,7 +87,7 @@ def _make_and_measure(
     settings = run_settings(relay, plan, trainer)
 
     def look() -> tuple[ImageStore, list[int]]:
-        store = ImageStore(options.output, _without_places(settings))
+        store = ImageStore(options.output, _without_places(settings), options.png_compression)
         missing = [position for position, name in enumerate(plan.names) if name not in store]
         _read_start(plan, missing)
         write_text(options.output / "config.yaml", options.config)
@@ -102,7 +102,7 @@ def _make_and_measure(
     todo = sorted({*missing, *shown})
     if todo:
         began, picture = time.perf_counter(), options.output / "relay.png"
-        callbacks: list[Callback] = [ImagesProgress(len(plan.names), done=len(plan.names) - len(todo))]
+        callbacks: list[Callback] = [SamplingProgress(len(plan.names), done=len(plan.names) - len(todo))]
         callbacks.append(ImageWriter(store, plan, missing))
         if options.picture and missing:
             callbacks.append(RelayPicture(picture, count=options.picture))

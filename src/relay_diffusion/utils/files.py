@@ -45,11 +45,12 @@ def writing(what: object) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_write(path: Path, what: object = None) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path, what: object = None, synced: bool = True) -> Iterator[IO[bytes]]:
     """Write a file atomically: to a temporary name, synced, then renamed to `path`.
 
     An error inside the block removes the temporary file. Raises UserError if the folder is not writable or full;
-    `what` names the file in the message, by default its path.
+    `what` names the file in the message, by default its path. `synced=False` is faster: the file is complete or absent
+    if the process is killed, but a power failure can leave it empty or truncated.
     """
     temporary = temporary_name(path)
     try:
@@ -57,8 +58,9 @@ def atomic_write(path: Path, what: object = None) -> Iterator[IO[bytes]]:
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
                 yield file
-                file.flush()
-                os.fsync(file.fileno())
+                if synced:
+                    file.flush()
+                    os.fsync(file.fileno())
             temporary.replace(path)
     finally:
         with suppress(OSError):

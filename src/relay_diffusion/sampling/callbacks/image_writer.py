@@ -7,27 +7,33 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
 
 from relay_diffusion.models.relay import Samples
 from relay_diffusion.sampling.image_store import ImageStore
 from relay_diffusion.sampling.plan import Plan
+from relay_diffusion.utils.parallel import Background
 
 
 class ImageWriter(BasePredictionWriter):
     """Write the missing images of a plan to an ImageStore.
 
-    missing: positions in the plan, determined on rank 0.
+    Threads write the images of a batch while the next batch is sampled. If sampling is interrupted, finished batches
+    are still written. An error in a thread is raised after the next batch. missing: positions in the plan, determined
+    on rank 0.
     """
 
     def __init__(self, store: ImageStore, plan: Plan, missing: Iterable[int]) -> None:
         super().__init__(write_interval="batch")
         self.store, self.plan, self.missing = store, plan, frozenset(missing)
+        self._background: Background[tuple[str, Tensor]] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
         """Create the folder on rank 0."""
         if trainer.is_global_zero:
             self.store.begin()
         trainer.strategy.barrier()
+        self._background = Background(lambda named: self.store.write(*named))
 
     def write_on_batch_end(
         self,
@@ -36,11 +42,21 @@ class ImageWriter(BasePredictionWriter):
         prediction: Samples,
         *args: Any,  # noqa: ARG002
     ) -> None:
-        """Write the missing images of a batch."""
-        for position, image in zip(prediction.positions.tolist(), prediction.images.cpu(), strict=True):
-            if position in self.missing:
-                self.store.write(self.plan.names[position], image)
+        """Start to write the missing images of a batch."""
+        assert self._background is not None
+        named = zip(prediction.positions.tolist(), prediction.images.cpu(), strict=True)
+        self._background.start(
+            (self.plan.names[position], image) for position, image in named if position in self.missing
+        )
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         """Wait until all ranks have written, before images are packed."""
+        assert self._background is not None
+        self._background.wait()
+        self._background.close()
         trainer.strategy.barrier()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:  # noqa: ARG002
+        """Finish the images in progress."""
+        if self._background is not None:
+            self._background.close()
