@@ -40,7 +40,7 @@ from torch import Tensor
 from relay_diffusion.checkpoints.loading import load_relay
 from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.data.dataset import ImageDataset
-from relay_diffusion.data.image_sets import spread
+from relay_diffusion.data.image_sets import evenly_spaced
 from relay_diffusion.diffusion.corruption import GainCorruption
 from relay_diffusion.diffusion.pixels import to_float, to_uint8
 from relay_diffusion.errors import UserError
@@ -148,7 +148,7 @@ class Bench:
         size = self.last.resolution if self.first is None else self.first.resolution
         self.dataset = ImageDataset(options.images, size, subset=options.subset, option="images")
         every = len(self.dataset)
-        self.chosen = spread(min(options.count or every, every), every)
+        self.chosen = evenly_spaced(min(options.count or every, every), every)
         self.labels = torch.tensor([self.dataset.labels[i] for i in self.chosen])
         self.seeds = range(options.seed, options.seed + len(self.chosen))
         self.batch, self.device = options.batch, device
