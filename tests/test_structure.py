@@ -130,6 +130,55 @@ def test_entry_points_import_no_torch():
     assert printed.strip() == "False"
 
 
+CHECKS = """
+import sys
+from relay_diffusion.config import compose
+from relay_diffusion.config.sample import validate_sampling
+from relay_diffusion.config.train import validate_training
+from relay_diffusion.errors import UserError
+for option in {options}:
+    try:
+        {validate}(compose("{command}", [option, *{others}]))
+    except UserError as error:
+        print(error, [name for name in ("torch", "lightning") if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "validate", "options", "others", "loaded"),
+    [
+        ("sample", "validate_sampling", ["mode=foo", "seeds=5-1", "relay.stages.base.path=nowhere"], [], []),
+        ("sample", "validate_sampling", ["reference=nowhere"], ["mode=evaluate"], []),
+        ("train", "validate_training", ["data.dataset.path=nowhere", "resume=nowhere", "network.resolution=3"], [], []),
+        ("train", "validate_training", ["network.channels=-1"], ["data.dataset.path=conf"], ["torch"]),
+    ],
+)
+def test_invalid_options_are_reported_before_slow_imports(command, validate, options, others, loaded):
+    """Importing Lightning takes seconds, torch one."""
+    program = CHECKS.format(command=command, validate=validate, options=options, others=others)
+    result = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(options)
+    for option, line in zip(options, lines, strict=True):
+        assert option.partition("=")[0] in line
+        assert line.endswith(str(loaded))
+
+
+@pytest.mark.slow
+def test_sampling_loads_no_libraries_of_other_commands(relay_overrides):
+    """Nothing besides what Lightning loads itself, among it torchmetrics and with that matplotlib, if installed."""
+    program = (
+        "import atexit, sys, lightning; libraries = {name.partition('.')[0] for name in sys.modules};"
+        "atexit.register(lambda: print({name.partition('.')[0] for name in sys.modules} - libraries));"
+        f"sys.argv = ['sample.py', 'seeds=0', *{relay_overrides}];"
+        "from relay_diffusion.cli.main import sample; sample()"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
+    loaded = ast.literal_eval(result.stdout.splitlines()[-1])
+    assert {"hydra", "relay_diffusion"} <= loaded
+    assert not loaded & {"matplotlib", "pandas", "scipy", "tensorboard", "torchmetrics", "transformers", "wandb"}
+
+
 def test_tests_named_in_robustness_exist():
     """docs/robustness.md names a test for each of its rows."""
     named = set(re.findall(r"\btest_[a-z0-9_]+\b", (PROJECT / "docs/robustness.md").read_text()))

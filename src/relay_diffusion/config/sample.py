@@ -28,6 +28,8 @@ from relay_diffusion.sampling.options import chosen_stages, reference_of
 from relay_diffusion.sampling.seeds import parse_seeds
 from relay_diffusion.utils.messages import shorten
 
+MEASURING = ("metrics.reference", "metrics.evaluator")
+
 
 def _check_relay(cfg: DictConfig) -> None:
     relay = cfg.relay
@@ -76,7 +78,6 @@ def validate_sampling(cfg: DictConfig) -> None:
     check_run_id(selected(cfg, "run_id"))
     check_complete(cfg, besides="relay.stages.")
     check_devices(cfg)
-    check_types(cfg, "trainer")
     check_whole(cfg, "batch_size", 1, 2**24)
     check_whole(cfg, "picture", 0, 10**6)
     drawn = cfg.save_trajectory
@@ -106,8 +107,11 @@ def validate_sampling(cfg: DictConfig) -> None:
         check_file(cfg.images, "images")
     else:
         _check_relay(cfg)
-    if cfg.mode == "evaluate":
+    measured = cfg.mode == "evaluate"
+    if measured:
         _check_measuring(cfg)
+    for key in ("trainer", *(MEASURING if measured else ())):  # last: importing their classes takes seconds
+        check_types(cfg, key)
 
 
 def _check_measuring(cfg: DictConfig) -> None:
@@ -119,9 +123,8 @@ def _check_measuring(cfg: DictConfig) -> None:
     check_file(reference["path"], key)
     if cfg.reference is None and has_key(cfg, "relay.reference.subset"):
         check_subset(cfg, "relay.reference.subset")
-    for key in ("metrics.reference", "metrics.evaluator"):
+    for key in MEASURING:
         check_built(cfg, key)
-        check_types(cfg, key)
     check_directory(cfg, "metrics.reference.cache")
     check_whole(cfg, "metrics.reference.max_features", 0, 10**9)
     check_whole(cfg, "metrics.evaluator.batch_size", 1, 2**24)

@@ -60,7 +60,11 @@ def fused_optimizer(precision: str) -> bool:
 
 
 def validate_training(cfg: DictConfig) -> None:
-    """Check a train config. Raises UserError for the first invalid option."""
+    """Check a train config. Raises UserError for the first invalid option.
+
+    The cheapest checks come first: values and files, then parts that import torch, then those that import Lightning,
+    which takes seconds.
+    """
     check_mapping(cfg, "data", "data.dataset", "network", "stage", "stage.denoiser", "trainer", "callbacks", "logger")
     check_run_id(selected(cfg, "run_id"))
     check_complete(cfg)
@@ -75,21 +79,6 @@ def validate_training(cfg: DictConfig) -> None:
     for key, (least, most) in WHOLE.items():
         check_whole(cfg, key, least, most)
     check_devices(cfg)
-    _check_trainer(cfg)
-    for key in ("network", "stage", "data"):
-        check_types(cfg, key)
-    builder = MetaBuilder(cfg)
-    _check_callbacks(cfg, builder)
-    _check_network(cfg)
-    for key in ("network", "stage.corruption"):  # before the stage, so that messages name these keys
-        builder.build(key)
-    _check_stage(cfg)
-    stage = builder.build("stage")
-    try:
-        stage.guided_denoiser()
-    except UserError as error:
-        raise UserError(explain_option("stage", error, cfg.stage)) from None
-    _check_optimizer(cfg, stage)
     _check_dataset(cfg)
     for key in ("resume", "init"):
         if cfg[key] is not None:
@@ -98,6 +87,22 @@ def validate_training(cfg: DictConfig) -> None:
         cfg.resume is None or cfg.init is None,
         "resume continues a run, init starts a new one from its weights: give one of them",
     )
+    _check_network(cfg)
+    builder = MetaBuilder(cfg)
+    for key in ("network", "stage.corruption"):  # before the stage, so that messages name these keys
+        check_types(cfg, key)
+        builder.build(key)
+    _check_trainer(cfg)
+    for key in ("stage", "data"):
+        check_types(cfg, key)
+    _check_callbacks(cfg, builder)
+    _check_stage(cfg)
+    stage = builder.build("stage")
+    try:
+        stage.guided_denoiser()
+    except UserError as error:
+        raise UserError(explain_option("stage", error, cfg.stage)) from None
+    _check_optimizer(cfg, stage)
     _check_batch(cfg)
 
 
