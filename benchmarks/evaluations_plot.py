@@ -88,6 +88,7 @@ def draw(found: Panels, metric: str, path: Path) -> None:
             if points:
                 plot(axes, [(evaluations(rows, stage), rows) for rows in points], metric, curve, colour)
         logarithmic(axes, f"network evaluations of the {stage} stage", {"fid": "FID", "sfid": "sFID"}[metric])
+        axes.set_xticks(sorted({evaluations(rows, stage) for points in chosen.values() for rows in points}))
         axes.set_title(panel, fontsize=10)
         axes.legend(fontsize=8)
     with atomic_write(path) as file:
