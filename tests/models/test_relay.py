@@ -153,6 +153,8 @@ def test_a_sampler_replaced_in_a_stage_is_the_one_that_samples_and_is_described(
     relay = Relay({"a": first}, hand_over_sigma=1.0)
     before = relay.sample([7])
     assert relay.describe()["stages"]["a"]["sampler"] == {"steps": 3}
+    with pytest.raises(TypeError):
+        relay.samplers["a"] = EDMSampler(steps=5)  # would have no effect
     first.sampler = EDMSampler(steps=5, churn=2.0)
     assert relay.samplers["a"].evaluations == first.sampler.stopping_at(1.0).evaluations
     assert not torch.equal(relay.sample([7]), before)

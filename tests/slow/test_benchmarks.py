@@ -17,6 +17,7 @@ from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.image_sets import open_image_set
 from relay_diffusion.diffusion.pixels import to_float
 from relay_diffusion.metrics import Evaluator, FIDMetric
+from relay_diffusion.samplers import BlurringSampler
 from support import PROJECT, run
 
 
@@ -196,10 +197,8 @@ def test_a_second_order_grid_is_the_sampler_with_these_levels(grid, benchmark):
         levels = [sigma for sigma in heun.sigmas if sigma > 0]  # EDM's sampler ends at 0
         assert levels == pytest.approx(multistep.sigmas)
         assert (heun.evaluations, multistep.evaluations) == (2 * steps - 1, steps)
-    # the published grid: 40 levels to 80, of which those below 0.9 are used
-    assert made(relay, "last", f"heun:14/{relay.sampler.sigmas[0]}/0.008/7/0.2").sigmas == pytest.approx(
-        relay.sampler.sigmas
-    )
+    published = BlurringSampler(relay.corruption)  # 40 levels to 80, of which those below 0.9 are used
+    assert made(relay, "last", f"heun:14/{published.sigmas[0]}/0.008/7/0.2").sigmas == pytest.approx(published.sigmas)
 
 
 def test_the_grids_of_the_evaluations_are_valid(benchmark):
@@ -327,8 +326,9 @@ def test_comparison_plot_draws_quality_against_operations_and_seconds(tmp_path):
     result = run("benchmarks/comparison_plot.py", *options, "curves=relay_second_order,single_second_order")
     assert result.returncode == 0, result.stderr
     assert (
-        "| relay_second_order | relay.stages.base.path=outputs/emoji/base sampler.steps=40 | 47+27 | 1.32 | 0.0099 |"
-        in (result.stdout)
+        "| relay_second_order | relay.stages.base.path=outputs/emoji/base sampler@relay.stages.base.sampler=edm "
+        "sampler@relay.stages.relay.sampler=blurring relay.stages.relay.sampler.steps=40 | 47+27 | 1.32 | 0.0099 |"
+        in result.stdout
     )
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size == (1210, 880)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import lightning as L
@@ -74,16 +75,17 @@ class Relay(L.LightningModule):
         _ = self.samplers  # raises for an impossible hand-over
 
     @property
-    def samplers(self) -> dict[str, Sampler]:
-        """Samplers of the stages by name.
+    def samplers(self) -> Mapping[str, Sampler]:
+        """Samplers of the stages by name, read-only.
 
-        With an early hand-over, the first one stops there. Raises UserError if it cannot.
+        Set `stage.sampler` to change one. With an early hand-over, the first one stops there; raises UserError if it
+        cannot.
         """
         samplers = {name: stage.sampler for name, stage in self.chain().items()}
         if self.hand_over_sigma is not None:
             name, first = next(iter(self.chain().items()))
             samplers[name] = self._stopped(name, first, self.hand_over_sigma)
-        return samplers
+        return MappingProxyType(samplers)
 
     @property
     def saved_evaluations(self) -> int:
