@@ -29,4 +29,4 @@ __getattr__ = lazy_exports(__name__, _EXPORTS)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*globals(), *__all__} - {"_EXPORTS", "lazy_exports"})

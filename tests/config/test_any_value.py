@@ -70,6 +70,11 @@ def _changed(cfg: DictConfig, key: str, value: Any) -> DictConfig:
     return changed
 
 
+def _unresolved(value: Any) -> str:
+    """Return the end of the message for an interpolation of a missing key."""
+    return f"{str(value).strip('${}')}' not found"
+
+
 def _accepted(cfg: DictConfig, key: str, value: Any, validate: Any) -> DictConfig | None:
     """Return the changed config; None for an error naming the key."""
     try:
@@ -83,7 +88,7 @@ def _accepted(cfg: DictConfig, key: str, value: Any, validate: Any) -> DictConfi
         assert "\n" not in message
         assert len(message) < 600
         # what is said of an option may be said of what it is copied to, or of what does not go with it
-        assert key in message or key.rpartition(".")[2] in message or "' not found" in message, (key, message)
+        assert key in message or key.rpartition(".")[2] in message or _unresolved(value) in message, (key, message)
         return None
     return changed
 

@@ -149,13 +149,16 @@ def test_files_of_killed_writers_are_deleted(store, tmp_path):
     assert not store.folder.exists()
 
 
-@pytest.mark.parametrize("left", [0, 5, 12, -1])
-def test_images_truncated_by_a_power_failure_are_absent(store, tmp_path, left):
+@pytest.mark.parametrize("damage", [slice(0, None), slice(5, None), slice(12, None), slice(-20, None), slice(45, 50)])
+def test_images_damaged_by_a_power_failure_are_absent(store, tmp_path, damage, capsys):
     path = store.path("0/b")
-    path.write_bytes(path.read_bytes()[:left])
+    content = bytearray(path.read_bytes())
+    content[damage] = b"" if damage.stop is None else bytes(5)  # cut short, or a block that was not written
+    path.write_bytes(content)
     assert [name in store for name in NAMES] == [True, False, True, False]
     again = ImageStore(tmp_path, SETTINGS)
     again.pack()
+    assert capsys.readouterr().out == "note: damaged images are deleted and not packed: 0/b.png\n"
     with zipfile.ZipFile(tmp_path / "images.zip") as archive:
         assert archive.namelist() == ["0/a.png", "1/c.png", "dataset.json"]
     assert "0/b" not in again

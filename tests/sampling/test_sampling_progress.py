@@ -1,5 +1,6 @@
 """Progress within a batch."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -102,8 +103,9 @@ def test_a_thread_moves_the_bar_within_a_batch(relay, capsys, monkeypatch):
     callback.on_predict_start(TRAINER, relay)
     callback.on_predict_batch_start(TRAINER, relay, BATCH._replace(positions=torch.arange(40)), 0)
     relay.predict_step(BATCH, 0)
-    before = len(looked)
-    while len(looked) < before + 2:
-        pass
+    before, deadline = len(looked), time.monotonic() + 60
+    while len(looked) < before + 2 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert len(looked) >= before + 2
     callback.on_predict_end(TRAINER, relay)
     assert capsys.readouterr().out.startswith("sampling: ")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from relay_diffusion.utils.garbage import collect_no_imports
+from relay_diffusion.utils.garbage import without_garbage_collection
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def before_imports(monkeypatch):
 @pytest.mark.usefixtures("before_imports")
 def test_objects_of_imports_are_never_searched_for_garbage():
     frozen = gc.get_freeze_count()
-    with collect_no_imports():
+    with without_garbage_collection():
         assert not gc.isenabled()
         imported = [[] for _ in range(100)]
     assert gc.isenabled()
@@ -26,7 +26,7 @@ def test_objects_of_imports_are_never_searched_for_garbage():
 
 @pytest.mark.usefixtures("before_imports")
 def test_collection_is_on_after_an_error():
-    with pytest.raises(KeyError), collect_no_imports():
+    with pytest.raises(KeyError), without_garbage_collection():
         raise KeyError
     assert gc.isenabled()
 
@@ -35,7 +35,7 @@ def test_collection_is_on_after_an_error():
 def test_collection_stays_off_if_it_was_off():
     gc.disable()
     try:
-        with collect_no_imports():
+        with without_garbage_collection():
             pass
         assert not gc.isenabled()
     finally:
@@ -43,7 +43,7 @@ def test_collection_stays_off_if_it_was_off():
 
 
 def test_a_later_job_collects_its_garbage():
-    with collect_no_imports():
+    with without_garbage_collection():
         assert gc.isenabled()
 
 

@@ -341,7 +341,7 @@ def _without_nulls(changes: Mapping[str, Any]) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for key, value in changes.items():
         if isinstance(value, Mapping):
-            kept[key] = _without_nulls(value)
-        elif value is not None:
+            value = _without_nulls(value) or None
+        if value is not None:
             kept[key] = value
     return kept

@@ -31,7 +31,7 @@ from relay_diffusion.config.train import validate_training
 from relay_diffusion.errors import UserError, require
 from relay_diffusion.utils.distributed import destroy_process_group, first_failure, rank, ranks_differ
 from relay_diffusion.utils.files import write_text
-from relay_diffusion.utils.garbage import collect_no_imports
+from relay_diffusion.utils.garbage import without_garbage_collection
 from relay_diffusion.utils.host import check_gpus
 
 TRAIN, SAMPLE = CONF / "train.yaml", CONF / "sample.yaml"
@@ -200,7 +200,7 @@ def _begin(cfg: DictConfig, directory: str) -> None:
 def run_training(cfg: DictConfig) -> float | None:
     """Validate and train; return the last monitored metric or loss."""
     with report_errors(TRAIN):
-        with collect_no_imports():
+        with without_garbage_collection():
             validate_training(cfg)
             _begin(cfg, cfg.run_dir)
             from relay_diffusion.training.run import train
@@ -214,7 +214,7 @@ def run_training(cfg: DictConfig) -> float | None:
 def run_sampling(cfg: DictConfig) -> float | None:
     """Validate and sample; return the first metric of mode=evaluate."""
     with report_errors(SAMPLE):
-        with collect_no_imports():
+        with without_garbage_collection():
             validate_sampling(cfg)
             _begin(cfg, cfg.output)
             from relay_diffusion.sampling.run import sample

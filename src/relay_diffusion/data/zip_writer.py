@@ -88,7 +88,7 @@ def image_zip(
 def encode_png(image: Image.Image, level: int = 6) -> bytes:
     """Encode an image as PNG.
 
-    level: of zlib, 0 (no compression) to 9. The highest takes four times as long as 6 for files that are 2 % smaller.
+    level: of zlib, 0 (no compression) to 9. 9 takes about seven times as long as 6 for files that are 4 % smaller.
     """
     stream = BytesIO()
     image.save(stream, "PNG", compress_level=level)

@@ -12,7 +12,10 @@ Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """D(x [B,C,H,W], sigma [B], labels [B] or None) -> estimate of the clean images [B,C,H,W]."""
 
 Observer = Callable[[Tensor, Tensor, Tensor], None]
-"""Called with the noisy images [B,C,H,W], sigma [B] and the estimate [B,C,H,W] of each evaluation."""
+"""Called with the noisy images [B,C,H,W], sigma [B] and the estimate [B,C,H,W] of each evaluation.
+
+Copy what you keep: the next evaluation may reuse the memory.
+"""
 
 NO_CLASS = -1
 

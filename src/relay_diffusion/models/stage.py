@@ -5,6 +5,7 @@ Network, corruption, loss, sampler and optimizer.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -133,19 +134,29 @@ class DiffusionStage(OptimizationHooks):
     def describe(self) -> dict[str, Any]:
         """Describe the settings that determine the samples, and the weights.
 
-        A sampler that was replaced since the stage was built appears with its class and its numbers.
+        Without a config, and for a sampler that was replaced since the stage was built, classes and public values
+        appear in its place; without a checkpoint, a checksum of the weights. Synchronizes with the device.
         """
-        config = self.info.config or {}
-        own = self.sampler is self._configured_sampler
+        config = self.info.config
+        stored = config is not None and self.sampler is self._configured_sampler
         return {
-            **self.info.origin,
-            "corruption": config.get("corruption"),
-            "sampler": config.get("sampler") if own else _described_sampler(self.sampler),
+            **(self.info.origin or {"weights_sha256": self._weights_hash()}),
+            "corruption": _described(self.corruption) if config is None else config.get("corruption"),
+            "sampler": config.get("sampler") if config is not None and stored else _described(self.sampler),
             "resolution": self.resolution,
             "network_evaluations": self.sampler.evaluations,
             "guidance_scale": self.guidance_scale,
             "guidance_interval": None if self.guidance_scale == 1 else self.guidance_interval,
         }
+
+    def _weights_hash(self) -> str:
+        """Return the SHA-256 of the weights, with those of a guide."""
+        digest = hashlib.sha256()
+        for denoiser in (self.denoiser, self.guide):
+            for name, weight in denoiser.state_dict().items() if denoiser is not None else ():
+                digest.update(name.encode())
+                digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def resolution(self) -> int:
@@ -344,12 +355,13 @@ class DiffusionStage(OptimizationHooks):
             self.train(training)
 
 
-def _described_sampler(sampler: Sampler) -> dict[str, Any]:
-    """Return the class and the public values of a sampler."""
-    kind = type(sampler)
-    values = {
-        name: value
-        for name, value in vars(sampler).items()
-        if not name.startswith("_") and isinstance(value, int | float | str | list)
-    }
-    return {"_target_": f"{kind.__module__}.{kind.__qualname__}", **values}
+def _described(part: object) -> dict[str, Any]:
+    """Return the class and the public values of a sampler or corruption."""
+    kind = type(part)
+    described: dict[str, Any] = {"_target_": f"{kind.__module__}.{kind.__qualname__}"}
+    for name, value in getattr(part, "__dict__", {}).items():
+        if name.startswith("_") or callable(value):
+            continue
+        plain = value is None or isinstance(value, int | float | str | list | tuple)
+        described[name] = value if plain else _described(value)
+    return described

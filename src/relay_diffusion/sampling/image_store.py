@@ -19,10 +19,8 @@ from relay_diffusion.data.sources import LABEL_FILE
 from relay_diffusion.data.zip_writer import encode_png, image_zip
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.files import atomic_write, json_text, remove_temporaries, write_text
-from relay_diffusion.utils.messages import first_difference
+from relay_diffusion.utils.messages import first_difference, shorten
 from relay_diffusion.utils.parallel import map_in_order
-
-PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # last chunk of every PNG file
 
 
 class ImageStore:
@@ -33,8 +31,8 @@ class ImageStore:
     directory holds images of other settings.
 
     An image file is complete or absent if a run is killed. Files are not synced one by one, which is slow: a power
-    failure can leave the latest ones empty or truncated. These count as absent. The zip is synced before the files are
-    deleted.
+    failure can leave the latest ones damaged. Files with a wrong checksum count as absent. The zip is synced before the
+    files are deleted.
     """
 
     def __init__(self, directory: str | Path, settings: Mapping[str, Any], compression: int = 6) -> None:
@@ -63,7 +61,7 @@ class ImageStore:
         return self.folder / f"{name}.png"
 
     def __contains__(self, name: str) -> bool:
-        return f"{name}.png" in self._packed or _is_complete(self.path(name))
+        return f"{name}.png" in self._packed or _is_intact(self.path(name))
 
     def write(self, name: str, image: Tensor) -> None:
         """Write one uint8 image [3,H,W] atomically. Thread-safe."""
@@ -111,9 +109,11 @@ class ImageStore:
         have written.
         """
         self._clear()
-        for member in self._loose():
-            if not _is_complete(self.folder / member):
-                (self.folder / member).unlink()
+        damaged = [member for member in self._loose() if not _is_intact(self.folder / member)]
+        for member in damaged:
+            (self.folder / member).unlink()
+        if damaged:
+            print(f"note: damaged images are deleted and not packed: {shorten(', '.join(damaged))}", flush=True)
         loose = self._loose()
         if loose:
             self._add_to_zip(loose)
@@ -192,15 +192,14 @@ class _KeptImages(ImageSet):
             yield from map_in_order(read, indices)
 
 
-def _is_complete(path: Path) -> bool:
-    """Return whether a PNG file exists and has its last chunk."""
+def _is_intact(path: Path) -> bool:
+    """Return whether a PNG file exists and its checksums hold."""
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - len(PNG_END)))
-            return file.read() == PNG_END
-    except (FileNotFoundError, NotADirectoryError):
+        with Image.open(path) as image:
+            image.verify()
+    except (OSError, SyntaxError):  # Pillow's error for a wrong checksum
         return False
+    return True
 
 
 def _read_json(path: Path) -> Any:

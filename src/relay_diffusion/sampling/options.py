@@ -71,7 +71,8 @@ class SamplingOptions:
 
     seeds: as given; None: default_seeds, or every image of `start`. classes: names or indices as given; None: all in
     turn. trajectory: number of images that are drawn with their intermediate states. config: the resolved configuration
-    as YAML.
+    as YAML. The plan and the evaluator are made of `seeds`, `classes`, `start`, `images`, `evaluate` and `reference`;
+    sample_relay takes both as arguments and only records these. Raises ValueError for another format or compression.
     """
 
     output: Path
@@ -79,7 +80,7 @@ class SamplingOptions:
     evaluate: bool = False
     images: str | None = None
     seeds: Any = None
-    default_seeds: Any = "0-7"
+    default_seeds: Any = None
     classes: Any = None
     start: StartOptions = field(default_factory=StartOptions)
     reference: ReferenceOptions = field(default_factory=ReferenceOptions)
@@ -100,7 +101,14 @@ class SamplingOptions:
         if self.images is not None:
             return None
         every = self.default_seeds if self.start.path is None else "all"
-        return str(every if self.seeds is None else self.seeds)
+        shown = every if self.seeds is None else self.seeds
+        return None if shown is None else str(shown)
+
+    def __post_init__(self) -> None:
+        if self.format not in ("png", "zip"):
+            raise ValueError(f"format={self.format}: use png or zip")
+        if not 0 <= self.png_compression <= 9:
+            raise ValueError(f"png_compression={self.png_compression}: must lie between 0 and 9")
 
 
 def sampling_options(cfg: DictConfig) -> SamplingOptions:

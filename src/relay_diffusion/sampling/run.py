@@ -72,7 +72,8 @@ def sample_relay(
     options: SamplingOptions, trainer: L.Trainer, relay: Relay, plan: Plan, evaluator: Evaluator | None = None
 ) -> dict[str, Any]:
     """Sample the missing images of a plan; evaluate all with `evaluator`."""
-    if evaluator is not None and trainer.is_global_zero and options.classes is None and plan.start is None:
+    classes_are_default = options.classes is None and plan.start is None
+    if evaluator is not None and trainer.is_global_zero and classes_are_default and options.reference.path is not None:
         _report_uneven_classes(options.reference, relay)
     with started_ranks(trainer, options.run_id, str(options.output), "output"):
         results = _make_and_measure(options, trainer, relay, plan, evaluator)
@@ -90,7 +91,8 @@ def _make_and_measure(
         store = ImageStore(options.output, _without_places(settings), options.png_compression)
         missing = [position for position, name in enumerate(plan.names) if name not in store]
         _read_start(plan, missing)
-        write_text(options.output / "config.yaml", options.config)
+        if options.config:
+            write_text(options.output / "config.yaml", options.config)
         option = "relay.stages.{}.changes.denoiser.network.channels_last"
         networks = {option.format(name): stage.denoiser.network for name, stage in relay.chain().items()}
         report_slow_settings(trainer.strategy.root_device, networks)
@@ -102,8 +104,10 @@ def _make_and_measure(
     todo = sorted({*missing, *shown})
     if todo:
         began, picture = time.perf_counter(), options.output / "relay.png"
-        callbacks: list[Callback] = [SamplingProgress(len(plan.names), done=len(plan.names) - len(todo))]
-        callbacks.append(ImageWriter(store, plan, missing))
+        callbacks: list[Callback] = [
+            ImageWriter(store, plan, missing),
+            SamplingProgress(len(plan.names), done=len(plan.names) - len(todo)),  # closes after the last file
+        ]
         if options.picture and missing:
             callbacks.append(RelayPicture(picture, count=options.picture))
             results["picture"] = os.path.relpath(picture)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def collect_no_imports() -> Iterator[None]:
+def without_garbage_collection() -> Iterator[None]:
     """Import torch and Lightning without garbage collection; exempt their objects afterwards.
 
     Their half a million objects live until the program ends. Searching them for garbage takes a quarter of the time of

@@ -44,8 +44,8 @@ class SamplingProgress(Callback):
             self._evaluations = sum(sampler.evaluations for sampler in pl_module.samplers.values())
             self._advance = self._stack.enter_context(progress("sampling", self.total, done=self.done))
             self._stack.enter_context(repeated(self.look, SECONDS))
-            pl_module.observers.append(self._launched_one)
-            self._stack.callback(pl_module.observers.remove, self._launched_one)
+            pl_module.observers.append(self._record_evaluation)
+            self._stack.callback(pl_module.observers.remove, self._record_evaluation)
 
     def on_predict_batch_start(
         self,
@@ -58,7 +58,7 @@ class SamplingProgress(Callback):
         with self._lock:
             self._batch, self._finished = len(batch.positions) * trainer.world_size, 0
 
-    def _launched_one(self, stage: str, x: Tensor, sigma: Tensor, estimate: Tensor) -> None:  # noqa: ARG002
+    def _record_evaluation(self, stage: str, x: Tensor, sigma: Tensor, estimate: Tensor) -> None:  # noqa: ARG002
         event = None
         if self._on_gpu:
             event = torch.cuda.Event()
