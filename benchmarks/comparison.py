@@ -78,7 +78,10 @@ def points(options: Options) -> list[tuple[str, str]]:
 
 
 def expanded(overrides: str) -> list[str]:
-    """List the points of overrides, one for each combination of values with commas between them."""
+    """List the points of overrides.
+
+    One for each combination of values with commas between them.
+    """
     parts = [
         [f"{part.get_key_element()}={value}" for value in part.sweep_string_iterator()]
         if part.is_sweep_override()
@@ -133,9 +136,9 @@ class Bench:
         return draw(stage, relay.samplers[name], plan.seeds, labels, previous, self.options.batch, self.precision)
 
     def before_last(self, relay: Relay, cfg: DictConfig, plan: Plan) -> tuple[Tensor | None, float]:
-        """Return the images of the stage before the last, and the seconds per image up to there.
+        """Return the images of the stage before the last.
 
-        Those of the point before, if all that they depend on is the same.
+        Also the seconds per image up to there. Those of the point before, if all that they depend on is the same.
         """
         names = list(relay.chain())[:-1]
         settings = [plan, cfg.relay.hand_over_sigma, *(str(cfg.relay.stages[name]) for name in names)]

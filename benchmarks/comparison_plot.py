@@ -93,7 +93,10 @@ def logarithmic(axes: Axes, xlabel: str, ylabel: str) -> None:
 
 
 def plot(axes: Axes, points: list[tuple[float, Rows]], column: str, label: str, colour: str) -> None:
-    """Draw a column against the costs of the points, with bars from the lowest to the highest repeat."""
+    """Draw a column against the costs of the points.
+
+    Bars go from the lowest to the highest repeat.
+    """
     costs, spreads = zip(
         *((cost, spread(rows, column)) for cost, rows in sorted(points, key=itemgetter(0))), strict=True
     )
@@ -103,7 +106,7 @@ def plot(axes: Axes, points: list[tuple[float, Rows]], column: str, label: str, 
 
 
 def draw(groups: dict[tuple[str, str], Rows], curves: list[str], path: Path) -> None:
-    """Plot FID and sFID against the operations and against the seconds per image."""
+    """Plot FID and sFID against operations and seconds per image."""
     figure = Figure(figsize=(11, 8), dpi=110, layout="constrained")
     costs = {"tflop": "TFLOP an image, all stages", "seconds": "seconds an image, all stages"}
     qualities = {"fid": "FID", "sfid": "sFID"}

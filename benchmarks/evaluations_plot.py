@@ -40,7 +40,10 @@ class Options:
 
 
 def panels(options: Options) -> Panels:
-    """The measured points of each curve of each panel, each point with a row for each seed."""
+    """The measured points of each curve of each panel.
+
+    A point has a row for each seed.
+    """
     measured: dict[tuple[str, str], Rows] = {}
     for row in read_rows(Path(options.points), COLUMNS, "points"):
         measured.setdefault((row["first"], row["last"]), []).append(row)

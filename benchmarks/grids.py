@@ -92,7 +92,10 @@ def combinations(first: str, last: str) -> list[tuple[str, str]]:
 
 
 def curves(path: str, option: str = "points") -> dict[str, dict[str, list[tuple[str, str]]]]:
-    """Read the points of each curve of each panel from a yaml file."""
+    """Read the points of each curve from a yaml file.
+
+    The result maps panels to curves to points.
+    """
     if not Path(path).is_file():
         raise UserError(f"{option}={path}: no such file")
     try:
