@@ -51,7 +51,7 @@ from relay_diffusion.samplers import BlurringSampler, EDMSampler, MultistepSampl
 from relay_diffusion.utils.host import prepare_host
 
 REAL, NOISE, HEUN = "real", "noise", "heun:"
-KEY = ["relay", "first", "last", "seed", "images"]
+KEY = ["relay", "first", "last", "reference", "subset", "seed", "images"]
 COLUMNS = [*KEY, "evaluations", "tflop", "seconds", "fid", "sfid", "device"]
 
 
@@ -219,7 +219,8 @@ def run(options: Options) -> None:
     starts: dict[str, Start] = {}
     of_points = []
     for first, last in dict.fromkeys(points):
-        key = (options.relay, first, last, str(options.seed), str(len(bench.seeds)))
+        compared = options.reference, options.subset
+        key = (options.relay, first, last, *compared, str(options.seed), str(len(bench.seeds)))
         if key not in known:
             began = time.perf_counter()
             if first not in starts:

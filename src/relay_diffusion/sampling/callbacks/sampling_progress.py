@@ -34,13 +34,13 @@ class SamplingProgress(Callback):
         self._lock = threading.Lock()
         self._stack = ExitStack()
         self._advance: Advance | None = None
-        self._on_gpu = False
+        self._on_gpu, self._device = False, torch.device("cpu")
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the bar on rank 0."""
         assert isinstance(pl_module, Relay)
         if trainer.is_global_zero:
-            self._on_gpu = pl_module.device.type == "cuda"
+            self._on_gpu, self._device = pl_module.device.type == "cuda", pl_module.device
             self._evaluations = sum(sampler.evaluations for sampler in pl_module.samplers.values())
             self._advance = self._stack.enter_context(progress("sampling", self.total, done=self.done))
             self._stack.enter_context(repeated(self.look, SECONDS))
@@ -67,6 +67,8 @@ class SamplingProgress(Callback):
 
     def look(self) -> None:
         """Move the bar by the evaluations finished since the last look."""
+        if self._on_gpu:
+            torch.cuda.set_device(self._device)  # a thread starts with device 0, which may belong to another rank
         with self._lock:
             before = self._finished
             while self._launched and (self._launched[0] is None or self._launched[0].query()):
