@@ -177,7 +177,7 @@ def test_grids_searches_a_cascade_and_a_single_stage(search, fit, relay_runs, tm
         ("points=benchmarks/emoji.yaml", "points=benchmarks/emoji.yaml: must hold panels, each with curves that have "
          "`first` and `last`"),
         ("output=docs/relay-vs-cascade.csv", "output=docs/relay-vs-cascade.csv: must have the columns relay,first,last,"
-         "seed,images,evaluations,tflop,seconds,fid,sfid,device; use another file"),
+         "reference,subset,seed,images,evaluations,tflop,seconds,fid,sfid,device; use another file"),
         ("count=0", "count=0: must be at least 1"),
     ],
 )  # fmt: skip
@@ -229,7 +229,8 @@ def test_evaluations_plot_reads_points_of_grids(tmp_path, benchmark):
     ]  # fmt: skip
     lines = [",".join(grids.COLUMNS)]
     lines += [
-        f"demo/emoji,{first},{last},{seed},2795,{n},0.1,0.001,{fid},50,GPU" for first, last, seed, n, fid in points
+        f"demo/emoji,{first},{last},a.zip,train,{seed},2795,{n},0.1,0.001,{fid},50,GPU"
+        for first, last, seed, n, fid in points
     ]
     (tmp_path / "points.csv").write_text("\n".join(lines) + "\n")
     options = module.Options(
