@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from measuring import device_name, draw, read_rows, score, tflop, write_rows
+from measuring import autocast_dtype, device_name, draw, read_rows, score, tflop, write_rows
 from omegaconf import DictConfig, OmegaConf
 from timing import environment
 from torch import Tensor
@@ -107,7 +107,7 @@ class Bench:
 
     def __init__(self, options: Options, device: torch.device) -> None:
         self.options, self.device = options, device
-        self.precision = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(options.precision)
+        self.precision = autocast_dtype(options.precision)
         self.stages: dict[str, DiffusionStage] = {}
         self.evaluators: dict[str, Evaluator] = {}
         self.settings: object = None  # of the latest small images

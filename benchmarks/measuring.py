@@ -22,6 +22,11 @@ from relay_diffusion.samplers import Sampler
 from relay_diffusion.utils.files import write_text
 
 
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """Return the dtype of autocast for a precision of Lightning; None: no autocast."""
+    return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+
+
 def draw(
     stage: DiffusionStage,
     sampler: Sampler,

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from measuring import autocast_dtype
 from omegaconf import DictConfig
 from timing import environment, synchronize
 
@@ -90,7 +91,7 @@ def seconds_of_network(options: Options, cfg: DictConfig) -> float:
     prepare_host(device)
     relay = build_relay(cfg.relay).to(device).eval()
     plan = make_plan(sampling_options(cfg), relay)
-    half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(options.precision)
+    half = autocast_dtype(options.precision)
     began = 0.0
     for first in range(0, options.count, options.batch):
         if first == SHORT * options.batch:

@@ -62,11 +62,11 @@ def test_evaluations_on_a_gpu_count_when_they_are_finished(relay, shown, monkeyp
     monkeypatch.setattr(torch.cuda, "set_device", devices.append)
     callback = SamplingProgress(4)
     callback.on_predict_start(TRAINER, relay)
-    callback._on_gpu = True
+    callback._device = torch.device("cuda:1")
     callback.on_predict_batch_start(TRAINER, relay, BATCH, 0)
     relay.predict_step(BATCH, 0)
     callback.look()
-    assert (shown, devices) == ([], [relay.device])
+    assert (shown, devices) == ([], [callback._device])
     finished |= set(recorded[:3])
     finished.add(recorded[4])  # a later one waits for those before
     callback.look()

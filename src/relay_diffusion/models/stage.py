@@ -137,12 +137,14 @@ class DiffusionStage(OptimizationHooks):
         Without a config, and for a sampler that was replaced since the stage was built, classes and public values
         appear in its place; without a checkpoint, a checksum of the weights. Synchronizes with the device.
         """
-        config = self.info.config
-        stored = config is not None and self.sampler is self._configured_sampler
+        parts: dict[str, Any] = {"corruption": _described(self.corruption), "sampler": _described(self.sampler)}
+        if self.info.config is not None:
+            parts["corruption"] = self.info.config.get("corruption")
+            if self.sampler is self._configured_sampler:
+                parts["sampler"] = self.info.config.get("sampler")
         return {
             **(self.info.origin or {"weights_sha256": self._weights_hash()}),
-            "corruption": _described(self.corruption) if config is None else config.get("corruption"),
-            "sampler": config.get("sampler") if config is not None and stored else _described(self.sampler),
+            **parts,
             "resolution": self.resolution,
             "network_evaluations": self.sampler.evaluations,
             "guidance_scale": self.guidance_scale,

@@ -34,13 +34,13 @@ class SamplingProgress(Callback):
         self._lock = threading.Lock()
         self._stack = ExitStack()
         self._advance: Advance | None = None
-        self._on_gpu, self._device = False, torch.device("cpu")
+        self._device = torch.device("cpu")
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the bar on rank 0."""
         assert isinstance(pl_module, Relay)
         if trainer.is_global_zero:
-            self._on_gpu, self._device = pl_module.device.type == "cuda", pl_module.device
+            self._device = pl_module.device
             self._evaluations = sum(sampler.evaluations for sampler in pl_module.samplers.values())
             self._advance = self._stack.enter_context(progress("sampling", self.total, done=self.done))
             self._stack.enter_context(repeated(self.look, SECONDS))
@@ -60,14 +60,14 @@ class SamplingProgress(Callback):
 
     def _record_evaluation(self, stage: str, x: Tensor, sigma: Tensor, estimate: Tensor) -> None:  # noqa: ARG002
         event = None
-        if self._on_gpu:
+        if self._device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
         self._launched.append(event)
 
     def look(self) -> None:
         """Move the bar by the evaluations finished since the last look."""
-        if self._on_gpu:
+        if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # a thread starts with device 0, which may belong to another rank
         with self._lock:
             before = self._finished
