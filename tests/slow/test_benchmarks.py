@@ -55,8 +55,8 @@ def test_denoising_prints_the_error_of_the_estimates():
     result = run("benchmarks/denoising.py", "count=3", "batch=2", "sigmas=0.5,2")
     assert result.returncode == 0, result.stderr
     images = ImageDataset(PROJECT / "demo/emoji-64.zip", 64, subset="heldout")
-    chosen = images.__getitems__([0, 108, 217])  # of 326
-    x, labels = to_float(torch.stack([image for image, _ in chosen])), torch.tensor([label for _, label in chosen])
+    chosen, labels = images.batch([0, 108, 217])  # of 326
+    x = to_float(chosen)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     stage = load_stage(PROJECT / "demo/emoji_64").eval()
     printed = result.stdout.split("heldout")[1].replace(":", " ").split()
@@ -138,7 +138,7 @@ def test_grids_evaluates_the_images_of_the_relay(search, relay_runs, small_zip, 
     dataset = ImageDataset(small_zip, 16)
     with torch.autocast("cpu", torch.bfloat16):
         images = loaded.finish(loaded.sample(range(7, 31), dataset.labels))
-    reference = torch.stack([image for image, _ in dataset.__getitems__(range(24))])
+    reference = dataset.batch(range(24))[0]
     evaluator = Evaluator(PixelFeatures(), pixel_reference(reference), {"fid": FIDMetric()})
     evaluator.update(images, torch.arange(24))
     assert float(row["fid"]) == pytest.approx(evaluator.compute()["fid"], abs=2e-3)

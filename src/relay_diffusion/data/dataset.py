@@ -77,18 +77,20 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return len(self.names) * (2 if self.x_flip else 1)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.__getitems__([index])[0]
+        images, labels = self.batch([index])
+        return images[0], int(labels[0])
 
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
-        """Return the items of a batch; DataLoader calls this if it exists."""
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the images uint8 [B,3,R,R] and labels [B] of B items."""
         count = len(self)
         for index in indices:
             if not -count <= index < count:
                 raise IndexError(f"index {index} of a dataset with {count} items")
-        flips, positions = zip(*(divmod(index % count, len(self.names)) for index in indices), strict=True)
+        positions = [index % count % len(self.names) for index in indices]
+        flipped = [i for i, index in enumerate(indices) if index % count >= len(self.names)]
         images = self._images(positions)
-        flipped = [image.flip(-1) if flip else image for image, flip in zip(images, flips, strict=True)]
-        return [(image, self.labels[position]) for image, position in zip(flipped, positions, strict=True)]
+        images[flipped] = images[flipped].flip(-1)
+        return images, torch.tensor([self.labels[position] for position in positions])
 
     def load(self, show_progress: bool = True) -> None:
         """Decode all images now if cache=True.
@@ -103,11 +105,11 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
                     advance()
             self._cached = images
 
-    def _images(self, positions: Sequence[int]) -> Tensor | list[Tensor]:
+    def _images(self, positions: list[int]) -> Tensor:
         self.load()
         if self._cached is not None:
-            return self._cached[list(positions)]
-        return [self._decode(self.names[position]) for position in positions]
+            return self._cached[positions]
+        return torch.stack([self._decode(self.names[position]) for position in positions])
 
     def _decode(self, name: str) -> Tensor:
         return image_tensor(self._files.image(name))
@@ -119,5 +121,4 @@ def evenly_spaced_images(dataset: ImageDataset, numbers: Sequence[int], count: i
     numbers: which of `count` evenly spaced images. Returns uint8 [B,C,H,W] and labels [B].
     """
     chosen = evenly_spaced(count, len(dataset.names))
-    items = [dataset[chosen[number]] for number in numbers]
-    return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
+    return dataset.batch([chosen[number] for number in numbers])
