@@ -157,7 +157,7 @@ def build_configured(settings: DictConfig, **arguments: Any) -> DiffusionStage:
 def relay_options(settings: DictConfig) -> dict[str, Any]:
     """Return the arguments of Relay in a relay config, except the stages."""
     return {
-        "resolution": settings.resolution,
+        "resolution": settings.get("resolution"),  # older choices lack it
         "hand_over_sigma": settings.hand_over_sigma,
         "rounding": settings.rounding,
         "postprocess": instantiate(settings.postprocess),

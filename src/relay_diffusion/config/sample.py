@@ -62,7 +62,7 @@ def _check_relay(cfg: DictConfig) -> None:
         require(subset == "", f"relay.start_subset={shorten(subset)}: give relay.start=FOLDER or ZIP")
         exif = relay.start_exif
         require(exif == "apply", f"relay.start_exif={shorten(exif)}: give relay.start=FOLDER, ZIP or FILE")
-    if relay.resolution is not None:
+    if selected(cfg, "relay.resolution") is not None:
         check_resolution(cfg, "relay.resolution")
     check_choice(cfg, "relay.rounding", ("nearest", "floor"))
     check_built(cfg, "relay.postprocess", null=True)

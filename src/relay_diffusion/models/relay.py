@@ -49,9 +49,9 @@ def _check_chain(stages: Mapping[str, DiffusionStage], as_trained: bool) -> None
 
 
 def _stage_sizes(stages: Mapping[str, DiffusionStage], last: Size) -> dict[str, Size]:
-    """Return the size of every stage's images, by that of the last stage.
+    """Return the size of every stage's images.
 
-    Raises UserError for a size that levels or blocks do not divide.
+    last: that of the last stage. Raises UserError for a size that levels or blocks do not divide.
     """
     divisor = 1
     for stage in stages.values():
