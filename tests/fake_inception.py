@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from relay_diffusion.metrics import InceptionFeatures, Reference
 from relay_diffusion.metrics import reference as reference_module
 from relay_diffusion.metrics.reference import FeatureStatistics
+from relay_diffusion.utils.pictures import to_rgb
 
 POOL, CHANNELS, SIZE, CLASSES = 6, 7, 2, 5
 SPATIAL = CHANNELS * SIZE**2
 
 
 class PixelFeatures(nn.Module):
-    """Pixels as features, the classes too unless there are none; counts its passes."""
+    """Pixels of RGB images as features, the classes too unless there are none; counts its passes."""
 
     device = torch.device("cpu")
 
@@ -28,7 +29,7 @@ class PixelFeatures(nn.Module):
 
     def forward(self, images: Tensor) -> InceptionFeatures:
         self.seen += len(images)
-        x = images.flatten(1).float() / 255
+        x = to_rgb(images).flatten(1).float() / 255
         spatial = x[:, POOL : POOL + SPATIAL].unflatten(1, (CHANNELS, SIZE, SIZE))
         return InceptionFeatures(x[:, :POOL], spatial, 4 * x[:, -CLASSES:] if self.has_classes else None)
 

@@ -53,9 +53,12 @@ def test_to_uint8_truncates_and_clamps() -> None:
     assert to_uint8(x).tolist() == [0, 0, 128, 255, 255, 0, 1]
 
 
-def test_to_float_refuses_floats() -> None:
-    with pytest.raises(AssertionError, match="uint8"):
-        to_float(torch.zeros(1))
+def test_to_float_keeps_float32_and_refuses_other_types() -> None:
+    images = torch.tensor([-1.0, 0.3])
+    assert to_float(images) is images
+    for dtype in (torch.float64, torch.int16):
+        with pytest.raises(AssertionError, match="uint8"):
+            to_float(torch.zeros(1, dtype=dtype))
 
 
 # --- order, labels, subsets, flips

@@ -178,7 +178,12 @@ def _check_dataset(cfg: DictConfig) -> None:
 
 def _check_network(cfg: DictConfig) -> None:
     channels = selected(cfg, "network.image_channels", 3)
-    require(channels == 3, f"network.image_channels={shorten(channels)}: must be 3, as images have")
+    provided = selected(cfg, "data.dataset.channels", channels)
+    require(
+        channels == provided,
+        f"network.image_channels={shorten(channels)}: data.dataset.channels={shorten(provided)}; remove "
+        "network.image_channels",
+    )
     _check_same_resolution(cfg, "network.resolution")
 
 

@@ -1,4 +1,4 @@
-"""Decoding of images to RGB, with their EXIF orientation.
+"""Decoding of images to grayscale, RGB or RGBA, with their EXIF orientation.
 
 Imports no torch, so that command line tools start quickly.
 """
@@ -27,6 +27,8 @@ OPENERS: dict[bytes, Callable[[BytesIO], ImageFile]] = {
     b"RIFF": WebPImageFile,
     b"\xff\xd8\xff": JpegImageFile,
 }
+GRAY, ALPHA = "grayscale repeated to RGB", "alpha composited on white"
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's mode of an 8-bit image by its channels
 EXIF_APPLIED = "exif\n"  # part of the hash if EXIF is applied: pixels may then differ from those in the files
 FULL_DEPTH = 16  # default bits of a 16-bit sample
 UNUSED_BITS = 2  # 16-bit images with so many unused bits use a quarter of their range or less
@@ -49,18 +51,20 @@ TURNS = {  # orientation: operation that turns the pixels upright (EXIF 2.32, ta
 class Decoded(NamedTuple):
     """Decoded image and facts about its samples."""
 
-    image: Image.Image  # 8-bit RGB, without metadata
+    image: Image.Image  # 8-bit, without metadata
     turned: bool  # the EXIF orientation was applied
     exif_damaged: bool  # the EXIF block is damaged; the pixels are as stored
     bits: int  # bits of the brightest 16-bit sample, at least 8; 0 for an 8-bit image
+    conversions: frozenset[str]  # of GRAY and ALPHA, made for the wanted channels
 
 
-def decode(data: bytes, where: str, apply_exif: bool = True, bit_depth: int = FULL_DEPTH) -> Decoded:
-    """Decode PNG, WebP or JPEG bytes to 8-bit RGB.
+def decode(data: bytes, where: str, apply_exif: bool = True, bit_depth: int = FULL_DEPTH, channels: int = 3) -> Decoded:
+    """Decode PNG, WebP or JPEG bytes to 8 bits.
 
-    where: names the image in messages. The format is detected from the content. Transparency is composited on white, of
-    an animation the first frame is taken, CMYK is converted without its profile. apply_exif: apply the EXIF
-    orientation; a damaged block counts as none. bit_depth: bits that 16-bit samples use; their highest 8 are kept.
+    where: names the image in messages. The format is detected from the content. Of an animation the first frame is
+    taken, CMYK is converted without its profile. apply_exif: apply the EXIF orientation; a damaged block counts as
+    none. bit_depth: bits that 16-bit samples use; their highest 8 are kept. channels: 1 (grayscale; the luma of
+    colors), 3 (RGB) or 4 (RGBA); without alpha channel, transparency is composited on white.
     Raises UserError for other formats, damage, more than Image.MAX_IMAGE_PIXELS pixels, and 16-bit samples above
     2^bit_depth - 1.
     """
@@ -73,16 +77,18 @@ def decode(data: bytes, where: str, apply_exif: bool = True, bit_depth: int = FU
             image.load()
             block = exif or image.info.get("exif")
             bits = _bits(image) if deep else 0
-            rgb = _rgb(_rescaled(data, image, bit_depth, where) if deep and bit_depth < FULL_DEPTH else image)
+            rescaled = _rescaled(data, image, bit_depth, where) if deep and bit_depth < FULL_DEPTH else image
+            converted, conversions = with_channels(rescaled, channels)
     except UserError:
         raise
     except UnidentifiedImageError as error:
         raise UserError(f"{where} is not a {', '.join(IMAGE_FORMATS)} image") from error
     except Exception as error:  # untrusted bytes: decoders raise many exception types
         raise UserError(f"{where} cannot be decoded: {one_line(error)}") from error
-    rgb.info.clear()  # a copy that is written must not repeat the applied orientation
+    converted.info.clear()  # a copy that is written must not repeat the applied orientation
     turn, damaged = _turn(block) if apply_exif else (None, False)
-    return Decoded(rgb if turn is None else rgb.transpose(turn), turn is not None, damaged, bits)
+    upright = converted if turn is None else converted.transpose(turn)
+    return Decoded(upright, turn is not None, damaged, bits, conversions)
 
 
 def dark_warning(what: str, bits: int, bit_depth: int, where: str = "") -> str:
@@ -212,15 +218,22 @@ def _check_png(data: bytes, image: Image.Image) -> None:
         at = end + 4
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def with_channels(image: Image.Image, channels: int) -> tuple[Image.Image, frozenset[str]]:
+    """Convert an image to 8 bits and 1 (grayscale), 3 (RGB) or 4 (RGBA) channels.
+
+    Without alpha channel, transparency is composited on white; of colors, grayscale is the luma. Returns the image, and
+    which of GRAY and ALPHA were made.
+    """
+    conversions = {GRAY} if channels > 1 and image.mode.startswith(("1", "L", "I")) else set()
     if image.mode.startswith("I"):
         # Pillow clips 16-bit grey to 255, but takes the high byte of 16-bit colour: take it for grey too.
         high_byte = np.asarray(image).astype(np.uint32) >> 8
         image = Image.fromarray(high_byte.astype(np.uint8))
-    if image.has_transparency_data:
+    if image.has_transparency_data and channels != 4:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+        conversions.add(ALPHA)
+    return image.convert(MODES[channels]), frozenset(conversions)
 
 
 def box_average(image: Image.Image, factor: int) -> Image.Image:
@@ -228,9 +241,17 @@ def box_average(image: Image.Image, factor: int) -> Image.Image:
 
     Rounded to the nearest integer (halves up); the sides must be divisible by factor.
     """
-    if factor == 1:
-        return image
-    pixels = np.asarray(image)
+    return image if factor == 1 else Image.fromarray(block_means(np.asarray(image), factor))
+
+
+def block_means(pixels: np.ndarray, factor: int) -> np.ndarray:
+    """Average every factor x factor block of pixels [H,W] or [H,W,C].
+
+    uint8 is rounded to the nearest integer (halves up); H and W must be divisible by factor.
+    """
+    if pixels.dtype != np.uint8:
+        height, width = pixels.shape[0] // factor, pixels.shape[1] // factor
+        return pixels.reshape(height, factor, width, factor, *pixels.shape[2:]).mean((1, 3))
     # Sums of strided slices, because Pillow's reduce is off by one for some factors that are not powers of two.
     rows = pixels[::factor].astype(np.uint32)
     for start in range(1, factor):
@@ -239,4 +260,4 @@ def box_average(image: Image.Image, factor: int) -> Image.Image:
     for start in range(1, factor):
         blocks += rows[:, start::factor]
     area = factor * factor
-    return Image.fromarray(((blocks + area // 2) // area).astype(np.uint8))
+    return ((blocks + area // 2) // area).astype(np.uint8)

@@ -1,6 +1,6 @@
-"""Image sets for evaluation: a folder, an image zip, or an .npz.
+"""Image sets: a folder, an image zip, or an .npz.
 
-The .npz has ADM's sample format. Images are streamed; no set is held in memory.
+The .npz has ADM's sample format, with any number of channels. Images are streamed; no set is held in memory.
 """
 
 from __future__ import annotations
@@ -19,22 +19,36 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from PIL import Image
 from torch import Tensor
 
-from relay_diffusion.data.decode import EXIF_APPLIED, FULL_DEPTH, UNUSED_BITS, box_average, dark_warning
+from relay_diffusion.data.decode import (
+    EXIF_APPLIED,
+    FULL_DEPTH,
+    MODES,
+    UNUSED_BITS,
+    block_means,
+    box_average,
+    dark_warning,
+    with_channels,
+)
+from relay_diffusion.data.labels import MAX_CLASSES, Labels, read_labels
 from relay_diffusion.data.npz import Npz
 from relay_diffusion.data.sources import CONVERTER, Source, existing_path, open_source
+from relay_diffusion.diffusion.pixels import to_uint8
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.parallel import map_in_order
+from relay_diffusion.utils.pictures import pil_image
 
-IMAGES_KEY = "arr_0"  # numpy.savez's name of the first array, which ADM uses for samples
+IMAGES_KEY, LABELS_KEY = "arr_0", "arr_1"  # numpy.savez's names of its arrays, which ADM uses for samples
 INSPECTED = 16  # evenly spaced images of a set whose 16-bit range is measured
-MAX_PIXELS = 2**27  # limit of one image; a header with more is damaged or hostile
+MAX_PIXELS, MAX_CHANNELS = 2**27, 1024  # limits of one image; a header with more is damaged or hostile
 
 
 class ImageSet(ABC):
     """Images of one size in a fixed order.
 
     kind: "folder", "zip", "file" or "npz". names [N]: names of the images, for messages and files. resolution: (H, W).
-    averaging: the factors by which the images read so far were box-averaged; 1: not averaged.
+    channels: C. averaging: the factors by which the images read so far were box-averaged; 1: not averaged.
+    conversions: the conversions of these images to C channels. turned: names of images whose EXIF orientation this
+    process has applied.
     """
 
     kind: str
@@ -42,8 +56,11 @@ class ImageSet(ABC):
     names: Sequence[str]
     resolution: tuple[int, int]
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 3) -> None:
+        self.channels = channels
         self.averaging: set[int] = set()
+        self.conversions: set[str] = set()
+        self.turned: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -57,10 +74,26 @@ class ImageSet(ABC):
         """
 
     @abstractmethod
-    def _images(self, indices: Sequence[int]) -> Iterator[Image.Image]: ...
+    def digest(self, header: str) -> str:
+        """Hash a header, the choices of this set, and names and contents."""
+
+    @abstractmethod
+    def tensors(self, indices: Sequence[int]) -> Iterator[Tensor]:
+        """Yield the images of ascending indices: [C,H,W], uint8 or float32 in [-1, 1].
+
+        Raises UserError for an image that cannot be read or has another size.
+        """
+
+    def tensor(self, index: int) -> Tensor:
+        """Return one image, as `tensors` does."""
+        return next(iter(self.tensors([index])))
+
+    def labels(self) -> Labels | None:
+        """Read the class labels of the whole set; None without labels."""
+        return None
 
     def batches(self, batch_size: int, indices: Sequence[int] | None = None) -> Iterator[Tensor]:
-        """Yield images as uint8 [B,3,H,W].
+        """Yield images as uint8 [B,C,H,W].
 
         All images or those of ascending `indices`; the last batch may be smaller.
         Raises UserError for an image that cannot be read or has another size, ValueError for other indices.
@@ -72,8 +105,8 @@ class ImageSet(ABC):
                 raise ValueError(f"index {index} after {previous}: indices must ascend within {len(self)} images")
             previous = index
         batch: list[Tensor] = []
-        for image in self._images(wanted):
-            batch.append(image_tensor(image))
+        for image in self.tensors(wanted):
+            batch.append(_eight_bits(image))
             if len(batch) == batch_size:
                 yield torch.stack(batch)
                 batch = []
@@ -85,16 +118,20 @@ class ImageFiles(ImageSet):
     """Image files of a folder or zip; thread-safe.
 
     Also a single image file. resolution: (H, W); images of a multiple of it are box-averaged. None: that of the first
-    image, and all must have it. subset: a folder inside. apply_exif: apply the EXIF orientation.
-    turned: names of the images that this process has turned. Raises UserError naming the option and the image.
+    image, and all must have it. subset: a folder inside. apply_exif: apply the EXIF orientation. channels: as in
+    `decode`. Raises UserError naming the option and the image.
     """
 
     def __init__(
-        self, source: Source, resolution: tuple[int, int] | None = None, subset: str = "", apply_exif: bool = True
+        self,
+        source: Source,
+        resolution: tuple[int, int] | None = None,
+        subset: str = "",
+        apply_exif: bool = True,
+        channels: int = 3,
     ) -> None:
-        super().__init__()
+        super().__init__(channels)
         self.kind, self.path, self.names = source.kind, source.path, source.names_in(subset)
-        self.turned: set[str] = set()
         self._source, self._subset, self._apply_exif = source, subset.strip("/"), apply_exif
         self._reduces = resolution is not None
         if resolution is None:
@@ -113,16 +150,22 @@ class ImageFiles(ImageSet):
         return self.digest("{}x{}\n".format(*self.resolution) + f"{self._subset}\n")
 
     def digest(self, header: str) -> str:
-        """Hash a header, the use of EXIF, and names and contents."""
+        """Hash a header, the use of EXIF, the channels, and names and contents."""
         exif = EXIF_APPLIED if self._apply_exif else ""
-        return _digest([header, exif, *(f"{name}\n{self._source.fingerprint(name)}\n" for name in self.names)])
+        contents = (f"{name}\n{self._source.fingerprint(name)}\n" for name in self.names)
+        return _digest([header, exif, _channels_line(self.channels), *contents])
+
+    def labels(self) -> Labels | None:
+        """Read the class labels in dataset.json; None without labels."""
+        return read_labels(self._source)
 
     def image(self, name: str) -> Image.Image:
         """Return one image at the resolution.
 
         Raises UserError if its size is not a multiple of it.
         """
-        decoded = self._source.decoded(name, self._apply_exif)
+        decoded = self._source.decoded(name, self._apply_exif, self.channels)
+        self.conversions |= decoded.conversions
         if decoded.turned:
             self.turned.add(name)
         image = decoded.image
@@ -139,30 +182,43 @@ class ImageFiles(ImageSet):
         self.averaging.add(factor)
         return box_average(image, factor)
 
-    def _images(self, indices: Sequence[int]) -> Iterator[Image.Image]:
-        return map_in_order(self.image, (self.names[index] for index in indices))
+    def tensor(self, index: int) -> Tensor:
+        """Return one image, uint8 [C,H,W]."""
+        return image_tensor(self.image(self.names[index]))
+
+    def tensors(self, indices: Sequence[int]) -> Iterator[Tensor]:
+        """Yield images, uint8 [C,H,W]."""
+        return map_in_order(self.tensor, indices)
 
 
 class ArraySet(ImageSet):
-    """Images of the array `arr_0` in an .npz, uint8 [N,H,W,3].
+    """Images of the array `arr_0` in an .npz: [N,H,W,C], uint8 or floats in [-1, 1].
 
-    See `open_image_set`. Raises UserError for an .npz without such an array.
+    See `open_image_set`. 1, 3 and 4 channels (grayscale, RGB, RGBA) are converted to each other, in 8 bits. Class
+    indices: `arr_1`, [N]. Raises UserError for an .npz without such an array.
     """
 
     kind = "npz"
 
-    def __init__(self, npz: Npz, resolution: tuple[int, int] | None) -> None:
-        super().__init__()
+    def __init__(self, npz: Npz, resolution: tuple[int, int] | None, channels: int = 3) -> None:
+        super().__init__(channels)
         self.path, self._npz = npz.path, npz
         if IMAGES_KEY not in npz.keys:
             found = ", ".join(npz.keys) or "nothing"
             raise UserError(f"{npz.where}: holds {found}, but no images as {IMAGES_KEY!r}")
         shape, fortran_order, dtype = npz.header(IMAGES_KEY)
-        good = dtype == np.uint8 and not fortran_order and len(shape) == 4 and shape[3] == 3
-        if not good or min(shape) < 1 or shape[1] * shape[2] > MAX_PIXELS:
+        good = (dtype == np.uint8 or dtype.kind == "f") and not fortran_order and len(shape) == 4
+        if not good or min(shape) < 1 or shape[1] * shape[2] > MAX_PIXELS or shape[3] > MAX_CHANNELS:
             order = " in Fortran order" if fortran_order else ""
             raise UserError(
-                f"{npz.where}: {IMAGES_KEY!r} must hold images as uint8 [N,H,W,3], not {dtype} {list(shape)}{order}"
+                f"{npz.where}: {IMAGES_KEY!r} must hold images [N,H,W,C] as uint8 or as floats in [-1, 1], not {dtype} "
+                f"{list(shape)}{order}"
+            )
+        self._converts = channels != shape[3]
+        if self._converts and not {channels, shape[3]} <= MODES.keys():
+            raise UserError(
+                f"{npz.where}: its images have {shape[3]} channels, not {channels}; use other images, or in training "
+                f"data.dataset.channels={shape[3]}"
             )
         stored = (shape[1], shape[2])
         factor = _factor(stored, resolution or stored)
@@ -178,12 +234,49 @@ class ArraySet(ImageSet):
 
     @cached_property
     def source_hash(self) -> str:
-        """Hash of the archive's directory (hexadecimal)."""
-        return _digest(["{}x{}\n".format(*self.resolution), self._npz.fingerprint()])
+        """Hash of the archive's directory and the resolution (hexadecimal)."""
+        return self.digest("{}x{}\n".format(*self.resolution))
 
-    def _images(self, indices: Sequence[int]) -> Iterator[Image.Image]:
-        for row in self._npz.rows(IMAGES_KEY, indices):
-            yield box_average(Image.fromarray(row), self._factor)
+    def digest(self, header: str) -> str:
+        """Hash a header, the channels, and the archive's directory."""
+        return _digest([header, _channels_line(self.channels), self._npz.fingerprint()])
+
+    def labels(self) -> Labels | None:
+        """Read the class indices in `arr_1`; None without them. Classes are named by number."""
+        if LABELS_KEY not in self._npz.keys:
+            return None
+        shape, _, dtype = self._npz.header(LABELS_KEY)
+        found = self._npz.read(LABELS_KEY).tolist() if dtype.kind in "iu" and shape == (len(self),) else [-1]
+        if not all(0 <= label < MAX_CLASSES for label in found):
+            raise UserError(
+                f"{self._npz.where}: {LABELS_KEY!r} must hold a class index from 0 for each of {len(self)} images"
+            )
+        return Labels(dict(zip(self.names, found, strict=True)), [str(label) for label in range(max(found) + 1)])
+
+    def tensors(self, indices: Sequence[int]) -> Iterator[Tensor]:
+        """Yield images [C,H,W], uint8 or float32 in [-1, 1]."""
+        for index, row in zip(indices, self._npz.rows(IMAGES_KEY, indices), strict=True):
+            pixels = row if row.dtype == np.uint8 else row.astype(np.float32)
+            if pixels is not row and not np.abs(pixels).max() <= 1:
+                raise UserError(
+                    f"{self._npz.where}: {self.names[index]} holds values outside [-1, 1]; store floats in [-1, 1], or "
+                    "uint8"
+                )
+            image = torch.from_numpy(block_means(pixels, self._factor).transpose(2, 0, 1).copy())
+            if self._converts:
+                converted, conversions = with_channels(pil_image(_eight_bits(image)), self.channels)
+                self.conversions |= conversions
+                image = image_tensor(converted)
+            yield image
+
+
+def _eight_bits(image: Tensor) -> Tensor:
+    return image if image.dtype == torch.uint8 else to_uint8(image)
+
+
+def _channels_line(channels: int) -> str:
+    """Return the part of a hash for the channels; empty for RGB."""
+    return "" if channels == 3 else f"channels {channels}\n"
 
 
 def _factor(size: tuple[int, int], target: tuple[int, int]) -> int | None:
@@ -219,8 +312,9 @@ def _warn_of_unused_range(source: Source, names: Sequence[str]) -> None:
 
 
 def image_tensor(image: Image.Image) -> Tensor:
-    """Convert an RGB image to uint8 [3,H,W]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    """Convert an 8-bit image to uint8 [C,H,W]."""
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
 
 def evenly_spaced(count: int, size: int) -> list[int]:
@@ -232,20 +326,30 @@ def evenly_spaced(count: int, size: int) -> list[int]:
 
 
 def open_image_set(
-    path: str | Path, option: str, resolution: tuple[int, int] | None = None, subset: str = ""
+    path: str | Path,
+    option: str,
+    resolution: tuple[int, int] | None = None,
+    subset: str = "",
+    channels: int = 3,
+    apply_exif: bool = True,
 ) -> ImageSet:
     """Open a folder, image zip, image or ADM sample .npz.
 
-    The .npz holds `arr_0`, uint8 [N,H,W,3]. option: its name in messages. resolution: (H, W) wanted; larger images are
+    The .npz holds `arr_0`, see ArraySet. option: its name in messages. resolution: (H, W) wanted; larger images are
     box-averaged if they are a multiple. None: the first image's, and all must have it. subset: a folder inside a folder
-    or zip. Raises UserError naming the option and the file.
+    or zip. channels: wanted; files have 1, 3 or 4 and are converted. apply_exif: apply the EXIF orientation of files.
+    Raises UserError naming the option and the file.
     """
     expanded = existing_path(path, option)
     if expanded.suffix == ".npz" and expanded.is_file():
         if subset:
             raise UserError(f"{option}={path}: an .npz has no folders; leave out subset={subset!r}")
-        return ArraySet(Npz(expanded, option), resolution)
+        return ArraySet(Npz(expanded, option), resolution, channels)
     inside = [name for name in ("images.zip", "images") if (expanded / name).exists()]
     if inside and (expanded / "settings.json").is_file():  # the directory also holds pictures of other sizes
         raise UserError(f"{option}={path}: is the directory of a run of sample.py; use {option}={expanded / inside[0]}")
-    return ImageFiles(open_source(expanded, option), resolution, subset)
+    if channels not in MODES:
+        raise UserError(
+            f"{option}={path}: channels={channels}: image files have 1 (grayscale), 3 (RGB) or 4 (RGBA); use an .npz"
+        )
+    return ImageFiles(open_source(expanded, option), resolution, subset, apply_exif, channels)

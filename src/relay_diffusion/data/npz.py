@@ -106,25 +106,28 @@ def write_adm_samples(
     count: int,
     resolution: tuple[int, int],
     labels: Sequence[int] | None = None,
+    channels: int = 3,
+    synced: bool = True,
 ) -> None:
     """Write images and labels as an ADM sample .npz.
 
-    batches: uint8 [B,3,H,W], stored as `arr_0`, uint8 [count,H,W,3]; labels as `arr_1`, int64 [count].
-    The write is atomic, and at most one batch is in memory. Raises ValueError unless there are exactly `count` images
-    of size `resolution` (H, W) and as many labels.
+    batches: uint8 [B,C,H,W], stored as `arr_0`, uint8 [count,H,W,C]; labels as `arr_1`, int64 [count].
+    The write is atomic, and at most one batch is in memory. synced: as for `atomic_write`. Raises ValueError unless
+    there are exactly `count` images of C channels and size `resolution` (H, W), and as many labels.
     """
     if labels is not None and len(labels) != count:
         raise ValueError(f"{len(labels)} labels for {count} images")
-    with atomic_write(Path(path)) as file, zipfile.ZipFile(file, "w") as archive:
+    with atomic_write(Path(path), synced=synced) as file, zipfile.ZipFile(file, "w") as archive:
         # force_zip64: zipfile must know in advance that a member may be large.
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (count, *resolution, 3)}
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, *resolution, channels)}
             np.lib.format.write_array_header_1_0(member, header)
             written = 0
             for batch in batches:
                 pixels = batch.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-                if pixels.dtype != np.uint8 or pixels.shape[1:] != (*resolution, 3):
-                    raise ValueError(f"expected uint8 [B,3,{resolution[0]},{resolution[1]}], not {list(batch.shape)}")
+                if pixels.dtype != np.uint8 or pixels.shape[1:] != (*resolution, channels):
+                    wanted = ",".join(map(str, (channels, *resolution)))
+                    raise ValueError(f"expected uint8 [B,{wanted}], not {list(batch.shape)}")
                 written += len(pixels)
                 member.write(pixels.tobytes())
         if written != count:

@@ -92,13 +92,13 @@ class Source(ABC):
         except Exception as error:  # damaged archives raise many exception types
             raise self._unreadable(name, error) from error
 
-    def decoded(self, name: str, apply_exif: bool = True) -> Decoded:
-        """Decode one image to 8-bit RGB.
+    def decoded(self, name: str, apply_exif: bool = True, channels: int = 3) -> Decoded:
+        """Decode one image to 8 bits.
 
-        Raises UserError that names the option, the image and the remedy.
+        channels: as in `decode`. Raises UserError that names the option, the image and the remedy.
         """
         try:
-            return decode(self.read(name), self.where(name), apply_exif)
+            return decode(self.read(name), self.where(name), apply_exif, channels=channels)
         except UserError as error:
             remedy = "remove it, or convert with skip_bad=true (python -m relay_diffusion.cli.convert_images)"
             raise UserError(f"{self.option}: {error}: {remedy}") from error

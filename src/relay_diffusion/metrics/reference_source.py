@@ -31,7 +31,8 @@ class ReferenceSource:
     more images, a fixed random subset, because names are sorted by class. Kynkäänniemi et al. and ADM compare with
     10,000. resolution: of the generated images, R or [height, width]; larger reference images are box-averaged if they
     are a whole multiple, unless the file has statistics of the original images. subset: a folder inside a folder or
-    zip. option: key of `path`, for messages. Raises UserError naming the option for a path that cannot be a reference.
+    zip. channels: of the generated images; those of the reference are converted to them. option: key of `path`, for
+    messages. Raises UserError naming the option for a path that cannot be a reference.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class ReferenceSource:
         resolution: Resolution | None = None,
         subset: str = "",
         max_features: int = 10_000,
+        channels: int = 3,
         option: str = "reference",
     ) -> None:
         if max_features < 0:
@@ -59,10 +61,10 @@ class ReferenceSource:
             if {"mu", "sigma", "mu_s", "sigma_s"} & set(npz.keys):
                 self._statistics = npz
                 if IMAGES_KEY in npz.keys and max_features:
-                    self.images = ArraySet(npz, resolution=None)
+                    self.images = ArraySet(npz, None, channels)
         if self._statistics is None:
             size = None if resolution is None else image_size(resolution)
-            self.images = open_image_set(self.path, option, size, subset)
+            self.images = open_image_set(self.path, option, size, subset, channels)
 
     def check(self) -> None:
         """Read a file of statistics before images are sampled. Raises UserError if it is damaged."""

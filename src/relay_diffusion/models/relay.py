@@ -20,6 +20,7 @@ from relay_diffusion.models.finite_samples import finite, nonfinite_samples
 from relay_diffusion.models.sample_arguments import ClassLabels, Integers, image_batch, label_tensor, seed_list
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.samplers import Sampler
+from relay_diffusion.utils.pictures import pil_image
 from relay_diffusion.utils.resolution import Resolution, Size, image_size, resolution_of, size_text
 
 
@@ -146,6 +147,11 @@ class Relay(L.LightningModule):
         return max(stage.num_classes for stage in self.chain().values())
 
     @property
+    def image_channels(self) -> int:
+        """Number of channels of all images."""
+        return next(iter(self.chain().values())).image_channels
+
+    @property
     def class_names(self) -> list[str]:
         """Class names of the first stage that has any; else empty."""
         return next((stage.info.class_names for stage in self.chain().values() if stage.info.class_names), [])
@@ -198,7 +204,7 @@ class Relay(L.LightningModule):
         """
         seeds = seed_list(seeds)
         labels = label_tensor(labels, len(seeds), self.num_classes, self.class_names)
-        size, channels = self.start_size, next(iter(self.chain().values())).image_channels
+        size, channels = self.start_size, self.image_channels
         if (start is None) != (size is None):
             wanted = (
                 "starts from noise: remove it" if size is None else f"enlarges images of {size_text(size)}: give them"
@@ -258,10 +264,9 @@ class Relay(L.LightningModule):
         return pixels if self.postprocess is None else self.postprocess(pixels)
 
     def to_pil(self, images: Tensor) -> list[Image.Image]:
-        """Convert images [B,C,H,W] of `sample` or `finish` to PIL images."""
+        """Convert images [B,C,H,W] of `sample` or `finish` to PIL images: grayscale, RGB or RGBA."""
         pixels = images if images.dtype == torch.uint8 else self.finish(images)
-        pixels = pixels[:, 0] if pixels.shape[1] == 1 else pixels.permute(0, 2, 3, 1)
-        return [Image.fromarray(image) for image in pixels.cpu().numpy()]
+        return [pil_image(image) for image in pixels]
 
     def predict_step(self, batch: SampleBatch, batch_idx: int) -> Samples:  # noqa: ARG002
         """Sample a SampleBatch; return Samples of its wanted positions.

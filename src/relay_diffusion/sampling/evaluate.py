@@ -13,6 +13,7 @@ from relay_diffusion import __version__
 from relay_diffusion.data.image_sets import ImageSet
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import Evaluator
+from relay_diffusion.metrics.inception import CONVERSIONS
 from relay_diffusion.sampling.options import SamplingOptions
 from relay_diffusion.sampling.report import report
 from relay_diffusion.training.callbacks.preemption import Preemption, restored_signal_handlers
@@ -62,6 +63,8 @@ def measure(
     if not trainer.is_global_zero:
         return dict(numbers)
     results = how | numbers
+    if conversions := images.conversions | CONVERSIONS[images.channels]:
+        results["conversions"] = sorted(conversions)
     results |= {
         "not_measured": evaluator.skipped,
         "warnings": evaluator.warnings + evaluator.reference_warnings(images.resolution),

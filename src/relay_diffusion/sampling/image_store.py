@@ -13,30 +13,36 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from relay_diffusion.data.decode import decode_rgb
-from relay_diffusion.data.image_sets import ImageSet
+from relay_diffusion.data.decode import MODES, decode
+from relay_diffusion.data.image_sets import ArraySet, ImageSet, image_tensor
+from relay_diffusion.data.npz import Npz, write_adm_samples
 from relay_diffusion.data.sources import LABEL_FILE
 from relay_diffusion.data.zip_writer import encode_png, image_zip
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.files import atomic_write, json_text, remove_temporaries, write_text
 from relay_diffusion.utils.messages import first_difference, shorten
 from relay_diffusion.utils.parallel import map_in_order
+from relay_diffusion.utils.pictures import pil_image
 
 
 class ImageStore:
     """Folder of PNG files, `directory`/images, or `directory`/images.zip.
 
     `pack` moves the files into the zip. `settings`: all settings that the images depend on; they are written to the
-    directory. `compression`: zlib's level for new images. Raises UserError, naming the first difference, if the
-    directory holds images of other settings.
+    directory. `compression`: zlib's level for new images. `channels`: of the images; a PNG has 1, 3 or 4, and images of
+    other channels are files of `write_adm_samples`, which are not packed. Raises UserError, naming the first
+    difference, if the directory holds images of other settings.
 
     An image file is complete or absent if a run is killed. Files are not synced one by one, which is slow: a power
     failure can leave the latest ones damaged. Files with a wrong checksum count as absent. The zip is synced before the
     files are deleted.
     """
 
-    def __init__(self, directory: str | Path, settings: Mapping[str, Any], compression: int = 6) -> None:
-        directory, self.compression = Path(directory), compression
+    def __init__(
+        self, directory: str | Path, settings: Mapping[str, Any], compression: int = 6, channels: int = 3
+    ) -> None:
+        directory, self.compression, self.channels = Path(directory), compression, channels
+        self.suffix = ".png" if channels in MODES else ".npz"
         self.folder, self.archive = directory / "images", directory / "images.zip"
         self._settings_file = directory / "settings.json"
         self._settings = json.loads(json_text(settings))
@@ -58,15 +64,26 @@ class ImageStore:
 
     def path(self, name: str) -> Path:
         """Return the path of an image that is not packed."""
-        return self.folder / f"{name}.png"
+        return self.folder / f"{name}{self.suffix}"
 
     def __contains__(self, name: str) -> bool:
-        return f"{name}.png" in self._packed or _is_intact(self.path(name))
+        return f"{name}{self.suffix}" in self._packed or _is_intact(self.path(name))
 
     def write(self, name: str, image: Tensor) -> None:
-        """Write one uint8 image [3,H,W] atomically. Thread-safe."""
+        """Write one uint8 image [C,H,W] atomically. Thread-safe."""
+        if self.suffix == ".npz":
+            size = image.shape[1], image.shape[2]
+            write_adm_samples(self.path(name), [image[None]], 1, size, channels=self.channels, synced=False)
+            return
         with atomic_write(self.path(name), synced=False) as file:
-            file.write(encode_png(Image.fromarray(image.permute(1, 2, 0).cpu().numpy()), self.compression))
+            file.write(encode_png(pil_image(image), self.compression))
+
+    def read(self, name: str, archive: zipfile.ZipFile | None) -> Tensor:
+        """Return an image, uint8 [C,H,W]."""
+        if self.suffix == ".npz":
+            return ArraySet(Npz(self.path(name), "output"), None, self.channels).tensor(0)
+        data, where = self.encoded(name, archive), str(self.path(name))
+        return image_tensor(decode(data, where, channels=self.channels).image)
 
     def images(self, names: Sequence[str], resolution: tuple[int, int]) -> ImageSet:
         """Return the named images of the store, in this order."""
@@ -83,7 +100,7 @@ class ImageStore:
 
     def encoded(self, name: str, archive: zipfile.ZipFile | None) -> bytes:
         """Return the PNG bytes of an image."""
-        member = f"{name}.png"
+        member = f"{name}{self.suffix}"
         packed = archive is not None and member in self._packed
         return archive.read(member) if archive is not None and packed else self.path(name).read_bytes()
 
@@ -95,7 +112,7 @@ class ImageStore:
         loose = self._loose()
         if not loose:
             return  # packed images have their labels in the zip
-        known = self._labels() | {f"{name}.png": label for name, label in labels.items()}
+        known = self._labels() | {f"{name}{self.suffix}": label for name, label in labels.items()}
         if not all(known.get(member, -1) >= 0 for member in loose):
             (self.folder / LABEL_FILE).unlink(missing_ok=True)
             return
@@ -147,8 +164,8 @@ class ImageStore:
             raise UserError(f"{self.archive} cannot be read ({error}): delete it or choose another output") from None
 
     def _loose(self) -> list[str]:
-        """Return the names of the PNG files in the folder."""
-        files = (path.relative_to(self.folder) for path in self.folder.rglob("*.png"))
+        """Return the names of the image files in the folder."""
+        files = (path.relative_to(self.folder) for path in self.folder.rglob(f"*{self.suffix}"))
         return [path.as_posix() for path in files if not path.name.startswith(".")]
 
     def _noted(self) -> list[dict[str, Any]]:
@@ -174,7 +191,7 @@ class _KeptImages(ImageSet):
     kind = "run"
 
     def __init__(self, store: ImageStore, names: Sequence[str], resolution: tuple[int, int]) -> None:
-        super().__init__()
+        super().__init__(store.channels)
         self.store, self.names, self.resolution, self.path = store, names, resolution, store.folder
 
     @property
@@ -182,22 +199,25 @@ class _KeptImages(ImageSet):
         """Return "": the settings of the run identify the images."""
         return ""
 
-    def _images(self, indices: Sequence[int]) -> Iterator[Image.Image]:
+    def digest(self, header: str) -> str:  # noqa: ARG002
+        """Return "", as `source_hash`."""
+        return ""
+
+    def tensors(self, indices: Sequence[int]) -> Iterator[Tensor]:
+        """Yield images, uint8 [C,H,W]."""
         with self.store.reading() as archive:
-
-            def read(index: int) -> Image.Image:
-                name = self.names[index]
-                return decode_rgb(self.store.encoded(name, archive), str(self.store.path(name)))
-
-            yield from map_in_order(read, indices)
+            yield from map_in_order(lambda index: self.store.read(self.names[index], archive), indices)
 
 
 def _is_intact(path: Path) -> bool:
-    """Return whether a PNG file exists and its checksums hold."""
+    """Return whether an image file exists and its checksums hold."""
     try:
+        if path.suffix == ".npz":
+            with zipfile.ZipFile(path) as archive:
+                return archive.testzip() is None
         with Image.open(path) as image:
             image.verify()
-    except (OSError, SyntaxError):  # Pillow's error for a wrong checksum
+    except (OSError, SyntaxError, zipfile.BadZipFile):  # SyntaxError: Pillow's error for a wrong checksum
         return False
     return True
 

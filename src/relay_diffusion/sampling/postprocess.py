@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
+
+from relay_diffusion.data.decode import MODES
+from relay_diffusion.data.image_sets import image_tensor
+from relay_diffusion.errors import UserError
+from relay_diffusion.utils.pictures import pil_image
 
 
 class Enhance:
@@ -24,15 +28,15 @@ class Enhance:
         return f"Enhance(contrast={self.contrast}, brightness={self.brightness}, colour={self.colour})"
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Enhance uint8 images [B,3,H,W].
+        """Enhance uint8 images [B,C,H,W] of 1, 3 or 4 channels.
 
-        The result is on the same device; Pillow computes on the CPU.
+        The result is on the same device; Pillow computes on the CPU. Raises UserError for other channels.
         """
-        changed = [self._one(pixels) for pixels in images.permute(0, 2, 3, 1).cpu().numpy()]
-        return torch.from_numpy(np.stack(changed)).permute(0, 3, 1, 2).contiguous().to(images.device)
+        if images.shape[1] not in MODES:
+            raise UserError(f"relay.postprocess: Enhance cannot change images of {images.shape[1]} channels; use null")
+        return torch.stack([self._one(pil_image(image)) for image in images]).to(images.device)
 
-    def _one(self, pixels: np.ndarray) -> np.ndarray:
-        image = Image.fromarray(pixels)
+    def _one(self, image: Image.Image) -> Tensor:
         steps: Sequence[tuple[type[ImageEnhance.Contrast | ImageEnhance.Brightness | ImageEnhance.Color], float]] = (
             (ImageEnhance.Contrast, self.contrast),
             (ImageEnhance.Brightness, self.brightness),
@@ -41,4 +45,4 @@ class Enhance:
         for enhancer, factor in steps:
             if factor != 1:
                 image = enhancer(image).enhance(factor)
-        return np.asarray(image)
+        return image_tensor(image)

@@ -18,10 +18,12 @@ from omegaconf import DictConfig
 from relay_diffusion.checkpoints.loading import build_configured, relay_options
 from relay_diffusion.data.class_choice import AS_REFERENCE, class_indices, labels_like_reference
 from relay_diffusion.data.dataset import ImageDataset
+from relay_diffusion.data.decode import MODES
 from relay_diffusion.data.image_sets import open_image_set
 from relay_diffusion.data.npz import write_adm_samples
 from relay_diffusion.errors import UserError, prefix_errors
 from relay_diffusion.metrics import Evaluator
+from relay_diffusion.metrics.inception import check_channels
 from relay_diffusion.models.relay import Relay
 from relay_diffusion.networks.ops import report_slow_settings
 from relay_diffusion.sampling.batches import PlanDataModule, rank_order
@@ -59,12 +61,16 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
         evaluator = build_evaluator(cfg.metrics, options.reference, images.resolution)
         return measure_stored(options, instantiate(cfg.trainer, _convert_="all"), images, evaluator)
     relay = build_relay(cfg.relay)
+    if options.format == "zip" and relay.image_channels not in MODES:
+        raise UserError(
+            f"format=zip: a zip holds images of 1, 3 or 4 channels, not {relay.image_channels}; use npz=true instead"
+        )
     plan = make_plan(options, relay)
     trainer: L.Trainer = instantiate(cfg.trainer, _convert_="all")
     if not options.evaluate:
         return sample_relay(options, trainer, relay, plan)
     check_count(f"seeds={cfg.seeds}", len(plan.names), trainer.num_devices * trainer.num_nodes)
-    evaluator = build_evaluator(cfg.metrics, options.reference, relay.size)
+    evaluator = build_evaluator(cfg.metrics, options.reference, relay.size, relay.image_channels)
     return sample_relay(options, trainer, relay, plan, evaluator)
 
 
@@ -89,7 +95,7 @@ def _make_and_measure(
     settings = run_settings(relay, plan, trainer)
 
     def look() -> tuple[ImageStore, list[int]]:
-        store = ImageStore(options.output, _without_places(settings), options.png_compression)
+        store = ImageStore(options.output, _without_places(settings), options.png_compression, relay.image_channels)
         missing = [position for position, name in enumerate(plan.names) if name not in store]
         _read_start(plan, missing)
         if options.config:
@@ -127,25 +133,25 @@ def _make_and_measure(
 
 
 def build_relay(settings: DictConfig) -> Relay:
-    """Build a relay from its config.
-
-    Raises UserError for a checkpoint that cannot be loaded and for stages without 3 channels.
-    """
+    """Build a relay from its config. Raises UserError for a checkpoint that cannot be loaded."""
     stages = {}
     for name, stage in chosen_stages(settings).items():
         with prefix_errors(f"relay.stages.{name}"):
             stages[name] = build_configured(stage)
-        if stages[name].image_channels != 3:
-            raise UserError(
-                f"relay.stages.{name} makes images of {stages[name].image_channels} channels: use a stage of 3 channels"
-            )
     return Relay(stages, **relay_options(settings))
 
 
-def build_evaluator(metrics: DictConfig, reference: ReferenceOptions, resolution: tuple[int, int]) -> Evaluator:
-    """Build the evaluator for images [height, width] and check its reference."""
+def build_evaluator(
+    metrics: DictConfig, reference: ReferenceOptions, resolution: tuple[int, int], channels: int = 3
+) -> Evaluator:
+    """Build the evaluator for images [height, width] of `channels` and check its reference."""
+    check_channels(channels, "mode=evaluate")
     source = instantiate(metrics.reference)(
-        path=reference.path, subset=reference.subset, resolution=resolution, option=reference.option
+        path=reference.path,
+        subset=reference.subset,
+        resolution=resolution,
+        channels=channels,
+        option=reference.option,
     )
     source.check()  # report errors before sampling
     evaluator: Evaluator = instantiate(metrics.evaluator, reference=source, _convert_="all")
@@ -173,8 +179,10 @@ def make_plan(options: SamplingOptions, relay: Relay) -> Plan:
         subset=options.start.subset,
         labels=bool(relay.num_classes) and chosen is None,
         exif=options.start.exif,
+        channels=relay.image_channels,
         option="relay.start",
     )
+    start.load()  # before threads read it
     if chosen is None and relay.num_classes:
         _check_classes(start, relay)
     return replace(plan_from_images(start, options.seeds, chosen), classes=chosen)
@@ -269,9 +277,8 @@ def _keep(options: SamplingOptions, relay: Relay, plan: Plan, store: ImageStore)
     if options.npz:
         file = options.output / "images.npz"
         labels = plan.labels if min(plan.labels) >= 0 else None
-        write_adm_samples(
-            file, store.images(plan.names, size).batches(options.batch_size), len(plan.names), size, labels
-        )
+        batches = store.images(plan.names, size).batches(options.batch_size)
+        write_adm_samples(file, batches, len(plan.names), size, labels, store.channels)
         places["npz"] = os.path.relpath(file)
     if relay.num_classes:
         names = relay.class_names or [str(index) for index in range(relay.num_classes)]

@@ -12,11 +12,32 @@ from torch import Tensor
 from relay_diffusion.utils.files import atomic_write
 
 
+def to_rgb(images: Tensor) -> Tensor:
+    """Convert grayscale, RGB or RGBA images: uint8 [B,C,H,W] -> [B,3,H,W].
+
+    Grayscale is repeated, alpha composited on white, as Pillow does. Raises ValueError for other channels.
+    """
+    channels = images.shape[1]
+    if channels == 4:
+        color, alpha = images[:, :3].int(), images[:, 3:].int()
+        return ((color * alpha + 255 * (255 - alpha) + 127) // 255).to(torch.uint8)
+    if channels not in (1, 3):
+        raise ValueError(f"images of {channels} channels: must have 1 (grayscale), 3 (RGB) or 4 (RGBA)")
+    return images.expand(-1, 3, -1, -1)
+
+
+def pil_image(image: Tensor) -> Image.Image:
+    """Convert a grayscale, RGB or RGBA image, uint8 [C,H,W], to a PIL image."""
+    return Image.fromarray((image[0] if len(image) == 1 else image.permute(1, 2, 0)).cpu().numpy())
+
+
 def image_grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
-    """Arrange images, uint8 [B,C,H,W], row by row on white."""
-    pixels = images.cpu()
-    if pixels.shape[1] == 1:
-        pixels = pixels.expand(-1, 3, -1, -1)
+    """Arrange images, uint8 [B,C,H,W], row by row on white.
+
+    Of 2 channels the first is shown in gray, of more than 4 the first three as RGB.
+    """
+    channels = images.shape[1]
+    pixels = to_rgb(images[:, :1] if channels == 2 else images[:, :3] if channels > 4 else images).cpu()
     count, _, height, width = pixels.shape
     rows = -(-count // columns)
     canvas = torch.full((3, rows * (height + gap) - gap, columns * (width + gap) - gap), 255, dtype=torch.uint8)

@@ -15,6 +15,7 @@ from relay_diffusion.data.image_sets import evenly_spaced
 from relay_diffusion.diffusion.corruption import block_mean
 from relay_diffusion.diffusion.pixels import to_float, to_uint8
 from relay_diffusion.metrics import Evaluator
+from relay_diffusion.metrics.inception import check_channels
 from relay_diffusion.models.finite_samples import NonFiniteSamplesError
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.training.callbacks.periodic import PeriodicMeasurement
@@ -42,6 +43,7 @@ class PeriodicEvaluation(PeriodicMeasurement):
         """Load the reference before training, to report its errors early."""
         if self.every_n_images <= 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        check_channels(pl_module.image_channels, "callbacks=evaluated")
         self.evaluator.prepare(pl_module.device, trainer.global_rank, trainer.strategy.barrier)
         for name, reason in self.evaluator.skipped.items():
             rank_zero_warn(f"callbacks.evaluation does not measure {name}: {reason}")
