@@ -61,10 +61,18 @@ class Replay:
         return len(list(self.draws))
 
 
-def tiny_stage(resolution: Resolution, block: int = 1, num_classes: int = 2, **settings: object) -> DiffusionStage:
+def tiny_stage(
+    resolution: Resolution, block: int = 1, num_classes: int = 2, image_channels: int = 3, **settings: object
+) -> DiffusionStage:
     """A stage of a few thousand parameters that draws something: its zero layers are filled."""
     network = UNet(
-        resolution, channels=8, channel_mult=[1, 2], blocks=1, attention_resolutions=[], num_classes=num_classes
+        resolution,
+        image_channels,
+        channels=8,
+        channel_mult=[1, 2],
+        blocks=1,
+        attention_resolutions=[],
+        num_classes=num_classes,
     )
     for parameter in network.parameters():
         if not parameter.any():

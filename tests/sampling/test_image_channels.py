@@ -45,8 +45,8 @@ def trained(fit, images, tmp_path, monkeypatch):
         data = images(channels)
         classes = 0 if data.is_dir() else 2
         common = (
-            "data=folder", f"data.dataset.path={data}", f"data.dataset.channels={channels}", f"network.num_classes={classes}",
-            "callbacks.grid.every_n_images=4", *overrides,
+            "data=folder", f"data.dataset.path={data}", f"data.dataset.channels={channels}",
+            f"network.num_classes={classes}", "callbacks.grid.every_n_images=4", *overrides,
         )  # fmt: skip
         fit("base", 4, "augment=edm", "stage.augment.probability=1", *common, "resolution=[4,6]")
         fit("relay", 4, *common, "resolution=[8,12]", "stage.corruption.block=2", stage="relay")

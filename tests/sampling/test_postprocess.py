@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from relay_diffusion.errors import UserError
 from relay_diffusion.sampling.postprocess import Enhance
 
 PIXELS = torch.randint(0, 256, (2, 3, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -16,6 +17,16 @@ def grey(pixels):
 
 def test_factors_of_one_change_nothing():
     assert torch.equal(Enhance()(PIXELS), PIXELS)
+
+
+def test_images_of_other_channels():
+    gray = PIXELS[:, :1]
+    assert torch.equal(Enhance(brightness=1.06)(gray), Enhance(brightness=1.06)(gray.expand(-1, 3, -1, -1))[:, :1])
+    rgba = torch.cat([PIXELS, gray], dim=1)
+    enhanced = Enhance(0.9, 1.05, 0.99)(rgba)
+    assert torch.equal(enhanced, torch.cat([Enhance(0.9, 1.05, 0.99)(PIXELS), gray], dim=1))
+    with pytest.raises(UserError, match=r"^relay\.postprocess: Enhance cannot change images of 2 channels; use null$"):
+        Enhance()(PIXELS[:, :2])
 
 
 def test_brightness_multiplies():

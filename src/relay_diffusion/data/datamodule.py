@@ -92,10 +92,10 @@ class InfiniteSampler(Sampler[list[int]]):
 class ImageDataModule(LightningDataModule):
     """Endless training batches of an image dataset.
 
-    Each batch is (uint8 [b, 3, H, W], int64 [b]) with b = batch_size / (devices x nodes x accumulate_grad_batches of
-    the Trainer); `batch_size` counts the images of a step over all devices. num_workers: decoding processes per device;
-    0 is enough for a cached dataset. seed: determines the order. The order continues at `images_seen` of the trained
-    LightningModule. Raises UserError unless the batch divides evenly.
+    Each batch is (uint8 or float32 [b, C, H, W], int64 [b]) with b = batch_size / (devices x nodes x
+    accumulate_grad_batches of the Trainer); `batch_size` counts the images of a step over all devices. num_workers:
+    decoding processes per device; 0 is enough for a cached dataset. seed: determines the order. The order continues at
+    `images_seen` of the trained LightningModule. Raises UserError unless the batch divides evenly.
     """
 
     def __init__(self, dataset: ImageDataset, batch_size: int, num_workers: int = 2, seed: int = 0) -> None:

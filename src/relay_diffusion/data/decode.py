@@ -219,10 +219,10 @@ def _check_png(data: bytes, image: Image.Image) -> None:
 
 
 def with_channels(image: Image.Image, channels: int) -> tuple[Image.Image, frozenset[str]]:
-    """Convert an image to 8 bits and 1 (grayscale), 3 (RGB) or 4 (RGBA) channels.
+    """Convert an image to 8 bits and the given channels.
 
-    Without alpha channel, transparency is composited on white; of colors, grayscale is the luma. Returns the image, and
-    which of GRAY and ALPHA were made.
+    channels: 1 (grayscale; the luma of colors), 3 (RGB) or 4 (RGBA). Without alpha channel, transparency is composited
+    on white. Returns the image, and which of the conversions GRAY and ALPHA were made.
     """
     conversions = {GRAY} if channels > 1 and image.mode.startswith(("1", "L", "I")) else set()
     if image.mode.startswith("I"):

@@ -150,7 +150,7 @@ class ImageFiles(ImageSet):
         return self.digest("{}x{}\n".format(*self.resolution) + f"{self._subset}\n")
 
     def digest(self, header: str) -> str:
-        """Hash a header, the use of EXIF, the channels, and names and contents."""
+        """Hash a header, the choices of this set, names and contents."""
         exif = EXIF_APPLIED if self._apply_exif else ""
         contents = (f"{name}\n{self._source.fingerprint(name)}\n" for name in self.names)
         return _digest([header, exif, _channels_line(self.channels), *contents])

@@ -29,7 +29,7 @@ class _FeaturesNotKept(Tensor):
 
 
 class Evaluator(nn.Module):
-    """Compare generated uint8 images [B,3,H,W] with a reference.
+    """Compare generated uint8 images [B,C,H,W] with a reference.
 
     metrics: by name. reference: loaded, or a source that `prepare` loads with Inception batches of `batch_size` images.
     Each rank updates with its own images; `compute` then returns the results of all images on every rank. They do not

@@ -192,7 +192,7 @@ class DiffusionStage(OptimizationHooks):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:  # noqa: ARG002
         """Return the loss of a batch, and each image's loss and sigma.
 
-        batch: uint8 images [B,C,H,W] and labels [B]. "sigma" is on the CPU.
+        batch: images [B,C,H,W], uint8 or float32 in [-1, 1], and labels [B]. "sigma" is on the CPU.
         """
         images, labels = batch
         position = self.images_seen + self._pending + self.global_rank * len(images)

@@ -144,7 +144,7 @@ def build_relay(settings: DictConfig) -> Relay:
 def build_evaluator(
     metrics: DictConfig, reference: ReferenceOptions, resolution: tuple[int, int], channels: int = 3
 ) -> Evaluator:
-    """Build the evaluator for images [height, width] of `channels` and check its reference."""
+    """Build the evaluator for images [height, width] and check its reference."""
     check_channels(channels, "mode=evaluate")
     source = instantiate(metrics.reference)(
         path=reference.path,

@@ -27,7 +27,7 @@ def to_rgb(images: Tensor) -> Tensor:
 
 
 def pil_image(image: Tensor) -> Image.Image:
-    """Convert a grayscale, RGB or RGBA image, uint8 [C,H,W], to a PIL image."""
+    """Convert an image, uint8 [C,H,W], to PIL: grayscale, RGB or RGBA."""
     return Image.fromarray((image[0] if len(image) == 1 else image.permute(1, 2, 0)).cpu().numpy())
 
 
