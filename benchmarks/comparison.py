@@ -43,6 +43,7 @@ from relay_diffusion.sampling.options import sampling_options
 from relay_diffusion.sampling.plan import Plan
 from relay_diffusion.sampling.run import build_evaluator, build_relay, make_plan
 from relay_diffusion.utils.host import prepare_host
+from relay_diffusion.utils.resolution import Size
 
 COLUMNS = ["curve", "overrides", "repeat", "images", "evaluations", "tflop", "seconds", "fid", "sfid", "device"]
 
@@ -113,11 +114,11 @@ class Bench:
         self.settings: object = None  # of the latest small images
         self.small: tuple[Tensor | None, float] = None, 0.0
 
-    def evaluator(self, cfg: DictConfig, resolution: int) -> Evaluator:
+    def evaluator(self, cfg: DictConfig, size: Size) -> Evaluator:
         """Return the evaluator of a point, prepared."""
-        key = f"{cfg.relay.reference}{cfg.reference}{resolution}"
+        key = f"{cfg.relay.reference}{cfg.reference}{size}"
         if key not in self.evaluators:
-            evaluator = build_evaluator(cfg.metrics, sampling_options(cfg).reference, (resolution, resolution))
+            evaluator = build_evaluator(cfg.metrics, sampling_options(cfg).reference, size)
             evaluator.prepare(self.device)
             self.evaluators[key] = evaluator
         return self.evaluators[key]
@@ -133,7 +134,8 @@ class Bench:
         settings["sampler"] = settings["changes"]["sampler"] = None
         stage = self.stages.setdefault(str(settings), relay.chain()[name]).to(self.device).eval()
         labels = torch.tensor(plan.labels)
-        return draw(stage, relay.samplers[name], plan.seeds, labels, previous, self.options.batch, self.precision)
+        batch, size = self.options.batch, relay.sizes[name]
+        return draw(stage, relay.samplers[name], plan.seeds, labels, previous, batch, self.precision, size)
 
     def before_last(self, relay: Relay, cfg: DictConfig, plan: Plan) -> tuple[Tensor | None, float]:
         """Return the images of the stage before the last.
@@ -141,7 +143,7 @@ class Bench:
         Also the seconds per image up to there. Those of the point before, if all that they depend on is the same.
         """
         names = list(relay.chain())[:-1]
-        settings = [plan, cfg.relay.hand_over_sigma, *(str(cfg.relay.stages[name]) for name in names)]
+        settings = [plan, relay.sizes, cfg.relay.hand_over_sigma, *(str(cfg.relay.stages[name]) for name in names)]
         if settings != self.settings:
             images, spent = None, 0.0
             for name in names:
@@ -157,8 +159,8 @@ class Bench:
         small, spent = self.before_last(relay, cfg, plan)
         images, seconds = self.draw(relay, list(relay.chain())[-1], cfg, plan, small)
         finished = torch.cat([relay.finish(part) for part in images.split(self.options.batch)])
-        results = score(self.evaluator(cfg, relay.resolution), finished, self.options.batch)
-        operations = sum(tflop(stage, relay.samplers[name]) for name, stage in relay.chain().items())
+        results = score(self.evaluator(cfg, relay.size), finished, self.options.batch)
+        operations = sum(tflop(stage, relay.samplers[name], relay.sizes[name]) for name, stage in relay.chain().items())
         return {
             "images": self.options.count,
             "evaluations": "+".join(str(sampler.evaluations) for sampler in relay.samplers.values()),

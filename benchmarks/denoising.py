@@ -49,7 +49,7 @@ def run(options: Options) -> None:
     sigmas = positive_numbers("sigmas", options.sigmas, remedy)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stage = load_stage(options.stage).eval().to(device)
-    dataset = ImageDataset(options.images, stage.denoiser.network.resolution, subset=options.subset)
+    dataset = ImageDataset(options.images, stage.size, subset=options.subset)
     chosen = dataset.__getitems__(evenly_spaced(min(options.count, len(dataset)), len(dataset)))
     images = to_float(torch.stack([image for image, _ in chosen]))
     labels = torch.tensor([label for _, label in chosen])

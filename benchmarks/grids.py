@@ -148,14 +148,14 @@ class Bench:
             if self.first is not None and first != REAL:
                 sampler(self.first, "first", first)
             sampler(self.last, "last", last)
-        size = self.last.resolution if self.first is None else self.first.resolution
+        size = self.last.size if self.first is None else self.first.size
         self.dataset = ImageDataset(options.images, size, subset=options.subset, option="images")
         every = len(self.dataset)
         self.chosen = evenly_spaced(min(options.count or every, every), every)
         self.labels = torch.tensor([self.dataset.labels[i] for i in self.chosen])
         self.seeds = range(options.seed, options.seed + len(self.chosen))
         self.batch, self.device = options.batch, device
-        source = ReferenceSource(options.reference, "outputs/reference", [self.last.resolution] * 2, options.subset, 0)
+        source = ReferenceSource(options.reference, "outputs/reference", self.last.size, options.subset, 0)
         self.evaluator = Evaluator(Inception(options.weights), source, {"fid": FIDMetric(), "sfid": SFIDMetric()})
         self.evaluator.prepare(device)
 

@@ -20,6 +20,7 @@ from relay_diffusion.networks import UNet
 from relay_diffusion.networks.flops import forward_flops
 from relay_diffusion.samplers import Sampler
 from relay_diffusion.utils.files import write_text
+from relay_diffusion.utils.resolution import Size
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
@@ -35,17 +36,19 @@ def draw(
     previous: Tensor | None,
     batch: int,
     precision: torch.dtype | None = torch.bfloat16,
+    size: Size | None = None,
 ) -> tuple[Tensor, float]:
     """Sample an image for each seed and time it.
 
-    labels [N]; previous: float [N,C,h,w] on the stage's device. Returns float images [N,C,H,W] there, and the seconds
-    per image: their median over the batches, which leaves out the capture of CUDA graphs.
+    labels [N]; previous: float [N,C,h,w] on the stage's device. size: (height, width); None: as trained. Returns float
+    images [N,C,H,W] there, and the seconds per image: their median over the batches, which leaves out the capture of
+    CUDA graphs.
     """
     stage.sampler = sampler
-    side, parts, times = stage.resolution, [], []
+    parts, times = [], []
     for first in range(0, len(seeds), batch):
         chosen = slice(first, first + batch)
-        shape = (len(seeds[chosen]), stage.image_channels, side, side)
+        shape = (len(seeds[chosen]), stage.image_channels, *(size or stage.size))
         known = labels[chosen] if stage.num_classes else None
         small = None if previous is None else previous[chosen]
         began = time.perf_counter()
@@ -63,14 +66,22 @@ def score(evaluator: Evaluator, images: Tensor, batch: int) -> dict[str, float |
     return evaluator.compute()
 
 
-def tflop(stage: DiffusionStage, sampler: Sampler) -> float:
-    """Compute the operations per image of a stage, in 10^12."""
-    return _operations(stage.denoiser.network) * sampler.evaluations * (1 if stage.guidance_scale == 1 else 2) / 1e12
+def tflop(stage: DiffusionStage, sampler: Sampler, size: Size | None = None) -> float:
+    """Compute the operations per image of a stage, in 10^12.
+
+    size: (height, width); None: as trained.
+    """
+    return (
+        _operations(stage.denoiser.network, size or stage.size)
+        * sampler.evaluations
+        * (1 if stage.guidance_scale == 1 else 2)
+        / 1e12
+    )
 
 
 @cache
-def _operations(network: UNet) -> int:
-    return forward_flops(network)
+def _operations(network: UNet, size: Size) -> int:
+    return forward_flops(network, size)
 
 
 def device_name(device: torch.device) -> str:

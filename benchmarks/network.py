@@ -76,7 +76,7 @@ def build(network: str) -> DiffusionStage:
 def evaluation(stage: DiffusionStage, batch: int) -> Callable[[], None]:
     """Prepare one evaluation of the denoiser as in a sampler."""
     device = stage.device
-    x = torch.randn(batch, 3, stage.resolution, stage.resolution, device=device)
+    x = torch.randn(batch, 3, *stage.size, device=device)
     sigma, labels = torch.ones(batch), torch.zeros(batch, dtype=torch.long, device=device)
     denoise = stage.eval().guided_denoiser()
 
@@ -90,7 +90,7 @@ def evaluation(stage: DiffusionStage, batch: int) -> Callable[[], None]:
 def training_step(stage: DiffusionStage, batch: int) -> Callable[[], None]:
     """Prepare a training step (gradient clean-up, Adam and EMA included) without Lightning."""
     device = stage.device
-    images = torch.randint(0, 256, (batch, 3, stage.resolution, stage.resolution), dtype=torch.uint8, device=device)
+    images = torch.randint(0, 256, (batch, 3, *stage.size), dtype=torch.uint8, device=device)
     labels = torch.zeros(batch, dtype=torch.long, device=device)
     optimizer = stage.configure_optimizers()
     parameters = list(stage.denoiser.parameters())

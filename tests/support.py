@@ -23,6 +23,7 @@ from relay_diffusion.diffusion import (
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.networks import EDMPreconditioner, UNet
 from relay_diffusion.samplers import BlurringSampler, EDMSampler
+from relay_diffusion.utils.resolution import Resolution
 
 PROJECT = Path(__file__).parent.parent
 REFERENCE = PROJECT / "tests" / "reference"
@@ -60,7 +61,7 @@ class Replay:
         return len(list(self.draws))
 
 
-def tiny_stage(resolution: int, block: int = 1, num_classes: int = 2, **settings: object) -> DiffusionStage:
+def tiny_stage(resolution: Resolution, block: int = 1, num_classes: int = 2, **settings: object) -> DiffusionStage:
     """A stage of a few thousand parameters that draws something: its zero layers are filled."""
     network = UNet(
         resolution, channels=8, channel_mult=[1, 2], blocks=1, attention_resolutions=[], num_classes=num_classes

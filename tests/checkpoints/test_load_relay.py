@@ -78,6 +78,7 @@ def test_paths_are_relative_to_the_file(folder):
         assert torch.equal(images, relay.sample(seeds=range(2), labels=[1, 0]))
         stage = relay.chain()["base"]
         assert torch.equal(images, stage.sample(images.shape, range(2), ["light", "dark"]))
+    assert rd.load_relay(folder, resolution=[16, 24]).sample(5).shape == (1, 3, 16, 24)
 
 
 def test_class_names():

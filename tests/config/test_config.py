@@ -143,6 +143,11 @@ def test_every_experiment_trains_a_step(configuration, large_zip, tmp_path, expe
         ("network.checkpoint_levels=0", r"network\.checkpoint_levels=0: must be a list"),
         ("network.channel_mult=[]", r"network\.channel_mult=\[\]"),
         ("resolution=15", r"network\.resolution=15: not divisible by 2\^1"),
+        ("resolution=[16,15]", r"network\.resolution=\[16, 15\]: not divisible by 2\^1"),
+        ("resolution=[16,a]", r"resolution=\[16, 'a'\]: must be a whole number, or \[height, width\]"),
+        ("resolution=[16,0]", r"resolution=\[16, 0\]: must lie between 1 and 16,384"),
+        ("network.resolution=[16,8]", r"network\.resolution=\[16, 8\] differs from resolution=16; remove network\."),
+        ("data.dataset.resolution=8", r"data\.dataset\.resolution=8 differs from resolution=16; remove data\."),
         ("stage.optimizer.lr=-1", r"stage\.optimizer\.lr=-1"),
         ("stage.label_dropout=2", r"stage\.label_dropout=2"),
         ("data.dataset.path=missing.zip", r"data\.dataset\.path=missing\.zip: no such file"),
@@ -198,6 +203,11 @@ def test_a_block_that_does_not_divide_is_named(configuration, small_zip):
     )
     with pytest.raises(UserError, match=r"resolution=16 is not divisible by stage\.corruption\.block=3"):
         validate_training(cfg)
+    cfg.resolution = [12, 16]
+    with pytest.raises(UserError, match=r"resolution=\[12, 16\] is not divisible by stage\.corruption\.block=3"):
+        validate_training(cfg)
+    cfg.resolution = [12, 18]
+    validate_training(cfg)
 
 
 @pytest.mark.parametrize(
@@ -206,6 +216,8 @@ def test_a_block_that_does_not_divide_is_named(configuration, small_zip):
         ("mode=draw", "mode=draw: use sample or evaluate"),
         ("batch_size=0", "batch_size=0"),
         ("picture=-1", "picture=-1"),
+        ("relay.resolution=0", r"relay\.resolution=0: must be a whole number, at least 1"),
+        ("relay.resolution=[16]", r"relay\.resolution=\[16\]: must be a whole number, or \[height, width\]"),
         ("png_compression=10", "png_compression=10: must be a whole number, between 0 and 9"),
         ("relay.stages.base.path=missing", r"relay\.stages\.base\.path=missing: no such file"),
         ("relay.stages.base.guide=missing", r"relay\.stages\.base\.guide=missing: no such file"),

@@ -124,7 +124,8 @@ def test_cache_changes_nothing_and_reports_progress_once(archive: Path, capsys: 
 
 def plain_image(dataset: ImageDataset, index: int) -> torch.Tensor:
     """Box average of the original pixels, by hand."""
-    blocks = pixels(index).reshape(dataset.resolution, 2, dataset.resolution, 2, 3).astype(int).sum((1, 3))
+    height, width = dataset.size
+    blocks = pixels(index).reshape(height, 2, width, 2, 3).astype(int).sum((1, 3))
     return torch.from_numpy(((blocks + 2) // 4).astype(np.uint8)).permute(2, 0, 1)
 
 
@@ -143,6 +144,23 @@ def test_pickles_for_spawned_workers(archive: Path) -> None:
 
 
 # --- resolution
+
+
+def test_rectangles_are_read_cached_averaged_and_mirrored(tmp_path: Path) -> None:
+    stored = [pixels(index, 8)[:4] for index in range(2)]  # 4 high, 8 wide
+    archive = write_zip(tmp_path / "images.zip", {f"{index}.png": encoded(one) for index, one in enumerate(stored)})
+    whole, cached = (ImageDataset(archive, [4, 8], x_flip=True, cache=cache) for cache in (False, True))
+    for dataset in (whole, cached):
+        for index, one in enumerate(stored):
+            expected = torch.from_numpy(one.copy()).permute(2, 0, 1)
+            assert torch.equal(dataset[index][0], expected)
+            assert torch.equal(dataset[index + 2][0], expected.flip(-1))
+    halved = ImageDataset(archive, [2, 4])
+    assert halved[0][0].shape == (3, 2, 4)
+    assert len({dataset.source_hash for dataset in (whole, cached, halved)}) == 2
+    for resolution, wanted in (([8, 4], "4x8"), (4, "4x4"), ([4, 4], "4x4")):
+        with pytest.raises(UserError, match=f"is 8x4; it must be {wanted} or a whole multiple"):
+            ImageDataset(archive, resolution)
 
 
 @pytest.mark.parametrize("factor", [2, 3, 4, 5, 7])

@@ -52,7 +52,7 @@ def test_the_hashes_of_earlier_versions_stay(tmp_path: Path, kind: str, subset: 
     )
     expected = {
         f"{subset}\n4\nexif\n{contents}": ImageDataset(path, 4, subset).source_hash,
-        f"{subset}\n4\n{contents}": ImageDataset(path, 4, f"{subset}/", exif="ignore").source_hash,
+        f"{subset}\n4\n{contents}": ImageDataset(path, [4, 4], f"{subset}/", exif="ignore").source_hash,
         f"8x8\n{subset}\nexif\n{contents}": open_image_set(path, "images", subset=subset).source_hash,
         f"4x4\n{subset}\nexif\n{contents}": open_image_set(path, "images", (4, 4), subset).source_hash,
     }

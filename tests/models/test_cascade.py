@@ -151,4 +151,4 @@ def test_a_relay_hands_small_images_to_a_cascade_and_a_cascade_to_a_relay_stage(
     alone = second.sample((1, 3, 8, 8), [5], torch.tensor([1]), images["a"].clamp(-1, 1))
     torch.testing.assert_close(images["b"], alone, rtol=0, atol=0)
     assert images["c"].shape == (1, 3, 24, 24)
-    assert Relay({"b": second}).start_resolution == 4
+    assert Relay({"b": second}).start_size == (4, 4)

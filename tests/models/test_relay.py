@@ -30,6 +30,35 @@ def test_a_stage_starts_from_the_images_of_the_one_before():
     assert (block_mean(images["b"], 2) - block_mean(other, 2)).abs().max() > 0.1
 
 
+def test_a_relay_samples_other_sizes_than_those_of_training():
+    stages = {"a": tiny_stage(4), "b": tiny_stage([12, 8], 2), "c": tiny_stage(24, 3)}
+    with pytest.raises(UserError, match=r"b makes 8x12 \(width x height\) from .*a makes 4x4; relay\.resolution=R or"):
+        Relay(stages)
+    relay = Relay(stages, resolution=[36, 24])
+    assert (relay.size, relay.resolution, relay.start_size) == ((36, 24), [36, 24], None)
+    images = relay.sample_stages([3, 5])
+    assert [tuple(x.shape) for x in images.values()] == [(2, 3, 6, 4), (2, 3, 12, 8), (2, 3, 36, 24)]
+    alone = stages["a"].sample((2, 3, 6, 4), [3, 5])
+    assert torch.equal(images["a"], alone)
+    previous = images["a"].clamp(-1, 1)
+    assert torch.equal(images["b"], stages["b"].sample((2, 3, 12, 8), [3, 5], previous=previous))
+    assert [stage["resolution"] for stage in relay.describe()["stages"].values()] == [[6, 4], [12, 8], [36, 24]]
+    assert Relay({"b": stages["b"]}, resolution=20).start_size == (10, 10)
+
+
+@pytest.mark.parametrize(("resolution", "remedy"), [([36, 20], [36, 24]), (30, 24), ([12, 1], 12)])
+def test_a_size_that_levels_or_blocks_do_not_divide_is_refused(resolution, remedy):
+    """The levels of the first stage need sides of 2, so those of the last one are multiples of 2 * 2 * 3."""
+    stages = {"a": tiny_stage(4), "b": tiny_stage(8, 2), "c": tiny_stage(24, 3)}
+    with pytest.raises(UserError) as caught:
+        Relay(stages, resolution=resolution)
+    assert str(caught.value).startswith(f"relay.resolution={resolution}: height and width must be divisible by 12, ")
+    assert str(caught.value).endswith(f"; use {remedy}")
+    Relay(stages, resolution=remedy)
+    with pytest.raises(ValueError, match=r"^relay\.resolution=\[12\]: must be a whole number, or"):
+        Relay(stages, resolution=[12])
+
+
 def test_stages_of_one_seed_do_not_share_noise():
     seen = {}
 
@@ -97,7 +126,7 @@ def test_final_images_have_the_memory_layout_of_image_files():
 def test_a_relay_of_later_stages_starts_from_given_images():
     stage = tiny_stage(8, 2)
     relay = Relay({"b": stage, "c": tiny_stage(24, 3)})
-    assert relay.start_resolution == 4
+    assert relay.start_size == (4, 4)
     pixels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     batch = SampleBatch(torch.tensor([5, 6]), torch.tensor([1, 2]), torch.tensor([0, 1]), pixels)
     samples = relay.predict_step(batch, 0)

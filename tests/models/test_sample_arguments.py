@@ -127,7 +127,10 @@ def test_a_relay_that_enlarges_needs_start_images(stage):
         Relay({"a": tiny_stage(8, 2)}).sample([5, 6])
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 4, 4), (3, 3, 4, 4), (2, 1, 4, 4), (2, 3, 8, 8), (2, 3, 4), (3, 4, 4)])
+SHAPES = [(1, 3, 4, 4), (3, 3, 4, 4), (2, 1, 4, 4), (2, 3, 4, 5), (2, 3, 0, 4), (2, 3, 4), (3, 4, 4)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_a_shape_that_is_not_the_stages_is_refused(stage, shape):
     with pytest.raises(ValueError, match=r"^shape is \(.*\): must be \(2, 3, 4, 4\)"):
         stage.sample(shape, [5, 6])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from relay_diffusion.checkpoints.loading import load_stage
+from relay_diffusion.diffusion.generators import PerImageGenerator
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.optimization import FitState
 from relay_diffusion.models.relay import Relay
@@ -300,6 +301,19 @@ def test_the_same_seeds_give_the_same_images_in_any_batch():
     parts = [stage.sample((n, 3, 8, 8), s, labels[i : i + n]) for i, n, s in ((0, 2, [3, 1]), (2, 3, [4, 15, 9]))]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-4)  # 1/80 of a grey level
     assert (whole[0] - whole[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("size", "stream"), [((8, 8), 8), ((12, 12), 12), ((8, 12), 2**31 + 12), ((12, 8), 3 * 2**30 + 8)]
+)
+def test_the_noise_depends_on_the_seed_and_the_size(size, stream):
+    """Images of a seed stay the same in later versions: the stream of a square is its side."""
+    stage = tiny_stage(8)
+    drawn = []
+    stage.sampler = lambda denoise, start, randn_like, labels: drawn.append(start) or start  # noqa: ARG005
+    stage.sample((2, 3, *size), [3, 5])
+    expected = PerImageGenerator([3, 5], stream=stream).randn_like(torch.empty(2, 3, *size))
+    assert torch.equal(drawn[0], expected)
 
 
 def test_training_discards_the_cuda_graphs():

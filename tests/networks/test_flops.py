@@ -24,6 +24,15 @@ def test_flops_of_the_published_networks(name, options, published):
     assert forward_flops(network) + saved == pytest.approx(published, rel=0.003)
 
 
+def test_operations_are_in_proportion_to_the_pixels():
+    network = UNet([8, 16], channels=8, channel_mult=(1, 2), blocks=1, attention_resolutions=())
+    for part in network.middle:
+        part.attention = None  # the only operations that grow faster
+    embeddings = forward_flops(network, (2, 2)) * 2 - forward_flops(network, (2, 4))
+    assert forward_flops(network) == forward_flops(network, (16, 8))
+    assert forward_flops(network) - embeddings == 32 * (forward_flops(network, (2, 2)) - embeddings)
+
+
 def test_a_condition_costs_input_channels_and_an_embedding():
     plain, conditioned = (UNet(8, channels=16, channel_mult=(1, 2), blocks=1, condition_channels=k) for k in (0, 3))
     first_convolution, embedding = 2 * 9 * 3 * 16 * 8**2, 2 * 16**2

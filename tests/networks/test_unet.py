@@ -48,6 +48,39 @@ def test_a_resolution_that_does_not_halve_often_enough_is_refused(resolution, le
         unet(resolution, 4, (1,) * levels)
 
 
+@pytest.mark.parametrize("resolution", [[10, 12], [12, 10]])
+def test_both_sides_must_halve_often_enough(resolution):
+    with pytest.raises(ValueError, match=rf"resolution=\[{resolution[0]}, {resolution[1]}\]: not divisible by 2\^2"):
+        unet(resolution, 4, (1, 1, 1))
+
+
+@torch.no_grad()
+def test_a_network_runs_on_other_sizes_than_that_of_training():
+    """Attention stays at its levels, so a network of another resolution with the same levels is the same function."""
+    square = randomize_zero_layers(unet(16, channel_mult=(1, 1, 2), attention_resolutions=(8,)))
+    wide = unet([24, 32], channel_mult=(1, 1, 2), attention_resolutions=(12,))
+    assert (square.resolution, wide.resolution, wide.size) == (16, [24, 32], (24, 32))
+    wide.load_state_dict(square.state_dict())
+    x = torch.randn(2, 3, 24, 32)
+    out = square(x, NOISE)
+    assert out.shape == x.shape
+    assert torch.equal(wide(x, NOISE), out)
+    with pytest.raises(ValueError, match=r"^x has shape \(2, 3, 24, 30\): height and width must be divisible by 4$"):
+        square(x[..., :30], NOISE)
+
+
+@torch.no_grad()
+def test_height_and_width_are_treated_alike():
+    """With transposed kernels, a transposed image gives the transposed output."""
+    network = randomize_zero_layers(unet([8, 12], channel_mult=(1, 2), attention_resolutions=(4,)))
+    x = torch.randn(2, 3, 8, 12)
+    out = network(x, NOISE)
+    for weight in network.parameters():
+        if weight.ndim == 4:
+            weight.copy_(weight.mT.clone())
+    torch.testing.assert_close(network(x.mT, NOISE), out.mT)
+
+
 def test_an_odd_number_of_channels_is_refused():
     with pytest.raises(ValueError, match="channels=5: must be even"):
         unet(channels=5)

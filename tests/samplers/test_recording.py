@@ -17,7 +17,7 @@ from relay_diffusion.models.relay import Relay, SampleBatch
 from relay_diffusion.samplers import BlurringSampler, EDMSampler
 from relay_diffusion.samplers.recording import Step, TrajectoryRecorder, shown_state
 from relay_diffusion.sampling.batches import rank_order
-from relay_diffusion.sampling.callbacks.trajectory_picture import TrajectoryPicture, evenly, frame, strip
+from relay_diffusion.sampling.callbacks.trajectory_picture import TrajectoryPicture, evenly, frame, shown_size, strip
 from relay_diffusion.sampling.run import sample
 from support import tiny_stage, toy_denoiser
 
@@ -47,7 +47,7 @@ def test_a_recorded_sampler_makes_the_same_images_and_keeps_each_level_as_it_was
         noise = PerImageGenerator([1, 2, 3], like.device, stream=0)
         return sampler(denoise, noise.randn_like(like), noise.randn_like, torch.tensor([0, 1, 2]))
 
-    denoiser, recorder = Recorder(toy_denoiser), TrajectoryRecorder(count=2, side=256)
+    denoiser, recorder = Recorder(toy_denoiser), TrajectoryRecorder(count=2, size=(256, 256))
     plain = call(sampler, denoiser)
     assert torch.equal(call(sampler, observed(OneBuffer(), [recorder])), plain)
     assert sampler.evaluations == len(denoiser.states)
@@ -77,7 +77,16 @@ def test_states_are_shown_with_the_spread_of_images():
 def test_large_pictures_are_kept_small():
     images = torch.rand(2, 3, 8, 8) * 2 - 1
     averaged = torch.nn.functional.avg_pool2d(images[:1], 2).float()
-    assert torch.equal(TrajectoryRecorder(1, side=4).finish(images)[-1].states, to_uint8(averaged))
+    assert torch.equal(TrajectoryRecorder(1, size=(4, 4)).finish(images)[-1].states, to_uint8(averaged))
+    wide = torch.cat([images, images], dim=-1)
+    pictures = TrajectoryRecorder(1, size=(4, 8)).finish(wide)[-1].states
+    assert torch.equal(pictures, to_uint8(torch.cat([averaged, averaged], dim=-1)))
+
+
+def test_pictures_keep_the_shape_of_large_images():
+    assert shown_size((64, 96)) == (64, 96)
+    assert shown_size((512, 1024)) == (128, 256)
+    assert shown_size((1024, 1)) == (256, 1)
 
 
 def steps_of(count, size):
@@ -88,7 +97,7 @@ def steps_of(count, size):
 
 def test_the_strip_has_two_rows_an_image_and_the_first_and_last_step_of_each_stage():
     stages = [steps_of(9, 2), steps_of(3, 4)]
-    picture = np.asarray(strip(stages, 4, columns=5))
+    picture = np.asarray(strip(stages, (4, 4), columns=5))
     assert picture.shape == (4 * 6 - 2, (5 * 6 - 2) + 12 + (3 * 6 - 2), 3)
     rows = [[pixel[0] for pixel in picture[6 * row, :28:6]] for row in range(4)]
     assert rows[0] == [0, 20, 40, 60, 80]
@@ -96,7 +105,7 @@ def test_the_strip_has_two_rows_an_image_and_the_first_and_last_step_of_each_sta
     assert rows[3] == [105, 125, 145, 165, 185]
     assert [pixel[0] for pixel in picture[12, 40::6]] == [100, 110, 120]
     assert evenly(stages[0], 8)[-1] is stages[0][-1]
-    assert np.asarray(frame(stages[0][1], 4))[::6, ::6, 0].tolist() == [[10, 110], [15, 115]]
+    assert np.asarray(frame(stages[0][1], (4, 4)))[::6, ::6, 0].tolist() == [[10, 110], [15, 115]]
 
 
 def test_the_first_device_gets_the_shown_images_and_none_is_without():

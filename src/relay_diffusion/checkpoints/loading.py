@@ -31,6 +31,7 @@ from relay_diffusion.models.relay import Relay
 from relay_diffusion.models.stage import DiffusionStage, StageInfo
 from relay_diffusion.utils.files import CONF, file_sha256, parse_json
 from relay_diffusion.utils.messages import did_you_mean, shorten
+from relay_diffusion.utils.resolution import Resolution
 
 RELAY_FILE = "relay.json"  # in the folder of a relay
 RELAY_FORMAT = 1
@@ -101,6 +102,7 @@ def load_relay(
     changes: Mapping[str, Mapping[str, Any]] | None = None,
     trusted: Sequence[str] = (),
     samplers: Mapping[str, Mapping[str, Any]] | None = None,
+    resolution: Resolution | None = None,
 ) -> Relay:
     """Load a relay from a folder, a conf/relay choice, or stage paths.
 
@@ -108,7 +110,8 @@ def load_relay(
     "relay"}}}, with paths relative to it and stages in order; or a name such as "emoji", which is built as
     `sample.py relay=emoji` does; or a mapping of stage names to paths, as load_stage takes them.
     `weights`: "ema" or "raw"; None: those of the choice, or "ema". `changes` and `samplers`: `changes` and `sampler` of
-    load_stage for each stage by its name. `trusted`: as for load_stage.
+    load_stage for each stage by its name. `trusted`: as for load_stage. `resolution`: of the last stage's images, R or
+    [height, width]; None: that of the choice, or as trained.
 
         load_relay("demo/emoji", changes={"base": {"sampler": {"steps": 2}}})
         load_relay("demo/emoji", samplers={"base": {"_target_": "relay_diffusion.samplers.EDMSampler", "steps": 2}})
@@ -138,7 +141,7 @@ def load_relay(
         given = {key: value for key, value in (arguments | {"weights": weights}).items() if value is not None}
         with prefix_errors(f"{where}stages.{name}"):
             stages[name] = load_named(**given, **({"trusted": trusted} if trusted else {}))
-    return Relay(stages, **options)
+    return Relay(stages, **options | ({} if resolution is None else {"resolution": resolution}))
 
 
 def build_configured(settings: DictConfig, **arguments: Any) -> DiffusionStage:
@@ -154,6 +157,7 @@ def build_configured(settings: DictConfig, **arguments: Any) -> DiffusionStage:
 def relay_options(settings: DictConfig) -> dict[str, Any]:
     """Return the arguments of Relay in a relay config, except the stages."""
     return {
+        "resolution": settings.resolution,
         "hand_over_sigma": settings.hand_over_sigma,
         "rounding": settings.rounding,
         "postprocess": instantiate(settings.postprocess),

@@ -21,6 +21,7 @@ from relay_diffusion.config import CONF, compose
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.utils.files import file_sha256, refuse_existing
+from relay_diffusion.utils.resolution import size_text
 
 USAGE = """\
 python -m relay_diffusion.cli.convert_checkpoint source=FILE destination=FOLDER [key=value ...]
@@ -104,7 +105,7 @@ def _convert_and_report(options: ConvertOptions) -> None:
     parameters = sum(parameter.numel() for parameter in network.parameters())
     starts = "starts from noise" if block == 1 else f"enlarges {block} times"
     print(
-        f"{options.destination}: {parameters:,} parameters, {stage.resolution}x{stage.resolution}, {starts}, "
+        f"{options.destination}: {parameters:,} parameters, {size_text(stage.size)}, {starts}, "
         f"{stage.num_classes or 'no'} classes, {network.augment_labels or 'no'} augmentation labels, "
         f"{options.dtype.value}"
     )

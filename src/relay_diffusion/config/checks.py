@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from relay_diffusion.errors import UserError, require
 from relay_diffusion.utils.messages import shorten
+from relay_diffusion.utils.resolution import MAX_SIDE, image_size
 
 HUGE = 1e12  # larger numbers are typos
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -62,6 +63,18 @@ def check_whole(cfg: DictConfig, key: str, low: int, high: int) -> None:
     bounds += f": write {value:.0f}" if isinstance(value, float) and value.is_integer() and low <= value <= high else ""
     valid = is_whole(value) and low <= value <= high
     require(valid, f"{key}={shorten(value)}: must be a whole number, {bounds}")
+
+
+def check_resolution(cfg: DictConfig, key: str) -> None:
+    """Require a number of pixels, or [height, width]."""
+    value = selected(cfg, key)
+    if not isinstance(value, ListConfig):
+        check_whole(cfg, key, 1, MAX_SIDE)
+        return
+    try:
+        image_size(list(value), key)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def check_flag(cfg: DictConfig, key: str) -> None:

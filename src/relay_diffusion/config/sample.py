@@ -16,6 +16,7 @@ from relay_diffusion.config.checks import (
     check_flag,
     check_mapping,
     check_number,
+    check_resolution,
     check_run_id,
     check_subset,
     check_whole,
@@ -61,6 +62,8 @@ def _check_relay(cfg: DictConfig) -> None:
         require(subset == "", f"relay.start_subset={shorten(subset)}: give relay.start=FOLDER or ZIP")
         exif = relay.start_exif
         require(exif == "apply", f"relay.start_exif={shorten(exif)}: give relay.start=FOLDER, ZIP or FILE")
+    if relay.resolution is not None:
+        check_resolution(cfg, "relay.resolution")
     check_choice(cfg, "relay.rounding", ("nearest", "floor"))
     check_built(cfg, "relay.postprocess", null=True)
     if relay.hand_over_sigma is not None:

@@ -15,6 +15,7 @@ from relay_diffusion.config.checks import (
     check_directory,
     check_file,
     check_mapping,
+    check_resolution,
     check_run_id,
     check_whole,
     selected,
@@ -23,9 +24,9 @@ from relay_diffusion.config.checks import (
 from relay_diffusion.config.parts import MetaBuilder, check_call, check_types, explain_option
 from relay_diffusion.errors import UserError, require
 from relay_diffusion.utils.messages import shorten
+from relay_diffusion.utils.resolution import image_size
 
 WHOLE = {  # integer settings without a constructor on the meta device: lowest, highest
-    "resolution": (1, 2**14),
     "seed": (0, 2**32 - 1),
     "data.batch_size": (1, 2**24),
     "data.num_workers": (0, 1024),
@@ -78,6 +79,7 @@ def validate_training(cfg: DictConfig) -> None:
     )
     for key, (least, most) in WHOLE.items():
         check_whole(cfg, key, least, most)
+    check_resolution(cfg, "resolution")
     check_devices(cfg)
     _check_dataset(cfg)
     for key in ("resume", "init"):
@@ -161,7 +163,7 @@ def _check_callbacks(cfg: DictConfig, builder: MetaBuilder) -> None:
             builder.build(f"callbacks.{name}")
 
 
-def _check_resolution(cfg: DictConfig, key: str) -> None:
+def _check_same_resolution(cfg: DictConfig, key: str) -> None:
     value = selected(cfg, key)
     require(value == cfg.resolution, f"{key}={shorten(value)} differs from resolution={cfg.resolution}; remove {key}")
 
@@ -169,7 +171,7 @@ def _check_resolution(cfg: DictConfig, key: str) -> None:
 def _check_dataset(cfg: DictConfig) -> None:
     """Check `resolution` and `path` of the dataset, if its class has them."""
     if "resolution" in cfg.data.dataset:
-        _check_resolution(cfg, "data.dataset.resolution")
+        _check_same_resolution(cfg, "data.dataset.resolution")
     if "path" in cfg.data.dataset:
         check_file(cfg.data.dataset.path, "data.dataset.path")
 
@@ -177,13 +179,13 @@ def _check_dataset(cfg: DictConfig) -> None:
 def _check_network(cfg: DictConfig) -> None:
     channels = selected(cfg, "network.image_channels", 3)
     require(channels == 3, f"network.image_channels={shorten(channels)}: must be 3, as images have")
-    _check_resolution(cfg, "network.resolution")
+    _check_same_resolution(cfg, "network.resolution")
 
 
 def _check_stage(cfg: DictConfig) -> None:
     block, length = (selected(cfg, f"stage.corruption.{key}", 1) for key in ("block", "schedule.prob_length"))
     require(
-        cfg.resolution % block == 0,
+        not any(side % block for side in image_size(cfg.resolution)),
         f"resolution={cfg.resolution} is not divisible by stage.corruption.block={block}",
     )
     require(length <= 1, f"stage.corruption.schedule.prob_length={length}: must be at most 1 in training")

@@ -92,7 +92,7 @@ class InfiniteSampler(Sampler[list[int]]):
 class ImageDataModule(LightningDataModule):
     """Endless training batches of an image dataset.
 
-    Each batch is (uint8 [b, 3, R, R], int64 [b]) with b = batch_size / (devices x nodes x accumulate_grad_batches of
+    Each batch is (uint8 [b, 3, H, W], int64 [b]) with b = batch_size / (devices x nodes x accumulate_grad_batches of
     the Trainer); `batch_size` counts the images of a step over all devices. num_workers: decoding processes per device;
     0 is enough for a cached dataset. seed: determines the order. The order continues at `images_seen` of the trained
     LightningModule. Raises UserError unless the batch divides evenly.

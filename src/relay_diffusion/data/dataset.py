@@ -17,14 +17,16 @@ from relay_diffusion.diffusion.guidance import NO_CLASS
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.parallel import map_in_order
 from relay_diffusion.utils.progress import progress
+from relay_diffusion.utils.resolution import Resolution, image_size, resolution_of
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
     """Images of a zip or folder with class indices, sorted by name.
 
-    Items are (uint8 [3, R, R], class index or -1).
+    Items are (uint8 [3, H, W], class index or -1).
     path: an image zip, a folder (searched recursively) of PNG, WebP and JPEG files, or one such file.
-    resolution: R; larger images whose side is a multiple of R are box-averaged, others are an error.
+    resolution: R for H = W = R, or [height, width]; larger images are box-averaged if both sides are the same multiple,
+    others are an error.
     subset: a top-level folder inside `path` ("train"); "" selects everything.
     labels: read classes from `dataset.json` if it exists.
     x_flip: indices N..2N-1 are the mirrored images 0..N-1, so mirroring is part of the data order.
@@ -32,14 +34,14 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     exif: "apply" applies the EXIF orientation, "ignore" does not.
     option: the user's name of `path`, for messages.
     Attributes: `names` [N] and their `labels` [N]; `class_names` and `num_classes` of the whole set, not of the subset;
-    `source_hash`, `path`, `subset`; `turned`, the names of images that this process has turned so far.
+    `source_hash`, `path`, `subset`; `size`, (H, W); `turned`, the names of images that this process has turned so far.
     Raises UserError that names the option, the argument, dataset.json or the image.
     """
 
     def __init__(
         self,
         path: str | Path,
-        resolution: int,
+        resolution: Resolution,
         subset: str = "",
         labels: bool = True,
         x_flip: bool = False,
@@ -47,13 +49,15 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         exif: str = "apply",
         option: str = "data.dataset.path",
     ) -> None:
-        self.resolution, self.subset, self.x_flip, self.cache = resolution, subset.strip("/"), x_flip, cache
-        if resolution < 1:
-            raise UserError(f"resolution={resolution}: must be at least 1")
+        self.subset, self.x_flip, self.cache = subset.strip("/"), x_flip, cache
+        try:
+            self.size = image_size(resolution)
+        except ValueError as error:
+            raise UserError(str(error)) from None
         if exif not in ("apply", "ignore"):
             raise UserError(f"exif={exif}: use apply or ignore")
         source = open_source(path, option)
-        self._files = ImageFiles(source, (resolution, resolution), subset, apply_exif=exif == "apply")
+        self._files = ImageFiles(source, self.size, subset, apply_exif=exif == "apply")
         self.path, self.names, self.turned = source.path, self._files.names, self._files.turned
         found = read_labels(source) if labels else None
         self.class_names: list[str] = found.class_names if found else []
@@ -71,7 +75,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
         x_flip is not part of it. Fast for a zip, whose directory has a checksum of every file; a folder is read once.
         """
-        return self._files.digest(f"{self.subset}\n{self.resolution}\n")
+        return self._files.digest(f"{self.subset}\n{resolution_of(self.size)}\n")
 
     def __len__(self) -> int:
         return len(self.names) * (2 if self.x_flip else 1)
@@ -96,7 +100,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         Call it before worker processes start.
         """
         if self.cache and self._cached is None:
-            images = torch.empty(len(self.names), 3, self.resolution, self.resolution, dtype=torch.uint8)
+            images = torch.empty(len(self.names), 3, *self.size, dtype=torch.uint8)
             with progress("decoding images", len(self.names), enabled=show_progress) as advance:
                 for index, image in enumerate(map_in_order(self._decode, self.names)):
                     images[index] = image

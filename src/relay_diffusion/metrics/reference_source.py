@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from relay_diffusion.metrics.frechet import FrechetDistance
 from relay_diffusion.metrics.inception import Inception
 from relay_diffusion.metrics.reference import Reference, read_reference
 from relay_diffusion.utils.progress import progress
+from relay_diffusion.utils.resolution import Resolution, image_size
 
 CHOICE_SEED = 0
 
@@ -29,16 +29,16 @@ class ReferenceSource:
     `Reference.save`. cache: folder for results computed from images, by hash of the images and the Inception weights.
     Statistics in a file are used unchanged. max_features: number of images whose pool features are kept (0: none); of
     more images, a fixed random subset, because names are sorted by class. Kynkäänniemi et al. and ADM compare with
-    10,000. resolution: (H, W) of the generated images; larger reference images are box-averaged if they are a whole
-    multiple, unless the file has statistics of the original images. subset: a folder inside a folder or zip. option:
-    key of `path`, for messages. Raises UserError naming the option for a path that cannot be a reference.
+    10,000. resolution: of the generated images, R or [height, width]; larger reference images are box-averaged if they
+    are a whole multiple, unless the file has statistics of the original images. subset: a folder inside a folder or
+    zip. option: key of `path`, for messages. Raises UserError naming the option for a path that cannot be a reference.
     """
 
     def __init__(
         self,
         path: str | Path,
         cache: str | Path = "outputs/reference",
-        resolution: Sequence[int] | None = None,
+        resolution: Resolution | None = None,
         subset: str = "",
         max_features: int = 10_000,
         option: str = "reference",
@@ -61,7 +61,7 @@ class ReferenceSource:
                 if IMAGES_KEY in npz.keys and max_features:
                     self.images = ArraySet(npz, resolution=None)
         if self._statistics is None:
-            size = None if resolution is None else (resolution[0], resolution[1])
+            size = None if resolution is None else image_size(resolution)
             self.images = open_image_set(self.path, option, size, subset)
 
     def check(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -19,12 +20,13 @@ from relay_diffusion.models.finite_samples import finite, nonfinite_samples
 from relay_diffusion.models.sample_arguments import ClassLabels, Integers, image_batch, label_tensor, seed_list
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.samplers import Sampler
+from relay_diffusion.utils.resolution import Resolution, Size, image_size, resolution_of, size_text
 
 
-def _check_chain(stages: Mapping[str, DiffusionStage]) -> None:
+def _check_chain(stages: Mapping[str, DiffusionStage], as_trained: bool) -> None:
     """Raise UserError unless each stage fits the previous one.
 
-    The message names both.
+    The message names both. as_trained: at the sizes of training.
     """
     require(len(stages) > 0, "relay.stages is empty: a relay needs at least a first stage")
     for before, name in itertools.pairwise(stages):
@@ -32,9 +34,9 @@ def _check_chain(stages: Mapping[str, DiffusionStage]) -> None:
         block = large.corruption.block
         require(block != 1, f"{option} starts from noise, as only the first stage of a relay may: remove it or reorder")
         require(
-            small.resolution * block == large.resolution,
-            f"{option} makes {large.resolution}x{large.resolution} from images {block} times smaller, "
-            f"but relay.stages.{before} makes {small.resolution}x{small.resolution}",
+            not as_trained or tuple(side * block for side in small.size) == large.size,
+            f"{option} makes {size_text(large.size)} from images {block} times smaller, but relay.stages.{before} "
+            f"makes {size_text(small.size)}; relay.resolution=R or [H,W] sets the size of the last stage",
         )
         channels, classes = (small.image_channels, large.image_channels), (small.num_classes, large.num_classes)
         require(len({*channels}) == 1, f"{option} has {channels[1]} image channels, {before} has {channels[0]}")
@@ -46,14 +48,38 @@ def _check_chain(stages: Mapping[str, DiffusionStage]) -> None:
         )
 
 
+def _stage_sizes(stages: Mapping[str, DiffusionStage], last: Size) -> dict[str, Size]:
+    """Return the size of every stage's images, by that of the last stage.
+
+    Raises UserError for a size that levels or blocks do not divide.
+    """
+    divisor = 1
+    for stage in stages.values():
+        divisor = math.lcm(stage.divisor, divisor * stage.corruption.block)
+    nearest = resolution_of([max(1, round(side / divisor)) * divisor for side in last])
+    require(
+        not any(side % divisor for side in last),
+        f"relay.resolution={resolution_of(last)}: height and width must be divisible by {divisor}, because of the "
+        f"levels of the networks and the blocks of the stages; use {nearest}",
+    )
+    sizes = {}
+    for name in reversed(list(stages)):
+        sizes[name], block = last, stages[name].corruption.block
+        last = last[0] // block, last[1] // block
+    return sizes
+
+
 class Relay(L.LightningModule):
     """Chain of stages with any integer factors.
 
     Predicts images from (seeds, labels). A first stage that enlarges starts from given images (`start`), others from
     noise. `hand_over_sigma`: the first stage stops at that noise level and passes its estimate on. `rounding` to 8 bits
-    is "nearest" or "floor"; `postprocess` changes the 8-bit images [B,C,H,W]. `observers`: called at each evaluation
-    of a network with the name of the stage and the arguments of an Observer, for progress and trajectories.
-    Raises UserError if the output of a stage does not fit the input of the next one, ValueError for another rounding.
+    is "nearest" or "floor"; `postprocess` changes the 8-bit images [B,C,H,W]. `resolution`: that of the last stage, R
+    or [height, width]; None: as trained. `sizes`: height and width of each stage's images, by name. `observers`: called
+    at each evaluation of a network with the name of the stage and the arguments of an Observer, for progress and
+    trajectories.
+    Raises UserError if the output of a stage does not fit the input of the next one, or the resolution does not divide,
+    ValueError for another rounding or resolution.
     """
 
     def __init__(
@@ -62,9 +88,14 @@ class Relay(L.LightningModule):
         hand_over_sigma: float | None = None,
         rounding: str = "nearest",
         postprocess: Callable[[Tensor], Tensor] | None = None,
+        resolution: Resolution | None = None,
     ) -> None:
         super().__init__()
-        _check_chain(stages)
+        _check_chain(stages, as_trained=resolution is None)
+        *_, last = stages.values()
+        self.sizes = _stage_sizes(
+            stages, last.size if resolution is None else image_size(resolution, "relay.resolution")
+        )
         if rounding not in ROUNDING:
             raise ValueError(f"rounding={rounding}: use {' or '.join(ROUNDING)}")
         self._names = list(stages)  # a ModuleDict rejects some names ("keys", "pop")
@@ -120,18 +151,24 @@ class Relay(L.LightningModule):
         return next((stage.info.class_names for stage in self.chain().values() if stage.info.class_names), [])
 
     @property
-    def start_resolution(self) -> int | None:
-        """Side in pixels of the images that the first stage enlarges.
+    def start_size(self) -> Size | None:
+        """Height and width of the images that the first stage enlarges.
 
         None: it starts from noise.
         """
-        first = next(iter(self.chain().values()))
-        return None if first.corruption.block == 1 else first.resolution // first.corruption.block
+        name, first = next(iter(self.chain().items()))
+        height, width = (side // first.corruption.block for side in self.sizes[name])
+        return None if first.corruption.block == 1 else (height, width)
 
     @property
-    def resolution(self) -> int:
-        """Side in pixels of the final images."""
-        return list(self.chain().values())[-1].resolution
+    def size(self) -> Size:
+        """Height and width of the final images in pixels."""
+        return self.sizes[self._names[-1]]
+
+    @property
+    def resolution(self) -> int | list[int]:
+        """Resolution of the final images, as in settings: R or [height, width]."""
+        return resolution_of(self.size)
 
     def describe(self) -> dict[str, Any]:
         """Describe everything that determines the images.
@@ -140,7 +177,8 @@ class Relay(L.LightningModule):
         """
         samplers = self.samplers
         stages = {
-            name: stage.describe() | {"network_evaluations": samplers[name].evaluations}
+            name: stage.describe()
+            | {"resolution": resolution_of(self.sizes[name]), "network_evaluations": samplers[name].evaluations}
             for name, stage in self.chain().items()
         }
         return {
@@ -160,12 +198,14 @@ class Relay(L.LightningModule):
         """
         seeds = seed_list(seeds)
         labels = label_tensor(labels, len(seeds), self.num_classes, self.class_names)
-        size, channels = self.start_resolution, next(iter(self.chain().values())).image_channels
+        size, channels = self.start_size, next(iter(self.chain().values())).image_channels
         if (start is None) != (size is None):
-            wanted = "starts from noise: remove it" if size is None else f"enlarges images of {size}x{size}: give them"
+            wanted = (
+                "starts from noise: remove it" if size is None else f"enlarges images of {size_text(size)}: give them"
+            )
             raise ValueError(f"start: the first stage of this relay {wanted}")
         if start is not None and size is not None:
-            start = image_batch("start", start, (len(seeds), channels, size, size))
+            start = image_batch("start", start, (len(seeds), channels, *size))
         images, fine, check = self._draw(seeds, labels, start)
         check(fine)
         return images
@@ -192,7 +232,8 @@ class Relay(L.LightningModule):
         images: dict[str, Tensor] = {}
         draws, fine, previous, samplers = [], [], start, self.samplers
         for name, stage in self.chain().items():
-            draws.append(partial(stage.draw, seeds, labels if stage.num_classes else None, previous, samplers[name]))
+            known = labels if stage.num_classes else None
+            draws.append(partial(stage.draw, seeds, self.sizes[name], known, previous, samplers[name]))
             images[name] = draws[-1]([partial(observe, name) for observe in self.observers])
             fine.append(finite(images[name]))  # clamping would hide an infinity
             previous = images[name].clamp(-1, 1)  # the next stage was trained on means of real images

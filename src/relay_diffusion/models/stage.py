@@ -6,6 +6,7 @@ Network, corruption, loss, sampler and optimizer.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,6 +36,7 @@ from relay_diffusion.models.optimization import OptimizationHooks
 from relay_diffusion.models.sample_arguments import ClassLabels, Integers, image_batch, label_tensor, seed_list
 from relay_diffusion.networks import Condition, Conditioned, EDMPreconditioner, Graphed, GraphedTraining
 from relay_diffusion.samplers import Sampler
+from relay_diffusion.utils.resolution import MAX_SIDE, Size
 
 OptimizerFactory = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
 
@@ -161,9 +163,19 @@ class DiffusionStage(OptimizationHooks):
         return digest.hexdigest()
 
     @property
-    def resolution(self) -> int:
-        """Side in pixels of this stage's images."""
+    def resolution(self) -> int | list[int]:
+        """Resolution of the training images, as in settings: R or [height, width]."""
         return self.denoiser.network.resolution
+
+    @property
+    def size(self) -> Size:
+        """Height and width of the training images in pixels."""
+        return self.denoiser.network.size
+
+    @property
+    def divisor(self) -> int:
+        """Number that divides the sides of all images: of the levels and the blocks."""
+        return math.lcm(self.denoiser.network.divisor, self.corruption.block)
 
     @property
     def image_channels(self) -> int:
@@ -302,28 +314,30 @@ class DiffusionStage(OptimizationHooks):
     ) -> Tensor:
         """Sample images of `shape` [B,C,H,W], one per seed.
 
-        float32 in about [-1, 1]. seeds: B integers in 0..2^63-1 as a range, list, array or tensor, or one integer.
-        labels: class indices or names [B], -1 or None for no class, or one for all. previous: images
-        [B,C,H/block,W/block] of the previous stage, uint8 or in [-1, 1], for a stage that enlarges. Equal seeds give
-        equal images in any batch. Synchronizes with the device. Raises ValueError if an argument does not fit,
-        UserError for labels that the network does not have, NonFiniteSamplesError (a UserError) if a sample holds nan
-        or infinity.
+        float32 in about [-1, 1]. H and W: those of training, or others that `divisor` divides. seeds: B integers in
+        0..2^63-1 as a range, list, array or tensor, or one integer. labels: class indices or names [B], -1 or None for
+        no class, or one for all. previous: images [B,C,H/block,W/block] of the previous stage, uint8 or in [-1, 1], for
+        a stage that enlarges. Equal seeds give equal images in any batch. Synchronizes with the device. Raises
+        ValueError if an argument does not fit, UserError for labels that the network does not have,
+        NonFiniteSamplesError (a UserError) if a sample holds nan or infinity.
         """
         seeds = seed_list(seeds)
         labels = label_tensor(labels, len(seeds), self.num_classes, self.info.class_names)
-        channels, size, block = self.image_channels, self.resolution, self.corruption.block
-        if tuple(shape) != (len(seeds), channels, size, size):
+        channels, block, sides = self.image_channels, self.corruption.block, tuple(shape)[2:]
+        wrong = len(shape) != 4 or tuple(shape[:2]) != (len(seeds), channels)
+        if wrong or any(side < 1 or side % self.divisor for side in sides):
             raise ValueError(
-                f"shape is {tuple(shape)}: must be {(len(seeds), channels, size, size)}, an image of this stage for "
-                "each of the seeds"
+                f"shape is {tuple(shape)}: must be {(len(seeds), channels, *self.size)}, an image of this stage for "
+                f"each of the seeds, or of other sides divisible by {self.divisor}"
             )
+        size = sides[0], sides[1]
         if previous is not None and block > 1:
-            previous = image_batch("previous", previous, (len(seeds), channels, size // block, size // block))
-        images = self.draw(seeds, labels, previous)
+            previous = image_batch("previous", previous, (len(seeds), channels, *(side // block for side in size)))
+        images = self.draw(seeds, size, labels, previous)
         fine = finite(images).tolist()
         if not all(fine):
             who = str(self.info.origin.get("file", "this stage"))
-            draw = partial(self.draw, seeds, labels, previous, self.sampler)
+            draw = partial(self.draw, seeds, size, labels, previous, self.sampler)
             raise nonfinite_samples(who, seeds, fine, draw)
         return images
 
@@ -331,6 +345,7 @@ class DiffusionStage(OptimizationHooks):
     def draw(
         self,
         seeds: Sequence[int],
+        size: Size,
         labels: Tensor | None = None,
         previous: Tensor | None = None,
         sampler: Sampler | None = None,
@@ -338,13 +353,13 @@ class DiffusionStage(OptimizationHooks):
     ) -> Tensor:
         """Sample like `sample`, with valid arguments and without synchronization.
 
-        Samples may be non-finite. sampler: used instead of the stage's own. observers: see each evaluation. Raises
-        ValueError for a sampler that does not start where the corruption ends.
+        size: (height, width) of the images. Samples may be non-finite. sampler: used instead of the stage's own.
+        observers: see each evaluation. Raises ValueError for a sampler that does not start where the corruption ends.
         """
         sampler = self.sampler if sampler is None else sampler
         self._check_sampler(sampler)
-        noise = PerImageGenerator(seeds, self.device, stream=self.resolution)  # stages have independent noise
-        like = torch.empty(len(seeds), self.image_channels, self.resolution, self.resolution, device=self.device)
+        noise = PerImageGenerator(seeds, self.device, _stream(*size))
+        like = torch.empty(len(seeds), self.image_channels, *size, device=self.device)
         start = self.corruption.start(like, previous, noise.randn_like)
         if labels is not None:
             labels = labels.to(self.device)
@@ -355,6 +370,14 @@ class DiffusionStage(OptimizationHooks):
             return sampler(denoise, start, noise.randn_like, labels).float()
         finally:
             self.train(training)
+
+
+def _stream(height: int, width: int) -> int:
+    """Return the random stream of images of this size.
+
+    The stages of a relay have other sizes, so their noise is independent.
+    """
+    return height if height == width else height * MAX_SIDE**2 + width  # above all streams of squares and losses
 
 
 def _described(part: object) -> dict[str, Any]:

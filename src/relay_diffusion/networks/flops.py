@@ -10,17 +10,19 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from relay_diffusion.networks.unet import UNet
+from relay_diffusion.utils.resolution import Size
 
 
-def forward_flops(network: UNet) -> int:
+def forward_flops(network: UNet, size: Size | None = None) -> int:
     """Count floating-point operations of one evaluation of one image.
 
+    size: its (height, width); None: as trained.
     Convolutions and matrix products, from shapes alone (on the meta device). A training step costs 3 times as much.
     """
     states = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     on_meta = {name: torch.empty_like(value, device="meta") for name, value in states.items()}
     channels = network.image_channels + network.condition_channels
-    x = torch.empty(1, channels, network.resolution, network.resolution, device="meta")
+    x = torch.empty(1, channels, *(size or network.size), device="meta")
     noise, labels = torch.empty(1, device="meta"), torch.empty(1, device="meta", dtype=torch.long)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         functional_call(network, on_meta, (x, noise, labels, None, noise if network.condition_channels else None))

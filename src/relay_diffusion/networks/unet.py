@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from relay_diffusion.networks.layers import ResidualBlock, SinusoidalEmbedding, group_norm, zero
 from relay_diffusion.networks.ops import convolve_image, norm_act
 from relay_diffusion.utils.messages import shorten
+from relay_diffusion.utils.resolution import Resolution, image_size, resolution_of
 
 MAX_LEVELS = 14
 
@@ -18,11 +19,12 @@ MAX_LEVELS = 14
 class UNet(nn.Module):
     """UNet conditioned on noise level, class, augmentation and an image.
 
-    [B,C,R,R] -> [B,C,R,R]. `channels` x `channel_mult` are the channels of each level (each at half the resolution of
-    the previous one); `blocks` residual blocks per level; attention at the `attention_resolutions` and at the lowest
-    level. `num_classes` 0: unconditional. `augment_labels`: number of augmentation labels, 0 for none.
-    `condition_channels`: channels that a condition adds to the input, 0 for none; its noise level has the same
-    embedding as that of the image, but as sigma itself, not as ln(sigma)/4.
+    [B,C,H,W] -> [B,C,H,W] for any H and W divisible by `divisor`, 2^(levels - 1). `resolution`: that of training, R or
+    [height, width]. `channels` x `channel_mult` are the channels of each level (each at half the resolution of the
+    previous one); `blocks` residual blocks per level; attention at the lowest level and at those whose shorter side is
+    in `attention_resolutions` in training. `num_classes` 0: unconditional. `augment_labels`: number of augmentation
+    labels, 0 for none. `condition_channels`: channels that a condition adds to the input, 0 for none; its noise level
+    has the same embedding as that of the image, but as sigma itself, not as ln(sigma)/4.
     `channels_last` keeps weights and activations in that memory format: same results, faster; on a GPU it enables the
     fused steps between convolutions. `checkpoint_levels`: levels (0: full resolution) with activation checkpointing:
     less memory, more time.
@@ -32,7 +34,7 @@ class UNet(nn.Module):
 
     def __init__(
         self,
-        resolution: int,
+        resolution: Resolution,
         image_channels: int = 3,
         channels: int = 192,
         channel_mult: Sequence[int] = (1, 2, 3, 4),
@@ -48,7 +50,6 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         for name, value, low, high in (  # a damaged config must not exhaust time or memory
-            ("resolution", resolution, 1, 2**14),
             ("image_channels", image_channels, 1, 1024),
             ("channels", channels, 2, 2**14),
             ("blocks", blocks, 1, 100),
@@ -64,7 +65,9 @@ class UNet(nn.Module):
                 f"channel_mult={shorten(list(channel_mult))}: needs 1 to {MAX_LEVELS} levels of at most 64 times the "
                 "channels"
             )
-        if resolution % 2 ** (levels - 1):
+        self.divisor = 2 ** (levels - 1)
+        self.size = image_size(resolution)
+        if any(side % self.divisor for side in self.size):
             raise ValueError(
                 f"resolution={resolution}: not divisible by 2^{levels - 1}, which {levels} levels of channel_mult need"
             )
@@ -74,7 +77,7 @@ class UNet(nn.Module):
             raise ValueError(f"dropout={dropout}: must be at least 0 and below 1")
         if channels % 2:
             raise ValueError(f"channels={channels}: must be even")
-        self.resolution, self.image_channels, self.num_classes = resolution, image_channels, num_classes
+        self.image_channels, self.num_classes = image_channels, num_classes
         self.augment_labels, self.condition_channels = augment_labels, condition_channels
         width = channels * embedding_mult
 
@@ -88,7 +91,7 @@ class UNet(nn.Module):
         self.encoder = nn.ModuleList()
         skips, current = [channels], channels
         for level, mult in enumerate(channel_mult):
-            attention = resolution >> level in attention_resolutions
+            attention = min(self.size) >> level in attention_resolutions
             if level > 0:
                 self.encoder.append(block(level, current, current, attention=False, down=True))
                 skips.append(current)
@@ -102,7 +105,7 @@ class UNet(nn.Module):
         self.decoder = nn.ModuleList()
         self.joins = []  # whether each decoder block has a skip connection
         for level, mult in reversed(list(enumerate(channel_mult))):
-            attention = resolution >> level in attention_resolutions
+            attention = min(self.size) >> level in attention_resolutions
             if level < levels - 1:
                 self.decoder.append(block(level, current, current, attention=False, up=True))
                 self.joins.append(False)
@@ -114,6 +117,11 @@ class UNet(nn.Module):
         self.conv_out = zero(nn.Conv2d(current, image_channels, 3, padding=1))
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._lay_out_weights()
+
+    @property
+    def resolution(self) -> int | list[int]:
+        """Resolution of training, as in settings."""
+        return resolution_of(self.size)
 
     def _build_embeddings(self, channels: int, width: int) -> None:
         self.embed_noise = SinusoidalEmbedding(channels)
@@ -156,11 +164,14 @@ class UNet(nn.Module):
         augment_labels: Tensor | None = None,
         condition_level: Tensor | None = None,
     ) -> Tensor:
-        """Apply the network: x [B,C,R,R] -> [B,C,R,R].
+        """Apply the network: x [B,C,H,W] -> [B,C,H,W].
 
         noise: c_noise [B], labels [B] or None, augment_labels [B,A] or None.
-        With K condition_channels x is [B,C+K,R,R], and condition_level [B] the noise level of the last K channels.
+        With K condition_channels x is [B,C+K,H,W], and condition_level [B] the noise level of the last K channels.
+        Raises ValueError unless `divisor` divides H and W.
         """
+        if any(side % self.divisor for side in x.shape[2:]):
+            raise ValueError(f"x has shape {tuple(x.shape)}: height and width must be divisible by {self.divisor}")
         embedding = self.embed(noise, labels, augment_labels, condition_level)
         x = convolve_image(self.conv_in, x.contiguous(memory_format=self.memory_format))
         skips = [x]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from relay_diffusion.diffusion.pixels import to_uint8
+from relay_diffusion.utils.resolution import Size
 
 SIGMA_DATA = 0.5  # standard deviation of images, as in EDM
 
@@ -39,11 +40,11 @@ class TrajectoryRecorder:
 
     `steps`: the first `count` images of one batch. If the sampler returns to a noise level (a second-order step
     looks ahead to the next one, churn raises it again), the last evaluation counts. Recorded images are averaged down
-    to at most `side` pixels.
+    to at most `size`, (height, width).
     """
 
-    def __init__(self, count: int, side: int) -> None:
-        self.count, self.side = count, side
+    def __init__(self, count: int, size: Size) -> None:
+        self.count, self.size = count, size
         self.steps: list[Step] = []
 
     def __call__(self, x: Tensor, sigma: Tensor, estimates: Tensor) -> None:
@@ -65,8 +66,8 @@ class TrajectoryRecorder:
 
     def _picture(self, images: Tensor) -> Tensor:
         images = images[: self.count].float()
-        if images.shape[-1] > self.side:
-            images = F.adaptive_avg_pool2d(images, self.side)
+        if images.shape[-1] > self.size[-1]:
+            images = F.adaptive_avg_pool2d(images, self.size)
         return to_uint8(images).cpu()
 
 

@@ -44,6 +44,7 @@ from relay_diffusion.utils.distributed import on_rank_zero, started_ranks
 from relay_diffusion.utils.files import write_text
 from relay_diffusion.utils.parallel import map_in_order
 from relay_diffusion.utils.quiet import quiet_libraries
+from relay_diffusion.utils.resolution import size_text
 
 MANY_CLASSES = 1000  # a longer list is stored as counts and a checksum
 UNEVEN = 2  # ratio of class frequencies in the reference above which a note is printed
@@ -63,7 +64,7 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
     if not options.evaluate:
         return sample_relay(options, trainer, relay, plan)
     check_count(f"seeds={cfg.seeds}", len(plan.names), trainer.num_devices * trainer.num_nodes)
-    evaluator = build_evaluator(cfg.metrics, options.reference, (relay.resolution, relay.resolution))
+    evaluator = build_evaluator(cfg.metrics, options.reference, relay.size)
     return sample_relay(options, trainer, relay, plan, evaluator)
 
 
@@ -120,7 +121,7 @@ def _make_and_measure(
     if relay.hand_over_sigma is not None:
         results["saved_evaluations"] = relay.saved_evaluations
     if evaluator is not None:
-        images = store.images(plan.names, (relay.resolution, relay.resolution))
+        images = store.images(plan.names, relay.size)
         results |= measure(options, trainer, evaluator, images, {"settings": settings} | results, relay.rounding)
     return results | (_keep(options, relay, plan, store) if trainer.is_global_zero else {})
 
@@ -153,7 +154,7 @@ def build_evaluator(metrics: DictConfig, reference: ReferenceOptions, resolution
 
 def make_plan(options: SamplingOptions, relay: Relay) -> Plan:
     """Plan the images of a run. Raises UserError for invalid seeds, classes or starting images."""
-    size, path = relay.start_resolution, options.start.path
+    size, path = relay.start_size, options.start.path
     first = next(iter(relay.chain()))
     chosen = chosen_classes(options, relay)
     if size is None:
@@ -164,7 +165,7 @@ def make_plan(options: SamplingOptions, relay: Relay) -> Plan:
         return replace(plan_from_noise(seeds, chosen or every), classes=chosen)
     if path is None:
         raise UserError(
-            f"relay.stages.{first} enlarges images of {size}x{size}: give them with relay.start=FOLDER, ZIP or FILE"
+            f"relay.stages.{first} enlarges images of {size_text(size)}: give them with relay.start=FOLDER, ZIP or FILE"
         )
     start = ImageDataset(
         path,
@@ -264,7 +265,7 @@ def _predict(trainer: L.Trainer, model: L.LightningModule, data: L.LightningData
 
 def _keep(options: SamplingOptions, relay: Relay, plan: Plan, store: ImageStore) -> dict[str, Any]:
     """Write the class labels, the zip and the .npz; return the paths."""
-    places, size = {}, (relay.resolution, relay.resolution)
+    places, size = {}, relay.size
     if options.npz:
         file = options.output / "images.npz"
         labels = plan.labels if min(plan.labels) >= 0 else None

@@ -47,7 +47,7 @@ _ATTENTION = {"norm": "norm2", "qkv": "qkv", "proj": "proj"}
 
 def _block_names(network: UNet) -> dict[str, str]:
     """Map our block names to the published ones, e.g. encoder.3 -> enc.32x32_block1."""
-    names, resolution, count = {}, network.resolution, 0
+    names, resolution, count = {}, network.size[0], 0
     for i, block in enumerate(network.encoder):
         assert isinstance(block, ResidualBlock)
         resolution, count = (resolution // 2, 0) if block.down else (resolution, count)
@@ -66,7 +66,7 @@ def _block_names(network: UNet) -> dict[str, str]:
 def published_names(network: UNet) -> dict[str, str]:
     """Map our parameter names to the published ones."""
     blocks = _block_names(network)
-    first = f"enc.{network.resolution}x{network.resolution}_conv"
+    first = f"enc.{network.size[0]}x{network.size[1]}_conv"
     names = {}
     for ours, _ in network.named_parameters():
         module, _, parameter = ours.rpartition(".")

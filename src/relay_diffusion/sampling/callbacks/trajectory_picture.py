@@ -16,6 +16,7 @@ from torch import Tensor
 from relay_diffusion.models.relay import Relay, Samples
 from relay_diffusion.samplers.recording import Step, TrajectoryRecorder, joined
 from relay_diffusion.utils.pictures import image_grid, save_png, save_webp, side_by_side
+from relay_diffusion.utils.resolution import Size
 
 MAX_SIDE = 256  # pixels: larger pictures would be hundreds of megabytes of noise
 COLUMNS = 8  # columns of one stage in the picture
@@ -33,15 +34,15 @@ class TrajectoryPicture(Callback):
         self.folder, self.count = Path(folder), count
         self._recorders: dict[str, TrajectoryRecorder] = {}
         self._steps: dict[str, list[Step]] = {}
-        self._side = MAX_SIDE
+        self._size = MAX_SIDE, MAX_SIDE
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Observe all stages on rank 0."""
         if not trainer.is_global_zero:
             return
         assert isinstance(pl_module, Relay)
-        self._side = min(pl_module.resolution, MAX_SIDE)
-        self._recorders = {name: TrajectoryRecorder(self.count, self._side) for name in pl_module.chain()}
+        self._size = shown_size(pl_module.size)
+        self._recorders = {name: TrajectoryRecorder(self.count, self._size) for name in pl_module.chain()}
         pl_module.observers.append(self._record)
 
     def _record(self, stage: str, x: Tensor, sigma: Tensor, estimate: Tensor) -> None:
@@ -76,8 +77,8 @@ class TrajectoryPicture(Callback):
     def _finish(self, pl_module: L.LightningModule) -> None:
         self._stop(pl_module)
         stages = list(self._steps.values())
-        save_png(strip(stages, self._side), self.folder / "trajectory.png")
-        pictures = [frame(step, self._side) for steps in stages for step in steps]
+        save_png(strip(stages, self._size), self.folder / "trajectory.png")
+        pictures = [frame(step, self._size) for steps in stages for step in steps]
         times = [time for steps in stages for time in [STEP] * (len(steps) - 1) + [STAGE_END]]
         save_webp(pictures, [*times[:-1], END], self.folder / "trajectory.webp")
         self._steps = {}
@@ -89,7 +90,13 @@ class TrajectoryPicture(Callback):
         self._recorders = {}
 
 
-def strip(stages: Sequence[Sequence[Step]], side: int, columns: int = COLUMNS) -> Image.Image:
+def shown_size(size: Size) -> Size:
+    """Shrink (height, width) to at most MAX_SIDE pixels."""
+    scale = min(1, MAX_SIDE / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def strip(stages: Sequence[Sequence[Step]], size: Size, columns: int = COLUMNS) -> Image.Image:
     """Arrange steps from left to right, in two rows per image.
 
     The upper row shows the states, the lower one the estimates.
@@ -98,13 +105,13 @@ def strip(stages: Sequence[Sequence[Step]], side: int, columns: int = COLUMNS) -
     for steps in stages:
         chosen = evenly(steps, columns)
         rows = torch.stack([torch.stack(step[1:]) for step in chosen], 2)  # [2,B,steps,C,h,w]
-        panels.append(image_grid(enlarged(rows.transpose(0, 1).flatten(0, 2), side), len(chosen)))
+        panels.append(image_grid(enlarged(rows.transpose(0, 1).flatten(0, 2), size), len(chosen)))
     return side_by_side(panels)
 
 
-def frame(step: Step, side: int) -> Image.Image:
+def frame(step: Step, size: Size) -> Image.Image:
     """Arrange one step of all images: states above estimates."""
-    return image_grid(enlarged(torch.cat(step[1:]), side), len(step.states))
+    return image_grid(enlarged(torch.cat(step[1:]), size), len(step.states))
 
 
 def evenly(steps: Sequence[Step], count: int) -> list[Step]:
@@ -116,6 +123,6 @@ def evenly(steps: Sequence[Step], count: int) -> list[Step]:
     return [steps[round(k * last / (count - 1))] for k in range(count)]
 
 
-def enlarged(pictures: Tensor, side: int) -> Tensor:
-    """Enlarge pixels to squares: uint8 [B,C,h,w] -> [B,C,side,side]."""
-    return F.interpolate(pictures, (side, side), mode="nearest-exact")
+def enlarged(pictures: Tensor, size: Size) -> Tensor:
+    """Enlarge pixels to blocks: uint8 [B,C,h,w] -> [B,C,*size]."""
+    return F.interpolate(pictures, size, mode="nearest-exact")

@@ -75,7 +75,7 @@ class PeriodicEvaluation(PeriodicMeasurement):
         return {key: value for key, value in results.items() if key != "images"}
 
     def _sample(self, trainer: L.Trainer, stage: DiffusionStage, seeds: Sequence[int]) -> Tensor:
-        shape = (len(seeds), stage.image_channels, stage.resolution, stage.resolution)
+        shape = (len(seeds), stage.image_channels, *stage.size)
         dataset, previous = trainer.datamodule.dataset, None  # type: ignore[attr-defined]
         chosen = evenly_spaced(self.count, len(dataset.names))
         labels = torch.tensor([dataset.labels[chosen[seed]] for seed in seeds])

@@ -1,0 +1,40 @@
+"""Sizes of images: one number for squares, or [height, width]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from relay_diffusion.utils.messages import shorten
+
+MAX_SIDE = 2**14  # pixels: a damaged config must not exhaust time or memory
+
+Resolution = int | Sequence[int]
+"""Side of square images in pixels, or [height, width]."""
+
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+
+def image_size(resolution: Resolution, option: str = "resolution") -> Size:
+    """Return the height and width of a resolution.
+
+    Raises ValueError naming `option` unless both are integers from 1 to MAX_SIDE.
+    """
+    sides = list(resolution) if isinstance(resolution, Sequence) else [resolution] * 2
+    if len(sides) != 2 or not all(type(side) is int for side in sides):
+        raise ValueError(f"{option}={shorten(resolution)}: must be a whole number, or [height, width]")
+    if not all(1 <= side <= MAX_SIDE for side in sides):
+        raise ValueError(f"{option}={shorten(resolution)}: must lie between 1 and {MAX_SIDE:,}")
+    return sides[0], sides[1]
+
+
+def resolution_of(size: Sequence[int]) -> int | list[int]:
+    """Return (height, width) as in settings: squares as one number."""
+    height, width = size
+    return height if height == width else [height, width]
+
+
+def size_text(size: Sequence[int]) -> str:
+    """Return (height, width) as in messages: "64x64", "96x64 (width x height)"."""
+    height, width = size
+    return f"{width}x{height}" + ("" if height == width else " (width x height)")
