@@ -30,7 +30,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     x_flip: indices N..2N-1 are the mirrored images 0..N-1, so mirroring is part of the data order.
     cache: decode everything once, at the first access, and keep it as one tensor in memory; always for an .npz.
     exif: "apply" applies the EXIF orientation, "ignore" does not.
-    channels: C; files are converted to 1 (grayscale), 3 (RGB) or 4 (RGBA), an .npz has C channels.
+    channels: C; files and arrays of 1 (grayscale), 3 (RGB) and 4 (RGBA) channels are converted; others must have C.
     option: the user's name of `path`, for messages.
     Attributes: `names` [N] and their `labels` [N]; `class_names` and `num_classes` of the whole set, not of the subset;
     `source_hash`, `path`, `subset`; `size`, (H, W); `turned`, the names of images that this process has turned so far.
