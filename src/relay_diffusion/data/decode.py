@@ -46,6 +46,20 @@ TURNS = {  # orientation: operation that turns the pixels upright (EXIF 2.32, ta
 }
 
 
+WHITE = (255, 255, 255)
+
+
+class UnusableImageError(UserError):
+    """Image that cannot be used.
+
+    reason: the same few words for all images of this kind, without their names.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class Decoded(NamedTuple):
     """Decoded image and facts about its samples."""
 
@@ -55,14 +69,20 @@ class Decoded(NamedTuple):
     bits: int  # bits of the brightest 16-bit sample, at least 8; 0 for an 8-bit image
 
 
-def decode(data: bytes, where: str, apply_exif: bool = True, bit_depth: int = FULL_DEPTH) -> Decoded:
+def decode(
+    data: bytes,
+    where: str,
+    apply_exif: bool = True,
+    bit_depth: int = FULL_DEPTH,
+    background: tuple[int, int, int] = WHITE,
+) -> Decoded:
     """Decode PNG, WebP or JPEG bytes to 8-bit RGB.
 
-    where: names the image in messages. The format is detected from the content. Transparency is composited on white, of
-    an animation the first frame is taken, CMYK is converted without its profile. apply_exif: apply the EXIF
-    orientation; a damaged block counts as none. bit_depth: bits that 16-bit samples use; their highest 8 are kept.
-    Raises UserError for other formats, damage, more than Image.MAX_IMAGE_PIXELS pixels, and 16-bit samples above
-    2^bit_depth - 1.
+    where: names the image in messages. The format is detected from the content. Transparency is composited on
+    `background` (RGB), CMYK is converted without its profile. apply_exif: apply the EXIF orientation; a damaged block
+    counts as none. bit_depth: bits that 16-bit samples use; their highest 8 are kept.
+    Raises UnusableImageError for other formats, damage, animations, more than Image.MAX_IMAGE_PIXELS pixels, and 16-bit
+    samples above 2^bit_depth - 1.
     """
     data, exif = _hide_jpeg_exif(data)
     try:
@@ -73,13 +93,15 @@ def decode(data: bytes, where: str, apply_exif: bool = True, bit_depth: int = FU
             image.load()
             block = exif or image.info.get("exif")
             bits = _bits(image) if deep else 0
-            rgb = _rgb(_rescaled(data, image, bit_depth, where) if deep and bit_depth < FULL_DEPTH else image)
+            pixels = _rescaled(data, image, bit_depth, where) if deep and bit_depth < FULL_DEPTH else image
+            rgb = _rgb(pixels, background)
     except UserError:
         raise
     except UnidentifiedImageError as error:
-        raise UserError(f"{where} is not a {', '.join(IMAGE_FORMATS)} image") from error
+        kind = f"not a {', '.join(IMAGE_FORMATS)} image"
+        raise UnusableImageError(f"{where} is {kind}", kind) from error
     except Exception as error:  # untrusted bytes: decoders raise many exception types
-        raise UserError(f"{where} cannot be decoded: {one_line(error)}") from error
+        raise UnusableImageError(f"{where} cannot be decoded: {one_line(error)}", "damaged") from error
     rgb.info.clear()  # a copy that is written must not repeat the applied orientation
     turn, damaged = _turn(block) if apply_exif else (None, False)
     return Decoded(rgb if turn is None else rgb.transpose(turn), turn is not None, damaged, bits)
@@ -173,18 +195,22 @@ def _rescaled(data: bytes, image: Image.Image, bit_depth: int, where: str) -> Im
     elif image.mode.startswith("I"):
         samples = np.asarray(image)
     else:
-        raise UserError(f"{where} has 16 bits and an alpha channel, which bit_depth={bit_depth} does not rescale")
+        kind = f"16 bits and an alpha channel, which bit_depth={bit_depth} does not rescale"
+        raise UnusableImageError(f"{where} has {kind}", kind)
     most = 2**bit_depth - 1
     if samples.max() > most:
-        raise UserError(f"{where} holds the value {samples.max()}, but bit_depth={bit_depth} allows {most} at most")
+        raise UnusableImageError(
+            f"{where} holds the value {samples.max()}, but bit_depth={bit_depth} allows {most} at most",
+            f"values above {most}, the largest of bit_depth={bit_depth}",
+        )
     return Image.fromarray((samples >> (bit_depth - 8)).astype(np.uint8))
 
 
 def _open(data: bytes, where: str) -> ImageFile:
     """Read the header of an image.
 
-    Raises UserError if it has more pixels than Pillow's limit. Image.open only warns between once and twice the limit,
-    and warning filters are process-wide.
+    Raises UnusableImageError for an animation, and for more pixels than Pillow's limit. Image.open only warns between
+    once and twice the limit, and warning filters are process-wide.
     """
     opener = next((opener for start, opener in OPENERS.items() if data.startswith(start)), None)
     try:
@@ -195,7 +221,10 @@ def _open(data: bytes, where: str) -> ImageFile:
         raise UnidentifiedImageError
     most = Image.MAX_IMAGE_PIXELS
     if most is not None and image.width * image.height > most:
-        raise UserError(f"{where} claims more than {most:,} pixels: a decompression bomb, or too large")
+        kind = f"more than {most:,} pixels"
+        raise UnusableImageError(f"{where} claims {kind}: a decompression bomb, or too large", kind)
+    if getattr(image, "is_animated", False):
+        raise UnusableImageError(f"{where} is an animation: save the wanted frame as an image", "animated")
     return image
 
 
@@ -212,15 +241,24 @@ def _check_png(data: bytes, image: Image.Image) -> None:
         at = end + 4
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     if image.mode.startswith("I"):
         # Pillow clips 16-bit grey to 255, but takes the high byte of 16-bit colour: take it for grey too.
         high_byte = np.asarray(image).astype(np.uint32) >> 8
         image = Image.fromarray(high_byte.astype(np.uint8))
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        opaque = Image.new("RGBA", image.size, background)
+        image = Image.alpha_composite(opaque, image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def whole_factor(size: tuple[int, int], target: tuple[int, int]) -> int | None:
+    """Return the integer factor from a target (height, width) to a size.
+
+    None if the size is not a multiple.
+    """
+    factor = size[0] // target[0]
+    return factor if factor and size == (target[0] * factor, target[1] * factor) else None
 
 
 def box_average(image: Image.Image, factor: int) -> Image.Image:
