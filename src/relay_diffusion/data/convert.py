@@ -99,9 +99,9 @@ class _Encoded(NamedTuple):
 
 
 def fit_problem(stored: Size, size: Size, fit: Fit, upscale: bool = False) -> str | None:
-    """Return why an image cannot be fitted to `size`; None if it can.
+    """Return why an image cannot be fitted to `size`.
 
-    stored: its own (height, width).
+    None if it can. stored: its own (height, width).
     """
     enough = [had >= wanted for had, wanted in zip(stored, size, strict=True)]
     if fit is Fit.none and stored[0] * size[1] != stored[1] * size[0]:
