@@ -1,13 +1,19 @@
 """Start and end of a run: the number of classes, and what is printed."""
 
+import os
+import shlex
+
 import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
 from relay_diffusion.checkpoints.loading import load_stage
+from relay_diffusion.config.sample import validate_sampling
 from relay_diffusion.config.train import validate_training
 from relay_diffusion.errors import UserError
+from relay_diffusion.sampling.run import sample
 from relay_diffusion.training.run import train
+from relay_diffusion.utils.messages import override
 from support import TINY, assert_same_weights
 
 INFERRED = "network.num_classes=null"
@@ -51,3 +57,21 @@ def test_guidance_without_classes_is_refused_before_training(configuration, fold
         train(cfg)
     assert OmegaConf.to_container(cfg.network) == before
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "relay", "name"), [("base", "one_stage", "base"), ("relay", "two_stages", "relay"), ("cascade",) * 3]
+)
+def test_training_ends_with_a_command_that_samples_the_stage(configuration, fit, tmp_path, capsys, stage, relay, name):
+    """Also in a directory whose name needs quotes."""
+    directory = tmp_path / "my run, it's new"
+    fit("run", 4, *shlex.split(override("run_dir", str(directory))), stage=stage)
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words[:4] == ["sample:", "python", "sample.py", f"relay={relay}"]
+    assert words[4].startswith(f"relay.stages.{name}.path=")
+    cfg = configuration("sample", *words[3:], f"output={tmp_path / 'samples'}", "trainer.accelerator=cpu")
+    cfg.relay.seeds = "0-3"
+    validate_sampling(cfg)
+    assert cfg.relay.stages[name].path == os.path.relpath(directory)
+    assert sample(cfg)["images"] == (4 if stage == "base" else 16)
+    assert (tmp_path / "samples/relay.png").exists()

@@ -23,6 +23,7 @@ from relay_diffusion.training.resume import DATA_ORDER, RunRecord, Start, find_s
 from relay_diffusion.utils.distributed import destroy_process_group, on_rank_zero, started_ranks
 from relay_diffusion.utils.files import write_text
 from relay_diffusion.utils.git import git_revision
+from relay_diffusion.utils.messages import override
 from relay_diffusion.utils.quiet import quiet_libraries
 
 
@@ -126,6 +127,8 @@ def train(cfg: DictConfig) -> DiffusionStage | None:
         raise UserError("trainer.fast_dev_run: the last step had no finite loss, or no finite gradient")
     if trainer.is_global_zero:
         print(_how_it_ended(cfg, trainer, stage))
+        if "checkpoints" in cfg.callbacks and not test_steps:
+            print(f"sample: {sampling_command(cfg, stage, len(data.dataset.names))}")
     return stage
 
 
@@ -142,6 +145,24 @@ def _how_it_ended(cfg: DictConfig, trainer: L.Trainer, stage: DiffusionStage) ->
     if reason and stage.images_seen < cfg.trainer.max_images:
         return f"stopped early ({reason}): trained on {done} of {cfg.trainer.max_images:,} images; see {where}"
     return f"trained on {done} images; see {where}"
+
+
+def sampling_command(cfg: DictConfig, stage: DiffusionStage, images: int) -> str:
+    """Return the command of sample.py that samples the trained stage.
+
+    A first stage starts from noise. Others enlarge up to 16 of the `images` that the dataset has.
+    """
+    relay, name = ("cascade", "cascade") if stage.conditioned else ("two_stages", "relay")
+    relay, name = ("one_stage", "base") if stage.corruption.block == 1 else (relay, name)
+    directory = Path(cfg.callbacks.checkpoints.directory)
+    run = directory.parent if directory.name == "checkpoints" else directory
+    words = {"relay": relay, f"relay.stages.{name}.path": os.path.relpath(run)}
+    if stage.corruption.block > 1:
+        dataset = cfg.data.dataset
+        words |= {"relay.start": dataset.get("path", "FOLDER"), "relay.start_subset": dataset.get("subset", "")}
+        words |= {"seeds": f"0-{min(images, 16) - 1}"}
+    words |= {"trusted": f"[{','.join(cfg.trusted)}]" if cfg.trusted else ""}
+    return " ".join(["python sample.py", *(override(key, str(value)) for key, value in words.items() if value)])
 
 
 def _announce(
