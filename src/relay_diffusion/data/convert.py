@@ -18,7 +18,7 @@ from omegaconf import MISSING
 from PIL import Image, ImageColor
 
 from relay_diffusion.data.class_folders import ClassFolders, find_class_folders
-from relay_diffusion.data.decode import FULL_DEPTH, WHITE, UnusableImageError, box_average, decode, whole_factor
+from relay_diffusion.data.decode import FULL_DEPTH, WHITE, UnusableImageError, box_average, decode
 from relay_diffusion.data.labels import Labels, read_labels
 from relay_diffusion.data.sources import LABEL_FILE, Source, open_source
 from relay_diffusion.data.zip_writer import encode_png, image_zip, png_names
@@ -153,10 +153,11 @@ def fitted(
 
 
 def _scaled(image: Image.Image, size: Size) -> Image.Image:
-    factor = whole_factor((image.height, image.width), size)
-    if factor is not None:
+    height, width = size
+    factor = image.height // height
+    if factor and image.size == (width * factor, height * factor):
         return box_average(image, factor)
-    return image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def convert(options: ConvertOptions) -> Converted:
@@ -214,7 +215,7 @@ def convert(options: ConvertOptions) -> Converted:
                 reason = result.error.reason if isinstance(result.error, UnusableImageError) else "unreadable"
                 left_out.append(LeftOut(name, reason, str(result.error)))
             else:
-                raise UserError(f"source: {result.error}; skip_bad=true leaves out such images") from result.error
+                raise UserError(f"source: {result.error}; skip_bad=true leaves such images out") from result.error
             advance()
         if not writer.labels:
             raise UserError(f"source={options.source}: none of {len(left_out)} images is usable; {left_out[0].error}")

@@ -252,15 +252,6 @@ def _rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     return image.convert("RGB")
 
 
-def whole_factor(size: tuple[int, int], target: tuple[int, int]) -> int | None:
-    """Return the integer factor from a target (height, width) to a size.
-
-    None if the size is not a multiple.
-    """
-    factor = size[0] // target[0]
-    return factor if factor and size == (target[0] * factor, target[1] * factor) else None
-
-
 def box_average(image: Image.Image, factor: int) -> Image.Image:
     """Average every factor x factor block.
 

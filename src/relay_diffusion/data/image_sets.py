@@ -19,7 +19,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from PIL import Image
 from torch import Tensor
 
-from relay_diffusion.data.decode import EXIF_APPLIED, FULL_DEPTH, UNUSED_BITS, box_average, dark_warning, whole_factor
+from relay_diffusion.data.decode import EXIF_APPLIED, FULL_DEPTH, UNUSED_BITS, box_average, dark_warning
 from relay_diffusion.data.npz import Npz
 from relay_diffusion.data.sources import CONVERTER, Source, existing_path, open_source
 from relay_diffusion.errors import UserError
@@ -128,7 +128,7 @@ class ImageFiles(ImageSet):
         if decoded.turned:
             self.turned.add(name)
         image = decoded.image
-        factor = whole_factor((image.height, image.width), self.resolution) if self._reduces else 1
+        factor = _factor((image.height, image.width), self.resolution) if self._reduces else 1
         if factor is None or (image.height // factor, image.width // factor) != self.resolution:
             raise UserError(self._wrong_size(name, image))
         self.averaging.add(factor)
@@ -176,7 +176,7 @@ class ArraySet(ImageSet):
                 f"{npz.where}: {IMAGES_KEY!r} must hold images as uint8 [N,H,W,3], not {dtype} {list(shape)}{order}"
             )
         stored = (shape[1], shape[2])
-        factor = whole_factor(stored, resolution or stored)
+        factor = _factor(stored, resolution or stored)
         if factor is None:
             raise UserError(
                 f"{npz.where}: its images are {stored[1]}x{stored[0]}; they must be "
@@ -195,6 +195,15 @@ class ArraySet(ImageSet):
     def _images(self, indices: Sequence[int]) -> Iterator[Image.Image]:
         for row in self._npz.rows(IMAGES_KEY, indices):
             yield box_average(Image.fromarray(row), self._factor)
+
+
+def _factor(size: tuple[int, int], target: tuple[int, int]) -> int | None:
+    """Return the integer factor from the target to a size.
+
+    None if the size is not a multiple.
+    """
+    factor = size[0] // target[0]
+    return factor if factor and size == (target[0] * factor, target[1] * factor) else None
 
 
 def _digest(lines: Iterable[str]) -> str:
