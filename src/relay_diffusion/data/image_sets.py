@@ -101,7 +101,7 @@ class ImageFiles(ImageSet):
             first = source.decoded(self.names[0], apply_exif).image
             resolution = (first.height, first.width)
         self.resolution = resolution
-        chosen = [self.names[0]] if self._reduces else [*self._inspected()]
+        chosen = self.names[:1] if self._reduces else self._inspected()
         for _ in map_in_order(self.image, chosen):  # a wrong resolution and mixed sizes fail early
             pass
         _warn_of_unused_range(source, self._inspected())

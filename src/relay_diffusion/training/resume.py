@@ -209,7 +209,10 @@ def init_from(stage: DiffusionStage, path: str, trusted: Sequence[str] = ()) -> 
 
 
 def _network(stage_config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the settings of the network in a stage config; empty if they are damaged."""
+    """Return the network of a stage config.
+
+    Empty if the config is damaged.
+    """
     denoiser = stage_config.get("denoiser")
     network = denoiser.get("network") if isinstance(denoiser, Mapping) else None
     return network if isinstance(network, Mapping) else {}
@@ -225,7 +228,7 @@ def _shapes(network: Mapping[str, Any], file: Path, trusted: Sequence[str]) -> d
 
 
 def _class_layer(network: Mapping[str, Any], shapes: Callable[[Mapping[str, Any]], dict[str, Any]]) -> list[str]:
-    """Return the names of a denoiser's weights that depend on the number of classes."""
+    """Return the names of a denoiser's class-dependent weights."""
     if "num_classes" not in network:
         return []
     one, two = (shapes({**network, "num_classes": count}) for count in (1, 2))
@@ -235,9 +238,10 @@ def _class_layer(network: Mapping[str, Any], shapes: Callable[[Mapping[str, Any]
 def _options_to_change(
     stored: Mapping[str, Any], present: Mapping[str, Any], shapes: Callable[[Mapping[str, Any]], Any]
 ) -> list[str]:
-    """Return the options of a network, as KEY=VALUE, that must change for the stored weights.
+    """Return the options that must change for the stored weights.
 
-    An option is among them if its stored value alone changes the shapes of the present network, or cannot be used.
+    As KEY=VALUE. An option is among them if its stored value alone changes the shapes of the present network, or cannot
+    be used.
     """
     now, options = shapes(present), []
     for name, value in stored.items():
