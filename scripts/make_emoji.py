@@ -23,7 +23,7 @@ from PIL import Image
 
 from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.data.bounded_io import BoundedTarInfo, tar_bytes
-from relay_diffusion.data.convert import Crop, fit
+from relay_diffusion.data.convert import Fit, fitted
 from relay_diffusion.data.decode import decode_rgb
 from relay_diffusion.data.sources import existing_path, open_source
 from relay_diffusion.data.zip_writer import encode_png, image_zip
@@ -141,7 +141,8 @@ def build(options: EmojiOptions) -> EmojiSet:
     def encode(item: tuple[str, Callable[[], bytes]]) -> tuple[str, bytes]:
         name, read = item
         where = source.where(name)
-        image = fit(decode_rgb(read(), where), options.resolution, Crop.center, where)  # four files are 256x264
+        size = (options.resolution, options.resolution)
+        image = fitted(decode_rgb(read(), where), size, Fit.crop, where)  # four files are 256x264
         return name, encode_image(image)
 
     subsets: Counter[str] = Counter()

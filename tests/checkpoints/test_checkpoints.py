@@ -259,13 +259,17 @@ def test_a_run_resumed_on_other_images_reports_it(fit, small_zip, tmp_path, caps
     assert "note: data.dataset.x_flip changed, so the order of the images changes" in said
 
 
+def zip_of_classes(path, names):
+    with image_zip(path, names) as archive:
+        for number in range(2 * len(names)):
+            archive.add(f"train/{number}.png", Image.new("RGB", (16, 16)), number % len(names))
+    return path
+
+
 @pytest.mark.slow
 def test_a_resume_with_other_classes_is_rejected(fit, tmp_path):
     fit("run", 8)
-    other = tmp_path / "other.zip"
-    with image_zip(other, ["light", "dark"]) as archive:
-        for number in range(4):
-            archive.add(f"{number}.png", Image.new("RGB", (16, 16)), number % 2)
+    other = zip_of_classes(tmp_path / "other.zip", ["light", "dark"])
     with pytest.raises(UserError, match=r"other classes .*class 0 was dark, is light\): use another run_dir"):
         fit("run", 16, f"data.dataset.path={other}", "data.dataset.subset=''")
 
@@ -309,12 +313,46 @@ def test_init_takes_raw_weights_without_an_average(fit, tmp_path):
 
 
 @pytest.mark.slow
+def test_init_makes_a_new_class_layer_for_other_classes(fit, tmp_path, capsys):
+    """The other weights are those of the file; equal classes keep their layer."""
+    trained = fit("trained", 16).denoiser
+    stored = load_stage(tmp_path / "trained").denoiser.state_dict()
+    layer = "network.embed_class.weight"
+    other = zip_of_classes(tmp_path / "other.zip", ["light", "dark"])
+    three = zip_of_classes(tmp_path / "three.zip", ["dark", "light", "loud"])
+    for number, (options, note) in enumerate([
+        ([], ""),
+        ([f"data.dataset.path={other}"], ", but a new class layer (other classes)"),
+        ([f"data.dataset.path={three}", "network.num_classes=3"], ", but a new class layer (2 classes there, 3 here)"),
+        (["network.num_classes=0"], ", but a new class layer (2 classes there, 0 here)"),
+    ]):  # fmt: skip
+        capsys.readouterr()
+        still = fit(f"on-{number}", 4, f"init={tmp_path / 'trained'}", "stage.optimizer.lr=0", *options).denoiser
+        assert f"trained/checkpoints/last.ckpt{note}, " in capsys.readouterr().out
+        weights = still.state_dict()
+        assert_same_weights(
+            {name: weight for name, weight in weights.items() if name != layer},
+            {name: weight for name, weight in stored.items() if name != layer},
+        )
+        if layer in weights and weights[layer].shape == trained.state_dict()[layer].shape:
+            assert torch.equal(weights[layer], stored[layer]) == (not note)
+
+
+@pytest.mark.slow
 def test_init_refuses_weights_of_another_network(fit, configuration, tmp_path):
     fit("trained", 4)
-    with pytest.raises(
-        UserError, match=r"^init needs .* network of this run: .*trained.*do not fit the network: it lacks network"
-    ):
-        fit("on", 4, f"init={tmp_path / 'trained'}", "network.blocks=2")
+    path = tmp_path / "trained"
+    for override, option in [
+        ("network.blocks=2", r"network\.blocks=1"),
+        ("network.channels=16", r"network\.channels=8"),
+        ("network.channel_mult=[1,2,2]", r"network\.channel_mult=\[1,2\]"),
+        ("augment=edm", r"network\.augment_labels=0"),
+    ]:
+        with pytest.raises(UserError, match=rf"^init={path}: has another network; use {option}, or remove init$"):
+            fit("on", 4, f"init={path}", override, "stage.optimizer.lr=0")
+    both = r"use network\.channels=8 network\.blocks=1, or"
+    with pytest.raises(UserError, match=both):
+        fit("on", 4, f"init={path}", "network.channels=16", "network.blocks=2", "network.dropout=0.1")
     with pytest.raises(UserError, match="give one of them"):
         validate_training(configuration("train", "resume=conf", "init=conf"))
     with pytest.raises(UserError, match="init=nowhere"):

@@ -14,8 +14,9 @@ from PIL import Image
 
 from pictures_on_disk import encoded, pixels, pngs, write_folder, write_tar, write_zip
 from relay_diffusion.cli.arguments import parse_arguments
-from relay_diffusion.data.convert import Classes, ConvertOptions, Crop, convert
+from relay_diffusion.data.convert import Classes, ConvertOptions, Fit, convert, fit_problem, fitted, usable_images
 from relay_diffusion.data.dataset import ImageDataset
+from relay_diffusion.data.decode import UnusableImageError, box_average
 from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.errors import UserError
 
@@ -31,9 +32,9 @@ def members(path: Path) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-def converted(tmp_path: Path, image: Image.Image, resolution: int, crop: Crop = Crop.center) -> np.ndarray:
+def converted(tmp_path: Path, image: Image.Image, resolution: int, fit: Fit = Fit.crop) -> np.ndarray:
     source = write_zip(tmp_path / "in.zip", {"a.png": encoded(image)})
-    convert(options(source, tmp_path / "out.zip", resolution, crop=crop, classes=Classes.none))
+    convert(options(source, tmp_path / "out.zip", resolution, fit=fit, classes=Classes.none))
     return np.asarray(Image.open(io.BytesIO(members(tmp_path / "out.zip")["a.png"])))
 
 
@@ -100,6 +101,71 @@ def test_classes_none_and_keep(tmp_path: Path) -> None:
         convert(options(source, tmp_path / "new.zip"))
 
 
+def striped(height: int, width: int) -> Image.Image:
+    """Left half red, right half blue."""
+    image = Image.new("RGB", (width, height), (200, 0, 0))
+    image.paste((0, 0, 200), (width // 2, 0, width, height))
+    return image
+
+
+@pytest.mark.parametrize("fit", list(Fit))
+@pytest.mark.parametrize("size", [(8, 8), (8, 16), (16, 8), (9, 11)])
+@pytest.mark.parametrize("stored", [(8, 8), (24, 24), (16, 40), (41, 17), (33, 48)])
+def test_every_fit_gives_the_size_or_a_reason(stored: tuple[int, int], size: tuple[int, int], fit: Fit) -> None:
+    problem = fit_problem(stored, size, fit)
+    if problem is None:
+        assert fitted(striped(*stored), size, fit, "a.png").size == size[::-1]
+    else:
+        with pytest.raises(UnusableImageError, match=rf"^a\.png is {stored[1]}x{stored[0]}, ") as caught:
+            fitted(striped(*stored), size, fit, "a.png")
+        assert caught.value.reason == problem
+        if fit is not Fit.none:
+            assert fitted(striped(*stored), size, fit, "a.png", upscale=True).size == size[::-1]
+    assert usable_images({stored: 3}, size, fit) == 3 * (problem is None)
+
+
+def test_fits_differ_in_what_they_show_of_a_wide_image() -> None:
+    image, green = striped(16, 48), (0, 200, 0)
+    shown = {fit: np.asarray(fitted(image, (8, 8), fit, "a.png", background=green)) for fit in list(Fit)[:3]}
+    red, blue = [200, 0, 0], [0, 0, 200]
+    np.testing.assert_array_equal(shown[Fit.crop][0], [red] * 4 + [blue] * 4)  # the middle 16 of 48 columns
+    expected = np.asarray(image.resize((8, 8), Image.Resampling.LANCZOS))
+    np.testing.assert_array_equal(shown[Fit.stretch], expected)
+    assert [row[0].tolist() for row in shown[Fit.pad]] == [list(green)] * 2 + [red] * 3 + [list(green)] * 3
+    inner = np.asarray(image.resize((8, 3), Image.Resampling.LANCZOS))
+    np.testing.assert_array_equal(shown[Fit.pad][2:5], inner)
+
+
+def test_padding_averages_blocks_for_an_integer_factor() -> None:
+    wide = Image.fromarray(np.concatenate([pixels(0, 16), pixels(1, 16)], axis=1))
+    padded = np.asarray(fitted(wide, (16, 16), Fit.pad, "a.png"))
+    np.testing.assert_array_equal(padded[4:12], np.asarray(box_average(wide, 2)))
+    assert (padded[:4] == 255).all()
+    assert (padded[12:] == 255).all()
+
+
+def test_the_background_is_behind_transparent_pixels_and_in_margins(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (16, 8), (0, 0, 0, 0))
+    source = write_zip(tmp_path / "in.zip", {"a.png": encoded(image)})
+    how = {"fit": Fit.pad, "classes": Classes.none, "background": "#0a141e"}
+    convert(options(source, tmp_path / "out.zip", **how))
+    written = np.asarray(Image.open(io.BytesIO(members(tmp_path / "out.zip")["a.png"])))
+    assert (written == [10, 20, 30]).all()
+
+
+def test_upscale_enlarges_all_but_tiny_images(tmp_path: Path) -> None:
+    files = {"a.png": encoded(pixels(0, 8)), "b.png": encoded(pixels(1, 32)), "c.png": encoded(pixels(2, 7))}
+    source = write_zip(tmp_path / "in.zip", files)
+    how = {"upscale": True, "classes": Classes.none}
+    with pytest.raises(UserError, match=r"'c\.png' in .* is 7x7, smaller than 8 pixels; skip_bad=true"):
+        convert(options(source, tmp_path / "out.zip", 16, **how))
+    result = convert(options(source, tmp_path / "out.zip", 16, skip_bad=True, **how))
+    assert (result.images, result.enlarged) == (2, 1)
+    enlarged = np.asarray(Image.open(io.BytesIO(members(tmp_path / "out.zip")["a.png"])))
+    expected = Image.fromarray(pixels(0, 8)).resize((16, 16), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(enlarged, np.asarray(expected))
+
+
 # --- what is refused
 
 
@@ -161,9 +227,9 @@ def test_failure_keeps_the_former_zip(tmp_path: Path) -> None:
     assert destination.read_bytes() == before
 
 
-def test_crop_none_refuses_what_is_not_square(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is 12x8, not square; crop=center"):
-        converted(tmp_path, Image.new("RGB", (12, 8)), 8, Crop.none)
+def test_fit_none_refuses_what_is_not_square(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is 12x8, not square; use fit=crop, pad or stretch"):
+        converted(tmp_path, Image.new("RGB", (12, 8)), 8, Fit.none)
 
 
 def test_wrong_sources_and_destinations(tmp_path: Path) -> None:
@@ -179,7 +245,8 @@ def test_wrong_sources_and_destinations(tmp_path: Path) -> None:
         (options(source, source, classes=Classes.none), "destination=.*is the source itself"),
         (options(source, tmp_path / "out.zip"), r"'a\.png' in .* is in no folder; use classes=none"),
         (options(source, tmp_path / "out.zip", classes=Classes.keep), "has no labels"),
-        (options(source, tmp_path / "out.zip", 0), "resolution=0"),
+        (options(source, tmp_path / "out.zip", 0), "^resolution=0: must be 8 to 16,384"),
+        (options(source, tmp_path / "out.zip", background="blurple"), "^background=blurple: use a color name"),
         (options(source, Path("/proc/x.zip"), classes=Classes.none), "^destination=/proc/x.zip cannot be written: "),
         (options(source, tmp_path / "text.txt/x.zip", classes=Classes.none), "^destination=.* cannot be written: "),
     ]:
@@ -210,7 +277,7 @@ def test_writer_refuses_a_name_twice_and_leaves_nothing(tmp_path: Path) -> None:
         (["source"], "'source' is not of the form key=value"),
         (["resolution=64"], "missing: destination=..., source=..."),
         (["source=a", "destination=b.zip", "resolution=big"], "resolution=big: "),
-        (["source=a", "destination=b.zip", "crop=left"], "crop=left: "),
+        (["source=a", "destination=b.zip", "fit=left"], "fit=left: "),
     ],
 )
 def test_argument_mistakes_are_one_line(arguments: list[str], message: str) -> None:
@@ -222,9 +289,9 @@ def test_argument_mistakes_are_one_line(arguments: list[str], message: str) -> N
 
 def test_arguments_become_typed_options() -> None:
     parsed = parse_arguments(
-        ConvertOptions, ["source=2024_01", "destination=a=b.zip", "resolution=64", "crop=none", "skip_bad=true"]
+        ConvertOptions, ["source=2024_01", "destination=a=b.zip", "resolution=64", "fit=none", "skip_bad=true"]
     )
-    assert parsed == ConvertOptions("2024_01", "a=b.zip", 64, Crop.none, Classes.folders, True)
+    assert parsed == ConvertOptions("2024_01", "a=b.zip", 64, Fit.none, Classes.folders, True)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -244,7 +311,30 @@ def test_command_line(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert "converting: 4/4 images" in done.stdout
     assert "3 images of 8x8, 2 classes, 1 left out" in done.stdout
-    assert done.stderr.startswith("left out: 'cat/bad.png' in ")
+    assert done.stderr.startswith("left out: 1 of 4 images\n")
+
+
+def test_images_left_out_are_summarized(tmp_path: Path) -> None:
+    """One line for each reason, not for each image."""
+    frames = [Image.new("RGB", (16, 16), (value, 0, 0)) for value in (200, 100)]
+    files = {f"small/{number}.png": encoded(striped(12, 20)) for number in range(7)}
+    files |= {f"large/{number}.png": encoded(striped(70, 40)) for number in range(3)}
+    files["large/moving.png"] = encoded(frames[0], save_all=True, append_images=frames[1:])
+    files["large/cut.png"] = encoded(striped(70, 40))[:-20]
+    source = write_folder(tmp_path / "images", files)
+    done = run(f"source={source}", f"destination={tmp_path / 'out.zip'}", "resolution=40", "skip_bad=true")
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == [
+        "left out: 9 of 12 images",
+        "  7 smaller than resolution=40; upscale=true enlarges such images (small/0.png, small/1.png, small/2.png, "
+        "small/3.png, small/4.png, ...)",
+        "  1 damaged (large/cut.png)",
+        "  1 animated (large/moving.png)",
+        "warning: large is the only class; use classes=none, or class_level=N",
+    ]
+    assert "images that each resolution keeps without enlarging: 32: 3, 40: 3\n" in done.stdout
+    done = run(f"source={source}", f"destination={tmp_path / 'pad.zip'}", "resolution=16", "skip_bad=true", "fit=pad")
+    assert "images that each resolution keeps without enlarging: 16: 10, 32: 3, 64: 3\n" in done.stdout
 
 
 def test_files_of_other_types_are_reported(tmp_path: Path) -> None:

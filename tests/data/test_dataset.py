@@ -210,13 +210,6 @@ def test_grey_sixteen_bit_and_cmyk(tmp_path: Path) -> None:
     assert max(green, blue) < 15
 
 
-@pytest.mark.parametrize(("kind", "name"), [("PNG", "a.png"), ("WEBP", "a.webp")])
-def test_animation_gives_its_first_frame(tmp_path: Path, kind: str, name: str) -> None:
-    frames = [Image.new("RGB", (4, 4), (value, 0, 0)) for value in (200, 100)]
-    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
-    assert only_pixel(single(tmp_path, data, name)) == [200, 0, 0]
-
-
 @pytest.mark.parametrize(
     "data", [b"", b"no image", encoded(pixels(0, 64))[:500], encoded(Image.new("RGB", (9, 9)), "GIF")]
 )

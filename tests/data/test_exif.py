@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from pictures_on_disk import encoded, write_folder, write_zip
-from relay_diffusion.data.convert import Classes, ConvertOptions, Crop, Exif, convert
+from relay_diffusion.data.convert import Classes, ConvertOptions, Exif, Fit, convert
 from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.decode import decode
 from relay_diffusion.data.image_sets import open_image_set
@@ -149,7 +149,7 @@ def test_the_number_of_turned_and_damaged_images_is_reported(tmp_path: Path) -> 
 def test_crop_none_sees_the_upright_shape(tmp_path: Path) -> None:
     square = photograph(32, 32)
     source = write_zip(tmp_path / "in.zip", {"a.jpg": photo("JPEG", 6, square)})
-    convert(ConvertOptions(str(source), str(tmp_path / "out.zip"), 32, Crop.none, Classes.none))
+    convert(ConvertOptions(str(source), str(tmp_path / "out.zip"), 32, Fit.none, Classes.none))
     with zipfile.ZipFile(tmp_path / "out.zip") as archive:
         pixels = np.asarray(Image.open(io.BytesIO(archive.read("a.png"))))
         assert json.loads(archive.read("dataset.json")) == {"labels": None}

@@ -98,14 +98,31 @@ def test_larger_images_are_box_averaged_as_the_dataset_does(write: Write, tmp_pa
             open_image_set(path, "metrics.reference", resolution)
 
 
+@pytest.mark.parametrize("count", [3, 40])
+def test_mixed_sizes_are_reported_with_the_folder_and_the_remedy(tmp_path: Path, count: int) -> None:
+    """At opening, where a few images are inspected, or at the image."""
+    folder = write_folder(tmp_path / "set", pixels(count))
+    odd = f"sub/{count - 1:03d}.png"
+    Image.new("RGB", (16, 12)).save(folder / odd)
+
+    def read() -> None:
+        found = open_image_set(folder, "images")
+        assert count == 40, "three images are all inspected"
+        list(found.batches(2))
+
+    with pytest.raises(UserError) as caught:
+        read()
+    assert str(caught.value) == (
+        f"images={folder}: its images have several sizes ('sub/000.png' is 8x8, {odd!r} is 16x12); convert them to one "
+        f"size and use that zip: `python -m relay_diffusion.cli.convert_images source={folder} destination=OUT.zip "
+        "resolution=N classes=none`"
+    )
+
+
 def test_first_image_of_another_size_is_named(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "set", pixels(3))
-    Image.new("RGB", (16, 16)).save(folder / "sub" / "002.png")
-    Image.new("RGB", (4, 4)).save(folder / "sub" / "003.png")
-    found = open_image_set(folder, "images")
-    with pytest.raises(UserError, match=r"images: 'sub/002.png' in .* is 16x16; 'sub/000.png' is 8x8, and all"):
-        list(found.batches(2))
-    with pytest.raises(UserError, match=r"'sub/003.png' in .* is 4x4; it must be 8x8 or a whole multiple"):
+    Image.new("RGB", (4, 4)).save(folder / "sub" / "002.png")
+    with pytest.raises(UserError, match=r"'sub/002.png' in .* is 4x4; it must be 8x8 or a whole multiple"):
         list(open_image_set(folder, "images", (8, 8)).batches(2))
 
 

@@ -19,7 +19,7 @@ from relay_diffusion.data.decode import decode_rgb
 from relay_diffusion.data.image_sets import open_image_set
 from relay_diffusion.errors import UserError
 
-SIDE = 4
+SIDE = 8
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -72,8 +72,6 @@ READ = {  # what is given: the colour of its first pixel
     "16-bit RGB": (png(2, [0x4D12, 0x10FF, 0x00FF]), (0x4D, 0x10, 0x00)),
     "16-bit grey and alpha": (png(4, [0x4D12, 0xFFFF]), (0x4D, 0x4D, 0x4D)),
     "16-bit RGBA": (png(6, [0x4D12, 0x10FF, 0x00FF, 0xFFFF]), (0x4D, 0x10, 0x00)),
-    "animated PNG": (frames("PNG"), (200, 0, 0)),
-    "animated WebP": (frames("WEBP"), (200, 0, 0)),
     "PNG with EXIF rotation": (rotated(), (255, 255, 255)),
     "WebP with EXIF rotation": (rotated("WEBP"), (255, 255, 255)),
 }
@@ -81,6 +79,8 @@ REFUSED = {
     "no bytes": (b"", "is not a PNG"),
     "text": (b"hello, I am no image\n" * 9, "is not a PNG"),
     "animated GIF": (frames("GIF"), "is not a PNG"),
+    "animated PNG": (frames("PNG"), "is an animation: save the wanted frame"),
+    "animated WebP": (frames("WEBP"), "is an animation: save the wanted frame"),
     "no pixels": (png(2, [0, 0, 0], 8, 0), "is not a PNG"),
     "16-bit transparent colour": (
         png(2, [0x1234] * 3, 16, SIDE, chunk(b"tRNS", struct.pack(">HHH", *[0x1234] * 3))),

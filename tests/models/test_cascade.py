@@ -98,7 +98,7 @@ def test_training_lowers_the_loss_and_uses_the_condition(fit, tmp_path):
     quick = ("stage.optimizer.lr=3e-3", "callbacks.grid.every_n_images=4", "network.num_classes=0")
     fit("start", 4, *quick, stage="cascade")
     with Image.open(tmp_path / "start/samples/images-000000004.png") as picture:
-        assert picture.width == 3 * (4 * 16 + 3 * 2) + 2 * 12  # enlarged, made, real
+        assert picture.width == 3 * (4 * 128 + 3 * 2) + 2 * 12  # enlarged, made, real: each image shown at 128x128
     stage = fit("run", 800, *quick, "callbacks.grid.every_n_images=0", stage="cascade")
     images = torch.stack([stage.trainer.datamodule.dataset[i][0] for i in range(24)])
     x0, sigma = to_float(images), torch.full((24,), 2.0)
@@ -125,7 +125,7 @@ def test_a_cascade_is_sampled_from_its_checkpoints(fit, relay_runs, configuratio
     assert result.returncode == 0, result.stderr
     assert len(list((tmp_path / "samples/images").rglob("seed*.png"))) == 4
     with Image.open(tmp_path / "samples/relay.png") as picture:
-        assert picture.width == (4 * 8 + 3 * 2) + 2 * (12 + 4 * 16 + 3 * 2)  # small, enlarged, made
+        assert picture.width == 3 * (4 * 128 + 3 * 2) + 2 * 12  # small, enlarged, made: each image shown at 128x128
     again = [*options, "seeds=0-4", "relay.stages.cascade.changes.guidance_scale=2"]
     with pytest.raises(UserError, match="different settings"):
         sample(configuration("sample", *again, "relay.stages.cascade.changes.corruption.condition_noise=0.3"))

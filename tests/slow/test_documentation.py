@@ -119,8 +119,7 @@ def call(project, words, more):
             Image.effect_noise((300, 260), 40 + 40 * number).convert("RGB").save(
                 project / f"FOLDER/{kind}/{number}.png"
             )
-    words = [word.replace("num_classes=N", "num_classes=2") for word in words]
-    more = [*more, "resolution=64"] if "stage=relay" in words else more
+    more = [*more, "resolution=64"] if "experiment=own_256" in words else more
     assert words[0] == "python", words
     script, arguments = words[1], [*words[2:], *more]
     if script in ("train.py", "sample.py"):

@@ -79,7 +79,8 @@ def load_stage(
     empty = build_empty(config, file, trusted)
     if not isinstance(empty, DiffusionStage):
         raise UserError(f"{file} describes a {type(empty).__name__}, not a DiffusionStage")
-    state = stored_weights(checkpoint, weights, empty.denoiser, file)
+    state = stored_weights(checkpoint, weights, file)
+    check_fits(state, empty.denoiser, file)
     seen = int(checkpoint.get("images_seen", 0))
     origin = {"file": str(file), "sha256": file_sha256(file), "weights": weights, "images_seen": seen}
     arguments: dict[str, Any] = {}

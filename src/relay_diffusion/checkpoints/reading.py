@@ -86,13 +86,10 @@ def read_stage(file: Path) -> dict[str, Any]:
     return _translated(check_stored(read_export(file), file)) if file.name == EXPORT_STAGE else read_file(file)
 
 
-def stored_weights(
-    content: Mapping[str, Any], kind: str, denoiser: torch.nn.Module, file: Path
-) -> Mapping[str, Tensor]:
+def stored_weights(content: Mapping[str, Any], kind: str, file: Path) -> Mapping[str, Tensor]:
     """Return the state dict of a stored denoiser.
 
-    `kind`: "ema" or "raw". `denoiser`: the network to load it into, which may be on the meta device. Raises UserError
-    if the weights are missing, do not fit or are not finite.
+    `kind`: "ema" or "raw". Raises UserError if the weights are missing or not finite.
     """
     states = {
         "raw": {k.removeprefix("denoiser."): v for k, v in content.get("state_dict", {}).items()},
@@ -103,7 +100,6 @@ def stored_weights(
     state = states[kind]
     if not state:
         raise UserError(f"{file} holds no {kind} weights: use weights={'raw' if kind == 'ema' else 'ema'}")
-    check_fits(state, denoiser, file)
     check_finite(state, file)
     return cast(Mapping[str, Tensor], state)
 

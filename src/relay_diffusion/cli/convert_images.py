@@ -9,13 +9,14 @@ from pathlib import PurePosixPath
 from typing import NoReturn
 
 from relay_diffusion.cli.arguments import run_tool
-from relay_diffusion.data.convert import Converted, ConvertOptions, convert
+from relay_diffusion.data.convert import Converted, ConvertOptions, convert, usable_images
 from relay_diffusion.data.decode import UNUSED_BITS, dark_warning
 from relay_diffusion.utils.messages import shorten
 
 MAX_ENDINGS = 8  # suffixes in the line about ignored files
 MAX_CLASSES_SHOWN = 20
-MAX_NAMES_SHOWN = 5  # class names in a warning
+MAX_NAMES_SHOWN = 5  # class names in a warning, or images with one problem
+RESOLUTIONS = (32, 64, 128, 256, 512, 1024)  # whose numbers of usable images are printed
 USAGE = """\
 python -m relay_diffusion.cli.convert_images source=FOLDER|ZIP|TAR destination=OUT.zip [key=value ...]
 
@@ -23,14 +24,17 @@ python -m relay_diffusion.cli.convert_images source=FOLDER|ZIP|TAR destination=O
   destination  the zip to write: PNG files and dataset.json
   resolution   side of the written images in pixels (256); make ONE zip at the highest resolution you train,
                lower stages average its blocks while loading
-  crop         center: crop the central square (default) | none: require square images
+  fit          crop: the central square (default) | pad: the whole image, with margins | stretch: the whole image,
+               distorted | none: require square images
+  upscale      false: refuse images smaller than the resolution (default) | true: enlarge them (from 8 pixels)
+  background   color behind transparent pixels and of margins: a name or #rrggbb (white)
   classes      folders: an image's class is its folder (default) | keep: the source's dataset.json | none
   class_level  which folder is the class, 1 being the outermost of the source; by default the first one below folders
                that hold everything (left out of the written names) and below splits (train, val, valid, test, heldout
                and the like, which stay in the names: data.dataset.subset=train); all splits have the same classes
   exif         apply: rotate images by their EXIF orientation (default) | ignore: keep the pixels as stored
   bit_depth    bits that the samples of 16-bit images use, 8 to 16 (16); 12 is usual for cameras and microscopes
-  skip_bad     false: stop at the first unusable image (default) | true: omit and list such images;
+  skip_bad     false: stop at the first unusable image (default) | true: leave out such images and summarize why;
                folders without usable images are no classes; files of other types are counted in one line
   overwrite    false: refuse a destination that exists (default) | true: replace it once all is converted
 """
@@ -106,16 +110,39 @@ def _warnings(result: Converted, options: ConvertOptions) -> list[str]:
     return lines
 
 
+def _describe_left_out(result: Converted) -> list[str]:
+    """Summarize the images left out: one line, and one for each reason."""
+    if not result.left_out:
+        return []
+    lines = [f"left out: {len(result.left_out):,} of {result.images + len(result.left_out):,} images"]
+    reasons = Counter(image.reason for image in result.left_out)
+    for reason, count in reasons.most_common():
+        names = [image.name for image in result.left_out if image.reason == reason]
+        lines.append(f"  {count:,} {reason} ({_some(names)})")
+    return lines
+
+
+def _describe_resolutions(result: Converted, options: ConvertOptions) -> str:
+    """Describe how many images each resolution would keep without enlarging."""
+    sides = sorted({*RESOLUTIONS, options.resolution})
+    kept = {side: usable_images(result.sizes, (side, side), options.fit) for side in sides}
+    shown = [f"{side}: {count:,}" for side, count in kept.items() if count or side == options.resolution]
+    return f"images that each resolution keeps without enlarging: {', '.join(shown)}"
+
+
 def _convert_and_report(options: ConvertOptions) -> None:
     result = convert(options)
-    for line in result.left_out:
-        print(f"left out: {line}", file=sys.stderr)
+    for line in _describe_left_out(result):
+        print(line, file=sys.stderr)
     if result.ignored:
         print(f"ignored: {_by_type(result.ignored)}", file=sys.stderr)
     for line in _warnings(result, options):
         print(line, file=sys.stderr)
     if result.turned:
         print(f"EXIF orientation applied to {_counted(result.turned, 'image')}")
+    if result.enlarged:
+        print(f"enlarged {_counted(result.enlarged, 'image')} (upscale=true)")
+    print(_describe_resolutions(result, options))
     for line in _describe_classes(result):
         print(line)
     classes = f"{len(result.class_names)} classes" if result.class_names else "no classes"

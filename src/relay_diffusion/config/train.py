@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -69,6 +70,9 @@ def validate_training(cfg: DictConfig) -> None:
     check_mapping(cfg, "data", "data.dataset", "network", "stage", "stage.denoiser", "trainer", "callbacks", "logger")
     check_run_id(selected(cfg, "run_id"))
     check_complete(cfg)
+    if selected(cfg, "network.num_classes", 0) is None:  # train() takes the number from the data
+        cfg = copy.deepcopy(cfg)
+        cfg.network.num_classes = 1
     check_directory(cfg, "run_dir")
     package_names(cfg.trusted)
     for key in ("data", "data.dataset", "network", "stage", "stage.corruption", "stage.optimizer", "trainer"):

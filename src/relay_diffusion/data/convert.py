@@ -8,17 +8,17 @@ zip made with another filter would not match.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from omegaconf import MISSING
-from PIL import Image
+from PIL import Image, ImageColor
 
 from relay_diffusion.data.class_folders import ClassFolders, find_class_folders
-from relay_diffusion.data.decode import FULL_DEPTH, box_average, decode
+from relay_diffusion.data.decode import FULL_DEPTH, WHITE, UnusableImageError, box_average, decode
 from relay_diffusion.data.labels import Labels, read_labels
 from relay_diffusion.data.sources import LABEL_FILE, Source, open_source
 from relay_diffusion.data.zip_writer import encode_png, image_zip, png_names
@@ -27,9 +27,13 @@ from relay_diffusion.utils.files import refuse_existing
 from relay_diffusion.utils.parallel import map_in_order
 from relay_diffusion.utils.progress import progress
 
-Crop = Enum("Crop", ["center", "none"])  # how an image becomes square
+Fit = Enum("Fit", ["crop", "pad", "stretch", "none"])  # how an image gets the written shape
 Classes = Enum("Classes", ["folders", "keep", "none"])  # where class labels come from
 Exif = Enum("Exif", ["apply", "ignore"])  # whether the EXIF orientation is applied
+
+MIN_SIDE, MAX_SIDE = 8, 2**14  # pixels of a written image; sources must have the former too
+
+Size = tuple[int, int]  # height, width
 
 
 @dataclass
@@ -39,29 +43,39 @@ class ConvertOptions:
     source: str = MISSING
     destination: str = MISSING
     resolution: int = 256
-    crop: Crop = Crop.center
+    fit: Fit = Fit.crop
     classes: Classes = Classes.folders
     skip_bad: bool = False
     class_level: int | None = None
     exif: Exif = Exif.apply
     bit_depth: int = FULL_DEPTH
     overwrite: bool = False
+    upscale: bool = False
+    background: str = "white"
+
+
+class LeftOut(NamedTuple):
+    """Image that was left out: its name, the reason it shares with others, and its own error."""
+
+    name: str
+    reason: str
+    error: str
 
 
 @dataclass(frozen=True)
 class Converted:
     """Result of a conversion.
 
-    Image count, class names (None without classes), errors of the images left out.
+    Image count, class names (None without classes), images left out, number of enlarged images.
     ignored: names of the files with other suffixes. labels: class index (None without classes) by written name.
     folders: the detected class folders, if any. turned, exif_damaged: images with an applied EXIF orientation, and
     images with a damaged EXIF block. deep_images, bits: number of 16-bit images, and the bits that their brightest
-    sample needs.
+    sample needs. sizes: number of decoded images by (height, width).
     """
 
     images: int
     class_names: list[str] | None
-    left_out: list[str]
+    left_out: list[LeftOut]
     ignored: list[str]
     labels: dict[str, int | None]
     folders: ClassFolders | None
@@ -69,35 +83,81 @@ class Converted:
     exif_damaged: int
     deep_images: int
     bits: int
+    enlarged: int
+    sizes: Mapping[Size, int]
 
 
 class _Encoded(NamedTuple):
-    """Encoded image and the properties that `decode` returned."""
+    """Result for one image: a PNG or an error, and the properties that `decode` returned."""
 
-    png: bytes
-    turned: bool
-    exif_damaged: bool
-    bits: int
+    png: bytes | None
+    error: UserError | None = None
+    size: Size | None = None
+    turned: bool = False
+    exif_damaged: bool = False
+    bits: int = 0
 
 
-def fit(image: Image.Image, resolution: int, crop: Crop, where: str) -> Image.Image:
-    """Crop an image to a square and shrink it to `resolution`.
+def fit_problem(stored: Size, size: Size, fit: Fit, upscale: bool = False) -> str | None:
+    """Return why an image cannot be fitted to `size`.
 
-    Block means for an integer factor, Lanczos otherwise.
-    Raises UserError with the image and its size if it is not square (crop=none) or too small.
+    None if it can. stored: its own (height, width).
     """
-    width, height = image.size
-    side = min(width, height)
-    if side < resolution:
-        raise UserError(f"{where} is {width}x{height}, smaller than resolution={resolution}")
-    if width != height:
-        if crop is Crop.none:
-            raise UserError(f"{where} is {width}x{height}, not square; crop=center takes its middle")
-        left, top = (width - side) // 2, (height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-    if side % resolution == 0:
-        return box_average(image, side // resolution)
-    return image.resize((resolution, resolution), Image.Resampling.LANCZOS)
+    enough = [had >= wanted for had, wanted in zip(stored, size, strict=True)]
+    if fit is Fit.none and stored[0] * size[1] != stored[1] * size[0]:
+        shape = "square" if size[0] == size[1] else f"of the shape {size[1]}x{size[0]}"
+        return f"not {shape}; use fit=crop, pad or stretch"
+    if not upscale and not (any(enough) if fit is Fit.pad else all(enough)):
+        wanted = str(size[0]) if size[0] == size[1] else f"[{size[0]},{size[1]}]"
+        return f"smaller than resolution={wanted}; upscale=true enlarges such images"
+    return f"smaller than {MIN_SIDE} pixels" if min(stored) < MIN_SIDE else None
+
+
+def usable_images(sizes: Mapping[Size, int], size: Size, fit: Fit) -> int:
+    """Count the images that can be fitted to `size` without enlarging; sizes: as in Converted."""
+    return sum(count for stored, count in sizes.items() if fit_problem(stored, size, fit) is None)
+
+
+def fitted(
+    image: Image.Image,
+    size: Size,
+    fit: Fit,
+    where: str,
+    upscale: bool = False,
+    background: tuple[int, int, int] = WHITE,
+) -> Image.Image:
+    """Return an RGB image of `size` (height, width).
+
+    crop: the largest part of that shape, from the middle. pad: the whole image, in the middle of `background` (RGB).
+    stretch: the whole image, with its sides scaled independently. none: the image must have the shape.
+    Block means for an integer factor, Lanczos otherwise. where: names the image in messages.
+    Raises UnusableImageError for another shape (none), and for an image that would be enlarged, unless `upscale`.
+    """
+    stored, (height, width) = (image.height, image.width), size
+    if problem := fit_problem(stored, size, fit, upscale):
+        raise UnusableImageError(f"{where} is {image.width}x{image.height}, {problem}", problem)
+    if fit is Fit.crop:
+        part_height = min(stored[0], max(1, round(stored[1] * height / width)))
+        part_width = min(stored[1], max(1, round(stored[0] * width / height)))
+        top, left = (stored[0] - part_height) // 2, (stored[1] - part_width) // 2
+        image = image.crop((left, top, left + part_width, top + part_height))
+    if fit is not Fit.pad:
+        return _scaled(image, size)
+    inner_height = min(height, max(1, round(stored[0] * width / stored[1])))
+    inner_width = min(width, max(1, round(stored[1] * height / stored[0])))
+    canvas = Image.new("RGB", (width, height), background)
+    canvas.paste(
+        _scaled(image, (inner_height, inner_width)), ((width - inner_width) // 2, (height - inner_height) // 2)
+    )
+    return canvas
+
+
+def _scaled(image: Image.Image, size: Size) -> Image.Image:
+    height, width = size
+    factor = image.height // height
+    if factor and image.size == (width * factor, height * factor):
+        return box_average(image, factor)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def convert(options: ConvertOptions) -> Converted:
@@ -105,10 +165,11 @@ def convert(options: ConvertOptions) -> Converted:
 
     Raises UserError; the destination is unchanged then.
     """
-    if options.resolution < 1:
-        raise UserError(f"resolution={options.resolution}: must be at least 1")
+    if not MIN_SIDE <= options.resolution <= MAX_SIDE:
+        raise UserError(f"resolution={options.resolution}: must be {MIN_SIDE} to {MAX_SIDE:,}")
     if not 8 <= options.bit_depth <= FULL_DEPTH:
         raise UserError(f"bit_depth={options.bit_depth}: must be 8 to {FULL_DEPTH}")
+    background = _color(options.background)
     source = open_source(options.source, "source", tar=True)
     destination = Path(options.destination).expanduser()
     if destination.exists() and destination.samefile(source.path):
@@ -118,36 +179,46 @@ def convert(options: ConvertOptions) -> Converted:
     labels = _labels(source, options.classes, folders)
     short_names = folders.short_names if folders else {name: name for name in source.names}
     targets = png_names(list(short_names.values()))
+    size = (options.resolution, options.resolution)
 
-    def encode(item: tuple[str, Callable[[], bytes]]) -> tuple[str, _Encoded | UserError]:
+    def encode(item: tuple[str, Callable[[], bytes]]) -> tuple[str, _Encoded]:
         name, read = item
         where = source.where(name)
         try:
-            decoded = decode(read(), where, options.exif is Exif.apply, options.bit_depth)
-            png = encode_png(fit(decoded.image, options.resolution, options.crop, where))
-            return name, _Encoded(png, decoded.turned, decoded.exif_damaged, decoded.bits)
+            decoded = decode(read(), where, options.exif is Exif.apply, options.bit_depth, background)
         except UserError as error:
-            return name, error
+            return name, _Encoded(None, error)
+        stored = (decoded.image.height, decoded.image.width)
+        try:
+            png = encode_png(fitted(decoded.image, size, options.fit, where, options.upscale, background))
+        except UserError as error:
+            return name, _Encoded(None, error, stored)
+        return name, _Encoded(png, None, stored, decoded.turned, decoded.exif_damaged, decoded.bits)
 
-    left_out: list[str] = []
+    left_out: list[LeftOut] = []
     facts: Counter[str] = Counter()
+    sizes: Counter[Size] = Counter()
     bits = 0
     with (
         progress("converting", len(source.names)) as advance,
         image_zip(destination, labels.class_names if labels else None) as writer,
     ):
         for name, result in map_in_order(encode, source.items()):
-            if isinstance(result, _Encoded):
+            if result.size is not None:
+                sizes[result.size] += 1
+            if result.png is not None:
                 writer.add_encoded(targets[short_names[name]], result.png, labels.by_name[name] if labels else None)
                 facts.update(turned=result.turned, exif_damaged=result.exif_damaged, deep=result.bits > 0)
+                facts.update(enlarged=fit_problem(cast(Size, result.size), size, options.fit) is not None)
                 bits = max(bits, result.bits)
             elif options.skip_bad:
-                left_out.append(str(result))
+                reason = result.error.reason if isinstance(result.error, UnusableImageError) else "unreadable"
+                left_out.append(LeftOut(name, reason, str(result.error)))
             else:
-                raise UserError(f"source: {result}; skip_bad=true skips such images") from result
+                raise UserError(f"source: {result.error}; skip_bad=true leaves such images out") from result.error
             advance()
         if not writer.labels:
-            raise UserError(f"source={options.source}: none of {len(left_out)} images is usable; {left_out[0]}")
+            raise UserError(f"source={options.source}: none of {len(left_out)} images is usable; {left_out[0].error}")
         if options.bit_depth < FULL_DEPTH and not facts["deep"]:
             raise UserError(f"bit_depth={options.bit_depth}: no image has 16 bits a sample; remove the option")
         if options.classes is Classes.folders:
@@ -163,7 +234,17 @@ def convert(options: ConvertOptions) -> Converted:
         exif_damaged=facts["exif_damaged"],
         deep_images=facts["deep"],
         bits=bits,
+        enlarged=facts["enlarged"],
+        sizes=sizes,
     )
+
+
+def _color(text: str) -> tuple[int, int, int]:
+    try:
+        red, green, blue = cast(tuple[int, int, int], ImageColor.getcolor(text, "RGB"))
+    except ValueError:
+        raise UserError(f"background={text}: use a color name such as gray, or #rrggbb") from None
+    return red, green, blue
 
 
 def _class_folders(source: Source, options: ConvertOptions) -> ClassFolders | None:

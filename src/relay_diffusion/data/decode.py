@@ -48,6 +48,20 @@ TURNS = {  # orientation: operation that turns the pixels upright (EXIF 2.32, ta
 }
 
 
+WHITE = (255, 255, 255)
+
+
+class UnusableImageError(UserError):
+    """Image that cannot be used.
+
+    reason: the same few words for all images of this kind, without their names.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class Decoded(NamedTuple):
     """Decoded image and facts about its samples."""
 
@@ -58,15 +72,22 @@ class Decoded(NamedTuple):
     conversions: frozenset[str]  # of GRAY and ALPHA, made for the wanted channels
 
 
-def decode(data: bytes, where: str, apply_exif: bool = True, bit_depth: int = FULL_DEPTH, channels: int = 3) -> Decoded:
+def decode(
+    data: bytes,
+    where: str,
+    apply_exif: bool = True,
+    bit_depth: int = FULL_DEPTH,
+    background: tuple[int, int, int] = WHITE,
+    channels: int = 3,
+) -> Decoded:
     """Decode PNG, WebP or JPEG bytes to 8 bits.
 
-    where: names the image in messages. The format is detected from the content. Of an animation the first frame is
-    taken, CMYK is converted without its profile. apply_exif: apply the EXIF orientation; a damaged block counts as
-    none. bit_depth: bits that 16-bit samples use; their highest 8 are kept. channels: 1 (grayscale; the luma of
-    colors), 3 (RGB) or 4 (RGBA); without alpha channel, transparency is composited on white.
-    Raises UserError for other formats, damage, more than Image.MAX_IMAGE_PIXELS pixels, and 16-bit samples above
-    2^bit_depth - 1.
+    where: names the image in messages. The format is detected from the content. CMYK is converted without its profile.
+    apply_exif: apply the EXIF orientation; a damaged block counts as none. bit_depth: bits that 16-bit samples use;
+    their highest 8 are kept. channels: 1 (grayscale; the luma of colors), 3 (RGB) or 4 (RGBA); without alpha channel,
+    transparency is composited on `background` (RGB).
+    Raises UnusableImageError for other formats, damage, animations, more than Image.MAX_IMAGE_PIXELS pixels, and 16-bit
+    samples above 2^bit_depth - 1.
     """
     data, exif = _hide_jpeg_exif(data)
     try:
@@ -78,13 +99,14 @@ def decode(data: bytes, where: str, apply_exif: bool = True, bit_depth: int = FU
             block = exif or image.info.get("exif")
             bits = _bits(image) if deep else 0
             rescaled = _rescaled(data, image, bit_depth, where) if deep and bit_depth < FULL_DEPTH else image
-            converted, conversions = with_channels(rescaled, channels)
+            converted, conversions = with_channels(rescaled, channels, background)
     except UserError:
         raise
     except UnidentifiedImageError as error:
-        raise UserError(f"{where} is not a {', '.join(IMAGE_FORMATS)} image") from error
+        kind = f"not a {', '.join(IMAGE_FORMATS)} image"
+        raise UnusableImageError(f"{where} is {kind}", kind) from error
     except Exception as error:  # untrusted bytes: decoders raise many exception types
-        raise UserError(f"{where} cannot be decoded: {one_line(error)}") from error
+        raise UnusableImageError(f"{where} cannot be decoded: {one_line(error)}", "damaged") from error
     converted.info.clear()  # a copy that is written must not repeat the applied orientation
     turn, damaged = _turn(block) if apply_exif else (None, False)
     upright = converted if turn is None else converted.transpose(turn)
@@ -179,18 +201,22 @@ def _rescaled(data: bytes, image: Image.Image, bit_depth: int, where: str) -> Im
     elif image.mode.startswith("I"):
         samples = np.asarray(image)
     else:
-        raise UserError(f"{where} has 16 bits and an alpha channel, which bit_depth={bit_depth} does not rescale")
+        kind = f"16 bits and an alpha channel, which bit_depth={bit_depth} does not rescale"
+        raise UnusableImageError(f"{where} has {kind}", kind)
     most = 2**bit_depth - 1
     if samples.max() > most:
-        raise UserError(f"{where} holds the value {samples.max()}, but bit_depth={bit_depth} allows {most} at most")
+        raise UnusableImageError(
+            f"{where} holds the value {samples.max()}, but bit_depth={bit_depth} allows {most} at most",
+            f"values above {most}, the largest of bit_depth={bit_depth}",
+        )
     return Image.fromarray((samples >> (bit_depth - 8)).astype(np.uint8))
 
 
 def _open(data: bytes, where: str) -> ImageFile:
     """Read the header of an image.
 
-    Raises UserError if it has more pixels than Pillow's limit. Image.open only warns between once and twice the limit,
-    and warning filters are process-wide.
+    Raises UnusableImageError for an animation, and for more pixels than Pillow's limit. Image.open only warns between
+    once and twice the limit, and warning filters are process-wide.
     """
     opener = next((opener for start, opener in OPENERS.items() if data.startswith(start)), None)
     try:
@@ -201,7 +227,10 @@ def _open(data: bytes, where: str) -> ImageFile:
         raise UnidentifiedImageError
     most = Image.MAX_IMAGE_PIXELS
     if most is not None and image.width * image.height > most:
-        raise UserError(f"{where} claims more than {most:,} pixels: a decompression bomb, or too large")
+        kind = f"more than {most:,} pixels"
+        raise UnusableImageError(f"{where} claims {kind}: a decompression bomb, or too large", kind)
+    if getattr(image, "is_animated", False):
+        raise UnusableImageError(f"{where} is an animation: save the wanted frame as an image", "animated")
     return image
 
 
@@ -218,11 +247,13 @@ def _check_png(data: bytes, image: Image.Image) -> None:
         at = end + 4
 
 
-def with_channels(image: Image.Image, channels: int) -> tuple[Image.Image, frozenset[str]]:
+def with_channels(
+    image: Image.Image, channels: int, background: tuple[int, int, int] = WHITE
+) -> tuple[Image.Image, frozenset[str]]:
     """Convert an image to 8 bits and the given channels.
 
     channels: 1 (grayscale; the luma of colors), 3 (RGB) or 4 (RGBA). Without alpha channel, transparency is composited
-    on white. Returns the image, and which of the conversions GRAY and ALPHA were made.
+    on `background` (RGB). Returns the image, and which of the conversions GRAY and ALPHA were made.
     """
     conversions = {GRAY} if channels > 1 and image.mode.startswith(("1", "L", "I")) else set()
     if image.mode.startswith("I"):
@@ -230,8 +261,8 @@ def with_channels(image: Image.Image, channels: int) -> tuple[Image.Image, froze
         high_byte = np.asarray(image).astype(np.uint32) >> 8
         image = Image.fromarray(high_byte.astype(np.uint8))
     if image.has_transparency_data and channels != 4:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        opaque = Image.new("RGBA", image.size, background)
+        image = Image.alpha_composite(opaque, image.convert("RGBA"))
         conversions.add(ALPHA)
     return image.convert(MODES[channels]), frozenset(conversions)
 

@@ -38,7 +38,7 @@ from relay_diffusion.utils.parallel import map_in_order
 from relay_diffusion.utils.pictures import pil_image
 
 IMAGES_KEY, LABELS_KEY = "arr_0", "arr_1"  # numpy.savez's names of its arrays, which ADM uses for samples
-INSPECTED = 16  # evenly spaced images of a set whose 16-bit range is measured
+INSPECTED = 16  # evenly spaced images of a set whose size and 16-bit range are checked before it is used
 MAX_PIXELS, MAX_CHANNELS = 2**27, 1024  # limits of one image; a header with more is damaged or hostile
 
 
@@ -138,8 +138,10 @@ class ImageFiles(ImageSet):
             first = source.decoded(self.names[0], apply_exif).image
             resolution = (first.height, first.width)
         self.resolution = resolution
-        self.image(self.names[0])  # a wrong resolution fails early
-        _warn_of_unused_range(source, self.names)
+        chosen = self.names[:1] if self._reduces else self._inspected()
+        for _ in map_in_order(self.image, chosen):  # a wrong resolution and mixed sizes fail early
+            pass
+        _warn_of_unused_range(source, self._inspected())
 
     @cached_property
     def source_hash(self) -> str:
@@ -171,16 +173,25 @@ class ImageFiles(ImageSet):
         image = decoded.image
         factor = _factor((image.height, image.width), self.resolution) if self._reduces else 1
         if factor is None or (image.height // factor, image.width // factor) != self.resolution:
-            height, width = self.resolution
-            wanted = (
-                f"it must be {width}x{height} or a whole multiple; {CONVERTER} crops and resizes"
-                if self._reduces
-                else f"{self.names[0]!r} is {width}x{height}, and all images must have one size"
-            )
-            where = self._source.where(name)
-            raise UserError(f"{self._source.option}: {where} is {image.width}x{image.height}; {wanted}")
+            raise UserError(self._wrong_size(name, image))
         self.averaging.add(factor)
         return box_average(image, factor)
+
+    def _inspected(self) -> Sequence[str]:
+        """Return a few evenly spaced names, with the first."""
+        return self.names[:: -(-len(self.names) // INSPECTED)]
+
+    def _wrong_size(self, name: str, image: Image.Image) -> str:
+        height, width = self.resolution
+        option, shown = self._source.option, f"is {image.width}x{image.height}"
+        if self._reduces:
+            wanted = f"it must be {width}x{height} or a whole multiple; {CONVERTER} crops and resizes"
+            return f"{option}: {self._source.where(name)} {shown}; {wanted}"
+        return (
+            f"{option}={self.path}: its images have several sizes ({self.names[0]!r} is {width}x{height}, {name!r} "
+            f"{shown}); convert them to one size and use that zip: {CONVERTER[:-1]} source={self.path} "
+            "destination=OUT.zip resolution=N classes=none`"
+        )
 
     def tensor(self, index: int) -> Tensor:
         """Return one image, uint8 [C,H,W]."""
@@ -304,8 +315,7 @@ def _warn_of_unused_range(source: Source, names: Sequence[str]) -> None:
     with suppress(UserError):  # damaged images are reported on use
         if not source.decoded(names[0]).bits:
             return
-        chosen = names[:: -(-len(names) // INSPECTED)]
-        bits = max(decoded.bits for decoded in map_in_order(source.decoded, chosen))
+        bits = max(decoded.bits for decoded in map_in_order(source.decoded, names))
         if bits <= FULL_DEPTH - UNUSED_BITS:
             what = f"{source.option}={source.path}: 16-bit images"
             print(dark_warning(what, bits, FULL_DEPTH, f"{CONVERTER} with "), file=sys.stderr, flush=True)

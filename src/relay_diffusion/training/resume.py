@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
-from relay_diffusion.checkpoints.loading import read_checkpoint
+from relay_diffusion.checkpoints.loading import build_empty, read_checkpoint
 from relay_diffusion.checkpoints.reading import (
     KEPT,
     LAST,
+    check_fits,
     find_checkpoint,
     find_stage,
     read_stage,
@@ -172,19 +175,86 @@ def _fixed_settings(stage_config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def init_from(stage: DiffusionStage, path: str) -> Path:
+def init_from(stage: DiffusionStage, path: str, trusted: Sequence[str] = ()) -> str:
     """Load initial weights: averaged ones, or raw ones without an average.
 
-    Returns the file. Raises UserError naming it, if the weights are missing or those of another network.
+    The class layer keeps its initial values if the stored classes are other ones. Returns the file, and whether it did,
+    as text. trusted: as for load_stage. Raises UserError naming the file if its weights cannot be read, or the options
+    to change if they are those of another network.
     """
     with prefix_errors("init"):
         file = find_stage(path)
         content = read_stage(file)
-    kind = "ema" if content.get("ema", {}).get("weights") else "raw"
-    with prefix_errors("init needs the weights of a stage with the network of this run"):
-        weights = stored_weights(content, kind, stage.denoiser, file)
+        weights = dict(stored_weights(content, "ema" if content.get("ema", {}).get("weights") else "raw", file))
+    stored, present = (_network(config or {}) for config in (content["stage_config"], stage.info.config))
+    shapes = partial(_shapes, file=file, trusted=trusted)
+    class_layer, state = _class_layer(present, shapes), stage.denoiser.state_dict()
+    new = {name: state[name] for name in class_layer if name in state}
+    old = {name: weights.pop(name) for name in class_layer if name in weights}
+    names, note = (content.get("class_names", []), stage.info.class_names), ""
+    if _shapes_of(old) != _shapes_of(new):
+        note = f", but a new class layer ({stored.get('num_classes', 0)} classes there, {stage.num_classes} here)"
+    elif all(names) and names[0] != names[1]:
+        note = ", but a new class layer (other classes)"
+    weights |= new if note else old
+    try:
+        check_fits(weights, stage.denoiser, file)
+    except UserError:
+        options = _options_to_change(stored, present, shapes)
+        if not options:
+            raise
+        raise UserError(f"init={path}: has another network; use {' '.join(options)}, or remove init") from None
     stage.denoiser.load_state_dict(weights)
-    return file
+    return f"{os.path.relpath(file)}{note}"
+
+
+def _network(stage_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the network of a stage config.
+
+    Empty if the config is damaged.
+    """
+    denoiser = stage_config.get("denoiser")
+    network = denoiser.get("network") if isinstance(denoiser, Mapping) else None
+    return network if isinstance(network, Mapping) else {}
+
+
+def _shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(weight.shape) for name, weight in weights.items()}
+
+
+def _shapes(network: Mapping[str, Any], file: Path, trusted: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weights that a network would have."""
+    return _shapes_of(build_empty(network, file, trusted).state_dict())
+
+
+def _class_layer(network: Mapping[str, Any], shapes: Callable[[Mapping[str, Any]], dict[str, Any]]) -> list[str]:
+    """Return the names of a denoiser's class-dependent weights."""
+    if "num_classes" not in network:
+        return []
+    one, two = (shapes({**network, "num_classes": count}) for count in (1, 2))
+    return [f"network.{name}" for name, shape in two.items() if one.get(name) != shape]
+
+
+def _options_to_change(
+    stored: Mapping[str, Any], present: Mapping[str, Any], shapes: Callable[[Mapping[str, Any]], Any]
+) -> list[str]:
+    """Return the options that must change for the stored weights.
+
+    As KEY=VALUE. An option is among them if its stored value alone changes the shapes of the present network, or cannot
+    be used.
+    """
+    now, options = shapes(present), []
+    for name, value in stored.items():
+        if name == "num_classes" or value == present.get(name):
+            continue
+        try:
+            decides = shapes({**present, name: value}) != now
+        except UserError:
+            decides = True
+        if decides:
+            key = name if name == "resolution" else f"network.{name}"
+            options.append(f"{key}={setting_text(value, LONGEST).replace(' ', '')}")
+    return options
 
 
 def find_start(cfg: DictConfig, data: ImageDataModule, record: dict[str, Any]) -> Start:

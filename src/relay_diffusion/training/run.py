@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +23,7 @@ from relay_diffusion.training.resume import DATA_ORDER, RunRecord, Start, find_s
 from relay_diffusion.utils.distributed import destroy_process_group, on_rank_zero, started_ranks
 from relay_diffusion.utils.files import write_text
 from relay_diffusion.utils.git import git_revision
+from relay_diffusion.utils.messages import override
 from relay_diffusion.utils.quiet import quiet_libraries
 
 
@@ -32,11 +34,16 @@ def _build_stage(config: DictConfig, info: StageInfo) -> DiffusionStage:
     """
     factory = instantiate(config, _convert_="all", _partial_=True)
     try:
-        return cast(DiffusionStage, factory(info=info))
+        stage = cast(DiffusionStage, factory(info=info))
     except UserError:
         raise
     except (TypeError, ValueError) as error:
         raise UserError(f"stage: {error}") from None
+    try:
+        stage.guided_denoiser()  # guidance needs the classes, which only the data may tell
+    except UserError as error:
+        raise UserError(f"stage.{error}") from None
+    return stage
 
 
 def _check_trusted(node: Any, trusted: tuple[str, ...], key: str = "stage") -> None:
@@ -52,19 +59,35 @@ def _check_trusted(node: Any, trusted: tuple[str, ...], key: str = "stage") -> N
             _check_trusted(value, trusted, f"{key}.{name}")
 
 
-@quiet_libraries()
-def train(cfg: DictConfig) -> DiffusionStage | None:
-    """Train a stage, new or resumed; None if training is complete."""
-    stage_config = cast(dict[str, Any], OmegaConf.to_container(cfg.stage, resolve=True))
-    L.seed_everything(cfg.seed, workers=True, verbose=False)
-    data: ImageDataModule = instantiate(cfg.data, _convert_="all")
+def _with_classes(cfg: DictConfig, data: ImageDataModule) -> DictConfig:
+    """Return the config with the number of classes of the data.
+
+    network.num_classes null becomes that number; without classes no label can be hidden. Raises UserError for another
+    number.
+    """
     classes, found = cfg.network.num_classes, data.dataset.num_classes
+    if classes is None:
+        cfg = copy.deepcopy(cfg)
+        cfg.network.num_classes = found
+        if not found:
+            cfg.stage.label_dropout = 0.0
+        return cfg
     hint = "" if found else " (python -m relay_diffusion.cli.convert_images makes classes of folders)"
     require(
         classes in (0, found),
         f"network.num_classes={classes}, but {data.dataset.path} has {found} classes: use "
         f"network.num_classes={found}{hint}",
     )
+    return cfg
+
+
+@quiet_libraries()
+def train(cfg: DictConfig) -> DiffusionStage | None:
+    """Train a stage, new or resumed; None if training is complete."""
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    data: ImageDataModule = instantiate(cfg.data, _convert_="all")
+    cfg = _with_classes(cfg, data)
+    stage_config = cast(dict[str, Any], OmegaConf.to_container(cfg.stage, resolve=True))
     test_steps = int(cfg.trainer.get("fast_dev_run", False))
     stage = _build_stage(cfg.stage, StageInfo(stage_config, data.dataset.class_names))
     _check_trusted(stage_config, package_names(cfg.trusted))
@@ -90,7 +113,9 @@ def train(cfg: DictConfig) -> DiffusionStage | None:
             return None
         if start.checkpoint is not None and not start.checkpoint.is_file():
             raise UserError(f"{start.checkpoint} is not on this host: run_dir must be on a file system of all hosts")
-        initial = init_from(stage, cfg.init) if start.checkpoint is None and cfg.init is not None else None
+        initial = ""
+        if start.checkpoint is None and cfg.init is not None:
+            initial = init_from(stage, cfg.init, cfg.trusted)
         if trainer.is_global_zero:
             _announce(cfg, trainer, stage, data, start, initial)
         with restored_signal_handlers():
@@ -102,6 +127,8 @@ def train(cfg: DictConfig) -> DiffusionStage | None:
         raise UserError("trainer.fast_dev_run: the last step had no finite loss, or no finite gradient")
     if trainer.is_global_zero:
         print(_how_it_ended(cfg, trainer, stage))
+        if "checkpoints" in cfg.callbacks and not test_steps:
+            print(f"sample: {sampling_command(cfg, stage, len(data.dataset.names))}")
     return stage
 
 
@@ -120,13 +147,31 @@ def _how_it_ended(cfg: DictConfig, trainer: L.Trainer, stage: DiffusionStage) ->
     return f"trained on {done} images; see {where}"
 
 
+def sampling_command(cfg: DictConfig, stage: DiffusionStage, images: int) -> str:
+    """Return the command of sample.py that samples the trained stage.
+
+    A first stage starts from noise. Others enlarge up to 16 of the `images` that the dataset has.
+    """
+    relay, name = ("cascade", "cascade") if stage.conditioned else ("two_stages", "relay")
+    relay, name = ("one_stage", "base") if stage.corruption.block == 1 else (relay, name)
+    directory = Path(cfg.callbacks.checkpoints.directory)
+    run = directory.parent if directory.name == "checkpoints" else directory
+    words = {"relay": relay, f"relay.stages.{name}.path": os.path.relpath(run)}
+    if stage.corruption.block > 1:
+        dataset = cfg.data.dataset
+        words |= {"relay.start": dataset.get("path", "FOLDER"), "relay.start_subset": dataset.get("subset", "")}
+        words |= {"seeds": f"0-{min(images, 16) - 1}"}
+    words |= {"trusted": f"[{','.join(cfg.trusted)}]" if cfg.trusted else ""}
+    return " ".join(["python sample.py", *(override(key, str(value)) for key, value in words.items() if value)])
+
+
 def _announce(
     cfg: DictConfig,
     trainer: L.Trainer,
     stage: DiffusionStage,
     data: ImageDataModule,
     start: Start,
-    initial: Path | None,
+    initial: str,
 ) -> None:
     """Record the run in its directory and loggers; print its start."""
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -137,12 +182,12 @@ def _announce(
             logger.continue_run(start.wandb)
         logger.log_hyperparams(settings | ({"git": revision} if revision else {}))
     parameters = sum(p.numel() for p in stage.denoiser.parameters())
-    how = "new run" if initial is None else f"new run with the weights of {os.path.relpath(initial)}"
+    how = f"new run with the weights of {initial}" if initial else "new run"
     if start.checkpoint is not None:
         changed = ", ".join(f"{key} {before} -> {now}" for key, before, now in start.changed)
         how = f"continues {os.path.relpath(start.checkpoint)}{f' with {changed}' if changed else ''}"
-    images = len(data.dataset.names)
-    print(f"{os.path.relpath(cfg.run_dir)}: {how}, {parameters:,} parameters, {images:,} images", flush=True)
+    images = f"{len(data.dataset.names):,} images" + (f" of {stage.num_classes} classes" if stage.num_classes else "")
+    print(f"{os.path.relpath(cfg.run_dir)}: {how}, {parameters:,} parameters, {images}", flush=True)
     if order := [key for key, _, _ in start.changed if key in DATA_ORDER]:
         print(f"note: {', '.join(order)} changed, so the order of the images changes", flush=True)
     report_slow_settings(trainer.strategy.root_device, {"network.channels_last": stage.denoiser.network})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -42,6 +44,16 @@ def shorten(value: Any, length: int = 80) -> str:
         return "..."
     text = text if text.isprintable() else ascii(text)[1:-1]
     return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def override(key: str, value: str) -> str:
+    """Return an override as it is written on a command line.
+
+    Hydra needs quotes around special characters, and the shell around these.
+    """
+    plain = re.fullmatch(r"[\w./-]+|\[[\w,]+\]", value)
+    text = value if plain else "'" + re.sub(r"(\\*)'", r"\1\1\'", value) + "'"
+    return shlex.quote(f"{key}={text}")
 
 
 def differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from relay_diffusion.utils.files import atomic_write
+
+SHOWN_SIDE = 128  # pixels: smaller images are hard to see
+TITLE_SIZE, TITLE_HEIGHT = 14, 22  # pixels
 
 
 def to_rgb(images: Tensor) -> Tensor:
@@ -31,13 +34,16 @@ def pil_image(image: Tensor) -> Image.Image:
     return Image.fromarray((image[0] if len(image) == 1 else image.permute(1, 2, 0)).cpu().numpy())
 
 
-def image_grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
+def image_grid(images: Tensor, columns: int, gap: int = 2, least_side: int = 0) -> Image.Image:
     """Arrange images, uint8 [B,C,H,W], row by row on white.
 
-    Of 2 channels the first is shown in gray, of more than 4 the first three as RGB.
+    Of 2 channels the first is shown in gray, of more than 4 the first three as RGB. Images whose sides are all below
+    `least_side` are enlarged by the smallest integer factor that reaches it.
     """
     channels = images.shape[1]
     pixels = to_rgb(images[:, :1] if channels == 2 else images[:, :3] if channels > 4 else images).cpu()
+    factor = max(1, -(-least_side // max(pixels.shape[2:])))
+    pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     count, _, height, width = pixels.shape
     rows = -(-count // columns)
     canvas = torch.full((3, rows * (height + gap) - gap, columns * (width + gap) - gap), 255, dtype=torch.uint8)
@@ -55,6 +61,16 @@ def side_by_side(pictures: Sequence[Image.Image], gap: int = 12) -> Image.Image:
     for picture in pictures:
         canvas.paste(picture, (x, 0))
         x += picture.width + gap
+    return canvas
+
+
+def titled(picture: Image.Image, title: str) -> Image.Image:
+    """Write a title above a picture, on white."""
+    font = ImageFont.load_default(TITLE_SIZE)
+    width = max(picture.width, int(font.getbbox(title)[2]) + 1)
+    canvas = Image.new("RGB", (width, picture.height + TITLE_HEIGHT), "white")
+    ImageDraw.Draw(canvas).text((0, 0), title, fill="black", font=font)
+    canvas.paste(picture, (0, TITLE_HEIGHT))
     return canvas
 
 

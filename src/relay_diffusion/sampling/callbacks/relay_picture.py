@@ -9,18 +9,20 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from PIL import Image
 from torch import Tensor
 
 from relay_diffusion.diffusion.corruption import upsample_blocks
 from relay_diffusion.diffusion.pixels import to_uint8
 from relay_diffusion.models.relay import Samples
-from relay_diffusion.utils.pictures import image_grid, save_png, side_by_side
+from relay_diffusion.utils.messages import shorten
+from relay_diffusion.utils.pictures import SHOWN_SIDE, image_grid, save_png, side_by_side, titled
 
 
 class RelayPicture(Callback):
     """Draw the first `count` samples of every stage to `path`.
 
-    From left to right: the images of the first stage, then for each later stage its upsampled start and its result.
+    Columns with titles: the images of the first stage, then for each later stage its upsampled start and its result.
     """
 
     def __init__(self, path: str | Path, count: int = 16, columns: int = 4) -> None:
@@ -44,8 +46,17 @@ class RelayPicture(Callback):
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         """Draw the picture."""
         if self._images:
-            stages = [torch.stack(images) for images in self._images.values()]
-            panels = [stages[0]]
-            for small, large in itertools.pairwise(stages):
-                panels += [upsample_blocks(small.clamp(-1, 1), large.shape[-1] // small.shape[-1]), large]
-            save_png(side_by_side([image_grid(to_uint8(panel), self.columns) for panel in panels]), self.path)
+            stages = {name: torch.stack(images) for name, images in self._images.items()}
+            first, *_ = stages
+            panels = [self._panel(f"{first}: {_size(stages[first])}", stages[first])]
+            for (_, small), (name, large) in itertools.pairwise(stages.items()):
+                start = upsample_blocks(small.clamp(-1, 1), large.shape[-1] // small.shape[-1])
+                panels += [self._panel(f"{name}: start", start), self._panel(f"{name}: {_size(large)}", large)]
+            save_png(side_by_side(panels), self.path)
+
+    def _panel(self, title: str, images: Tensor) -> Image.Image:
+        return titled(image_grid(to_uint8(images), self.columns, least_side=SHOWN_SIDE), shorten(title, 40))
+
+
+def _size(images: Tensor) -> str:
+    return f"{images.shape[-1]}x{images.shape[-2]}"

@@ -14,7 +14,7 @@ from relay_diffusion.diffusion.pixels import to_float, to_uint8
 from relay_diffusion.models.finite_samples import NonFiniteSamplesError
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.training.callbacks.periodic import PeriodicCallback, exclude_from_throughput
-from relay_diffusion.utils.pictures import image_grid, save_png, side_by_side
+from relay_diffusion.utils.pictures import SHOWN_SIDE, image_grid, save_png, side_by_side, titled
 
 
 class SampleGrid(PeriodicCallback):
@@ -23,7 +23,7 @@ class SampleGrid(PeriodicCallback):
     Every `every_n_images` and at the end. Written to `directory`/images-<images seen>.png and sent to loggers with
     `log_image`, as samples/base or samples/relay; an existing picture is not drawn again. Samples that are not finite
     are reported instead. A relay stage starts from block means of `count` training images: start, sample and real image
-    are side by side. A first stage samples the classes of these images.
+    are side by side, with titles. A first stage samples the classes of these images. Small images are shown enlarged.
     """
 
     def __init__(self, directory: str, every_n_images: int, count: int = 16) -> None:
@@ -59,8 +59,13 @@ class SampleGrid(PeriodicCallback):
         columns = max(1, round(count**0.5))
         seeds = range(count)
         if stage.corruption.block == 1:
-            return image_grid(to_uint8(stage.sample(real.shape, seeds, labels)), columns)
+            return image_grid(to_uint8(stage.sample(real.shape, seeds, labels)), columns, least_side=SHOWN_SIDE)
         small = block_mean(real, stage.corruption.block)
         made = stage.sample(real.shape, seeds, labels, previous=small)
-        shown = (upsample_blocks(small, stage.corruption.block), made, real)
-        return side_by_side([image_grid(to_uint8(images), columns) for images in shown])
+        shown = {"start": upsample_blocks(small, stage.corruption.block), "samples": made, "real": real}
+        return side_by_side(
+            [
+                titled(image_grid(to_uint8(images), columns, least_side=SHOWN_SIDE), title)
+                for title, images in shown.items()
+            ]
+        )
