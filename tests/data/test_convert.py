@@ -16,14 +16,14 @@ from pictures_on_disk import encoded, pixels, pngs, write_folder, write_tar, wri
 from relay_diffusion.cli.arguments import parse_arguments
 from relay_diffusion.data.convert import Classes, ConvertOptions, Fit, convert, fit_problem, fitted, usable_images
 from relay_diffusion.data.dataset import ImageDataset
-from relay_diffusion.data.decode import UnusableImageError, box_average
+from relay_diffusion.data.decode import UnusableImageError, box_average, decode
 from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.errors import UserError
 
 NAMES = ["cat/b.png", "cat/sub/a.png", "dog/c.png"]
 
 
-def options(source: Path, destination: Path, resolution: int = 8, **others: object) -> ConvertOptions:
+def options(source: Path, destination: Path, resolution: object = 8, **others: object) -> ConvertOptions:
     return ConvertOptions(str(source), str(destination), resolution, **others)  # type: ignore[arg-type]
 
 
@@ -153,6 +153,27 @@ def test_the_background_is_behind_transparent_pixels_and_in_margins(tmp_path: Pa
     assert (written == [10, 20, 30]).all()
 
 
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+@pytest.mark.parametrize("resolution", ["[8,16]", [8, 16]])
+def test_rectangles_of_any_channels(tmp_path: Path, channels: int, mode: str, resolution: object) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 48, 4)).astype(np.uint8))
+    source = write_zip(tmp_path / "in.zip", {"a.png": encoded(image)})
+    result = convert(options(source, tmp_path / "out.zip", resolution, channels=channels, classes=Classes.none))
+    assert result.images == 1
+    written = Image.open(io.BytesIO(members(tmp_path / "out.zip")["a.png"]))
+    assert (written.mode, written.size) == (mode, (16, 8))
+    converted_first = decode(encoded(image), "a.png", channels=channels).image
+    assert written.tobytes() == box_average(converted_first.crop((8, 0, 40, 16)), 2).tobytes()
+
+
+def test_margins_are_transparent_with_an_alpha_channel(tmp_path: Path) -> None:
+    source = write_zip(tmp_path / "in.zip", {"a.png": encoded(Image.new("RGB", (32, 16), "red"))})
+    convert(options(source, tmp_path / "out.zip", 16, channels=4, fit=Fit.pad, classes=Classes.none))
+    written = np.asarray(Image.open(io.BytesIO(members(tmp_path / "out.zip")["a.png"])))
+    assert (written[4:12] == [255, 0, 0, 255]).all()
+    assert (written[[0, 1, 2, 3, 12, 13, 14, 15]] == [255, 255, 255, 0]).all()
+
+
 def test_upscale_enlarges_all_but_tiny_images(tmp_path: Path) -> None:
     files = {"a.png": encoded(pixels(0, 8)), "b.png": encoded(pixels(1, 32)), "c.png": encoded(pixels(2, 7))}
     source = write_zip(tmp_path / "in.zip", files)
@@ -245,7 +266,17 @@ def test_wrong_sources_and_destinations(tmp_path: Path) -> None:
         (options(source, source, classes=Classes.none), "destination=.*is the source itself"),
         (options(source, tmp_path / "out.zip"), r"'a\.png' in .* is in no folder; use classes=none"),
         (options(source, tmp_path / "out.zip", classes=Classes.keep), "has no labels"),
-        (options(source, tmp_path / "out.zip", 0), "^resolution=0: must be 8 to 16,384"),
+        (options(source, tmp_path / "out.zip", 0), "^resolution=0: must lie between 1 and 16,384"),
+        (options(source, tmp_path / "out.zip", 7), "^resolution=7: must be at least 8"),
+        (
+            options(source, tmp_path / "out.zip", "[8]"),
+            r"^resolution=\[8\]: must be a whole number, or \[height, width\]",
+        ),
+        (
+            options(source, tmp_path / "out.zip", "big"),
+            r"^resolution=big: must be a whole number, or \[height, width\]",
+        ),
+        (options(source, tmp_path / "out.zip", channels=2), r"^channels=2: must be 1 \(grayscale\), 3"),
         (options(source, tmp_path / "out.zip", background="blurple"), "^background=blurple: use a color name"),
         (options(source, Path("/proc/x.zip"), classes=Classes.none), "^destination=/proc/x.zip cannot be written: "),
         (options(source, tmp_path / "text.txt/x.zip", classes=Classes.none), "^destination=.* cannot be written: "),
@@ -276,7 +307,6 @@ def test_writer_refuses_a_name_twice_and_leaves_nothing(tmp_path: Path) -> None:
         (["zzz=1"], "unknown key 'zzz'; available: source"),
         (["source"], "'source' is not of the form key=value"),
         (["resolution=64"], "missing: destination=..., source=..."),
-        (["source=a", "destination=b.zip", "resolution=big"], "resolution=big: "),
         (["source=a", "destination=b.zip", "fit=left"], "fit=left: "),
     ],
 )
@@ -291,7 +321,7 @@ def test_arguments_become_typed_options() -> None:
     parsed = parse_arguments(
         ConvertOptions, ["source=2024_01", "destination=a=b.zip", "resolution=64", "fit=none", "skip_bad=true"]
     )
-    assert parsed == ConvertOptions("2024_01", "a=b.zip", 64, Fit.none, Classes.folders, True)
+    assert parsed == ConvertOptions("2024_01", "a=b.zip", "64", Fit.none, Classes.folders, True)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -9,9 +9,10 @@ from pathlib import PurePosixPath
 from typing import NoReturn
 
 from relay_diffusion.cli.arguments import run_tool
-from relay_diffusion.data.convert import Converted, ConvertOptions, convert, usable_images
+from relay_diffusion.data.convert import Converted, ConvertOptions, convert, usable_images, written_size
 from relay_diffusion.data.decode import UNUSED_BITS, dark_warning
 from relay_diffusion.utils.messages import shorten
+from relay_diffusion.utils.resolution import resolution_of, size_text
 
 MAX_ENDINGS = 8  # suffixes in the line about ignored files
 MAX_CLASSES_SHOWN = 20
@@ -22,12 +23,13 @@ python -m relay_diffusion.cli.convert_images source=FOLDER|ZIP|TAR destination=O
 
   source       folder, zip or tar (also .tar.gz) of PNG, WebP and JPEG images, in sub-folders or not
   destination  the zip to write: PNG files and dataset.json
-  resolution   side of the written images in pixels (256); make ONE zip at the highest resolution you train,
-               lower stages average its blocks while loading
-  fit          crop: the central square (default) | pad: the whole image, with margins | stretch: the whole image,
-               distorted | none: require square images
+  resolution   size of the written images in pixels (256), or [height,width]; make ONE zip at the highest resolution
+               you train, lower stages average its blocks while loading
+  fit          crop: the largest central part of that shape (default) | pad: the whole image, with margins |
+               stretch: the whole image, distorted | none: require images of that shape
   upscale      false: refuse images smaller than the resolution (default) | true: enlarge them (from 8 pixels)
   background   color behind transparent pixels and of margins: a name or #rrggbb (white)
+  channels     1: grayscale | 3: RGB (default) | 4: RGBA, which keeps transparency
   classes      folders: an image's class is its folder (default) | keep: the source's dataset.json | none
   class_level  which folder is the class, 1 being the outermost of the source; by default the first one below folders
                that hold everything (left out of the written names) and below splits (train, val, valid, test, heldout
@@ -124,9 +126,10 @@ def _describe_left_out(result: Converted) -> list[str]:
 
 def _describe_resolutions(result: Converted, options: ConvertOptions) -> str:
     """Describe how many images each resolution would keep without enlarging."""
-    sides = sorted({*RESOLUTIONS, options.resolution})
-    kept = {side: usable_images(result.sizes, (side, side), options.fit) for side in sides}
-    shown = [f"{side}: {count:,}" for side, count in kept.items() if count or side == options.resolution]
+    own = written_size(options.resolution)
+    wanted = sorted({own, *((side, side) for side in RESOLUTIONS)})
+    kept = {size: usable_images(result.sizes, size, options.fit) for size in wanted}
+    shown = [f"{resolution_of(size)}: {count:,}" for size, count in kept.items() if count or size == own]
     return f"images that each resolution keeps without enlarging: {', '.join(shown)}"
 
 
@@ -147,7 +150,7 @@ def _convert_and_report(options: ConvertOptions) -> None:
         print(line)
     classes = f"{len(result.class_names)} classes" if result.class_names else "no classes"
     print(
-        f"{options.destination}: {result.images:,} images of {options.resolution}x{options.resolution}, {classes}, "
+        f"{options.destination}: {result.images:,} images of {size_text(written_size(options.resolution))}, {classes}, "
         f"{len(result.left_out):,} left out"
     )
 

@@ -7,18 +7,19 @@ zip made with another filter would not match.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from omegaconf import MISSING
 from PIL import Image, ImageColor
 
 from relay_diffusion.data.class_folders import ClassFolders, find_class_folders
-from relay_diffusion.data.decode import FULL_DEPTH, WHITE, UnusableImageError, box_average, decode
+from relay_diffusion.data.decode import FULL_DEPTH, MODES, WHITE, UnusableImageError, box_average, decode
 from relay_diffusion.data.labels import Labels, read_labels
 from relay_diffusion.data.sources import LABEL_FILE, Source, open_source
 from relay_diffusion.data.zip_writer import encode_png, image_zip, png_names
@@ -26,14 +27,13 @@ from relay_diffusion.errors import UserError, prefix_errors
 from relay_diffusion.utils.files import refuse_existing
 from relay_diffusion.utils.parallel import map_in_order
 from relay_diffusion.utils.progress import progress
+from relay_diffusion.utils.resolution import Resolution, Size, image_size, resolution_of
 
 Fit = Enum("Fit", ["crop", "pad", "stretch", "none"])  # how an image gets the written shape
 Classes = Enum("Classes", ["folders", "keep", "none"])  # where class labels come from
 Exif = Enum("Exif", ["apply", "ignore"])  # whether the EXIF orientation is applied
 
-MIN_SIDE, MAX_SIDE = 8, 2**14  # pixels of a written image; sources must have the former too
-
-Size = tuple[int, int]  # height, width
+MIN_SIDE = 8  # pixels of a written image and of its source
 
 
 @dataclass
@@ -42,7 +42,7 @@ class ConvertOptions:
 
     source: str = MISSING
     destination: str = MISSING
-    resolution: int = 256
+    resolution: Any = 256  # a number of pixels or [height, width], or its text
     fit: Fit = Fit.crop
     classes: Classes = Classes.folders
     skip_bad: bool = False
@@ -52,6 +52,7 @@ class ConvertOptions:
     overwrite: bool = False
     upscale: bool = False
     background: str = "white"
+    channels: int = 3
 
 
 class LeftOut(NamedTuple):
@@ -108,8 +109,7 @@ def fit_problem(stored: Size, size: Size, fit: Fit, upscale: bool = False) -> st
         shape = "square" if size[0] == size[1] else f"of the shape {size[1]}x{size[0]}"
         return f"not {shape}; use fit=crop, pad or stretch"
     if not upscale and not (any(enough) if fit is Fit.pad else all(enough)):
-        wanted = str(size[0]) if size[0] == size[1] else f"[{size[0]},{size[1]}]"
-        return f"smaller than resolution={wanted}; upscale=true enlarges such images"
+        return f"smaller than resolution={resolution_of(size)}; upscale=true enlarges such images"
     return f"smaller than {MIN_SIDE} pixels" if min(stored) < MIN_SIDE else None
 
 
@@ -126,9 +126,10 @@ def fitted(
     upscale: bool = False,
     background: tuple[int, int, int] = WHITE,
 ) -> Image.Image:
-    """Return an RGB image of `size` (height, width).
+    """Return an image of `size` (height, width), with the channels of `image`.
 
-    crop: the largest part of that shape, from the middle. pad: the whole image, in the middle of `background` (RGB).
+    crop: the largest part of that shape, from the middle. pad: the whole image, in the middle of `background` (RGB),
+    which is transparent if the image has an alpha channel.
     stretch: the whole image, with its sides scaled independently. none: the image must have the shape.
     Block means for an integer factor, Lanczos otherwise. where: names the image in messages.
     Raises UnusableImageError for another shape (none), and for an image that would be enlarged, unless `upscale`.
@@ -145,7 +146,9 @@ def fitted(
         return _scaled(image, size)
     inner_height = min(height, max(1, round(stored[0] * width / stored[1])))
     inner_width = min(width, max(1, round(stored[1] * height / stored[0])))
-    canvas = Image.new("RGB", (width, height), background)
+    canvas = Image.new("RGB", (width, height), background).convert(image.mode)
+    if image.mode == "RGBA":
+        canvas.putalpha(0)
     canvas.paste(
         _scaled(image, (inner_height, inner_width)), ((width - inner_width) // 2, (height - inner_height) // 2)
     )
@@ -160,13 +163,30 @@ def _scaled(image: Image.Image, size: Size) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
+def written_size(resolution: Resolution | str) -> Size:
+    """Return the (height, width) of the written images.
+
+    resolution: R or [height, width], or its text. Raises UserError.
+    """
+    try:
+        size = image_size(json.loads(resolution) if isinstance(resolution, str) else resolution)
+    except json.JSONDecodeError:
+        raise UserError(f"resolution={resolution}: must be a whole number, or [height, width]") from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if min(size) < MIN_SIDE:
+        raise UserError(f"resolution={resolution}: must be at least {MIN_SIDE}")
+    return size
+
+
 def convert(options: ConvertOptions) -> Converted:
     """Write the image zip that `options` describe.
 
     Raises UserError; the destination is unchanged then.
     """
-    if not MIN_SIDE <= options.resolution <= MAX_SIDE:
-        raise UserError(f"resolution={options.resolution}: must be {MIN_SIDE} to {MAX_SIDE:,}")
+    size = written_size(options.resolution)
+    if options.channels not in MODES:
+        raise UserError(f"channels={options.channels}: must be 1 (grayscale), 3 (RGB) or 4 (RGBA)")
     if not 8 <= options.bit_depth <= FULL_DEPTH:
         raise UserError(f"bit_depth={options.bit_depth}: must be 8 to {FULL_DEPTH}")
     background = _color(options.background)
@@ -179,13 +199,12 @@ def convert(options: ConvertOptions) -> Converted:
     labels = _labels(source, options.classes, folders)
     short_names = folders.short_names if folders else {name: name for name in source.names}
     targets = png_names(list(short_names.values()))
-    size = (options.resolution, options.resolution)
 
     def encode(item: tuple[str, Callable[[], bytes]]) -> tuple[str, _Encoded]:
         name, read = item
         where = source.where(name)
         try:
-            decoded = decode(read(), where, options.exif is Exif.apply, options.bit_depth, background)
+            decoded = decode(read(), where, options.exif is Exif.apply, options.bit_depth, background, options.channels)
         except UserError as error:
             return name, _Encoded(None, error)
         stored = (decoded.image.height, decoded.image.width)
