@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from relay_diffusion.data.image_sets import ImageFiles, evenly_spaced, image_tensor
 from relay_diffusion.data.labels import read_labels
@@ -115,10 +115,20 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return image_tensor(self._files.image(name))
 
 
+def batch_of(dataset: Dataset[tuple[Tensor, int]], indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return the images [B,C,H,W] and labels [B] of B items.
+
+    A dataset with a method `batch` returns them at once, which is faster than item by item.
+    """
+    at_once = getattr(dataset, "batch", None)
+    images, labels = default_collate([dataset[index] for index in indices]) if at_once is None else at_once(indices)
+    return images, labels
+
+
 def evenly_spaced_images(dataset: ImageDataset, numbers: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
     """Return evenly spaced images and their labels.
 
     numbers: which of `count` evenly spaced images. Returns uint8 [B,C,H,W] and labels [B].
     """
     chosen = evenly_spaced(count, len(dataset.names))
-    return dataset.batch([chosen[number] for number in numbers])
+    return batch_of(dataset, [chosen[number] for number in numbers])
