@@ -240,6 +240,7 @@ def test_a_block_that_does_not_divide_is_named(configuration, small_zip):
         ("relay.start_exif=ignore", r"relay\.start_exif=ignore: give relay\.start=FOLDER"),
         ("relay.start=conf relay.hand_over_sigma=1", r"relay\.hand_over_sigma .* starts from noise"),
         ("relay.hand_over_sigma=a", r"relay\.hand_over_sigma=a: must be a number"),
+        ("relay.consistency=yes", r"relay\.consistency=yes: use true or false"),
         ("relay.rounding=up", r"relay\.rounding=up: use nearest or floor"),
         ("format=jpeg", "format=jpeg: use png or zip"),
         ("npz=no", "npz=no: use true or false"),
