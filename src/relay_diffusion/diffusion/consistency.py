@@ -9,9 +9,11 @@ from relay_diffusion.diffusion.guidance import Denoiser
 
 
 class BlockConsistency:
-    """Denoiser whose estimates have the block means of a small image: D - up(mean(D)) + up(z).
+    """Denoiser with the block means of a small image.
 
-    small: the image z [B,C,H/block,W/block]. The estimate moves to the nearest image with these block means.
+    D - up(mean(D)) + up(z) is the image nearest to the estimate D that has the block means z.
+
+    small: z [B,C,H/block,W/block].
     """
 
     def __init__(self, denoise: Denoiser, small: Tensor, block: int) -> None:

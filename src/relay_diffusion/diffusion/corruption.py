@@ -114,7 +114,7 @@ class GaussianCorruption:
 
 
 class BlockCorruption(ABC):
-    """Gains on block DCT coefficients, and noise; the end state is the upsampled small image.
+    """Gains on block DCT coefficients, and noise; ends at the block means.
 
     x_u = DCT^-1[A(u) DCT[x0]] + sigma(u) (eps + block_strength block(eps')), per block x block piece, with the gain 1
     for the mean. A subclass computes the gains A. The noise is not divided by sqrt(1 + block_strength^2) as in the

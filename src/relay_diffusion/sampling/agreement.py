@@ -13,7 +13,7 @@ from relay_diffusion.utils.parallel import map_in_order
 
 
 def difference(enlarged: Tensor, start: Tensor) -> Tensor:
-    """Subtract the start from the block means of an image, in gray levels.
+    """Subtract the start from the block means, in gray levels.
 
     enlarged uint8 [1,C,H,W], start uint8 [C,h,w] -> float [1,C,h,w]. H and W are the same multiple of h and w.
     """
@@ -21,9 +21,9 @@ def difference(enlarged: Tensor, start: Tensor) -> Tensor:
 
 
 def block_mean_error(plan: Plan, images: ImageSet) -> float:
-    """Compute the RMS error of the block means, in gray levels, over all images of a plan.
+    """Compute the RMS error of the block means in gray levels.
 
-    images: the written 8-bit images, in the order of the plan. The plan has starting images.
+    Over all images of a plan, which has starting images. images: the written 8-bit images, in the order of the plan.
     """
     assert plan.start is not None
     squares, count = 0.0, 0
