@@ -292,6 +292,12 @@ def test_comparison_measures_the_same_whatever_it_samples_before(compare):
     assert without_seconds(alone) == without_seconds(together)
 
 
+def test_comparison_ties_block_means_to_the_first_stage(compare):
+    free, tied = (compare(f"{value}.csv", a=f"relay.consistency={value}")[0] for value in ("false", "true"))
+    assert free["evaluations"] == tied["evaluations"]
+    assert free["fid"] != tied["fid"]
+
+
 def test_comparison_samples_first_stages_once_and_counts_their_time(benchmark, compare, monkeypatch):
     drawn = []
 
