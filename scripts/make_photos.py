@@ -122,7 +122,7 @@ def build(options: PhotosOptions) -> Counter[str]:
     def encode(row: dict[str, str]) -> bytes:
         try:
             image = reduced(read_photograph(packages, row["file"]))
-        except (OSError, ValueError, struct.error) as error:
+        except (OSError, ValueError, struct.error, ImageCms.PyCMSError) as error:
             raise UserError(
                 f"packages={options.packages}: cannot read {row['file']} ({error}); unpack {row['package']} "
                 f"{row['version']} there"
