@@ -58,10 +58,11 @@ def test_every_choice_of_the_other_groups(configuration, small_zip, tmp_path, gr
         overrides = [f"{group}={choice}", f"run_dir={tmp_path}"]
         if name == "sample":
             overrides += [] if group == "relay" else ["relay=two_stages"]
+            overrides += [f"relay.start={small_zip}"] if choice == "photos" else []  # it has no first stage
             overrides += [f"reference={small_zip}", "mode=evaluate"]
         elif group != "strategy":
             overrides.append("trainer.accelerator=cpu")
-        if choice == "folder":
+        if group == "data" and choice != "emoji":
             overrides.append(f"data.dataset.path={small_zip}")
             overrides.append("resolution=16")
         cfg = configuration(name, *overrides)
