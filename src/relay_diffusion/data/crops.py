@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+MAX_CROPS = 1_000_000  # of an image; the order of all crops is drawn at once
+
 
 def random_crop(image: Image.Image, resolution: tuple[int, int], seed: int | Sequence[int]) -> Image.Image:
     """Cut a random rectangle and reduce it to a resolution.

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from relay_diffusion.data.crops import random_crop
+from relay_diffusion.data.crops import MAX_CROPS, random_crop
 from relay_diffusion.data.image_sets import ImageFiles, evenly_spaced, image_tensor
 from relay_diffusion.data.labels import read_labels
 from relay_diffusion.data.sources import open_source
@@ -19,8 +19,6 @@ from relay_diffusion.diffusion.guidance import NO_CLASS
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.parallel import map_in_order
 from relay_diffusion.utils.progress import progress
-
-MAX_CROPS = 1_000_000  # crops of an image; the order of all crops is drawn at once
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
