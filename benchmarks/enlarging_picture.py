@@ -54,8 +54,8 @@ def chosen_crops(dataset: ImageDataset, crops: str) -> Tensor:
         name, _, number = crop.partition(":")
         if name not in positions or not number.isdigit() or int(number) >= MOST:
             raise UserError(f"crops={crop}: must be NAME:NUMBER with one of {', '.join(positions)} and 0 to {MOST - 1}")
-        found.append(dataset[int(number) * len(dataset.names) + positions[name]][0])
-    return torch.stack(found)
+        found.append(int(number) * len(dataset.names) + positions[name])
+    return dataset.batch(found)[0]
 
 
 def run(options: Options) -> None:

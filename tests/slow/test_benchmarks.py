@@ -57,8 +57,8 @@ def test_denoising_prints_the_error_of_the_estimates():
     result = run("benchmarks/denoising.py", "count=3", "batch=2", "sigmas=0.5,2")
     assert result.returncode == 0, result.stderr
     images = ImageDataset(PROJECT / "demo/emoji-64.zip", 64, subset="heldout")
-    chosen = images.__getitems__([0, 108, 217])  # of 326
-    x, labels = to_float(torch.stack([image for image, _ in chosen])), torch.tensor([label for _, label in chosen])
+    chosen, labels = images.batch([0, 108, 217])  # of 326
+    x = to_float(chosen)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     stage = load_stage(PROJECT / "demo/emoji_64").eval()
     printed = result.stdout.split("heldout")[1].replace(":", " ").split()
@@ -140,7 +140,7 @@ def test_grids_evaluates_the_images_of_the_relay(search, relay_runs, small_zip, 
     dataset = ImageDataset(small_zip, 16)
     with torch.autocast("cpu", torch.bfloat16):
         images = loaded.finish(loaded.sample(range(7, 31), dataset.labels))
-    reference = torch.stack([image for image, _ in dataset.__getitems__(range(24))])
+    reference = dataset.batch(range(24))[0]
     evaluator = Evaluator(PixelFeatures(), pixel_reference(reference), {"fid": FIDMetric()})
     evaluator.update(images, torch.arange(24))
     assert float(row["fid"]) == pytest.approx(evaluator.compute()["fid"], abs=2e-3)
@@ -286,7 +286,7 @@ def enlarge(benchmark, photos, relay_runs, tmp_path, monkeypatch):
 def test_enlarging_measures_interpolation_by_its_formulas(enlarge, photos):
     bicubic, lanczos = enlarge("bicubic+lanczos")
     dataset = ImageDataset(photos, 16, "heldout", random_crops=20)
-    crops = torch.stack([dataset[index][0] for index in range(60)])
+    crops = dataset.batch(range(60))[0]
     small = torch.floor(crops.unflatten(3, (8, 2)).unflatten(2, (8, 2)).double().mean((3, 5)) + 0.5)
     pictures = [Image.fromarray(x.permute(1, 2, 0).to(torch.uint8).numpy()) for x in small]
     large = np.stack([np.asarray(picture.resize((16, 16), Image.Resampling.BICUBIC)) for picture in pictures])
@@ -311,7 +311,7 @@ def test_enlarging_measures_the_images_of_the_stage_and_keeps_rows(enlarge, phot
     assert (one["evaluations"], two["evaluations"]) == ("1", "2")
     assert float(two["tflop"]) == pytest.approx(2 * float(one["tflop"]), rel=1e-3)
     dataset = ImageDataset(photos, 16, "heldout", random_crops=2)
-    crops = torch.stack([dataset[index][0] for index in range(6)])
+    crops = dataset.batch(range(6))[0]
     small = torch.floor(crops.unflatten(3, (8, 2)).unflatten(2, (8, 2)).float().mean((3, 5)) + 0.5)
     stage = load_stage(relay_runs / "relay").eval()
     stage.sampler = MultistepSampler(stage.corruption, 2, 0.1, 0.4, 7, 0.2)
@@ -368,7 +368,7 @@ def test_enlarging_picture_shows_the_measured_crops(benchmark, photos, relay_run
         picture=str(tmp_path / "a"),
     )
     dataset = ImageDataset(photos, 16, "heldout", random_crops=20)
-    expected = torch.stack([dataset[3 * 3 + 2][0], dataset[0][0]])
+    expected = dataset.batch([3 * 3 + 2, 0])[0]
     assert torch.equal(module.chosen_crops(dataset, options.crops), expected)
     module.run(options)
     with Image.open(tmp_path / "a") as picture:

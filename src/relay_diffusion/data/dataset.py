@@ -95,18 +95,20 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return len(self.names) * max(1, self.random_crops)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.__getitems__([index])[0]
+        images, labels = self.batch([index])
+        return images[0], int(labels[0])
 
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
-        """Return the items of a batch; DataLoader calls this if it exists."""
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the images uint8 [B,3,R,R] and labels [B] of B items."""
         count = len(self)
         for index in indices:
             if not -count <= index < count:
                 raise IndexError(f"index {index} of a dataset with {count} items")
-        flips, items = zip(*(divmod(index % count, self._unmirrored) for index in indices), strict=True)
+        items = [index % count % self._unmirrored for index in indices]
+        flipped = [i for i, index in enumerate(indices) if index % count >= self._unmirrored]
         images = self._images(items)
-        flipped = [image.flip(-1) if flip else image for image, flip in zip(images, flips, strict=True)]
-        return [(image, self.labels[item % len(self.names)]) for image, item in zip(flipped, items, strict=True)]
+        images[flipped] = images[flipped].flip(-1)
+        return images, torch.tensor([self.labels[item % len(self.names)] for item in items])
 
     def load(self, show_progress: bool = True) -> None:
         """Decode all images now if cache=True.
@@ -128,13 +130,13 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
                     advance()
             self._originals = originals
 
-    def _images(self, items: Sequence[int]) -> Tensor | list[Tensor]:
+    def _images(self, items: list[int]) -> Tensor:
         self.load()
         if self.random_crops:
-            return [self._crop(*divmod(item, len(self.names))) for item in items]
+            return torch.stack([self._crop(*divmod(item, len(self.names))) for item in items])
         if self._cached is not None:
-            return self._cached[list(items)]
-        return [self._decode(self.names[item]) for item in items]
+            return self._cached[items]
+        return torch.stack([self._decode(self.names[item]) for item in items])
 
     def _decode(self, name: str) -> Tensor:
         return image_tensor(self._files.image(name))
@@ -150,5 +152,4 @@ def evenly_spaced_images(dataset: ImageDataset, numbers: Sequence[int], count: i
     numbers: which of `count` evenly spaced images. Returns uint8 [B,C,H,W] and labels [B].
     """
     chosen = evenly_spaced(count, len(dataset.names))
-    items = [dataset[chosen[number]] for number in numbers]
-    return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
+    return dataset.batch([chosen[number] for number in numbers])

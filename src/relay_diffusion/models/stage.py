@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from relay_diffusion.diffusion.augment import Augmentation
 from relay_diffusion.diffusion.corruption import Corruption
-from relay_diffusion.diffusion.generators import PerImageGenerator, mix_seeds
+from relay_diffusion.diffusion.generators import PerImageGenerator, manual_seed, mix_seeds
 from relay_diffusion.diffusion.guidance import (
     Denoiser,
     Observer,
@@ -184,7 +184,7 @@ class DiffusionStage(OptimizationHooks):
         """
         images, labels = batch
         position = self.images_seen + self._pending + self.global_rank * len(images)
-        torch.manual_seed(mix_seeds(self.seed, position))
+        manual_seed(mix_seeds(self.seed, position), self.device)
         x0, augment_labels = to_float(images), None
         if self.augment is not None:
             x0, augment_labels = self.augment(x0)

@@ -131,6 +131,7 @@ class GraphedTraining:
     def __init__(self, denoiser: EDMPreconditioner) -> None:
         self.denoiser = denoiser
         self._again = any(isinstance(m, ResidualBlock) and m.checkpointed for m in denoiser.modules())
+        self._parameters = dict(denoiser.named_parameters())
         self._captured: tuple[Any, _CapturedStep] | None = None
 
     def __call__(
@@ -150,7 +151,7 @@ class GraphedTraining:
         given = [x, sigma, labels, augment_labels, *(condition or (None, None))]
         there = [value for value in given if value is not None]
         with torch.cuda.device_of(x):
-            weights = {name: weight for name, weight in self.denoiser.named_parameters() if weight.requires_grad}
+            weights = {name: weight for name, weight in self._parameters.items() if weight.requires_grad}
             precision = _precision()
             shapes = [None if value is None else value.shape for value in given]
             key = (shapes, self.denoiser.training, precision, _addresses(weights.values()))
