@@ -79,10 +79,11 @@ def test_every_choice_of_the_other_groups(configuration, small_zip, tmp_path, gr
         overrides = [f"{group}={choice}", f"run_dir={tmp_path}"]
         if name == "sample":
             overrides += [] if group == "relay" else ["relay=two_stages"]
+            overrides += [f"relay.start={small_zip}"] if choice == "photos" else []  # it has no first stage
             overrides += [f"reference={small_zip}", "mode=evaluate"]
         elif group != "strategy":
             overrides.append("trainer.accelerator=cpu")
-        if choice == "folder":
+        if group == "data" and choice != "emoji":
             overrides.append(f"data.dataset.path={small_zip}")
             overrides.append("resolution=16")
         cfg = configuration(name, *overrides)
@@ -166,6 +167,8 @@ def test_every_experiment_trains_a_step(configuration, large_zip, tmp_path, expe
         ("resolution=15", r"network\.resolution=15: not divisible by 2\^1"),
         ("stage.optimizer.lr=-1", r"stage\.optimizer\.lr=-1"),
         ("stage.label_dropout=2", r"stage\.label_dropout=2"),
+        ("data.dataset.random_crops=-1", r"data\.dataset\.random_crops=-1: must be a whole number, at least 0"),
+        ("data.dataset.random_crops=2000000", r"random_crops=2000000: must be a whole number, between 0 and 1000000"),
         ("data.dataset.path=missing.zip", r"data\.dataset\.path=missing\.zip: no such file"),
         ("data.dataset.path=???", r"data\.dataset\.path has no value"),
         ("network.augment_labels=9", r"network\.augment_labels=9, but stage\.augment is null"),
