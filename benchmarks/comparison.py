@@ -133,9 +133,9 @@ class Bench:
         settings = OmegaConf.to_container(cfg.relay.stages[name], resolve=True)
         settings["sampler"] = settings["changes"]["sampler"] = None
         stage = self.stages.setdefault(str(settings), relay.chain()[name]).to(self.device).eval()
-        labels = torch.tensor(plan.labels)
-        batch, size = self.options.batch, relay.sizes[name]
-        return draw(stage, relay.samplers[name], plan.seeds, labels, previous, batch, self.precision, size)
+        labels, consistency = torch.tensor(plan.labels), relay.consistency and previous is not None
+        batch, sampler, size = self.options.batch, relay.samplers[name], relay.sizes[name]
+        return draw(stage, sampler, plan.seeds, labels, previous, batch, self.precision, consistency, size)
 
     def before_last(self, relay: Relay, cfg: DictConfig, plan: Plan) -> tuple[Tensor | None, float]:
         """Return the images of the stage before the last.
@@ -143,7 +143,9 @@ class Bench:
         Also the seconds per image up to there. Those of the point before, if all that they depend on is the same.
         """
         names = list(relay.chain())[:-1]
-        settings = [plan, relay.sizes, cfg.relay.hand_over_sigma, *(str(cfg.relay.stages[name]) for name in names)]
+        tied = relay.consistency and len(names) > 1  # the first stage has no input
+        stages = [str(cfg.relay.stages[name]) for name in names]
+        settings = [plan, relay.sizes, cfg.relay.hand_over_sigma, tied, *stages]
         if settings != self.settings:
             images, spent = None, 0.0
             for name in names:

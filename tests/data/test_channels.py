@@ -117,6 +117,7 @@ def test_a_dataset_of_arrays(tmp_path: Path, channels: int, dtype: type) -> None
         ([np.zeros((2, 4, 4, 3), np.uint8), np.array([0, -1])], {}, "'arr_1' must hold a class index"),
         ([np.zeros((2, 4, 4, 3), np.uint8), np.array([0.0, 1.0])], {}, "'arr_1' must hold a class index"),
         ([np.zeros((2, 4, 4, 3), np.uint8)], {"subset": "train"}, r"an \.npz has no folders"),
+        ([np.zeros((2, 4, 4, 3), np.uint8)], {"random_crops": 2}, "an .npz have one size; use random_crops=0"),
         ([np.zeros((2, 6, 6, 3), np.uint8)], {}, "its images are 6x6; they must be 4x4 or a whole multiple"),
     ],
 )  # fmt: skip

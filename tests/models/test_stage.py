@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from relay_diffusion.checkpoints.loading import load_stage
+from relay_diffusion.diffusion import LinearCorruption
 from relay_diffusion.diffusion.generators import PerImageGenerator
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.optimization import FitState
 from relay_diffusion.models.relay import Relay
 from relay_diffusion.models.stage import StageInfo
 from relay_diffusion.networks import EDMPreconditioner, Graphed
+from relay_diffusion.samplers import BlurringSampler, MultistepSampler
 from support import assert_same_weights, tiny_stage, weights_of
 
 
@@ -234,6 +236,22 @@ def test_a_change_of_the_corruption_is_one_of_the_samplers_too(fit, tmp_path):
     changed = load_stage(tmp_path / "run", changes=apart)
     assert (changed.corruption.min_gain, changed.sampler.corruption.min_gain) == (0.1, 0.2)
     assert changed.sampler.corruption.blur_sigma_max == 0.5
+
+
+@pytest.mark.slow
+def test_a_checkpoint_keeps_the_corruption_with_either_sampler(fit, tmp_path):
+    fit("run", 4, "stage/corruption=linear", stage="relay")
+    loaded = [
+        load_stage(tmp_path / "run"),
+        load_stage(
+            tmp_path / "run", sampler={"_target_": "relay_diffusion.samplers.MultistepSampler", "sigma_max": 0.8}
+        ),
+    ]
+    for stage, sampler in zip(loaded, (BlurringSampler, MultistepSampler), strict=True):
+        assert isinstance(stage.sampler, sampler)
+        assert isinstance(stage.corruption, LinearCorruption)
+        assert isinstance(stage.sampler.corruption, LinearCorruption)
+        assert stage.sample((1, 3, 16, 16), [0], previous=torch.zeros(1, 3, 4, 4)).isfinite().all()
 
 
 @pytest.mark.slow

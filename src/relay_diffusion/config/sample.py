@@ -65,6 +65,8 @@ def _check_relay(cfg: DictConfig) -> None:
     if selected(cfg, "relay.resolution") is not None:
         check_resolution(cfg, "relay.resolution")
     check_choice(cfg, "relay.rounding", ("nearest", "floor"))
+    if has_key(cfg, "relay.consistency"):  # optional: Relay has a default
+        check_flag(cfg, "relay.consistency")
     check_built(cfg, "relay.postprocess", null=True)
     if relay.hand_over_sigma is not None:
         check_number(cfg, "relay.hand_over_sigma", 0, HUGE)

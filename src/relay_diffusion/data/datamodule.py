@@ -15,7 +15,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from relay_diffusion.data.dataset import ImageDataset
+from relay_diffusion.data.dataset import ImageDataset, batch_of
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.distributed import SIGNALS, exit_for_parent_only
 
@@ -143,7 +143,7 @@ class _Batches(Dataset[tuple[Tensor, Tensor]]):
         self.dataset = dataset
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return self.dataset.batch(indices)
+        return batch_of(self.dataset, indices)
 
 
 class _TrainingLoader(DataLoader[tuple[Tensor, Tensor]]):

@@ -7,12 +7,15 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
-from relay_diffusion.data.image_sets import evenly_spaced, open_image_set
+from relay_diffusion.data.crops import MAX_CROPS, random_crop
+from relay_diffusion.data.image_sets import ArraySet, ImageFiles, evenly_spaced, image_tensor, open_image_set
 from relay_diffusion.diffusion.guidance import NO_CLASS
 from relay_diffusion.errors import UserError
+from relay_diffusion.utils.parallel import map_in_order
 from relay_diffusion.utils.progress import progress
 from relay_diffusion.utils.resolution import Resolution, image_size, resolution_of
 
@@ -27,13 +30,17 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     others are an error.
     subset: a top-level folder inside `path` ("train"); "" selects everything.
     labels: read classes from `dataset.json` or `arr_1` if they exist.
-    x_flip: indices N..2N-1 are the mirrored images 0..N-1, so mirroring is part of the data order.
-    cache: decode everything once, at the first access, and keep it as one tensor in memory; always for an .npz.
+    x_flip: the second half of the indices are the mirrored items of the first half, so mirroring is part of the data
+    order.
+    cache: decode everything once, at the first access, and keep it in memory; always for an .npz.
     exif: "apply" applies the EXIF orientation, "ignore" does not.
+    random_crops: crops of each image, of random scale and position (`random_crop`); 0: whole images. The images may
+    have any size from the resolution on. Crop k of image i has the index k N + i and depends on k and i only.
     channels: C; files and arrays of 1 (grayscale), 3 (RGB) and 4 (RGBA) channels are converted; others must have C.
     option: the user's name of `path`, for messages.
     Attributes: `names` [N] and their `labels` [N]; `class_names` and `num_classes` of the whole set, not of the subset;
-    `source_hash`, `path`, `subset`; `size`, (H, W); `turned`, the names of images that this process has turned so far.
+    `source_hash`, `path`, `subset`; `size`, (H, W); `cache`: all items are in memory, so that a loader needs no
+    workers; `turned`, the names of images that this process has turned so far.
     Raises UserError that names the option, the argument, dataset.json or the image.
     """
 
@@ -46,6 +53,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         x_flip: bool = False,
         cache: bool = False,
         exif: str = "apply",
+        random_crops: int = 0,
         channels: int = 3,
         option: str = "data.dataset.path",
     ) -> None:
@@ -54,15 +62,21 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             self.size = image_size(resolution)
         except ValueError as error:
             raise UserError(str(error)) from None
+        if not 0 <= random_crops <= MAX_CROPS:
+            raise UserError(f"random_crops={random_crops}: must be 0 to {MAX_CROPS:,}")
+        self.random_crops = random_crops
         if exif not in ("apply", "ignore"):
             raise UserError(f"exif={exif}: use apply or ignore")
-        self._set = open_image_set(path, option, self.size, subset, channels, apply_exif=exif == "apply")
-        self.cache = cache or self._set.kind == "npz"  # compressed, without random access
+        self._set = open_image_set(path, option, self.size, subset, channels, exif == "apply", whole=random_crops > 0)
+        # cutting takes time, even from images in memory, so that a loader needs workers
+        self._keeps_originals, self.cache = cache and random_crops > 0, cache and random_crops == 0
+        self.cache |= isinstance(self._set, ArraySet)  # compressed, without random access
         self.path, self.names, self.turned = self._set.path, self._set.names, self._set.turned
         found = self._set.labels() if labels else None
         self.class_names: list[str] = found.class_names if found else []
         self.labels = [found.by_name[name] if found else NO_CLASS for name in self.names]
         self._cached: Tensor | None = None
+        self._originals: list[Image.Image] = []
 
     @property
     def num_classes(self) -> int:
@@ -73,12 +87,17 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     def source_hash(self) -> str:
         """Hash of names, contents, subset, resolution and exif (hexadecimal).
 
-        x_flip is not part of it. Fast for a zip, whose directory has a checksum of every file; a folder is read once.
+        x_flip and random_crops are not part of it. Fast for a zip, whose directory has a checksum of every file; a
+        folder is read once.
         """
         return self._set.digest(f"{self.subset}\n{resolution_of(self.size)}\n")
 
     def __len__(self) -> int:
-        return len(self.names) * (2 if self.x_flip else 1)
+        return self._unmirrored * (2 if self.x_flip else 1)
+
+    @property
+    def _unmirrored(self) -> int:
+        return len(self.names) * max(1, self.random_crops)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         images, labels = self.batch([index])
@@ -90,11 +109,11 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         for index in indices:
             if not -count <= index < count:
                 raise IndexError(f"index {index} of a dataset with {count} items")
-        positions = [index % count % len(self.names) for index in indices]
-        flipped = [i for i, index in enumerate(indices) if index % count >= len(self.names)]
-        images = self._images(positions)
+        items = [index % count % self._unmirrored for index in indices]
+        flipped = [i for i, index in enumerate(indices) if index % count >= self._unmirrored]
+        images = self._images(items)
         images[flipped] = images[flipped].flip(-1)
-        return images, torch.tensor([self.labels[position] for position in positions])
+        return images, torch.tensor([self.labels[item % len(self.names)] for item in items])
 
     def load(self, show_progress: bool = True) -> None:
         """Decode all images now if cache=True.
@@ -109,18 +128,45 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
                     images[index] = image
                     advance()
             self._cached = images
+        if self._keeps_originals and not self._originals:
+            originals = []
+            with progress("decoding images", len(self.names), enabled=show_progress) as advance:
+                for original in map_in_order(self._original, range(len(self.names))):
+                    originals.append(original)
+                    advance()
+            self._originals = originals
 
-    def _images(self, positions: list[int]) -> Tensor:
+    def _images(self, items: list[int]) -> Tensor:
         self.load()
+        if self.random_crops:
+            return torch.stack([self._crop(*divmod(item, len(self.names))) for item in items])
         if self._cached is not None:
-            return self._cached[positions]
-        return torch.stack([self._set.tensor(position) for position in positions])
+            return self._cached[items]
+        return torch.stack([self._set.tensor(item) for item in items])
+
+    def _original(self, position: int) -> Image.Image:
+        assert isinstance(self._set, ImageFiles)  # arrays have no crops
+        return self._set.image(self.names[position])
+
+    def _crop(self, crop: int, position: int) -> Tensor:
+        original = self._originals[position] if self._originals else self._original(position)
+        return image_tensor(random_crop(original, self.size, (crop, position)))
+
+
+def batch_of(dataset: Dataset[tuple[Tensor, int]], indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return the images [B,C,H,W] and labels [B] of B items.
+
+    A dataset with a method `batch` returns them at once, which is faster than item by item.
+    """
+    at_once = getattr(dataset, "batch", None)
+    images, labels = default_collate([dataset[index] for index in indices]) if at_once is None else at_once(indices)
+    return images, labels
 
 
 def evenly_spaced_images(dataset: ImageDataset, numbers: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
     """Return evenly spaced images and their labels.
 
-    numbers: which of `count` evenly spaced images. Returns uint8 [B,C,H,W] and labels [B].
+    numbers: which of `count` evenly spaced images. Returns images [B,C,H,W] and labels [B].
     """
     chosen = evenly_spaced(count, len(dataset.names))
-    return dataset.batch([chosen[number] for number in numbers])
+    return batch_of(dataset, [chosen[number] for number in numbers])

@@ -119,7 +119,8 @@ class ImageFiles(ImageSet):
 
     Also a single image file. resolution: (H, W); images of a multiple of it are box-averaged. None: that of the first
     image, and all must have it. subset: a folder inside. apply_exif: apply the EXIF orientation. channels: as in
-    `decode`. Raises UserError naming the option and the image.
+    `decode`. whole: images may have any size from the resolution on and are not averaged. Raises UserError naming the
+    option and the image.
     """
 
     def __init__(
@@ -129,11 +130,12 @@ class ImageFiles(ImageSet):
         subset: str = "",
         apply_exif: bool = True,
         channels: int = 3,
+        whole: bool = False,
     ) -> None:
         super().__init__(channels)
         self.kind, self.path, self.names = source.kind, source.path, source.names_in(subset)
         self._source, self._subset, self._apply_exif = source, subset.strip("/"), apply_exif
-        self._reduces = resolution is not None
+        self._whole, self._reduces = whole, resolution is not None
         if resolution is None:
             first = source.decoded(self.names[0], apply_exif).image
             resolution = (first.height, first.width)
@@ -162,15 +164,23 @@ class ImageFiles(ImageSet):
         return read_labels(self._source)
 
     def image(self, name: str) -> Image.Image:
-        """Return one image at the resolution.
+        """Return one image at the resolution, or a whole one.
 
-        Raises UserError if its size is not a multiple of it.
+        Raises UserError if its size is not a multiple of the resolution, or smaller.
         """
         decoded = self._source.decoded(name, self._apply_exif, self.channels)
         self.conversions |= decoded.conversions
         if decoded.turned:
             self.turned.add(name)
         image = decoded.image
+        if self._whole:
+            height, width = self.resolution
+            if image.height < height or image.width < width:
+                raise UserError(
+                    f"{self._source.option}: {self._source.where(name)} is {image.width}x{image.height}, smaller than "
+                    f"{width}x{height}; remove it"
+                )
+            return image
         factor = _factor((image.height, image.width), self.resolution) if self._reduces else 1
         if factor is None or (image.height // factor, image.width // factor) != self.resolution:
             raise UserError(self._wrong_size(name, image))
@@ -342,18 +352,21 @@ def open_image_set(
     subset: str = "",
     channels: int = 3,
     apply_exif: bool = True,
+    whole: bool = False,
 ) -> ImageSet:
     """Open a folder, image zip, image or ADM sample .npz.
 
     The .npz holds `arr_0`, see ArraySet. option: its name in messages. resolution: (H, W) wanted; larger images are
     box-averaged if they are a multiple. None: the first image's, and all must have it. subset: a folder inside a folder
     or zip. channels: wanted; files have 1, 3 or 4 and are converted. apply_exif: apply the EXIF orientation of files.
-    Raises UserError naming the option and the file.
+    whole: files may have any size from the resolution on. Raises UserError naming the option and the file.
     """
     expanded = existing_path(path, option)
     if expanded.suffix == ".npz" and expanded.is_file():
         if subset:
             raise UserError(f"{option}={path}: an .npz has no folders; leave out subset={subset!r}")
+        if whole:
+            raise UserError(f"{option}={path}: the images of an .npz have one size; use random_crops=0")
         return ArraySet(Npz(expanded, option), resolution, channels)
     inside = [name for name in ("images.zip", "images") if (expanded / name).exists()]
     if inside and (expanded / "settings.json").is_file():  # the directory also holds pictures of other sizes
@@ -362,4 +375,4 @@ def open_image_set(
         raise UserError(
             f"{option}={path}: channels={channels}: image files have 1 (grayscale), 3 (RGB) or 4 (RGBA); use an .npz"
         )
-    return ImageFiles(open_source(expanded, option), resolution, subset, apply_exif, channels)
+    return ImageFiles(open_source(expanded, option), resolution, subset, apply_exif, channels, whole)

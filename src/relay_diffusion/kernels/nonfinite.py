@@ -1,4 +1,7 @@
-"""Replacement of non-finite values in many tensors, and their norm, with one kernel."""
+"""Replacement of non-finite values in many tensors, and their norm.
+
+One kernel reads all tensors once.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,10 @@ CHUNK = 16 * BLOCK  # elements per program
 
 @triton.jit
 def replace(pointers, sizes, tensors, chunks, count, squares, limit, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """Replace and count the non-finite values of one chunk, and sum the squares of all its values afterwards.
+    """Replace and count the non-finite values of one chunk.
 
-    Program i reads chunk chunks[i] of tensor tensors[i]; NaN becomes 0, infinities +-limit.
+    Program i reads chunk chunks[i] of tensor tensors[i]; NaN becomes 0, infinities +-limit. It also sums the squares of
+    all values afterwards.
     """
     tensor = tl.load(tensors + tl.program_id(0))
     begin = tl.load(chunks + tl.program_id(0)) * CHUNK

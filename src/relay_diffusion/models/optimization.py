@@ -70,7 +70,10 @@ class OptimizationHooks(L.LightningModule):
         self.nonfinite_steps.add_losses(per_image)
 
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
-        """Store the weights and learning rates of the steps, and keep this run's `fused` setting."""
+        """Store the weights and the learning rates.
+
+        A loaded optimizer state keeps this run's `fused` setting.
+        """
         optimizer.register_load_state_dict_pre_hook(_keep_fused)
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
         self._weights = list(self.denoiser.parameters())  # collecting them takes longer than a small kernel

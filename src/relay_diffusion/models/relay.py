@@ -75,12 +75,13 @@ class Relay(L.LightningModule):
 
     Predicts images from (seeds, labels). A first stage that enlarges starts from given images (`start`), others from
     noise. `hand_over_sigma`: the first stage stops at that noise level and passes its estimate on. `rounding` to 8 bits
-    is "nearest" or "floor"; `postprocess` changes the 8-bit images [B,C,H,W]. `resolution`: that of the last stage, R
-    or [height, width]; None: as trained. `sizes`: height and width of each stage's images, by name. `observers`: called
-    at each evaluation of a network with the name of the stage and the arguments of an Observer, for progress and
+    is "nearest" or "floor"; `postprocess` changes the 8-bit images [B,C,H,W]. `consistency`: stages that enlarge tie
+    the block means of their estimates to the images that they start from. `resolution`: that of the last stage, R or
+    [height, width]; None: as trained. `sizes`: height and width of each stage's images, by name. `observers`: called at
+    each evaluation of a network with the name of the stage and the arguments of an Observer, for progress and
     trajectories.
-    Raises UserError if the output of a stage does not fit the input of the next one, or the resolution does not divide,
-    ValueError for another rounding or resolution.
+    Raises UserError if the output of a stage does not fit the input of the next one, the resolution does not divide, or
+    consistency is set without a stage that enlarges, ValueError for another rounding or resolution.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Relay(L.LightningModule):
         hand_over_sigma: float | None = None,
         rounding: str = "nearest",
         postprocess: Callable[[Tensor], Tensor] | None = None,
+        consistency: bool = False,
         resolution: Resolution | None = None,
     ) -> None:
         super().__init__()
@@ -99,10 +101,12 @@ class Relay(L.LightningModule):
         )
         if rounding not in ROUNDING:
             raise ValueError(f"rounding={rounding}: use {' or '.join(ROUNDING)}")
+        if consistency and all(stage.corruption.block == 1 for stage in stages.values()):
+            raise UserError("relay.consistency=true: no stage of this relay enlarges images; use false")
         self._names = list(stages)  # a ModuleDict rejects some names ("keys", "pop")
         self.stages = nn.ModuleList(stages.values())
         self.rounding, self.postprocess = rounding, postprocess
-        self.hand_over_sigma = hand_over_sigma
+        self.hand_over_sigma, self.consistency = hand_over_sigma, consistency
         self.observers: list[Callable[[str, Tensor, Tensor, Tensor], None]] = []
         _ = self.samplers  # raises for an impossible hand-over
 
@@ -187,12 +191,13 @@ class Relay(L.LightningModule):
             | {"resolution": resolution_of(self.sizes[name]), "network_evaluations": samplers[name].evaluations}
             for name, stage in self.chain().items()
         }
-        return {
+        described = {
             "stages": stages,
             "hand_over_sigma": self.hand_over_sigma,
             "rounding": self.rounding,
             "postprocess": str(self.postprocess) if self.postprocess else None,
         }
+        return described | ({"consistency": True} if self.consistency else {})  # older settings.json do not have it
 
     @torch.no_grad()
     def sample_stages(
@@ -238,8 +243,9 @@ class Relay(L.LightningModule):
         images: dict[str, Tensor] = {}
         draws, fine, previous, samplers = [], [], start, self.samplers
         for name, stage in self.chain().items():
-            known = labels if stage.num_classes else None
-            draws.append(partial(stage.draw, seeds, self.sizes[name], known, previous, samplers[name]))
+            known, consistency = labels if stage.num_classes else None, self.consistency and previous is not None
+            arguments = seeds, self.sizes[name], known, previous, samplers[name]
+            draws.append(partial(stage.draw, *arguments, consistency=consistency))
             images[name] = draws[-1]([partial(observe, name) for observe in self.observers])
             fine.append(finite(images[name]))  # clamping would hide an infinity
             previous = images[name].clamp(-1, 1)  # the next stage was trained on means of real images
