@@ -26,6 +26,8 @@ def published_stage(
     """
     published = read_published(path)
     network = config["denoiser"]["network"]
+    if network.get("num_classes", 0) is None:  # the experiment takes the number of its data
+        network["num_classes"] = published.settings["num_classes"]
     if experiment is None:
         config["corruption"]["schedule"] |= _trained_noise(published)
     elif different := [key for key in _SAME if network.get(key) != published.settings[key]]:
