@@ -13,6 +13,7 @@ from relay_diffusion.data.image_sets import open_image_set
 from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.errors import UserError
 from relay_diffusion.sampling.run import sample
+from relay_diffusion.utils.pictures import TITLE_HEIGHT
 
 
 @pytest.fixture
@@ -66,8 +67,10 @@ def sizes(folder):
 def test_rectangles_are_trained_sampled_and_evaluated(stages, configuration, wide_zip, tmp_path):
     assert column(tmp_path / "base", "val/loss")
     assert column(tmp_path / "relay", "eval/fid")
-    assert sizes(tmp_path / "base/samples") == [(3 * (12 + 2) - 2, 3 * (8 + 2) - 2)]  # a grid of 8
-    assert sizes(tmp_path / "relay/samples") == [(3 * (3 * (24 + 2) - 2) + 2 * 12, 3 * (16 + 2) - 2)]
+    assert sizes(tmp_path / "base/samples") == [(3 * (11 * 12 + 2) - 2, 3 * (11 * 8 + 2) - 2)]  # 8, enlarged
+    assert sizes(tmp_path / "relay/samples") == [
+        (3 * (3 * (6 * 24 + 2) - 2) + 2 * 12, 3 * (6 * 16 + 2) - 2 + TITLE_HEIGHT)
+    ]
 
     def run(folder, *overrides):
         return sample(configuration("sample", *stages, f"run_dir={tmp_path / folder}", *overrides))
@@ -81,7 +84,7 @@ def test_rectangles_are_trained_sampled_and_evaluated(stages, configuration, wid
     with Image.open(tmp_path / "whole/trajectory.png") as picture:
         assert picture.height == 4 * (16 + 2) - 2
     with Image.open(tmp_path / "whole/relay.png") as picture:
-        assert picture.height == 2 * (16 + 2) - 2  # five images in rows of four
+        assert picture.height == 2 * (6 * 16 + 2) - 2 + TITLE_HEIGHT  # five images in rows of four
 
     run("other", "relay.resolution=[24,16]", "seeds=0-1")
     assert sizes(tmp_path / "other/images") == [(16, 24)] * 2
