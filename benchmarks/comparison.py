@@ -132,8 +132,9 @@ class Bench:
         settings = OmegaConf.to_container(cfg.relay.stages[name], resolve=True)
         settings["sampler"] = settings["changes"]["sampler"] = None
         stage = self.stages.setdefault(str(settings), relay.chain()[name]).to(self.device).eval()
-        labels = torch.tensor(plan.labels)
-        return draw(stage, relay.samplers[name], plan.seeds, labels, previous, self.options.batch, self.precision)
+        labels, consistency = torch.tensor(plan.labels), relay.consistency and previous is not None
+        batch, sampler = self.options.batch, relay.samplers[name]
+        return draw(stage, sampler, plan.seeds, labels, previous, batch, self.precision, consistency)
 
     def before_last(self, relay: Relay, cfg: DictConfig, plan: Plan) -> tuple[Tensor | None, float]:
         """Return the images of the stage before the last.
@@ -141,7 +142,8 @@ class Bench:
         Also the seconds per image up to there. Those of the point before, if all that they depend on is the same.
         """
         names = list(relay.chain())[:-1]
-        settings = [plan, cfg.relay.hand_over_sigma, *(str(cfg.relay.stages[name]) for name in names)]
+        tied = relay.consistency and len(names) > 1  # the first stage has no input
+        settings = [plan, cfg.relay.hand_over_sigma, tied, *(str(cfg.relay.stages[name]) for name in names)]
         if settings != self.settings:
             images, spent = None, 0.0
             for name in names:

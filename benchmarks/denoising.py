@@ -50,9 +50,8 @@ def run(options: Options) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stage = load_stage(options.stage).eval().to(device)
     dataset = ImageDataset(options.images, stage.denoiser.network.resolution, subset=options.subset)
-    chosen = dataset.__getitems__(evenly_spaced(min(options.count, len(dataset)), len(dataset)))
-    images = to_float(torch.stack([image for image, _ in chosen]))
-    labels = torch.tensor([label for _, label in chosen])
+    chosen, labels = dataset.batch(evenly_spaced(min(options.count, len(dataset)), len(dataset)))
+    images = to_float(chosen)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     errors = []
     for sigma in sigmas:

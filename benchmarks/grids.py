@@ -164,7 +164,7 @@ class Bench:
         if self.first is None:
             return Start()
         if first == REAL:
-            images = torch.stack([image for image, _ in self.dataset.__getitems__(self.chosen)])
+            images, _ = self.dataset.batch(self.chosen)
             return Start(to_float(images).to(self.device))
         chosen = sampler(self.first, "first", first)
         images, seconds = draw(self.first, chosen, self.seeds, self.labels, None, self.batch)

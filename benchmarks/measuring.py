@@ -35,11 +35,13 @@ def draw(
     previous: Tensor | None,
     batch: int,
     precision: torch.dtype | None = torch.bfloat16,
+    consistency: bool = False,
 ) -> tuple[Tensor, float]:
     """Sample an image for each seed and time it.
 
-    labels [N]; previous: float [N,C,h,w] on the stage's device. Returns float images [N,C,H,W] there, and the seconds
-    per image: their median over the batches, which leaves out the capture of CUDA graphs.
+    labels [N]; previous: float [N,C,h,w] on the stage's device; consistency: tie block means to it. Returns float
+    images [N,C,H,W] there, and the seconds per image: their median over the batches, which leaves out the capture of
+    CUDA graphs.
     """
     stage.sampler = sampler
     side, parts, times = stage.resolution, [], []
@@ -50,7 +52,7 @@ def draw(
         small = None if previous is None else previous[chosen]
         began = time.perf_counter()
         with torch.autocast(stage.device.type, precision, enabled=precision is not None):
-            parts.append(stage.sample(shape, seeds[chosen], known, small))
+            parts.append(stage.sample(shape, seeds[chosen], known, small, consistency))
         times.append((time.perf_counter() - began) / shape[0])  # `sample` synchronizes with the device
     return torch.cat(parts), statistics.median(times)
 

@@ -104,7 +104,7 @@ def training_step(stage: DiffusionStage, batch: int) -> Callable[[], None]:
             noisy = stage.corruption.corrupt(x0, sigma, stage.corruption.draw_noise(x0, torch.randn_like))
             loss = stage.loss(stage.training_denoiser(noisy, sigma, labels), x0, sigma).mean()
         loss.backward()
-        replace_nonfinite(parameters)
+        replace_nonfinite([p.grad for p in parameters if p.grad is not None])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1e-4)

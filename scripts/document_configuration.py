@@ -20,6 +20,7 @@ GROUPS = {
     "data": "Training images.",
     "network": "UNet of a stage.",
     "stage": "Corruption, loss and sampler of a stage.",
+    "stage/corruption": "Corruption of `stage=relay`.",
     "sampler": "Sampler of a stage; each stage has a default.",
     "optimizer": "Optimizer.",
     "augment": "Data augmentation, with augmentation labels as input of the network.",
@@ -133,7 +134,7 @@ def document() -> str:
         lines += [f"## {name}.py", "", introduction(text), "", *table(rows(text))]
     for group, what in GROUPS.items():
         lines += [f"## {group}", "", what, ""]
-        for path in sorted((CONF / group).rglob("*.yaml")):
+        for path in sorted([*(CONF / group).glob("*.yaml"), *(CONF / group).glob("parts/*.yaml")]):
             text, choice = path.read_text(), path.relative_to(CONF / group).with_suffix("").as_posix()
             if group == "experiment":
                 lines.append(f"- `{group}={choice}`: {introduction(text)}")

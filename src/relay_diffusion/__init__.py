@@ -21,6 +21,7 @@ _EXPORTS = {  # imported on first use (PEP 562): the package alone imports neith
     "MultistepSampler": "samplers.multistep",
     "GaussianCorruption": "diffusion.corruption",
     "BlurringCorruption": "diffusion.corruption",
+    "LinearCorruption": "diffusion.linear",
     "UserError": "errors",
 }
 __all__ = [*_EXPORTS, "__version__"]

@@ -228,6 +228,7 @@ def test_a_choice_keeps_its_options(monkeypatch, folder, tmp_path):
     )
     relay = rd.load_relay("mine", weights="ema")
     assert (relay.rounding, relay.postprocess.brightness) == ("floor", 1.5)
+    assert not relay.consistency  # an option that the yaml leaves out
     assert relay.chain()["base"].info.origin["weights"] == "ema"
     with pytest.raises(UserError, match="holds no raw weights"):  # those of the yaml
         rd.load_relay("mine")

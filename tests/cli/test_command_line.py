@@ -95,7 +95,7 @@ def test_a_run_id_that_leaves_the_outputs(script):
     ("script", "groups"),
     [
         (
-            "train.py",
+            "train.py stage=relay",
             [
                 "augment",
                 "callbacks",
@@ -106,6 +106,7 @@ def test_a_run_id_that_leaves_the_outputs(script):
                 "optimizer",
                 "sampler",
                 "stage",
+                "stage/corruption",
                 "strategy",
                 "trainer",
             ],

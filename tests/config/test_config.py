@@ -50,6 +50,27 @@ def test_the_schedule_of_every_stage_can_be_set(configuration, stage):
     assert (written.p_mean, written.p_std) == (default.p_mean, default.p_std)
 
 
+@pytest.mark.parametrize("sampler", ["blurring", "multistep_relay"])
+@pytest.mark.parametrize("corruption", choices("stage/corruption"))
+def test_every_corruption_of_a_relay_stage_with_both_samplers(configuration, small_zip, corruption, sampler):
+    chosen = ["stage=relay", f"stage/corruption={corruption}", f"sampler={sampler}"]
+    values = ["resolution=16", "stage.corruption.block=2", "stage.corruption.block_strength=0"]
+    cfg = configuration("train", *TINY, *chosen, *values, f"data.dataset.path={small_zip}")
+    validate_training(cfg)
+    with torch.device("meta"):
+        stage = instantiate(cfg.stage, _convert_="all")
+    for part in (stage.corruption, stage.sampler.corruption):
+        assert type(part).__name__ == f"{corruption.title()}Corruption"
+        assert (part.block, part.block_strength) == (2, 0)
+
+
+def test_an_option_of_another_corruption_is_named(configuration, small_zip):
+    linear = ["stage=relay", "stage/corruption=linear", "+stage.corruption.min_gain=0.1", "resolution=16"]
+    message = r"stage\.corruption\.min_gain=0\.1: _target_=relay_diffusion\.diffusion\.LinearCorruption has no such"
+    with pytest.raises(UserError, match=message):
+        validate_training(configuration("train", *TINY, *linear, f"data.dataset.path={small_zip}"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("group", ["data", "trainer", "strategy", "callbacks", "logger", "metrics", "relay", "augment"])
 def test_every_choice_of_the_other_groups(configuration, small_zip, tmp_path, group):
@@ -60,10 +81,11 @@ def test_every_choice_of_the_other_groups(configuration, small_zip, tmp_path, gr
         overrides = [f"{group}={choice}", f"run_dir={tmp_path}"]
         if name == "sample":
             overrides += [] if group == "relay" else ["relay=two_stages"]
+            overrides += [f"relay.start={small_zip}"] if choice == "photos" else []  # it has no first stage
             overrides += [f"reference={small_zip}", "mode=evaluate"]
         elif group != "strategy":
             overrides.append("trainer.accelerator=cpu")
-        if choice == "folder":
+        if group == "data" and choice != "emoji":
             overrides.append(f"data.dataset.path={small_zip}")
             overrides.append("resolution=16")
         cfg = configuration(name, *overrides)
@@ -148,6 +170,8 @@ def test_every_experiment_trains_a_step(configuration, large_zip, tmp_path, expe
         ("resolution=15", r"network\.resolution=15: not divisible by 2\^1"),
         ("stage.optimizer.lr=-1", r"stage\.optimizer\.lr=-1"),
         ("stage.label_dropout=2", r"stage\.label_dropout=2"),
+        ("data.dataset.random_crops=-1", r"data\.dataset\.random_crops=-1: must be a whole number, at least 0"),
+        ("data.dataset.random_crops=2000000", r"random_crops=2000000: must be a whole number, between 0 and 1000000"),
         ("data.dataset.path=missing.zip", r"data\.dataset\.path=missing\.zip: no such file"),
         ("data.dataset.path=???", r"data\.dataset\.path has no value"),
         ("network.augment_labels=9", r"network\.augment_labels=9, but stage\.augment is null"),
@@ -222,6 +246,7 @@ def test_a_block_that_does_not_divide_is_named(configuration, small_zip):
         ("relay.start_exif=ignore", r"relay\.start_exif=ignore: give relay\.start=FOLDER"),
         ("relay.start=conf relay.hand_over_sigma=1", r"relay\.hand_over_sigma .* starts from noise"),
         ("relay.hand_over_sigma=a", r"relay\.hand_over_sigma=a: must be a number"),
+        ("relay.consistency=yes", r"relay\.consistency=yes: use true or false"),
         ("relay.rounding=up", r"relay\.rounding=up: use nearest or floor"),
         ("format=jpeg", "format=jpeg: use png or zip"),
         ("npz=no", "npz=no: use true or false"),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pictures_on_disk import pngs, write_zip
 from relay_diffusion.data.datamodule import ImageDataModule, InfiniteSampler, micro_batch_size
-from relay_diffusion.data.dataset import ImageDataset
+from relay_diffusion.data.dataset import ImageDataset, batch_of
 from relay_diffusion.errors import UserError
 
 
@@ -169,3 +169,20 @@ def test_a_new_lightning_epoch_does_not_start_again(archive: Path) -> None:
     data = ImageDataModule(ImageDataset(archive, 8), batch_size=4)
     whole = fit(data, Recorder(), steps=6).labels()
     assert fit(data, Recorder(), steps=6, batches_per_epoch=2).labels() == whole
+
+
+def test_a_dataset_of_single_items_is_collated(tmp_path: Path) -> None:
+    class Items:
+        """The items of another dataset, without its batches."""
+
+        def __init__(self, dataset: ImageDataset) -> None:
+            self.items = [dataset[index] for index in range(len(dataset))]
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            return self.items[index]
+
+    dataset = ImageDataset(write_zip(tmp_path / "images.zip", pngs(["a.png", "b.png", "c.png", "d.png"])), 8)
+    images, labels = batch_of(Items(dataset), [3, 0, 3])
+    expected_images, expected_labels = dataset.batch([3, 0, 3])
+    assert torch.equal(images, expected_images)
+    assert labels.tolist() == expected_labels.tolist()

@@ -114,9 +114,10 @@ def test_the_second_half_of_the_indices_is_mirrored(archive: Path, cache: bool) 
 def test_cache_changes_nothing_and_reports_progress_once(archive: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain, cached = (ImageDataset(archive, 4, x_flip=True, cache=cache) for cache in (False, True))
     order = [7, 0, 3, 3, 4]
-    for (a, label_a), (b, label_b) in zip(plain.__getitems__(order), cached.__getitems__(order), strict=True):
-        assert torch.equal(a, b)
-        assert label_a == label_b
+    (images, labels), (cached_images, cached_labels) = plain.batch(order), cached.batch(order)
+    assert torch.equal(images, cached_images)
+    assert torch.equal(images, torch.stack([plain[index][0] for index in order]))
+    assert labels.tolist() == cached_labels.tolist() == [plain[index][1] for index in order]
     archive.unlink()
     assert torch.equal(cached[1][0], plain_image(cached, 1))
     assert capsys.readouterr().out.count("decoding images: 4/4") == 1

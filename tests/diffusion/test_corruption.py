@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from relay_diffusion.diffusion import BlurringCorruption, GaussianCorruption, LogNormal, TruncatedLogNormal
+from relay_diffusion.diffusion import (
+    BlurringCorruption,
+    GaussianCorruption,
+    LinearCorruption,
+    LogNormal,
+    TruncatedLogNormal,
+)
 from relay_diffusion.diffusion.corruption import block_mean, upsample_blocks
 from relay_diffusion.diffusion.dct import block_dct, block_idct
 from relay_diffusion.diffusion.noise import block_noise
@@ -89,10 +95,10 @@ def test_a_strong_blur_leaves_min_gain(min_gain):
 
 
 def corruptions():
-    return [GaussianCorruption(LogNormal()), BlurringCorruption(SCHEDULE)]
+    return [GaussianCorruption(LogNormal()), BlurringCorruption(SCHEDULE), LinearCorruption(SCHEDULE)]
 
 
-@pytest.mark.parametrize("corruption", corruptions(), ids=["gaussian", "blurring"])
+@pytest.mark.parametrize("corruption", corruptions(), ids=["gaussian", "blurring", "linear"])
 def test_corruption_is_linear_in_image_and_noise(corruption):
     x, y, n, m = images(), images(), images(), images()
     sigma = torch.tensor([0.3, 1.1], dtype=torch.float64)
@@ -101,7 +107,7 @@ def test_corruption_is_linear_in_image_and_noise(corruption):
     torch.testing.assert_close(together, apart, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("corruption", corruptions(), ids=["gaussian", "blurring"])
+@pytest.mark.parametrize("corruption", corruptions(), ids=["gaussian", "blurring", "linear"])
 def test_noise_is_added_times_sigma(corruption):
     x, noise, sigma = images(), images(), torch.tensor([0.3, 1.1], dtype=torch.float64)
     added = corruption.corrupt(x, sigma, noise) - corruption.corrupt(x, sigma, torch.zeros_like(x))

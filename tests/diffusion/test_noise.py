@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from relay_diffusion.diffusion.generators import PerImageGenerator, mix_seeds
+from relay_diffusion.diffusion.generators import PerImageGenerator, manual_seed, mix_seeds
 from relay_diffusion.diffusion.noise import AHEAD, block_noise
 from support import TRITON
 
@@ -190,3 +190,16 @@ def test_noise_of_a_seed_equals_recorded_values():
     assert {pair: mix_seeds(*pair) for pair in pairs} == pairs
     drawn = PerImageGenerator([0, 7], stream=1).randn_like(torch.zeros(2, 1, 1, 2)).flatten()
     torch.testing.assert_close(drawn, torch.tensor([-0.2474, -0.5602, -0.5601, -0.2513]), atol=1e-4, rtol=0)
+
+
+def test_manual_seed_equals_that_of_torch_and_queues_nothing_for_other_devices(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("seeded a device that is not in use")
+
+    torch.manual_seed(2**40 + 5)
+    expected = torch.randn(4)
+    for module in (torch.cuda, torch.xpu):
+        monkeypatch.setattr(module, "_lazy_call", refuse)
+        monkeypatch.setattr(module.random, "_lazy_call", refuse)
+    manual_seed(2**40 + 5, torch.device("cpu"))
+    assert torch.equal(torch.randn(4), expected)

@@ -55,7 +55,7 @@ def test_the_average_moves_towards_the_weights():
     expected = {name: p.detach().clone() for name, p in network.named_parameters()}
     for step in range(3):
         torch.nn.init.normal_(network.weight)
-        average.update(network, batch=4, seen=4 * step)
+        average.update(batch=4, seen=4 * step)
         beta = ema_beta(4, 4 * step, 8, None)
         expected = {name: torch.lerp(expected[name], p.detach(), 1 - beta) for name, p in network.named_parameters()}
     for name, value in expected.items():

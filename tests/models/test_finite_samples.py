@@ -144,8 +144,8 @@ def test_nothing_is_written_or_measured(relay_overrides, broken, tmp_path):
 def test_batches_before_the_one_that_fails_are_kept(configuration, relay_overrides, tmp_path, monkeypatch):
     draw = DiffusionStage.draw
 
-    def poisoned(stage, seeds, *given):
-        images = draw(stage, seeds, *given)
+    def poisoned(stage, seeds, *given, **options):
+        images = draw(stage, seeds, *given, **options)
         return images.masked_fill(torch.tensor([seed == 3 for seed in seeds])[:, None, None, None], math.nan)
 
     monkeypatch.setattr(DiffusionStage, "draw", poisoned)
@@ -161,7 +161,7 @@ def test_batches_before_the_one_that_fails_are_kept(configuration, relay_overrid
 @pytest.mark.slow
 def test_training_goes_on_without_a_picture(fit, tmp_path, monkeypatch, capsys):
     draw = DiffusionStage.draw
-    monkeypatch.setattr(DiffusionStage, "draw", lambda *given: draw(*given) * math.nan)
+    monkeypatch.setattr(DiffusionStage, "draw", lambda *given, **options: draw(*given, **options) * math.nan)
     stage = fit("run", 8, "callbacks.grid.every_n_images=4")
     assert stage.images_seen == 8
     assert not list((tmp_path / "run/samples").glob("*"))

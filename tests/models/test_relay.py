@@ -199,3 +199,46 @@ def test_a_stage_may_have_any_name(name):
 def test_an_invalid_hand_over_is_refused(stage, sigma):
     with pytest.raises(UserError, match="hand_over_sigma"):
         Relay({"a": tiny_stage(*stage)}, hand_over_sigma=sigma)
+
+
+def test_consistent_stages_keep_the_block_means_of_their_input():
+    stages = {"a": tiny_stage(4), "b": tiny_stage(8, 2), "c": tiny_stage(24, 3)}
+    free, tied = Relay(stages).sample_stages([0, 1]), Relay(stages, consistency=True).sample_stages([0, 1])
+    assert torch.equal(tied["a"], free["a"])  # starts from noise
+    for name, before, block in (("b", "a", 2), ("c", "b", 3)):
+        small = tied[before].clamp(-1, 1)
+        torch.testing.assert_close(block_mean(tied[name], block), small, atol=1e-5, rtol=0)
+        assert (block_mean(free[name], block) - free[before].clamp(-1, 1)).abs().max() > 0.1
+    given = torch.rand(2, 3, 4, 4)
+    enlarged = Relay({"b": stages["b"]}, consistency=True).sample([0, 1], start=given)
+    torch.testing.assert_close(block_mean(enlarged, 2), given, atol=1e-5, rtol=0)
+
+
+def test_after_an_early_hand_over_the_block_means_are_those_of_the_estimate():
+    stages = {"a": tiny_stage(4), "b": tiny_stage(8, 2)}
+    early = Relay(stages, hand_over_sigma=10.0, consistency=True).sample_stages([0])
+    assert not torch.equal(early["a"], Relay(stages).sample_stages([0])["a"])
+    torch.testing.assert_close(block_mean(early["b"], 2), early["a"].clamp(-1, 1), atol=1e-5, rtol=0)
+
+
+def test_observers_see_consistent_estimates():
+    relay, seen = Relay({"b": tiny_stage(8, 2)}, consistency=True), []
+    relay.observers.append(lambda stage, x, sigma, estimate: seen.append(block_mean(estimate, 2)))  # noqa: ARG005
+    start = torch.rand(1, 3, 4, 4)
+    relay.sample([0], start=start)
+    assert len(seen) == relay.samplers["b"].evaluations
+    for means in seen:
+        torch.testing.assert_close(means, start, atol=1e-5, rtol=0)
+
+
+def test_consistency_is_described_if_set():
+    stages = {"a": tiny_stage(4), "b": tiny_stage(8, 2)}
+    assert Relay(stages, consistency=True).describe()["consistency"] is True
+    assert "consistency" not in Relay(stages).describe()  # as in the settings of earlier versions
+
+
+def test_consistency_without_an_input_is_refused():
+    with pytest.raises(UserError, match=r"^relay\.consistency=true: no stage of this relay enlarges images; use false"):
+        Relay({"a": tiny_stage(4)}, consistency=True)
+    with pytest.raises(ValueError, match=r"^consistency=True: this stage starts from noise; use False"):
+        tiny_stage(4).sample((1, 3, 4, 4), [0], consistency=True)

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from relay_diffusion.checkpoints.loading import load_stage
+from relay_diffusion.diffusion import LinearCorruption
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.optimization import FitState
 from relay_diffusion.models.relay import Relay
 from relay_diffusion.models.stage import StageInfo
 from relay_diffusion.networks import EDMPreconditioner, Graphed
+from relay_diffusion.samplers import BlurringSampler, MultistepSampler
 from support import assert_same_weights, tiny_stage, weights_of
 
 
@@ -76,7 +78,7 @@ def test_an_invalid_interval_is_refused(fit, tmp_path, interval):
 @pytest.mark.slow
 def test_guidance_is_disabled_by_scale_one_whatever_interval_is_stored(fit, tmp_path):
     trained = ("stage.label_dropout=0.1", "stage.guidance_scale=3", "stage.guidance_interval=[0.1,2]")
-    fit("run", 8, *trained)
+    fit("run", 40, *trained)
     shape, labels, run = (1, 3, 16, 16), torch.tensor([1]), tmp_path / "run"
     stored, disabled = load_stage(run), load_stage(run, changes={"guidance_scale": 1, "guidance_interval": None})
     assert (stored.guidance_scale, list(stored.guidance_interval)) == (3, [0.1, 2])
@@ -236,6 +238,22 @@ def test_a_change_of_the_corruption_is_one_of_the_samplers_too(fit, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_checkpoint_keeps_the_corruption_with_either_sampler(fit, tmp_path):
+    fit("run", 4, "stage/corruption=linear", stage="relay")
+    loaded = [
+        load_stage(tmp_path / "run"),
+        load_stage(
+            tmp_path / "run", sampler={"_target_": "relay_diffusion.samplers.MultistepSampler", "sigma_max": 0.8}
+        ),
+    ]
+    for stage, sampler in zip(loaded, (BlurringSampler, MultistepSampler), strict=True):
+        assert isinstance(stage.sampler, sampler)
+        assert isinstance(stage.corruption, LinearCorruption)
+        assert isinstance(stage.sampler.corruption, LinearCorruption)
+        assert stage.sample((1, 3, 16, 16), [0], previous=torch.zeros(1, 3, 4, 4)).isfinite().all()
+
+
+@pytest.mark.slow
 def test_a_checkpoint_of_another_stage_is_not_continued(fit):
     fit("run", 4)
     with pytest.raises(UserError, match=r"different settings \(denoiser\.network\.channels was 8, is 16\)"):
@@ -349,7 +367,7 @@ def test_a_fit_counts_nothing_of_one_that_failed_between_micro_batches():
     stage = tiny_stage(4)
     stage.add_pending(4, torch.ones(4))
     next(stage.parameters()).grad = torch.ones_like(next(stage.parameters()))
-    stage.gradient_norm.add(stage.denoiser.parameters())
+    stage.gradient_norm.add(torch.ones(()))
     stage.setup("fit")
     assert not stage.mid_accumulation
     assert stage.gradient_norm.take() is None

@@ -6,14 +6,24 @@ from itertools import pairwise
 import pytest
 import torch
 
-from relay_diffusion.diffusion import BlurringCorruption, GaussianCorruption, LogNormal, TruncatedLogNormal
+from relay_diffusion.diffusion import (
+    BlurringCorruption,
+    GaussianCorruption,
+    LinearCorruption,
+    LogNormal,
+    TruncatedLogNormal,
+)
 from relay_diffusion.diffusion.dct import block_dct, block_filter, block_idct
 from relay_diffusion.diffusion.generators import PerImageGenerator
-from relay_diffusion.samplers import MultistepSampler
+from relay_diffusion.samplers import BlurringSampler, MultistepSampler
 from support import toy_denoiser
 
 GAUSSIAN = GaussianCorruption(LogNormal())
 BLURRING = BlurringCorruption(TruncatedLogNormal(), block=4, block_strength=0.0)
+LINEAR = LinearCorruption(TruncatedLogNormal(), block=4, block_strength=0.0)
+CORRUPTIONS = pytest.mark.parametrize(
+    "corruption", [GAUSSIAN, BLURRING, LINEAR], ids=["gaussian", "blurring", "linear"]
+)
 LABELS = torch.tensor([3, 7])
 MEAN, SD = 0.8, 0.2  # of the mixture's two components: N(+-MEAN, SD^2)
 
@@ -64,7 +74,7 @@ class Mixture:
         return block_idct((low + high) / 2, self.block)
 
 
-@pytest.mark.parametrize("corruption", [GAUSSIAN, BLURRING], ids=["gaussian", "blurring"])
+@CORRUPTIONS
 def test_second_order_on_a_gaussian_mixture(corruption):
     high, low = 0.8, 0.05
     mixture, noise = Mixture(corruption, 8), images(8)
@@ -80,8 +90,27 @@ def test_second_order_on_a_gaussian_mixture(corruption):
         assert 3.3 < coarse / fine < 5.0
 
 
+@pytest.mark.parametrize("corruption", [BLURRING, LINEAR], ids=["blurring", "linear"])
+def test_both_samplers_of_a_relay_stage_converge_to_the_same_solution(corruption):
+    high, low = 0.8, 0.05
+    mixture, noise = Mixture(corruption, 8), images(8)
+    start, exact = torch.zeros_like(noise), mixture.carried(high * noise, high, low)
+    exact = mixture.denoise(exact, torch.tensor([low]), None)
+    apart = []
+    for steps in (20, 40, 80, 160):
+        samplers = (
+            MultistepSampler(corruption, steps, low, high),
+            BlurringSampler(corruption, steps, low, high, truncation_sigma=1.0, s_noise=0.0),
+        )
+        results = [sampler(mixture.denoise, start, lambda _: noise) for sampler in samplers]
+        apart.append((results[0] - results[1]).abs().mean().item())
+    assert max((result - exact).abs().mean() for result in results) < 0.01
+    for coarse, fine in pairwise(apart):
+        assert coarse / fine > 1.7
+
+
 @pytest.mark.parametrize("s_noise", [0.0, 0.2, 0.7, 1.0])
-@pytest.mark.parametrize("corruption", [GAUSSIAN, BLURRING], ids=["gaussian", "blurring"])
+@CORRUPTIONS
 def test_an_oracle_denoiser_keeps_the_exact_marginals(corruption, s_noise):
     """Each draw of noise has a batch entry of its own, so the squared residuals of all entries add up to sigma^2."""
     sampler = MultistepSampler(corruption, 5, 0.02, 0.8, s_noise=s_noise)
@@ -122,7 +151,7 @@ def test_equals_dpm_solver_of_second_order_without_blur():
     torch.testing.assert_close(sampler(toy_denoiser, noise, no_noise, LABELS), expected, atol=1e-8, rtol=0)
 
 
-@pytest.mark.parametrize("corruption", [GAUSSIAN, BLURRING], ids=["gaussian", "blurring"])
+@CORRUPTIONS
 def test_batch_splits_give_the_same_images(corruption):
     sampler, start = MultistepSampler(corruption, 4, 0.02, 0.8, s_noise=0.3), images(3)
     labels = torch.tensor([1, 2, 3])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from recorder import Recorder
-from relay_diffusion.diffusion import BlurringCorruption, TruncatedLogNormal
+from relay_diffusion.diffusion import BlurringCorruption, LinearCorruption, TruncatedLogNormal
 from relay_diffusion.diffusion.dct import block_dct, block_filter, block_idct
 from relay_diffusion.diffusion.generators import PerImageGenerator
 from relay_diffusion.diffusion.noise import block_noise
@@ -80,9 +80,16 @@ def noisy_steps(move, x, draws, sigmas, eta, denoise):
 
 
 @pytest.mark.parametrize("of_network", [torch.float64, torch.float32])
-@pytest.mark.parametrize("block", [2, 4, 16])
-def test_relay_steps_equal_the_formula(block, of_network):
-    corruption = BlurringCorruption(SCHEDULE, block, blur_sigma_max=2.0, block_strength=0.4)
+@pytest.mark.parametrize(
+    "corruption",
+    [
+        *(BlurringCorruption(SCHEDULE, block, blur_sigma_max=2.0, block_strength=0.4) for block in (2, 4, 16)),
+        LinearCorruption(SCHEDULE, 4, block_strength=0.4),
+    ],
+    ids=["blurring, 2", "blurring, 4", "blurring, 16", "linear, 4"],
+)
+def test_relay_steps_equal_the_formula(corruption, of_network):
+    block = corruption.block
     sampler = BlurringSampler(corruption, steps=10, s_noise=0.3)
     start, white = images(size=32), [images(size=32) for _ in range(2 * (2 * len(sampler.sigmas) - 1))]
     replay = Replay(white)
@@ -268,9 +275,16 @@ def spread(state):
 
 
 @pytest.mark.parametrize("s_noise", [0.0, 0.2, 1.0])
-@pytest.mark.parametrize("block", [2, 4])
-def test_relay_keeps_the_blurred_image_as_its_mean(block, s_noise):
-    corruption = BlurringCorruption(SCHEDULE, block, blur_sigma_max=2.0, block_strength=0.0)
+@pytest.mark.parametrize(
+    "corruption",
+    [
+        BlurringCorruption(SCHEDULE, 2, blur_sigma_max=2.0, block_strength=0.0),
+        BlurringCorruption(SCHEDULE, 4, blur_sigma_max=2.0, block_strength=0.0),
+        LinearCorruption(SCHEDULE, 4, block_strength=0.0),
+    ],
+    ids=["blurring, 2", "blurring, 4", "linear, 4"],
+)
+def test_relay_keeps_the_filtered_image_as_its_mean(corruption, s_noise):
     x0, recorder = relay_states(corruption, s_noise)
     for state, sigma in zip(recorder.states, recorder.sigmas, strict=True):
         blurred = corruption.corrupt(x0[:1], sigma[:1], torch.zeros_like(x0[:1]))

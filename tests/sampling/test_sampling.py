@@ -155,6 +155,40 @@ def test_given_images_are_enlarged_under_their_names(configuration, relay_overri
     assert pngs(tmp_path / "one/images").items() <= pngs(tmp_path / "large/images").items()
 
 
+def test_the_error_of_the_block_means_is_reported(configuration, relay_overrides, evaluate, tmp_path, capsys):
+    generator, small = np.random.default_rng(0), {}
+    (tmp_path / "small").mkdir()
+    for name in ("a", "b", "c"):
+        small[name] = generator.integers(96, 160, (8, 8, 3)).astype(np.uint8)
+        Image.fromarray(small[name]).save(tmp_path / f"small/{name}.png")
+    start = [f"relay.start={tmp_path / 'small'}", "class=-1"]
+
+    def by_hand(folder):
+        squares = []
+        for name, pixels in small.items():
+            with Image.open(folder / f"images/{name}.png") as image:
+                means = np.asarray(image).reshape(8, 2, 8, 2, 3).mean((1, 3))
+            squares.append((means - pixels) ** 2)
+        return np.sqrt(np.mean(squares))
+
+    first = ["seeds=0", f"output={tmp_path / 'free'}"]
+    sample(configuration("sample", *relay_overrides, *start, *first))
+    results = sample(configuration("sample", *relay_overrides, *start, *first[1:]))  # all images, not the two new ones
+    assert results["sampled_now"] == 2
+    assert results["block_mean_error"] == pytest.approx(by_hand(tmp_path / "free"))
+    assert f"RMS error {results['block_mean_error']:.2f} gray levels against relay.start" in capsys.readouterr().out
+    tied = [f"output={tmp_path / 'tied'}", "relay.consistency=true"]
+    sample(configuration("sample", *evaluate, *start, *tied))
+    stored = json.loads((tmp_path / "tied/metrics.json").read_text())
+    assert stored["block_mean_error"] == pytest.approx(by_hand(tmp_path / "tied"))
+    assert stored["block_mean_error"] < results["block_mean_error"] / 2  # the range of 8 bits cuts off some detail
+    assert stored["settings"]["consistency"] is True
+    with pytest.raises(UserError, match="consistency"):
+        sample(configuration("sample", *relay_overrides, *start, *tied[:1]))
+    noise = sample(configuration("sample", *relay_overrides, "seeds=0", f"output={tmp_path / 'noise'}"))
+    assert "block_mean_error" not in noise
+
+
 def test_a_part_of_the_given_images(configuration, relay_overrides, tmp_path):
     for name in ("a/1.png", "b/1.png"):
         (tmp_path / name).parent.mkdir()

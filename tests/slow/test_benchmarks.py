@@ -15,9 +15,11 @@ from relay_diffusion.checkpoints.loading import load_relay, load_stage
 from relay_diffusion.config import compose
 from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.image_sets import open_image_set
-from relay_diffusion.diffusion.pixels import to_float
-from relay_diffusion.metrics import Evaluator, FIDMetric
-from relay_diffusion.samplers import BlurringSampler
+from relay_diffusion.data.zip_writer import image_zip
+from relay_diffusion.diffusion.pixels import to_float, to_uint8
+from relay_diffusion.errors import UserError
+from relay_diffusion.metrics import Evaluator, FIDMetric, SFIDMetric
+from relay_diffusion.samplers import BlurringSampler, MultistepSampler
 from support import PROJECT, run
 
 
@@ -55,8 +57,8 @@ def test_denoising_prints_the_error_of_the_estimates():
     result = run("benchmarks/denoising.py", "count=3", "batch=2", "sigmas=0.5,2")
     assert result.returncode == 0, result.stderr
     images = ImageDataset(PROJECT / "demo/emoji-64.zip", 64, subset="heldout")
-    chosen = images.__getitems__([0, 108, 217])  # of 326
-    x, labels = to_float(torch.stack([image for image, _ in chosen])), torch.tensor([label for _, label in chosen])
+    chosen, labels = images.batch([0, 108, 217])  # of 326
+    x = to_float(chosen)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     stage = load_stage(PROJECT / "demo/emoji_64").eval()
     printed = result.stdout.split("heldout")[1].replace(":", " ").split()
@@ -138,7 +140,7 @@ def test_grids_evaluates_the_images_of_the_relay(search, relay_runs, small_zip, 
     dataset = ImageDataset(small_zip, 16)
     with torch.autocast("cpu", torch.bfloat16):
         images = loaded.finish(loaded.sample(range(7, 31), dataset.labels))
-    reference = torch.stack([image for image, _ in dataset.__getitems__(range(24))])
+    reference = dataset.batch(range(24))[0]
     evaluator = Evaluator(PixelFeatures(), pixel_reference(reference), {"fid": FIDMetric()})
     evaluator.update(images, torch.arange(24))
     assert float(row["fid"]) == pytest.approx(evaluator.compute()["fid"], abs=2e-3)
@@ -254,6 +256,131 @@ def test_evaluations_plot_reads_points_of_grids(tmp_path, benchmark):
 
 
 @pytest.fixture
+def photos(tmp_path):
+    """A zip of three images of 40x24 and 24x40, and one of training."""
+    generator = np.random.default_rng(0)
+    with image_zip(tmp_path / "photos.zip") as archive:
+        for number, size in enumerate([(40, 24), (24, 40), (30, 30)]):
+            image = Image.fromarray(generator.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize(size)
+            archive.add(f"heldout/photo{number}.png", image)
+        archive.add("train/other.png", Image.new("RGB", (16, 16)))
+    return tmp_path / "photos.zip"
+
+
+@pytest.fixture
+def enlarge(benchmark, photos, relay_runs, tmp_path, monkeypatch):
+    """Run enlarging.py with pixels as features; returns the rows of its CSV."""
+    monkeypatch.chdir(tmp_path)
+    use_small_features(monkeypatch)
+    module = benchmark("enlarging")
+    monkeypatch.setattr(module, "Inception", lambda _: PixelFeatures())
+
+    def run(methods, **options):
+        options = {"stage": str(relay_runs / "relay"), "images": str(photos), "count": 60, "batch": 7} | options
+        module.run(module.Options(methods=methods, output="points.csv", **options))
+        return rows_of(tmp_path / "points.csv")
+
+    return run
+
+
+def test_enlarging_measures_interpolation_by_its_formulas(enlarge, photos):
+    bicubic, lanczos = enlarge("bicubic+lanczos")
+    dataset = ImageDataset(photos, 16, "heldout", random_crops=20)
+    crops = dataset.batch(range(60))[0]
+    small = torch.floor(crops.unflatten(3, (8, 2)).unflatten(2, (8, 2)).double().mean((3, 5)) + 0.5)
+    pictures = [Image.fromarray(x.permute(1, 2, 0).to(torch.uint8).numpy()) for x in small]
+    large = np.stack([np.asarray(picture.resize((16, 16), Image.Resampling.BICUBIC)) for picture in pictures])
+    results = torch.from_numpy(large).permute(0, 3, 1, 2)
+    errors = results.double() - crops
+    assert float(bicubic["psnr"]) == pytest.approx(10 * np.log10(255**2 / float(errors.square().mean())), abs=2e-3)
+    means = results.unflatten(3, (8, 2)).unflatten(2, (8, 2)).double().mean((3, 5))
+    assert float(bicubic["agreement"]) == pytest.approx(float((means - small).square().mean().sqrt()), abs=2e-3)
+    evaluator = Evaluator(PixelFeatures(), pixel_reference(crops), {"fid": FIDMetric(), "sfid": SFIDMetric()})
+    evaluator.update(results, torch.arange(60))
+    expected = evaluator.compute()
+    assert [float(bicubic[name]) for name in ("fid", "sfid")] == pytest.approx(
+        [expected["fid"], expected["sfid"]], abs=2e-3
+    )
+    assert 0.5 < float(bicubic["ssim"]) < 1
+    assert float(lanczos["psnr"]) > float(bicubic["psnr"])
+    assert [bicubic[name] for name in ("evaluations", "tflop", "device")] == ["0", "0", "CPU"]
+
+
+def test_enlarging_measures_the_images_of_the_stage_and_keeps_rows(enlarge, photos, relay_runs):
+    one, two = enlarge("1,2/0.4/0.1/7/0.2", count=6, seed=5)
+    assert (one["evaluations"], two["evaluations"]) == ("1", "2")
+    assert float(two["tflop"]) == pytest.approx(2 * float(one["tflop"]), rel=1e-3)
+    dataset = ImageDataset(photos, 16, "heldout", random_crops=2)
+    crops = dataset.batch(range(6))[0]
+    small = torch.floor(crops.unflatten(3, (8, 2)).unflatten(2, (8, 2)).float().mean((3, 5)) + 0.5)
+    stage = load_stage(relay_runs / "relay").eval()
+    stage.sampler = MultistepSampler(stage.corruption, 2, 0.1, 0.4, 7, 0.2)
+    with torch.autocast("cpu", torch.bfloat16):
+        images = stage.sample((6, 3, 16, 16), range(5, 11), torch.full((6,), -1), to_float(small.to(torch.uint8)))
+    error = (to_uint8(images).double() - crops).square().mean()
+    assert float(two["psnr"]) == pytest.approx(10 * np.log10(255**2 / float(error)), abs=0.05)
+    assert enlarge("2,1/0.4/0.1/7/0.2", count=6, seed=5) == [one, two]  # existing rows are kept
+    assert len(enlarge("2/0.4/0.1/7/0.2", count=6, seed=6)) == 3
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("methods=nearest", "methods=nearest: must be steps/sigma_max/sigma_min/rho/s_noise"),
+        ("methods=2/0.4/0.5/7/0", "methods=2/0.4/0.5/7/0: sigma_min=0.5: must be below sigma_max=0.4"),
+        ("stage=demo/emoji_64", "stage=demo/emoji_64: starts from noise; give a relay stage"),
+        ("count=0", "count=0: must be at least 1"),
+    ],
+)
+def test_enlarging_names_wrong_options(option, message):
+    result = run("benchmarks/enlarging.py", "stage=demo/emoji_256", "images=demo/emoji-64.zip", option)
+    assert result.returncode == 2
+    assert result.stderr == f"error: {message}\n"
+
+
+def test_enlarging_plot_averages_seeds_and_joins_grids(enlarge, benchmark, tmp_path):
+    for seed in (0, 1):
+        rows = enlarge("bicubic+2,1/0.4/0.1/7/0.2", count=6, seed=seed)
+    module = benchmark("enlarging_plot")
+    points = module.averaged(tmp_path / "points.csv")
+    psnr = [float(row["psnr"]) for row in rows if row["method"] == "2/0.4/0.1/7/0.2"]
+    assert len(psnr) == 2
+    assert points["2/0.4/0.1/7/0.2"]["psnr"] == pytest.approx(sum(psnr) / 2)
+    found = {name: [point["evaluations"] for point in curve] for name, curve in module.curves(points).items()}
+    assert found == {"bicubic": [0], "0.4/0.1/7/0.2": [1, 2]}
+    result = run("benchmarks/enlarging_plot.py", f"points={tmp_path / 'points.csv'}", f"plot={tmp_path / 'a.png'}")
+    assert result.returncode == 0, result.stderr
+    assert f"| 1/0.4/0.1/7/0.2 | 1 | {points['1/0.4/0.1/7/0.2']['tflop']:.3f} |" in result.stdout
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (660, 506)
+    enlarge("bicubic", count=5)
+    with pytest.raises(UserError, match=r"points=.*: has rows of several stages or sets of crops"):
+        module.averaged(tmp_path / "points.csv")
+
+
+def test_enlarging_picture_shows_the_measured_crops(benchmark, photos, relay_runs, tmp_path):
+    module = benchmark("enlarging_picture")
+    options = module.Options(
+        "photo2:3,photo0:0",
+        str(relay_runs / "relay"),
+        "lanczos+1/0.4/0.1/7/0",
+        str(photos),
+        picture=str(tmp_path / "a"),
+    )
+    dataset = ImageDataset(photos, 16, "heldout", random_crops=20)
+    expected = dataset.batch([3 * 3 + 2, 0])[0]
+    assert torch.equal(module.chosen_crops(dataset, options.crops), expected)
+    module.run(options)
+    with Image.open(tmp_path / "a") as picture:
+        assert picture.size == (4 * 16 + 3 * 2, 2 * 16 + 2)
+        original = np.asarray(picture.convert("RGB"))[:16, -16:].astype(int)
+    assert np.abs(original - expected[0].permute(1, 2, 0).numpy()).mean() < 20
+    for crop in ("photo9:0", "photo0", "photo0:x", "photo0:10000"):
+        with pytest.raises(UserError, match=f"crops={crop}: must be NAME:NUMBER with one of photo0, photo1, photo2"):
+            module.chosen_crops(dataset, crop)
+
+
+@pytest.fixture
 def compare(benchmark, relay_overrides, tmp_path, monkeypatch):
     """Run comparison.py for curves of a tiny relay with pixels as features; returns its rows."""
     use_small_features(monkeypatch)
@@ -290,6 +417,12 @@ def test_comparison_measures_the_same_whatever_it_samples_before(compare):
     alone = compare("alone.csv", b="", a=f"{MULTISTEP}1,2")  # existing rows are skipped
     assert len(alone) == len(together)
     assert without_seconds(alone) == without_seconds(together)
+
+
+def test_comparison_ties_block_means_to_the_first_stage(compare):
+    free, tied = (compare(f"{value}.csv", a=f"relay.consistency={value}")[0] for value in ("false", "true"))
+    assert free["evaluations"] == tied["evaluations"]
+    assert free["fid"] != tied["fid"]
 
 
 def test_comparison_samples_first_stages_once_and_counts_their_time(benchmark, compare, monkeypatch):
@@ -335,7 +468,7 @@ def test_comparison_plot_draws_quality_against_operations_and_seconds(tmp_path):
         assert picture.size == (1210, 880)
     result = run("benchmarks/comparison_plot.py", *options)
     assert result.returncode == 2
-    assert result.stderr.startswith("error: curves=relay is not in ")
+    assert result.stderr.startswith("error: curves=cascade is not in ")
 
 
 def test_sampling_compares_the_command_with_its_network(relay_runs):

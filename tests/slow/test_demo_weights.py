@@ -13,8 +13,8 @@ from support import PROJECT
 def heldout():
     """Read every eightieth held-out emoji, float [5,3,64,64], and classes."""
     images = ImageDataset(PROJECT / "demo/emoji-64.zip", 64, subset="heldout")
-    chosen = images.__getitems__(range(0, len(images), 80))
-    return to_float(torch.stack([image for image, _ in chosen])), torch.tensor([label for _, label in chosen])
+    chosen, labels = images.batch(range(0, len(images), 80))
+    return to_float(chosen), labels
 
 
 @torch.no_grad()

@@ -158,6 +158,7 @@ def relay_options(settings: DictConfig) -> dict[str, Any]:
         "hand_over_sigma": settings.hand_over_sigma,
         "rounding": settings.rounding,
         "postprocess": instantiate(settings.postprocess),
+        "consistency": settings.get("consistency", False),  # relay files of before lack it
     }
 
 

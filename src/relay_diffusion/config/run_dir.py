@@ -81,7 +81,7 @@ def _wandb_offline() -> bool:
 def _group_choices() -> str:
     """List the config groups of this command with their choices."""
     loader = GlobalHydra.instance().config_loader()
-    groups = sorted(group for group in HydraConfig.get().runtime.choices if "/" not in group)
+    groups = sorted(group for group in HydraConfig.get().runtime.choices if not group.startswith("hydra/"))
     return "\n".join(f"{group}: {', '.join(loader.get_group_options(group.partition('@')[0]))}" for group in groups)
 
 

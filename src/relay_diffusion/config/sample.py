@@ -62,6 +62,8 @@ def _check_relay(cfg: DictConfig) -> None:
         exif = relay.start_exif
         require(exif == "apply", f"relay.start_exif={shorten(exif)}: give relay.start=FOLDER, ZIP or FILE")
     check_choice(cfg, "relay.rounding", ("nearest", "floor"))
+    if has_key(cfg, "relay.consistency"):  # optional: Relay has a default
+        check_flag(cfg, "relay.consistency")
     check_built(cfg, "relay.postprocess", null=True)
     if relay.hand_over_sigma is not None:
         check_number(cfg, "relay.hand_over_sigma", 0, HUGE)

@@ -171,11 +171,15 @@ def _check_resolution(cfg: DictConfig, key: str) -> None:
 
 
 def _check_dataset(cfg: DictConfig) -> None:
-    """Check `resolution` and `path` of the dataset, if its class has them."""
+    """Check resolution, path and crops of the dataset, if it has them."""
     if "resolution" in cfg.data.dataset:
         _check_resolution(cfg, "data.dataset.resolution")
     if "path" in cfg.data.dataset:
         check_file(cfg.data.dataset.path, "data.dataset.path")
+    if "random_crops" in cfg.data.dataset:
+        from relay_diffusion.data.crops import MAX_CROPS  # keep --help fast
+
+        check_whole(cfg, "data.dataset.random_crops", 0, MAX_CROPS)
 
 
 def _check_network(cfg: DictConfig) -> None:

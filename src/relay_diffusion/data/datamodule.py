@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from relay_diffusion.data.dataset import ImageDataset
+from relay_diffusion.data.dataset import ImageDataset, batch_of
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.distributed import SIGNALS, exit_for_parent_only
 
@@ -104,7 +104,7 @@ class ImageDataModule(LightningDataModule):
             raise UserError(f"data.num_workers={num_workers}: must be 0 or more")
         self.dataset, self.batch_size, self.num_workers, self.seed = dataset, batch_size, num_workers, seed
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return the loader of this rank.
 
         Lightning must not replace its sampler (Trainer(use_distributed_sampler=False)).
@@ -123,8 +123,9 @@ class ImageDataModule(LightningDataModule):
             start=lambda: cast(int, trainer.lightning_module.images_seen),
         )
         return _TrainingLoader(
-            self.dataset,
-            batch_sampler=sampler,
+            _Batches(self.dataset),
+            batch_size=None,  # an item is a whole batch
+            sampler=sampler,
             num_workers=num_workers,
             worker_init_fn=exit_for_parent_only,
             persistent_workers=num_workers > 0,
@@ -132,7 +133,20 @@ class ImageDataModule(LightningDataModule):
         )
 
 
-class _TrainingLoader(DataLoader[tuple[Tensor, int]]):
+class _Batches(Dataset[tuple[Tensor, Tensor]]):
+    """Batches of a dataset by lists of indices.
+
+    Collating single items costs a small network more time than indexing the cached images.
+    """
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        return batch_of(self.dataset, indices)
+
+
+class _TrainingLoader(DataLoader[tuple[Tensor, Tensor]]):
     """Data loader whose workers ignore the signals that stop a run.
 
     A closed terminal, `timeout` and `scancel` signal every process of a run, and the step that training then finishes

@@ -85,18 +85,24 @@ class ImageFiles(ImageSet):
     """Image files of a folder or zip; thread-safe.
 
     Also a single image file. resolution: (H, W); images of a multiple of it are box-averaged. None: that of the first
-    image, and all must have it. subset: a folder inside. apply_exif: apply the EXIF orientation.
+    image, and all must have it. subset: a folder inside. apply_exif: apply the EXIF orientation. whole: images may have
+    any size from the resolution on and are not averaged.
     turned: names of the images that this process has turned. Raises UserError naming the option and the image.
     """
 
     def __init__(
-        self, source: Source, resolution: tuple[int, int] | None = None, subset: str = "", apply_exif: bool = True
+        self,
+        source: Source,
+        resolution: tuple[int, int] | None = None,
+        subset: str = "",
+        apply_exif: bool = True,
+        whole: bool = False,
     ) -> None:
         super().__init__()
         self.kind, self.path, self.names = source.kind, source.path, source.names_in(subset)
         self.turned: set[str] = set()
         self._source, self._subset, self._apply_exif = source, subset.strip("/"), apply_exif
-        self._reduces = resolution is not None
+        self._whole, self._reduces = whole, resolution is not None
         if resolution is None:
             first = source.decoded(self.names[0], apply_exif).image
             resolution = (first.height, first.width)
@@ -120,14 +126,22 @@ class ImageFiles(ImageSet):
         return _digest([header, exif, *(f"{name}\n{self._source.fingerprint(name)}\n" for name in self.names)])
 
     def image(self, name: str) -> Image.Image:
-        """Return one image at the resolution.
+        """Return one image at the resolution, or a whole one.
 
-        Raises UserError if its size is not a multiple of it.
+        Raises UserError if its size is not a multiple of the resolution, or smaller.
         """
         decoded = self._source.decoded(name, self._apply_exif)
         if decoded.turned:
             self.turned.add(name)
         image = decoded.image
+        if self._whole:
+            height, width = self.resolution
+            if image.height < height or image.width < width:
+                raise UserError(
+                    f"{self._source.option}: {self._source.where(name)} is {image.width}x{image.height}, smaller than "
+                    f"{width}x{height}; remove it"
+                )
+            return image
         factor = _factor((image.height, image.width), self.resolution) if self._reduces else 1
         if factor is None or (image.height // factor, image.width // factor) != self.resolution:
             raise UserError(self._wrong_size(name, image))

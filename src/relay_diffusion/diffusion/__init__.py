@@ -1,6 +1,7 @@
 """Mathematics of Relay Diffusion; imports torch only."""
 
 from relay_diffusion.diffusion.corruption import BlurringCorruption, ConditionedCorruption, GaussianCorruption
+from relay_diffusion.diffusion.linear import LinearCorruption
 from relay_diffusion.diffusion.loss import DenoisingLoss
 from relay_diffusion.diffusion.schedule import LogNormal, TruncatedLogNormal
 
@@ -9,6 +10,7 @@ __all__ = [  # classes that configs name
     "ConditionedCorruption",
     "DenoisingLoss",
     "GaussianCorruption",
+    "LinearCorruption",
     "LogNormal",
     "TruncatedLogNormal",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from functools import lru_cache
 from typing import Protocol
 
@@ -112,48 +113,35 @@ class GaussianCorruption:
         return torch.addcmul(x0, expand(noise_levels(sigma, len(x0)), x0), noise)
 
 
-@lru_cache(maxsize=64)
-def _widest_exponents(block: int, blur_sigma_max: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the exponents of the strongest blur, [block, block].
+class BlockCorruption(ABC):
+    """Gains on block DCT coefficients, and noise; ends at the block means.
 
-    -(w_k^2 + w_l^2) blur_sigma_max^2 / 2 with w_k = pi k / block.
-    """
-    with torch.inference_mode(False):  # cached, and used in training too
-        frequency = torch.arange(block, dtype=torch.float64, device="cpu") * (math.pi / block)
-        squared = frequency[:, None] ** 2 + frequency[None, :] ** 2
-        return (squared * (-(blur_sigma_max**2) / 2)).to(device=device, dtype=dtype)
-
-
-class BlurringCorruption:
-    """Block blur with noise; the end state is the upsampled small image.
-
-    x_u = DCT^-1[A(u) DCT[x0]] + sigma(u) (eps + block_strength block(eps')), per block x block piece, with
-    A_kl(u) = (1 - min_gain) exp(-(w_k^2 + w_l^2) b(u)^2 / 2) + min_gain, w_k = pi k / block,
-    b(u) = blur_sigma_max sin^2(pi u / 2) (Teng et al. 2024, section 3). The noise is not divided by
-    sqrt(1 + block_strength^2) as in the paper: the published weights were trained without the division.
+    x_u = DCT^-1[A(u) DCT[x0]] + sigma(u) (eps + block_strength block(eps')), per block x block piece, with the gain 1
+    for the mean. A subclass computes the gains A. The noise is not divided by sqrt(1 + block_strength^2) as in the
+    paper (Teng et al. 2024, section 3): the published weights were trained without the division.
     Raises ValueError for an option out of range.
     """
 
     starts_from_noise = False
 
-    def __init__(
-        self,
-        schedule: TruncatedLogNormal,
-        block: int = 4,
-        blur_sigma_max: float = 3.0,
-        min_gain: float = 0.001,
-        block_strength: float = 0.15,
-    ) -> None:
+    def __init__(self, schedule: TruncatedLogNormal, block: int = 4, block_strength: float = 0.15) -> None:
         if block < 2:
             raise ValueError(f"block={block}: must be at least 2; a relay stage enlarges its input")
-        for name, value in (("blur_sigma_max", blur_sigma_max), ("block_strength", block_strength)):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name}={value}: must be at least 0 and finite")
-        if not 0 <= min_gain <= 1:
-            raise ValueError(f"min_gain={min_gain}: must lie between 0 and 1")
-        self.schedule, self.block = schedule, block
-        self.blur_sigma_max, self.min_gain = blur_sigma_max, min_gain
-        self.block_strength = block_strength
+        if not 0 <= block_strength < math.inf:
+            raise ValueError(f"block_strength={block_strength}: must be at least 0 and finite")
+        self.schedule, self.block, self.block_strength = schedule, block, block_strength
+
+    @abstractmethod
+    def level_gains(self, level: Tensor) -> Tensor:
+        """Compute the gains at level u: [B] -> [B,1,block,block]."""
+
+    def gains(self, sigma: Tensor | float) -> Tensor:
+        """Compute the gain of each DCT coefficient at noise level sigma.
+
+        [B] -> [B,1,block,block]; sigma may be one number. The gain of the mean is 1.
+        """
+        sigma = noise_levels(sigma, len(sigma) if isinstance(sigma, Tensor) and sigma.ndim else 1)
+        return self.level_gains(self.schedule.level(sigma))
 
     def start(self, like: Tensor, previous: Tensor | None, randn_like: RandnLike) -> Tensor:  # noqa: ARG002
         """Upsample the previous stage's images to start sampling from.
@@ -172,17 +160,6 @@ class BlurringCorruption:
             )
         return upsampled
 
-    def gains(self, sigma: Tensor | float) -> Tensor:
-        """Compute the gain of each DCT coefficient at noise level sigma.
-
-        [B] -> [B,1,block,block]; sigma may be one number. The gain of the mean is 1.
-        """
-        sigma = noise_levels(sigma, len(sigma) if isinstance(sigma, Tensor) and sigma.ndim else 1)
-        widest = _widest_exponents(self.block, self.blur_sigma_max, sigma.dtype, sigma.device)
-        share = torch.sin(self.schedule.level(sigma) * (math.pi / 2)) ** 4  # of the exponents: (b(u) / b_max)^2
-        decay = torch.exp(share.view(-1, 1, 1, 1) * widest)
-        return (1 - self.min_gain) * decay + self.min_gain
-
     def at_level(self, start: Tensor, sigma: float, randn_like: RandnLike) -> Tensor:
         """Add noise of level sigma to the start, the upsampled image [B,C,H,W]."""
         return torch.add(start, self.draw_noise(start, randn_like), alpha=sigma)
@@ -198,13 +175,56 @@ class BlurringCorruption:
         return add_block_noise(white, randn_like(like), self.block, self.block_strength)
 
     def corrupt(self, x0: Tensor, sigma: Tensor | float, noise: Tensor) -> Tensor:
-        """Blur clean images and add noise.
+        """Filter clean images and add noise.
 
         x0 [B,C,H,W], sigma [B] (may be on the CPU) or a number, noise from `draw_noise` -> noisy images [B,C,H,W].
         """
         _check_corrupted(x0, noise)
         sigma = noise_levels(sigma, len(x0))
         return filter_and_add(x0, self.gains(sigma), sigma, noise)
+
+
+@lru_cache(maxsize=64)
+def _widest_exponents(block: int, blur_sigma_max: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the exponents of the strongest blur, [block, block].
+
+    -(w_k^2 + w_l^2) blur_sigma_max^2 / 2 with w_k = pi k / block.
+    """
+    with torch.inference_mode(False):  # cached, and used in training too
+        frequency = torch.arange(block, dtype=torch.float64, device="cpu") * (math.pi / block)
+        squared = frequency[:, None] ** 2 + frequency[None, :] ** 2
+        return (squared * (-(blur_sigma_max**2) / 2)).to(device=device, dtype=dtype)
+
+
+class BlurringCorruption(BlockCorruption):
+    """Block blur with noise (Teng et al. 2024, section 3).
+
+    A_kl(u) = (1 - min_gain) exp(-(w_k^2 + w_l^2) b(u)^2 / 2) + min_gain, w_k = pi k / block,
+    b(u) = blur_sigma_max sin^2(pi u / 2).
+    Raises ValueError for an option out of range.
+    """
+
+    def __init__(
+        self,
+        schedule: TruncatedLogNormal,
+        block: int = 4,
+        blur_sigma_max: float = 3.0,
+        min_gain: float = 0.001,
+        block_strength: float = 0.15,
+    ) -> None:
+        super().__init__(schedule, block, block_strength)
+        if not 0 <= blur_sigma_max < math.inf:
+            raise ValueError(f"blur_sigma_max={blur_sigma_max}: must be at least 0 and finite")
+        if not 0 <= min_gain <= 1:
+            raise ValueError(f"min_gain={min_gain}: must lie between 0 and 1")
+        self.blur_sigma_max, self.min_gain = blur_sigma_max, min_gain
+
+    def level_gains(self, level: Tensor) -> Tensor:
+        """Compute the gains at level u: [B] -> [B,1,block,block]."""
+        widest = _widest_exponents(self.block, self.blur_sigma_max, level.dtype, level.device)
+        share = torch.sin(level * (math.pi / 2)) ** 4  # of the exponents: (b(u) / b_max)^2
+        decay = torch.exp(share.view(-1, 1, 1, 1) * widest)
+        return (1 - self.min_gain) * decay + self.min_gain
 
 
 class ConditionedCorruption(GaussianCorruption):

@@ -19,6 +19,16 @@ def mix_seeds(seed: int, stream: int) -> int:
     return (z ^ (z >> 31)) >> 1
 
 
+def manual_seed(seed: int, device: torch.device) -> None:
+    """Seed torch's generators of the CPU and of `device`.
+
+    torch.manual_seed also queues the seed for every backend that is not in use, which takes longer than a small kernel.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
 class PerImageGenerator:
     """One random generator per image: samples do not depend on the batch.
 

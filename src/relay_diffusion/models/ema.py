@@ -26,6 +26,7 @@ class WeightAverage:
     ) -> None:
         self.half_life_images, self.ramp_up = half_life_images, ramp_up
         present = dict(network.named_parameters())
+        self._parameters = list(present.values())
         source = weights or present
         self.weights = {k: source[k].detach().to(p.device, torch.float32, copy=True) for k, p in present.items()}
 
@@ -44,12 +45,12 @@ class WeightAverage:
         return float(0.5 ** (batch / max(self.half_life(seen), 1e-8)))
 
     @torch.no_grad()
-    def update(self, network: torch.nn.Module, batch: int, seen: int) -> None:
+    def update(self, batch: int, seen: int) -> None:
         """Move the average towards the network after an optimizer step.
 
         `batch`: images of the step; `seen`: images before it.
         """
-        present = [p.detach().float() for p in network.parameters()]
+        present = [p if p.dtype == torch.float32 else p.float() for p in self._parameters]
         torch._foreach_lerp_(list(self.weights.values()), present, 1 - self.beta(batch, seen))
 
     @contextmanager

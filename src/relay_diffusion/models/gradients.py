@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,15 +13,14 @@ from relay_diffusion.kernels import HAVE_TRITON
 GRADIENT_LIMIT = 1e5  # replaces an infinite gradient, as published
 
 
-def replace_nonfinite(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
+def replace_nonfinite(gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Replace NaN gradients by 0 and infinite ones by +-1e5, in place.
 
-    As published. Returns the number of replaced elements, on the device. On a GPU one kernel reads all gradients once,
-    and writes only what it replaces.
+    As published. Returns the number of replaced elements and the L2 norm of all elements afterwards, on the device. On
+    a GPU one kernel reads all gradients once, and writes only what it replaces.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
-        return torch.zeros((), dtype=torch.int64)
+        return torch.zeros((), dtype=torch.int64), torch.zeros(())
     if HAVE_TRITON and all(gradient.is_cuda and _is_dense(gradient) for gradient in gradients):
         from relay_diffusion.kernels.nonfinite import replace_all
 
@@ -29,11 +28,11 @@ def replace_nonfinite(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
     counts = [gradient.isfinite().logical_not_().sum() for gradient in gradients]
     for gradient in gradients:
         torch.nan_to_num_(gradient, nan=0.0, posinf=GRADIENT_LIMIT, neginf=-GRADIENT_LIMIT)
-    return torch.stack(counts).sum()
+    return torch.stack(counts).sum(), torch.nn.utils.get_total_norm(gradients).float()
 
 
 class GradientNorm:
-    """Mean L2 norm of all gradients over optimizer steps.
+    """Mean norm of the gradients over optimizer steps.
 
     Summed on the device without synchronization.
     """
@@ -41,19 +40,14 @@ class GradientNorm:
     def __init__(self) -> None:
         self._sums: Tensor | None = None  # [2]: sum of the norms, number of steps
 
-    def add(self, parameters: Iterable[torch.nn.Parameter], taken: Tensor | None = None) -> Tensor:
-        """Add the norm of a step's gradients, and return it.
+    def add(self, norm: Tensor, taken: Tensor | None = None) -> None:
+        """Add the norm of a step.
 
         `taken`: bool on the device, whether the step will take place; None counts it.
         """
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if not gradients:
-            return torch.zeros(())
-        norm = torch.nn.utils.get_total_norm(gradients).float()
         step = torch.stack([norm, torch.ones_like(norm)])
         step = step if taken is None else torch.where(taken.to(step.device), step, 0.0)
         self._sums = step if self._sums is None else self._sums + step
-        return norm
 
     def take(self) -> float | None:
         """Return the mean since the last call; None without a step."""

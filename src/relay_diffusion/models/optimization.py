@@ -54,6 +54,7 @@ class OptimizationHooks(L.LightningModule):
         self._pending = 0  # images of the current step
         self._norm: Tensor | None = None  # norm of the current step's gradients
         self._base_lrs: list[float] = []
+        self._weights: list[torch.nn.Parameter] = []  # of the denoiser
 
     @property
     def mid_accumulation(self) -> bool:
@@ -69,9 +70,13 @@ class OptimizationHooks(L.LightningModule):
         self.nonfinite_steps.add_losses(per_image)
 
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
-        """Store the learning rates for warm-up, and keep this run's `fused` setting."""
+        """Store the weights and the learning rates.
+
+        A loaded optimizer state keeps this run's `fused` setting.
+        """
         optimizer.register_load_state_dict_pre_hook(_keep_fused)
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
+        self._weights = list(self.denoiser.parameters())  # collecting them takes longer than a small kernel
 
     def averaged(self) -> AbstractContextManager[None]:
         """Use the averaged weights in the block, if training keeps an average."""
@@ -85,13 +90,14 @@ class OptimizationHooks(L.LightningModule):
         warmth = min(self.images_seen / self.warmup_images, 1.0) if self.warmup_images else 1.0
         for group, lr in zip(optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = lr * warmth
-        replaced = replace_nonfinite(self.denoiser.parameters())
-        elements = sum(p.grad.numel() for p in self.denoiser.parameters() if p.grad is not None)
+        gradients = [weight.grad for weight in self._weights if weight.grad is not None]
+        replaced, self._norm = replace_nonfinite(gradients)
+        elements = sum(gradient.numel() for gradient in gradients)
         self.replaced_gradients = self.replaced_gradients + replaced
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # gradients are unscaled already
         taken = replaced == 0 if scaled else None  # with fp16, Lightning skips a step with infinite gradients
         self.nonfinite_steps.end_step(replaced < elements, taken, self.trainer.world_size)
-        self._norm = self.gradient_norm.add(self.denoiser.parameters(), taken)
+        self.gradient_norm.add(self._norm, taken)
 
     def configure_gradient_clipping(
         self,
@@ -107,18 +113,19 @@ class OptimizationHooks(L.LightningModule):
         if not gradient_clip_val:
             return
         if gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(self.denoiser.parameters(), gradient_clip_val)
+            torch.nn.utils.clip_grad_value_(self._weights, gradient_clip_val)
         else:
             assert self._norm is not None  # set in on_before_optimizer_step
-            torch.nn.utils.clip_grads_with_norm_(self.denoiser.parameters(), gradient_clip_val, self._norm)
+            torch.nn.utils.clip_grads_with_norm_(self._weights, gradient_clip_val, self._norm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, update the average, and count the images of the step."""
         super().optimizer_step(*args, **kwargs)
-        self.denoiser.zero_grad()  # before a graph replay, which adds to existing gradients
+        for weight in self._weights:  # before a graph replay, which adds to existing gradients
+            weight.grad = None
         batch, self._pending = self._pending, 0
         if self.ema is not None:
-            self.ema.update(self.denoiser, batch, self.images_seen)
+            self.ema.update(batch, self.images_seen)
         self.images_seen += batch
 
     def setup(self, stage: str) -> None:

@@ -53,7 +53,9 @@ class Relay(L.LightningModule):
     noise. `hand_over_sigma`: the first stage stops at that noise level and passes its estimate on. `rounding` to 8 bits
     is "nearest" or "floor"; `postprocess` changes the 8-bit images [B,C,H,W]. `observers`: called at each evaluation
     of a network with the name of the stage and the arguments of an Observer, for progress and trajectories.
-    Raises UserError if the output of a stage does not fit the input of the next one, ValueError for another rounding.
+    `consistency`: stages that enlarge tie the block means of their estimates to the images that they start from.
+    Raises UserError if the output of a stage does not fit the input of the next one, or consistency is set without a
+    stage that enlarges, ValueError for another rounding.
     """
 
     def __init__(
@@ -62,15 +64,18 @@ class Relay(L.LightningModule):
         hand_over_sigma: float | None = None,
         rounding: str = "nearest",
         postprocess: Callable[[Tensor], Tensor] | None = None,
+        consistency: bool = False,
     ) -> None:
         super().__init__()
         _check_chain(stages)
         if rounding not in ROUNDING:
             raise ValueError(f"rounding={rounding}: use {' or '.join(ROUNDING)}")
+        if consistency and all(stage.corruption.block == 1 for stage in stages.values()):
+            raise UserError("relay.consistency=true: no stage of this relay enlarges images; use false")
         self._names = list(stages)  # a ModuleDict rejects some names ("keys", "pop")
         self.stages = nn.ModuleList(stages.values())
         self.rounding, self.postprocess = rounding, postprocess
-        self.hand_over_sigma = hand_over_sigma
+        self.hand_over_sigma, self.consistency = hand_over_sigma, consistency
         self.observers: list[Callable[[str, Tensor, Tensor, Tensor], None]] = []
         _ = self.samplers  # raises for an impossible hand-over
 
@@ -143,12 +148,13 @@ class Relay(L.LightningModule):
             name: stage.describe() | {"network_evaluations": samplers[name].evaluations}
             for name, stage in self.chain().items()
         }
-        return {
+        described = {
             "stages": stages,
             "hand_over_sigma": self.hand_over_sigma,
             "rounding": self.rounding,
             "postprocess": str(self.postprocess) if self.postprocess else None,
         }
+        return described | ({"consistency": True} if self.consistency else {})  # older settings.json do not have it
 
     @torch.no_grad()
     def sample_stages(
@@ -192,7 +198,8 @@ class Relay(L.LightningModule):
         images: dict[str, Tensor] = {}
         draws, fine, previous, samplers = [], [], start, self.samplers
         for name, stage in self.chain().items():
-            draws.append(partial(stage.draw, seeds, labels if stage.num_classes else None, previous, samplers[name]))
+            known, consistency = labels if stage.num_classes else None, self.consistency and previous is not None
+            draws.append(partial(stage.draw, seeds, known, previous, samplers[name], consistency=consistency))
             images[name] = draws[-1]([partial(observe, name) for observe in self.observers])
             fine.append(finite(images[name]))  # clamping would hide an infinity
             previous = images[name].clamp(-1, 1)  # the next stage was trained on means of real images

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from relay_diffusion.diffusion.augment import Augmentation
+from relay_diffusion.diffusion.consistency import BlockConsistency
 from relay_diffusion.diffusion.corruption import Corruption
-from relay_diffusion.diffusion.generators import PerImageGenerator, mix_seeds
+from relay_diffusion.diffusion.generators import PerImageGenerator, manual_seed, mix_seeds
 from relay_diffusion.diffusion.guidance import (
     Denoiser,
     Observer,
@@ -184,7 +185,7 @@ class DiffusionStage(OptimizationHooks):
         """
         images, labels = batch
         position = self.images_seen + self._pending + self.global_rank * len(images)
-        torch.manual_seed(mix_seeds(self.seed, position))
+        manual_seed(mix_seeds(self.seed, position), self.device)
         x0, augment_labels = to_float(images), None
         if self.augment is not None:
             x0, augment_labels = self.augment(x0)
@@ -299,15 +300,16 @@ class DiffusionStage(OptimizationHooks):
         seeds: Integers,
         labels: ClassLabels | None = None,
         previous: Tensor | None = None,
+        consistency: bool = False,
     ) -> Tensor:
         """Sample images of `shape` [B,C,H,W], one per seed.
 
         float32 in about [-1, 1]. seeds: B integers in 0..2^63-1 as a range, list, array or tensor, or one integer.
         labels: class indices or names [B], -1 or None for no class, or one for all. previous: images
         [B,C,H/block,W/block] of the previous stage, uint8 or in [-1, 1], for a stage that enlarges. Equal seeds give
-        equal images in any batch. Synchronizes with the device. Raises ValueError if an argument does not fit,
-        UserError for labels that the network does not have, NonFiniteSamplesError (a UserError) if a sample holds nan
-        or infinity.
+        equal images in any batch. consistency: tie the block means of each estimate to `previous`. Synchronizes with
+        the device. Raises ValueError if an argument does not fit, UserError for labels that the network does not have,
+        NonFiniteSamplesError (a UserError) if a sample holds nan or infinity.
         """
         seeds = seed_list(seeds)
         labels = label_tensor(labels, len(seeds), self.num_classes, self.info.class_names)
@@ -319,11 +321,11 @@ class DiffusionStage(OptimizationHooks):
             )
         if previous is not None and block > 1:
             previous = image_batch("previous", previous, (len(seeds), channels, size // block, size // block))
-        images = self.draw(seeds, labels, previous)
+        images = self.draw(seeds, labels, previous, consistency=consistency)
         fine = finite(images).tolist()
         if not all(fine):
             who = str(self.info.origin.get("file", "this stage"))
-            draw = partial(self.draw, seeds, labels, previous, self.sampler)
+            draw = partial(self.draw, seeds, labels, previous, self.sampler, consistency=consistency)
             raise nonfinite_samples(who, seeds, fine, draw)
         return images
 
@@ -335,11 +337,12 @@ class DiffusionStage(OptimizationHooks):
         previous: Tensor | None = None,
         sampler: Sampler | None = None,
         observers: Sequence[Observer] = (),
+        consistency: bool = False,
     ) -> Tensor:
         """Sample like `sample`, with valid arguments and without synchronization.
 
         Samples may be non-finite. sampler: used instead of the stage's own. observers: see each evaluation. Raises
-        ValueError for a sampler that does not start where the corruption ends.
+        ValueError for a sampler that does not start where the corruption ends, and for consistency without `previous`.
         """
         sampler = self.sampler if sampler is None else sampler
         self._check_sampler(sampler)
@@ -348,7 +351,12 @@ class DiffusionStage(OptimizationHooks):
         start = self.corruption.start(like, previous, noise.randn_like)
         if labels is not None:
             labels = labels.to(self.device)
-        denoise = observed(self.guided_denoiser(self.sampling_condition(previous, noise.randn_like)), observers)
+        denoise = self.guided_denoiser(self.sampling_condition(previous, noise.randn_like))
+        if consistency:
+            if previous is None:
+                raise ValueError("consistency=True: this stage starts from noise; use False")
+            denoise = BlockConsistency(denoise, previous.to(like), self.corruption.block)
+        denoise = observed(denoise, observers)
         training = self.training
         self.eval()
         try:

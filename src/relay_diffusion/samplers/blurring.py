@@ -1,4 +1,4 @@
-"""Relay sampler, along the blurring corruption from the upsampled image."""
+"""Relay sampler, from the upsampled image along the gains of the corruption."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from relay_diffusion.diffusion.corruption import BlurringCorruption
+from relay_diffusion.diffusion.corruption import GainCorruption
 from relay_diffusion.diffusion.dct import block_filter
 from relay_diffusion.diffusion.guidance import Denoiser
 from relay_diffusion.diffusion.noise import RandnLike
@@ -17,7 +17,7 @@ from relay_diffusion.samplers.base import check_start, initial_state, second_ord
 
 
 class BlurringSampler:
-    """Second-order sampler that deblurs and denoises (Teng et al. 2024, algorithm 1).
+    """Second-order sampler that restores detail and denoises (Teng et al. 2024, algorithm 1).
 
     With gamma = sqrt(1 - s_noise^2) sigma'/sigma, gains A(sigma) and F[g] = multiplication of block DCT
     coefficients by g:  x' = gamma x + F[A' - gamma A] x0^ + s_noise sigma' noise.
@@ -29,7 +29,7 @@ class BlurringSampler:
 
     def __init__(
         self,
-        corruption: BlurringCorruption,
+        corruption: GainCorruption,
         steps: int = 40,
         sigma_min: float = 0.008,
         sigma_max: float = 80.0,

@@ -37,6 +37,8 @@ def report(results: Mapping[str, Any]) -> None:
     for key, label, form in (*MEASURES, *own, *OTHERS):
         if key in results:
             table.add_row(label, format(results[key], form))
+    if "block_mean_error" in results:
+        table.add_row("block means", f"RMS error {results['block_mean_error']:.2f} gray levels against relay.start")
     for name, reason in results.get("not_measured", {}).items():
         table.add_row(name, f"not measured: {reason}")
     for warning in results.get("warnings", []):

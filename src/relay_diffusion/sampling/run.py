@@ -24,6 +24,7 @@ from relay_diffusion.errors import UserError, prefix_errors
 from relay_diffusion.metrics import Evaluator
 from relay_diffusion.models.relay import Relay
 from relay_diffusion.networks.ops import report_slow_settings
+from relay_diffusion.sampling.agreement import block_mean_error
 from relay_diffusion.sampling.batches import PlanDataModule, rank_order
 from relay_diffusion.sampling.callbacks.image_writer import ImageWriter
 from relay_diffusion.sampling.callbacks.relay_picture import RelayPicture
@@ -119,8 +120,10 @@ def _make_and_measure(
         results["seconds_sampling"] = round(time.perf_counter() - began, 1)
     if relay.hand_over_sigma is not None:
         results["saved_evaluations"] = relay.saved_evaluations
+    images = store.images(plan.names, (relay.resolution, relay.resolution))
+    if plan.start is not None and trainer.is_global_zero:
+        results["block_mean_error"] = block_mean_error(plan, images)
     if evaluator is not None:
-        images = store.images(plan.names, (relay.resolution, relay.resolution))
         results |= measure(options, trainer, evaluator, images, {"settings": settings} | results, relay.rounding)
     return results | (_keep(options, relay, plan, store) if trainer.is_global_zero else {})
 

@@ -162,8 +162,8 @@ def test_two_processes_measure_together(fit, tmp_path, small_zip, quick):
 def test_samples_that_are_not_finite_are_reported_and_not_logged(fit, tmp_path, quick, monkeypatch, capsys):
     draw = DiffusionStage.draw
 
-    def poisoned(stage, seeds, *given):
-        return draw(stage, seeds, *given) * (math.nan if stage.images_seen == 8 else 1)
+    def poisoned(stage, seeds, *given, **options):
+        return draw(stage, seeds, *given, **options) * (math.nan if stage.images_seen == 8 else 1)
 
     monkeypatch.setattr(DiffusionStage, "draw", poisoned)
     assert fit("run", 16, *quick).images_seen == 16

@@ -1,0 +1,71 @@
+"""Estimates with the block means of the input."""
+
+import pytest
+import torch
+
+from relay_diffusion.diffusion import BlurringCorruption, ConditionedCorruption, LinearCorruption, LogNormal
+from relay_diffusion.diffusion import TruncatedLogNormal as Truncated
+from relay_diffusion.diffusion.consistency import BlockConsistency
+from relay_diffusion.diffusion.corruption import block_mean, upsample_blocks
+from relay_diffusion.diffusion.guidance import ClassifierFreeGuidance
+from relay_diffusion.samplers import BlurringSampler, EDMSampler, MultistepSampler
+from support import toy_denoiser
+
+LABELS = torch.tensor([3, 7])
+EXACT = {"atol": 1e-12, "rtol": 0}
+
+
+def images(size=8):
+    return torch.randn(2, 3, size, size, dtype=torch.float64)
+
+
+def level(sigma):
+    return torch.full((2,), sigma, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("block", [2, 4])
+def test_block_means_are_those_of_the_input_and_the_rest_is_of_the_denoiser(block):
+    x, small = images(), images(8 // block)
+    estimate = toy_denoiser(x, level(0.4), LABELS)
+    tied = BlockConsistency(toy_denoiser, small, block)(x, level(0.4), LABELS)
+    torch.testing.assert_close(block_mean(tied, block), small, **EXACT)
+    details = [part - upsample_blocks(block_mean(part, block), block) for part in (tied, estimate)]
+    torch.testing.assert_close(*details, **EXACT)
+
+
+def test_a_consistent_estimate_is_kept():
+    x0 = images()
+    tied = BlockConsistency(lambda *_: x0, block_mean(x0, 2), 2)(images(), level(0.4), None)
+    torch.testing.assert_close(tied, x0, **EXACT)
+
+
+def test_the_precision_is_that_of_the_estimate():
+    estimate = images().float()
+    tied = BlockConsistency(lambda *_: estimate, images(4), 2)(images(), level(0.4), None)
+    assert tied.dtype == torch.float32
+
+
+def test_guidance_cannot_move_the_block_means():
+    small = images(2)
+    tied = BlockConsistency(ClassifierFreeGuidance(toy_denoiser, 5.0), small, 4)(images(), level(0.4), LABELS)
+    torch.testing.assert_close(block_mean(tied, 4), small, **EXACT)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        BlurringSampler(BlurringCorruption(Truncated()), steps=14),
+        BlurringSampler(LinearCorruption(Truncated()), steps=14),
+        MultistepSampler(BlurringCorruption(Truncated()), steps=3, sigma_max=0.6, s_noise=0.2),
+        MultistepSampler(LinearCorruption(Truncated()), steps=3, sigma_max=0.6, s_noise=0.2),
+        MultistepSampler(ConditionedCorruption(LogNormal()), steps=3),
+        EDMSampler(steps=4, churn=1.0),
+    ],
+    ids=["blurring", "blurring, linear", "multistep", "multistep, linear", "multistep from noise", "edm"],
+)
+def test_the_images_of_every_sampler_have_the_block_means_of_the_input(sampler):
+    small = images(2)
+    made = sampler(BlockConsistency(toy_denoiser, small, 4), upsample_blocks(small, 4), torch.randn_like, LABELS)
+    torch.testing.assert_close(block_mean(made, 4), small, **EXACT)
+    free = sampler(toy_denoiser, upsample_blocks(small, 4), torch.randn_like, LABELS)
+    assert (block_mean(free, 4) - small).abs().max() > 0.1
