@@ -22,7 +22,8 @@ def assert_one_line(result, *parts):
 
 
 def test_a_run_writes_config_log_checkpoint_and_pictures(relay_runs):
-    for name, width in (("base", 4 * 8 + 3 * 2), ("relay", 3 * (4 * 16 + 3 * 2) + 2 * 12)):
+    grid = 4 * 128 + 3 * 2  # four images in a row, each shown at 128x128
+    for name, width in (("base", grid), ("relay", 3 * grid + 2 * 12)):
         run_dir = relay_runs / name
         assert (run_dir / "config.yaml").exists()
         assert (run_dir / "log/metrics.csv").exists()
