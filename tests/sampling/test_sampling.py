@@ -205,7 +205,7 @@ def test_a_part_of_the_given_images(configuration, relay_overrides, tmp_path):
 def test_a_single_image_is_enlarged_under_its_name(configuration, relay_overrides, tmp_path):
     Image.effect_noise((16, 16), 60).convert("RGB").save(tmp_path / "photo.PNG")
     (tmp_path / "beside.png").write_bytes(b"not looked at")
-    start = [*relay_overrides, f"relay.start={tmp_path / 'photo.PNG'}", "class=-1"]
+    start = [*relay_overrides, f"relay.start={tmp_path / 'photo.PNG'}", "class=-1", "relay.start_size=input"]
     assert sample(configuration("sample", *start, f"run_dir={tmp_path / 'run'}"))["images"] == 1
     assert [path.name for path in (tmp_path / "run/images").iterdir()] == ["photo.png"]
     with pytest.raises(UserError, match=r"relay\.start=.*photo\.PNG: no images in .* subset='a'; available: none"):
@@ -217,7 +217,7 @@ def test_a_single_image_is_enlarged_under_its_name(configuration, relay_override
         sample(configuration("sample", *relay_overrides, f"relay.start={tmp_path / 'text.jpg'}", "class=-1"))
     Image.new("RGB", (12, 8)).save(tmp_path / "wide.png")
     with pytest.raises(UserError, match=r"relay\.start: '.*wide\.png' is 12x8; it must be 8x8 .*cli\.convert_images"):
-        sample(configuration("sample", *relay_overrides, f"relay.start={tmp_path / 'wide.png'}", "class=-1"))
+        sample(configuration("sample", *relay_overrides, f"relay.start={tmp_path / 'wide.png'}", *start[-2:]))
 
 
 @pytest.mark.slow
@@ -272,7 +272,9 @@ def test_a_damaged_starting_image_is_reported_before_sampling(configuration, rel
 def test_given_images_of_another_size_are_named(configuration, relay_overrides, tmp_path):
     Image.new("RGB", (12, 12)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match=r"relay\.start: 'a.png' .* is 12x12; it must be 8x8"):
-        sample(configuration("sample", *relay_overrides, f"relay.start={tmp_path}", "class=0"))
+        sample(
+            configuration("sample", *relay_overrides, f"relay.start={tmp_path}", "class=0", "relay.start_size=input")
+        )
 
 
 @pytest.mark.slow

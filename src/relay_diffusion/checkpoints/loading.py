@@ -159,6 +159,9 @@ def relay_options(settings: DictConfig) -> dict[str, Any]:
     """Return the arguments of Relay in a relay config, except the stages."""
     return {
         "resolution": settings.get("resolution"),  # older choices lack it
+        "tile": settings.get("tile"),
+        "overlap": settings.get("overlap"),
+        "tile_batch": settings.get("tile_batch", 4),
         "hand_over_sigma": settings.hand_over_sigma,
         "rounding": settings.rounding,
         "postprocess": instantiate(settings.postprocess),

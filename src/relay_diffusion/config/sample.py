@@ -28,7 +28,9 @@ from relay_diffusion.errors import require
 from relay_diffusion.sampling.options import chosen_stages, reference_of
 from relay_diffusion.sampling.seeds import parse_seeds
 from relay_diffusion.utils.messages import shorten
+from relay_diffusion.utils.resolution import MAX_SIDE
 
+MAX_REPEAT = 8  # of a relay: more enlarge by more than any image allows
 MEASURING = ("metrics.reference", "metrics.evaluator")
 
 
@@ -55,6 +57,7 @@ def _check_relay(cfg: DictConfig) -> None:
         )
     check_subset(cfg, "relay.start_subset")
     check_choice(cfg, "relay.start_exif", ("apply", "ignore"))
+    _check_enlarging(cfg)
     if relay.start is not None:
         check_file(relay.start, "relay.start")
     else:
@@ -62,8 +65,6 @@ def _check_relay(cfg: DictConfig) -> None:
         require(subset == "", f"relay.start_subset={shorten(subset)}: give relay.start=FOLDER or ZIP")
         exif = relay.start_exif
         require(exif == "apply", f"relay.start_exif={shorten(exif)}: give relay.start=FOLDER, ZIP or FILE")
-    if selected(cfg, "relay.resolution") is not None:
-        check_resolution(cfg, "relay.resolution")
     check_choice(cfg, "relay.rounding", ("nearest", "floor"))
     if has_key(cfg, "relay.consistency"):  # optional: Relay has a default
         check_flag(cfg, "relay.consistency")
@@ -75,6 +76,39 @@ def _check_relay(cfg: DictConfig) -> None:
         parse_seeds(cfg.seeds)
     elif relay.start is None:
         parse_seeds(relay.seeds, "relay.seeds")
+
+
+def _check_enlarging(cfg: DictConfig) -> None:
+    """Check the options of enlarging.
+
+    All keys are optional, as older choices lack them.
+    """
+    resolution, sized = selected(cfg, "relay.resolution"), selected(cfg, "relay.start_size")
+    if resolution is not None:
+        check_resolution(cfg, "relay.resolution")
+    require(
+        sized in (None, "own", "input"),
+        f"relay.start_size={shorten(sized)}: use own, input or null (the images decide)",
+    )
+    if sized == "own":
+        require(cfg.mode == "sample", "relay.start_size=own: mode=evaluate needs images of one size; use input")
+        require(
+            resolution is None,
+            f"relay.resolution={shorten(resolution)}: images keep their size with relay.start_size=own; remove one",
+        )
+    if selected(cfg, "relay.tile") is not None:
+        check_resolution(cfg, "relay.tile")
+    if selected(cfg, "relay.overlap") is not None:
+        check_whole(cfg, "relay.overlap", 1, MAX_SIDE)
+    for key, most in (("relay.repeat", MAX_REPEAT), ("relay.tile_batch", 2**24)):
+        if has_key(cfg, key):
+            check_whole(cfg, key, 1, most)
+    for key, default in (("start_size", None), ("tile", None), ("overlap", None), ("repeat", 1)):
+        value = selected(cfg, f"relay.{key}", default)
+        require(
+            cfg.relay.start is not None or value == default,
+            f"relay.{key}={shorten(value)}: give relay.start=FOLDER, ZIP or FILE",
+        )
 
 
 def validate_sampling(cfg: DictConfig) -> None:

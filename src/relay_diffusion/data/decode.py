@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from relay_diffusion.data.colour import to_srgb
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.messages import one_line
 
@@ -46,6 +48,7 @@ TURNS = {  # orientation: operation that turns the pixels upright (EXIF 2.32, ta
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SWAPPING = {TURNS[orientation] for orientation in (5, 6, 7, 8)}  # operations that swap height and width
 
 
 WHITE = (255, 255, 255)
@@ -70,6 +73,7 @@ class Decoded(NamedTuple):
     exif_damaged: bool  # the EXIF block is damaged; the pixels are as stored
     bits: int  # bits of the brightest 16-bit sample, at least 8; 0 for an 8-bit image
     conversions: frozenset[str]  # of GRAY and ALPHA, made for the wanted channels
+    profile_damaged: bool = False  # the ICC profile is unusable; the colours are as stored
 
 
 def decode(
@@ -79,27 +83,53 @@ def decode(
     bit_depth: int = FULL_DEPTH,
     background: tuple[int, int, int] = WHITE,
     channels: int = 3,
+    apply_profile: bool = False,
 ) -> Decoded:
     """Decode PNG, WebP or JPEG bytes to 8 bits.
 
-    where: names the image in messages. The format is detected from the content. CMYK is converted without its profile.
-    apply_exif: apply the EXIF orientation; a damaged block counts as none. bit_depth: bits that 16-bit samples use;
-    their highest 8 are kept. channels: 1 (grayscale; the luma of colors), 3 (RGB) or 4 (RGBA); without alpha channel,
-    transparency is composited on `background` (RGB).
+    where: names the image in messages. The format is detected from the content. apply_exif: apply the EXIF orientation;
+    a damaged block counts as none. bit_depth: bits that 16-bit samples use; their highest 8 are kept. channels: 1
+    (grayscale; the luma of colors), 3 (RGB) or 4 (RGBA); without alpha channel, transparency is composited on
+    `background` (RGB). apply_profile: convert colours to sRGB by the ICC profile, those of CMYK too; a damaged profile
+    counts as none, and without this option no profile is used.
     Raises UnusableImageError for other formats, damage, animations, more than Image.MAX_IMAGE_PIXELS pixels, and 16-bit
     samples above 2^bit_depth - 1.
     """
     data, exif = _hide_jpeg_exif(data)
+    with _decoder_errors(where), _open(data, where) as image:
+        deep = image.format == "PNG" and data[24] == FULL_DEPTH
+        if image.format == "PNG":
+            _check_png(data, image)
+        image.load()
+        block = exif or image.info.get("exif")
+        profile = image.info.get("icc_profile") if apply_profile else None
+        bits = _bits(image) if deep else 0
+        pixels = _rescaled(data, image, bit_depth, where) if deep and bit_depth < FULL_DEPTH else image
+        pixels, profile_damaged = _in_srgb(pixels, profile) if profile else (pixels, False)
+        converted, conversions = with_channels(pixels, channels, background)
+    converted.info.clear()  # a copy that is written must not repeat the applied orientation
+    turn, damaged = _turn(block) if apply_exif else (None, False)
+    upright = converted if turn is None else converted.transpose(turn)
+    return Decoded(upright, turn is not None, damaged, bits, conversions, profile_damaged)
+
+
+def header_size(data: bytes, where: str, apply_exif: bool = True) -> tuple[int, int]:
+    """Read height and width of an image from its header.
+
+    No pixel is decoded. apply_exif: of the upright image. An orientation behind the pixels of a PNG is not read. Raises
+    UnusableImageError for other formats, animations, and more than Image.MAX_IMAGE_PIXELS pixels.
+    """
+    data, exif = _hide_jpeg_exif(data)
+    with _decoder_errors(where), _open(data, where) as image:
+        turn, _ = _turn(exif or image.info.get("exif")) if apply_exif else (None, False)
+        return (image.width, image.height) if turn in SWAPPING else (image.height, image.width)
+
+
+@contextmanager
+def _decoder_errors(where: str) -> Iterator[None]:
+    """Turn errors of decoders into UnusableImageError naming the image."""
     try:
-        with _open(data, where) as image:
-            deep = image.format == "PNG" and data[24] == FULL_DEPTH
-            if image.format == "PNG":
-                _check_png(data, image)
-            image.load()
-            block = exif or image.info.get("exif")
-            bits = _bits(image) if deep else 0
-            rescaled = _rescaled(data, image, bit_depth, where) if deep and bit_depth < FULL_DEPTH else image
-            converted, conversions = with_channels(rescaled, channels, background)
+        yield
     except UserError:
         raise
     except UnidentifiedImageError as error:
@@ -107,10 +137,6 @@ def decode(
         raise UnusableImageError(f"{where} is {kind}", kind) from error
     except Exception as error:  # untrusted bytes: decoders raise many exception types
         raise UnusableImageError(f"{where} cannot be decoded: {one_line(error)}", "damaged") from error
-    converted.info.clear()  # a copy that is written must not repeat the applied orientation
-    turn, damaged = _turn(block) if apply_exif else (None, False)
-    upright = converted if turn is None else converted.transpose(turn)
-    return Decoded(upright, turn is not None, damaged, bits, conversions)
 
 
 def dark_warning(what: str, bits: int, bit_depth: int, where: str = "") -> str:
@@ -247,6 +273,28 @@ def _check_png(data: bytes, image: Image.Image) -> None:
         at = end + 4
 
 
+def _in_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, bool]:
+    """Convert an image to sRGB, if its profile fits.
+
+    Returns the image, and whether the profile does not fit.
+    """
+    try:
+        return to_srgb(_eight_bits(image), profile), False
+    except ValueError:
+        return image, True
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Keep the high byte of 16-bit gray.
+
+    Pillow does so for 16-bit colours, but clips gray to 255.
+    """
+    if not image.mode.startswith("I"):
+        return image
+    high_byte = np.asarray(image).astype(np.uint32) >> 8
+    return Image.fromarray(high_byte.astype(np.uint8))
+
+
 def with_channels(
     image: Image.Image, channels: int, background: tuple[int, int, int] = WHITE
 ) -> tuple[Image.Image, frozenset[str]]:
@@ -256,10 +304,7 @@ def with_channels(
     on `background` (RGB). Returns the image, and which of the conversions GRAY and ALPHA were made.
     """
     conversions = {GRAY} if channels > 1 and image.mode.startswith(("1", "L", "I")) else set()
-    if image.mode.startswith("I"):
-        # Pillow clips 16-bit grey to 255, but takes the high byte of 16-bit colour: take it for grey too.
-        high_byte = np.asarray(image).astype(np.uint32) >> 8
-        image = Image.fromarray(high_byte.astype(np.uint8))
+    image = _eight_bits(image)
     if image.has_transparency_data and channels != 4:
         opaque = Image.new("RGBA", image.size, background)
         image = Image.alpha_composite(opaque, image.convert("RGBA"))

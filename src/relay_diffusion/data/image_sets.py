@@ -157,7 +157,7 @@ class ImageFiles(ImageSet):
         """Hash a header, the choices of this set, names and contents."""
         exif = EXIF_APPLIED if self._apply_exif else ""
         contents = (f"{name}\n{self._source.fingerprint(name)}\n" for name in self.names)
-        return _digest([header, exif, _channels_line(self.channels), *contents])
+        return digest([header, exif, _channels_line(self.channels), *contents])
 
     def labels(self) -> Labels | None:
         """Read the class labels in dataset.json; None without labels."""
@@ -260,7 +260,7 @@ class ArraySet(ImageSet):
 
     def digest(self, header: str) -> str:
         """Hash a header, the channels, and the archive's directory."""
-        return _digest([header, _channels_line(self.channels), self._npz.fingerprint()])
+        return digest([header, _channels_line(self.channels), self._npz.fingerprint()])
 
     def labels(self) -> Labels | None:
         """Read the class indices in `arr_1`; None without them. Classes are named by number."""
@@ -309,11 +309,12 @@ def _factor(size: tuple[int, int], target: tuple[int, int]) -> int | None:
     return factor if factor and size == (target[0] * factor, target[1] * factor) else None
 
 
-def _digest(lines: Iterable[str]) -> str:
-    digest = hashlib.sha256()
+def digest(lines: Iterable[str]) -> str:
+    """Return the SHA-256 of lines (hexadecimal)."""
+    hashed = hashlib.sha256()
     for line in lines:
-        digest.update(line.encode())
-    return digest.hexdigest()
+        hashed.update(line.encode())
+    return hashed.hexdigest()
 
 
 @rank_zero_only

@@ -12,12 +12,13 @@ import tarfile
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 from relay_diffusion.data.bounded_io import BoundedTarInfo, file_bytes, files_below, is_link, tar_bytes, zip_bytes
-from relay_diffusion.data.decode import Decoded, decode
+from relay_diffusion.data.decode import Decoded, decode, header_size
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.messages import one_line
 
@@ -92,13 +93,27 @@ class Source(ABC):
         except Exception as error:  # damaged archives raise many exception types
             raise self._unreadable(name, error) from error
 
-    def decoded(self, name: str, apply_exif: bool = True, channels: int = 3) -> Decoded:
+    def decoded(self, name: str, apply_exif: bool = True, channels: int = 3, apply_profile: bool = False) -> Decoded:
         """Decode one image to 8 bits.
 
-        channels: as in `decode`. Raises UserError that names the option, the image and the remedy.
+        channels, apply_profile: as in `decode`. Raises UserError that names the option, the image and the remedy.
         """
+        with self._remedied():
+            where = self.where(name)
+            return decode(self.read(name), where, apply_exif, channels=channels, apply_profile=apply_profile)
+
+    def size(self, name: str, apply_exif: bool = True) -> tuple[int, int]:
+        """Read height and width of one image from its header.
+
+        Raises UserError that names the option, the image and the remedy.
+        """
+        with self._remedied():
+            return header_size(self.read(name), self.where(name), apply_exif)
+
+    @contextmanager
+    def _remedied(self) -> Iterator[None]:
         try:
-            return decode(self.read(name), self.where(name), apply_exif, channels=channels)
+            yield
         except UserError as error:
             remedy = "remove it, or convert with skip_bad=true (python -m relay_diffusion.cli.convert_images)"
             raise UserError(f"{self.option}: {error}: {remedy}") from error

@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from relay_diffusion.diffusion.tensors import by_channel
 from relay_diffusion.kernels import HAVE_TRITON
 
 SMALL_BLOCK = 8  # up to this size one product with a block^2 x block^2 matrix is faster than four with block x block
@@ -104,8 +105,8 @@ def block_filter(x: Tensor, gains: Tensor) -> Tensor:
         return x * gains
 
     def one_product(pieces: Tensor) -> Tensor:
-        transform = _dct_matrix_of_pieces(block, pieces.dtype, pieces.device)
-        matrix = transform.mT @ (gains.to(pieces, non_blocking=True).reshape(-1, block**2, 1) * transform)
+        dct = _dct_matrix_of_pieces(block, pieces.dtype, pieces.device)
+        matrix = dct.mT @ (gains.to(pieces, non_blocking=True).reshape(-1, block**2, 1) * dct)
         return matrix.expand(len(pieces), -1, -1) @ pieces.flatten(1, 2)
 
     def axis_by_axis(pieces: Tensor) -> Tensor:
@@ -114,7 +115,8 @@ def block_filter(x: Tensor, gains: Tensor) -> Tensor:
         return _both_axes(matrix.mT, coefficients)
 
     dtype = torch.promote_types(x.dtype, gains.dtype)
-    return _per_block(x, block, dtype, one_product if block <= SMALL_BLOCK else axis_by_axis)
+    transform = one_product if block <= SMALL_BLOCK else axis_by_axis
+    return by_channel(lambda channels: _per_block(channels, block, dtype, transform), x)
 
 
 def filter_and_add(x: Tensor, gains: Tensor, scale: Tensor, noise: Tensor) -> Tensor:

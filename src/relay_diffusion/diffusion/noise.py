@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from relay_diffusion.diffusion.tensors import by_channel
 from relay_diffusion.kernels import HAVE_TRITON
 
 RandnLike = Callable[[Tensor], Tensor]
@@ -69,4 +70,4 @@ def add_block_noise(white: Tensor, other: Tensor, block: int, strength: float) -
         from relay_diffusion.kernels.block_noise import add_block_noise as in_one_pass
 
         return in_one_pass(white, other, block, scale)
-    return torch.add(white, block_sum(other, block), alpha=scale)
+    return by_channel(lambda some, more: torch.add(some, block_sum(more, block), alpha=scale), white, other)

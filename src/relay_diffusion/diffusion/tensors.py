@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+LARGE = 2**21  # pixels of images whose temporary tensors count: 16 MB in float64
 
 
 def expand(sigma: Tensor, like: Tensor) -> Tensor:
@@ -31,6 +34,24 @@ def noise_levels(sigma: Tensor | float, count: int) -> Tensor:
     if levels.shape != (count,) or not levels.is_floating_point():
         raise ValueError(f"sigma is {sigma.dtype} of shape {tuple(sigma.shape)}: must be floats, one or [{count}]")
     return levels
+
+
+def by_channel(function: Callable[..., Tensor], *images: Tensor) -> Tensor:
+    """Apply a function of images [B,C,H,W] that treats channels alike.
+
+    Channel by channel for large images on the CPU, so that temporary tensors are those of one channel.
+    """
+    first = images[0]
+    if first.device.type != "cpu" or first.shape[2] * first.shape[3] < LARGE:
+        return function(*images)
+    result: Tensor | None = None
+    for channel in range(first.shape[1]):
+        part = function(*(image[:, channel : channel + 1] for image in images))
+        if result is None:
+            result = torch.empty(first.shape, dtype=part.dtype)
+        result[:, channel : channel + 1] = part
+    assert result is not None
+    return result
 
 
 def check_images(name: str, images: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from relay_diffusion.diffusion.pixels import ROUNDING, to_float, to_uint8
+from relay_diffusion.diffusion.tiling import mirrored
 from relay_diffusion.errors import UserError, require
 from relay_diffusion.models.finite_samples import finite, nonfinite_samples
 from relay_diffusion.models.sample_arguments import ClassLabels, Integers, image_batch, label_tensor, seed_list
@@ -22,6 +24,8 @@ from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.samplers import Sampler
 from relay_diffusion.utils.pictures import pil_image
 from relay_diffusion.utils.resolution import Resolution, Size, image_size, resolution_of, size_text
+
+MIN_SIDE = 8  # pixels of an image to enlarge
 
 
 def _check_chain(stages: Mapping[str, DiffusionStage], as_trained: bool) -> None:
@@ -74,14 +78,15 @@ class Relay(L.LightningModule):
     """Chain of stages with any integer factors.
 
     Predicts images from (seeds, labels). A first stage that enlarges starts from given images (`start`), others from
-    noise. `hand_over_sigma`: the first stage stops at that noise level and passes its estimate on. `rounding` to 8 bits
-    is "nearest" or "floor"; `postprocess` changes the 8-bit images [B,C,H,W]. `consistency`: stages that enlarge tie
-    the block means of their estimates to the images that they start from. `resolution`: that of the last stage, R or
-    [height, width]; None: as trained. `sizes`: height and width of each stage's images, by name. `observers`: called at
-    each evaluation of a network with the name of the stage and the arguments of an Observer, for progress and
-    trajectories.
-    Raises UserError if the output of a stage does not fit the input of the next one, the resolution does not divide, or
-    consistency is set without a stage that enlarges, ValueError for another rounding or resolution.
+    noise. Given images may have any size: stages evaluate large ones in tiles; `tile`, `overlap` and `tile_batch` as in
+    DiffusionStage.tiling. `hand_over_sigma`: the first stage stops at that noise level and passes its estimate on.
+    `rounding` to 8 bits is "nearest" or "floor"; `postprocess` changes the 8-bit images [B,C,H,W]. `consistency`:
+    stages that enlarge tie the block means of their estimates to the images that they start from. `resolution`: that of
+    the last stage, R or [height, width]; None: as trained. `sizes`: height and width of each stage's images, by name.
+    `observers`: called at each evaluation of a network with the name of the stage and the arguments of an Observer, for
+    progress and trajectories. `tile_observers`: the same for each evaluation of tiles.
+    Raises UserError if the output of a stage does not fit the input of the next one, the resolution or tiles do not
+    divide, or consistency is set without a stage that enlarges, ValueError for another rounding or resolution.
     """
 
     def __init__(
@@ -92,6 +97,9 @@ class Relay(L.LightningModule):
         postprocess: Callable[[Tensor], Tensor] | None = None,
         consistency: bool = False,
         resolution: Resolution | None = None,
+        tile: Resolution | None = None,
+        overlap: int | None = None,
+        tile_batch: int = 4,
     ) -> None:
         super().__init__()
         _check_chain(stages, as_trained=resolution is None)
@@ -108,6 +116,11 @@ class Relay(L.LightningModule):
         self.rounding, self.postprocess = rounding, postprocess
         self.hand_over_sigma, self.consistency = hand_over_sigma, consistency
         self.observers: list[Callable[[str, Tensor, Tensor, Tensor], None]] = []
+        self.tile_observers: list[Callable[[str, Tensor, Tensor, Tensor], None]] = []
+        try:
+            self._tilings = {name: stage.tiling(tile, overlap, tile_batch) for name, stage in stages.items()}
+        except ValueError as error:
+            raise UserError(f"relay.{error}") from None
         _ = self.samplers  # raises for an impossible hand-over
 
     @property
@@ -180,6 +193,50 @@ class Relay(L.LightningModule):
         """Resolution of the final images, as in settings: R or [height, width]."""
         return resolution_of(self.size)
 
+    @property
+    def factors(self) -> dict[str, int]:
+        """Factors by which the stages enlarge the start.
+
+        Of each stage by name, with those before it.
+        """
+        blocks = (stage.corruption.block for stage in self.chain().values())
+        return dict(zip(self._names, itertools.accumulate(blocks, operator.mul), strict=True))
+
+    def evaluations(self, start: Size | None = None) -> int:
+        """Count the network evaluations of one image.
+
+        start: size of an image to enlarge, whose tiles count one by one; None: the relay starts from noise.
+        """
+        sizes, count = self.sampled_sizes(start), 0
+        for name, sampler in self.samplers.items():
+            tiling = None if start is None else self._tilings[name]
+            count += sampler.evaluations * (1 if tiling is None else tiling.count(sizes[name]))
+        return count
+
+    def describe_tiles(self) -> dict[str, Any]:
+        """Describe the tiles of each stage, by name."""
+        return {
+            name: None if tiling is None else {"tile": resolution_of(tiling.size), "overlap": tiling.overlap}
+            for name, tiling in self._tilings.items()
+        }
+
+    def sampled_sizes(self, start: Size | None) -> dict[str, Size]:
+        """Return the size at which each stage samples.
+
+        start: size of the images to enlarge. At least that of training, or of a smaller tile, and such that levels and
+        blocks divide it. The images are padded to it and cropped afterwards.
+        """
+        if start is None or start == self.start_size:
+            return self.sizes
+        least, divisor = list(start), 1
+        for (name, factor), stage in zip(self.factors.items(), self.chain().values(), strict=True):
+            tiling = self._tilings[name]
+            smallest = stage.size if tiling is None else tiling.tile(stage.size)
+            least = [max(side, -(-small // factor)) for side, small in zip(least, smallest, strict=True)]
+            divisor = math.lcm(divisor, stage.divisor // math.gcd(stage.divisor, factor))
+        height, width = (-(-side // divisor) * divisor for side in least)
+        return {name: (height * factor, width * factor) for name, factor in self.factors.items()}
+
     def describe(self) -> dict[str, Any]:
         """Describe everything that determines the images.
 
@@ -216,6 +273,8 @@ class Relay(L.LightningModule):
             )
             raise ValueError(f"start: the first stage of this relay {wanted}")
         if start is not None and size is not None:
+            if isinstance(start, Tensor) and start.ndim == 4 and min(start.shape[2:]) >= MIN_SIDE:
+                size = start.shape[2], start.shape[3]
             start = image_batch("start", start, (len(seeds), channels, *size))
         images, fine, check = self._draw(seeds, labels, start)
         check(fine)
@@ -226,7 +285,8 @@ class Relay(L.LightningModule):
 
         seeds: integers in 0..2^63-1 as a range, list, array or tensor [B], or one integer. labels: class indices
         or names [B], -1 or None for no class, or one for all; unconditional stages ignore them.
-        start: images [B,C,h,w], uint8 or in [-1, 1], for a relay whose first stage enlarges.
+        start: images [B,C,h,w], uint8 or in [-1, 1], for a relay whose first stage enlarges. They may have any size of
+        at least 8x8: small ones are continued by mirroring, large ones evaluated in tiles.
         Synchronizes with the device. Raises ValueError if an argument does not fit, UserError for classes that no stage
         has, NonFiniteSamplesError (a UserError) if a stage's samples hold nan or infinity.
         """
@@ -242,12 +302,22 @@ class Relay(L.LightningModule):
         """
         images: dict[str, Tensor] = {}
         draws, fine, previous, samplers = [], [], start, self.samplers
+        given = None if start is None else (start.shape[2], start.shape[3])
+        sizes, factors = self.sampled_sizes(given), self.factors
         for name, stage in self.chain().items():
-            known, consistency = labels if stage.num_classes else None, self.consistency and previous is not None
-            arguments = seeds, self.sizes[name], known, previous, samplers[name]
-            draws.append(partial(stage.draw, *arguments, consistency=consistency))
-            images[name] = draws[-1]([partial(observe, name) for observe in self.observers])
+            known, tiling = labels if stage.num_classes else None, None
+            if start is not None and previous is not None:
+                tiling, block = self._tilings[name], stage.corruption.block
+                previous = mirrored(previous, (sizes[name][0] // block, sizes[name][1] // block))
+            draw = partial(stage.draw, seeds, sizes[name], known, previous, samplers[name], tiling=tiling)
+            draws.append(partial(draw, consistency=self.consistency and previous is not None))
+            images[name] = draws[-1](
+                [partial(observe, name) for observe in self.observers],
+                tile_observers=[partial(observe, name) for observe in self.tile_observers],
+            )
             fine.append(finite(images[name]))  # clamping would hide an infinity
+            if given is not None:
+                images[name] = images[name][:, :, : given[0] * factors[name], : given[1] * factors[name]]
             previous = images[name].clamp(-1, 1)  # the next stage was trained on means of real images
 
         def check(fine: Tensor) -> None:

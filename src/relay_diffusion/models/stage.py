@@ -31,13 +31,14 @@ from relay_diffusion.diffusion.guidance import (
 from relay_diffusion.diffusion.loss import DenoisingLoss
 from relay_diffusion.diffusion.noise import RandnLike
 from relay_diffusion.diffusion.pixels import to_float
+from relay_diffusion.diffusion.tiling import COARSEST, TiledDenoiser, Tiling
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.finite_samples import finite, nonfinite_samples
 from relay_diffusion.models.optimization import OptimizationHooks
 from relay_diffusion.models.sample_arguments import ClassLabels, Integers, image_batch, label_tensor, seed_list
 from relay_diffusion.networks import Condition, Conditioned, EDMPreconditioner, Graphed, GraphedTraining
 from relay_diffusion.samplers import Sampler
-from relay_diffusion.utils.resolution import MAX_SIDE, Size
+from relay_diffusion.utils.resolution import MAX_SIDE, Resolution, Size, image_size
 
 OptimizerFactory = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
 
@@ -187,6 +188,21 @@ class DiffusionStage(OptimizationHooks):
     def num_classes(self) -> int:
         """Number of classes of the network; 0: unconditional."""
         return self.denoiser.network.num_classes
+
+    def tiling(self, tile: Resolution | None = None, overlap: int | None = None, batch: int = 1) -> Tiling | None:
+        """Return the tiles in which this stage samples large images.
+
+        tile: their side in pixels, or [height, width]; None: that of the training images, on which normalization and
+        attention depend. overlap: None: a quarter of it. batch: tiles evaluated at once. None for a conditioned stage,
+        which evaluates whole images. Raises ValueError for tiles and overlaps that do not fit the network.
+        """
+        step = self.divisor
+        if self.conditioned:
+            return None
+        height, width = (max(side, COARSEST * step) for side in self.size) if tile is None else image_size(tile, "tile")
+        if overlap is None:
+            overlap = max(1, min(height, width) // 4 // step) * step
+        return Tiling((height, width), overlap, step, batch)
 
     # ---- training ----
 
@@ -354,12 +370,15 @@ class DiffusionStage(OptimizationHooks):
         sampler: Sampler | None = None,
         observers: Sequence[Observer] = (),
         consistency: bool = False,
+        tiling: Tiling | None = None,
+        tile_observers: Sequence[Observer] = (),
     ) -> Tensor:
         """Sample like `sample`, with valid arguments and without synchronization.
 
         size: (height, width) of the images. Samples may be non-finite. sampler: used instead of the stage's own.
-        observers: see each evaluation. Raises ValueError for a sampler that does not start where the corruption ends,
-        and for consistency without `previous`.
+        observers: see each evaluation. tiling: tiles in which the images are evaluated; None: whole, as a conditioned
+        stage needs. tile_observers: see each evaluation of tiles, or of whole images. Raises ValueError for a sampler
+        that does not start where the corruption ends, and for consistency without `previous`.
         """
         sampler = self.sampler if sampler is None else sampler
         self._check_sampler(sampler)
@@ -368,7 +387,9 @@ class DiffusionStage(OptimizationHooks):
         start = self.corruption.start(like, previous, noise.randn_like)
         if labels is not None:
             labels = labels.to(self.device)
-        denoise = self.guided_denoiser(self.sampling_condition(previous, noise.randn_like))
+        denoise = observed(self.guided_denoiser(self.sampling_condition(previous, noise.randn_like)), tile_observers)
+        if tiling is not None:
+            denoise = TiledDenoiser(denoise, tiling)
         if consistency:
             if previous is None:
                 raise ValueError("consistency=True: this stage starts from noise; use False")

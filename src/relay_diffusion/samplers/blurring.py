@@ -72,6 +72,7 @@ class BlurringSampler:
             proposal = self._step(x, denoised, *scales, randn_like)
             both = x + denoised  # before the next evaluation, which may reuse this memory
             residual = proposal - denoise(proposal, sigma_next * ones, labels)
+            del proposal  # images may be large
             x = self._step(x, second_order(both, residual, sigma / sigma_next), *scales, randn_like)
         return denoise(x, self.sigmas[-1] * ones, labels).to(x.dtype)
 

@@ -21,14 +21,15 @@ from relay_diffusion.utils.parallel import map_in_order
 class PlanDataModule(L.LightningDataModule):
     """Batches of the missing images of a plan.
 
-    todo: positions in the plan. batch_size: images per batch on one device. The last batch of a rank is padded,
-    because the last bit of an image depends on the batch size. So a resumed run, or a run on other devices, makes the
-    same files.
+    todo: positions in the plan. batch_size: images per batch on one device; images that keep their sizes are batches of
+    one. The last batch of a rank is padded, because the last bit of an image depends on the batch size. So a resumed
+    run, or a run on other devices, makes the same files.
     """
 
     def __init__(self, plan: Plan, todo: Sequence[int], batch_size: int) -> None:
         super().__init__()
-        self.plan, self.todo, self.batch_size = plan, list(todo), batch_size
+        self.plan, self.todo = plan, list(todo)
+        self.batch_size = batch_size if plan.sizes is None else 1
 
     def predict_dataloader(self) -> DataLoader[int]:
         """Return the batches of this rank."""

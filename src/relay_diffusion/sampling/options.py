@@ -49,11 +49,16 @@ def reference_of(cfg: DictConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StartOptions:
-    """Starting images; `path` None: noise. exif: "apply" or "ignore"."""
+    """Starting images; `path` None: noise. exif: "apply" or "ignore".
+
+    size: "own" (each image keeps its size), "input" (all are averaged to the input resolution of the relay), or None:
+    "input" for an evaluation, for a relay of another resolution, and for images that all have the input resolution.
+    """
 
     path: str | None = None
     subset: str = ""
     exif: str = "apply"
+    size: str | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,9 @@ def sampling_options(cfg: DictConfig) -> SamplingOptions:
     """Convert the configuration of sample.py."""
     chosen = cfg["class"]
     reference = reference_of(cfg)
+    start_size = OmegaConf.select(cfg, "relay.start_size")  # older choices lack it, as the resolution
+    if start_size is None and OmegaConf.select(cfg, "relay.resolution") is not None:
+        start_size = "input"
     return SamplingOptions(
         output=Path(cfg.output),
         run_id=str(cfg.run_id),
@@ -123,7 +131,7 @@ def sampling_options(cfg: DictConfig) -> SamplingOptions:
         seeds=cfg.seeds,
         default_seeds=cfg.relay.seeds,
         classes=OmegaConf.to_object(chosen) if isinstance(chosen, ListConfig) else chosen,
-        start=StartOptions(cfg.relay.start, cfg.relay.start_subset, cfg.relay.start_exif),
+        start=StartOptions(cfg.relay.start, cfg.relay.start_subset, cfg.relay.start_exif, start_size),
         reference=ReferenceOptions(
             reference["path"], reference["subset"], "relay.reference.path" if cfg.reference is None else "reference"
         ),

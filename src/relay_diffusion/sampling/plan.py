@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from relay_diffusion.data.dataset import ImageDataset
+from relay_diffusion.data.start_images import StartImages
 from relay_diffusion.data.zip_writer import png_names
 from relay_diffusion.errors import UserError
 from relay_diffusion.sampling.seeds import parse_seeds
+from relay_diffusion.utils.resolution import Size
 
 FOLDER_SIZE = 1000  # images in one sub-folder
 
@@ -18,15 +20,20 @@ FOLDER_SIZE = 1000  # images in one sub-folder
 class Plan:
     """Images of a run in order.
 
-    names: paths without .png. labels: -1 is no class. start: starting images, index k for seed k; None: noise. classes:
-    the chosen classes, taken in turn; None: not chosen.
+    names: paths without .png. labels: -1 is no class. start: starting images, index k for seed k; None: noise; those
+    of an ImageDataset have one size. classes: the chosen classes, taken in turn; None: not chosen.
     """
 
     names: list[str]
     seeds: list[int]
     labels: list[int]
-    start: ImageDataset | None = None
+    start: ImageDataset | StartImages | None = None
     classes: list[int] | None = None
+
+    @property
+    def sizes(self) -> list[Size] | None:
+        """Height and width of each starting image; None: all images have one size."""
+        return [self.start.sizes[seed] for seed in self.seeds] if isinstance(self.start, StartImages) else None
 
 
 def plan_from_noise(seeds: object, classes: Sequence[int]) -> Plan:
@@ -36,7 +43,7 @@ def plan_from_noise(seeds: object, classes: Sequence[int]) -> Plan:
     return Plan(names, chosen, [classes[seed % len(classes)] for seed in chosen])
 
 
-def plan_from_images(start: ImageDataset, seeds: object, classes: Sequence[int] | None) -> Plan:
+def plan_from_images(start: ImageDataset | StartImages, seeds: object, classes: Sequence[int] | None) -> Plan:
     """Plan one image per starting image, under its name.
 
     Image k has seed k. `seeds` selects images (null: all). Without `classes` each image has its class in dataset.json,

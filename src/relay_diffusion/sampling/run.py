@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -21,10 +23,11 @@ from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.decode import MODES
 from relay_diffusion.data.image_sets import open_image_set
 from relay_diffusion.data.npz import write_adm_samples
+from relay_diffusion.data.start_images import StartImages
 from relay_diffusion.errors import UserError, prefix_errors
 from relay_diffusion.metrics import Evaluator
 from relay_diffusion.metrics.inception import check_channels
-from relay_diffusion.models.relay import Relay
+from relay_diffusion.models.relay import MIN_SIDE, Relay
 from relay_diffusion.networks.ops import report_slow_settings
 from relay_diffusion.sampling.agreement import block_mean_error
 from relay_diffusion.sampling.batches import PlanDataModule, rank_order
@@ -45,10 +48,12 @@ from relay_diffusion.sampling.report import report
 from relay_diffusion.training.callbacks.preemption import Preemption
 from relay_diffusion.utils.distributed import on_rank_zero, started_ranks
 from relay_diffusion.utils.files import write_text
+from relay_diffusion.utils.messages import shorten
 from relay_diffusion.utils.parallel import map_in_order
 from relay_diffusion.utils.quiet import quiet_libraries
-from relay_diffusion.utils.resolution import size_text
+from relay_diffusion.utils.resolution import MAX_SIDE, Size, size_text
 
+MAX_PIXELS = 89_478_485  # of an enlarged image: more could not be read again (Pillow's limit)
 MANY_CLASSES = 1000  # a longer list is stored as counts and a checksum
 UNEVEN = 2  # ratio of class frequencies in the reference above which a note is printed
 
@@ -112,11 +117,8 @@ def _make_and_measure(
     todo = sorted({*missing, *shown})
     if todo:
         began, picture = time.perf_counter(), options.output / "relay.png"
-        callbacks: list[Callback] = [
-            ImageWriter(store, plan, missing),
-            SamplingProgress(len(plan.names), done=len(plan.names) - len(todo)),  # closes after the last file
-        ]
-        if options.picture and missing:
+        callbacks: list[Callback] = [ImageWriter(store, plan, missing), progress_bar(relay, plan, todo)]
+        if options.picture and missing and plan.sizes is None:
             callbacks.append(RelayPicture(picture, count=options.picture))
             results["picture"] = os.path.relpath(picture)
         if shown:
@@ -135,13 +137,36 @@ def _make_and_measure(
     return results | (_keep(options, relay, plan, store) if trainer.is_global_zero else {})
 
 
+def progress_bar(relay: Relay, plan: Plan, todo: Sequence[int]) -> SamplingProgress:
+    """Return the progress bar of a run.
+
+    todo: positions that it samples. Add it after the ImageWriter, so that it closes after the last file.
+    """
+    if plan.sizes is None:
+        return SamplingProgress(len(plan.names), done=len(plan.names) - len(todo))
+    evaluations = [relay.evaluations(size) for size in plan.sizes]
+    left = sum(evaluations[position] for position in todo)
+    return SamplingProgress(sum(evaluations), done=sum(evaluations) - left, tiles=True)
+
+
 def build_relay(settings: DictConfig) -> Relay:
-    """Build a relay from its config. Raises UserError for a checkpoint that cannot be loaded."""
+    """Build a relay from its config.
+
+    Stages are repeated relay.repeat times, as NAME, NAME_2 and so on. Raises UserError for a checkpoint that cannot be
+    loaded.
+    """
     stages = {}
     for name, stage in chosen_stages(settings).items():
         with prefix_errors(f"relay.stages.{name}"):
             stages[name] = build_configured(stage)
-    return Relay(stages, **relay_options(settings))
+    repeat = settings.get("repeat", 1)
+    repeated, options = dict(stages), relay_options(settings)
+    for number in range(2, repeat + 1):
+        repeated |= {f"{name}_{number}": stage for name, stage in stages.items()}
+    if repeat > 1 and options["resolution"] is None:
+        first, *others = repeated.values()
+        options["resolution"] = [side * math.prod(stage.corruption.block for stage in others) for side in first.size]
+    return Relay(repeated, **options)
 
 
 def build_evaluator(
@@ -176,6 +201,12 @@ def make_plan(options: SamplingOptions, relay: Relay) -> Plan:
         raise UserError(
             f"relay.stages.{first} enlarges images of {size_text(size)}: give them with relay.start=FOLDER, ZIP or FILE"
         )
+    own = _own_sizes(options, relay)
+    if own is not None:
+        plan = replace(plan_from_images(own, options.seeds, chosen), classes=chosen)
+        for seed in plan.seeds:
+            _check_size(f"relay.start: {own.names[seed]!r} in {own.path}", own.sizes[seed], relay)
+        return plan
     start = ImageDataset(
         path,
         size,
@@ -191,6 +222,43 @@ def make_plan(options: SamplingOptions, relay: Relay) -> Plan:
     return replace(plan_from_images(start, options.seeds, chosen), classes=chosen)
 
 
+def _own_sizes(options: SamplingOptions, relay: Relay) -> StartImages | None:
+    """Return the starting images if each keeps its size.
+
+    None: all have one size. Raises UserError for options that need images of one size, and for images that have.
+    """
+    start, arrays = options.start, relay.image_channels not in MODES or str(options.start.path).endswith(".npz")
+    if start.size == "own" and arrays:
+        raise UserError("relay.start_size=own: is for image files; those of an .npz have one size, so use input")
+    if start.path is None or start.size == "input" or (start.size is None and (options.evaluate or arrays)):
+        return None
+    images = StartImages(start.path, start.subset, start.exif == "apply", relay.image_channels)
+    if start.size is None and all(size == relay.start_size for size in images.sizes):
+        return None
+    for option, given in (("npz", options.npz), ("save_trajectory", options.trajectory)):
+        if given:
+            raise UserError(
+                f"{option}={given}: needs images of one size, and those of relay.start keep theirs; remove it, or add "
+                "relay.start_size=input"
+            )
+    return images
+
+
+def _check_size(where: str, size: Size, relay: Relay) -> None:
+    """Raise UserError for an image that is too small or large.
+
+    Its size when enlarged counts.
+    """
+    if min(size) < MIN_SIDE:
+        raise UserError(f"{where} is {size_text(size)}: must be at least {MIN_SIDE}x{MIN_SIDE}; remove it")
+    *_, sampled = relay.sampled_sizes(size).values()
+    if max(sampled) > MAX_SIDE or math.prod(sampled) > MAX_PIXELS:
+        raise UserError(
+            f"{where} is {size_text(size)}: would become {size_text(sampled)}, but at most {MAX_PIXELS:,} pixels and "
+            f"{MAX_SIDE:,} on a side are supported; crop or shrink it"
+        )
+
+
 def _read_start(plan: Plan, positions: list[int]) -> None:
     """Decode the starting images to report a damaged one before sampling."""
     if plan.start is not None:
@@ -201,6 +269,8 @@ def _read_start(plan: Plan, positions: list[int]) -> None:
             images = "1 image" if turned == 1 else f"{turned:,} images"
             remedy = "relay.start_exif=ignore keeps them as stored"
             print(f"note: EXIF orientation applied to {images} of relay.start; {remedy}")
+        if isinstance(plan.start, StartImages) and (damaged := sorted(plan.start.unprofiled)):
+            print(f"note: colours are as stored, the ICC profile does not fit: {shorten(', '.join(damaged))}")
 
 
 def chosen_classes(options: SamplingOptions, relay: Relay) -> list[int] | None:
@@ -254,13 +324,15 @@ def run_settings(relay: Relay, plan: Plan, trainer: L.Trainer) -> dict[str, Any]
         "device": trainer.strategy.root_device.type,
     }
     if plan.start is not None:
+        if plan.sizes is not None or relay.evaluations(relay.start_size) > relay.evaluations():
+            settings["tiles"] = relay.describe_tiles()
         labels = hashlib.sha256(str(plan.start.labels).encode()).hexdigest()
         settings["start"] = {
             "path": str(plan.start.path),
             "subset": plan.start.subset,
             "hash": plan.start.source_hash,
             "labels": labels,
-        }
+        } | ({} if plan.sizes is None else {"size": "own"})
     return settings
 
 

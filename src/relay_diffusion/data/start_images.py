@@ -1,0 +1,57 @@
+"""Images of any size to enlarge."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from relay_diffusion.data.image_sets import digest, image_tensor
+from relay_diffusion.data.sources import open_source
+from relay_diffusion.diffusion.guidance import NO_CLASS
+from relay_diffusion.utils.parallel import map_in_order
+from relay_diffusion.utils.resolution import Size
+
+
+class StartImages:
+    """Images of any size, sorted by name, in sRGB.
+
+    Items are (uint8 [C,h,w], -1). path: an image zip, a folder (searched recursively) of PNG, WebP and JPEG files, or
+    one such file. subset: a folder inside `path`; "" selects everything. apply_exif: apply the EXIF orientation.
+    channels: C, 1 (grayscale), 3 (RGB) or 4 (RGBA), to which images are converted. option: the user's name of `path`,
+    for messages. Attributes: `names` [N], `labels` [N] (-1: no class), `sizes` [N], (h, w) by the headers; `turned` and
+    `unprofiled`: names of the images that this process has turned so far, and of those whose ICC profile is damaged.
+    Raises UserError that names the option and the image.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        subset: str = "",
+        apply_exif: bool = True,
+        channels: int = 3,
+        option: str = "relay.start",
+    ) -> None:
+        source = open_source(path, option)
+        self.path, self.names, self.subset = source.path, source.names_in(subset), subset.strip("/")
+        self.labels = [NO_CLASS] * len(self.names)
+        self.turned: set[str] = set()
+        self.unprofiled: set[str] = set()
+        self._source, self._apply_exif, self._channels = source, apply_exif, channels
+        self.sizes: list[Size] = list(map_in_order(lambda name: source.size(name, apply_exif), self.names))
+
+    @cached_property
+    def source_hash(self) -> str:
+        """Hash of names, contents, subset, use of EXIF and channels (hexadecimal)."""
+        files = (f"{name}\n{self._source.fingerprint(name)}\n" for name in self.names)
+        return digest([f"{self.subset}\n{self._apply_exif}\n{self._channels}\n", *files])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        name = self.names[index]
+        decoded = self._source.decoded(name, self._apply_exif, self._channels, apply_profile=True)
+        if decoded.turned:
+            self.turned.add(name)
+        if decoded.profile_damaged:
+            self.unprofiled.add(name)
+        return image_tensor(decoded.image), self.labels[index]
