@@ -160,6 +160,7 @@ def sampling_command(cfg: DictConfig, stage: DiffusionStage, images: int) -> str
     if stage.corruption.block > 1:
         dataset = cfg.data.dataset
         words |= {"relay.start": dataset.get("path", "FOLDER"), "relay.start_subset": dataset.get("subset", "")}
+        words |= {"relay.start_size": "" if dataset.get("random_crops") else "input"}
         words |= {"seeds": f"0-{min(images, 16) - 1}"}
     words |= {"trusted": f"[{','.join(cfg.trusted)}]" if cfg.trusted else ""}
     return " ".join(["python sample.py", *(override(key, str(value)) for key, value in words.items() if value)])
