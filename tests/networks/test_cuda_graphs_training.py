@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from torch.func import functional_call
 
 from relay_diffusion.networks import Condition, EDMPreconditioner, GraphedTraining, UNet
-from relay_diffusion.networks.cuda_graphs import _apart, _cast, _like_weights, _places_of_casts
+from relay_diffusion.networks.cuda_graphs import _apart
 from zero_layers import randomize_zero_layers
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
@@ -154,25 +153,3 @@ def test_gradients_that_share_memory_are_taken_apart():
     assert len({gradient.data_ptr() for gradient in apart[:2]}) == 2
     assert apart[2] is None
     assert all(torch.equal(gradient, torch.ones(3)) for gradient in apart[:2])
-
-
-def test_weights_that_are_cast_at_once_give_the_output_and_gradients_of_autocast():
-    plain = denoiser(channels_last=False)
-    inputs = step_inputs("cpu")
-    weights = dict(plain.named_parameters())
-    cast = _places_of_casts(plain, torch.bfloat16)
-    assert len(cast) > 20
-    _cast(cast, weights)
-    leaves = {name: cast.get(name, weight.detach()).requires_grad_() for name, weight in weights.items()}
-    with torch.autocast("cpu", torch.bfloat16):
-        expected, output = plain(**inputs), functional_call(plain, leaves, kwargs=inputs)
-    assert torch.equal(output, expected)
-    right = torch.autograd.grad(expected.square().sum(), list(weights.values()), allow_unused=True)
-    found = torch.autograd.grad(output.square().sum(), list(leaves.values()), allow_unused=True)
-    assert {g.dtype for g in found if g is not None} == {torch.float32, torch.bfloat16}
-    for mine, theirs in zip(_like_weights(found, list(weights.values())), right, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
-
-
-def test_nothing_is_cast_without_autocast():
-    assert _places_of_casts(denoiser(), None) == {}

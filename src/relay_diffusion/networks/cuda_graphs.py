@@ -40,7 +40,7 @@ class Graphed:
 
     def __init__(self, denoiser: EDMPreconditioner) -> None:
         self.denoiser = denoiser
-        self._weights = dict(denoiser.named_parameters())
+        self._weights = list(denoiser.parameters())
         self._graphs: dict[Any, _CapturedForward | None] = {}
 
     def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
@@ -55,7 +55,7 @@ class Graphed:
 
     def _replayed(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
         precision = _precision()
-        key = (tuple(x.shape), labels is None, precision, _addresses(self._weights.values()))
+        key = (tuple(x.shape), labels is None, precision, _addresses(self._weights))
         if key not in self._graphs:
             while len(self._graphs) >= MAX_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
@@ -68,7 +68,7 @@ class Graphed:
             with torch.inference_mode(False), torch.no_grad():
                 captured = self._graphs[key] = self._capture(given, precision)
         if captured.version != self._version():
-            _cast(captured.cast, self._weights)
+            self._cast(captured.cast)
             captured.version = self._version()
         for place, value in zip(captured.inputs, given, strict=True):
             place.copy_(value, non_blocking=True)
@@ -76,17 +76,34 @@ class Graphed:
         return captured.output.clone()
 
     def _version(self) -> int:
-        return sum(weight._version for weight in self._weights.values() if not weight.is_inference())
+        return sum(weight._version for weight in self._weights if not weight.is_inference())
+
+    def _cast(self, places: dict[str, Tensor]) -> None:
+        if not places:  # these weights are used in float32
+            return
+        torch._foreach_copy_(list(places.values()), [self.denoiser.get_parameter(name) for name in places])
 
     def _capture(self, given: list[Tensor], precision: torch.dtype | None) -> _CapturedForward:
         inputs = [_place(value, given[0].device) for value in given]
-        cast = _places_of_casts(self.denoiser, precision)
-        _cast(cast, self._weights)
+        weights = self._cast_by_autocast() if precision is not None else {}
+        cast = {name: torch.empty_like(weight, dtype=precision) for name, weight in weights.items()}
+        self._cast(cast)
         graph = torch.cuda.CUDAGraph()
         # data-loading threads may call CUDA meanwhile
         with torch.cuda.graph(graph, capture_error_mode="thread_local"), _autocast(precision):
             output = functional_call(self.denoiser, cast, tuple(inputs))
         return _CapturedForward(graph, inputs, output, cast, self._version())
+
+    def _cast_by_autocast(self) -> dict[str, Tensor]:
+        """Return the weights that autocast casts, by name.
+
+        Weights that are computed with in float32 before the cast are left out.
+        """
+        modules = dict(self.denoiser.named_modules())
+        blocks = [module for module in modules.values() if isinstance(module, ResidualBlock) and module.up]
+        computed_with = [self.denoiser.network.conv_in, *(block.conv0 for block in blocks)]
+        products = {k: m for k, m in modules.items() if isinstance(m, nn.Conv2d | nn.Linear) and m not in computed_with}
+        return {f"{name}.weight": module.weight for name, module in products.items()}
 
 
 @dataclass
@@ -186,10 +203,8 @@ def _capture(
     precision: torch.dtype | None,
 ) -> _CapturedStep:
     device = next(iter(weights.values())).device
-    # new leaves on the same memory: hooks on the weights themselves must not be captured; and leaves for the casts,
-    # which one kernel computes for many weights where autocast launches one for each
-    cast = {name: place for name, place in _places_of_casts(denoiser, precision).items() if name in weights}
-    leaves = {name: cast.get(name, weight.detach()).requires_grad_() for name, weight in weights.items()}
+    # new leaves on the same memory: hooks on the weights themselves must not be captured
+    leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
     places = [None if value is None else _place(value, device) for value in given]
     x, sigma, labels, augment_labels, images, level = places
     assert x is not None
@@ -197,15 +212,13 @@ def _capture(
     condition = None if images is None or level is None else Condition(images, level)
 
     def evaluate() -> Tensor:
-        _cast(cast, weights)
         with _autocast(precision):
             output: Tensor = functional_call(denoiser, leaves, (x, sigma, labels, augment_labels, condition))
             return output
 
     def differentiate(output: Tensor, gradient: Tensor) -> list[Tensor | None]:
         with torch.autocast("cuda", enabled=False):  # as in a normal backward pass
-            gradients = _apart(torch.autograd.grad(output, list(leaves.values()), gradient, allow_unused=True))
-        return _like_weights(gradients, list(weights.values()))
+            return _apart(torch.autograd.grad(output, list(leaves.values()), gradient, allow_unused=True))
 
     state = torch.cuda.get_rng_state(device)
     side = torch.cuda.Stream()
@@ -240,39 +253,6 @@ def _apart(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         kept.append(gradient.clone() if gradient is not None and shared else gradient)
         seen |= set() if gradient is None else {gradient.data_ptr()}
     return kept
-
-
-def _like_weights(gradients: Sequence[Tensor | None], weights: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return gradients in the data types of their weights."""
-    given = [(g, w.dtype) for g, w in zip(gradients, weights, strict=True) if g is not None and g.dtype != w.dtype]
-    cast = {id(gradient): torch.empty_like(gradient, dtype=dtype) for gradient, dtype in given}
-    if given:
-        torch._foreach_copy_(list(cast.values()), [gradient for gradient, _ in given])
-    return [cast.get(id(gradient), gradient) for gradient in gradients]
-
-
-def _places_of_casts(denoiser: EDMPreconditioner, precision: torch.dtype | None) -> dict[str, Tensor]:
-    """Allocate memory for the weights that autocast casts, by name.
-
-    Weights that are computed with in float32 before the cast are left out. Empty without autocast.
-    """
-    if precision is None:
-        return {}
-    modules = dict(denoiser.named_modules())
-    blocks = [module for module in modules.values() if isinstance(module, ResidualBlock) and module.up]
-    computed_with = [denoiser.network.conv_in, *(block.conv0 for block in blocks)]
-    products = {k: m for k, m in modules.items() if isinstance(m, nn.Conv2d | nn.Linear) and m not in computed_with}
-    weights = {f"{name}.weight": module.weight for name, module in products.items()}
-    linear = {name: module for name, module in products.items() if isinstance(module, nn.Linear)}
-    biases = {f"{name}.bias": module.bias for name, module in linear.items() if module.bias is not None}
-    return {name: torch.empty_like(weight, dtype=precision) for name, weight in (weights | biases).items()}
-
-
-@torch.no_grad()
-def _cast(places: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Write the weights into the memory of their casts."""
-    if places:
-        torch._foreach_copy_(list(places.values()), [weights[name] for name in places])
 
 
 def _precision() -> torch.dtype | None:
