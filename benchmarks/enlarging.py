@@ -2,7 +2,7 @@
 
 python benchmarks/enlarging.py [key=value ...]
 
-stage      relay stage: directory of a run, .ckpt file or export   (demo/photos_256)
+stage      relay stage: directory of a run, .ckpt file or export   (outputs/photos)
 methods    bicubic, lanczos, and grids as in grids.py, joined by plus signs (bicubic+lanczos+1,2,3,5,9/0.4/0.03/7/0)
 images     folder or zip of images of any size                     (data/photos.zip)
 subset     a folder inside                                         (heldout)
@@ -33,19 +33,20 @@ from measuring import device_name, draw, read_rows, score, tflop, write_rows
 from PIL import Image
 from timing import environment
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from relay_diffusion.checkpoints.loading import load_stage
 from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.image_sets import image_tensor
+from relay_diffusion.diffusion.corruption import block_mean
 from relay_diffusion.diffusion.guidance import NO_CLASS
 from relay_diffusion.diffusion.pixels import to_float, to_uint8
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import FIDMetric, FrechetDistance, Inception, Reference, SFIDMetric
 from relay_diffusion.metrics.evaluator import Evaluator
 from relay_diffusion.models import DiffusionStage
+from relay_diffusion.sampling.agreement import difference
 from relay_diffusion.utils.host import prepare_host
 from relay_diffusion.utils.parallel import map_in_order
 
@@ -59,7 +60,7 @@ GRAY_LEVELS = 255.0
 class Options:
     """The command line; see above."""
 
-    stage: str = "demo/photos_256"
+    stage: str = "outputs/photos"
     methods: str = "bicubic+lanczos+1,2,3,5,9/0.4/0.03/7/0"
     images: str = "data/photos.zip"
     subset: str = "heldout"
@@ -86,14 +87,9 @@ def load_enlarging_stage(path: str, device: torch.device) -> DiffusionStage:
     return stage
 
 
-def block_means(images: Tensor, block: int) -> Tensor:
-    """Average blocks of pixels. uint8 [B,C,H,W] -> float32 [B,C,h,w] in gray levels."""
-    return avg_pool2d(images.float(), block)
-
-
 def inputs(crops: Tensor, block: int) -> Tensor:
     """Reduce crops to the images to enlarge, uint8 [B,C,h,w]."""
-    return (block_means(crops, block) + 0.5).to(torch.uint8)
+    return (block_mean(crops.float(), block) + 0.5).to(torch.uint8)
 
 
 def interpolated(small: Tensor, block: int, method: str) -> tuple[Tensor, float]:
@@ -169,7 +165,7 @@ class Bench:
         ):
             self.psnr.update(result.float(), crop.float())
             self.ssim.update(result.float(), crop.float())
-            squares += float((block_means(result, stage.corruption.block) - small).square().sum(dtype=torch.float64))
+            squares += float(difference(result, small).square().sum(dtype=torch.float64))
         chosen = None if method in INTERPOLATIONS else sampler(stage, "methods", method)
         return {
             "evaluations": str(chosen.evaluations if chosen else 0),

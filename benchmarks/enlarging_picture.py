@@ -2,7 +2,7 @@
 
 python benchmarks/enlarging_picture.py [key=value ...]
 
-stage    relay stage, as in enlarging.py                              (demo/photos_256)
+stage    relay stage, as in enlarging.py                              (outputs/photos)
 methods  a column each, as in enlarging.py                            (bicubic+2/0.4/0.03/7/0)
 images   folder or zip of images of any size                          (data/photos.zip)
 subset   a folder inside                                              (heldout)
@@ -38,7 +38,7 @@ class Options:
     """Options of this command; see above."""
 
     crops: str = MISSING
-    stage: str = "demo/photos_256"
+    stage: str = "outputs/photos"
     methods: str = "bicubic+2/0.4/0.03/7/0"
     images: str = "data/photos.zip"
     subset: str = "heldout"

@@ -66,6 +66,6 @@ def test_the_weights_of_the_network_are_restored():
     network = torch.nn.Linear(3, 2)
     average = WeightAverage(network, 8, weights={"weight": torch.zeros(2, 3), "bias": torch.ones(2)})
     raw = network.weight.detach().clone()
-    with average.applied_to(network):
+    with average.applied():
         assert not network.weight.any()
     assert torch.equal(network.weight, raw)

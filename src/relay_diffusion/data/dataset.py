@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -18,6 +19,8 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.utils.parallel import map_in_order
 from relay_diffusion.utils.progress import progress
 from relay_diffusion.utils.resolution import Resolution, image_size, resolution_of
+
+T = TypeVar("T")
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
@@ -122,19 +125,19 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         """
         if self.cache and self._cached is None:
             images = None
-            with progress("decoding images", len(self.names), enabled=show_progress) as advance:
-                for index, image in enumerate(self._set.tensors(range(len(self.names)))):
-                    images = torch.empty(len(self.names), *image.shape, dtype=image.dtype) if images is None else images
-                    images[index] = image
-                    advance()
+            for index, image in enumerate(self._shown(self._set.tensors(range(len(self.names))), show_progress)):
+                images = torch.empty(len(self.names), *image.shape, dtype=image.dtype) if images is None else images
+                images[index] = image
             self._cached = images
         if self._keeps_originals and not self._originals:
-            originals = []
-            with progress("decoding images", len(self.names), enabled=show_progress) as advance:
-                for original in map_in_order(self._original, range(len(self.names))):
-                    originals.append(original)
-                    advance()
-            self._originals = originals
+            self._originals = list(self._shown(map_in_order(self._original, range(len(self.names))), show_progress))
+
+    def _shown(self, decoded: Iterable[T], show_progress: bool) -> Iterator[T]:
+        """Yield decoded images while a bar shows their progress."""
+        with progress("decoding images", len(self.names), enabled=show_progress) as advance:
+            for image in decoded:
+                yield image
+                advance()
 
     def _images(self, items: list[int]) -> Tensor:
         self.load()

@@ -26,7 +26,7 @@ class WeightAverage:
     ) -> None:
         self.half_life_images, self.ramp_up = half_life_images, ramp_up
         present = dict(network.named_parameters())
-        self._parameters = list(present.values())
+        self._parameters = present
         source = weights or present
         self.weights = {k: source[k].detach().to(p.device, torch.float32, copy=True) for k, p in present.items()}
 
@@ -50,22 +50,21 @@ class WeightAverage:
 
         `batch`: images of the step; `seen`: images before it.
         """
-        present = [p if p.dtype == torch.float32 else p.float() for p in self._parameters]
+        present = [p if p.dtype == torch.float32 else p.float() for p in self._parameters.values()]
         torch._foreach_lerp_(list(self.weights.values()), present, 1 - self.beta(batch, seen))
 
     @contextmanager
-    def applied_to(self, network: torch.nn.Module) -> Iterator[None]:
+    def applied(self) -> Iterator[None]:
         """Use the averaged weights in the network during the block.
 
         The network's weights are restored afterwards.
         """
-        parameters = dict(network.named_parameters())
-        raw = {name: p.detach().clone() for name, p in parameters.items()}
+        raw = {name: p.detach().clone() for name, p in self._parameters.items()}
         try:
-            _copy(self.weights, parameters)
+            _copy(self.weights, self._parameters)
             yield
         finally:
-            _copy(raw, parameters)
+            _copy(raw, self._parameters)
 
 
 @torch.no_grad()

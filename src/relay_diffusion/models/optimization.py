@@ -80,7 +80,7 @@ class OptimizationHooks(L.LightningModule):
 
     def averaged(self) -> AbstractContextManager[None]:
         """Use the averaged weights in the block, if training keeps an average."""
-        return nullcontext() if self.ema is None else self.ema.applied_to(self.denoiser)
+        return nullcontext() if self.ema is None else self.ema.applied()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Set the learning rate, replace non-finite gradients, and compute their norm.

@@ -16,8 +16,8 @@ from relay_diffusion.utils.parallel import map_in_order
 def difference(enlarged: Tensor, start: Tensor) -> Tensor:
     """Subtract the start from the block means, in gray levels.
 
-    enlarged uint8 [1,C,H,W], start uint8 or float in [-1, 1] [C,h,w] -> float [1,C,h,w]. H and W are the same multiple
-    of h and w.
+    enlarged uint8 [B,C,H,W], start uint8 or float in [-1, 1] [C,h,w] or [B,C,h,w] -> float [B,C,h,w]. H and W are the
+    same multiple of h and w.
     """
     levels = start.float() if start.dtype == torch.uint8 else (start + 1) * 127.5
     return block_mean(enlarged.float(), enlarged.shape[-1] // start.shape[-1]) - levels
