@@ -34,6 +34,11 @@ python -m relay_diffusion.cli.convert_images source=FOLDER|ZIP|TAR destination=O
   class_level  which folder is the class, 1 being the outermost of the source; by default the first one below folders
                that hold everything (left out of the written names) and below splits (train, val, valid, test, heldout
                and the like, which stay in the names: data.dataset.subset=train); all splits have the same classes
+  captions     keep: those in the source's dataset.json, if any (default) | txt: a file a.txt beside each a.png, one
+               caption per line | json: captions_file | metadata: every metadata.csv and metadata.jsonl of the source,
+               with the column file_name (as Hugging Face's imagefolder), or captions_file | none
+  captions_file   {"a.png": caption or [caption, ...]} for captions=json; a .csv or .jsonl for captions=metadata
+  captions_column  column of the captions for captions=metadata (text)
   exif         apply: rotate images by their EXIF orientation (default) | ignore: keep the pixels as stored
   bit_depth    bits that the samples of 16-bit images use, 8 to 16 (16); 12 is usual for cameras and microscopes
   skip_bad     false: stop at the first unusable image (default) | true: leave out such images and summarize why;
@@ -124,6 +129,18 @@ def _describe_left_out(result: Converted) -> list[str]:
     return lines
 
 
+def _describe_captions(result: Converted) -> list[str]:
+    """Describe found, missing and unused captions; nothing without captions."""
+    if not (result.captions or result.unused_captions):
+        return []
+    lines = [f"captions: {len(result.captions):,} of {_counted(result.images, 'image')}"]
+    if missing := [name for name in result.labels if name not in result.captions]:
+        lines.append(f"  {len(missing):,} without ({_some(missing)})")
+    if result.unused_captions:
+        lines.append(f"  {len(result.unused_captions):,} unused ({_some(result.unused_captions)})")
+    return lines
+
+
 def _describe_resolutions(result: Converted, options: ConvertOptions) -> str:
     """Describe how many images each resolution would keep without enlarging."""
     own = written_size(options.resolution)
@@ -146,7 +163,7 @@ def _convert_and_report(options: ConvertOptions) -> None:
     if result.enlarged:
         print(f"enlarged {_counted(result.enlarged, 'image')} (upscale=true)")
     print(_describe_resolutions(result, options))
-    for line in _describe_classes(result):
+    for line in _describe_classes(result) + _describe_captions(result):
         print(line)
     classes = f"{len(result.class_names)} classes" if result.class_names else "no classes"
     print(

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple, cast
 from omegaconf import MISSING
 from PIL import Image, ImageColor
 
+from relay_diffusion.data.caption_files import TEXT_COLUMN, FoundCaptions, json_file, metadata_tables, text_files
+from relay_diffusion.data.captions import read_captions
 from relay_diffusion.data.class_folders import ClassFolders, find_class_folders
 from relay_diffusion.data.decode import FULL_DEPTH, MODES, WHITE, UnusableImageError, box_average, decode
 from relay_diffusion.data.labels import Labels, read_labels
@@ -31,6 +33,7 @@ from relay_diffusion.utils.resolution import Resolution, Size, image_size, resol
 
 Fit = Enum("Fit", ["crop", "pad", "stretch", "none"])  # how an image gets the written shape
 Classes = Enum("Classes", ["folders", "keep", "none"])  # where class labels come from
+Captions = Enum("Captions", ["keep", "txt", "json", "metadata", "none"])  # where captions come from
 Exif = Enum("Exif", ["apply", "ignore"])  # whether the EXIF orientation is applied
 
 MIN_SIDE = 8  # pixels of a written image and of its source
@@ -53,6 +56,9 @@ class ConvertOptions:
     upscale: bool = False
     background: str = "white"
     channels: int = 3
+    captions: Captions = Captions.keep
+    captions_file: str | None = None
+    captions_column: str | None = None
 
 
 class LeftOut(NamedTuple):
@@ -71,7 +77,8 @@ class Converted:
     ignored: names of the files with other suffixes. labels: class index (None without classes) by written name.
     folders: the detected class folders, if any. turned, exif_damaged: images with an applied EXIF orientation, and
     images with a damaged EXIF block. deep_images, bits: number of 16-bit images, and the bits that their brightest
-    sample needs. sizes: number of decoded images by (height, width).
+    sample needs. sizes: number of decoded images by (height, width). captions: those of the images that have some, by
+    written name. unused_captions: names of caption files and entries without an image.
     """
 
     images: int
@@ -86,6 +93,8 @@ class Converted:
     bits: int
     enlarged: int
     sizes: Mapping[Size, int]
+    captions: Mapping[str, list[str]]
+    unused_captions: list[str]
 
 
 class _Encoded(NamedTuple):
@@ -197,6 +206,7 @@ def convert(options: ConvertOptions) -> Converted:
     refuse_existing(destination, "destination", options.overwrite)
     folders = _class_folders(source, options)
     labels = _labels(source, options.classes, folders)
+    captions = _captions(source, options)
     short_names = folders.short_names if folders else {name: name for name in source.names}
     targets = png_names(list(short_names.values()))
 
@@ -226,7 +236,9 @@ def convert(options: ConvertOptions) -> Converted:
             if result.size is not None:
                 sizes[result.size] += 1
             if result.png is not None:
-                writer.add_encoded(targets[short_names[name]], result.png, labels.by_name[name] if labels else None)
+                label = labels.by_name[name] if labels else None
+                some = captions.by_name.get(name, ())
+                writer.add_encoded(targets[short_names[name]], result.png, label, some)
                 facts.update(turned=result.turned, exif_damaged=result.exif_damaged, deep=result.bits > 0)
                 facts.update(enlarged=fit_problem(cast(Size, result.size), size, options.fit) is not None)
                 bits = max(bits, result.bits)
@@ -246,7 +258,7 @@ def convert(options: ConvertOptions) -> Converted:
         images=len(writer.labels),
         class_names=writer.class_names,
         left_out=left_out,
-        ignored=source.ignored(),
+        ignored=[name for name in source.ignored() if name not in captions.files],
         labels=writer.labels,
         folders=folders,
         turned=facts["turned"],
@@ -255,6 +267,8 @@ def convert(options: ConvertOptions) -> Converted:
         bits=bits,
         enlarged=facts["enlarged"],
         sizes=sizes,
+        captions=writer.captions,
+        unused_captions=captions.unused,
     )
 
 
@@ -293,3 +307,29 @@ def _labels(source: Source, classes: Classes, folders: ClassFolders | None) -> L
     if kept is None:
         raise UserError(f"classes=keep: {source.path} has no labels in {LABEL_FILE}")
     return kept
+
+
+def _captions(source: Source, options: ConvertOptions) -> FoundCaptions:
+    chosen, path, column = options.captions, options.captions_file, options.captions_column
+    if path is not None and chosen not in (Captions.json, Captions.metadata):
+        raise UserError(f"captions_file={path}: is for captions=json and captions=metadata, not {chosen.name}")
+    if column is not None and chosen is not Captions.metadata:
+        raise UserError(f"captions_column={column}: is for captions=metadata, not captions={chosen.name}")
+    if chosen is Captions.none:
+        return FoundCaptions({})
+    if chosen is Captions.keep:
+        return FoundCaptions(read_captions(source))
+    with prefix_errors(f"captions={chosen.name}"):
+        if chosen is Captions.txt:
+            found = text_files(source)
+        elif chosen is Captions.metadata:
+            found = metadata_tables(source, column or TEXT_COLUMN, path)
+        elif path is None:
+            raise UserError("needs captions_file=FILE.json")
+        else:
+            found = json_file(source, path)
+        if not any(found.by_name.values()):
+            raise UserError(
+                f"none of {len(source.names):,} images has a caption; correct the names, or use captions=none"
+            )
+    return found

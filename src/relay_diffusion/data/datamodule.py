@@ -6,7 +6,7 @@ The order depends only on the seed and the number of images seen.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from relay_diffusion.data.dataset import ImageDataset, batch_of
+from relay_diffusion.data.sources import CONVERTER, LABEL_FILE
+from relay_diffusion.diffusion.generators import mix_seeds
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.distributed import SIGNALS, exit_for_parent_only
 
@@ -70,11 +72,17 @@ class InfiniteSampler(Sampler[list[int]]):
         self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
 
     def __iter__(self) -> Iterator[list[int]]:
+        for positions in self.positions():
+            yield self.stream(positions.start, len(positions))
+
+    def positions(self) -> Iterator[range]:
+        """Yield the positions in the stream of this rank's micro-batches."""
         first = self.start() if callable(self.start) else self.start
         while True:
             for micro_step in range(self.accumulate):
                 part = micro_step * self.world_size + self.rank
-                yield self.stream(first + part * self.micro_batch_size, self.micro_batch_size)
+                begin = first + part * self.micro_batch_size
+                yield range(begin, begin + self.micro_batch_size)
             first += self.batch_size
 
     def stream(self, first: int, count: int) -> list[int]:
@@ -89,22 +97,46 @@ class InfiniteSampler(Sampler[list[int]]):
         return indices
 
 
+def chosen_caption(captions: Sequence[str], seed: int, position: int) -> str:
+    """Choose one caption of an image for one visit; "" without captions.
+
+    position: of the visit in the stream of `InfiniteSampler`. A pure function of its arguments: the choice depends on
+    no rank, worker or interruption. All captions are equally probable.
+    """
+    return captions[mix_seeds(seed, position) % len(captions)] if captions else ""
+
+
 class ImageDataModule(LightningDataModule):
     """Endless training batches of an image dataset.
 
     Each batch is (uint8 or float32 [b, C, H, W], int64 [b]) with b = batch_size / (devices x nodes x
     accumulate_grad_batches of the Trainer); `batch_size` counts the images of a step over all devices. num_workers:
-    decoding processes per device; 0 is enough for a cached dataset. seed: determines the order. The order continues at
-    `images_seen` of the trained LightningModule. Raises UserError unless the batch divides evenly.
+    decoding processes per device; 0 is enough for a cached dataset. seed: determines the order. captions: a third part
+    of each batch is the list of b prompts, one caption of each image, chosen at every visit (`chosen_caption`). The
+    order continues at `images_seen` of the trained LightningModule. Raises UserError unless the batch divides evenly,
+    and with `captions` for a dataset without any.
     """
 
-    def __init__(self, dataset: ImageDataset, batch_size: int, num_workers: int = 2, seed: int = 0) -> None:
+    def __init__(
+        self, dataset: ImageDataset, batch_size: int, num_workers: int = 2, seed: int = 0, captions: bool = False
+    ) -> None:
         super().__init__()
         if num_workers < 0:
             raise UserError(f"data.num_workers={num_workers}: must be 0 or more")
         self.dataset, self.batch_size, self.num_workers, self.seed = dataset, batch_size, num_workers, seed
+        self.captions = captions
+        if captions and self.missing_captions == len(dataset.names):
+            raise UserError(
+                f"data.captions=true: {dataset.path} has no captions in {LABEL_FILE}; use data.captions=false, or add "
+                f"them with captions= of {CONVERTER}"
+            )
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+    @property
+    def missing_captions(self) -> int:
+        """Number of images without a caption, whose prompt is ""."""
+        return sum(not captions for captions in self.dataset.captions)
+
+    def train_dataloader(self) -> DataLoader[Any]:
         """Return the loader of this rank.
 
         Lightning must not replace its sampler (Trainer(use_distributed_sampler=False)).
@@ -123,9 +155,9 @@ class ImageDataModule(LightningDataModule):
             start=lambda: cast(int, trainer.lightning_module.images_seen),
         )
         return _TrainingLoader(
-            _Batches(self.dataset),
+            _CaptionedBatches(self.dataset, self.seed) if self.captions else _Batches(self.dataset),
             batch_size=None,  # an item is a whole batch
-            sampler=sampler,
+            sampler=_Visits(sampler) if self.captions else sampler,
             num_workers=num_workers,
             worker_init_fn=exit_for_parent_only,
             persistent_workers=num_workers > 0,
@@ -146,7 +178,31 @@ class _Batches(Dataset[tuple[Tensor, Tensor]]):
         return batch_of(self.dataset, indices)
 
 
-class _TrainingLoader(DataLoader[tuple[Tensor, Tensor]]):
+class _Visits(Sampler[tuple[int, list[int]]]):
+    """Micro-batches of a sampler with the position of their first item."""
+
+    def __init__(self, order: InfiniteSampler) -> None:
+        self.order = order
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        for positions in self.order.positions():
+            yield positions.start, self.order.stream(positions.start, len(positions))
+
+
+class _CaptionedBatches(Dataset[tuple[Tensor, Tensor, list[str]]]):
+    """Batches of a dataset with prompts, by (first position, indices)."""
+
+    def __init__(self, dataset: ImageDataset, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, visit: tuple[int, list[int]]) -> tuple[Tensor, Tensor, list[str]]:
+        first, indices = visit
+        captions = (self.dataset.captions[self.dataset.image_of(index)] for index in indices)
+        prompts = [chosen_caption(some, self.seed, position) for position, some in enumerate(captions, first)]
+        return *batch_of(self.dataset, indices), prompts
+
+
+class _TrainingLoader(DataLoader[Any]):
     """Data loader whose workers ignore the signals that stop a run.
 
     A closed terminal, `timeout` and `scancel` signal every process of a run, and the step that training then finishes

@@ -41,9 +41,9 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     have any size from the resolution on. Crop k of image i has the index k N + i and depends on k and i only.
     channels: C; files and arrays of 1 (grayscale), 3 (RGB) and 4 (RGBA) channels are converted; others must have C.
     option: the user's name of `path`, for messages.
-    Attributes: `names` [N] and their `labels` [N]; `class_names` and `num_classes` of the whole set, not of the subset;
-    `source_hash`, `path`, `subset`; `size`, (H, W); `cache`: all items are in memory, so that a loader needs no
-    workers; `turned`, the names of images that this process has turned so far.
+    Attributes: `names` [N], their `labels` [N] and `captions` [N]; `class_names` and `num_classes` of the whole set,
+    not of the subset; `source_hash`, `path`, `subset`; `size`, (H, W); `cache`: all items are in memory, so that a
+    loader needs no workers; `turned`, the names of images that this process has turned so far.
     Raises UserError that names the option, the argument, dataset.json or the image.
     """
 
@@ -87,11 +87,20 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return len(self.class_names)
 
     @cached_property
+    def captions(self) -> list[list[str]]:
+        """Captions of every image [N] from dataset.json; an empty list for an image without any.
+
+        Read at the first access. Raises UserError that names the entry of dataset.json.
+        """
+        found = self._set.captions()
+        return [found.get(name, []) for name in self.names]
+
+    @cached_property
     def source_hash(self) -> str:
         """Hash of names, contents, subset, resolution and exif (hexadecimal).
 
-        x_flip and random_crops are not part of it. Fast for a zip, whose directory has a checksum of every file; a
-        folder is read once.
+        Labels, captions, x_flip and random_crops are not part of it. Fast for a zip, whose directory has a checksum of
+        every file; a folder is read once.
         """
         return self._set.digest(f"{self.subset}\n{resolution_of(self.size)}\n")
 
@@ -116,7 +125,11 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         flipped = [i for i, index in enumerate(indices) if index % count >= self._unmirrored]
         images = self._images(items)
         images[flipped] = images[flipped].flip(-1)
-        return images, torch.tensor([self.labels[item % len(self.names)] for item in items])
+        return images, torch.tensor([self.labels[self.image_of(item)] for item in items])
+
+    def image_of(self, index: int) -> int:
+        """Return which of the N images an item shows, mirrored and cropped or not."""
+        return index % len(self.names)
 
     def load(self, show_progress: bool = True) -> None:
         """Decode all images now if cache=True.

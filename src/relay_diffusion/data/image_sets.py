@@ -19,6 +19,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from PIL import Image
 from torch import Tensor
 
+from relay_diffusion.data.captions import read_captions
 from relay_diffusion.data.decode import (
     EXIF_APPLIED,
     FULL_DEPTH,
@@ -92,6 +93,10 @@ class ImageSet(ABC):
         """Read the class labels of the whole set; None without labels."""
         return None
 
+    def captions(self) -> dict[str, list[str]]:
+        """Read the captions of the whole set by name; images without captions have no entry."""
+        return {}
+
     def batches(self, batch_size: int, indices: Sequence[int] | None = None) -> Iterator[Tensor]:
         """Yield images as uint8 [B,C,H,W].
 
@@ -162,6 +167,10 @@ class ImageFiles(ImageSet):
     def labels(self) -> Labels | None:
         """Read the class labels in dataset.json; None without labels."""
         return read_labels(self._source)
+
+    def captions(self) -> dict[str, list[str]]:
+        """Read the captions in dataset.json by name."""
+        return read_captions(self._source)
 
     def image(self, name: str) -> Image.Image:
         """Return one image at the resolution, or a whole one.

@@ -21,16 +21,14 @@ class Labels:
     class_names: list[str]
 
 
-def read_labels(source: Source) -> Labels | None:
-    """Read the labels of a source's dataset.json.
+def read_description(source: Source) -> dict[str, object] | None:
+    """Read the object in a source's dataset.json; None without the file.
 
-    {"labels": [[name, class], ...], "classes": [class name, ...] (optional)}. None when the file is missing or has no
-    labels. Raises UserError naming the file and the entry for anything malformed, for a label of a missing image, and
-    for an image without a label.
+    Raises UserError naming the file if it holds something else.
     """
     if LABEL_FILE not in source.members:
         return None
-    where = f"{source.option}={source.path}: {LABEL_FILE}"
+    where = describe_file(source)
     try:
         content = json.loads(source.read(LABEL_FILE))
     except UserError:
@@ -39,6 +37,24 @@ def read_labels(source: Source) -> Labels | None:
         raise UserError(f"{where} is not valid JSON ({one_line(error)})") from error
     if not isinstance(content, dict):
         raise UserError(f'{where} must be an object with the key "labels"')
+    return content
+
+
+def describe_file(source: Source) -> str:
+    """Return how messages name the dataset.json of a source."""
+    return f"{source.option}={source.path}: {LABEL_FILE}"
+
+
+def read_labels(source: Source) -> Labels | None:
+    """Read the labels of a source's dataset.json.
+
+    {"labels": [[name, class], ...], "classes": [class name, ...] (optional)}. None when the file is missing or has no
+    labels. Raises UserError naming the file and the entry for anything malformed, for a label of a missing image, and
+    for an image without a label.
+    """
+    content, where = read_description(source), describe_file(source)
+    if content is None:
+        return None
     entries, classes = content.get("labels"), content.get("classes")
     if entries is None:
         return None

@@ -128,9 +128,12 @@ class Source(ABC):
     @abstractmethod
     def _read(self, member: str) -> bytes: ...
 
-    def items(self) -> Iterator[tuple[str, Callable[[], bytes]]]:
-        """(name, function that reads its bytes) of every image, in reading order."""
-        for name in self.names:
+    def items(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Callable[[], bytes]]]:
+        """Yield (name, function that reads its bytes) of members.
+
+        names: of members, in reading order; by default those of all images.
+        """
+        for name in self.names if names is None else names:
             yield name, partial(self.read, name)
 
 
@@ -239,12 +242,13 @@ class TarSource(Source):
         with self._opened(self.path) as archive:
             return tar_bytes(archive, archive.getmember(member))
 
-    def items(self) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    def items(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Callable[[], bytes]]]:
+        """Yield (name, function that gives its bytes) of members, in the archive's order."""
         # Read in one pass: a compressed tar cannot seek.
-        names = {self.members[name]: name for name in self.names}
+        wanted = {self.members[name]: name for name in (self.names if names is None else names)}
         with self._opened(self.path) as archive:
             for info in archive:
-                name = names.pop(info.name, None) if info.isfile() else None
+                name = wanted.pop(info.name, None) if info.isfile() else None
                 if name is not None:
                     yield name, self._content(archive, info, name)
 

@@ -1,4 +1,4 @@
-"""Image zips: uncompressed PNG members and their classes in dataset.json."""
+"""Image zips: uncompressed PNG members, and their classes and captions in dataset.json."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ class ImageZipWriter:
     def __init__(self, archive: zipfile.ZipFile, what: str, class_names: list[str] | None) -> None:
         self._archive, self._what, self.class_names = archive, what, class_names
         self.labels: dict[str, int | None] = {}  # label of every written image, in order
+        self.captions: dict[str, list[str]] = {}  # captions of the images that have some
 
-    def add(self, name: str, image: Image.Image, label: int | None = None) -> None:
+    def add(self, name: str, image: Image.Image, label: int | None = None, captions: Sequence[str] = ()) -> None:
         """Add one image as a PNG.
 
         label: index into the class names, None without classes.
         """
-        self.add_encoded(name, encode_png(image), label)
+        self.add_encoded(name, encode_png(image), label, captions)
 
-    def add_encoded(self, name: str, content: bytes, label: int | None = None) -> None:
+    def add_encoded(self, name: str, content: bytes, label: int | None = None, captions: Sequence[str] = ()) -> None:
         """Add one encoded image; not thread-safe.
 
         Images can be encoded in threads. Raises UserError if the name exists already.
@@ -43,6 +44,8 @@ class ImageZipWriter:
         assert (label is None) == (self.class_names is None), "all images have a label, or none has"
         assert label is None or 0 <= label < len(self.class_names or ()), f"no class {label}"
         self.labels[name] = label
+        if captions:
+            self.captions[name] = list(captions)
         self._write(name, content)
 
     def drop_empty_classes(self) -> None:
@@ -57,6 +60,8 @@ class ImageZipWriter:
         content: dict[str, object] = {"labels": None}
         if self.class_names is not None:
             content = {"labels": list(self.labels.items()), "classes": self.class_names}
+        if self.captions:
+            content["captions"] = list(self.captions.items())
         self._write(LABEL_FILE, json.dumps(content).encode())
 
     def _write(self, name: str, data: bytes) -> None:

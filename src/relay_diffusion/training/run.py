@@ -189,6 +189,8 @@ def _announce(
         how = f"continues {os.path.relpath(start.checkpoint)}{f' with {changed}' if changed else ''}"
     images = f"{len(data.dataset.names):,} images" + (f" of {stage.num_classes} classes" if stage.num_classes else "")
     print(f"{os.path.relpath(cfg.run_dir)}: {how}, {parameters:,} parameters, {images}", flush=True)
+    if data.captions and data.missing_captions:
+        print(f"note: {data.missing_captions:,} images have no caption; their prompt is empty", flush=True)
     if order := [key for key, _, _ in start.changed if key in DATA_ORDER]:
         print(f"note: {', '.join(order)} changed, so the order of the images changes", flush=True)
     report_slow_settings(trainer.strategy.root_device, {"network.channels_last": stage.denoiser.network})
