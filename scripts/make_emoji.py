@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from enum import Enum
 from io import BytesIO
 from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
 from omegaconf import MISSING
 from PIL import Image
@@ -42,6 +43,8 @@ python scripts/make_emoji.py images=TGZ groups=TGZ destination=OUT.zip [key=valu
   format       png | webp: also lossless, a fifth smaller, takes minutes
   overwrite    false: refuse a destination that exists (default) | true: replace it once all is converted
 """
+Content = TypeVar("Content")
+
 GROUPS_MEMBER = "package/data-by-emoji.json"
 LEFT_OUT_GROUP = "Flags"  # text and heraldry are illegible at this size
 VARIATION_SELECTOR = {"fe0f"}
@@ -101,21 +104,34 @@ def read_groups(path: str | Path) -> dict[str, str]:
 
     Raises UserError naming `groups`.
     """
-    file = existing_path(path, "groups")
-    try:
-        with tarfile.open(file, tarinfo=BoundedTarInfo) as archive:
-            content = json.loads(tar_bytes(archive, archive.getmember(GROUPS_MEMBER)))
+
+    def groups_of(content: Any) -> dict[str, str]:
         groups = {
-            without("-".join(f"{ord(character):x}" for character in emoji), VARIATION_SELECTOR): entry["group"]
-            for emoji, entry in content.items()
+            without(emoji_code_points(emoji), VARIATION_SELECTOR): entry["group"] for emoji, entry in content.items()
         }
         if not all(isinstance(group, str) for group in groups.values()):
             raise ValueError("a group is no text")
+        return groups
+
+    return read_json_member(path, GROUPS_MEMBER, "groups", groups_of)
+
+
+def read_json_member(path: str | Path, member: str, option: str, convert: Callable[[Any], Content]) -> Content:
+    """Read a JSON file in a tarball and convert its content.
+
+    Raises UserError naming `option` if the tarball is damaged, or if `convert` raises.
+    """
+    file = existing_path(path, option)
+    try:
+        with tarfile.open(file, tarinfo=BoundedTarInfo) as archive:
+            return convert(json.loads(tar_bytes(archive, archive.getmember(member))))
     except Exception as error:  # tarfile, the decompressors and json raise many types for damaged files
-        raise UserError(
-            f"groups={path}: damaged, or not the npm tarball with {GROUPS_MEMBER}; fetch it again"
-        ) from error
-    return groups
+        raise UserError(f"{option}={path}: damaged, or not the npm tarball with {member}; fetch it again") from error
+
+
+def emoji_code_points(emoji: str) -> str:
+    """Return the code points of an emoji, as files are named: '1f44d-1f3fb'."""
+    return "-".join(f"{ord(character):x}" for character in emoji)
 
 
 def group_of(code_points: str, groups: dict[str, str]) -> str | None:
@@ -132,7 +148,7 @@ def build(options: EmojiOptions) -> EmojiSet:
     source = open_source(options.images, "images", tar=True)
     code_points = {name: PurePosixPath(name).stem for name in source.names}
     group_by_name = {name: group_of(points, groups) for name, points in code_points.items()}
-    chosen = {name: _slug(group) for name, group in group_by_name.items() if group not in (None, LEFT_OUT_GROUP)}
+    chosen = {name: slug(group) for name, group in group_by_name.items() if group not in (None, LEFT_OUT_GROUP)}
     if not chosen:
         raise UserError(f"images={options.images}: no file is named after an emoji of groups={options.groups}")
     class_names = sorted(set(chosen.values()))
@@ -171,7 +187,8 @@ def encode_webp(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-def _slug(group: str | None) -> str:
+def slug(group: str | None) -> str:
+    """Return the class name of a group: 'Food & Drink' -> 'food-drink'."""
     return re.sub("[^a-z0-9]+", "-", (group or "").lower()).strip("-")
 
 
