@@ -95,7 +95,10 @@ def metadata_tables(source: Source, column: str, path: str | None) -> FoundCapti
 
 
 def _assigned(source: Source, entries: Iterable[tuple[str, object]], where: Callable[[str], str]) -> FoundCaptions:
-    """Assign entries to the images of a source; names may begin with './'."""
+    """Assign entries to the images of a source.
+
+    Names may begin with './'.
+    """
     images, by_name, unused = set(source.names), {}, []
     for key, value in entries:
         name = str(PurePosixPath(key))

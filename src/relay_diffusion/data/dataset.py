@@ -88,9 +88,9 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
     @cached_property
     def captions(self) -> list[list[str]]:
-        """Captions of every image [N] from dataset.json; an empty list for an image without any.
+        """Captions of every image [N] from dataset.json.
 
-        Read at the first access. Raises UserError that names the entry of dataset.json.
+        An empty list for an image without captions. Read at the first access. Raises UserError that names the entry of dataset.json.
         """
         found = self._set.captions()
         return [found.get(name, []) for name in self.names]
@@ -128,7 +128,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return images, torch.tensor([self.labels[self.image_of(item)] for item in items])
 
     def image_of(self, index: int) -> int:
-        """Return which of the N images an item shows, mirrored and cropped or not."""
+        """Return which of the N images an item shows."""
         return index % len(self.names)
 
     def load(self, show_progress: bool = True) -> None:

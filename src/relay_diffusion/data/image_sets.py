@@ -94,7 +94,10 @@ class ImageSet(ABC):
         return None
 
     def captions(self) -> dict[str, list[str]]:
-        """Read the captions of the whole set by name; images without captions have no entry."""
+        """Read the captions of the whole set by name.
+
+        Images without captions have no entry.
+        """
         return {}
 
     def batches(self, batch_size: int, indices: Sequence[int] | None = None) -> Iterator[Tensor]:
