@@ -11,6 +11,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from hydra.utils import instantiate
 from torch import Tensor
 
 from pictures_on_disk import pngs, write_folder, write_tar, write_zip
@@ -183,6 +184,14 @@ def test_a_set_without_captions_is_refused(tmp_path: Path) -> None:
     dataset = ImageDataset(write_zip(tmp_path / "a.zip", pngs(["a.png"])), 8)
     with pytest.raises(UserError, match=r"data\.captions=true: .*a\.zip has no captions in dataset\.json; use"):
         ImageDataModule(dataset, 2, captions=True)
+
+
+def test_the_emoji_with_text_are_a_choice_of_data(configuration, archive: Path) -> None:
+    cfg = configuration("train", "data=emoji_text", f"data.dataset.path={archive}", "data.dataset.subset=''")
+    cfg.data.dataset.resolution = 8
+    data = instantiate(cfg.data)
+    assert data.missing_captions == 1
+    assert not data.dataset.x_flip
 
 
 # ---- the converter ----

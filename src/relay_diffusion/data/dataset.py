@@ -90,7 +90,8 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     def captions(self) -> list[list[str]]:
         """Captions of every image [N] from dataset.json.
 
-        An empty list for an image without captions. Read at the first access. Raises UserError that names the entry of dataset.json.
+        An empty list for an image without captions. Read at the first access. Raises UserError that names the entry of
+        dataset.json.
         """
         found = self._set.captions()
         return [found.get(name, []) for name in self.names]
