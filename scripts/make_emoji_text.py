@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -72,7 +73,7 @@ COMPOSITION_PERCENT = 10  # of the pairs of an emoji and a style
 HELDOUT_PERCENT = 3  # of the emoji, in all styles
 
 # Pictures that are wrong on white, found by eye.
-WRONG_ON_WHITE = {("flat", "1f533"): "its frame is white"}  # looks as the black medium square
+WRONG_ON_WHITE = {("flat", "1f533"): "its frame is white"}  # without it, the button is the black medium square
 JOINER, FACING_RIGHT = "200d", "27a1"
 GENDER_SIGNS = {"2640", "2642"}
 TONE_NAMES = dict(zip(sorted(SKIN_TONES), ("light", "medium-light", "medium", "medium-dark", "dark"), strict=True))
@@ -372,6 +373,8 @@ def build(options: EmojiTextOptions, render: Svg = render_svg) -> EmojiTextSet:
 
 
 def _build_and_report(options: EmojiTextOptions) -> None:
+    if find_spec("resvg_py") is None:
+        raise UserError("rendering SVG needs resvg-py: pip install 'relay-diffusion[emoji]'")
     result = build(options)
     names = ("train", "composition", "heldout")
     print(f"{'style':10}" + "".join(f"{name:>13}" for name in names) + f"{'flags':>9}{'unnamed':>9}")

@@ -75,13 +75,14 @@ def _make_zip(path: Path, count: int, size: int) -> Path:
     with image_zip(path, ["dark", "light"]) as archive:
         for i in range(count):
             pixels = generator.integers(0, 128, (size, size, 3)) + 127 * (i % 2)
-            archive.add(f"train/{i:03d}.png", Image.fromarray(pixels.astype(np.uint8)), i % 2)
+            caption = f"{('dark', 'light')[i % 2]} noise"
+            archive.add(f"train/{i:03d}.png", Image.fromarray(pixels.astype(np.uint8)), i % 2, [caption])
     return path
 
 
 @pytest.fixture(scope="session")
 def small_zip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 images of 16x16 in two classes, dark and light."""
+    """24 images of 16x16 with captions in two classes, dark and light."""
     return _make_zip(tmp_path_factory.mktemp("data") / "small.zip", 24, 16)
 
 

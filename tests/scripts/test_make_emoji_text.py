@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import make_emoji_text
 from make_emoji import GROUPS_MEMBER
 from make_emoji_text import (
     KEYWORDS_MEMBER,
     STYLES,
     TARBALLS,
+    USAGE,
     Classes,
     Emoji,
     EmojiTextOptions,
@@ -25,6 +27,7 @@ from make_emoji_text import (
     untoned,
 )
 from pictures_on_disk import encoded, write_tar
+from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.errors import UserError
 
@@ -207,6 +210,15 @@ def test_subsets_are_disjoint_and_do_not_depend_on_the_order() -> None:
     assert 0.08 < len(composed) / len(pairs) < 0.12
     assert all(any(found.get((name, style)) == "train" for style in STYLES) for name, _ in composed)
     assert subsets([("1f300", "3d")])["1f300", "3d"] != "composition"  # in no other style
+
+
+def test_the_renderer_is_named_if_it_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(make_emoji_text, "find_spec", lambda name: None)
+    arguments = [f"packages={tmp_path}", f"destination={tmp_path / 'out.zip'}"]
+    assert run_tool(arguments, USAGE, EmojiTextOptions, make_emoji_text._build_and_report) == 2
+    assert capsys.readouterr().err == "error: rendering SVG needs resvg-py: pip install 'relay-diffusion[emoji]'\n"
 
 
 def test_svg_that_needs_fonts_or_files_is_refused() -> None:

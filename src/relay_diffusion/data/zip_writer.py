@@ -30,7 +30,7 @@ class ImageZipWriter:
     def add(self, name: str, image: Image.Image, label: int | None = None, captions: Sequence[str] = ()) -> None:
         """Add one image as a PNG.
 
-        label: index into the class names, None without classes.
+        label: index into the class names, None without classes. captions: any number.
         """
         self.add_encoded(name, encode_png(image), label, captions)
 
