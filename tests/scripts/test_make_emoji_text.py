@@ -215,7 +215,7 @@ def test_subsets_are_disjoint_and_do_not_depend_on_the_order() -> None:
 def test_the_renderer_is_named_if_it_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(make_emoji_text, "find_spec", lambda name: None)
+    monkeypatch.setattr(make_emoji_text, "find_spec", lambda _: None)
     arguments = [f"packages={tmp_path}", f"destination={tmp_path / 'out.zip'}"]
     assert run_tool(arguments, USAGE, EmojiTextOptions, make_emoji_text._build_and_report) == 2
     assert capsys.readouterr().err == "error: rendering SVG needs resvg-py: pip install 'relay-diffusion[emoji]'\n"
