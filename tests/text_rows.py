@@ -9,8 +9,10 @@ import torch
 from relay_diffusion.diffusion.text_states import TextStates
 
 
-def random_text(lengths: Sequence[int], dim: int = 6, tokens: int = 5) -> TextStates:
+def random_text(
+    lengths: Sequence[int], dim: int = 6, tokens: int = 5, generator: torch.Generator | None = None
+) -> TextStates:
     """Return rows of `lengths` tokens, padded to `tokens`; a row of length 0 has no text."""
     mask = torch.arange(tokens) < torch.tensor(lengths)[:, None]
-    pooled = torch.randn(len(lengths), dim) * mask.any(1, keepdim=True)
-    return TextStates(torch.randn(len(lengths), tokens, dim), mask, pooled)
+    pooled = torch.randn(len(lengths), dim, generator=generator) * mask.any(1, keepdim=True)
+    return TextStates(torch.randn(len(lengths), tokens, dim, generator=generator), mask, pooled)

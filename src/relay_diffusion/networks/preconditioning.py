@@ -119,7 +119,7 @@ class Prompted:
         self.text = concatenate([text, negative])
 
     def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
-        """Return the estimate of x0 [n B,C,H,W], float32, for n copies of the batch.
+        """Return the estimate of x0, float32, for n copies of the batch.
 
         x [n B,C,H,W], sigma [n B], labels [n B]: indices of images, or NO_CLASS; None: NO_CLASS for all.
         """

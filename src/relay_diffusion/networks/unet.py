@@ -154,7 +154,7 @@ class UNet(nn.Module):
         condition_level: Tensor | None = None,
         pooled: Tensor | None = None,
     ) -> Tensor:
-        """Compute the embedding [B,E] of noise level, class, augmentation, condition and text.
+        """Compute the embedding [B,E] of the noise level and the conditions.
 
         noise [B], labels [B] (-1: no class), augment [B,A], condition_level [B], pooled [B,D] (0: no text); all but
         noise may be None.
@@ -206,7 +206,7 @@ class UNet(nn.Module):
         return out
 
     def _with_null_token(self, text: TextStates | None, x: Tensor) -> TextStates | None:
-        """Prepend the null token to the tokens of each image; None for a network without text."""
+        """Prepend the null token to each row; None if context_dim=0."""
         if self.null_token is None:
             if text is not None:
                 raise ValueError("text was given, but the network has none (context_dim=0): remove it")
