@@ -9,6 +9,7 @@ from relay_diffusion.checkpoints.export import export_stage
 from relay_diffusion.checkpoints.loading import load_stage
 from relay_diffusion.data import datamodule
 from relay_diffusion.diffusion import ConditionedCorruption, LogNormal
+from relay_diffusion.diffusion.pixels import to_float
 from relay_diffusion.diffusion.text_states import TextStates, no_text
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.cascade import CascadeStage
@@ -121,6 +122,25 @@ def test_a_trained_text_stage_is_rebuilt_and_exported(fit, captioned, tmp_path):
     export_stage(loaded.info.config, loaded.denoiser.state_dict(), tmp_path / "export", kind="raw")
     assert torch.equal(load_stage(tmp_path / "export", "raw").sample(shape, [0, 1], **given), expected)
     assert fit("run", 32, "network.context_dim=6", "stage.label_dropout=0.1").images_seen == 32  # resumes
+
+
+@pytest.mark.slow
+def test_training_learns_what_the_text_says(fit, captioned):
+    """The images are dark or light; at high noise levels only the text tells which."""
+    quick = ("stage.optimizer.lr=3e-3", "network.num_classes=0", "network.context_dim=6")
+    noisier = ("stage.corruption.schedule.p_mean=2", "stage.corruption.schedule.p_std=0.5")
+    trained = fit("run", 480, *quick, *noisier, "stage.label_dropout=0.1").eval()
+    images, labels = datamodule.batch_of(trained.trainer.datamodule.dataset, list(range(24)))[:2]
+    x0, sigma = to_float(images), torch.full((24,), 15.0)
+    noisy = x0 + 15 * torch.randn_like(x0)
+
+    def loss(text):
+        with torch.no_grad():
+            return trained.loss(trained.denoiser(noisy, sigma, text=text), x0, sigma).mean().item()
+
+    right, none, wrong = loss(captioned.select(labels)), loss(None), loss(captioned.select(1 - labels))
+    assert right < 0.8 * none
+    assert none < wrong
 
 
 def test_images_without_classes_keep_label_dropout_for_their_text(fit, captioned):  # noqa: ARG001
