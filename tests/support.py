@@ -62,7 +62,12 @@ class Replay:
 
 
 def tiny_stage(
-    resolution: Resolution, block: int = 1, num_classes: int = 2, image_channels: int = 3, **settings: object
+    resolution: Resolution,
+    block: int = 1,
+    num_classes: int = 2,
+    image_channels: int = 3,
+    context_dim: int = 0,
+    **settings: object,
 ) -> DiffusionStage:
     """A stage of a few thousand parameters that draws something: its zero layers are filled."""
     network = UNet(
@@ -73,6 +78,7 @@ def tiny_stage(
         blocks=1,
         attention_resolutions=[],
         num_classes=num_classes,
+        context_dim=context_dim,
     )
     for parameter in network.parameters():
         if not parameter.any():

@@ -11,7 +11,7 @@ from relay_diffusion.diffusion.guidance import (
     ClassifierFreeGuidance,
     GuidanceInterval,
     check_guidance,
-    drop_labels,
+    drop_conditions,
     with_guidance,
 )
 
@@ -146,16 +146,16 @@ def test_an_empty_interval_is_refused(low, high):
 
 def test_no_label_is_dropped_with_probability_zero():
     labels = torch.arange(1000)
-    assert torch.equal(drop_labels(labels, 0.0), labels)
+    assert torch.equal(drop_conditions(labels, None, 0.0)[0], labels)
 
 
 def test_every_label_is_dropped_with_probability_one():
-    assert (drop_labels(torch.arange(1000), 1.0) == -1).all()
+    assert (drop_conditions(torch.arange(1000), None, 1.0)[0] == -1).all()
 
 
 def test_labels_are_dropped_at_the_rate_asked_for():
     labels = torch.arange(20_000)
-    dropped = drop_labels(labels, 0.1)
+    dropped, _ = drop_conditions(labels, None, 0.1)
     kept = dropped >= 0
     assert torch.equal(dropped[kept], labels[kept])
     assert (~kept).double().mean().item() == pytest.approx(0.1, abs=0.011)  # five standard errors
@@ -163,7 +163,7 @@ def test_labels_are_dropped_at_the_rate_asked_for():
 
 def test_dropping_leaves_its_argument_alone():
     labels = torch.arange(10)
-    drop_labels(labels, 1.0)
+    drop_conditions(labels, None, 1.0)
     assert labels.tolist() == list(range(10))
 
 
@@ -200,7 +200,7 @@ def test_scale_one_is_the_plain_denoiser_itself():
     assert isinstance(with_guidance(plain, 2.0), ClassifierFreeGuidance)
     assert isinstance(with_guidance(plain, 2.0, [0.0, 1.0]), GuidanceInterval)
     with pytest.raises(ValueError, match="network is unconditional"):
-        with_guidance(plain, 2.0, classes=False)
+        with_guidance(plain, 2.0, conditional=False)
     assert with_guidance(plain, 1.0, [0.0, 1.0]) is plain  # a stage may have been trained with an interval
     with pytest.raises(ValueError, match="guidance_scale=1 disables guidance: remove guide"):
         with_guidance(plain, 1.0, guide=plain)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from relay_diffusion.diffusion.text_states import TextStates
 from relay_diffusion.networks import UNet, ops
 from support import TRITON
 from zero_layers import randomize_zero_layers
@@ -245,14 +246,17 @@ def test_projection_equals_plain_torch(skip):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_network_and_its_gradients_equal_plain_torch(dtype):
     options = {"channels": 8, "channel_mult": (1, 2), "blocks": 1, "attention_resolutions": (), "num_classes": 3}
+    options |= {"context_dim": 6}
     network = randomize_zero_layers(UNet(8, **options, augment_labels=2, channels_last=True)).to(DEVICE)
     reference = randomize_zero_layers(UNet(8, **options, augment_labels=2)).double().to(DEVICE)
     reference.load_state_dict({name: value.double() for name, value in network.state_dict().items()})
     x, noise = torch.randn(2, 3, 8, 8, device=DEVICE), torch.randn(2, device=DEVICE)
     labels, augment = torch.tensor([2, -1], device=DEVICE), torch.randn(2, 2, device=DEVICE)
+    mask = torch.tensor([[True, True, False], [False] * 3], device=DEVICE)
+    text = TextStates(torch.randn(2, 3, 6, device=DEVICE), mask, torch.randn(2, 6, device=DEVICE))
     with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
-        got = network(x, noise, labels, augment)
-    expected = reference(x.double(), noise.double(), labels, augment.double())
+        got = network(x, noise, labels, augment, text=text)
+    expected = reference(x.double(), noise.double(), labels, augment.double(), text=text)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     close(got, expected, tolerance)
     weight = torch.randn_like(expected)

@@ -38,7 +38,7 @@ def test_images_of_odd_size_are_enlarged_in_tiles(inputs):
 def test_the_sampler_and_its_noise_see_the_whole_image(monkeypatch):
     """Tiles of an identity denoiser give exactly the samples of the whole image."""
     stage = tiny_stage(32, 4)
-    monkeypatch.setattr(stage, "guided_denoiser", lambda condition=None: lambda x, sigma, labels: 0.9 * x.float())  # noqa: ARG005
+    monkeypatch.setattr(stage, "guided_denoiser", lambda *_: lambda x, sigma, labels: 0.9 * x.float())  # noqa: ARG005
     start = torch.rand(1, 3, 40, 25) * 2 - 1
     tiled = Relay({"b": stage}, tile=32, overlap=8).sample([3], start=start)
     whole = Relay({"b": stage}, tile=256).sample([3], start=start)

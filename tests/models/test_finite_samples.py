@@ -30,7 +30,7 @@ def failing(stage, below=math.inf, value=math.nan, images=slice(None)):
             estimates[images] = value
         return estimates
 
-    stage.guided_denoiser = lambda condition=None: lambda *given: denoise(*given, guided(condition))
+    stage.guided_denoiser = lambda *conditions: lambda *given: denoise(*given, guided(*conditions))
     return stage
 
 

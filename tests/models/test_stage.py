@@ -22,9 +22,9 @@ from support import assert_same_weights, tiny_stage, weights_of
 def test_augmentation_labels_are_an_input_of_the_network(fit, monkeypatch):
     told, forward = [], EDMPreconditioner.forward
 
-    def spy(self, x, sigma, labels=None, augment_labels=None, condition=None):
+    def spy(self, x, sigma, labels=None, augment_labels=None, condition=None, text=None):
         told.append(augment_labels)
-        return forward(self, x, sigma, labels, augment_labels, condition)
+        return forward(self, x, sigma, labels, augment_labels, condition, text)
 
     monkeypatch.setattr(EDMPreconditioner, "forward", spy)
     stage = fit("run", 32, "augment=edm", "stage.augment.probability=0.5")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from relay_diffusion.networks import EDMPreconditioner, Graphed, UNet
+from text_rows import random_text
 from zero_layers import randomize_zero_layers
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
@@ -34,6 +35,34 @@ def test_replays_equal_direct_calls(precision, inference, channels_last):
             x, sigma = torch.randn(2, 3, 16, 16).double().cuda(), torch.rand(2).double() + 0.1
             labels = torch.tensor([step % 3, -1]).cuda()
             torch.testing.assert_close(graphed(x, sigma, labels), plain(x, sigma, labels), rtol=0, atol=0)
+
+
+def test_without_a_gpu_text_reaches_the_denoiser():
+    plain, text = denoiser(context_dim=6), random_text([2, 0])
+    x, sigma = torch.randn(2, 3, 16, 16), torch.ones(2)
+    expected = plain(x, sigma, text=text)
+    assert torch.equal(Graphed(plain)(x, sigma, None, text), expected)
+    assert not torch.equal(expected, plain(x, sigma))
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("labels", [None, [0, 2]])
+@torch.no_grad()
+def test_text_is_replayed(precision, channels_last, labels):
+    plain = denoiser(channels_last=channels_last, context_dim=6).cuda()
+    graphed, labels = Graphed(plain), None if labels is None else torch.tensor(labels).cuda()
+    with torch.autocast("cuda", precision, enabled=precision is not None):
+        for tokens in (5, 5, 5, 8, 8, 8, 5):  # another number of tokens is another shape
+            x, sigma = torch.randn(2, 3, 16, 16).cuda(), torch.rand(2) + 0.1
+            text = random_text([tokens, 0], tokens=tokens).to("cuda")
+            text = text._replace(tokens=text.tokens.half())  # the type of a text encoder
+            got = graphed(x, sigma, labels, text)
+            torch.testing.assert_close(got, plain(x, sigma, labels, text=text), rtol=0, atol=0)
+            without = graphed(x, sigma, labels)
+            torch.testing.assert_close(without, plain(x, sigma, labels), rtol=0, atol=0)
+    assert len(graphed._graphs) <= 2
 
 
 @needs_gpu

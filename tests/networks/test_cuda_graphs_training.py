@@ -5,6 +5,7 @@ import torch
 
 from relay_diffusion.networks import Condition, EDMPreconditioner, GraphedTraining, UNet
 from relay_diffusion.networks.cuda_graphs import _apart
+from text_rows import random_text
 from zero_layers import randomize_zero_layers
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
@@ -42,6 +43,25 @@ def test_without_a_gpu_it_is_the_denoiser():
     plain = denoiser()
     inputs = step_inputs("cpu")
     assert_close(gradients(plain, GraphedTraining(plain), inputs), gradients(plain, plain, inputs), 0)
+
+
+def test_without_a_gpu_text_reaches_the_denoiser():
+    plain = denoiser(context_dim=6)
+    inputs = step_inputs("cpu", text=random_text([2, 0, 5, 1]))
+    assert_close(gradients(plain, GraphedTraining(plain), inputs), gradients(plain, plain, inputs), 0)
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_text_is_replayed(precision, channels_last):
+    plain = denoiser(dropout=0.2, channels_last=channels_last, context_dim=6).cuda()
+    graphed = GraphedTraining(plain)
+    for tokens in (5, 5, 8, 5):  # another number of tokens is another shape
+        inputs = step_inputs("cuda", text=random_text([tokens, 0, 2, 1], tokens=tokens).to("cuda"))
+        expected = gradients(plain, plain, inputs, precision)
+        got = gradients(plain, graphed, inputs, precision)
+        assert_close(got, expected, 1e-3 if precision is None else 1e-2)
 
 
 @needs_gpu

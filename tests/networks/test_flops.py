@@ -39,6 +39,17 @@ def test_a_condition_costs_input_channels_and_an_embedding():
     assert forward_flops(conditioned) - forward_flops(plain) == first_convolution + embedding
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 20])
+def test_text_costs_cross_attention_to_its_tokens_and_the_null_token(tokens):
+    options = {"channels": 16, "channel_mult": (1, 2), "blocks": 1, "attention_resolutions": (8,)}
+    plain, text = (UNet(8, **options, context_dim=dim) for dim in (0, 6))
+    expected = 2 * 6 * 64  # of the pooled embedding
+    for channels, pixels, blocks in ((16, 8**2, 3), (32, 4**2, 1)):
+        query_and_output, key_and_value = 2 * 2 * pixels * channels**2, 2 * (tokens + 1) * 6 * 2 * channels
+        expected += blocks * (query_and_output + key_and_value + 2 * 2 * pixels * (tokens + 1) * channels)
+    assert forward_flops(text, tokens=tokens) - forward_flops(plain) == expected
+
+
 def test_counting_leaves_the_network_alone():
     network = UNet(8, channels=8, channel_mult=(1, 2), blocks=1, dropout=0.5)
     before = [parameter.clone() for parameter in network.parameters()]

@@ -15,8 +15,8 @@ class Fake(nn.Module):
         super().__init__()
         self.value = value
 
-    def forward(self, x, noise, labels, augment_labels, condition_level=None):
-        self.given = x, noise, labels, augment_labels, condition_level
+    def forward(self, x, noise, labels, augment_labels, condition_level=None, text=None):
+        self.given = x, noise, labels, augment_labels, condition_level, text
         return torch.full_like(x[:, :3], self.value)
 
 
@@ -65,8 +65,8 @@ def test_a_condition_is_scaled_by_its_own_noise_level():
 
 
 def test_one_condition_serves_a_batch_that_guidance_has_doubled():
-    def forward(x, sigma, labels, augment_labels, condition):
-        assert augment_labels is None
+    def forward(x, sigma, labels, augment_labels, condition, text=None):
+        assert augment_labels is text is None
         return x + 10 * condition.images + (condition.level + sigma + labels)[:, None, None, None]
 
     condition = Condition(torch.randn(2, 3, 2, 2), torch.tensor([0.1, 0.3]))

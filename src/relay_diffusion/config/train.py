@@ -220,8 +220,8 @@ def _check_stage(cfg: DictConfig) -> None:
     )
     dropout = cfg.stage.label_dropout
     require(
-        dropout == 0 or cfg.network.num_classes > 0,
-        f"stage.label_dropout={dropout} needs classes, but network.num_classes is 0",
+        dropout == 0 or cfg.network.num_classes > 0 or selected(cfg, "network.context_dim", 0) > 0,
+        f"stage.label_dropout={dropout} needs classes or text, but network.num_classes is 0",
     )
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from relay_diffusion.diffusion.text_states import TextStates
+
 Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """D(x [B,C,H,W], sigma [B], labels [B] or None) -> estimate of the clean images [B,C,H,W]."""
 
@@ -34,13 +36,14 @@ def observed(denoise: Denoiser, observers: Sequence[Observer]) -> Denoiser:
     return evaluate
 
 
-def drop_labels(labels: Tensor, probability: float) -> Tensor:
-    """Replace each label [B] by "no class" with the given probability.
+def drop_conditions(labels: Tensor, text: TextStates | None, probability: float) -> tuple[Tensor, TextStates | None]:
+    """Remove class and text of each image with the given probability.
 
-    The network then learns the conditional and the unconditional estimate.
+    labels [B], text: B rows or None. The same images lose both, so the network learns the conditional and the
+    unconditional estimate.
     """
     dropped = torch.rand(labels.shape, device=labels.device) < probability
-    return labels.masked_fill(dropped, NO_CLASS)
+    return labels.masked_fill(dropped, NO_CLASS), None if text is None else text.drop(dropped)
 
 
 def check_label_tensor(labels: Tensor | None, count: int) -> None:
@@ -92,7 +95,9 @@ class ClassifierFreeGuidance:
         if self.scale == 1:
             return self.denoise(x, sigma, labels)
         if labels is None:
-            raise ValueError("labels=None: guidance needs class labels; give labels [B], or use guidance_scale=1")
+            raise ValueError(
+                "labels=None: guidance needs class labels or text; give labels [B] or text, or use guidance_scale=1"
+            )
         both = torch.cat([labels, torch.full_like(labels, NO_CLASS)])
         conditional, unconditional = self.denoise(x.repeat(2, 1, 1, 1), sigma.repeat(2), both).chunk(2)
         return unconditional + self.scale * (conditional - unconditional)
@@ -150,19 +155,19 @@ def with_guidance(
     scale: float,
     interval: Sequence[float] | None = None,
     guide: Denoiser | None = None,
-    classes: bool = True,
+    conditional: bool = True,
 ) -> Denoiser:
     """Wrap a denoiser with autoguidance or classifier-free guidance.
 
     Autoguidance if `guide` is given. Scale 1 disables guidance for any interval. `interval`: the noise levels with
-    guidance; None: all. `classes`: whether the network is class-conditional.
-    Raises ValueError for a guide at scale 1, or another scale without classes and guide.
+    guidance; None: all. `conditional`: whether the network has classes or text.
+    Raises ValueError for a guide at scale 1, or another scale for an unconditional network without guide.
     """
     if scale == 1:
         if guide is not None:
             raise ValueError("guidance_scale=1 disables guidance: remove guide, or choose another scale, e.g. 2")
         return plain
-    if guide is None and not classes:
+    if guide is None and not conditional:
         raise ValueError(
             f"guidance_scale={scale}, but the network is unconditional and there is no guide: "
             "use guidance_scale=1 or give a guide"

@@ -16,11 +16,19 @@ from PIL import Image
 from torch import Tensor, nn
 
 from relay_diffusion.diffusion.pixels import ROUNDING, to_float, to_uint8
+from relay_diffusion.diffusion.text_states import TextStates
 from relay_diffusion.diffusion.tiling import mirrored
 from relay_diffusion.errors import UserError, require
 from relay_diffusion.models.finite_samples import finite, nonfinite_samples
-from relay_diffusion.models.sample_arguments import ClassLabels, Integers, image_batch, label_tensor, seed_list
-from relay_diffusion.models.stage import DiffusionStage
+from relay_diffusion.models.sample_arguments import (
+    ClassLabels,
+    Integers,
+    image_batch,
+    label_tensor,
+    seed_list,
+    text_rows,
+)
+from relay_diffusion.models.stage import NO_NEGATIVE, DiffusionStage
 from relay_diffusion.samplers import Sampler
 from relay_diffusion.utils.pictures import pil_image
 from relay_diffusion.utils.resolution import Resolution, Size, image_size, resolution_of, size_text
@@ -50,6 +58,13 @@ def _check_chain(stages: Mapping[str, DiffusionStage], as_trained: bool) -> None
         require(
             not all(names) or names[0] == names[1],
             f"{option} and {before} were trained on classes of other names or order",
+        )
+    with_text = {name: stage.text_dim for name, stage in stages.items() if stage.text_dim}
+    for before, name in itertools.pairwise(with_text):
+        require(
+            with_text[before] == with_text[name],
+            f"relay.stages.{name} takes text of {with_text[name]} channels, {before} of {with_text[before]}: train "
+            "both with the same text encoder",
         )
 
 
@@ -164,6 +179,11 @@ class Relay(L.LightningModule):
         return max(stage.num_classes for stage in self.chain().values())
 
     @property
+    def text_dim(self) -> int:
+        """Channels of the token states of text; 0: no stage has text."""
+        return max(stage.text_dim for stage in self.chain().values())
+
+    @property
     def image_channels(self) -> int:
         """Number of channels of all images."""
         return next(iter(self.chain().values())).image_channels
@@ -258,7 +278,13 @@ class Relay(L.LightningModule):
 
     @torch.no_grad()
     def sample_stages(
-        self, seeds: Integers, labels: ClassLabels | None = None, start: Tensor | None = None
+        self,
+        seeds: Integers,
+        labels: ClassLabels | None = None,
+        start: Tensor | None = None,
+        *,
+        text: TextStates | None = None,
+        negative: TextStates | None = None,
     ) -> dict[str, Tensor]:
         """Sample the images [B,C,H,W] of every stage, by name.
 
@@ -266,6 +292,10 @@ class Relay(L.LightningModule):
         """
         seeds = seed_list(seeds)
         labels = label_tensor(labels, len(seeds), self.num_classes, self.class_names)
+        text = text_rows("text", text, len(seeds), self.text_dim)
+        negative = text_rows("negative", negative, len(seeds), self.text_dim)
+        if negative is not None and not any(s.text_dim and s.classifier_free for s in self.chain().values()):
+            raise UserError(NO_NEGATIVE)
         size, channels = self.start_size, self.image_channels
         if (start is None) != (size is None):
             wanted = (
@@ -276,24 +306,40 @@ class Relay(L.LightningModule):
             if isinstance(start, Tensor) and start.ndim == 4 and min(start.shape[2:]) >= MIN_SIDE:
                 size = start.shape[2], start.shape[3]
             start = image_batch("start", start, (len(seeds), channels, *size))
-        images, fine, check = self._draw(seeds, labels, start)
+        images, fine, check = self._draw(seeds, labels, start, text, negative)
         check(fine)
         return images
 
-    def sample(self, seeds: Integers, labels: ClassLabels | None = None, start: Tensor | None = None) -> Tensor:
+    def sample(
+        self,
+        seeds: Integers,
+        labels: ClassLabels | None = None,
+        start: Tensor | None = None,
+        *,
+        text: TextStates | None = None,
+        negative: TextStates | None = None,
+    ) -> Tensor:
         """Sample final images [B,C,H,W] in about [-1, 1], one per seed.
 
         seeds: integers in 0..2^63-1 as a range, list, array or tensor [B], or one integer. labels: class indices
         or names [B], -1 or None for no class, or one for all; unconditional stages ignore them.
         start: images [B,C,h,w], uint8 or in [-1, 1], for a relay whose first stage enlarges. They may have any size of
         at least 8x8: small ones are continued by mirroring, large ones evaluated in tiles.
-        Synchronizes with the device. Raises ValueError if an argument does not fit, UserError for classes that no stage
-        has, NonFiniteSamplesError (a UserError) if a stage's samples hold nan or infinity.
+        text: encoded prompts, one row per seed or one for all; stages without text ignore them. negative: likewise, the
+        text that classifier-free guidance moves away from; None: no text.
+        Synchronizes with the device. Raises ValueError if an argument does not fit, UserError for classes or text that
+        no stage has and for a negative prompt without classifier-free guidance, NonFiniteSamplesError (a UserError) if
+        a stage's samples hold nan or infinity.
         """
-        return list(self.sample_stages(seeds, labels, start).values())[-1]
+        return list(self.sample_stages(seeds, labels, start, text=text, negative=negative).values())[-1]
 
     def _draw(
-        self, seeds: Sequence[int], labels: Tensor | None, start: Tensor | None
+        self,
+        seeds: Sequence[int],
+        labels: Tensor | None,
+        start: Tensor | None,
+        text: TextStates | None = None,
+        negative: TextStates | None = None,
     ) -> tuple[dict[str, Tensor], Tensor, Callable[[Tensor], None]]:
         """Sample the images of all stages without synchronization.
 
@@ -310,7 +356,8 @@ class Relay(L.LightningModule):
                 tiling, block = self._tilings[name], stage.corruption.block
                 previous = mirrored(previous, (sizes[name][0] // block, sizes[name][1] // block))
             draw = partial(stage.draw, seeds, sizes[name], known, previous, samplers[name], tiling=tiling)
-            draws.append(partial(draw, consistency=self.consistency and previous is not None))
+            consistency = self.consistency and previous is not None
+            draws.append(partial(draw, consistency=consistency, text=text, negative=negative))
             images[name] = draws[-1](
                 [partial(observe, name) for observe in self.observers],
                 tile_observers=[partial(observe, name) for observe in self.tile_observers],

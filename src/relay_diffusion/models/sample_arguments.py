@@ -12,6 +12,7 @@ from torch import Tensor
 
 from relay_diffusion.diffusion.guidance import NO_CLASS
 from relay_diffusion.diffusion.pixels import to_float
+from relay_diffusion.diffusion.text_states import TextStates, check_text
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.messages import did_you_mean
 
@@ -61,6 +62,26 @@ def label_tensor(
     if max(found) >= num_classes > 0:
         raise UserError(f"class {max(found)}: the model has classes 0..{num_classes - 1}")
     return torch.tensor(found)
+
+
+def text_rows(name: str, text: TextStates | None, count: int, dim: int) -> TextStates | None:
+    """Return text with `count` rows, one for each image.
+
+    One row is repeated for all images; None stays None. dim: channels of the token states that the model takes, 0: it
+    has no text. Raises ValueError for another type, shape or number of rows, UserError for a model of other text.
+    """
+    if text is None:
+        return None
+    if dim == 0:
+        raise UserError(f"{name} was given, but the model was trained without text: remove it")
+    check_text(name, text, 1 if isinstance(text, TextStates) and len(text.tokens) == 1 else count)
+    found = text.tokens.shape[2]
+    if found != dim:
+        raise UserError(
+            f"{name} has token states of {found} channels, the model takes {dim}: encode it with the text encoder of "
+            "its training"
+        )
+    return text.select([0] * count) if len(text.tokens) == 1 else text
 
 
 def image_batch(name: str, images: Tensor, shape: Sequence[int]) -> Tensor:

@@ -24,21 +24,39 @@ from relay_diffusion.diffusion.guidance import (
     Denoiser,
     Observer,
     check_guidance,
-    drop_labels,
+    drop_conditions,
     observed,
     with_guidance,
 )
 from relay_diffusion.diffusion.loss import DenoisingLoss
 from relay_diffusion.diffusion.noise import RandnLike
 from relay_diffusion.diffusion.pixels import to_float
+from relay_diffusion.diffusion.text_states import TextStates, no_text
 from relay_diffusion.diffusion.tiling import COARSEST, TiledDenoiser, Tiling
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.finite_samples import finite, nonfinite_samples
 from relay_diffusion.models.optimization import OptimizationHooks
-from relay_diffusion.models.sample_arguments import ClassLabels, Integers, image_batch, label_tensor, seed_list
-from relay_diffusion.networks import Condition, Conditioned, EDMPreconditioner, Graphed, GraphedTraining
+from relay_diffusion.models.sample_arguments import (
+    ClassLabels,
+    Integers,
+    image_batch,
+    label_tensor,
+    seed_list,
+    text_rows,
+)
+from relay_diffusion.networks import (
+    Condition,
+    Conditioned,
+    EDMPreconditioner,
+    Graphed,
+    GraphedTraining,
+    Prompted,
+    Prompts,
+)
 from relay_diffusion.samplers import Sampler
 from relay_diffusion.utils.resolution import MAX_SIDE, Resolution, Size, image_size
+
+NO_NEGATIVE = "negative: acts in classifier-free guidance only; set a guidance_scale other than 1, without a guide"
 
 OptimizerFactory = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
 
@@ -61,7 +79,7 @@ class DiffusionStage(OptimizationHooks):
     """Denoiser of a corruption with its loss, optimizer and sampler.
 
     `augment`: augmentation of training images; its labels are an input of the network, 0 in sampling.
-    `label_dropout`: share of labels dropped in training, which classifier-free guidance needs.
+    `label_dropout`: share of images that lose class and text in training, which classifier-free guidance needs.
     `guidance_scale` 1 disables guidance; other scales apply where sigma lies in `guidance_interval` (null: everywhere),
     as autoguidance if there is a `guide`, else as classifier-free guidance.
     `cuda_graphs`: on a GPU, replay the network from CUDA graphs.
@@ -189,6 +207,16 @@ class DiffusionStage(OptimizationHooks):
         """Number of classes of the network; 0: unconditional."""
         return self.denoiser.network.num_classes
 
+    @property
+    def text_dim(self) -> int:
+        """Channels of the token states of text; 0: the network has no text."""
+        return self.denoiser.network.context_dim
+
+    @property
+    def classifier_free(self) -> bool:
+        """Whether sampling uses classifier-free guidance, as negative prompts need."""
+        return self.guidance_scale != 1 and self.guide is None
+
     def tiling(self, tile: Resolution | None = None, overlap: int | None = None, batch: int = 1) -> Tiling | None:
         """Return the tiles in which this stage samples large images.
 
@@ -206,12 +234,23 @@ class DiffusionStage(OptimizationHooks):
 
     # ---- training ----
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:  # noqa: ARG002
+    def training_step(
+        self,
+        batch: tuple[Tensor, Tensor] | tuple[Tensor, Tensor, TextStates],
+        batch_idx: int,  # noqa: ARG002
+    ) -> dict[str, Tensor]:
         """Return the loss of a batch, and each image's loss and sigma.
 
-        batch: images [B,C,H,W], uint8 or float32 in [-1, 1], and labels [B]. "sigma" is on the CPU.
+        batch: images [B,C,H,W], uint8 or float32 in [-1, 1], labels [B], and text of B rows for a network with text.
+        "sigma" is on the CPU. Raises UserError if such a network gets no text.
         """
-        images, labels = batch
+        images, labels, *texts = batch
+        text = texts[0] if texts and self.text_dim else None
+        if self.text_dim and text is None:
+            raise UserError(
+                f"network.context_dim={self.text_dim}: the training data has no text; use data with captions, or "
+                "network.context_dim=0"
+            )
         position = self.images_seen + self._pending + self.global_rank * len(images)
         manual_seed(mix_seeds(self.seed, position), self.device)
         x0, augment_labels = to_float(images), None
@@ -219,8 +258,8 @@ class DiffusionStage(OptimizationHooks):
             x0, augment_labels = self.augment(x0)
         sigma = self.corruption.schedule.draw(len(x0), "cpu")
         noisy = self.corruption.corrupt(x0, sigma, self.corruption.draw_noise(x0, torch.randn_like))
-        labels = drop_labels(labels, self.label_dropout)
-        denoised = self.training_denoiser(noisy, sigma, labels, augment_labels, self.training_condition(x0))
+        labels, text = drop_conditions(labels, text, self.label_dropout)
+        denoised = self.training_denoiser(noisy, sigma, labels, augment_labels, self.training_condition(x0), text)
         per_image = self.loss(denoised, x0, sigma).mean(dim=(1, 2, 3))
         self.add_pending(len(images) * self.trainer.world_size, per_image.detach())
         # as published, sum over an image's elements, which keeps gradients far above Adam's epsilon
@@ -274,23 +313,25 @@ class DiffusionStage(OptimizationHooks):
     def _checked_guide(self, weaker: DiffusionStage) -> EDMPreconditioner:
         """Return the denoiser of a guide.
 
-        Raises UserError unless it has the same images and classes.
+        Raises UserError unless it has the same images, classes and text.
         """
         mine, theirs = (
-            (stage.resolution, stage.image_channels, stage.num_classes, stage.conditioned) for stage in (self, weaker)
+            (stage.resolution, stage.image_channels, stage.num_classes, stage.text_dim, stage.conditioned)
+            for stage in (self, weaker)
         )
         if mine != theirs:
-            what = "(resolution, channels, classes, conditioned)"
+            what = "(resolution, channels, classes, channels of text, conditioned)"
             file = weaker.info.origin.get("file")
             raise UserError(f"the guide {file} has {what} {theirs}, the stage {mine}; use another guide")
         return weaker.denoiser
 
-    def guided_denoiser(self, condition: Condition | None = None) -> Denoiser:
+    def guided_denoiser(self, condition: Condition | None = None, prompts: Prompts | None = None) -> Denoiser:
         """Return the denoiser with this stage's guidance.
 
-        Raises UserError if the network does not support the guidance.
+        Its labels are class labels; with prompts, indices of their images. Raises UserError if the network does not
+        support the guidance.
         """
-        known = self.num_classes > 0
+        known = self.num_classes > 0 or self.text_dim > 0
         if self.guidance_scale != 1 and self.guide is None and known and not self.label_dropout:
             raise UserError(
                 f"guidance_scale={self.guidance_scale:g} needs a network that was trained without labels as well, and "
@@ -298,8 +339,8 @@ class DiffusionStage(OptimizationHooks):
                 "as guide, which needs no label dropout; if an imported network was trained with label dropout, set "
                 "changes.label_dropout=0.1 (sample.py: +relay.stages.NAME.changes.label_dropout=0.1)"
             )
-        guide = None if self.guide is None else self._evaluator(self.guide, condition)
-        plain = self._evaluator(self.denoiser, condition)
+        guide = None if self.guide is None else self._evaluator(self.guide, condition, prompts)
+        plain = self._evaluator(self.denoiser, condition, prompts)
         try:
             return with_guidance(plain, self.guidance_scale, self.guidance_interval, guide, known)
         except ValueError as error:
@@ -314,12 +355,15 @@ class DiffusionStage(OptimizationHooks):
             self._graphed.clear()
         return super().train(mode)
 
-    def _evaluator(self, denoiser: EDMPreconditioner, condition: Condition | None = None) -> Denoiser:
+    def _evaluator(
+        self, denoiser: EDMPreconditioner, condition: Condition | None = None, prompts: Prompts | None = None
+    ) -> Denoiser:
+        evaluate: Callable[..., Tensor] = denoiser
         if condition is not None:  # graphs have no condition input
-            return Conditioned(denoiser, condition)
-        if not self.cuda_graphs or self.training:  # in training a graph would occupy memory
-            return denoiser
-        return self._graphed.setdefault(id(denoiser), Graphed(denoiser))
+            evaluate = Conditioned(denoiser, condition)
+        elif self.cuda_graphs and not self.training:  # in training a graph would occupy memory
+            evaluate = self._graphed.setdefault(id(denoiser), Graphed(denoiser))
+        return evaluate if prompts is None else Prompted(evaluate, prompts)
 
     @torch.no_grad()
     def sample(
@@ -329,6 +373,9 @@ class DiffusionStage(OptimizationHooks):
         labels: ClassLabels | None = None,
         previous: Tensor | None = None,
         consistency: bool = False,
+        *,
+        text: TextStates | None = None,
+        negative: TextStates | None = None,
     ) -> Tensor:
         """Sample images of `shape` [B,C,H,W], one per seed.
 
@@ -336,12 +383,17 @@ class DiffusionStage(OptimizationHooks):
         0..2^63-1 as a range, list, array or tensor, or one integer. labels: class indices or names [B], -1 or None for
         no class, or one for all. previous: images [B,C,H/block,W/block] of the previous stage, uint8 or in [-1, 1], for
         a stage that enlarges. Equal seeds give equal images in any batch. consistency: tie the block means of each
-        estimate to `previous`. Synchronizes with the device. Raises ValueError if an argument does not fit, UserError
-        for labels that the network does not have, NonFiniteSamplesError (a UserError) if a sample holds nan or
-        infinity.
+        estimate to `previous`. text: encoded prompts, one row per seed or one for all. negative: likewise, the text
+        that classifier-free guidance moves away from; None: no text. Synchronizes with the device. Raises ValueError if
+        an argument does not fit, UserError for labels or text that the network does not have and for a negative prompt
+        without classifier-free guidance, NonFiniteSamplesError (a UserError) if a sample holds nan or infinity.
         """
         seeds = seed_list(seeds)
         labels = label_tensor(labels, len(seeds), self.num_classes, self.info.class_names)
+        text = text_rows("text", text, len(seeds), self.text_dim)
+        negative = text_rows("negative", negative, len(seeds), self.text_dim)
+        if negative is not None and not self.classifier_free:
+            raise UserError(NO_NEGATIVE)
         channels, block, sides = self.image_channels, self.corruption.block, tuple(shape)[2:]
         wrong = len(shape) != 4 or tuple(shape[:2]) != (len(seeds), channels)
         if wrong or any(side < 1 or side % self.divisor for side in sides):
@@ -352,11 +404,12 @@ class DiffusionStage(OptimizationHooks):
         size = sides[0], sides[1]
         if previous is not None and block > 1:
             previous = image_batch("previous", previous, (len(seeds), channels, *(side // block for side in size)))
-        images = self.draw(seeds, size, labels, previous, consistency=consistency)
+        given = seeds, size, labels, previous, self.sampler
+        draw = partial(self.draw, *given, consistency=consistency, text=text, negative=negative)
+        images = draw()
         fine = finite(images).tolist()
         if not all(fine):
             who = str(self.info.origin.get("file", "this stage"))
-            draw = partial(self.draw, seeds, size, labels, previous, self.sampler, consistency=consistency)
             raise nonfinite_samples(who, seeds, fine, draw)
         return images
 
@@ -372,13 +425,16 @@ class DiffusionStage(OptimizationHooks):
         consistency: bool = False,
         tiling: Tiling | None = None,
         tile_observers: Sequence[Observer] = (),
+        text: TextStates | None = None,
+        negative: TextStates | None = None,
     ) -> Tensor:
         """Sample like `sample`, with valid arguments and without synchronization.
 
         size: (height, width) of the images. Samples may be non-finite. sampler: used instead of the stage's own.
         observers: see each evaluation. tiling: tiles in which the images are evaluated; None: whole, as a conditioned
-        stage needs. tile_observers: see each evaluation of tiles, or of whole images. Raises ValueError for a sampler
-        that does not start where the corruption ends, and for consistency without `previous`.
+        stage needs. tile_observers: see each evaluation of tiles, or of whole images. text, negative: a row per seed;
+        a stage without text ignores them. Raises ValueError for a sampler that does not start where the corruption
+        ends, and for consistency without `previous`.
         """
         sampler = self.sampler if sampler is None else sampler
         self._check_sampler(sampler)
@@ -387,7 +443,11 @@ class DiffusionStage(OptimizationHooks):
         start = self.corruption.start(like, previous, noise.randn_like)
         if labels is not None:
             labels = labels.to(self.device)
-        denoise = observed(self.guided_denoiser(self.sampling_condition(previous, noise.randn_like)), tile_observers)
+        prompts = self._prompts(len(seeds), labels, text, negative)
+        if prompts is not None:
+            labels = torch.arange(len(seeds), device=self.device)  # Prompted replaces them by class and text
+        condition = self.sampling_condition(previous, noise.randn_like)
+        denoise = observed(self.guided_denoiser(condition, prompts), tile_observers)
         if tiling is not None:
             denoise = TiledDenoiser(denoise, tiling)
         if consistency:
@@ -401,6 +461,15 @@ class DiffusionStage(OptimizationHooks):
             return sampler(denoise, start, noise.randn_like, labels).float()
         finally:
             self.train(training)
+
+    def _prompts(
+        self, count: int, labels: Tensor | None, text: TextStates | None, negative: TextStates | None
+    ) -> Prompts | None:
+        """Return the prompts of a batch on this device; None without text."""
+        if not self.text_dim or (text is None and negative is None):
+            return None
+        text = no_text(count, self.text_dim) if text is None else text
+        return Prompts(labels, text.to(self.device), None if negative is None else negative.to(self.device))
 
 
 def _stream(height: int, width: int) -> int:

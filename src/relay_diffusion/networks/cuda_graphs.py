@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from relay_diffusion.diffusion.text_states import TextStates
 from relay_diffusion.networks.layers import ResidualBlock
 from relay_diffusion.networks.preconditioning import Condition, EDMPreconditioner
 
@@ -43,25 +44,27 @@ class Graphed:
         self._weights = list(denoiser.parameters())
         self._graphs: dict[Any, _CapturedForward | None] = {}
 
-    def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None, text: TextStates | None = None) -> Tensor:
         """Return the estimate of x0 [B,C,H,W], float32.
 
-        x [B,C,H,W], sigma [B], labels [B] or None.
+        x [B,C,H,W], sigma [B], labels [B] or None, text: B rows or None. The number of tokens, padding included, is
+        part of the shape.
         """
         if not x.is_cuda or torch.is_grad_enabled():
-            return self.denoiser(x, sigma, labels)
+            return self.denoiser(x, sigma, labels, text=text)
         with torch.cuda.device_of(x):
-            return self._replayed(x, sigma, labels)
+            return self._replayed(x, sigma, labels, text)
 
-    def _replayed(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+    def _replayed(self, x: Tensor, sigma: Tensor, labels: Tensor | None, text: TextStates | None) -> Tensor:
         precision = _precision()
-        key = (tuple(x.shape), labels is None, precision, _addresses(self._weights))
+        tokens = None if text is None else tuple(text.tokens.shape)
+        key = (tuple(x.shape), labels is None, tokens, precision, _addresses(self._weights))
         if key not in self._graphs:
             while len(self._graphs) >= MAX_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
             self._graphs[key] = None
-            return self.denoiser(x, sigma, labels)
-        given = [x, sigma] if labels is None else [x, sigma, labels]
+            return self.denoiser(x, sigma, labels, text=text)
+        given = [x, sigma, labels, *_parts(text)]
         captured = self._graphs[key]
         if captured is None:
             # tensors of the capture are used with and without inference mode
@@ -70,7 +73,7 @@ class Graphed:
         if captured.version != self._version():
             self._cast(captured.cast)
             captured.version = self._version()
-        for place, value in zip(captured.inputs, given, strict=True):
+        for place, value in zip(captured.inputs, _present(given), strict=True):
             place.copy_(value, non_blocking=True)
         captured.graph.replay()
         return captured.output.clone()
@@ -83,16 +86,17 @@ class Graphed:
             return
         torch._foreach_copy_(list(places.values()), [self.denoiser.get_parameter(name) for name in places])
 
-    def _capture(self, given: list[Tensor], precision: torch.dtype | None) -> _CapturedForward:
-        inputs = [_place(value, given[0].device) for value in given]
+    def _capture(self, given: Sequence[Tensor | None], precision: torch.dtype | None) -> _CapturedForward:
+        places = _places(given, self._weights[0].device)
+        x, sigma, labels, *text = places
         weights = self._cast_by_autocast() if precision is not None else {}
         cast = {name: torch.empty_like(weight, dtype=precision) for name, weight in weights.items()}
         self._cast(cast)
         graph = torch.cuda.CUDAGraph()
         # data-loading threads may call CUDA meanwhile
         with torch.cuda.graph(graph, capture_error_mode="thread_local"), _autocast(precision):
-            output = functional_call(self.denoiser, cast, tuple(inputs))
-        return _CapturedForward(graph, inputs, output, cast, self._version())
+            output = functional_call(self.denoiser, cast, (x, sigma, labels, None, None, _text(text)))
+        return _CapturedForward(graph, _present(places), output, cast, self._version())
 
     def _cast_by_autocast(self) -> dict[str, Tensor]:
         """Return the weights that autocast casts, by name.
@@ -141,15 +145,16 @@ class GraphedTraining:
         labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
         condition: Condition | None = None,
+        text: TextStates | None = None,
     ) -> Tensor:
         """Return the estimate of x0, float32, as EDMPreconditioner.
 
-        x [B,C,H,W], sigma [B], labels [B] or None, augment_labels [B,A] or None.
+        x [B,C,H,W], sigma [B], labels [B] or None, augment_labels [B,A] or None, text: B rows or None. The number of
+        tokens, padding included, is part of the shape.
         """
         if not x.is_cuda or self._again or not torch.is_grad_enabled():
-            return self.denoiser(x, sigma, labels, augment_labels, condition)
-        given = [x, sigma, labels, augment_labels, *(condition or (None, None))]
-        there = [value for value in given if value is not None]
+            return self.denoiser(x, sigma, labels, augment_labels, condition, text)
+        given = [x, sigma, labels, augment_labels, *(condition or (None, None)), *_parts(text)]
         with torch.cuda.device_of(x):
             weights = {name: weight for name, weight in self._parameters.items() if weight.requires_grad}
             precision = _precision()
@@ -163,7 +168,7 @@ class GraphedTraining:
                 # keep the gradients of an earlier micro-batch, which the graphs would overwrite
                 if place is not None and weight.grad is not None and weight.grad.data_ptr() == place.data_ptr():
                     weight.grad = weight.grad.clone()
-            output: Tensor = _Replayed.apply(captured, there, *weights.values())  # type: ignore[no-untyped-call]
+            output: Tensor = _Replayed.apply(captured, _present(given), *weights.values())  # type: ignore[no-untyped-call]
         return output
 
 
@@ -205,15 +210,16 @@ def _capture(
     device = next(iter(weights.values())).device
     # new leaves on the same memory: hooks on the weights themselves must not be captured
     leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-    places = [None if value is None else _place(value, device) for value in given]
-    x, sigma, labels, augment_labels, images, level = places
+    places = _places(given, device)
+    x, sigma, labels, augment_labels, images, level, *text = places
     assert x is not None
     assert sigma is not None
     condition = None if images is None or level is None else Condition(images, level)
 
     def evaluate() -> Tensor:
         with _autocast(precision):
-            output: Tensor = functional_call(denoiser, leaves, (x, sigma, labels, augment_labels, condition))
+            inputs = x, sigma, labels, augment_labels, condition, _text(text)
+            output: Tensor = functional_call(denoiser, leaves, inputs)
             return output
 
     def differentiate(output: Tensor, gradient: Tensor) -> list[Tensor | None]:
@@ -237,8 +243,7 @@ def _capture(
     with torch.cuda.graph(backward, pool=forward.pool(), capture_error_mode="thread_local"):
         gradients = differentiate(output, output_gradient)
     torch.cuda.set_rng_state(state, device)
-    inputs = [place for place in places if place is not None]
-    return _CapturedStep(forward, backward, inputs, output.detach(), output_gradient, gradients)
+    return _CapturedStep(forward, backward, _present(places), output.detach(), output_gradient, gradients)
 
 
 def _apart(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -273,7 +278,26 @@ def _addresses(weights: Iterable[Tensor]) -> int:
     return hash(tuple(weight.data_ptr() for weight in weights))
 
 
+def _places(values: Sequence[Tensor | None], device: torch.device) -> list[Tensor | None]:
+    """Allocate memory for the inputs and fill it."""
+    return [None if value is None else _place(value, device) for value in values]
+
+
 def _place(value: Tensor, device: torch.device) -> Tensor:
-    """Allocate memory for an input and fill it."""
     dtype = torch.float32 if value.is_floating_point() else value.dtype
     return torch.empty_like(value, dtype=dtype, device=device).copy_(value)
+
+
+def _present(values: Sequence[Tensor | None]) -> list[Tensor]:
+    return [value for value in values if value is not None]
+
+
+def _parts(text: TextStates | None) -> tuple[Tensor | None, ...]:
+    """Return the tensors of text; None for each without text."""
+    return (None, None, None) if text is None else tuple(text)
+
+
+def _text(parts: Sequence[Tensor | None]) -> TextStates | None:
+    """Return the text of `_parts`."""
+    tokens, mask, pooled = parts
+    return None if tokens is None or mask is None or pooled is None else TextStates(tokens, mask, pooled)

@@ -9,14 +9,15 @@ import torch
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from relay_diffusion.diffusion.text_states import TextStates
 from relay_diffusion.networks.unet import UNet
 from relay_diffusion.utils.resolution import Size
 
 
-def forward_flops(network: UNet, size: Size | None = None) -> int:
+def forward_flops(network: UNet, size: Size | None = None, tokens: int = 0) -> int:
     """Count floating-point operations of one evaluation of one image.
 
-    size: its (height, width); None: as trained.
+    size: its (height, width); None: as trained. tokens: of its text, padding included; 0 for a network without text.
     Convolutions and matrix products, from shapes alone (on the meta device). A training step costs 3 times as much.
     """
     states = {**dict(network.named_parameters()), **dict(network.named_buffers())}
@@ -24,8 +25,12 @@ def forward_flops(network: UNet, size: Size | None = None) -> int:
     channels = network.image_channels + network.condition_channels
     x = torch.empty(1, channels, *(size or network.size), device="meta")
     noise, labels = torch.empty(1, device="meta"), torch.empty(1, device="meta", dtype=torch.long)
+    level, text, dim = noise if network.condition_channels else None, None, network.context_dim
+    if dim:
+        mask = torch.empty(1, tokens, device="meta", dtype=torch.bool)
+        text = TextStates(torch.empty(1, tokens, dim, device="meta"), mask, torch.empty(1, dim, device="meta"))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        functional_call(network, on_meta, (x, noise, labels, None, noise if network.condition_channels else None))
+        functional_call(network, on_meta, (x, noise, labels, None, level, text))
     return int(counter.get_total_flops())
 
 

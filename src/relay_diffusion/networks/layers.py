@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +11,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from relay_diffusion.diffusion.text_states import TextStates
 from relay_diffusion.networks.ops import add, convolve, convolve_enlarged, norm_act, project, query_key_value
 
 MAX_GROUPS = 32
 MIN_GROUP_CHANNELS = 4
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -26,7 +29,15 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=1e-5)
 
 
-def zero(layer: nn.Conv2d) -> nn.Conv2d:
+def head_count(channels: int, head_channels: int) -> int:
+    """Count the attention heads of `head_channels` channels.
+
+    One head of all channels, if these are fewer or not divisible.
+    """
+    return channels // head_channels if channels % head_channels == 0 else 1
+
+
+def zero(layer: Layer) -> Layer:
     """Initialize a layer to zero.
 
     A residual block then starts as the identity.
@@ -40,13 +51,12 @@ def zero(layer: nn.Conv2d) -> nn.Conv2d:
 class SelfAttention(nn.Module):
     """Multi-head self-attention over pixels, with a residual connection.
 
-    [B,C,H,W] -> [B,C,H,W]. Heads of `head_channels` channels (one head of all channels, if these are fewer or not
-    divisible).
+    [B,C,H,W] -> [B,C,H,W]. Heads as in `head_count`.
     """
 
     def __init__(self, channels: int, head_channels: int = 64) -> None:
         super().__init__()
-        self.heads = channels // head_channels if channels % head_channels == 0 else 1
+        self.heads = head_count(channels, head_channels)
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = zero(nn.Conv2d(channels, channels, 1))
@@ -60,12 +70,39 @@ class SelfAttention(nn.Module):
         return add(rearrange(out, "b (h w) c -> b c h w", h=x.shape[-2]), shortcut)
 
 
+class CrossAttention(nn.Module):
+    """Multi-head attention of pixels to token states, with a residual connection.
+
+    [B,C,H,W], tokens [B,T,D] -> [B,C,H,W]. Heads as in `head_count`. At least one token of each row must be unmasked.
+    """
+
+    def __init__(self, channels: int, context_dim: int, head_channels: int = 64) -> None:
+        super().__init__()
+        self.heads = head_count(channels, head_channels)
+        self.norm = group_norm(channels)
+        self.query = nn.Linear(channels, channels)
+        self.norm_tokens = nn.LayerNorm(context_dim)
+        self.key_value = nn.Linear(context_dim, 2 * channels)
+        self.proj = zero(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, text: TextStates) -> Tensor:
+        """Compute x + attention(x, text): [B,C,H,W] -> [B,C,H,W]."""
+        h, shortcut, _ = norm_act(x, self.norm, silu=False)
+        pixels = rearrange(h, "b c h w -> b (h w) c")  # no copy in channels_last
+        parts = self.query(pixels), *self.key_value(self.norm_tokens(text.tokens)).chunk(2, dim=-1)
+        q, k, v = (rearrange(part, "b l (heads c) -> b heads l c", heads=self.heads) for part in parts)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=text.mask[:, None, None])
+        out = self.proj(rearrange(attended, "b heads l c -> b l (heads c)"))
+        return add(rearrange(out, "b (h w) c -> b c h w", h=x.shape[-2]), shortcut)
+
+
 class ResidualBlock(nn.Module):
     """Residual block of ADM, with scale and shift from the embedding.
 
     norm, SiLU, conv; norm, scale and shift by the embedding, SiLU, dropout, conv; plus the input. `up` or `down`
     resamples by two before the first convolution and on the shortcut. `checkpointed`: training keeps only the input and
-    recomputes the rest in the backward pass.
+    recomputes the rest in the backward pass. `context_dim`: channels of token states for cross-attention after the
+    self-attention; 0: none.
     """
 
     def __init__(
@@ -78,6 +115,7 @@ class ResidualBlock(nn.Module):
         checkpointed: bool = False,
         up: bool = False,
         down: bool = False,
+        context_dim: int = 0,
     ) -> None:
         super().__init__()
         self.up, self.down, self.dropout, self.checkpointed = up, down, dropout, checkpointed
@@ -88,18 +126,21 @@ class ResidualBlock(nn.Module):
         self.conv1 = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
         self.attention = SelfAttention(out_channels) if attention else None
+        self.cross_attention = CrossAttention(out_channels, context_dim) if attention and context_dim else None
 
-    def forward(self, x: Tensor, embedding: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, embedding: Tensor, skip: Tensor | None = None, text: TextStates | None = None
+    ) -> Tensor:
         """Apply the block: x [B,C,H,W], embedding [B,E] -> [B,C',H',W'].
 
-        skip [B,D,H,W]: concatenated to the input channels.
+        skip [B,D,H,W]: concatenated to the input channels. text: for the cross-attention, if there is any.
         """
         if self.checkpointed and self.training:
-            result: Tensor = checkpoint(self._forward, x, embedding, skip, use_reentrant=False)
+            result: Tensor = checkpoint(self._forward, x, embedding, skip, text, use_reentrant=False)
             return result
-        return self._forward(x, embedding, skip)
+        return self._forward(x, embedding, skip, text)
 
-    def _forward(self, x: Tensor, embedding: Tensor, skip: Tensor | None) -> Tensor:
+    def _forward(self, x: Tensor, embedding: Tensor, skip: Tensor | None, text: TextStates | None) -> Tensor:
         h, shortcut, skip = norm_act(x, self.norm0, skip, down=self.down)
         h, bias = (convolve_enlarged if self.up else convolve)(self.conv0, h)
         dropout = self.dropout if self.training else 0.0
@@ -108,7 +149,12 @@ class ResidualBlock(nn.Module):
         if self.skip is not None:
             shortcut, bias = project(self.skip, shortcut, skip, bias), None
         out = add(h, shortcut, bias, self.up)
-        return out if self.attention is None else self.attention(out)
+        if self.attention is not None:
+            out = self.attention(out)
+        if self.cross_attention is not None:
+            assert text is not None
+            out = self.cross_attention(out, text)
+        return out
 
 
 class SinusoidalEmbedding(nn.Module):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from relay_diffusion.diffusion.text_states import TextStates, check_text, no_text
 from relay_diffusion.networks.layers import ResidualBlock, SinusoidalEmbedding, group_norm, zero
 from relay_diffusion.networks.ops import convolve_image, norm_act
 from relay_diffusion.utils.messages import shorten
@@ -17,14 +18,16 @@ MAX_LEVELS = 14
 
 
 class UNet(nn.Module):
-    """UNet conditioned on noise level, class, augmentation and an image.
+    """UNet conditioned on noise level, class, text, augmentation and an image.
 
     [B,C,H,W] -> [B,C,H,W] for any H and W divisible by `divisor`, 2^(levels - 1). `resolution`: that of training, R or
     [height, width]. `channels` x `channel_mult` are the channels of each level (each at half the resolution of the
     previous one); `blocks` residual blocks per level; attention at the lowest level and at those whose shorter side is
     in `attention_resolutions` in training. `num_classes` 0: unconditional. `augment_labels`: number of augmentation
     labels, 0 for none. `condition_channels`: channels that a condition adds to the input, 0 for none; its noise level
-    has the same embedding as that of the image, but as sigma itself, not as ln(sigma)/4.
+    has the same embedding as that of the image, but as sigma itself, not as ln(sigma)/4. `context_dim`: channels of the
+    token states of text, 0: without text. Each block with self-attention then has cross-attention to the token states
+    and a learned null token, which is all that an image without text has.
     `channels_last` keeps weights and activations in that memory format: same results, faster; on a GPU it enables the
     fused steps between convolutions. `checkpoint_levels`: levels (0: full resolution) with activation checkpointing:
     less memory, more time.
@@ -47,6 +50,7 @@ class UNet(nn.Module):
         channels_last: bool = False,
         checkpoint_levels: Sequence[int] = (),
         condition_channels: int = 0,
+        context_dim: int = 0,
     ) -> None:
         super().__init__()
         for name, value, low, high in (  # a damaged config must not exhaust time or memory
@@ -56,6 +60,7 @@ class UNet(nn.Module):
             ("num_classes", num_classes, 0, 10**6),
             ("augment_labels", augment_labels, 0, 1024),
             ("condition_channels", condition_channels, 0, 1024),
+            ("context_dim", context_dim, 0, 2**14),
         ):
             if not low <= value <= high:
                 raise ValueError(f"{name}={value}: must lie between {low} and {high:,}")
@@ -79,13 +84,14 @@ class UNet(nn.Module):
             raise ValueError(f"channels={channels}: must be even")
         self.image_channels, self.num_classes = image_channels, num_classes
         self.augment_labels, self.condition_channels = augment_labels, condition_channels
+        self.context_dim = context_dim
         width = channels * embedding_mult
 
         self._build_embeddings(channels, width)
 
         def block(level: int, in_channels: int, out_channels: int, attention: bool, **resample: bool) -> ResidualBlock:
-            checkpointed = level in checkpoint_levels
-            return ResidualBlock(in_channels, out_channels, width, dropout, attention, checkpointed, **resample)
+            checkpointed, sizes = level in checkpoint_levels, (in_channels, out_channels, width)
+            return ResidualBlock(*sizes, dropout, attention, checkpointed, **resample, context_dim=context_dim)
 
         self.conv_in = nn.Conv2d(image_channels + condition_channels, channels, 3, padding=1)
         self.encoder = nn.ModuleList()
@@ -130,6 +136,8 @@ class UNet(nn.Module):
         self.embed0 = nn.Linear(channels, width)
         self.embed1 = nn.Linear(width, width)
         self.embed_class = nn.Embedding(self.num_classes, width) if self.num_classes else None
+        self.embed_text = nn.Linear(self.context_dim, width, bias=False) if self.context_dim else None
+        self.null_token = nn.Parameter(torch.randn(self.context_dim)) if self.context_dim else None
 
     def _lay_out_weights(self) -> None:
         """Convert weights to the memory format of the activations."""
@@ -139,11 +147,17 @@ class UNet(nn.Module):
                 layer.weight.data = layer.weight.data.clone(memory_format=torch.contiguous_format)
 
     def embed(
-        self, noise: Tensor, labels: Tensor | None, augment: Tensor | None, condition_level: Tensor | None = None
+        self,
+        noise: Tensor,
+        labels: Tensor | None,
+        augment: Tensor | None,
+        condition_level: Tensor | None = None,
+        pooled: Tensor | None = None,
     ) -> Tensor:
-        """Compute the embedding [B,E] of noise level, class, augmentation and condition.
+        """Compute the embedding [B,E] of the noise level and the conditions.
 
-        noise [B], labels [B] (-1: no class), augment [B,A], condition_level [B]; all but noise may be None.
+        noise [B], labels [B] (-1: no class), augment [B,A], condition_level [B], pooled [B,D] (0: no text); all but
+        noise may be None.
         """
         embedding = self.embed_noise(noise)
         if self.embed_augment is not None and augment is not None:
@@ -154,6 +168,9 @@ class UNet(nn.Module):
         if self.embed_class is not None and labels is not None:
             known = (labels >= 0)[:, None].to(embedding.dtype)
             embedding = embedding + self.embed_class(labels.clamp(min=0)) * known
+        if self.embed_text is not None and pooled is not None:
+            # of unit variance, as the class embedding is, whatever the scale of the text encoder; 0 remains 0
+            embedding = embedding + self.embed_text(F.rms_norm(pooled, pooled.shape[1:]))
         return F.silu(embedding)
 
     def forward(
@@ -163,24 +180,42 @@ class UNet(nn.Module):
         labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
         condition_level: Tensor | None = None,
+        text: TextStates | None = None,
     ) -> Tensor:
         """Apply the network: x [B,C,H,W] -> [B,C,H,W].
 
         noise: c_noise [B], labels [B] or None, augment_labels [B,A] or None.
         With K condition_channels x is [B,C+K,H,W], and condition_level [B] the noise level of the last K channels.
-        Raises ValueError unless `divisor` divides H and W.
+        text: B rows, or None, which is a row without text for each image.
+        Raises ValueError unless `divisor` divides H and W, and for text that does not fit.
         """
         if any(side % self.divisor for side in x.shape[2:]):
             raise ValueError(f"x has shape {tuple(x.shape)}: height and width must be divisible by {self.divisor}")
-        embedding = self.embed(noise, labels, augment_labels, condition_level)
+        text = self._with_null_token(text, x)
+        embedding = self.embed(noise, labels, augment_labels, condition_level, None if text is None else text.pooled)
         x = convolve_image(self.conv_in, x.contiguous(memory_format=self.memory_format))
         skips = [x]
         for block in self.encoder:
-            x = block(x, embedding)
+            x = block(x, embedding, None, text)
             skips.append(x)
         for block in self.middle:
-            x = block(x, embedding)
+            x = block(x, embedding, None, text)
         for block, joins in zip(self.decoder, self.joins, strict=True):
-            x = block(x, embedding, skips.pop() if joins else None)
+            x = block(x, embedding, skips.pop() if joins else None, text)
         out: Tensor = self.conv_out(norm_act(x, self.norm_out)[0])
         return out
+
+    def _with_null_token(self, text: TextStates | None, x: Tensor) -> TextStates | None:
+        """Prepend the null token to each row; None if context_dim=0."""
+        if self.null_token is None:
+            if text is not None:
+                raise ValueError("text was given, but the network has none (context_dim=0): remove it")
+            return None
+        if text is None:
+            text = no_text(len(x), self.context_dim, x.device)
+        check_text("text", text, len(x))
+        if text.tokens.shape[2] != self.context_dim:
+            raise ValueError(f"text has token states of {text.tokens.shape[2]} channels: must be {self.context_dim}")
+        null = self.null_token.expand(len(x), 1, -1)
+        tokens = torch.cat([null, text.tokens.to(null.dtype)], dim=1)
+        return TextStates(tokens, F.pad(text.mask, (1, 0), value=True), text.pooled.to(null.dtype))

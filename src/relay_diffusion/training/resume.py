@@ -165,8 +165,9 @@ def check_same_classes(path: Path, checkpoint: dict[str, Any], data: ImageDataMo
 def _fixed_settings(stage_config: dict[str, Any]) -> dict[str, Any]:
     """Select stage settings that a resumed run may not change."""
     denoiser, corruption, optimizer = (stage_config.get(part) or {} for part in ("denoiser", "corruption", "optimizer"))
-    # older files lack condition_channels and p_mean, p_std of a relay stage
-    network = {"condition_channels": 0} | (denoiser.get("network") or {}) | {"checkpoint_levels": None}
+    # older files lack condition_channels, context_dim, and p_mean, p_std of a relay stage
+    added = {"condition_channels": 0, "context_dim": 0}
+    network = added | (denoiser.get("network") or {}) | {"checkpoint_levels": None}
     schedule = {"p_mean": -1.2, "p_std": 1.2} | (corruption.get("schedule") or {})
     return {
         "denoiser": denoiser | {"network": network},

@@ -62,14 +62,14 @@ def _check_trusted(node: Any, trusted: tuple[str, ...], key: str = "stage") -> N
 def _with_classes(cfg: DictConfig, data: ImageDataModule) -> DictConfig:
     """Return the config with the number of classes of the data.
 
-    network.num_classes null becomes that number; without classes no label can be hidden. Raises UserError for another
-    number.
+    network.num_classes null becomes that number; without classes and text nothing can be dropped. Raises UserError for
+    another number.
     """
     classes, found = cfg.network.num_classes, data.dataset.num_classes
     if classes is None:
         cfg = copy.deepcopy(cfg)
         cfg.network.num_classes = found
-        if not found:
+        if not found and not cfg.network.get("context_dim"):
             cfg.stage.label_dropout = 0.0
         return cfg
     hint = "" if found else " (python -m relay_diffusion.cli.convert_images makes classes of folders)"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.networks.flops import forward_flops, matrix_peak
-from relay_diffusion.training.callbacks.periodic import PeriodicCallback, log_row
+from relay_diffusion.training.callbacks.periodic import PeriodicCallback, exclude_from_throughput, log_row
 from relay_diffusion.training.loggers import last_step
 
 
@@ -38,10 +38,10 @@ class TrainingLog(PeriodicCallback):
         self._flops, self._peak = 0, 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: DiffusionStage) -> None:
-        """Count the operations of a step and measure the device."""
+        """Measure the device."""
         super().on_train_start(trainer, pl_module)
         self._logged = last_step(trainer.loggers, "train")
-        self._flops = 3 * forward_flops(pl_module.denoiser.network)  # a backward pass costs two forward passes
+        self._flops = 0
         if pl_module.device.type == "cuda":
             half = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float16
             self._peak = matrix_peak(pl_module.device, half if "16" in str(trainer.precision) else torch.float32)
@@ -59,6 +59,18 @@ class TrainingLog(PeriodicCallback):
         bins = [f"loss_noise_{i + 1}" for i in range(self.bins)]
         others = ["loss", "gradient_norm", "replaced_gradients", "lr", "ema_half_life", "images_per_second", "tflops"]
         return [f"train/{name}" for name in (*others, *bins, "utilisation", "memory_gib")]
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: DiffusionStage, batch: Any, batch_idx: int) -> None:
+        """Count the operations of a step at the first batch.
+
+        It shows the number of tokens.
+        """
+        if self._flops:
+            return
+        tokens = batch[2].tokens.shape[1] if pl_module.text_dim and len(batch) > 2 else 0
+        with exclude_from_throughput(pl_module):
+            forward = forward_flops(pl_module.denoiser.network, tokens=tokens)
+        self._flops = 3 * forward  # a backward pass costs two forward passes
 
     def on_train_batch_end(
         self,
