@@ -34,13 +34,15 @@ def export_stage(
     origin: Mapping[str, Any] | None = None,
     dtype: str = "float32",
     kind: str = "ema",
+    text: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a stage to the folder `destination` and return the folder.
 
     An earlier export is replaced. `weights`: the state dict of the stage's denoiser. `kind`: "ema" or "raw". `dtype`:
     data type of the written weights, float32, float16 or bfloat16. `origin`: source of the weights, e.g. {"file": name,
-    "sha256": ...}. stage.json is written last, so an interrupted export is never read. Raises UserError if the folder
-    holds a training run, if the dtype is unknown, and if a weight is not finite in it.
+    "sha256": ...}. `text`: the text encoder, as in StageInfo. stage.json is written last, so an interrupted export is
+    never read. Raises UserError if the folder holds a training run, if the dtype is unknown, and if a weight is not
+    finite in it.
     """
     destination = Path(destination).expanduser()
     if destination.exists() and not destination.is_dir():
@@ -59,6 +61,7 @@ def export_stage(
         "origin": dict(origin or {}),
         "images_seen": images_seen,
         "class_names": list(class_names),
+        **({} if text is None else {"text": dict(text)}),
         "stage_config": {key: value for key, value in stage_config.items() if key != "optimizer"},
     }
     write_text(stage_file, json_text(content))
@@ -92,6 +95,7 @@ def read_export(file: Path) -> dict[str, Any]:
         kinds = {"stage_config": dict, "class_names": list, "images_seen": int}
         if kind not in ("raw", "ema") or not all(isinstance(read[key], kinds[key]) for key in kinds):
             raise TypeError
+        read |= {"text": content["text"]} if "text" in content else {}  # without text, and in older files
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

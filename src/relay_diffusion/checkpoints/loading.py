@@ -87,7 +87,7 @@ def load_stage(
     if guide is not None:
         weaker = load_stage(guide, weights, trusted=trusted)
         arguments["guide"], origin["guide"] = weaker, weaker.info.origin
-    info = StageInfo(config, list(checkpoint.get("class_names", [])), origin, seen)
+    info = StageInfo(config, list(checkpoint.get("class_names", [])), origin, seen, checkpoint.get("text"))
     stage = cast(DiffusionStage, build_stored(config, file, trusted, info=info, **arguments))
     stage.denoiser.load_state_dict(state)
     try:
@@ -243,15 +243,17 @@ def _described(config: Mapping[str, Any], file: Path, trusted: Sequence[str]) ->
     return stage
 
 
-def check_loadable(stage_config: Mapping[str, Any], trusted: Sequence[str], file: Path) -> None:
-    """Raise UserError unless checkpoints with this stage config can be loaded.
+def check_loadable(
+    stage_config: Mapping[str, Any], text: Mapping[str, Any] | None, trusted: Sequence[str], file: Path
+) -> None:
+    """Raise UserError unless checkpoints with this config and text encoder can be loaded.
 
-    `file`: name of the checkpoint, for messages. The optimizer may be of any package, because loading ignores it. The
-    global random state does not change.
+    `text`: as in StageInfo. `file`: name of the checkpoint, for messages. The optimizer may be of any package, because
+    loading ignores it. The global random state does not change.
     """
-    check_stored({"stage_config": dict(stage_config)}, file)
+    check_stored({"stage_config": dict(stage_config)} | ({} if text is None else {"text": dict(text)}), file)
     config = {key: value for key, value in stage_config.items() if key != "optimizer"}
-    check_targets(config, (OWN_PACKAGE, *package_names(trusted)), file)
+    check_targets([config, text], (OWN_PACKAGE, *package_names(trusted)), file)
 
 
 def build_stored(config: Mapping[str, Any], file: Path, trusted: Sequence[str] = (), **arguments: Any) -> Any:

@@ -65,7 +65,7 @@ def read_file(file: Path) -> dict[str, Any]:
 
 
 def _translated(content: dict[str, Any]) -> dict[str, Any]:
-    return content | {"stage_config": translate_targets(content["stage_config"])}
+    return content | {key: translate_targets(content[key]) for key in ("stage_config", "text") if key in content}
 
 
 def find_stage(path: str | Path) -> Path:
@@ -81,7 +81,8 @@ def find_stage(path: str | Path) -> Path:
 def read_stage(file: Path) -> dict[str, Any]:
     """Read a checkpoint or an export, on the CPU. Raises UserError naming the file.
 
-    Keys: stage_config; state_dict (of the stage), ema (a dictionary with weights) or both; class_names, images_seen.
+    Keys: stage_config; state_dict (of the stage), ema (a dictionary with weights) or both; class_names, images_seen;
+    text (of the encoder), if the stage has some.
     """
     return _translated(check_stored(read_export(file), file)) if file.name == EXPORT_STAGE else read_file(file)
 
@@ -126,7 +127,17 @@ def check_stored(content: Any, file: Path) -> dict[str, Any]:
         _wrong(file, "class_names", names, "a list of names")
     if not isinstance(seen, int) or isinstance(seen, bool) or not 0 <= seen <= MAX_IMAGES_SEEN:
         _wrong(file, "images_seen", seen, "a number of images")
+    if "text" in content:
+        _check_text(content["text"], file)
     return content
+
+
+def _check_text(text: Any, file: Path) -> None:
+    """Require the config and the hash of a text encoder."""
+    _check_plain(text, "text", file)
+    complete = isinstance(text, dict) and text.keys() == {"encoder", "hash"}
+    if not complete or not isinstance(text["encoder"], dict) or not isinstance(text["hash"], str):
+        _wrong(file, "text", text, "a dictionary with the encoder and the hash of the text encoder")
 
 
 def check_resumable(content: dict[str, Any], file: Path) -> None:

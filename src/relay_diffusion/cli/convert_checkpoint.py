@@ -84,6 +84,7 @@ def convert(options: ConvertOptions) -> DiffusionStage:
         images_seen=stage.info.images_seen,
         origin=origin,
         dtype=options.dtype.value,
+        text=stage.info.text,
     )
     return stage
 

@@ -70,9 +70,8 @@ def validate_training(cfg: DictConfig) -> None:
     check_mapping(cfg, "data", "data.dataset", "network", "stage", "stage.denoiser", "trainer", "callbacks", "logger")
     check_run_id(selected(cfg, "run_id"))
     check_complete(cfg)
-    if selected(cfg, "network.num_classes", 0) is None:  # train() takes the number from the data
-        cfg = copy.deepcopy(cfg)
-        cfg.network.num_classes = 1
+    check_built(cfg, "text", null=True)
+    cfg = _with_placeholders(cfg)
     check_directory(cfg, "run_dir")
     package_names(cfg.trusted)
     for key in ("data", "data.dataset", "network", "stage", "stage.corruption", "stage.optimizer", "trainer"):
@@ -99,7 +98,7 @@ def validate_training(cfg: DictConfig) -> None:
         check_types(cfg, key)
         builder.build(key)
     _check_trainer(cfg)
-    for key in ("stage", "data"):
+    for key in ("stage", "data", "text"):
         check_types(cfg, key)
     _check_callbacks(cfg, builder)
     _check_stage(cfg)
@@ -110,6 +109,16 @@ def validate_training(cfg: DictConfig) -> None:
         raise UserError(explain_option("stage", error, cfg.stage)) from None
     _check_optimizer(cfg, stage)
     _check_batch(cfg)
+
+
+def _with_placeholders(cfg: DictConfig) -> DictConfig:
+    """Return the config with values for what train() takes from the data and the text encoder."""
+    cfg = copy.deepcopy(cfg)
+    if selected(cfg, "network.num_classes", 0) is None:
+        cfg.network.num_classes = 1
+    if cfg.text is not None and selected(cfg, "network.context_dim") == 0:
+        cfg.network.context_dim = 1
+    return cfg
 
 
 def _check_trainer(cfg: DictConfig) -> None:
@@ -193,6 +202,15 @@ def _check_network(cfg: DictConfig) -> None:
         "network.image_channels",
     )
     _check_same_resolution(cfg, "network.resolution")
+    width = selected(cfg, "network.context_dim", 0)
+    require(
+        cfg.text is not None or width == 0,
+        f"network.context_dim={shorten(width)}: text=none; use text=minilm or another encoder, which set it",
+    )
+    require(
+        cfg.text is None or "context_dim" in cfg.network,
+        f"text: network._target_={shorten(cfg.network._target_)} has no option context_dim, which text needs; use text=none",
+    )
 
 
 def _check_stage(cfg: DictConfig) -> None:

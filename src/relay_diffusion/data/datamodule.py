@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -16,9 +17,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from relay_diffusion.data.dataset import ImageDataset, batch_of
+from relay_diffusion.data.image_sets import evenly_spaced
 from relay_diffusion.data.sources import CONVERTER, LABEL_FILE
 from relay_diffusion.diffusion.generators import mix_seeds
+from relay_diffusion.diffusion.text_states import TextStates
 from relay_diffusion.errors import UserError
+from relay_diffusion.text import CachedEncoder, TextEncoder
 from relay_diffusion.utils.distributed import SIGNALS, exit_for_parent_only
 
 
@@ -106,29 +110,48 @@ def chosen_caption(captions: Sequence[str], seed: int, position: int) -> str:
     return captions[mix_seeds(seed, position) % len(captions)] if captions else ""
 
 
+def evenly_spaced_captions(dataset: ImageDataset, numbers: Sequence[int], count: int) -> list[str]:
+    """Return one caption of each of evenly spaced images; "" without.
+
+    numbers: which of `count` evenly spaced images. The choice depends on the number alone.
+    """
+    chosen = evenly_spaced(count, len(dataset.names))
+    return [chosen_caption(dataset.captions[chosen[number]], 0, number) for number in numbers]
+
+
 class ImageDataModule(LightningDataModule):
     """Endless training batches of an image dataset.
 
     Each batch is (uint8 or float32 [b, C, H, W], int64 [b]) with b = batch_size / (devices x nodes x
     accumulate_grad_batches of the Trainer); `batch_size` counts the images of a step over all devices. num_workers:
     decoding processes per device; 0 is enough for a cached dataset. seed: determines the order. captions: a third part
-    of each batch is the list of b prompts, one caption of each image, chosen at every visit (`chosen_caption`). The
-    order continues at `images_seen` of the trained LightningModule. Raises UserError unless the batch divides evenly,
-    and with `captions` for a dataset without any.
+    of each batch is the list of b prompts, one caption of each image, chosen at every visit (`chosen_caption`). text:
+    an encoder, with which the third part is the encoded prompts instead, TextStates of float16 and b rows; encode all
+    captions first with `text.prepare`. It becomes a CachedEncoder with the folder `text_cache`. The order continues at
+    `images_seen` of the trained LightningModule. Raises UserError unless the batch divides evenly, and with `captions`
+    or `text` for a dataset without captions.
     """
 
     def __init__(
-        self, dataset: ImageDataset, batch_size: int, num_workers: int = 2, seed: int = 0, captions: bool = False
+        self,
+        dataset: ImageDataset,
+        batch_size: int,
+        num_workers: int = 2,
+        seed: int = 0,
+        captions: bool = False,
+        text: TextEncoder | None = None,
+        text_cache: str | Path = "outputs/text_cache",
     ) -> None:
         super().__init__()
         if num_workers < 0:
             raise UserError(f"data.num_workers={num_workers}: must be 0 or more")
         self.dataset, self.batch_size, self.num_workers, self.seed = dataset, batch_size, num_workers, seed
-        self.captions = captions
-        if captions and self.missing_captions == len(dataset.names):
+        self.text = None if text is None else CachedEncoder(text, text_cache)
+        self.captions = captions or text is not None
+        if self.captions and self.missing_captions == len(dataset.names):
             raise UserError(
-                f"data.captions=true: {dataset.path} has no captions in {LABEL_FILE}; use data.captions=false, or add "
-                f"them with captions= of {CONVERTER}"
+                f"text: {dataset.path} has no captions in {LABEL_FILE}; use text=none, or add them with captions= of "
+                f"{CONVERTER}"
             )
 
     @property
@@ -155,7 +178,7 @@ class ImageDataModule(LightningDataModule):
             start=lambda: cast(int, trainer.lightning_module.images_seen),
         )
         return _TrainingLoader(
-            _CaptionedBatches(self.dataset, self.seed) if self.captions else _Batches(self.dataset),
+            _CaptionedBatches(self.dataset, self.seed, self.text) if self.captions else _Batches(self.dataset),
             batch_size=None,  # an item is a whole batch
             sampler=_Visits(sampler) if self.captions else sampler,
             num_workers=num_workers,
@@ -189,17 +212,20 @@ class _Visits(Sampler[tuple[int, list[int]]]):
             yield positions.start, self.order.stream(positions.start, len(positions))
 
 
-class _CaptionedBatches(Dataset[tuple[Tensor, Tensor, list[str]]]):
-    """Batches of a dataset with prompts, by (first position, indices)."""
+class _CaptionedBatches(Dataset[tuple[Tensor, Tensor, list[str] | TextStates]]):
+    """Batches of a dataset with prompts, by (first position, indices).
 
-    def __init__(self, dataset: ImageDataset, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
+    text: looks up the encoded prompts, in the process that decodes the images.
+    """
 
-    def __getitem__(self, visit: tuple[int, list[int]]) -> tuple[Tensor, Tensor, list[str]]:
+    def __init__(self, dataset: ImageDataset, seed: int, text: CachedEncoder | None) -> None:
+        self.dataset, self.seed, self.text = dataset, seed, text
+
+    def __getitem__(self, visit: tuple[int, list[int]]) -> tuple[Tensor, Tensor, list[str] | TextStates]:
         first, indices = visit
         captions = (self.dataset.captions[self.dataset.image_of(index)] for index in indices)
         prompts = [chosen_caption(some, self.seed, position) for position, some in enumerate(captions, first)]
-        return *batch_of(self.dataset, indices), prompts
+        return *batch_of(self.dataset, indices), prompts if self.text is None else self.text.lookup(prompts)
 
 
 class _TrainingLoader(DataLoader[Any]):

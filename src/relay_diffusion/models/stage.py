@@ -67,12 +67,14 @@ class StageInfo:
 
     config: the stage config from which a checkpoint is rebuilt. class_names: names of the classes, in order.
     origin: file and choice of weights of a loaded stage, and those of its guide. images_seen: images of its training.
+    text: config and hash of the text encoder of its training, {"encoder": {"_target_": ..., ...}, "hash": ...}.
     """
 
     config: dict[str, Any] | None = None
     class_names: list[str] = field(default_factory=list)
     origin: dict[str, Any] = field(default_factory=dict)
     images_seen: int = 0
+    text: dict[str, Any] | None = None
 
 
 class DiffusionStage(OptimizationHooks):
@@ -303,9 +305,11 @@ class DiffusionStage(OptimizationHooks):
         self._graphed_training = GraphedTraining(self.denoiser)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the stage config, the class names and the counts."""
+        """Save the stage config, the class names, the text encoder and the counts."""
         checkpoint["stage_config"] = self.info.config
         checkpoint["class_names"] = list(self.info.class_names)
+        if self.info.text is not None:
+            checkpoint["text"] = self.info.text
         super().on_save_checkpoint(checkpoint)
 
     # ---- sampling ----

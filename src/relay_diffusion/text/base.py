@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from relay_diffusion.diffusion.text_states import TextStates
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.messages import shorten
+
+if TYPE_CHECKING:
+    import torch
 
 SHOWN = 3  # prompts in a note
 
@@ -37,6 +40,14 @@ class TextEncoder(Protocol):
 
         A prompt of no more than spaces has a mask of False and zeros. note: print which prompts are truncated.
         """
+        ...
+
+    def to(self, device: torch.device | str) -> Any:
+        """Move the encoder to a device."""
+        ...
+
+    def unload(self) -> None:
+        """Free the memory of the weights; the next `encode` loads them again."""
         ...
 
 

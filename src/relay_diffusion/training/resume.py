@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from relay_diffusion.checkpoints.encoders import check_same_encoder
 from relay_diffusion.checkpoints.loading import build_empty, read_checkpoint
 from relay_diffusion.checkpoints.reading import (
     KEPT,
@@ -35,7 +36,7 @@ KEY = "run"  # key of the run's settings in a checkpoint
 LONGEST = 200  # characters of a value in messages
 WITHOUT_EFFECT = (  # settings without effect on the result; "devices" records the number of ranks
     "run_id", "run_dir", "resume", "init", "trainer.max_images", "trainer.devices", "trainer.num_nodes",
-    "data.num_workers", "data.dataset.cache",
+    "data.num_workers", "data.dataset.cache", "data.text_cache", "text.path",
 )  # fmt: skip
 DATA_ORDER = ("data.seed", "data.dataset.x_flip", "images")  # settings that change the order of the images
 
@@ -179,9 +180,10 @@ def _fixed_settings(stage_config: dict[str, Any]) -> dict[str, Any]:
 def init_from(stage: DiffusionStage, path: str, trusted: Sequence[str] = ()) -> str:
     """Load initial weights: averaged ones, or raw ones without an average.
 
-    The class layer keeps its initial values if the stored classes are other ones. Returns the file, and whether it did,
-    as text. trusted: as for load_stage. Raises UserError naming the file if its weights cannot be read, or the options
-    to change if they are those of another network.
+    The class layer keeps its initial values if the stored classes are other ones, and so do the text layers if the
+    stored text encoder is another one. Returns the file, and what kept its initial values, as text. trusted: as for
+    load_stage. Raises UserError naming the file if its weights cannot be read, or the options to change if they are
+    those of another network.
     """
     with prefix_errors("init"):
         file = find_stage(path)
@@ -189,15 +191,21 @@ def init_from(stage: DiffusionStage, path: str, trusted: Sequence[str] = ()) -> 
         weights = dict(stored_weights(content, "ema" if content.get("ema", {}).get("weights") else "raw", file))
     stored, present = (_network(config or {}) for config in (content["stage_config"], stage.info.config))
     shapes = partial(_shapes, file=file, trusted=trusted)
-    class_layer, state = _class_layer(present, shapes), stage.denoiser.state_dict()
-    new = {name: state[name] for name in class_layer if name in state}
-    old = {name: weights.pop(name) for name in class_layer if name in weights}
-    names, note = (content.get("class_names", []), stage.info.class_names), ""
+    state = stage.denoiser.state_dict()
+    new, old = _taken(_layers(present, "num_classes", (1, 2), shapes), state, weights)
+    names, notes = (content.get("class_names", []), stage.info.class_names), []
     if _shapes_of(old) != _shapes_of(new):
-        note = f", but a new class layer ({stored.get('num_classes', 0)} classes there, {stage.num_classes} here)"
+        notes.append(f"a new class layer ({stored.get('num_classes', 0)} classes there, {stage.num_classes} here)")
     elif all(names) and names[0] != names[1]:
-        note = ", but a new class layer (other classes)"
-    weights |= new if note else old
+        notes.append("a new class layer (other classes)")
+    weights |= new if notes else old
+    new, old = _taken(_layers(present, "context_dim", (0, 1), shapes), state, weights)
+    encoders = [None if text is None else text["hash"] for text in (content.get("text"), stage.info.text)]
+    kept = _shapes_of(old) == _shapes_of(new) and (None in encoders or encoders[0] == encoders[1])
+    weights |= old if kept else new
+    if not kept:
+        there = "another text encoder" if old else "no text"
+        notes.append(f"new text layers ({there} there)" if new else "without its text layers")
     try:
         check_fits(weights, stage.denoiser, file)
     except UserError:
@@ -206,7 +214,7 @@ def init_from(stage: DiffusionStage, path: str, trusted: Sequence[str] = ()) -> 
             raise
         raise UserError(f"init={path}: has another network; use {' '.join(options)}, or remove init") from None
     stage.denoiser.load_state_dict(weights)
-    return f"{os.path.relpath(file)}{note}"
+    return os.path.relpath(file) + (f", but {' and '.join(notes)}" if notes else "")
 
 
 def _network(stage_config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -228,12 +236,25 @@ def _shapes(network: Mapping[str, Any], file: Path, trusted: Sequence[str]) -> d
     return _shapes_of(build_empty(network, file, trusted).state_dict())
 
 
-def _class_layer(network: Mapping[str, Any], shapes: Callable[[Mapping[str, Any]], dict[str, Any]]) -> list[str]:
-    """Return the names of a denoiser's class-dependent weights."""
-    if "num_classes" not in network:
+def _layers(
+    network: Mapping[str, Any], option: str, values: tuple[int, int], shapes: Callable[..., dict[str, Any]]
+) -> list[str]:
+    """Return the names of a denoiser's weights that depend on an option.
+
+    They have other shapes with the second of `values` than with the first, or exist only then.
+    """
+    if option not in network:
         return []
-    one, two = (shapes({**network, "num_classes": count}) for count in (1, 2))
-    return [f"network.{name}" for name, shape in two.items() if one.get(name) != shape]
+    before, after = (shapes({**network, option: value}) for value in values)
+    return [f"network.{name}" for name, shape in after.items() if before.get(name) != shape]
+
+
+def _taken(
+    names: Sequence[str], state: Mapping[str, Tensor], weights: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the named weights of a new network, and those that are taken out of `weights`."""
+    new = {name: state[name] for name in names if name in state}
+    return new, {name: weights.pop(name) for name in names if name in weights}
 
 
 def _options_to_change(
@@ -246,7 +267,7 @@ def _options_to_change(
     """
     now, options = shapes(present), []
     for name, value in stored.items():
-        if name == "num_classes" or value == present.get(name):
+        if name in ("num_classes", "context_dim") or value == present.get(name):
             continue
         try:
             decides = shapes({**present, name: value}) != now
@@ -258,16 +279,19 @@ def _options_to_change(
     return options
 
 
-def find_start(cfg: DictConfig, data: ImageDataModule, record: dict[str, Any]) -> Start:
+def find_start(
+    cfg: DictConfig, data: ImageDataModule, record: dict[str, Any], text: Mapping[str, Any] | None = None
+) -> Start:
     """Decide where the run starts. Call on rank 0.
 
-    `record`: settings from `RunRecord.of`. The content of the checkpoint is freed; Lightning reads it again. Raises
-    UserError for a checkpoint that this run cannot continue.
+    `record`: settings from `RunRecord.of`. `text`: the text encoder, as in StageInfo. The content of the checkpoint is
+    freed; Lightning reads it again. Raises UserError for a checkpoint that this run cannot continue.
     """
     found = last_checkpoint(cfg)
     if found is None:
         return Start()
     path, content, own = found
+    check_same_encoder(content.get("text"), text, str(path))
     check_same_stage(path, content, record["config"]["stage"])
     check_same_classes(path, content, data)
     seen = content["images_seen"]

@@ -11,6 +11,7 @@ import lightning as L
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from relay_diffusion.checkpoints.encoders import describe_encoder
 from relay_diffusion.checkpoints.loading import check_loadable
 from relay_diffusion.checkpoints.reading import LAST
 from relay_diffusion.checkpoints.targets import OWN_PACKAGE, inside, package_names
@@ -18,8 +19,10 @@ from relay_diffusion.data.datamodule import ImageDataModule
 from relay_diffusion.errors import UserError, prefix_errors, require
 from relay_diffusion.models.stage import DiffusionStage, StageInfo
 from relay_diffusion.networks.ops import report_slow_settings
+from relay_diffusion.text import TextEncoder, check_width
 from relay_diffusion.training.callbacks.preemption import leave_after_signal, restored_signal_handlers
 from relay_diffusion.training.resume import DATA_ORDER, RunRecord, Start, find_start, init_from
+from relay_diffusion.training.text import encode_captions
 from relay_diffusion.utils.distributed import destroy_process_group, on_rank_zero, started_ranks
 from relay_diffusion.utils.files import write_text
 from relay_diffusion.utils.git import git_revision
@@ -59,6 +62,32 @@ def _check_trusted(node: Any, trusted: tuple[str, ...], key: str = "stage") -> N
             _check_trusted(value, trusted, f"{key}.{name}")
 
 
+def _with_text(cfg: DictConfig, encoder: TextEncoder | None) -> DictConfig:
+    """Return the config with the width of the text encoder.
+
+    network.context_dim 0 becomes that width. Raises UserError for another width.
+    """
+    if encoder is None:
+        return cfg
+    if not cfg.network.context_dim:
+        cfg = copy.deepcopy(cfg)
+        cfg.network.context_dim = encoder.dim
+    check_width(encoder, cfg.network.context_dim)
+    return cfg
+
+
+def _build_data(config: DictConfig, encoder: TextEncoder | None) -> ImageDataModule:
+    """Build the data of a config, with the text encoder if there is one.
+
+    The config cannot hold the encoder, because Hydra copies it.
+    """
+    factory = instantiate(config, _convert_="all", _partial_=True)
+    try:
+        return cast(ImageDataModule, factory(**({} if encoder is None else {"text": encoder})))
+    except TypeError as error:
+        raise UserError(f"data: {error}") from None
+
+
 def _with_classes(cfg: DictConfig, data: ImageDataModule) -> DictConfig:
     """Return the config with the number of classes of the data.
 
@@ -85,25 +114,31 @@ def _with_classes(cfg: DictConfig, data: ImageDataModule) -> DictConfig:
 def train(cfg: DictConfig) -> DiffusionStage | None:
     """Train a stage, new or resumed; None if training is complete."""
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    data: ImageDataModule = instantiate(cfg.data, _convert_="all")
-    cfg = _with_classes(cfg, data)
+    encoder: TextEncoder | None = instantiate(cfg.text, _convert_="all")
+    data = _build_data(cfg.data, encoder)
+    cfg = _with_classes(_with_text(cfg, encoder), data)
     stage_config = cast(dict[str, Any], OmegaConf.to_container(cfg.stage, resolve=True))
     test_steps = int(cfg.trainer.get("fast_dev_run", False))
-    stage = _build_stage(cfg.stage, StageInfo(stage_config, data.dataset.class_names))
-    _check_trusted(stage_config, package_names(cfg.trusted))
+    text = None
+    if encoder is not None:
+        text = describe_encoder(cast(dict[str, Any], OmegaConf.to_container(cfg.text, resolve=True)), encoder)
+    stage = _build_stage(cfg.stage, StageInfo(stage_config, data.dataset.class_names, text=text))
+    for part, key in ((stage_config, "stage"), (text, "text")):
+        _check_trusted(part, package_names(cfg.trusted), key)
     with prefix_errors("stage: its checkpoint could not be loaded"):
-        check_loadable(stage_config, cfg.trusted, Path(LAST))
+        check_loadable(stage_config, text, cfg.trusted, Path(LAST))
     record = RunRecord(cfg)
+    callbacks = instantiate(cfg.callbacks, _convert_="all").values()
     trainer: L.Trainer = instantiate(
         cfg.trainer,
-        callbacks=[*instantiate(cfg.callbacks, _convert_="all").values(), record],
+        callbacks=[*callbacks, record],
         logger=[] if test_steps else list(instantiate(cfg.logger, _convert_="all").values()),
         _convert_="all",
     )
     with started_ranks(trainer, str(cfg.run_id), cfg.run_dir, "run_dir"):
         start = Start()
         if not test_steps:
-            start = on_rank_zero(trainer, lambda: find_start(cfg, data, record.of(trainer, data)))
+            start = on_rank_zero(trainer, lambda: find_start(cfg, data, record.of(trainer, data), text))
         if start.own and start.images_seen >= cfg.trainer.max_images:
             if trainer.is_global_zero:
                 print(
@@ -116,6 +151,8 @@ def train(cfg: DictConfig) -> DiffusionStage | None:
         initial = ""
         if start.checkpoint is None and cfg.init is not None:
             initial = init_from(stage, cfg.init, cfg.trusted)
+        if data.text is not None:
+            encode_captions(trainer, data.text, [data.dataset, *(getattr(part, "dataset", None) for part in callbacks)])
         if trainer.is_global_zero:
             _announce(cfg, trainer, stage, data, start, initial)
         with restored_signal_handlers():
@@ -189,7 +226,7 @@ def _announce(
         how = f"continues {os.path.relpath(start.checkpoint)}{f' with {changed}' if changed else ''}"
     images = f"{len(data.dataset.names):,} images" + (f" of {stage.num_classes} classes" if stage.num_classes else "")
     print(f"{os.path.relpath(cfg.run_dir)}: {how}, {parameters:,} parameters, {images}", flush=True)
-    if data.captions and data.missing_captions:
+    if data.text is not None and data.missing_captions:
         print(f"note: {data.missing_captions:,} images have no caption; their prompt is empty", flush=True)
     if order := [key for key, _, _ in start.changed if key in DATA_ORDER]:
         print(f"note: {', '.join(order)} changed, so the order of the images changes", flush=True)

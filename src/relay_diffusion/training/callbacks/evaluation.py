@@ -19,14 +19,16 @@ from relay_diffusion.metrics.inception import check_channels
 from relay_diffusion.models.finite_samples import NonFiniteSamplesError
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.training.callbacks.periodic import PeriodicMeasurement
+from relay_diffusion.training.text import text_of_images
 
 
 class PeriodicEvaluation(PeriodicMeasurement):
     """Evaluate samples of the averaged weights during training.
 
     Every `every_n_images` and at the end; logs eval/fid and others. `count` images from the seeds 0..count-1, split
-    over the ranks, in batches of `batch_size`. They have the classes of training images spaced evenly over the dataset;
-    a relay stage starts from the block means of these images. Samples that are not finite are reported and not logged.
+    over the ranks, in batches of `batch_size`. They have the classes, and with text one of the captions, of training
+    images spaced evenly over the dataset; a relay stage starts from the block means of these images. Samples that are
+    not finite are reported and not logged.
     Raises ValueError for a count or batch size out of range.
     """
 
@@ -84,5 +86,6 @@ class PeriodicEvaluation(PeriodicMeasurement):
         if stage.corruption.block > 1:
             images, _ = evenly_spaced_images(dataset, seeds, self.count)
             previous = block_mean(to_float(images).to(stage.device), stage.corruption.block)
+        text = text_of_images(trainer, stage, dataset, seeds, self.count)
         with trainer.precision_plugin.predict_step_context():
-            return stage.sample(shape, seeds, labels if stage.num_classes else None, previous)
+            return stage.sample(shape, seeds, labels if stage.num_classes else None, previous, text=text)

@@ -15,6 +15,7 @@ from relay_diffusion.diffusion.pixels import to_float
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.training.callbacks.periodic import PeriodicMeasurement
+from relay_diffusion.training.text import text_of_images
 
 GOLDEN = 0.6180339887498949  # golden ratio: its multiples modulo 1 are a low-discrepancy sequence
 STREAM = 2**20  # random stream of the noise; sampling uses resolutions as streams
@@ -26,8 +27,9 @@ class Validation(PeriodicMeasurement):
     Logs val/loss and val/loss_noise_1 ... every `every_n_images` and at the end. `count` images, evenly spaced over
     `dataset` (all if it has fewer), are evaluated once in each of the `bins` equal parts of the noise levels, 1 the
     smallest noise. Levels and noise depend on the index of the image alone, so they are equal at every measurement, in
-    every run, and for any number of devices. Dropout, augmentation and label dropout are off; a cascade stage gets its
-    condition as in sampling. Raises UserError if the dataset has other classes than training, or training images.
+    every run, and for any number of devices. With text, an image has one of its captions, always the same one. Dropout,
+    augmentation and label dropout are off; a cascade stage gets its condition as in sampling. Raises UserError if the
+    dataset has other classes than training, or training images.
     """
 
     group = "val"
@@ -73,18 +75,19 @@ class Validation(PeriodicMeasurement):
                 for first in range(0, len(cases), self.batch_size):
                     batch = cases[first : first + self.batch_size]
                     parts = torch.tensor([case % self.bins for case in batch], device=stage.device)
-                    sums.index_add_(0, parts, self._losses(stage, batch, count).double())
+                    sums.index_add_(0, parts, self._losses(trainer, stage, batch, count).double())
             finally:
                 stage.train(training)
         losses = [total / count for total in trainer.strategy.reduce(sums, reduce_op="sum").tolist()]
         return dict(zip(self.names, [sum(losses) / len(losses), *losses], strict=True))
 
-    def _losses(self, stage: DiffusionStage, cases: Sequence[int], count: int) -> Tensor:
+    def _losses(self, trainer: L.Trainer, stage: DiffusionStage, cases: Sequence[int], count: int) -> Tensor:
         """Compute the loss [B] of cases.
 
         A case is image case // bins in part case % bins of the noise levels.
         """
-        images, labels = evenly_spaced_images(self.dataset, [case // self.bins for case in cases], count)
+        numbers = [case // self.bins for case in cases]
+        images, labels = evenly_spaced_images(self.dataset, numbers, count)
         x0 = to_float(images).to(stage.device)
         within = [(case // self.bins + 0.5) * GOLDEN % 1 for case in cases]
         level = [(case % self.bins + place) / self.bins for case, place in zip(cases, within, strict=True)]
@@ -95,5 +98,7 @@ class Validation(PeriodicMeasurement):
         previous = block_mean(x0, stage.corruption.block) if stage.conditioned else None
         condition = stage.sampling_condition(previous, noise.randn_like)
         known = labels.to(stage.device) if stage.num_classes else None
-        denoised = stage.denoiser(noisy, sigma, known, None, condition)
+        text = text_of_images(trainer, stage, self.dataset, numbers, count)
+        given = None if text is None else text.to(stage.device)
+        denoised = stage.denoiser(noisy, sigma, known, None, condition, given)
         return stage.loss(denoised, x0, sigma).mean(dim=(1, 2, 3))
