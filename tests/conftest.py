@@ -124,6 +124,17 @@ def fit(configuration, small_zip, tmp_path) -> Callable[..., DiffusionStage]:
 
 
 @pytest.fixture(scope="session")
+def text_options(tmp_path_factory) -> list[str]:
+    """Overrides of train.py for a tiny text encoder; skip the test without transformers."""
+    pytest.importorskip("transformers")
+    from tiny_encoders import save_encoder
+
+    root = tmp_path_factory.mktemp("text")
+    folder = save_encoder(root / "bert", "bert")
+    return ["text=minilm", f"text.path={folder}", "text.max_tokens=10", f"data.text_cache={root / 'cache'}"]
+
+
+@pytest.fixture(scope="session")
 def relay_runs(tmp_path_factory, small_zip):
     """A tiny relay 8 -> 16, trained by the command line; its overrides for sample.py."""
     root = tmp_path_factory.mktemp("runs")

@@ -7,6 +7,8 @@ transformers = pytest.importorskip("transformers")
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors  # noqa: E402
 
+from relay_diffusion.text import TransformersEncoder  # noqa: E402
+
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "the", "red", "sleeping", "fox", "traffic", "light", "asleep", "in"]
 DIM = 16
 FAMILIES = ("bert", "t5", "clip")
@@ -51,3 +53,7 @@ def save_encoder(folder, family, seed=0):
     transformers.logging.enable_progress_bar()
     save_tokenizer(folder)
     return folder
+
+
+class Bert(TransformersEncoder):
+    """An encoder outside of the package."""

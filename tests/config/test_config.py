@@ -115,10 +115,11 @@ def test_the_sampling_trainer_builds(configuration):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_trains_a_step(configuration, large_zip, tmp_path, experiment):
+def test_every_experiment_trains_a_step(configuration, large_zip, tmp_path, experiment, request):
     """Networks are thin here; other tests check the published settings."""
     path = f"data.dataset.path={large_zip}"
     known = configuration("train", f"experiment={experiment}", path)
+    text = [] if known.text is None else request.getfixturevalue("text_options")
     classes = known.network.num_classes
     cfg = configuration(
         "train",
@@ -136,6 +137,7 @@ def test_every_experiment_trains_a_step(configuration, large_zip, tmp_path, expe
         "trainer.max_images=2",
         "callbacks.grid.every_n_images=0",
         f"run_dir={tmp_path}",
+        *text,
     )
     validate_training(cfg)
     stage = train(cfg)

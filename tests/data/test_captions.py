@@ -182,7 +182,7 @@ def test_missing_captions_are_counted(archive: Path) -> None:
 
 def test_a_set_without_captions_is_refused(tmp_path: Path) -> None:
     dataset = ImageDataset(write_zip(tmp_path / "a.zip", pngs(["a.png"])), 8)
-    with pytest.raises(UserError, match=r"data\.captions=true: .*a\.zip has no captions in dataset\.json; use"):
+    with pytest.raises(UserError, match=r"^text: .*a\.zip has no captions in dataset\.json; use text=none"):
         ImageDataModule(dataset, 2, captions=True)
 
 

@@ -7,12 +7,10 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from pictures_on_disk import encoded, pixels, write_zip
 from relay_diffusion.checkpoints.loading import load_stage
 from relay_diffusion.config.sample import validate_sampling
 from relay_diffusion.config.train import validate_training
 from relay_diffusion.errors import UserError
-from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.sampling.run import sample
 from relay_diffusion.training.run import train
 from relay_diffusion.utils.messages import override
@@ -46,19 +44,6 @@ def test_images_without_classes_train_without_label_dropout(fit, folder):
     """A preset with stage.label_dropout fits images with and without classes."""
     stage = fit("run", 4, INFERRED, f"data.dataset.path={folder}", "data.dataset.subset=''", "stage.label_dropout=0.1")
     assert (stage.num_classes, stage.label_dropout) == (0, 0.0)
-
-
-def test_images_without_captions_are_counted_at_the_start(fit, tmp_path, monkeypatch, capsys):
-    pictures = {f"{number}.png": encoded(pixels(number, 16)) for number in range(3)}
-    path = write_zip(tmp_path / "images.zip", pictures, {"captions": [["1.png", "noise"]]})
-    step = DiffusionStage.training_step
-    monkeypatch.setattr(DiffusionStage, "training_step", lambda self, batch, index: step(self, batch[:2], index))
-    options = [INFERRED, f"data.dataset.path={path}", "data.dataset.subset=''", "data.captions=true"]
-    fit("run", 8, *options)
-    note = "note: 2 images have no caption; their prompt is empty\n"
-    assert capsys.readouterr().out.count(note) == 1
-    fit("plain", 4, *options[:-1])
-    assert note not in capsys.readouterr().out
 
 
 def test_guidance_without_classes_is_refused_before_training(configuration, folder, tmp_path):

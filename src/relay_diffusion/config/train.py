@@ -187,6 +187,8 @@ def _check_dataset(cfg: DictConfig) -> None:
         _check_same_resolution(cfg, "data.dataset.resolution")
     if "path" in cfg.data.dataset:
         check_file(cfg.data.dataset.path, "data.dataset.path")
+    if "text_cache" in cfg.data:
+        check_directory(cfg, "data.text_cache")
     if "random_crops" in cfg.data.dataset:
         from relay_diffusion.data.crops import MAX_CROPS  # keep --help fast
 
@@ -209,7 +211,7 @@ def _check_network(cfg: DictConfig) -> None:
     )
     require(
         cfg.text is None or "context_dim" in cfg.network,
-        f"text: network._target_={shorten(cfg.network._target_)} has no option context_dim, which text needs; use text=none",
+        f"network: {shorten(cfg.network._target_)} has no option context_dim, which text needs; use text=none",
     )
 
 
