@@ -75,7 +75,7 @@ def _is_folder(path: Any) -> bool:
 
 
 def describe_encoder(config: Mapping[str, Any], encoder: TextEncoder) -> dict[str, Any]:
-    """Return the `text` of StageInfo for an encoder and the config that it is built from."""
+    """Return `text` of StageInfo for an encoder and its config."""
     return {"encoder": dict(config), "hash": encoder.hash}
 
 

@@ -246,10 +246,10 @@ def _described(config: Mapping[str, Any], file: Path, trusted: Sequence[str]) ->
 def check_loadable(
     stage_config: Mapping[str, Any], text: Mapping[str, Any] | None, trusted: Sequence[str], file: Path
 ) -> None:
-    """Raise UserError unless checkpoints with this config and text encoder can be loaded.
+    """Raise UserError unless checkpoints with these settings can be loaded.
 
-    `text`: as in StageInfo. `file`: name of the checkpoint, for messages. The optimizer may be of any package, because
-    loading ignores it. The global random state does not change.
+    `stage_config`, `text`: as in StageInfo. `file`: name of the checkpoint, for messages. The optimizer may be of any
+    package, because loading ignores it. The global random state does not change.
     """
     check_stored({"stage_config": dict(stage_config)} | ({} if text is None else {"text": dict(text)}), file)
     config = {key: value for key, value in stage_config.items() if key != "optimizer"}

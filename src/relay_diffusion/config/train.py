@@ -112,7 +112,10 @@ def validate_training(cfg: DictConfig) -> None:
 
 
 def _with_placeholders(cfg: DictConfig) -> DictConfig:
-    """Return the config with values for what train() takes from the data and the text encoder."""
+    """Return the config with placeholders for inferred values.
+
+    train() takes these from the data and from the text encoder.
+    """
     cfg = copy.deepcopy(cfg)
     if selected(cfg, "network.num_classes", 0) is None:
         cfg.network.num_classes = 1

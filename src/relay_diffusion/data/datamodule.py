@@ -111,9 +111,10 @@ def chosen_caption(captions: Sequence[str], seed: int, position: int) -> str:
 
 
 def evenly_spaced_captions(dataset: ImageDataset, numbers: Sequence[int], count: int) -> list[str]:
-    """Return one caption of each of evenly spaced images; "" without.
+    """Return one caption of each of evenly spaced images.
 
-    numbers: which of `count` evenly spaced images. The choice depends on the number alone.
+    numbers: which of `count` evenly spaced images. "" for an image without captions. The choice depends on the number
+    alone.
     """
     chosen = evenly_spaced(count, len(dataset.names))
     return [chosen_caption(dataset.captions[chosen[number]], 0, number) for number in numbers]

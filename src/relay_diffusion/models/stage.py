@@ -305,7 +305,7 @@ class DiffusionStage(OptimizationHooks):
         self._graphed_training = GraphedTraining(self.denoiser)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the stage config, the class names, the text encoder and the counts."""
+        """Save the stage config, classes, text encoder and counts."""
         checkpoint["stage_config"] = self.info.config
         checkpoint["class_names"] = list(self.info.class_names)
         if self.info.text is not None:

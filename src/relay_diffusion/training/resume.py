@@ -252,7 +252,10 @@ def _layers(
 def _taken(
     names: Sequence[str], state: Mapping[str, Tensor], weights: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the named weights of a new network, and those that are taken out of `weights`."""
+    """Return the named weights of a new and an old network.
+
+    state: of the new one. weights: of the old one; the named ones are taken out.
+    """
     new = {name: state[name] for name in names if name in state}
     return new, {name: weights.pop(name) for name in names if name in weights}
 

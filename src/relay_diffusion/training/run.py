@@ -77,7 +77,7 @@ def _with_text(cfg: DictConfig, encoder: TextEncoder | None) -> DictConfig:
 
 
 def _build_data(config: DictConfig, encoder: TextEncoder | None) -> ImageDataModule:
-    """Build the data of a config, with the text encoder if there is one.
+    """Build the data of a config with its text encoder.
 
     The config cannot hold the encoder, because Hydra copies it.
     """

@@ -36,9 +36,9 @@ def encode_captions(trainer: L.Trainer, text: CachedEncoder, datasets: Iterable[
 def text_of_images(
     trainer: L.Trainer, stage: DiffusionStage, dataset: ImageDataset, numbers: Sequence[int], count: int
 ) -> TextStates | None:
-    """Return one encoded caption of each of evenly spaced images; None without text.
+    """Return encoded captions of evenly spaced images.
 
-    numbers: which of `count` evenly spaced images. The caption of an image is always the same one.
+    numbers: which of `count` evenly spaced images. The caption of an image is always the same one. None without text.
     """
     text: CachedEncoder | None = getattr(trainer.datamodule, "text", None)  # type: ignore[attr-defined]
     if text is None or not stage.text_dim:
