@@ -83,6 +83,42 @@ def test_a_note_shows_a_stored_folder(info, folder, capsys):
 
 def test_a_copy_in_another_place(info, folder, tmp_path, capsys):
     shutil.move(folder, tmp_path / "moved")
+    message = (
+        r"^runs/last\.ckpt was trained with the text encoder .*/bert, which is no folder here: give text\.path=.*/bert"
+    )
+    with pytest.raises(UserError, match=message):
+        load_text_encoder(info)
+    assert_encodes(load_text_encoder(info, str(tmp_path / "moved")), tmp_path / "moved")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_name_on_the_hub_is_not_downloaded_for_a_checkpoint(info, monkeypatch):
+    asked = []
+
+    def downloaded(name, option):
+        asked.append(name)
+        raise UserError(f"{option}={name}: no network")
+
+    monkeypatch.setattr(encoder_folder, "_downloaded", downloaded)
+    hub = changed(info, path="someone/encoder")
+    with pytest.raises(
+        UserError, match=r"encoder someone/encoder, which is no folder here: give mine\.path=someone/encod"
+    ):
+        load_text_encoder(hub, option="mine.path")
+    assert asked == []
+    with pytest.raises(UserError, match="no network"):
+        load_text_encoder(hub, "someone/encoder")
+    assert asked == ["someone/encoder"]
+
+
+def test_the_installed_encoder_needs_no_path(info, folder, monkeypatch, capsys):
+    monkeypatch.setattr(encoder_folder, "_installed", lambda _: folder)
+    assert_encodes(load_text_encoder(changed(info, path=None)), folder)
+    assert capsys.readouterr().out == ""
+
+
+def test_another_encoder_is_an_error_that_names_both(info, tmp_path):
+    other = save_encoder(tmp_path / "other", "bert", seed=1)
     settings = r"TransformersEncoder\(path=.*/{}, max_tokens=10\), hash "
     message = (
         r"^runs/last\.ckpt was trained with another text encoder: " + settings.format("bert") + info.text["hash"][:12]
