@@ -14,6 +14,7 @@ from relay_diffusion.diffusion.text_states import TextStates, no_text
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.cascade import CascadeStage
 from relay_diffusion.models.relay import Relay
+from relay_diffusion.models.stage import StageInfo
 from relay_diffusion.networks import EDMPreconditioner, UNet
 from relay_diffusion.networks.flops import forward_flops
 from relay_diffusion.samplers import EDMSampler
@@ -122,6 +123,17 @@ def test_a_trained_text_stage_is_rebuilt_and_exported(fit, captioned, tmp_path):
     export_stage(loaded.info.config, loaded.denoiser.state_dict(), tmp_path / "export", kind="raw")
     assert torch.equal(load_stage(tmp_path / "export", "raw").sample(shape, [0, 1], **given), expected)
     assert fit("run", 32, "network.context_dim=6", "stage.label_dropout=0.1").images_seen == 32  # resumes
+
+
+def test_a_guide_has_the_same_text_encoder():
+    one, other = ({"encoder": {}, "hash": name} for name in ("one", "other"))
+    for text in (one, None):  # a stage of Python code names none
+        stage(info=StageInfo(text=one), guide=stage(info=StageInfo(text=text)))
+    weaker = stage(info=StageInfo(text=other, origin={"file": "weaker.ckpt"}))
+    with pytest.raises(
+        UserError, match=r"^the guide weaker\.ckpt was trained with another text encoder than the stage"
+    ):
+        stage(info=StageInfo(text=one), guide=weaker)
 
 
 @pytest.mark.slow

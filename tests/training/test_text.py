@@ -174,10 +174,11 @@ def test_sample_grids_have_the_captions_of_the_data(fit_text, tmp_path, monkeypa
     often = ("callbacks.grid.every_n_images=4", "callbacks.grid.count=3", "stage.label_dropout=0.1")
     block = ["stage.corruption.block=2"] if stage == "relay" else []
     trained = fit_text("run", 8, *often, *block, "stage.guidance_scale=2", stage=stage)
-    assert len(list((tmp_path / "run/samples").iterdir())) == len(seen) == 2
+    assert len(list((tmp_path / "run/samples").glob("*.png"))) == len(seen) == 2
     data = trained.trainer.datamodule
     prompts = evenly_spaced_captions(data.dataset, range(3), 3)
     assert all(prompt in data.dataset.captions[number] for prompt, number in zip(prompts, (0, 8, 16), strict=True))
+    assert (tmp_path / "run/samples/prompts.txt").read_text().splitlines() == prompts
     for text in seen:
         assert_same_text(text, data.text.lookup(prompts))
 

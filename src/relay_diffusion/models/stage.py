@@ -119,6 +119,7 @@ class DiffusionStage(OptimizationHooks):
             raise ValueError(f"label_dropout={label_dropout}: must lie between 0 and 1")
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed={seed}: must lie between 0 and 2^63 - 1")
+        self.seed, self.info = seed, info
         self.denoiser, self.corruption, self.loss, self.sampler = denoiser, corruption, loss, sampler
         self.optimizer_factory, self.augment = optimizer, augment
         if augment is not None and augment.labels != denoiser.network.augment_labels:
@@ -143,7 +144,6 @@ class DiffusionStage(OptimizationHooks):
         self.cuda_graphs = cuda_graphs
         self._graphed: dict[int, Graphed] = {}
         self._graphed_training = GraphedTraining(denoiser)
-        self.seed, self.info = seed, info
 
     def _check_sampler(self, sampler: Sampler) -> None:
         """Raise ValueError unless a sampler starts where the corruption ends."""
@@ -327,6 +327,10 @@ class DiffusionStage(OptimizationHooks):
             what = "(resolution, channels, classes, channels of text, conditioned)"
             file = weaker.info.origin.get("file")
             raise UserError(f"the guide {file} has {what} {theirs}, the stage {mine}; use another guide")
+        encoders = [None if stage.text is None else stage.text["hash"] for stage in (self.info, weaker.info)]
+        if None not in encoders and encoders[0] != encoders[1]:
+            file = weaker.info.origin.get("file")
+            raise UserError(f"the guide {file} was trained with another text encoder than the stage; use another guide")
         return weaker.denoiser
 
     def guided_denoiser(self, condition: Condition | None = None, prompts: Prompts | None = None) -> Denoiser:

@@ -16,6 +16,7 @@ from relay_diffusion.checkpoints.loading import check_loadable
 from relay_diffusion.checkpoints.reading import LAST
 from relay_diffusion.checkpoints.targets import OWN_PACKAGE, inside, package_names
 from relay_diffusion.data.datamodule import ImageDataModule
+from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.errors import UserError, prefix_errors, require
 from relay_diffusion.models.stage import DiffusionStage, StageInfo
 from relay_diffusion.networks.ops import report_slow_settings
@@ -152,7 +153,9 @@ def train(cfg: DictConfig) -> DiffusionStage | None:
         if start.checkpoint is None and cfg.init is not None:
             initial = init_from(stage, cfg.init, cfg.trusted)
         if data.text is not None:
-            encode_captions(trainer, data.text, [data.dataset, *(getattr(part, "dataset", None) for part in callbacks)])
+            others = [getattr(callback, "dataset", None) for callback in callbacks]  # of Validation
+            datasets = [data.dataset, *(dataset for dataset in others if isinstance(dataset, ImageDataset))]
+            encode_captions(trainer, data.text, datasets)
         if trainer.is_global_zero:
             _announce(cfg, trainer, stage, data, start, initial)
         with restored_signal_handlers():

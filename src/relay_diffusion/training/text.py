@@ -14,13 +14,13 @@ from relay_diffusion.text import CachedEncoder
 from relay_diffusion.utils.distributed import on_rank_zero
 
 
-def encode_captions(trainer: L.Trainer, text: CachedEncoder, datasets: Iterable[ImageDataset | None]) -> None:
+def encode_captions(trainer: L.Trainer, text: CachedEncoder, datasets: Iterable[ImageDataset]) -> None:
     """Encode all captions of datasets, on the device of rank 0 (collective).
 
     The other ranks then read the cache. The weights of the encoder do not stay in memory. Raises UserError on all ranks
     if rank 0 does.
     """
-    captions = {caption for data in datasets if data is not None for some in data.captions for caption in some}
+    captions = {caption for data in datasets for some in data.captions for caption in some}
 
     def encode() -> None:
         text.encoder.to(trainer.strategy.root_device)

@@ -8,6 +8,7 @@ from pathlib import Path
 import lightning as L
 from PIL import Image
 
+from relay_diffusion.data.datamodule import evenly_spaced_captions
 from relay_diffusion.data.dataset import ImageDataset, evenly_spaced_images
 from relay_diffusion.diffusion.corruption import block_mean, upsample_blocks
 from relay_diffusion.diffusion.pixels import to_float, to_uint8
@@ -16,6 +17,7 @@ from relay_diffusion.models.finite_samples import NonFiniteSamplesError
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.training.callbacks.periodic import PeriodicCallback, exclude_from_throughput
 from relay_diffusion.training.text import text_of_images
+from relay_diffusion.utils.files import write_text
 from relay_diffusion.utils.pictures import SHOWN_SIDE, image_grid, save_png, side_by_side, titled
 
 
@@ -26,7 +28,8 @@ class SampleGrid(PeriodicCallback):
     `log_image`, as samples/base or samples/relay; an existing picture is not drawn again. Samples that are not finite
     are reported instead. A relay stage starts from block means of `count` training images: start, sample and real image
     are side by side, with titles. A first stage samples the classes of these images. With text, each image has one of
-    its captions, the same in all pictures. Small images are shown enlarged.
+    its captions, the same in all pictures; `directory`/prompts.txt lists them, row by row. Small images are shown
+    enlarged.
     """
 
     def __init__(self, directory: str, every_n_images: int, count: int = 16) -> None:
@@ -51,6 +54,9 @@ class SampleGrid(PeriodicCallback):
             print(f"warning: no {path.name}, {error}", file=sys.stderr, flush=True)
             return
         save_png(picture, path)
+        if text is not None:
+            lines = [" ".join(prompt.split()) for prompt in evenly_spaced_captions(dataset, range(count), count)]
+            write_text(self.directory / "prompts.txt", "\n".join(lines) + "\n")
         name = "samples/base" if stage.corruption.block == 1 else "samples/relay"
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):
