@@ -280,6 +280,19 @@ def test_initial_weights_of_a_network_with_text(fit, fit_text, archive, tmp_path
     assert_same_weights(plain.state_dict(), {name: before.state_dict()[name] for name in plain.state_dict()})
 
 
+def test_settings_of_text_are_no_change_for_older_runs(fit, tmp_path, capsys):
+    fit("run", 4)
+    path = tmp_path / "run/checkpoints/last.ckpt"
+    content = torch.load(path, weights_only=True)
+    config = content["run"]["config"]
+    for part, name in ((config, "text"), (config["network"], "context_dim"), (config["data"], "text_cache")):
+        del part[name]
+    torch.save(content, path)
+    capsys.readouterr()
+    fit("run", 8)
+    assert "last.ckpt, " in capsys.readouterr().out  # not "last.ckpt with ..."
+
+
 # ---- errors ----
 
 

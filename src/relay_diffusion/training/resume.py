@@ -86,7 +86,9 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str
 
 
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
-    config = dict(record.get("config", {}))
+    config = {"text": None, **record.get("config", {})}  # older checkpoints lack text and network.context_dim
+    if isinstance(config.get("network"), Mapping):
+        config["network"] = {"context_dim": 0, **config["network"]}
     data, trainer = config.get("data"), config.get("trainer")
     # older checkpoints have data.accumulate
     if isinstance(data, Mapping) and isinstance(trainer, Mapping) and "accumulate" in data:
