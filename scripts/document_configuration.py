@@ -23,6 +23,7 @@ GROUPS = {
     "stage/corruption": "Corruption of `stage=relay`.",
     "sampler": "Sampler of a stage; each stage has a default.",
     "optimizer": "Optimizer.",
+    "text": "Text encoder of captions and prompts (docs/text.md).",
     "augment": "Data augmentation, with augmentation labels as input of the network.",
     "trainer": "Lightning Trainer.",
     "strategy": "Devices and distributed strategy.",
