@@ -9,7 +9,8 @@ from relay_diffusion.diffusion.text_states import TextStates
 from relay_diffusion.errors import UserError
 from relay_diffusion.text import CachedEncoder, cache
 
-CAPTIONS = ["a red fox", "traffic light", "", "a sleeping red fox in the light", "fox", "a red fox"]
+NO_TOKENS = "\u200b"
+CAPTIONS = ["a red fox", "traffic light", "", "a sleeping red fox in the light", "fox", "a red fox", NO_TOKENS]
 
 
 class WordEncoder:
@@ -28,7 +29,7 @@ class WordEncoder:
         self.encoded += prompts
         tokens, mask = torch.zeros(len(prompts), self.max_tokens, self.dim), torch.zeros(len(prompts), self.max_tokens)
         for row, prompt in enumerate(prompts):
-            for column, word in enumerate(prompt.split()[: self.max_tokens]):
+            for column, word in enumerate(prompt.replace(NO_TOKENS, "").split()[: self.max_tokens]):
                 tokens[row, column], mask[row, column] = len(word) + torch.arange(self.dim) / 8, 1
         return TextStates(tokens, mask.bool(), tokens.sum(1))
 
@@ -85,7 +86,7 @@ def test_each_encoder_has_its_files(tmp_path):
     prepared(tmp_path)
     other = WordEncoder()
     other.hash = "f" * 64
-    assert len(prepared(tmp_path, encoder=other).encoder.encoded) == 4
+    assert len(prepared(tmp_path, encoder=other).encoder.encoded) == 5
     assert {path.parent.name for path in files(tmp_path)} == {"0123456789abcdef", "f" * 16}
 
 
@@ -130,7 +131,7 @@ def test_a_damaged_file_is_computed_again(tmp_path, capsys, how):
     capsys.readouterr()
     cached = prepared(tmp_path)
     assert f"note: {file} is damaged (" in capsys.readouterr().out
-    assert len(cached.encoder.encoded) == 4
+    assert len(cached.encoder.encoded) == 5
     assert_right(cached)
     assert files(tmp_path) == [file]
 
@@ -149,7 +150,7 @@ def test_a_file_of_other_shapes_is_computed_again(tmp_path, change):
     forged = content._replace(**{change: changed[change]})
     files(tmp_path)[0].unlink()
     cached._write(forged)
-    assert len(prepared(tmp_path).encoder.encoded) == 4
+    assert len(prepared(tmp_path).encoder.encoded) == 5
     assert_right(prepared(tmp_path))
 
 
@@ -167,7 +168,7 @@ def test_an_interrupted_run_continues(tmp_path, monkeypatch):
     encoder.encode = interrupted
     with pytest.raises(KeyboardInterrupt):
         prepared(tmp_path, encoder=encoder)
-    assert len(prepared(tmp_path).encoder.encoded) == 2
+    assert len(prepared(tmp_path).encoder.encoded) == 3
     assert_right(prepared(tmp_path))
 
 

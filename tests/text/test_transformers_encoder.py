@@ -90,6 +90,15 @@ def test_a_prompt_does_not_depend_on_its_batch(saved, family):
             assert torch.equal(part[row], alone[0])
 
 
+def test_a_prompt_without_tokens(folder):
+    """Without special tokens, text may leave none."""
+    cleaning = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "lowercase": True}
+    edit(folder / "tokenizer.json", post_processor=None, normalizer={**cleaning, "strip_accents": None})
+    states = encoder(folder).encode(["\x01", "fox"])
+    assert states.mask.sum(1).tolist() == [0, 1]
+    assert not states.pooled[0].any()
+
+
 def test_no_prompts(saved):
     assert encoder(saved["bert"]).encode([]).tokens.shape == (0, 10, DIM)
 
@@ -100,9 +109,7 @@ def test_long_prompts_are_truncated_with_one_note(saved, capsys):
     assert states.mask.sum(1).tolist() == [6, 3, 6, 6]
     torch.testing.assert_close(states.tokens[0], encoder(saved["bert"], 6).encode(["a red fox in"]).tokens[0])
     printed = capsys.readouterr().out.splitlines()
-    assert printed == [
-        f'note: 2 of 4 prompts have more than text.max_tokens=6 tokens and are truncated: "{long}"'
-    ]
+    assert printed == [f'note: 2 of 4 prompts have more than text.max_tokens=6 tokens and are truncated: "{long}"']
 
 
 def test_training_mode_and_autocast_change_nothing(saved):

@@ -158,7 +158,7 @@ class CachedEncoder:
         if any((tuple(part.shape), part.dtype) != each for part, each in zip(content, expected, strict=True)):
             raise ValueError("unexpected shapes")
         lengths = content.ends.diff(prepend=torch.zeros(1, dtype=torch.int64))
-        if count and (lengths.min() < 1 or lengths.max() > self.max_tokens or content.ends[-1] != rows):
+        if count and (lengths.min() < 0 or lengths.max() > self.max_tokens or content.ends[-1] != rows):
             raise ValueError("impossible numbers of tokens")
         if metadata["sha256"] != _checksum(content):
             raise ValueError("wrong checksum")

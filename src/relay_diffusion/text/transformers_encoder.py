@@ -102,8 +102,9 @@ class TransformersEncoder:
                 rows_of[prompt].append(row)
         for prompt, rows in rows_of.items():
             ids = self._tokenizer.encode(prompt).ids
-            tokens[rows, : len(ids)], pooled[rows] = self._forward(torch.tensor(ids, device=self.device))
-            mask[rows, : len(ids)] = True
+            if ids:  # a tokenizer without special tokens drops control characters
+                tokens[rows, : len(ids)], pooled[rows] = self._forward(torch.tensor(ids, device=self.device))
+                mask[rows, : len(ids)] = True
         return TextStates(tokens, mask, pooled)
 
     def _forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
