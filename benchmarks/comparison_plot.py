@@ -3,7 +3,7 @@
 python benchmarks/comparison_plot.py [key=value ...]
 
   points   the CSV                 (outputs/comparison/points.csv)
-  curves   comma-separated names of curves to draw     (relay,cascade,single)
+  curves   comma-separated names of curves to draw     (relay,cascade,relay_short,cascade_short,single)
   plot     the PNG to write        (outputs/comparison/comparison.png)
 
 The Markdown table lists mean, lowest and highest value of the repeats of every curve.
@@ -34,7 +34,7 @@ class Options:
     """Options of this command; see above."""
 
     points: str = "outputs/comparison/points.csv"
-    curves: str = "relay,cascade,single"
+    curves: str = "relay,cascade,relay_short,cascade_short,single"
     plot: str = "outputs/comparison/comparison.png"
 
 
@@ -106,18 +106,19 @@ def plot(axes: Axes, points: list[tuple[float, Rows]], column: str, label: str, 
 
 
 def draw(groups: dict[tuple[str, str], Rows], curves: list[str], path: Path) -> None:
-    """Plot FID and sFID against operations and seconds per image."""
+    """Plot FID and sFID against operations and milliseconds per image."""
     figure = Figure(figsize=(11, 8), dpi=110, layout="constrained")
-    costs = {"tflop": "TFLOP an image, all stages", "seconds": "seconds an image, all stages"}
+    costs = {"tflop": ("TFLOP an image, all stages", 1), "seconds": ("ms an image, all stages", 1000)}
     qualities = {"fid": "FID", "sfid": "sFID"}
     panels = [(cost, quality) for quality in qualities for cost in costs]
     for axes, (cost, quality) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        unit, factor = costs[cost]
         for number, curve in enumerate(curves):
             groups_of_curve = [rows for (name, _), rows in groups.items() if name == curve]
-            timed = [(median(rows, cost), rows) for rows in groups_of_curve if any(row[cost] for row in rows)]
+            timed = [(factor * median(rows, cost), rows) for rows in groups_of_curve if any(row[cost] for row in rows)]
             if timed:
                 plot(axes, timed, quality, curve.replace("_", " "), f"C{number}")
-        logarithmic(axes, costs[cost], qualities[quality])
+        logarithmic(axes, unit, qualities[quality])
         axes.legend()
     with atomic_write(path) as file:
         figure.savefig(file, format="png")

@@ -99,6 +99,38 @@ def test_a_prompt_without_tokens(folder):
     assert not states.pooled[0].any()
 
 
+def test_larger_batches_round_differently_at_most(saved, family):
+    expected = encoder(saved[family]).encode(PROMPTS * 3)
+    for batch_size in (2, 64):
+        states = TransformersEncoder(str(saved[family]), 10, batch_size).encode(PROMPTS * 3)
+        assert torch.equal(states.mask, expected.mask)
+        torch.testing.assert_close(states.tokens, expected.tokens, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(states.pooled, expected.pooled, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("batch_size", "calls"), [(1, [1, 1, 1, 1, 1, 1]), (2, [1, 2, 2, 1]), (64, [1, 2, 2, 1])])
+def test_a_batch_holds_different_prompts_of_one_length(saved, monkeypatch, batch_size, calls):
+    one = TransformersEncoder(str(saved["bert"]), 10, batch_size)
+    forward, sizes = one._forward, []
+    monkeypatch.setattr(one, "_forward", lambda ids: (sizes.append(len(ids)), forward(ids))[1])
+    one.encode(PROMPTS * 3)
+    assert sizes == calls
+    with pytest.raises(UserError, match=r"^text\.batch_size=0: must be 1 or more"):
+        TransformersEncoder(str(saved["bert"]), 10, 0)
+
+
+def test_the_number_of_threads_changes_nothing(saved):
+    one = encoder(saved["bert"])
+    expected = one.encode(PROMPTS)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(one.encode(PROMPTS).tokens, expected.tokens)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_no_prompts(saved):
     assert encoder(saved["bert"]).encode([]).tokens.shape == (0, 10, DIM)
 
@@ -366,9 +398,10 @@ def test_every_config(saved, choice):
 def test_minilm():
     """Sentences of one meaning are closer than others, as the library's mean of states has them."""
     try:
-        minilm = instantiate(OmegaConf.load(PROJECT / "conf/text/minilm.yaml"))
+        encoder_folder.find_encoder(None)
     except UserError as error:
         pytest.skip(str(error))
+    minilm = instantiate(OmegaConf.load(PROJECT / "conf/text/minilm.yaml"))
     fox, same, other = minilm.encode(["a sleeping red fox", "a red fox asleep", "traffic light"]).pooled
     assert (minilm.dim, minilm.max_tokens) == (384, 32)
     assert torch.cosine_similarity(fox, same, dim=0) > 0.9

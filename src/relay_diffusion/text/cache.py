@@ -76,7 +76,10 @@ class CachedEncoder:
         check_prompts(captions)
         self._read(show_progress)
         wanted = {caption for caption in captions if caption.strip()}
-        missing = sorted(text for text in wanted if _key(text) not in self._states)
+        # Captions of about the same length share batches.
+        missing = sorted(
+            (text for text in wanted if _key(text) not in self._states), key=lambda text: (len(text), text)
+        )
         if not missing:
             return
         if show_progress:

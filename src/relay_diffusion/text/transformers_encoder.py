@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +32,25 @@ class TransformersEncoder:
     safetensors; no code of the folder runs. max_tokens: length T of encoded prompts, special tokens included; longer
     prompts are truncated. Weights are float32, and are loaded by the first `encode`.
 
-    The pooled vector is the state of CLIP's end token, and for other models the mean of the token states. Each prompt
-    has a forward pass of its own without padding: in a batch, matrix products round differently, and the states depend
-    on the other prompts (by 4e-6 for MiniLM on a CPU). `hash`: SHA-256 of the files and of max_tokens. `option`: key of
-    `path` in messages. Raises UserError for missing or invalid files and for a max_tokens beyond the model's.
+    The pooled vector is the state of CLIP's end token, and for other models the mean of the token states. batch_size:
+    prompts of one length that share a forward pass, without padding. With 1, the states of a prompt do not depend on
+    other prompts, nor on the number of threads; larger batches are faster and round differently (by 4e-6 for MiniLM on
+    a CPU). `hash`: SHA-256 of the files and of max_tokens. `option`: key of `path` in messages. Raises
+    UserError for missing or invalid files and for a max_tokens beyond the model's.
     """
 
     def __init__(
         self,
         path: str | Path | None = None,
         max_tokens: int = 32,
+        batch_size: int = 1,
         device: torch.device | str = "cpu",
         option: str = OPTION,
     ) -> None:
         self._where = f"{option}={'null' if path is None else path}"
+        group = option[: option.rfind(".") + 1]
+        if batch_size < 1:
+            raise UserError(f"{group}batch_size={batch_size}: must be 1 or more")
         require_transformers()
         self._folder = find_encoder(path, option)
         with loading(self._where):
@@ -53,8 +59,9 @@ class TransformersEncoder:
         longest = min(longest, getattr(self._config, "max_position_embeddings", longest))
         least = 1 + self._tokenizer.num_special_tokens_to_add(False)
         if not least <= max_tokens <= longest:
-            name = f"{option.rpartition('.')[0]}.max_tokens".removeprefix(".")
-            raise UserError(f"{name}={max_tokens}: the encoder takes {least} to {longest}; choose one of these")
+            raise UserError(
+                f"{group}max_tokens={max_tokens}: the encoder takes {least} to {longest}; choose one of these"
+            )
         if self._tokenizer.get_vocab_size() > self._config.vocab_size:
             raise UserError(
                 f"{self._where}: the tokenizer has {self._tokenizer.get_vocab_size():,} tokens and the model "
@@ -63,7 +70,7 @@ class TransformersEncoder:
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(max_tokens)
         self.dim: int = self._config.hidden_size
-        self.max_tokens = max_tokens
+        self.max_tokens, self.batch_size = max_tokens, batch_size
         self.hash = self._folder.hash(HASH_FORMAT, max_tokens)
         self.device = torch.device(device)
 
@@ -96,26 +103,35 @@ class TransformersEncoder:
         tokens = torch.zeros(len(prompts), self.max_tokens, self.dim, device=self.device)
         mask = torch.zeros(len(prompts), self.max_tokens, device=self.device, dtype=torch.bool)
         pooled = torch.zeros(len(prompts), self.dim, device=self.device)
-        rows_of: dict[str, list[int]] = defaultdict(list)
+        rows_of: dict[tuple[int, ...], list[int]] = defaultdict(list)  # of each different prompt
         for row, prompt in enumerate(prompts):
-            if prompt.strip():
-                rows_of[prompt].append(row)
-        for prompt, rows in rows_of.items():
-            ids = self._tokenizer.encode(prompt).ids
-            if ids:  # a tokenizer without special tokens drops control characters
-                tokens[rows, : len(ids)], pooled[rows] = self._forward(torch.tensor(ids, device=self.device))
-                mask[rows, : len(ids)] = True
+            ids = self._tokenizer.encode(prompt).ids if prompt.strip() else []
+            if ids:  # without special tokens, a prompt of control characters has none
+                rows_of[tuple(ids)].append(row)
+        with one_thread(self.device.type == "cpu" and self.batch_size == 1):
+            for batch in self._batches(rows_of):
+                length = len(batch[0])
+                states, vectors = self._forward(torch.tensor(batch, device=self.device))
+                for ids, state, vector in zip(batch, states, vectors, strict=True):
+                    rows = rows_of[ids]
+                    tokens[rows, :length], mask[rows, :length], pooled[rows] = state, True, vector
         return TextStates(tokens, mask, pooled)
 
+    def _batches(self, prompts: Iterable[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+        """Yield batches of prompts of one length, given as token ids."""
+        for _, same in groupby(sorted(prompts, key=len), len):
+            chosen = list(same)
+            yield from (chosen[start : start + self.batch_size] for start in range(0, len(chosen), self.batch_size))
+
     def _forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode the token ids [T] of one prompt: states [T,D] and pooled [D]."""
+        """Encode token ids [B,T]: states [B,T,D] and pooled [B,D]."""
         with torch.autocast(self.device.type, enabled=False):
-            output = self._model(input_ids=ids[None], attention_mask=torch.ones_like(ids[None]))
-        states = output.last_hidden_state[0]
+            output = self._model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        states = output.last_hidden_state
         # CLIP's loss trains its pooled state. A pooler layer is trained for another task, or not at all.
         trained = not any("pooler" in name for name, _ in self._model.named_parameters())
         pooled = getattr(output, "pooler_output", None) if trained else None
-        return states, states.mean(0) if pooled is None else pooled[0]
+        return states, states.mean(1) if pooled is None else pooled
 
     @cached_property
     def _model(self) -> Any:
@@ -129,6 +145,21 @@ def require_transformers() -> None:
         import transformers  # noqa: F401
     except ImportError:
         raise UserError(f"text: needs the transformers library; run `{LIBRARY}`, or choose text=none") from None
+
+
+@contextmanager
+def one_thread(enabled: bool) -> Iterator[None]:
+    """Compute in one thread in this block, if enabled.
+
+    The products of one prompt are small: beside other busy processes, threads wait for each other ten times as long.
+    """
+    threads = torch.get_num_threads()
+    try:
+        if enabled:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager
