@@ -45,10 +45,8 @@ def assert_encodes(encoder, folder):
 def test_checkpoints_and_exports_name_the_encoder(fit, tmp_path, text_options):
     trained = fit("run", 4, *text_options)
     folder = text_options[1].partition("=")[2]
-    text = {
-        "encoder": {"_target_": TARGET, "path": folder, "max_tokens": 10},
-        "hash": TransformersEncoder(folder, 10).hash,
-    }
+    config = {"_target_": TARGET, "path": folder, "max_tokens": 10, "batch_size": 1}
+    text = {"encoder": config, "hash": TransformersEncoder(folder, 10).hash}
     assert trained.info.text == load_stage(tmp_path / "run").info.text == text
     assert read_checkpoint(tmp_path / "run")["text"] == text
     convert(ConvertOptions(str(tmp_path / "run"), str(tmp_path / "export")))
