@@ -217,7 +217,7 @@ def test_a_fused_optimizer_is_rejected_with_fp16(configuration, small_zip):
 @pytest.mark.parametrize("setting", ["stage.guidance_scale=2", "stage.label_dropout=0.1"])
 def test_guidance_needs_classes_or_text(configuration, small_zip, setting):
     options = (*TINY, "resolution=16", f"data.dataset.path={small_zip}", "network.num_classes=0", setting)
-    validate_training(configuration("train", *options, "stage.label_dropout=0.1", "network.context_dim=6"))
+    validate_training(configuration("train", *options, "stage.label_dropout=0.1", "text=minilm"))
     cfg = configuration("train", *options)
     with pytest.raises(
         UserError,
