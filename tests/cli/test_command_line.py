@@ -109,6 +109,7 @@ def test_a_run_id_that_leaves_the_outputs(script):
                 "stage",
                 "stage/corruption",
                 "strategy",
+                "text",
                 "trainer",
             ],
         ),
