@@ -18,6 +18,8 @@ MEASURES = (
 )
 OTHERS = (
     ("images", "images", ","),
+    ("prompts", "prompts", ""),
+    ("negative_prompt", "negative prompt", ""),
     ("folder", "images in", ""),
     ("npz", "for ADM's evaluator", ""),
     ("picture", "picture", ""),
