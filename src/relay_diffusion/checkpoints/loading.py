@@ -88,6 +88,8 @@ def load_stage(
     arguments: dict[str, Any] = {}
     if guide is not None:
         weaker = load_stage(guide, weights, trusted=trusted)
+        hashes = {text["hash"] for text in (weaker.info.text, checkpoint.get("text")) if text is not None}
+        require(len(hashes) < 2, f"guide={guide}: was trained with another text encoder than {file}; use another guide")
         arguments["guide"], origin["guide"] = weaker, weaker.info.origin
     info = StageInfo(config, list(checkpoint.get("class_names", [])), origin, seen, checkpoint.get("text"))
     stage = cast(DiffusionStage, build_stored(config, file, trusted, info=info, **arguments))
@@ -196,7 +198,7 @@ def relay_options(settings: DictConfig) -> dict[str, Any]:
     """Return the arguments of Relay in a relay config, except the stages."""
     return {
         "resolution": settings.get("resolution"),  # older choices lack it
-        "text_path": settings.get("text_path"),
+        "text_path": settings.get("text_path"),  # likewise
         "tile": settings.get("tile"),
         "overlap": settings.get("overlap"),
         "tile_batch": settings.get("tile_batch", 4),

@@ -69,6 +69,8 @@ def _check_relay(cfg: DictConfig) -> None:
     if has_key(cfg, "relay.consistency"):  # optional: Relay has a default
         check_flag(cfg, "relay.consistency")
     check_built(cfg, "relay.postprocess", null=True)
+    path = selected(cfg, "relay.text_path")  # optional: older choices lack it
+    require(path is None or isinstance(path, str), f"relay.text_path={shorten(path)}: must be the name of a folder")
     if relay.hand_over_sigma is not None:
         check_number(cfg, "relay.hand_over_sigma", 0, HUGE)
         require(relay.start is None, "relay.hand_over_sigma needs a stage that starts from noise: remove relay.start")

@@ -45,7 +45,10 @@ class StartImages:
 
     @cached_property
     def captions(self) -> list[list[str]]:
-        """Captions of every image [N] from dataset.json; an empty list for an image without."""
+        """Captions of every image [N] from dataset.json.
+
+        An empty list for an image without captions.
+        """
         found = read_captions(self._source)
         return [found.get(name, []) for name in self.names]
 

@@ -357,7 +357,7 @@ class Relay(L.LightningModule):
     def _text_rows(
         self, name: str, text: TextStates | None, prompt_name: str, prompt: str | Sequence[str] | None, count: int
     ) -> TextStates | None:
-        """Return a row of text for each image, from states or from prompts."""
+        """Return one row of text for each image."""
         if prompt is not None:
             if text is not None:
                 raise ValueError(f"{name} and {prompt_name} were given: remove one of them")

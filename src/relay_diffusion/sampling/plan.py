@@ -38,7 +38,7 @@ class Plan:
         return self.prompts[self.seeds[position] % len(self.prompts)] if self.prompts else ""
 
     def png_text(self, position: int) -> dict[str, str]:
-        """Return the text chunks of an image file; none if the run has no prompts."""
+        """Return the text chunks of an image file; none without prompts."""
         texts = {"prompt": self.prompt(position), "negative_prompt": self.negative_prompt}
         given = {keyword: text for keyword, text in texts.items() if text.strip()}
         return given | {"seed": str(self.seeds[position])} if given else {}

@@ -105,8 +105,8 @@ def note_prompts(plan: Plan, relay: Relay, positions: Sequence[int]) -> None:
     """Print what users may not expect of the prompts of some images. Call on rank 0."""
     if plan.prompts is None or not positions:
         return
-    used = list(dict.fromkeys(plan.prompt(position) for position in positions))
-    texts = [text for text in (*used, plan.negative_prompt) if text.strip()]
+    used = dict.fromkeys([*(plan.prompt(position) for position in positions), plan.negative_prompt])
+    texts = [text for text in used if text.strip()]
     if not any(prompt.strip() for prompt in plan.prompts):
         print(
             "note: no prompt is given, so images are sampled without text; prompt=TEXT or prompt=reference sets it",
@@ -121,7 +121,10 @@ def note_prompts(plan: Plan, relay: Relay, positions: Sequence[int]) -> None:
 
 
 def describe_prompts(plan: Plan, relay: Relay) -> dict[str, Any]:
-    """Describe the text that the images depend on; many prompts by number and checksum."""
+    """Describe the text that the images depend on.
+
+    Many prompts are described by their number and a checksum.
+    """
     assert plan.prompts is not None
     prompts: Any = plan.prompts
     if len(prompts) > MANY_PROMPTS:
