@@ -88,8 +88,6 @@ def load_stage(
     arguments: dict[str, Any] = {}
     if guide is not None:
         weaker = load_stage(guide, weights, trusted=trusted)
-        hashes = {text["hash"] for text in (weaker.info.text, checkpoint.get("text")) if text is not None}
-        require(len(hashes) < 2, f"guide={guide}: was trained with another text encoder than {file}; use another guide")
         arguments["guide"], origin["guide"] = weaker, weaker.info.origin
     info = StageInfo(config, list(checkpoint.get("class_names", [])), origin, seen, checkpoint.get("text"))
     stage = cast(DiffusionStage, build_stored(config, file, trusted, info=info, **arguments))
@@ -171,17 +169,17 @@ def _encoder_of(
     It is built by the first prompt, because samples without text do not need it. Raises UserError for stages of
     different encoders, and for a path without stages that have text.
     """
-    known = {name: stage.info for name, stage in stages.items() if stage.text_dim and stage.info.text is not None}
-    if not known:
+    hashes = {name: stage.info.text["hash"] for name, stage in stages.items() if stage.info.text is not None}
+    if not hashes:
         require(path is None, f"relay.text_path={path}: the checkpoints of this relay name no text encoder; remove it")
         return None
-    first, info = next(iter(known.items()))
-    for name, other in known.items():
+    first = next(iter(hashes))
+    for name, found in hashes.items():
         require(
-            (other.text or {})["hash"] == (info.text or {})["hash"],
+            found == hashes[first],
             f"relay.stages.{name} was trained with another text encoder than {first}: train both with the same one",
         )
-    return partial(load_text_encoder, info, path, trusted, option="relay.text_path")
+    return partial(load_text_encoder, stages[first].info, path, trusted, option="relay.text_path")
 
 
 def build_configured(settings: DictConfig, **arguments: Any) -> DiffusionStage:
