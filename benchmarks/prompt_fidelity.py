@@ -5,7 +5,7 @@ python benchmarks/prompt_fidelity.py [key=value ...]
 data        zip of scripts/make_emoji_text.py               (data/emoji-text-64.zip)
 subset      images whose captions are the prompts: train, composition or heldout   (composition)
 relay       relay to sample, a choice of conf/relay; "": measure real images only  (emoji_text)
-overrides   overrides of sample.py for the relay, with spaces between them         ("")
+overrides   overrides of sample.py for the relay and the metrics, with spaces between them   ("")
 stage       stage whose guidance scale changes              (base)
 guidance    guidance scales, with commas between them       (1,2,4)
 caption     which caption of an image is its prompt, from 0; the second one names emoji and style  (1)
@@ -15,8 +15,6 @@ resolution  pixels of the images without a relay            (64)
 distances   also compute FID and sFID                       (true)
 batch       images per batch                                (64)
 precision   precision of the networks                       (bf16-mixed)
-cache       folder of reference statistics                  (outputs/reference)
-weights     Inception weights                               (those that are installed)
 output      CSV file to which rows are added                (outputs/prompt_fidelity.csv)
 
 A query is compared with the real images of the style in its prompt, of all subsets. top1, top5 and top10 are the
@@ -47,6 +45,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from measuring import autocast_dtype, device_name, read_rows, score, write_rows
+from omegaconf import DictConfig
 from timing import environment
 from torch import Tensor
 
@@ -86,8 +85,6 @@ class Options:
     distances: bool = True
     batch: int = 64
     precision: str = "bf16-mixed"
-    cache: str = "outputs/reference"
-    weights: str | None = None
     output: str = "outputs/prompt_fidelity.csv"
 
 
@@ -124,14 +121,15 @@ def target_ranks(queries: Tensor, gallery: Tensor, targets: Tensor) -> Tensor:
 
 def chance(gallery: int, targets: Sequence[int]) -> list[float]:
     """Return the percentage of queries with a target among k random images of a gallery, for k in NEAREST."""
-    missed = [[math.comb(gallery - own, k) / math.comb(gallery, k) for own in targets] for k in NEAREST]
+    drawn = [min(k, gallery) for k in NEAREST]
+    missed = [[math.comb(gallery - own, k) / math.comb(gallery, k) for own in targets] for k in drawn]
     return [100 * (1 - sum(shares) / len(shares)) for shares in missed]
 
 
 class Bench:
     """Real images, their features, and evaluators by style."""
 
-    def __init__(self, options: Options, relay: Relay | None, device: torch.device) -> None:
+    def __init__(self, options: Options, cfg: DictConfig, relay: Relay | None, device: torch.device) -> None:
         size = options.resolution if relay is None else relay.resolution
         self.options, self.device, self.relay = options, device, relay
         self.dataset = ImageDataset(options.data, size, labels=False, option="data")
@@ -152,10 +150,10 @@ class Bench:
         self.by_code_points = defaultdict[str, list[Emoji]](list)
         for one in emoji:
             self.by_code_points[one.code_points].append(one)
-        given = [] if options.weights is None else [f"metrics.evaluator.inception.weights={options.weights}"]
-        metrics = compose("sample", ["relay=emoji", f"metrics.reference.cache={options.cache}", *given]).metrics
         self.evaluators: dict[str, Evaluator] = {
-            style: build_evaluator(metrics, ReferenceOptions(options.data, f"train/{style}", "data"), self.dataset.size)
+            style: build_evaluator(
+                cfg.metrics, ReferenceOptions(options.data, f"train/{style}", "data"), self.dataset.size
+            )
             for style in self.styles
         }
         self._features: dict[int, Tensor] = {}
@@ -244,11 +242,13 @@ def rounded(top: Sequence[float]) -> dict[str, str]:
     return {name: f"{value:.2f}" for name, value in zip(TOP, top, strict=True)}
 
 
-def load(options: Options) -> Relay | None:
-    """Build the relay; None for real images only."""
-    if not options.relay:
-        return None
-    cfg = compose("sample", [f"relay={options.relay}", *options.overrides.split()])
+def settings(options: Options) -> DictConfig:
+    """Compose the config of sample.py; without a relay it is that of any."""
+    return compose("sample", [f"relay={options.relay or 'emoji_text'}", *options.overrides.split()])
+
+
+def load(options: Options, cfg: DictConfig) -> Relay:
+    """Build the relay and its text encoder."""
     validate_sampling(cfg)
     relay = build_relay(cfg.relay).eval()
     relay.check_text("relay")
@@ -268,8 +268,9 @@ def run(options: Options) -> None:
     rows: list[dict[str, Any]] = [*read_rows(path, COLUMNS)]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prepare_host(device)
-    relay = load(options)
-    bench = Bench(options, None if relay is None else relay.to(device), device)
+    cfg = settings(options)
+    relay = load(options, cfg).to(device) if options.relay else None
+    bench = Bench(options, cfg, relay, device)
     print(environment())
     bench.prepare()
 

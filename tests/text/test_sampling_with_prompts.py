@@ -1,6 +1,7 @@
 """Prompts in sample.py and in Relay.sample."""
 
 import json
+import shlex
 import shutil
 import zipfile
 
@@ -19,7 +20,7 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.models.relay import Relay
 from relay_diffusion.sampling.run import sample
 from relay_diffusion.text import TransformersEncoder, encoder_folder
-from support import run, tiny_stage
+from support import PROJECT, run, tiny_stage
 from text_relays import describe, export_text_relay, export_text_stage
 from tiny_encoders import DIM, save_encoder
 
@@ -362,6 +363,17 @@ def test_the_command_line_takes_the_written_example(plain, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert {text["prompt"] for text in texts_of(tmp_path / "a").values()} == {"it's a red fox, asleep"}
+
+
+def test_the_written_commands_are_valid(configuration):
+    """Their relay has no weights here, so they are only composed."""
+    text = (PROJECT / "docs/text.md").read_text()
+    section = text[text.index("## Sample") : text.index("### What is stored")].replace("\\\n", "")
+    lines = [line for line in section.splitlines() if line.startswith("    python sample.py relay=emoji_text")]
+    prompts = [configuration("sample", *shlex.split(line, comments=True)[2:]).prompt for line in lines]
+    assert prompts == [
+        "a sleeping red fox, flat style", ["red fox, 3D style", "red fox, Noto style"], None, "red fox, flat style",
+    ]  # fmt: skip
 
 
 # ---- Python ----
