@@ -193,9 +193,22 @@ def test_images_depend_on_seed_and_prompt_only(make, tmp_path):
     assert same == ["seed00000000.png", "seed00000003.png"]
 
 
+def test_images_without_a_prompt_do_not_depend_on_the_others(make, tmp_path):
+    """Not even on whether a prompt is encoded: another length of the text would change the rounding."""
+    make("whole", "seeds=0-2", "prompt=['',fox,'']", "batch_size=1")
+    for seed in ("1", "0", "0-2"):
+        make("parts", f"seeds={seed}", "prompt=['',fox,'']", "batch_size=1")
+    assert images_of(tmp_path / "whole") == images_of(tmp_path / "parts")
+
+
+def test_prompts_are_printed_as_they_are(make, capsys):
+    make("a", "seeds=0", "prompt='[/red] a :fox: [bold]'")
+    assert '"[/red] a :fox: [bold]"' in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_two_processes_make_the_same_images(make, plain, tmp_path):
-    given = ["seeds=0-3", "prompt=[fox, a red light, the fox]"]
+    given = ["seeds=0-3", "prompt=[fox, 'a red, red light', 'it\\'s the fox']"]
     make("one", *given, "batch_size=2")
     done = run(
         "sample.py", "relay=two_stages", *relay_at(plain), "picture=0", "strategy=ddp_cpu", "trainer.devices=2",

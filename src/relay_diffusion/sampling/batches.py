@@ -29,7 +29,7 @@ class PlanDataModule(L.LightningDataModule):
 
     def __init__(self, plan: Plan, todo: Sequence[int], batch_size: int, relay: Relay | None = None) -> None:
         super().__init__()
-        self._states = None if relay is None or plan.prompts is None else PromptStates(relay)
+        self._states = None if relay is None or plan.prompts is None else PromptStates(relay, plan)
         self.plan, self.todo = plan, list(todo)
         self.batch_size = batch_size if plan.sizes is None else 1
 
@@ -38,8 +38,7 @@ class PlanDataModule(L.LightningDataModule):
         assert self.trainer is not None
         mine = self.todo[self.trainer.global_rank :: self.trainer.world_size]
         if self._states is not None:
-            prompts = {self.plan.prompt(position) for position in mine} | {self.plan.negative_prompt}
-            self._states.prepare(prompts, show_progress=self.trainer.is_global_zero)
+            self._states.prepare(mine, show_progress=self.trainer.is_global_zero)
         return DataLoader(mine, batch_size=self.batch_size, collate_fn=self._batch)  # type: ignore[arg-type]
 
     def _batch(self, positions: Iterable[int]) -> SampleBatch:

@@ -33,6 +33,11 @@ class Plan:
     prompts: list[str] | None = None
     negative_prompt: str = ""
 
+    @property
+    def has_text(self) -> bool:
+        """Whether any prompt, or the negative one, is not blank."""
+        return any(text.strip() for text in (*(self.prompts or []), self.negative_prompt))
+
     def prompt(self, position: int) -> str:
         """Return the prompt of an image; "" without text."""
         return self.prompts[self.seeds[position] % len(self.prompts)] if self.prompts else ""

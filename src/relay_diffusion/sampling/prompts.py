@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,11 +130,10 @@ def describe_prompts(plan: Plan, relay: Relay) -> dict[str, Any]:
     if len(prompts) > MANY_PROMPTS:
         digest = hashlib.sha256("\0".join(prompts).encode()).hexdigest()
         prompts = {"count": len(prompts), "sha256": digest}
-    blank = not any(text.strip() for text in (*plan.prompts, plan.negative_prompt))
     return {
         "prompts": prompts,
         "negative_prompt": plan.negative_prompt,
-        "encoder": None if blank else relay.text_encoder.hash,
+        "encoder": relay.text_encoder.hash if plan.has_text else None,
     }
 
 
@@ -146,17 +145,22 @@ def summary(plan: Plan) -> str:
 
 
 class PromptStates:
-    """Encoded prompts of a run, on the CPU and without padding.
+    """Encoded prompts of a plan, on the CPU and without padding.
 
     They are encoded on the device of the relay. Memory grows with the number of tokens.
     """
 
-    def __init__(self, relay: Relay) -> None:
-        self._relay = relay
+    def __init__(self, relay: Relay, plan: Plan) -> None:
+        self._relay, self._plan = relay, plan
+        self._longest = relay.text_encoder.max_tokens if plan.has_text else 0  # the same for all batches of all runs
         self._states: dict[str, tuple[Tensor, Tensor]] = {}  # tokens [n,D] and pooled [D]
 
-    def prepare(self, prompts: Collection[str], show_progress: bool = True) -> None:
-        """Encode prompts, each different one once. Frees the memory of the encoder afterwards."""
+    def prepare(self, positions: Sequence[int], show_progress: bool = True) -> None:
+        """Encode the prompts of images, each different one once.
+
+        Frees the memory of the encoder afterwards.
+        """
+        prompts = {self._plan.prompt(position) for position in positions} | {self._plan.negative_prompt}
         missing = sorted({prompt for prompt in prompts if prompt.strip()} - self._states.keys())
         if not missing:
             return
@@ -172,11 +176,10 @@ class PromptStates:
     def lookup(self, prompts: Sequence[str]) -> TextStates:
         """Return the states of prompts: tokens [B,T,D], mask [B,T], pooled [B,D], float32.
 
-        T is the same for all batches: `max_tokens` of the encoder, or 0 if no prompt was encoded.
+        T is `max_tokens` of the encoder, or 0 if the plan has no text.
         """
-        longest = self._relay.text_encoder.max_tokens if self._states else 0
-        tokens = torch.zeros(len(prompts), longest, self._relay.text_dim)
-        mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
+        tokens = torch.zeros(len(prompts), self._longest, self._relay.text_dim)
+        mask = torch.zeros(len(prompts), self._longest, dtype=torch.bool)
         pooled = torch.zeros(len(prompts), self._relay.text_dim)
         for row, prompt in enumerate(prompts):
             if prompt.strip():
