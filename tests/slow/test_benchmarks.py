@@ -501,3 +501,85 @@ def test_sampling_names_wrong_options():
         result = run("benchmarks/sampling.py", option)
         assert result.returncode == 2
         assert result.stderr == f"error: {message}\n"
+
+
+@pytest.fixture
+def emoji_zip(tmp_path):
+    """Eight emoji of 16x16 in two styles; each is one colour, inverted in the second style."""
+    colours = np.random.default_rng(0).integers(0, 256, (8, 3))
+    with image_zip(tmp_path / "emoji.zip") as archive:
+        for style in ("flat", "noto"):
+            for number, colour in enumerate(colours):
+                pixels = np.broadcast_to(colour if style == "flat" else 255 - colour, (16, 16, 3)).astype(np.uint8)
+                captions = [f"emoji {number}", f"emoji {number}, {style} style"]
+                name = f"{'train' if number < 5 else 'heldout'}/{style}/{number}.png"
+                archive.add(name, Image.fromarray(pixels), captions=captions)
+    return tmp_path / "emoji.zip"
+
+
+def test_prompt_fidelity_measures_samples_beside_real_images(benchmark, emoji_zip, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    from text_relays import export_text_relay
+    from tiny_encoders import save_encoder
+
+    use_small_features(monkeypatch)
+    root = export_text_relay(tmp_path / "relay", save_encoder(tmp_path / "encoder", "bert"))
+    overrides = [
+        *(f"relay.stages.{name}.path={root / name}" for name in ("base", "relay")),
+        f"metrics.reference.cache={tmp_path / 'cache'}",
+        "metrics.evaluator.inception._target_=pixel_inception.pixels",
+    ]
+    module = benchmark("prompt_fidelity")
+    options = module.Options(
+        str(emoji_zip), "heldout", "emoji_text", " ".join(overrides), guidance="1,3", resolution=16, batch=2,
+        precision="32-true", output=str(tmp_path / "rows.csv"),
+    )  # fmt: skip
+    module.run(options)
+    rows = rows_of(tmp_path / "rows.csv")
+    assert [(row["queries"], row["guidance"], row["style"], row["count"]) for row in rows] == [
+        *((queries, "", style, "3") for style in ("flat", "noto") for queries in ("other styles", "targets", "chance")),
+        *(("samples", scale, style, "3") for scale in ("1.0", "3.0") for style in ("flat", "noto")),
+    ]
+    for row in rows:
+        assert 0 <= float(row["top1"]) <= float(row["top5"]) <= float(row["top10"]) <= 100
+        assert bool(row["fid"]) == bool(row["sfid"]) == (row["queries"] in ("samples", "targets"))
+        if row["queries"] == "targets":
+            assert float(row["top1"]) == 100
+        if row["queries"] == "chance":
+            assert [float(row[name]) for name in ("top1", "top5", "top10")] == [12.5, 62.5, 100]
+
+
+@pytest.mark.parametrize("targets", [1, 2])
+def test_chance_is_that_of_random_order(benchmark, targets):
+    module = benchmark("prompt_fidelity")
+    generator = torch.Generator().manual_seed(0)
+    queries, gallery = torch.randn(4000, 20, generator=generator), torch.eye(20)
+    wanted = torch.arange(20).expand(4000, 20) < targets
+    ranks = module.target_ranks(queries, gallery, wanted)
+    found = [100 * (ranks <= count).double().mean().item() for count in (1, 5, 10)]
+    assert module.chance(20, [targets] * 3) == pytest.approx(found, abs=3)
+
+
+def test_ranks_of_targets(benchmark):
+    rank = benchmark("prompt_fidelity").target_ranks
+    gallery = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [2.0, 0.0]])
+    queries = torch.tensor([[5.0, 0.1]]).expand(4, 2)
+    assert rank(queries, gallery, torch.eye(4, dtype=torch.bool)).tolist() == [1, 4, 3, 1]  # length does not matter
+    assert rank(queries[:1], gallery, torch.tensor([[False, True, True, False]])).tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("subset=x", "^subset=x: use heldout, train"),
+        ("guidance=0", "^guidance=0: need numbers above 0"),
+        ("batch=0", "^batch=0: must be at least 1"),
+    ],
+)
+def test_prompt_fidelity_names_wrong_options(benchmark, emoji_zip, tmp_path, option, message):
+    module = benchmark("prompt_fidelity")
+    key, value = option.split("=")
+    options = module.Options(str(emoji_zip), relay="", resolution=16, output=str(tmp_path / "rows.csv"))
+    setattr(options, key, type(getattr(options, key))(value))
+    with pytest.raises(UserError, match=message):
+        module.run(options)

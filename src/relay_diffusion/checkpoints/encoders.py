@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -41,10 +42,11 @@ def load_text_encoder(
     if target is None or not all(hasattr(get_class(target), name) for name in ("encode", "truncated")):
         raise UserError(f"{where} names {shorten(target)}, which is not a text encoder: refused")
     config = stored if path is None else {**stored, "path": path}
+    named = {"option": option} if "option" in inspect.signature(get_class(target)).parameters else {}
     if path is None:
         _check_stored_path(stored.get("path"), where, option)
     try:
-        encoder = cast(TextEncoder, instantiate(OmegaConf.create(config), _convert_="all"))
+        encoder = cast(TextEncoder, instantiate(OmegaConf.create(config), _convert_="all", **named))
     except Exception as error:  # classes of trusted packages raise any type
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None

@@ -15,6 +15,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from relay_diffusion.checkpoints.encoders import load_text_encoder
 from relay_diffusion.checkpoints.reading import (
     check_fits,
     check_resumable,
@@ -26,9 +27,10 @@ from relay_diffusion.checkpoints.reading import (
     stored_weights,
 )
 from relay_diffusion.checkpoints.targets import OWN_PACKAGE, check_targets, package_names, translate_targets
-from relay_diffusion.errors import UserError, prefix_errors
+from relay_diffusion.errors import UserError, prefix_errors, require
 from relay_diffusion.models.relay import Relay
 from relay_diffusion.models.stage import DiffusionStage, StageInfo
+from relay_diffusion.text.base import TextEncoder
 from relay_diffusion.utils.files import CONF, file_sha256, parse_json
 from relay_diffusion.utils.messages import did_you_mean, shorten
 from relay_diffusion.utils.resolution import Resolution
@@ -104,6 +106,7 @@ def load_relay(
     trusted: Sequence[str] = (),
     samplers: Mapping[str, Mapping[str, Any]] | None = None,
     resolution: Resolution | None = None,
+    text_path: str | None = None,
 ) -> Relay:
     """Load a relay from a folder, a conf/relay choice, or stage paths.
 
@@ -112,7 +115,8 @@ def load_relay(
     `sample.py relay=emoji` does; or a mapping of stage names to paths, as load_stage takes them.
     `weights`: "ema" or "raw"; None: those of the choice, or "ema". `changes` and `samplers`: `changes` and `sampler` of
     load_stage for each stage by its name. `trusted`: as for load_stage. `resolution`: of the last stage's images, R or
-    [height, width]; None: that of the choice, or as trained.
+    [height, width]; None: that of the choice, or as trained. `text_path`: folder or Hub name of the text encoder of
+    the stages; None: as their checkpoints say.
 
         load_relay("demo/emoji", changes={"base": {"sampler": {"steps": 2}}})
         load_relay("demo/emoji", samplers={"base": {"_target_": "relay_diffusion.samplers.EDMSampler", "steps": 2}})
@@ -142,7 +146,40 @@ def load_relay(
         given = {key: value for key, value in (arguments | {"weights": weights}).items() if value is not None}
         with prefix_errors(f"{where}stages.{name}"):
             stages[name] = load_named(**given, **({"trusted": trusted} if trusted else {}))
-    return Relay(stages, **options | ({} if resolution is None else {"resolution": resolution}))
+    options |= {} if resolution is None else {"resolution": resolution}
+    options |= {} if text_path is None else {"text_path": text_path}
+    return build_chain(stages, options, trusted)
+
+
+def build_chain(stages: Mapping[str, DiffusionStage], options: Mapping[str, Any], trusted: Sequence[str] = ()) -> Relay:
+    """Build a relay of stages and their text encoder.
+
+    options: as of `relay_options`. Raises UserError for stages that do not fit together.
+    """
+    arguments = dict(options)
+    encoder = _encoder_of(stages, arguments.pop("text_path", None), trusted)
+    return Relay(stages, **arguments, encoder=encoder)
+
+
+def _encoder_of(
+    stages: Mapping[str, DiffusionStage], path: str | None, trusted: Sequence[str]
+) -> Callable[[], TextEncoder] | None:
+    """Return the function that builds the text encoder of stages; None: no checkpoint names one.
+
+    It is built by the first prompt, because samples without text do not need it. Raises UserError for stages of
+    different encoders, and for a path without stages that have text.
+    """
+    hashes = {name: stage.info.text["hash"] for name, stage in stages.items() if stage.info.text is not None}
+    if not hashes:
+        require(path is None, f"relay.text_path={path}: the checkpoints of this relay name no text encoder; remove it")
+        return None
+    first = next(iter(hashes))
+    for name, found in hashes.items():
+        require(
+            found == hashes[first],
+            f"relay.stages.{name} was trained with another text encoder than {first}: train both with the same one",
+        )
+    return partial(load_text_encoder, stages[first].info, path, trusted, option="relay.text_path")
 
 
 def build_configured(settings: DictConfig, **arguments: Any) -> DiffusionStage:
@@ -159,6 +196,7 @@ def relay_options(settings: DictConfig) -> dict[str, Any]:
     """Return the arguments of Relay in a relay config, except the stages."""
     return {
         "resolution": settings.get("resolution"),  # older choices lack it
+        "text_path": settings.get("text_path"),  # likewise
         "tile": settings.get("tile"),
         "overlap": settings.get("overlap"),
         "tile_batch": settings.get("tile_batch", 4),

@@ -20,7 +20,9 @@ from yaml import MarkedYAMLError, YAMLError
 
 from relay_diffusion.config import compose
 from relay_diffusion.errors import UserError
-from relay_diffusion.utils.messages import did_you_mean
+from relay_diffusion.utils.messages import did_you_mean, override, shorten
+
+PROMPT_KEYS = ("prompt", "negative_prompt")  # options that are texts of any characters
 
 
 def caused_by_user(error: BaseException) -> bool:
@@ -37,6 +39,7 @@ def explain(error: BaseException, config: Path, words: Sequence[str] = ()) -> st
     users = next((cause for cause in causes if isinstance(cause, UserError)), None)
     unknown = next((cause for cause in causes if isinstance(cause, ConfigKeyError | AttributeError)), None)
     resolved = next((cause for cause in causes if isinstance(cause, OmegaConfBaseException)), None)
+    prompt = _unquoted_prompt(error, words)
     if users is not None:
         text = str(users).rpartition("UserError: ")[2]  # drop the traceback of a data worker
     elif isinstance(error, InstantiationException) and error.__cause__ is not None:
@@ -44,6 +47,8 @@ def explain(error: BaseException, config: Path, words: Sequence[str] = ()) -> st
         cause = str(error.__cause__)
         named = cause.partition("=")[0].isidentifier()  # the message starts with an argument name
         text = f"{key}{'.' if named else ': '}{cause}"
+    elif prompt is not None:
+        text = _quoting(*prompt)
     elif isinstance(error, OverrideParseException):
         text = (
             f"{error.override}: options are KEY=VALUE, as seeds=0-7; brackets must close, and a value with spaces or "
@@ -70,6 +75,35 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
+
+
+def _unquoted_prompt(error: BaseException, words: Sequence[str]) -> tuple[str, str] | None:
+    """Return key and value of the prompt that Hydra cannot parse; None: of another error.
+
+    Hydra reads commas as the values of a sweep.
+    """
+    for word in words:
+        key, _, value = word.partition("=")
+        refused = isinstance(error, OverrideParseException) and error.override == word
+        swept = (
+            type(error) is ConfigCompositionException and "Ambiguous value" in str(error) and f"'{word}'" in str(error)
+        )
+        if key in PROMPT_KEYS and (refused or swept):
+            return key, value
+    return None
+
+
+def _quoting(key: str, value: str) -> str:
+    """Describe how to write a prompt with commas or other special characters."""
+    text = " ".join(value.split()).strip("'\"")
+    if value.startswith("["):
+        example = f"\"{key}=['TEXT', 'TEXT']\", or prompts=FILE with a prompt in each line"
+    elif set(text) & set('"`$\\!'):
+        example = override(key, text)
+    else:
+        inner = text.replace("'", "\\'")
+        example = f"\"{key}='{inner}'\""
+    return f"{key}={shorten(value)}: a text with commas or special characters needs quotes inside; write {example}"
 
 
 def _unknown_choice(choice: str, known: list[str]) -> str:

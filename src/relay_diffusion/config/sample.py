@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from relay_diffusion.checkpoints.targets import package_names
 from relay_diffusion.config.checks import (
@@ -69,6 +69,8 @@ def _check_relay(cfg: DictConfig) -> None:
     if has_key(cfg, "relay.consistency"):  # optional: Relay has a default
         check_flag(cfg, "relay.consistency")
     check_built(cfg, "relay.postprocess", null=True)
+    path = selected(cfg, "relay.text_path")  # optional: older choices lack it
+    require(path is None or isinstance(path, str), f"relay.text_path={shorten(path)}: must be the name of a folder")
     if relay.hand_over_sigma is not None:
         check_number(cfg, "relay.hand_over_sigma", 0, HUGE)
         require(relay.start is None, "relay.hand_over_sigma needs a stage that starts from noise: remove relay.start")
@@ -111,6 +113,21 @@ def _check_enlarging(cfg: DictConfig) -> None:
         )
 
 
+def _check_prompts(cfg: DictConfig) -> None:
+    """Check the types of prompts; their content is checked before sampling."""
+    for key in ("prompt", "negative_prompt"):
+        given = cfg[key]
+        entries = given if key == "prompt" and isinstance(given, ListConfig) else [given] * (given is not None)
+        for entry in entries:
+            require(
+                isinstance(entry, str),
+                f"{key} holds {shorten(entry)}, which is not a text: put quotes around it, as {key}=\"'TEXT'\"",
+            )
+    require(cfg.prompt is None or cfg.prompts is None, "prompt and prompts were given: remove one of them")
+    if cfg.prompts is not None:
+        check_file(cfg.prompts, "prompts")
+
+
 def validate_sampling(cfg: DictConfig) -> None:
     """Check a sample config. Raises UserError for the first invalid option."""
     check_mapping(cfg, "metrics", "trainer", "relay", "relay.reference", "relay.stages")
@@ -133,7 +150,7 @@ def validate_sampling(cfg: DictConfig) -> None:
         check_directory(cfg, key)
     if cfg.images is not None:
         require(cfg.mode == "evaluate", f"images={shorten(cfg.images)} are evaluated only: add mode=evaluate")
-        for key in ("seeds", "class"):
+        for key in ("seeds", "class", "prompt", "prompts", "negative_prompt"):
             require(
                 cfg[key] is None,
                 f"{key}={shorten(cfg[key])} cannot be set: images={shorten(cfg.images)} are evaluated only",
@@ -146,6 +163,7 @@ def validate_sampling(cfg: DictConfig) -> None:
         check_file(cfg.images, "images")
     else:
         _check_relay(cfg)
+        _check_prompts(cfg)
     measured = cfg.mode == "evaluate"
     if measured:
         _check_measuring(cfg)

@@ -1,4 +1,4 @@
-"""Choice of classes to sample.
+"""Choice of classes and captions to sample.
 
 By names, indices, or in the proportions of a reference.
 """
@@ -7,16 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
+from relay_diffusion.data.captions import read_captions
 from relay_diffusion.data.labels import read_labels
 from relay_diffusion.data.sources import open_source
 from relay_diffusion.diffusion.guidance import NO_CLASS
 from relay_diffusion.errors import UserError, prefix_errors
 from relay_diffusion.utils.messages import did_you_mean, shorten
 
-AS_REFERENCE = "reference"  # class=reference: each class as often as in the reference
+AS_REFERENCE = "reference"  # class=reference: each class as often as in the reference; prompt=reference: its captions
+
+Item = TypeVar("Item")
 
 
 def class_indices(chosen: object, num_classes: int, names: Sequence[str]) -> list[int]:
@@ -64,4 +68,27 @@ def labels_like_reference(
         raise UserError(f"class={AS_REFERENCE}: {option}={path} {problem}: name classes instead")
     with prefix_errors(f"class={AS_REFERENCE}"):
         found = [labels.by_name[name] for name in source.names_in(subset)]
-    return [found[k] for k in np.random.default_rng(0).permutation(len(found))]
+    return _mixed(found)
+
+
+def captions_like_reference(path: str | Path, subset: str, option: str) -> list[str]:
+    """Return the first caption of each image in fixed random order.
+
+    The order is that of `labels_like_reference`, so classes and captions belong together. "" for an image without
+    captions. Raises UserError for a set in which no image has one.
+    """
+    source = open_source(path, option)
+    captions = read_captions(source)
+    with prefix_errors(f"prompt={AS_REFERENCE}"):
+        names = source.names_in(subset)
+    found = [captions.get(name, [""])[0] for name in names]
+    if not any(found):
+        raise UserError(
+            f"prompt={AS_REFERENCE}: {option}={path} has no captions (dataset.json); write prompts or use another one"
+        )
+    return _mixed(found)
+
+
+def _mixed(items: Sequence[Item]) -> list[Item]:
+    """Return items in a random order that depends on their number only."""
+    return [items[k] for k in np.random.default_rng(0).permutation(len(items))]

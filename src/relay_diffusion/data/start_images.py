@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from relay_diffusion.data.captions import read_captions
 from relay_diffusion.data.image_sets import digest, image_tensor
 from relay_diffusion.data.sources import open_source
 from relay_diffusion.diffusion.guidance import NO_CLASS
@@ -20,8 +21,9 @@ class StartImages:
     Items are (uint8 [C,h,w], -1). path: an image zip, a folder (searched recursively) of PNG, WebP and JPEG files, or
     one such file. subset: a folder inside `path`; "" selects everything. apply_exif: apply the EXIF orientation.
     channels: C, 1 (grayscale), 3 (RGB) or 4 (RGBA), to which images are converted. option: the user's name of `path`,
-    for messages. Attributes: `names` [N], `labels` [N] (-1: no class), `sizes` [N], (h, w) by the headers; `turned` and
-    `unprofiled`: names of the images that this process has turned so far, and of those whose ICC profile is damaged.
+    for messages. Attributes: `names` [N], `labels` [N] (-1: no class), `captions` [N], `sizes` [N], (h, w) by the
+    headers; `turned` and `unprofiled`: names of the images that this process has turned so far, and of those whose ICC
+    profile is damaged.
     Raises UserError that names the option and the image.
     """
 
@@ -40,6 +42,15 @@ class StartImages:
         self.unprofiled: set[str] = set()
         self._source, self._apply_exif, self._channels = source, apply_exif, channels
         self.sizes: list[Size] = list(map_in_order(lambda name: source.size(name, apply_exif), self.names))
+
+    @cached_property
+    def captions(self) -> list[list[str]]:
+        """Captions of every image [N] from dataset.json.
+
+        An empty list for an image without captions.
+        """
+        found = read_captions(self._source)
+        return [found.get(name, []) for name in self.names]
 
     @cached_property
     def source_hash(self) -> str:

@@ -6,7 +6,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from relay_diffusion.diffusion.pixels import ROUNDING, to_float, to_uint8
-from relay_diffusion.diffusion.text_states import TextStates
+from relay_diffusion.diffusion.text_states import TextStates, no_text
 from relay_diffusion.diffusion.tiling import mirrored
 from relay_diffusion.errors import UserError, require
 from relay_diffusion.models.finite_samples import finite, nonfinite_samples
@@ -25,11 +25,13 @@ from relay_diffusion.models.sample_arguments import (
     Integers,
     image_batch,
     label_tensor,
+    prompt_list,
     seed_list,
     text_rows,
 )
 from relay_diffusion.models.stage import NO_NEGATIVE, DiffusionStage
 from relay_diffusion.samplers import Sampler
+from relay_diffusion.text.base import TextEncoder
 from relay_diffusion.utils.pictures import pil_image
 from relay_diffusion.utils.resolution import Resolution, Size, image_size, resolution_of, size_text
 
@@ -99,7 +101,8 @@ class Relay(L.LightningModule):
     stages that enlarge tie the block means of their estimates to the images that they start from. `resolution`: that of
     the last stage, R or [height, width]; None: as trained. `sizes`: height and width of each stage's images, by name.
     `observers`: called at each evaluation of a network with the name of the stage and the arguments of an Observer, for
-    progress and trajectories. `tile_observers`: the same for each evaluation of tiles.
+    progress and trajectories. `tile_observers`: the same for each evaluation of tiles. `encoder`: builds the text
+    encoder of the stages, at the first prompt.
     Raises UserError if the output of a stage does not fit the input of the next one, the resolution or tiles do not
     divide, or consistency is set without a stage that enlarges, ValueError for another rounding or resolution.
     """
@@ -115,6 +118,7 @@ class Relay(L.LightningModule):
         tile: Resolution | None = None,
         overlap: int | None = None,
         tile_batch: int = 4,
+        encoder: Callable[[], TextEncoder] | None = None,
     ) -> None:
         super().__init__()
         _check_chain(stages, as_trained=resolution is None)
@@ -130,6 +134,7 @@ class Relay(L.LightningModule):
         self.stages = nn.ModuleList(stages.values())
         self.rounding, self.postprocess = rounding, postprocess
         self.hand_over_sigma, self.consistency = hand_over_sigma, consistency
+        self._build_encoder = encoder
         self.observers: list[Callable[[str, Tensor, Tensor, Tensor], None]] = []
         self.tile_observers: list[Callable[[str, Tensor, Tensor, Tensor], None]] = []
         try:
@@ -182,6 +187,43 @@ class Relay(L.LightningModule):
     def text_dim(self) -> int:
         """Channels of the token states of text; 0: no stage has text."""
         return max(stage.text_dim for stage in self.chain().values())
+
+    @cached_property
+    def text_encoder(self) -> TextEncoder:
+        """Text encoder of the stages, built at the first access.
+
+        Its weights are loaded by the first prompt; `text_encoder.unload()` frees their memory. Raises UserError if the
+        stages know no encoder, and if it is missing or has another width.
+        """
+        if self._build_encoder is None:
+            raise UserError(
+                "prompt: the checkpoints of this relay do not name their text encoder; encode prompts with it, and "
+                "give the states to Relay.sample(text=...)"
+            )
+        encoder = self._build_encoder()
+        if encoder.dim != self.text_dim:
+            raise UserError(
+                f"prompt: the text encoder gives {encoder.dim} dimensions and the relay takes {self.text_dim}; use the "
+                "text encoder of its training"
+            )
+        return encoder
+
+    def encode_prompts(self, prompts: Sequence[str], name: str = "prompt") -> TextStates:
+        """Encode prompts on the device of the relay, each different one once.
+
+        No encoder is needed if all are blank. name: the argument in messages. Prints which prompts are truncated.
+        Raises UserError for a relay without text, and as `text_encoder`.
+        """
+        self.check_text(name)
+        if not any(prompt.strip() for prompt in prompts):
+            return no_text(len(prompts), self.text_dim, self.device)
+        self.text_encoder.to(self.device)
+        return self.text_encoder.encode(prompts)
+
+    def check_text(self, name: str) -> None:
+        """Raise UserError if no stage has text. name: the argument in the message."""
+        if not self.text_dim:
+            raise UserError(f"{name} was given, but the model was trained without text: remove it")
 
     @property
     def image_channels(self) -> int:
@@ -285,6 +327,8 @@ class Relay(L.LightningModule):
         *,
         text: TextStates | None = None,
         negative: TextStates | None = None,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
     ) -> dict[str, Tensor]:
         """Sample the images [B,C,H,W] of every stage, by name.
 
@@ -292,10 +336,10 @@ class Relay(L.LightningModule):
         """
         seeds = seed_list(seeds)
         labels = label_tensor(labels, len(seeds), self.num_classes, self.class_names)
-        text = text_rows("text", text, len(seeds), self.text_dim)
-        negative = text_rows("negative", negative, len(seeds), self.text_dim)
-        if negative is not None and not any(s.text_dim and s.classifier_free for s in self.chain().values()):
-            raise UserError(NO_NEGATIVE)
+        if negative is not None or negative_prompt is not None:
+            self.check_negative("negative" if negative_prompt is None else "negative_prompt")
+        text = self._text_rows("text", text, "prompt", prompt, len(seeds))
+        negative = self._text_rows("negative", negative, "negative_prompt", negative_prompt, len(seeds))
         size, channels = self.start_size, self.image_channels
         if (start is None) != (size is None):
             wanted = (
@@ -310,6 +354,22 @@ class Relay(L.LightningModule):
         check(fine)
         return images
 
+    def _text_rows(
+        self, name: str, text: TextStates | None, prompt_name: str, prompt: str | Sequence[str] | None, count: int
+    ) -> TextStates | None:
+        """Return one row of text for each image."""
+        if prompt is not None:
+            if text is not None:
+                raise ValueError(f"{name} and {prompt_name} were given: remove one of them")
+            text = self.encode_prompts(prompt_list(prompt_name, prompt, count), prompt_name)
+        return text_rows(name, text, count, self.text_dim)
+
+    def check_negative(self, name: str) -> None:
+        """Raise UserError unless classifier-free guidance uses negative text. name: the argument in the message."""
+        self.check_text(name)
+        if not any(stage.text_dim and stage.classifier_free for stage in self.chain().values()):
+            raise UserError(f"{name}: {NO_NEGATIVE}")
+
     def sample(
         self,
         seeds: Integers,
@@ -318,6 +378,8 @@ class Relay(L.LightningModule):
         *,
         text: TextStates | None = None,
         negative: TextStates | None = None,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
     ) -> Tensor:
         """Sample final images [B,C,H,W] in about [-1, 1], one per seed.
 
@@ -326,12 +388,16 @@ class Relay(L.LightningModule):
         start: images [B,C,h,w], uint8 or in [-1, 1], for a relay whose first stage enlarges. They may have any size of
         at least 8x8: small ones are continued by mirroring, large ones evaluated in tiles.
         text: encoded prompts, one row per seed or one for all; stages without text ignore them. negative: likewise, the
-        text that classifier-free guidance moves away from; None: no text.
+        text that classifier-free guidance moves away from; None: no text. prompt, negative_prompt: prompts to encode
+        instead of these, one per seed or one for all.
         Synchronizes with the device. Raises ValueError if an argument does not fit, UserError for classes or text that
         no stage has and for a negative prompt without classifier-free guidance, NonFiniteSamplesError (a UserError) if
         a stage's samples hold nan or infinity.
         """
-        return list(self.sample_stages(seeds, labels, start, text=text, negative=negative).values())[-1]
+        stages = self.sample_stages(
+            seeds, labels, start, text=text, negative=negative, prompt=prompt, negative_prompt=negative_prompt
+        )
+        return list(stages.values())[-1]
 
     def _draw(
         self,
@@ -400,7 +466,7 @@ class Relay(L.LightningModule):
         start = None if batch.start is None else to_float(batch.start)
         stages = {} if start is None else {"start": start}
         seeds = batch.seeds.tolist()
-        images, fine, check = self._draw(seeds, labels, start)
+        images, fine, check = self._draw(seeds, labels, start, batch.text, batch.negative)
         stages |= images
         wanted = {name: images[: len(batch.positions)] for name, images in stages.items()}
         # in the order of image files, whose writers would otherwise rearrange every image
@@ -425,11 +491,13 @@ class Samples(NamedTuple):
 class SampleBatch(NamedTuple):
     """Seeds, labels and start images of one batch.
 
-    positions [P] in the plan, seeds [B], labels [B] (-1: none), start: uint8 [B,C,h,w] or None.
-    The first P <= B images are wanted; the others pad the batch.
+    positions [P] in the plan, seeds [B], labels [B] (-1: none), start: uint8 [B,C,h,w] or None, text and negative:
+    B rows or None. The first P <= B images are wanted; the others pad the batch.
     """
 
     positions: Tensor
     seeds: Tensor
     labels: Tensor
     start: Tensor | None
+    text: TextStates | None = None
+    negative: TextStates | None = None

@@ -14,6 +14,7 @@ from relay_diffusion.diffusion.guidance import NO_CLASS
 from relay_diffusion.diffusion.pixels import to_float
 from relay_diffusion.diffusion.text_states import TextStates, check_text
 from relay_diffusion.errors import UserError
+from relay_diffusion.text.base import check_prompts
 from relay_diffusion.utils.messages import did_you_mean
 
 MAX_SEED = 2**63 - 1
@@ -62,6 +63,19 @@ def label_tensor(
     if max(found) >= num_classes > 0:
         raise UserError(f"class {max(found)}: the model has classes 0..{num_classes - 1}")
     return torch.tensor(found)
+
+
+def prompt_list(name: str, prompts: str | Sequence[str], count: int) -> list[str]:
+    """Convert prompts to a list: one for all images, or one for each of `count`.
+
+    Raises ValueError for another number, UserError for prompts that are not text.
+    """
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    elif len(prompts) != count:
+        raise ValueError(f"{name} holds {len(prompts)} for {count} seeds: give one for each, or one text for all")
+    check_prompts(prompts, name)
+    return list(prompts)
 
 
 def text_rows(name: str, text: TextStates | None, count: int, dim: int) -> TextStates | None:

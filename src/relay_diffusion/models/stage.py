@@ -56,7 +56,7 @@ from relay_diffusion.networks import (
 from relay_diffusion.samplers import Sampler
 from relay_diffusion.utils.resolution import MAX_SIDE, Resolution, Size, image_size
 
-NO_NEGATIVE = "negative: acts in classifier-free guidance only; set a guidance_scale other than 1, without a guide"
+NO_NEGATIVE = "acts in classifier-free guidance only; set a guidance_scale other than 1, without a guide"
 
 OptimizerFactory = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
 
@@ -401,7 +401,7 @@ class DiffusionStage(OptimizationHooks):
         text = text_rows("text", text, len(seeds), self.text_dim)
         negative = text_rows("negative", negative, len(seeds), self.text_dim)
         if negative is not None and not self.classifier_free:
-            raise UserError(NO_NEGATIVE)
+            raise UserError(f"negative: {NO_NEGATIVE}")
         channels, block, sides = self.image_channels, self.corruption.block, tuple(shape)[2:]
         wrong = len(shape) != 4 or tuple(shape[:2]) != (len(seeds), channels)
         if wrong or any(side < 1 or side % self.divisor for side in sides):

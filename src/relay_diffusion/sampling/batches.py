@@ -13,8 +13,9 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from relay_diffusion.models.relay import SampleBatch
+from relay_diffusion.models.relay import Relay, SampleBatch
 from relay_diffusion.sampling.plan import Plan
+from relay_diffusion.sampling.prompts import PromptStates
 from relay_diffusion.utils.parallel import map_in_order
 
 
@@ -22,19 +23,22 @@ class PlanDataModule(L.LightningDataModule):
     """Batches of the missing images of a plan.
 
     todo: positions in the plan. batch_size: images per batch on one device; images that keep their sizes are batches of
-    one. The last batch of a rank is padded, because the last bit of an image depends on the batch size. So a resumed
-    run, or a run on other devices, makes the same files.
+    one. relay: encodes the prompts of the plan; None: it has none. The last batch of a rank is padded, because the last
+    bit of an image depends on the batch size. So a resumed run, or a run on other devices, makes the same files.
     """
 
-    def __init__(self, plan: Plan, todo: Sequence[int], batch_size: int) -> None:
+    def __init__(self, plan: Plan, todo: Sequence[int], batch_size: int, relay: Relay | None = None) -> None:
         super().__init__()
+        self._states = None if relay is None or plan.prompts is None else PromptStates(relay, plan)
         self.plan, self.todo = plan, list(todo)
         self.batch_size = batch_size if plan.sizes is None else 1
 
     def predict_dataloader(self) -> DataLoader[int]:
-        """Return the batches of this rank."""
+        """Return the batches of this rank, and encode its prompts."""
         assert self.trainer is not None
         mine = self.todo[self.trainer.global_rank :: self.trainer.world_size]
+        if self._states is not None:
+            self._states.prepare(mine, show_progress=self.trainer.is_global_zero)
         return DataLoader(mine, batch_size=self.batch_size, collate_fn=self._batch)  # type: ignore[arg-type]
 
     def _batch(self, positions: Iterable[int]) -> SampleBatch:
@@ -46,7 +50,12 @@ class PlanDataModule(L.LightningDataModule):
         start = None
         if plan.start is not None:
             start = torch.stack([image for image, _ in map_in_order(plan.start.__getitem__, seeds)])
-        return SampleBatch(torch.tensor(positions), torch.tensor(seeds), torch.tensor(labels), start)
+        text, negative = None, None
+        if self._states is not None:
+            text = self._states.lookup([plan.prompt(position) for position in filled])
+            if plan.negative_prompt.strip():
+                negative = self._states.lookup([plan.negative_prompt] * size)
+        return SampleBatch(torch.tensor(positions), torch.tensor(seeds), torch.tensor(labels), start, text, negative)
 
 
 def rank_order(todo: Sequence[int], shown: int, devices: int) -> list[int]:

@@ -69,14 +69,17 @@ class ImageStore:
     def __contains__(self, name: str) -> bool:
         return f"{name}{self.suffix}" in self._packed or _is_intact(self.path(name))
 
-    def write(self, name: str, image: Tensor) -> None:
-        """Write one uint8 image [C,H,W] atomically. Thread-safe."""
+    def write(self, name: str, image: Tensor, text: Mapping[str, str] | None = None) -> None:
+        """Write one uint8 image [C,H,W] atomically. Thread-safe.
+
+        text: text chunks of a PNG by their keyword; other files have none.
+        """
         if self.suffix == ".npz":
             size = image.shape[1], image.shape[2]
             write_adm_samples(self.path(name), [image[None]], 1, size, channels=self.channels, synced=False)
             return
         with atomic_write(self.path(name), synced=False) as file:
-            file.write(encode_png(pil_image(image), self.compression))
+            file.write(encode_png(pil_image(image), self.compression, text))
 
     def read(self, name: str, archive: zipfile.ZipFile | None) -> Tensor:
         """Return an image, uint8 [C,H,W]."""
@@ -104,26 +107,33 @@ class ImageStore:
         packed = archive is not None and member in self._packed
         return archive.read(member) if archive is not None and packed else self.path(name).read_bytes()
 
-    def note_labels(self, labels: Mapping[str, int], class_names: Sequence[str]) -> None:
-        """Write the class labels of images (by name) to dataset.json.
+    def note_labels(
+        self, labels: Mapping[str, int], class_names: Sequence[str], captions: Mapping[str, str] | None = None
+    ) -> None:
+        """Write the class labels and captions of images (by name) to dataset.json.
 
-        Written only if every image in the folder has a label; -1 is no label.
+        Labels are written only if every image in the folder has one; -1 is no label. A blank caption is none.
         """
-        loose = self._loose()
+        loose = sorted(self._loose())
         if not loose:
             return  # packed images have their labels in the zip
         known = self._labels() | {f"{name}{self.suffix}": label for name, label in labels.items()}
-        if not all(known.get(member, -1) >= 0 for member in loose):
+        texts = self._captions() | {f"{name}{self.suffix}": [text] for name, text in (captions or {}).items()}
+        content: dict[str, Any] = {"labels": None}
+        if all(known.get(member, -1) >= 0 for member in loose):
+            content = {"labels": [[member, known[member]] for member in loose], "classes": list(class_names)}
+        if captioned := [[member, texts[member]] for member in loose if any(map(str.strip, texts.get(member, [])))]:
+            content["captions"] = captioned
+        if content == {"labels": None}:
             (self.folder / LABEL_FILE).unlink(missing_ok=True)
             return
-        content = {"labels": [[member, known[member]] for member in sorted(loose)], "classes": list(class_names)}
         write_text(self.folder / LABEL_FILE, json.dumps(content))
 
     def pack(self) -> None:
         """Move all images into one zip.
 
-        Labels are included if all images have one. Images in an existing zip are kept. Call on rank 0 after all ranks
-        have written.
+        Captions are included, and labels if all images have one. Images in an existing zip are kept. Call on rank 0
+        after all ranks have written.
         """
         self._clear()
         damaged = [member for member in self._loose() if not _is_intact(self.folder / member)]
@@ -142,7 +152,7 @@ class ImageStore:
                 Path(root).rmdir()
 
     def _add_to_zip(self, loose: list[str]) -> None:
-        labels, class_names = self._labels(), self._class_names()
+        labels, class_names, captions = self._labels(), self._class_names(), self._captions()
         members = sorted({*self._packed, *loose})
         classed = class_names is not None and all(labels.get(member, -1) >= 0 for member in members)
         with (
@@ -151,7 +161,7 @@ class ImageStore:
         ):
             contents = map_in_order(lambda member: self.encoded(member.removesuffix(".png"), archive), members)
             for member, content in zip(members, contents, strict=True):
-                writer.add_encoded(member, content, labels[member] if classed else None)
+                writer.add_encoded(member, content, labels[member] if classed else None, captions.get(member, []))
         self._packed = set(members)
 
     def _clear(self) -> None:
@@ -180,6 +190,9 @@ class ImageStore:
 
     def _labels(self) -> dict[str, int]:
         return {name: label for content in self._noted() for name, label in content.get("labels") or []}
+
+    def _captions(self) -> dict[str, list[str]]:
+        return {name: texts for content in self._noted() for name, texts in content.get("captions") or []}
 
     def _class_names(self) -> list[str] | None:
         return next((content["classes"] for content in self._noted() if content.get("classes")), None)

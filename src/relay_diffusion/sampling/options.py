@@ -76,8 +76,10 @@ class SamplingOptions:
 
     seeds: as given; None: default_seeds, or every image of `start`. classes: names or indices as given; None: all in
     turn. trajectory: number of images that are drawn with their intermediate states. config: the resolved configuration
-    as YAML. The plan and the evaluator are made of `seeds`, `classes`, `start`, `images`, `evaluate` and `reference`;
-    sample_relay takes both as arguments and only records these. Raises ValueError for another format or compression.
+    as YAML. prompt: a text or a list of texts, in turn; "reference": captions of the reference. prompts: file with a
+    prompt in each line. The plan and the evaluator are made of `seeds`, `classes`, `prompt`, `prompts`,
+    `negative_prompt`, `start`, `images`, `evaluate` and `reference`; sample_relay takes both as arguments and only
+    records these. Raises ValueError for another format or compression.
     """
 
     output: Path
@@ -87,6 +89,9 @@ class SamplingOptions:
     seeds: Any = None
     default_seeds: Any = None
     classes: Any = None
+    prompt: str | list[str] | None = None
+    prompts: str | None = None
+    negative_prompt: str | None = None
     start: StartOptions = field(default_factory=StartOptions)
     reference: ReferenceOptions = field(default_factory=ReferenceOptions)
     batch_size: int = 32
@@ -119,6 +124,7 @@ class SamplingOptions:
 def sampling_options(cfg: DictConfig) -> SamplingOptions:
     """Convert the configuration of sample.py."""
     chosen = cfg["class"]
+    prompt = cfg.prompt
     reference = reference_of(cfg)
     start_size = OmegaConf.select(cfg, "relay.start_size")  # older choices lack it, as the resolution
     if start_size is None and OmegaConf.select(cfg, "relay.resolution") is not None:
@@ -131,6 +137,9 @@ def sampling_options(cfg: DictConfig) -> SamplingOptions:
         seeds=cfg.seeds,
         default_seeds=cfg.relay.seeds,
         classes=OmegaConf.to_object(chosen) if isinstance(chosen, ListConfig) else chosen,
+        prompt=list(prompt) if isinstance(prompt, ListConfig) else prompt,
+        prompts=None if cfg.prompts is None else str(cfg.prompts),
+        negative_prompt=cfg.negative_prompt,
         start=StartOptions(cfg.relay.start, cfg.relay.start_subset, cfg.relay.start_exif, start_size),
         reference=ReferenceOptions(
             reference["path"], reference["subset"], "relay.reference.path" if cfg.reference is None else "reference"

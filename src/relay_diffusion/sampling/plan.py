@@ -21,7 +21,8 @@ class Plan:
     """Images of a run in order.
 
     names: paths without .png. labels: -1 is no class. start: starting images, index k for seed k; None: noise; those
-    of an ImageDataset have one size. classes: the chosen classes, taken in turn; None: not chosen.
+    of an ImageDataset have one size. classes: the chosen classes, taken in turn; None: not chosen. prompts: likewise,
+    "" is no text; None: the relay has no text. negative_prompt: of all images; "": none.
     """
 
     names: list[str]
@@ -29,6 +30,23 @@ class Plan:
     labels: list[int]
     start: ImageDataset | StartImages | None = None
     classes: list[int] | None = None
+    prompts: list[str] | None = None
+    negative_prompt: str = ""
+
+    @property
+    def has_text(self) -> bool:
+        """Whether any prompt, or the negative one, is not blank."""
+        return any(text.strip() for text in (*(self.prompts or []), self.negative_prompt))
+
+    def prompt(self, position: int) -> str:
+        """Return the prompt of an image; "" without text."""
+        return self.prompts[self.seeds[position] % len(self.prompts)] if self.prompts else ""
+
+    def png_text(self, position: int) -> dict[str, str]:
+        """Return the text chunks of an image file; none without prompts."""
+        texts = {"prompt": self.prompt(position), "negative_prompt": self.negative_prompt}
+        given = {keyword: text for keyword, text in texts.items() if text.strip()}
+        return given | {"seed": str(self.seeds[position])} if given else {}
 
     @property
     def sizes(self) -> list[Size] | None:

@@ -18,6 +18,8 @@ MEASURES = (
 )
 OTHERS = (
     ("images", "images", ","),
+    ("prompts", "prompts", ""),
+    ("negative_prompt", "negative prompt", ""),
     ("folder", "images in", ""),
     ("npz", "for ADM's evaluator", ""),
     ("picture", "picture", ""),
@@ -47,4 +49,4 @@ def report(results: Mapping[str, Any]) -> None:
         table.add_row("not as published", departure)
     if "saved_evaluations" in results:
         table.add_row("early hand-over", f"{results['saved_evaluations']} network evaluations fewer an image")
-    Console(soft_wrap=True).print(table)
+    Console(soft_wrap=True, markup=False, emoji=False).print(table)  # prompts may look like either

@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 
-from relay_diffusion.checkpoints.loading import build_configured, relay_options
+from relay_diffusion.checkpoints.loading import build_chain, build_configured, relay_options
 from relay_diffusion.data.class_choice import AS_REFERENCE, class_indices, labels_like_reference
 from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.decode import MODES
@@ -44,6 +44,7 @@ from relay_diffusion.sampling.options import (
     sampling_options,
 )
 from relay_diffusion.sampling.plan import Plan, plan_from_images, plan_from_noise
+from relay_diffusion.sampling.prompts import chosen_prompts, describe_prompts, note_prompts, summary
 from relay_diffusion.sampling.report import report
 from relay_diffusion.training.callbacks.preemption import Preemption
 from relay_diffusion.utils.distributed import on_rank_zero, started_ranks
@@ -104,6 +105,7 @@ def _make_and_measure(
         store = ImageStore(options.output, _without_places(settings), options.png_compression, relay.image_channels)
         missing = [position for position, name in enumerate(plan.names) if name not in store]
         _read_start(plan, missing)
+        note_prompts(plan, relay, missing)
         if options.config:
             write_text(options.output / "config.yaml", options.config)
         option = "relay.stages.{}.changes.denoiser.network.channels_last"
@@ -113,6 +115,10 @@ def _make_and_measure(
 
     store, missing = on_rank_zero(trainer, look)
     results: dict[str, Any] = {"images": len(plan.names), "sampled_now": len(missing)}
+    if plan.prompts is not None:
+        results["prompts"] = summary(plan)
+    if plan.negative_prompt.strip():
+        results["negative_prompt"] = shorten(plan.negative_prompt)
     shown = range(len(plan.names))[: options.trajectory]
     todo = sorted({*missing, *shown})
     if todo:
@@ -125,7 +131,7 @@ def _make_and_measure(
             callbacks.append(TrajectoryPicture(options.output, len(shown)))
             results["trajectory"] = os.path.relpath(options.output / "trajectory.png") + " and .webp"
         order = rank_order(todo, len(shown), trainer.num_devices * trainer.num_nodes)
-        _predict(trainer, relay, PlanDataModule(plan, order, options.batch_size), callbacks)
+        _predict(trainer, relay, PlanDataModule(plan, order, options.batch_size, relay), callbacks)
         results["seconds_sampling"] = round(time.perf_counter() - began, 1)
     if relay.hand_over_sigma is not None:
         results["saved_evaluations"] = relay.saved_evaluations
@@ -166,7 +172,8 @@ def build_relay(settings: DictConfig) -> Relay:
     if repeat > 1 and options["resolution"] is None:
         first, *others = repeated.values()
         options["resolution"] = [side * math.prod(stage.corruption.block for stage in others) for side in first.size]
-    return Relay(repeated, **options)
+    trusted = next(iter(chosen_stages(settings).values())).get("trusted", [])
+    return build_chain(repeated, options, trusted)
 
 
 def build_evaluator(
@@ -187,7 +194,13 @@ def build_evaluator(
 
 
 def make_plan(options: SamplingOptions, relay: Relay) -> Plan:
-    """Plan the images of a run. Raises UserError for invalid seeds, classes or starting images."""
+    """Plan the images of a run. Raises UserError for invalid seeds, classes, prompts or starting images."""
+    plan = _plan_without_text(options, relay)
+    prompts = chosen_prompts(options, relay, plan.start)
+    return replace(plan, prompts=prompts, negative_prompt=options.negative_prompt or "")
+
+
+def _plan_without_text(options: SamplingOptions, relay: Relay) -> Plan:
     size, path = relay.start_size, options.start.path
     first = next(iter(relay.chain()))
     chosen = chosen_classes(options, relay)
@@ -323,6 +336,8 @@ def run_settings(relay: Relay, plan: Plan, trainer: L.Trainer) -> dict[str, Any]
         "precision": trainer.precision,
         "device": trainer.strategy.root_device.type,
     }
+    if plan.prompts is not None:
+        settings["text"] = describe_prompts(plan, relay)
     if plan.start is not None:
         if plan.sizes is not None or relay.evaluations(relay.start_size) > relay.evaluations():
             settings["tiles"] = relay.describe_tiles()
@@ -355,9 +370,10 @@ def _keep(options: SamplingOptions, relay: Relay, plan: Plan, store: ImageStore)
         batches = store.images(plan.names, size).batches(options.batch_size)
         write_adm_samples(file, batches, len(plan.names), size, labels, store.channels)
         places["npz"] = os.path.relpath(file)
-    if relay.num_classes:
+    if relay.num_classes or plan.prompts is not None:
         names = relay.class_names or [str(index) for index in range(relay.num_classes)]
-        store.note_labels(dict(zip(plan.names, plan.labels, strict=True)), names)
+        prompts = {name: plan.prompt(position) for position, name in enumerate(plan.names)}
+        store.note_labels(dict(zip(plan.names, plan.labels, strict=True)), names, prompts)
     if options.format == "zip":
         store.pack()
     kept = [place for place in (store.folder, store.archive) if place.exists()]

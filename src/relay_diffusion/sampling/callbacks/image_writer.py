@@ -26,14 +26,14 @@ class ImageWriter(BasePredictionWriter):
     def __init__(self, store: ImageStore, plan: Plan, missing: Iterable[int]) -> None:
         super().__init__(write_interval="batch")
         self.store, self.plan, self.missing = store, plan, frozenset(missing)
-        self._background: Background[tuple[str, Tensor]] | None = None
+        self._background: Background[tuple[int, Tensor]] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
         """Create the folder on rank 0."""
         if trainer.is_global_zero:
             self.store.begin()
         trainer.strategy.barrier()
-        self._background = Background(lambda named: self.store.write(*named))
+        self._background = Background(self._write)
 
     def write_on_batch_end(
         self,
@@ -44,10 +44,12 @@ class ImageWriter(BasePredictionWriter):
     ) -> None:
         """Start to write the missing images of a batch."""
         assert self._background is not None
-        named = zip(prediction.positions.tolist(), prediction.images.cpu(), strict=True)
-        self._background.start(
-            (self.plan.names[position], image) for position, image in named if position in self.missing
-        )
+        images = zip(prediction.positions.tolist(), prediction.images.cpu(), strict=True)
+        self._background.start((position, image) for position, image in images if position in self.missing)
+
+    def _write(self, placed: tuple[int, Tensor]) -> None:
+        position, image = placed
+        self.store.write(self.plan.names[position], image, self.plan.png_text(position))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         """Wait until all ranks have written, before images are packed."""
