@@ -136,19 +136,46 @@ def test_an_oracle_denoiser_keeps_the_exact_marginals(corruption, s_noise):
         torch.testing.assert_close(spread, torch.full_like(spread, sigma), rtol=1e-9, atol=0)
 
 
-def test_equals_dpm_solver_of_second_order_without_blur():
-    """Written in steps h of lambda, as in the DPM-Solver++ paper, with the integral of the linear term exact."""
-    sampler, noise = MultistepSampler(GAUSSIAN, 9, 0.01, 50.0), images()
-    ones, x, before = torch.ones(2, dtype=torch.float64), 50.0 * noise, None
-    for i, (sigma, sigma_next) in enumerate(pairwise(sampler.sigmas)):
+def dpm_solver(sigmas, noise):
+    """DPM-Solver++(2M) in steps h of lambda, as in its paper, with the integral of the linear term exact."""
+    ones, x, before = torch.ones(2, dtype=torch.float64), sigmas[0] * noise, None
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         estimate, h = toy_denoiser(x, sigma * ones, LABELS), math.log(sigma / sigma_next)
         moved = math.exp(-h) * x - math.expm1(-h) * estimate
         if before is not None:
-            h_before = math.log(sampler.sigmas[i - 1] / sigma)
+            h_before = math.log(sigmas[i - 1] / sigma)
             moved = moved + (h - 1 + math.exp(-h)) / h_before * (estimate - before)
         x, before = moved, estimate
-    expected = toy_denoiser(x, sampler.sigmas[-1] * ones, LABELS)
+    return toy_denoiser(x, sigmas[-1] * ones, LABELS)
+
+
+@pytest.mark.parametrize("stop", [None, 1.0], ids=["whole", "stopped early"])
+def test_equals_dpm_solver_of_second_order_without_blur(stop):
+    sampler, noise = MultistepSampler(GAUSSIAN, 9, 0.01, 50.0), images()
+    if stop is not None:
+        sampler = sampler.stopping_at(stop)
+    expected = dpm_solver(sampler.sigmas, noise)
     torch.testing.assert_close(sampler(toy_denoiser, noise, no_noise, LABELS), expected, atol=1e-8, rtol=0)
+
+
+def test_fresh_noise_is_that_of_the_corruption():
+    """With block noise, as in training: x' = F[A'] x0 + s n + s_noise sigma' n'."""
+    corruption, s_noise = BlurringCorruption(TruncatedLogNormal(), block=4, block_strength=0.15), 0.6
+    sampler, x0, states = MultistepSampler(corruption, 2, 0.1, 0.8, s_noise=s_noise), images(), []
+
+    def oracle(x, _sigma, _labels):
+        states.append(x.clone())
+        return x0
+
+    gains = corruption.gains(torch.tensor(sampler.sigmas, dtype=torch.float64))
+    start = block_filter(x0, gains[:1])
+    sampler(oracle, start, PerImageGenerator([1, 2]).randn_like)
+    randn_like = PerImageGenerator([1, 2]).randn_like
+    noise, fresh = corruption.draw_noise(x0, randn_like), corruption.draw_noise(x0, randn_like)
+    high, low = sampler.sigmas
+    torch.testing.assert_close(states[0], start + high * noise, atol=1e-12, rtol=0)
+    expected = block_filter(x0, gains[1:]) + low * (math.sqrt(1 - s_noise**2) * noise + s_noise * fresh)
+    torch.testing.assert_close(states[1], expected, atol=1e-12, rtol=0)
 
 
 @CORRUPTIONS
@@ -197,6 +224,7 @@ def test_stopping_early_returns_the_estimate_there():
         ({"sigma_min": 90.0}, "sigma_min"),
         ({"rho": 0.0}, "rho"),
         ({"corruption": BLURRING}, "beyond the end of the corruption's schedule"),
+        ({"corruption": LogNormal()}, "corruption=LogNormal: has no gains"),
     ],
 )
 def test_settings_are_checked(settings, message):

@@ -471,24 +471,29 @@ def test_comparison_plot_draws_quality_against_operations_and_seconds(tmp_path):
     assert result.stderr.startswith("error: curves=none is not in ")
 
 
-def test_sampling_compares_the_command_with_its_network(relay_runs):
+def test_sampling_compares_the_command_with_its_network(benchmark, relay_runs, monkeypatch, capsys):
+    sampling = benchmark("sampling")
+    of_command, runs = sampling.seconds_of_command, []
+
+    def seconds_of_command(options, count):  # a real run with the fewest images; a difference of real times is random
+        runs.append((count, of_command(options, 2) > 0))
+        return {4: 2.0, 10: 5.0}[count]
+
+    monkeypatch.setattr(sampling, "seconds_of_command", seconds_of_command)
     paths = " ".join(f"relay.stages.{name}.path={relay_runs / name}" for name in ("base", "relay"))
-    options = ["relay=two_stages", "count=300", "batch=2", "format=zip", "precision=32-true", "accelerator=cpu"]
-    result = run("benchmarks/sampling.py", *options, f"overrides={paths} picture=0")
-    assert result.returncode == 0, result.stderr
-    *_, setting, whole, without_start, network = result.stdout.splitlines()
-    assert setting == "two_stages, 300 images in batches of 2, zip"
-    for row, name, count in [
-        (whole, "sample.py", 300),
-        (without_start, "sample.py without its start", 296),
-        (network, "network alone", 296),
-    ]:
-        assert row.startswith(name)
-        seconds, unit, speed = row.removeprefix(name).split()[:3]
-        assert unit == "s"
-        assert float(seconds) * float(speed) == pytest.approx(count, rel=0.1)
+    sampling.run(
+        sampling.Options("two_stages", f"{paths} picture=0", 10, 2, "zip", precision="32-true", accelerator="cpu")
+    )
+    assert runs == [(4, True), (10, True)]
+    *_, setting, whole, without_start, network = capsys.readouterr().out.splitlines()
+    assert setting == "two_stages, 10 images in batches of 2, zip"
+    assert whole.split()[:5] == ["sample.py", "5.0", "s", "2.0", "images/s"]
+    assert without_start.removeprefix("sample.py without its start").split()[:4] == ["3.0", "s", "2.0", "images/s"]
+    assert network.startswith("network alone")
     assert network.endswith("1.000 of the network")
-    assert float(without_start.split()[-4]) > 0
+    speed = float(network.removeprefix("network alone").split()[2])
+    ratio = float(without_start.split()[-4])
+    assert ratio == pytest.approx(2 / speed, abs=0.001 + 0.05 * 2 / speed**2)  # both are rounded
 
 
 def test_sampling_names_wrong_options():

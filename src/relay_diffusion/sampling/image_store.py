@@ -39,7 +39,7 @@ class ImageStore:
     """
 
     def __init__(
-        self, directory: str | Path, settings: Mapping[str, Any], compression: int = 6, channels: int = 3
+        self, directory: str | Path, settings: Mapping[str, Any], compression: int = 4, channels: int = 3
     ) -> None:
         directory, self.compression, self.channels = Path(directory), compression, channels
         self.suffix = ".png" if channels in MODES else ".npz"
