@@ -349,7 +349,8 @@ def test_init_refuses_weights_of_another_network(fit, configuration, tmp_path):
         ("network.blocks=2", r"network\.blocks=1"),
         ("network.channels=16", r"network\.channels=8"),
         ("network.channel_mult=[1,2,2]", r"network\.channel_mult=\[1,2\]"),
-        ("augment=edm", r"network\.augment_labels=0"),
+        ("augment=edm", r"augment=none"),
+        ("data.dataset.channels=1", r"data\.dataset\.channels=3"),
     ]:
         with pytest.raises(UserError, match=rf"^init={path}: has another network; use {option}, or remove init$"):
             fit("on", 4, f"init={path}", override, "stage.optimizer.lr=0")

@@ -73,8 +73,14 @@ def test_a_dataset_of_files(tmp_path: Path, channels: int, mode: str) -> None:
         np.testing.assert_array_equal(images[:3].permute(0, 2, 3, 1).numpy(), stored)
         assert torch.equal(images[3:], images[:3].flip(-1))
     halved = ImageDataset(tmp_path, [2, 4], channels=channels)[1][0].permute(1, 2, 0)
-    blocks = stored[1].reshape(2, 2, 4, 2, channels).astype(int).sum((1, 3))
-    np.testing.assert_array_equal(halved.numpy(), (blocks + 2) // 4)
+    blocks = stored[1].reshape(2, 2, 4, 2, channels).astype(float)
+    weight = blocks[..., 3:] if channels == 4 else np.ones_like(blocks)  # transparent pixels have no colour
+    means = (blocks * weight).sum((1, 3)) / weight.sum((1, 3))
+    if channels == 4:
+        np.testing.assert_array_equal(halved.numpy()[..., 3], np.floor(blocks[..., 3].mean((1, 3)) + 0.5))
+        np.testing.assert_allclose(halved.numpy()[..., :3], means[..., :3], atol=8)  # 8 bits, multiplied by alpha
+    else:
+        np.testing.assert_array_equal(halved.numpy(), np.floor(means + 0.5))
     assert dataset.source_hash != ImageDataset(tmp_path, [4, 8]).source_hash
 
 

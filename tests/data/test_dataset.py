@@ -271,8 +271,10 @@ def test_one_image_file_is_a_set(archive: Path, tmp_path: Path) -> None:
 
 def test_tar_and_cut_zip_point_to_the_converter(archive: Path, tmp_path: Path) -> None:
     archive.write_bytes(archive.read_bytes()[:-30])
-    for path in (archive, write_tar(tmp_path / "images.tar", pngs(NAMES))):
-        with pytest.raises(UserError, match=r"data\.dataset\.path=.*not a zip, or cut short.*convert") as caught:
+    tar, gif = write_tar(tmp_path / "images.tar", pngs(NAMES)), tmp_path / "a.gif"
+    Image.new("RGB", (8, 8)).save(gif)
+    for path, problem in ((archive, "not a zip, or cut short"), (tar, "neither an image .* nor"), (gif, "neither an")):
+        with pytest.raises(UserError, match=rf"data\.dataset\.path=.*{problem}.*convert") as caught:
             ImageDataset(path, 8)
         assert "\n" not in str(caught.value)
 

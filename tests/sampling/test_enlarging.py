@@ -69,7 +69,7 @@ def test_an_image_of_odd_size_is_enlarged_whole_and_in_tiles(enlarge, tmp_path, 
     batches = []
     forward = EDMPreconditioner.forward
     monkeypatch.setattr(
-        EDMPreconditioner, "forward", lambda self, x, *given: batches.append(tuple(x.shape)) or forward(self, x, *given)
+        EDMPreconditioner, "forward", lambda self, x, *rest, **named: batches.append(tuple(x.shape)) or forward(self, x, *rest, **named)
     )
     start = photo(tmp_path / "odd.jpg", (203, 317))
     enlarge(start, *TILES, output="tiles")
@@ -133,7 +133,6 @@ def test_damaged_profiles_are_ignored_and_reported(enlarge, tmp_path, capsys):
 
 
 def test_images_of_the_input_resolution_are_sampled_in_batches(enlarge, tmp_path):
-    """With the settings of before, so that existing runs continue."""
     for number in range(3):
         photo(tmp_path / f"in/{number}.png", (8, 8), number)
     enlarge(tmp_path / "in", "class=-1")
@@ -141,7 +140,7 @@ def test_images_of_the_input_resolution_are_sampled_in_batches(enlarge, tmp_path
     settings = json.loads((tmp_path / "out/settings.json").read_text())
     assert "tiles" not in settings
     assert set(settings["start"]) == {"subset", "hash", "labels"}
-    assert enlarge(tmp_path / "in", "class=-1", "relay.start_size=input")["sampled_now"] == 0
+    assert enlarge(tmp_path / "in", "class=-1")["sampled_now"] == 0
     enlarge(tmp_path / "in", "relay.start_size=own", output="own")
     for name in images(tmp_path / "out/images"):
         first, second = (np.asarray(Image.open(tmp_path / run / "images" / name), int) for run in ("out", "own"))

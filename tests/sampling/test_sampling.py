@@ -244,15 +244,23 @@ def test_starting_images_are_rotated_by_exif(configuration, relay_overrides, tmp
         sample(configuration("sample", *relay_overrides, *options))
 
 
-def test_given_images_without_classes_need_one(configuration, relay_overrides, tmp_path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+@pytest.mark.parametrize("side", [8, 9])  # the input size of the relay, and another one
+def test_given_images_have_their_classes_or_none(configuration, relay_overrides, tmp_path, capsys, side):
+    Image.new("RGB", (side, side)).save(tmp_path / "a.png")
     start = [*relay_overrides, f"relay.start={tmp_path}"]
-    with pytest.raises(UserError, match=r"no classes \(dataset\.json\), but the model does: give class="):
-        sample(configuration("sample", *start))
+    labels = tmp_path / "out/images/dataset.json"
+    without = [*start, f"run_dir={tmp_path / 'out'}"]
+    assert sample(configuration("sample", *without))["images"] == 1
+    assert "note: relay.start has no classes (dataset.json): its images have none; class=NAME" in capsys.readouterr().out
     (tmp_path / "dataset.json").write_text('{"labels": [["a.png", 0]], "classes": ["light"]}')
     with pytest.raises(UserError, match="other classes than the model"):
         sample(configuration("sample", *start))
-    assert sample(configuration("sample", *start, "class=-1"))["images"] == 1
+    assert sample(configuration("sample", *start, "class=-1", f"run_dir={tmp_path / 'minus'}"))["images"] == 1
+    (tmp_path / "dataset.json").write_text('{"labels": [["a.png", 1]], "classes": ["dark", "light"]}')
+    sample(configuration("sample", *start, f"run_dir={tmp_path / 'own'}"))
+    files = [(tmp_path / name / "images/a.png").read_bytes() for name in ("out", "minus", "own")]
+    assert files[0] == files[1] != files[2]
+    assert labels is not None
 
 
 def test_a_damaged_starting_image_is_reported_before_sampling(configuration, relay_overrides, tmp_path):

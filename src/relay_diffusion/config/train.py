@@ -241,11 +241,6 @@ def _check_stage(cfg: DictConfig) -> None:
         interval is None or cfg.stage.guidance_scale != 1,
         f"stage.guidance_interval={shorten(interval)} has no effect with stage.guidance_scale=1; remove it",
     )
-    dropout = cfg.stage.label_dropout
-    require(
-        dropout == 0 or cfg.network.num_classes > 0 or selected(cfg, "network.context_dim", 0) > 0,
-        f"stage.label_dropout={dropout} needs classes or text, but network.num_classes is 0",
-    )
 
 
 def _check_batch(cfg: DictConfig) -> None:

@@ -29,14 +29,12 @@ from relay_diffusion.errors import UserError, prefix_errors
 from relay_diffusion.utils.files import refuse_existing
 from relay_diffusion.utils.parallel import map_in_order
 from relay_diffusion.utils.progress import progress
-from relay_diffusion.utils.resolution import Resolution, Size, image_size, resolution_of
+from relay_diffusion.utils.resolution import MIN_SIDE, Resolution, Size, image_size, resolution_of
 
 Fit = Enum("Fit", ["crop", "pad", "stretch", "none"])  # how an image gets the written shape
 Classes = Enum("Classes", ["folders", "keep", "none"])  # where class labels come from
 Captions = Enum("Captions", ["keep", "txt", "json", "metadata", "none"])  # where captions come from
 Exif = Enum("Exif", ["apply", "ignore"])  # whether the EXIF orientation is applied
-
-MIN_SIDE = 8  # pixels of a written image and of its source
 
 
 @dataclass

@@ -315,9 +315,15 @@ def with_channels(
 def box_average(image: Image.Image, factor: int) -> Image.Image:
     """Average every factor x factor block.
 
-    Rounded to the nearest integer (halves up); the sides must be divisible by factor.
+    Rounded to the nearest integer (halves up); the sides must be divisible by factor. Transparent pixels have no weight
+    in the colour of an RGBA block.
     """
-    return image if factor == 1 else Image.fromarray(block_means(np.asarray(image), factor))
+    if factor == 1:
+        return image
+    if image.mode == "RGBA":
+        means = block_means(np.asarray(image.convert("RGBa")), factor)  # multiplied by alpha
+        return Image.frombytes("RGBa", means.shape[1::-1], means.tobytes()).convert("RGBA")
+    return Image.fromarray(block_means(np.asarray(image), factor))
 
 
 def block_means(pixels: np.ndarray, factor: int) -> np.ndarray:

@@ -295,4 +295,12 @@ def open_source(path: str | Path, option: str, tar: bool = False) -> Source:
         return ZipSource(expanded, option)
     if expanded.suffix.lower() in IMAGE_SUFFIXES and expanded.is_file():
         return FileSource(expanded, option)
-    return TarSource(expanded, option) if tar else ZipSource(expanded, option)
+    if tar:
+        return TarSource(expanded, option)
+    with expanded.open("rb") as file:
+        if expanded.stat().st_size and not file.read(4).startswith(b"PK"):
+            raise UserError(
+                f"{option}={path}: is neither an image ({', '.join(IMAGE_SUFFIXES)}) nor a zip; "
+                f"{CONVERTER} makes one from a folder, tar or zip"
+            )
+    return ZipSource(expanded, option)

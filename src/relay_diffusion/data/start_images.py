@@ -8,7 +8,9 @@ from pathlib import Path
 from torch import Tensor
 
 from relay_diffusion.data.captions import read_captions
+from relay_diffusion.data.decode import ALPHA
 from relay_diffusion.data.image_sets import digest, image_tensor
+from relay_diffusion.data.labels import read_labels
 from relay_diffusion.data.sources import open_source
 from relay_diffusion.diffusion.guidance import NO_CLASS
 from relay_diffusion.utils.parallel import map_in_order
@@ -18,12 +20,13 @@ from relay_diffusion.utils.resolution import Size
 class StartImages:
     """Images of any size, sorted by name, in sRGB.
 
-    Items are (uint8 [C,h,w], -1). path: an image zip, a folder (searched recursively) of PNG, WebP and JPEG files, or
-    one such file. subset: a folder inside `path`; "" selects everything. apply_exif: apply the EXIF orientation.
-    channels: C, 1 (grayscale), 3 (RGB) or 4 (RGBA), to which images are converted. option: the user's name of `path`,
-    for messages. Attributes: `names` [N], `labels` [N] (-1: no class), `captions` [N], `sizes` [N], (h, w) by the
-    headers; `turned` and `unprofiled`: names of the images that this process has turned so far, and of those whose ICC
-    profile is damaged.
+    Items are (uint8 [C,h,w], class index or -1). path: an image zip, a folder (searched recursively) of PNG, WebP and
+    JPEG files, or one such file. subset: a folder inside `path`; "" selects everything. apply_exif: apply the EXIF
+    orientation. channels: C, 1 (grayscale), 3 (RGB) or 4 (RGBA), to which images are converted. labels: read classes
+    from dataset.json if it has any. option: the user's name of `path`, for messages. Attributes: `names` [N], `labels`
+    [N] (-1: no class), `class_names`, `captions` [N], `sizes` [N], (h, w) by the headers; `turned`, `composited` and
+    `unprofiled`: names of the images that this process has turned so far, whose transparency it has composited on
+    white, and whose ICC profile is damaged.
     Raises UserError that names the option and the image.
     """
 
@@ -33,12 +36,16 @@ class StartImages:
         subset: str = "",
         apply_exif: bool = True,
         channels: int = 3,
+        labels: bool = False,
         option: str = "relay.start",
     ) -> None:
         source = open_source(path, option)
         self.path, self.names, self.subset = source.path, source.names_in(subset), subset.strip("/")
-        self.labels = [NO_CLASS] * len(self.names)
+        found = read_labels(source) if labels else None
+        self.class_names: list[str] = found.class_names if found else []
+        self.labels = [found.by_name[name] if found else NO_CLASS for name in self.names]
         self.turned: set[str] = set()
+        self.composited: set[str] = set()
         self.unprofiled: set[str] = set()
         self._source, self._apply_exif, self._channels = source, apply_exif, channels
         self.sizes: list[Size] = list(map_in_order(lambda name: source.size(name, apply_exif), self.names))
@@ -63,6 +70,8 @@ class StartImages:
         decoded = self._source.decoded(name, self._apply_exif, self._channels, apply_profile=True)
         if decoded.turned:
             self.turned.add(name)
+        if ALPHA in decoded.conversions:
+            self.composited.add(name)
         if decoded.profile_damaged:
             self.unprofiled.add(name)
         return image_tensor(decoded.image), self.labels[index]

@@ -33,9 +33,7 @@ from relay_diffusion.models.stage import NO_NEGATIVE, DiffusionStage
 from relay_diffusion.samplers import Sampler
 from relay_diffusion.text.base import TextEncoder
 from relay_diffusion.utils.pictures import pil_image
-from relay_diffusion.utils.resolution import Resolution, Size, image_size, resolution_of, size_text
-
-MIN_SIDE = 8  # pixels of an image to enlarge
+from relay_diffusion.utils.resolution import MIN_SIDE, Resolution, Size, image_size, resolution_of, size_text
 
 
 def _check_chain(stages: Mapping[str, DiffusionStage], as_trained: bool) -> None:
@@ -286,18 +284,20 @@ class Relay(L.LightningModule):
         """Return the size at which each stage samples.
 
         start: size of the images to enlarge. At least that of training, or of a smaller tile, and such that levels and
-        blocks divide it. The images are padded to it and cropped afterwards.
+        blocks divide it. Each stage pads its images to it and crops the result.
         """
         if start is None or start == self.start_size:
             return self.sizes
-        least, divisor = list(start), 1
+        sizes = {}
         for (name, factor), stage in zip(self.factors.items(), self.chain().values(), strict=True):
             tiling = self._tilings[name]
             smallest = stage.size if tiling is None else tiling.tile(stage.size)
-            least = [max(side, -(-small // factor)) for side, small in zip(least, smallest, strict=True)]
-            divisor = math.lcm(divisor, stage.divisor // math.gcd(stage.divisor, factor))
-        height, width = (-(-side // divisor) * divisor for side in least)
-        return {name: (height * factor, width * factor) for name, factor in self.factors.items()}
+            height, width = (
+                -(-max(side * factor, least) // stage.divisor) * stage.divisor
+                for side, least in zip(start, smallest, strict=True)
+            )
+            sizes[name] = height, width
+        return sizes
 
     def describe(self) -> dict[str, Any]:
         """Describe everything that determines the images.

@@ -74,7 +74,8 @@ class UNet(nn.Module):
         self.size = image_size(resolution)
         if any(side % self.divisor for side in self.size):
             raise ValueError(
-                f"resolution={resolution}: not divisible by 2^{levels - 1}, which {levels} levels of channel_mult need"
+                f"resolution={resolution}: not divisible by 2^{levels - 1}, which {levels} levels of channel_mult "
+                f"need; use {resolution_of([-(-side // self.divisor) * self.divisor for side in self.size])}"
             )
         if not set(checkpoint_levels) <= set(range(levels)):
             raise ValueError(f"checkpoint_levels={shorten(list(checkpoint_levels))}: the levels are 0 to {levels - 1}")

@@ -15,8 +15,8 @@ from relay_diffusion.utils.messages import shorten
 def chosen_stages(relay: DictConfig) -> dict[str, DictConfig]:
     """Select the stages from `relay.first` to `relay.last`, by name.
 
-    The default of `relay.first` is the second stage if `relay.start` is set. Raises UserError for an unknown stage, and
-    if first, last and start contradict each other.
+    The default of `relay.first` is the second stage, if there is one and `relay.start` is set. Raises UserError for an
+    unknown stage, and if first, last and start contradict each other.
     """
     names = [str(name) for name in relay.stages]
     require(len(names) > 0, "relay.stages is empty: a relay needs at least a first stage")
@@ -27,8 +27,7 @@ def chosen_stages(relay: DictConfig) -> dict[str, DictConfig]:
         start or first in (None, names[0]),
         f"relay.first={first}: relay.start=FOLDER must give the images that it starts from",
     )
-    require(not start or len(names) > 1 or first is not None, "relay.start: the relay has no second stage; remove it")
-    begin = names.index(first) if first is not None else int(start)
+    begin = names.index(first) if first is not None else int(start and len(names) > 1)
     end = names.index(last) if last is not None else len(names) - 1
     require(begin <= end, f"relay.last={last} is before the first stage to run, {names[begin]}; choose a later one")
     chosen = names[begin : end + 1]

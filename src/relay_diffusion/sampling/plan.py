@@ -20,15 +20,17 @@ FOLDER_SIZE = 1000  # images in one sub-folder
 class Plan:
     """Images of a run in order.
 
-    names: paths without .png. labels: -1 is no class. start: starting images, index k for seed k; None: noise; those
-    of an ImageDataset have one size. classes: the chosen classes, taken in turn; None: not chosen. prompts: likewise,
-    "" is no text; None: the relay has no text. negative_prompt: of all images; "": none.
+    names: paths without .png. labels: -1 is no class. start: starting images, index k for seed k; None: noise. sizes:
+    height and width of each starting image; None: all images have one size. classes: the chosen classes, taken in turn;
+    None: not chosen. prompts: likewise, "" is no text; None: the relay has no text. negative_prompt: of all images; "":
+    none.
     """
 
     names: list[str]
     seeds: list[int]
     labels: list[int]
     start: ImageDataset | StartImages | None = None
+    sizes: list[Size] | None = None
     classes: list[int] | None = None
     prompts: list[str] | None = None
     negative_prompt: str = ""
@@ -47,11 +49,6 @@ class Plan:
         texts = {"prompt": self.prompt(position), "negative_prompt": self.negative_prompt}
         given = {keyword: text for keyword, text in texts.items() if text.strip()}
         return given | {"seed": str(self.seeds[position])} if given else {}
-
-    @property
-    def sizes(self) -> list[Size] | None:
-        """Height and width of each starting image; None: all images have one size."""
-        return [self.start.sizes[seed] for seed in self.seeds] if isinstance(self.start, StartImages) else None
 
 
 def plan_from_noise(seeds: object, classes: Sequence[int]) -> Plan:

@@ -27,7 +27,7 @@ from relay_diffusion.data.start_images import StartImages
 from relay_diffusion.errors import UserError, prefix_errors
 from relay_diffusion.metrics import Evaluator
 from relay_diffusion.metrics.inception import check_channels
-from relay_diffusion.models.relay import MIN_SIDE, Relay
+from relay_diffusion.models.relay import Relay
 from relay_diffusion.networks.ops import report_slow_settings
 from relay_diffusion.sampling.agreement import block_mean_error
 from relay_diffusion.sampling.batches import PlanDataModule, rank_order
@@ -52,7 +52,7 @@ from relay_diffusion.utils.files import write_text
 from relay_diffusion.utils.messages import shorten
 from relay_diffusion.utils.parallel import map_in_order
 from relay_diffusion.utils.quiet import quiet_libraries
-from relay_diffusion.utils.resolution import MAX_SIDE, Size, size_text
+from relay_diffusion.utils.resolution import MAX_SIDE, MIN_SIDE, Size, size_text
 
 MAX_PIXELS = 89_478_485  # of an enlarged image: more could not be read again (Pillow's limit)
 MANY_CLASSES = 1000  # a longer list is stored as counts and a checksum
@@ -104,7 +104,7 @@ def _make_and_measure(
     def look() -> tuple[ImageStore, list[int]]:
         store = ImageStore(options.output, _without_places(settings), options.png_compression, relay.image_channels)
         missing = [position for position, name in enumerate(plan.names) if name not in store]
-        _read_start(plan, missing)
+        _read_start(plan, missing, relay)
         note_prompts(plan, relay, missing)
         if options.config:
             write_text(options.output / "config.yaml", options.config)
@@ -171,7 +171,13 @@ def build_relay(settings: DictConfig) -> Relay:
         repeated |= {f"{name}_{number}": stage for name, stage in stages.items()}
     if repeat > 1 and options["resolution"] is None:
         first, *others = repeated.values()
-        options["resolution"] = [side * math.prod(stage.corruption.block for stage in others) for side in first.size]
+        resolution = [side * math.prod(stage.corruption.block for stage in others) for side in first.size]
+        if max(resolution) > MAX_SIDE:
+            raise UserError(
+                f"relay.repeat={repeat}: would enlarge to {size_text((resolution[0], resolution[1]))}, but at most "
+                f"{MAX_SIDE:,} on a side are supported; use a smaller number"
+            )
+        options["resolution"] = resolution
     trusted = next(iter(chosen_stages(settings).values())).get("trusted", [])
     return build_chain(repeated, options, trusted)
 
@@ -214,47 +220,45 @@ def _plan_without_text(options: SamplingOptions, relay: Relay) -> Plan:
         raise UserError(
             f"relay.stages.{first} enlarges images of {size_text(size)}: give them with relay.start=FOLDER, ZIP or FILE"
         )
-    own = _own_sizes(options, relay)
-    if own is not None:
-        plan = replace(plan_from_images(own, options.seeds, chosen), classes=chosen)
-        for seed in plan.seeds:
-            _check_size(f"relay.start: {own.names[seed]!r} in {own.path}", own.sizes[seed], relay)
+    start = _start_images(options, relay, size, labels=bool(relay.num_classes) and chosen is None)
+    _check_classes(start, relay)
+    plan = replace(plan_from_images(start, options.seeds, chosen), classes=chosen)
+    if isinstance(start, ImageDataset) or (options.start.size is None and set(start.sizes) == {size}):
         return plan
-    start = ImageDataset(
-        path,
-        size,
-        subset=options.start.subset,
-        labels=bool(relay.num_classes) and chosen is None,
-        exif=options.start.exif,
-        channels=relay.image_channels,
-        option="relay.start",
-    )
-    start.load()  # before threads read it
-    if chosen is None and relay.num_classes:
-        _check_classes(start, relay)
-    return replace(plan_from_images(start, options.seeds, chosen), classes=chosen)
-
-
-def _own_sizes(options: SamplingOptions, relay: Relay) -> StartImages | None:
-    """Return the starting images if each keeps its size.
-
-    None: all have one size. Raises UserError for options that need images of one size, and for images that have.
-    """
-    start, arrays = options.start, relay.image_channels not in MODES or str(options.start.path).endswith(".npz")
-    if start.size == "own" and arrays:
-        raise UserError("relay.start_size=own: is for image files; those of an .npz have one size, so use input")
-    if start.path is None or start.size == "input" or (start.size is None and (options.evaluate or arrays)):
-        return None
-    images = StartImages(start.path, start.subset, start.exif == "apply", relay.image_channels)
-    if start.size is None and all(size == relay.start_size for size in images.sizes):
-        return None
     for option, given in (("npz", options.npz), ("save_trajectory", options.trajectory)):
         if given:
             raise UserError(
                 f"{option}={given}: needs images of one size, and those of relay.start keep theirs; remove it, or add "
                 "relay.start_size=input"
             )
-    return images
+    for seed in plan.seeds:
+        _check_size(f"relay.start: {start.names[seed]!r} in {start.path}", start.sizes[seed], relay)
+    return replace(plan, sizes=[start.sizes[seed] for seed in plan.seeds])
+
+
+def _start_images(options: SamplingOptions, relay: Relay, size: Size, labels: bool) -> ImageDataset | StartImages:
+    """Open the images of relay.start: averaged to `size`, or as they are.
+
+    labels: read their classes. Raises UserError for relay.start_size=own and images that all have one size.
+    """
+    start, channels = options.start, relay.image_channels
+    assert start.path is not None
+    arrays = channels not in MODES or str(start.path).endswith(".npz")
+    if start.size == "own" and arrays:
+        raise UserError("relay.start_size=own: is for image files; those of an .npz have one size, so use input")
+    if start.size != "input" and not (start.size is None and (options.evaluate or arrays)):
+        return StartImages(start.path, start.subset, start.exif == "apply", channels, labels)
+    averaged = ImageDataset(
+        start.path,
+        size,
+        subset=start.subset,
+        labels=labels,
+        exif=start.exif,
+        channels=channels,
+        option="relay.start",
+    )
+    averaged.load()  # before threads read it
+    return averaged
 
 
 def _check_size(where: str, size: Size, relay: Relay) -> None:
@@ -264,17 +268,20 @@ def _check_size(where: str, size: Size, relay: Relay) -> None:
     """
     if min(size) < MIN_SIDE:
         raise UserError(f"{where} is {size_text(size)}: must be at least {MIN_SIDE}x{MIN_SIDE}; remove it")
-    *_, sampled = relay.sampled_sizes(size).values()
-    if max(sampled) > MAX_SIDE or math.prod(sampled) > MAX_PIXELS:
+    *_, factor = relay.factors.values()
+    enlarged = size[0] * factor, size[1] * factor
+    if max(enlarged) > MAX_SIDE or math.prod(enlarged) > MAX_PIXELS:
         raise UserError(
-            f"{where} is {size_text(size)}: would become {size_text(sampled)}, but at most {MAX_PIXELS:,} pixels and "
+            f"{where} is {size_text(size)}: would become {size_text(enlarged)}, but at most {MAX_PIXELS:,} pixels and "
             f"{MAX_SIDE:,} on a side are supported; crop or shrink it"
         )
 
 
-def _read_start(plan: Plan, positions: list[int]) -> None:
+def _read_start(plan: Plan, positions: list[int], relay: Relay) -> None:
     """Decode the starting images to report a damaged one before sampling."""
     if plan.start is not None:
+        if relay.num_classes and plan.classes is None and not plan.start.class_names:
+            print("note: relay.start has no classes (dataset.json): its images have none; class=NAME gives them one")
         chosen = [plan.seeds[position] for position in positions]
         for _ in map_in_order(plan.start.__getitem__, chosen):
             pass
@@ -282,7 +289,11 @@ def _read_start(plan: Plan, positions: list[int]) -> None:
             images = "1 image" if turned == 1 else f"{turned:,} images"
             remedy = "relay.start_exif=ignore keeps them as stored"
             print(f"note: EXIF orientation applied to {images} of relay.start; {remedy}")
-        if isinstance(plan.start, StartImages) and (damaged := sorted(plan.start.unprofiled)):
+        if not isinstance(plan.start, StartImages):
+            return
+        if composited := sorted(plan.start.composited):
+            print(f"note: transparency is composited on white: {shorten(', '.join(composited))}")
+        if damaged := sorted(plan.start.unprofiled):
             print(f"note: colours are as stored, the ICC profile does not fit: {shorten(', '.join(damaged))}")
 
 
@@ -303,13 +314,13 @@ def chosen_classes(options: SamplingOptions, relay: Relay) -> list[int] | None:
     )
 
 
-def _check_classes(start: ImageDataset, relay: Relay) -> None:
-    """Raise UserError unless the starting images have the model's classes."""
-    wanted = "give class=NAME (or class=-1 for no class)"
-    if not start.class_names:
-        raise UserError(f"relay.start={start.path} has no classes (dataset.json), but the model does: {wanted}")
-    if start.num_classes > relay.num_classes or (relay.class_names and start.class_names != relay.class_names):
-        raise UserError(f"relay.start={start.path} has other classes than the model: {wanted}")
+def _check_classes(start: ImageDataset | StartImages, relay: Relay) -> None:
+    """Raise UserError for starting images with other classes than the model's."""
+    names = start.class_names
+    if len(names) > relay.num_classes or (names and relay.class_names and names != relay.class_names):
+        raise UserError(
+            f"relay.start={start.path} has other classes than the model: give class=NAME (or class=-1 for no class)"
+        )
 
 
 def _report_uneven_classes(reference: ReferenceOptions, relay: Relay) -> None:

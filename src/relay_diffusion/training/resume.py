@@ -28,6 +28,7 @@ from relay_diffusion.checkpoints.reading import (
     stored_weights,
 )
 from relay_diffusion.data.datamodule import ImageDataModule
+from relay_diffusion.diffusion.augment import LABELS
 from relay_diffusion.errors import UserError, prefix_errors
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.utils.messages import differences, first_difference, setting_text
@@ -279,9 +280,19 @@ def _options_to_change(
         except UserError:
             decides = True
         if decides:
-            key = name if name == "resolution" else f"network.{name}"
-            options.append(f"{key}={setting_text(value, LONGEST).replace(' ', '')}")
+            options.append(_option(name, value))
     return options
+
+
+def _option(name: str, value: Any) -> str:
+    """Return the override that gives the network a setting.
+
+    Settings that follow from another part of the config are set there.
+    """
+    if name == "augment_labels" and value in (0, LABELS):
+        return "augment=edm" if value else "augment=none"
+    key = {"resolution": "resolution", "image_channels": "data.dataset.channels"}.get(name, f"network.{name}")
+    return f"{key}={setting_text(value, LONGEST).replace(' ', '')}"
 
 
 def find_start(

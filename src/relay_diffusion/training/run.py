@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import lightning as L
 from hydra.utils import instantiate
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from relay_diffusion.checkpoints.encoders import describe_encoder
@@ -92,22 +93,22 @@ def _build_data(config: DictConfig, encoder: TextEncoder | None) -> ImageDataMod
 def _with_classes(cfg: DictConfig, data: ImageDataModule) -> DictConfig:
     """Return the config with the number of classes of the data.
 
-    network.num_classes null becomes that number; without classes and text nothing can be dropped. Raises UserError for
-    another number.
+    network.num_classes null becomes that number; without classes and text nothing can be dropped, and label_dropout
+    becomes 0 with a note. Raises UserError for another number.
     """
-    classes, found = cfg.network.num_classes, data.dataset.num_classes
-    if classes is None:
-        cfg = copy.deepcopy(cfg)
+    cfg, found = copy.deepcopy(cfg), data.dataset.num_classes
+    if cfg.network.num_classes is None:
         cfg.network.num_classes = found
-        if not found and not cfg.network.get("context_dim"):
-            cfg.stage.label_dropout = 0.0
-        return cfg
+    classes = cfg.network.num_classes
     hint = "" if found else " (python -m relay_diffusion.cli.convert_images makes classes of folders)"
     require(
         classes in (0, found),
         f"network.num_classes={classes}, but {data.dataset.path} has {found} classes: use "
         f"network.num_classes={found}{hint}",
     )
+    if cfg.stage.label_dropout and not classes and not cfg.network.get("context_dim"):
+        rank_zero_only(print)("note: stage.label_dropout is 0, because the network has neither classes nor text")
+        cfg.stage.label_dropout = 0.0
     return cfg
 
 
@@ -190,7 +191,8 @@ def _how_it_ended(cfg: DictConfig, trainer: L.Trainer, stage: DiffusionStage) ->
 def sampling_command(cfg: DictConfig, stage: DiffusionStage, images: int) -> str:
     """Return the command of sample.py that samples the trained stage.
 
-    A first stage starts from noise. Others enlarge up to 16 of the `images` that the dataset has.
+    A first stage starts from noise. Others enlarge up to 16 of the `images` that the dataset has, or one whole image of
+    a dataset of crops.
     """
     relay, name = ("cascade", "cascade") if stage.conditioned else ("two_stages", "relay")
     relay, name = ("one_stage", "base") if stage.corruption.block == 1 else (relay, name)
@@ -201,7 +203,7 @@ def sampling_command(cfg: DictConfig, stage: DiffusionStage, images: int) -> str
         dataset = cfg.data.dataset
         words |= {"relay.start": dataset.get("path", "FOLDER"), "relay.start_subset": dataset.get("subset", "")}
         words |= {"relay.start_size": "" if dataset.get("random_crops") else "input"}
-        words |= {"seeds": f"0-{min(images, 16) - 1}"}
+        words |= {"seeds": "0" if dataset.get("random_crops") or images == 1 else f"0-{min(images, 16) - 1}"}
     words |= {"trusted": f"[{','.join(cfg.trusted)}]" if cfg.trusted else ""}
     return " ".join(["python sample.py", *(override(key, str(value)) for key, value in words.items() if value)])
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from relay_diffusion.utils.messages import shorten
 
+MIN_SIDE = 8  # pixels of images to enlarge or to convert
 MAX_SIDE = 2**14  # pixels: a damaged config must not exhaust time or memory
 
 Resolution = int | Sequence[int]
