@@ -308,6 +308,7 @@ def test_the_hand_over_and_the_metrics_file_know_prompts(make, captioned, tmp_pa
         (["prompt=fox", "class=1"], "^class=1 was given, but the model is unconditional"),
         (["prompt=fox", "relay.text_path={folder}"], r"^relay\.text_path=.*: has no config\.json"),
         (["prompt=fox", "relay.text_path={other}"], "was trained with another text encoder: .* there, .* here"),
+        (["prompt=fox", "relay.text_path={short}"], r"^text\.max_tokens=10: the encoder takes 3 to 8"),
         (["relay.text_path=5"], r"^relay\.text_path=5: must be the name of a folder"),
         (["mode=evaluate", "images={zip}", "reference={zip}", "prompt=fox"], "^prompt=fox cannot be set: images="),
     ],
@@ -317,11 +318,15 @@ def test_errors_before_sampling(make, tmp_path, overrides, message):
     for name, content in (("file", b"a"), ("empty", b" \n"), ("latin", b"f\xe4"), ("long", b"a" * 10_001)):
         files[name].write_bytes(content)
     files["null"].write_bytes(b"a\0b")
-    files |= {"folder": tmp_path, "zip": tmp_path / "images.zip", "other": tmp_path / "other"}
+    files |= {name: tmp_path / name for name in ("other", "short")} | {"folder": tmp_path, "zip": tmp_path / "a.zip"}
     with image_zip(files["zip"]) as archive:
         archive.add("a.png", Image.new("RGB", (16, 16)))
-    if "{other}" in "".join(overrides):
-        save_encoder(files["other"], "bert", seed=1)
+    for name in ("other", "short"):
+        if f"{{{name}}}" in "".join(overrides):
+            save_encoder(files[name], "bert", seed=1)
+    if files["short"].exists():
+        config = json.loads((files["short"] / "tokenizer_config.json").read_text()) | {"model_max_length": 8}
+        (files["short"] / "tokenizer_config.json").write_text(json.dumps(config))
     given = overrides if "{a:" in overrides[0] else [text.format(**files) for text in overrides]
     with pytest.raises(UserError, match=message) as error:
         make("out", *given)
