@@ -4,6 +4,8 @@ import json
 import shlex
 import shutil
 import zipfile
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,10 +20,12 @@ from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.relay import Relay
+from relay_diffusion.sampling.batches import PlanDataModule
+from relay_diffusion.sampling.plan import plan_from_noise
 from relay_diffusion.sampling.run import sample
 from relay_diffusion.text import TransformersEncoder, encoder_folder
 from support import PROJECT, run, tiny_stage
-from text_relays import describe, export_text_relay, export_text_stage
+from text_relays import MAX_TOKENS, describe, export_text_relay, export_text_stage
 from tiny_encoders import DIM, save_encoder
 
 GUIDED = "relay.stages.base.changes.guidance_scale=2"
@@ -72,6 +76,11 @@ def make(configuration, plain, tmp_path):
         return sample(cfg)
 
     return run
+
+
+@pytest.fixture
+def relay(plain):
+    return load_relay({name: plain / name for name in ("base", "relay")}, changes={"base": {"guidance_scale": 2.0}})
 
 
 def images_of(folder):
@@ -193,12 +202,17 @@ def test_images_depend_on_seed_and_prompt_only(make, tmp_path):
     assert same == ["seed00000000.png", "seed00000003.png"]
 
 
-def test_images_without_a_prompt_do_not_depend_on_the_others(make, tmp_path):
-    """Not even on whether a prompt is encoded: another length of the text would change the rounding."""
-    make("whole", "seeds=0-2", "prompt=['',fox,'']", "batch_size=1")
-    for seed in ("1", "0", "0-2"):
-        make("parts", f"seeds={seed}", "prompt=['',fox,'']", "batch_size=1")
-    assert images_of(tmp_path / "whole") == images_of(tmp_path / "parts")
+def test_batches_without_prompts_have_the_length_of_others(relay):
+    """Another length of the text could change the rounding of an image after an interruption."""
+    plan = replace(plan_from_noise("0-3", [-1]), prompts=["", "fox"])
+    for todo, lengths in (([0, 2], [0, 0]), ([0, 1], [0, 3])):
+        data = PlanDataModule(plan, todo, 2, relay)
+        data.trainer = SimpleNamespace(global_rank=0, world_size=1, is_global_zero=True)
+        (batch,) = data.predict_dataloader()
+        assert batch.text.tokens.shape == (2, MAX_TOKENS, DIM)
+        assert batch.text.mask.sum(1).tolist() == lengths
+        assert torch.equal(batch.text.tokens[1, : lengths[1]], relay.encode_prompts(["fox"]).tokens[0, : lengths[1]])
+        assert batch.negative is None
 
 
 def test_prompts_are_printed_as_they_are(make, capsys):
@@ -294,6 +308,7 @@ def test_the_hand_over_and_the_metrics_file_know_prompts(make, captioned, tmp_pa
         (["prompt=fox", "class=1"], "^class=1 was given, but the model is unconditional"),
         (["prompt=fox", "relay.text_path={folder}"], r"^relay\.text_path=.*: has no config\.json"),
         (["prompt=fox", "relay.text_path={other}"], "was trained with another text encoder: .* there, .* here"),
+        (["prompt=fox", "relay.text_path={short}"], r"^text\.max_tokens=10: the encoder takes 3 to 8"),
         (["relay.text_path=5"], r"^relay\.text_path=5: must be the name of a folder"),
         (["mode=evaluate", "images={zip}", "reference={zip}", "prompt=fox"], "^prompt=fox cannot be set: images="),
     ],
@@ -303,11 +318,15 @@ def test_errors_before_sampling(make, tmp_path, overrides, message):
     for name, content in (("file", b"a"), ("empty", b" \n"), ("latin", b"f\xe4"), ("long", b"a" * 10_001)):
         files[name].write_bytes(content)
     files["null"].write_bytes(b"a\0b")
-    files |= {"folder": tmp_path, "zip": tmp_path / "images.zip", "other": tmp_path / "other"}
+    files |= {name: tmp_path / name for name in ("other", "short")} | {"folder": tmp_path, "zip": tmp_path / "a.zip"}
     with image_zip(files["zip"]) as archive:
         archive.add("a.png", Image.new("RGB", (16, 16)))
-    if "{other}" in "".join(overrides):
-        save_encoder(files["other"], "bert", seed=1)
+    for name in ("other", "short"):
+        if f"{{{name}}}" in "".join(overrides):
+            save_encoder(files[name], "bert", seed=1)
+    if files["short"].exists():
+        config = json.loads((files["short"] / "tokenizer_config.json").read_text()) | {"model_max_length": 8}
+        (files["short"] / "tokenizer_config.json").write_text(json.dumps(config))
     given = overrides if "{a:" in overrides[0] else [text.format(**files) for text in overrides]
     with pytest.raises(UserError, match=message) as error:
         make("out", *given)
@@ -390,11 +409,6 @@ def test_the_written_commands_are_valid(configuration):
 
 
 # ---- Python ----
-
-
-@pytest.fixture
-def relay(plain):
-    return load_relay({name: plain / name for name in ("base", "relay")}, changes={"base": {"guidance_scale": 2.0}})
 
 
 def test_prompts_from_python(relay):

@@ -48,9 +48,8 @@ class TransformersEncoder:
         option: str = OPTION,
     ) -> None:
         self._where = f"{option}={'null' if path is None else path}"
-        group = option[: option.rfind(".") + 1]
         if batch_size < 1:
-            raise UserError(f"{group}batch_size={batch_size}: must be 1 or more")
+            raise UserError(f"text.batch_size={batch_size}: must be 1 or more")
         require_transformers()
         self._folder = find_encoder(path, option)
         with loading(self._where):
@@ -60,7 +59,7 @@ class TransformersEncoder:
         least = 1 + self._tokenizer.num_special_tokens_to_add(False)
         if not least <= max_tokens <= longest:
             raise UserError(
-                f"{group}max_tokens={max_tokens}: the encoder takes {least} to {longest}; choose one of these"
+                f"text.max_tokens={max_tokens}: the encoder takes {least} to {longest}; choose one of these"
             )
         if self._tokenizer.get_vocab_size() > self._config.vocab_size:
             raise UserError(
