@@ -1,5 +1,6 @@
 """Training with text: captions, encoder, callbacks, resume and initial weights."""
 
+import shlex
 import shutil
 
 import pytest
@@ -9,16 +10,19 @@ from hydra.utils import instantiate
 
 from pictures_on_disk import encoded, pixels, write_zip
 from relay_diffusion.checkpoints.loading import load_stage
+from relay_diffusion.config.sample import validate_sampling
 from relay_diffusion.config.train import validate_training
 from relay_diffusion.data.datamodule import chosen_caption, evenly_spaced_captions
 from relay_diffusion.data.dataset import ImageDataset, batch_of
 from relay_diffusion.diffusion.pixels import to_float
 from relay_diffusion.diffusion.text_states import TextStates
 from relay_diffusion.errors import UserError
-from relay_diffusion.models.stage import DiffusionStage
+from relay_diffusion.models.stage import DiffusionStage, StageInfo
 from relay_diffusion.networks import EDMPreconditioner
+from relay_diffusion.sampling.run import sample
 from relay_diffusion.text import CachedEncoder, transformers_encoder
-from support import TINY, assert_same_weights, run, weights_of
+from relay_diffusion.training.run import sampling_command
+from support import TINY, assert_same_weights, run, tiny_stage, weights_of
 from tiny_encoders import DIM, save_encoder
 
 NO_CLASSES = "network.num_classes=0"
@@ -241,11 +245,13 @@ def test_resume_with_another_encoder_is_an_error(fit_text, fit, archive, tmp_pat
     for other in (other_text, "text.max_tokens=9"):
         with pytest.raises(UserError, match=message + r".* there, TransformersEncoder.* here; use the files"):
             fit_text("run", 12, other)
-    for name, options in (("run", []), ("other", text_options)):
-        if name == "other":
-            fit("other", 4, f"data.dataset.path={archive}")
-        with pytest.raises(UserError, match=r"was trained with another text encoder: .*\bnone (there|here)[,;]"):
-            fit(name, 12, f"data.dataset.path={archive}", *options)
+    with pytest.raises(UserError, match=r"was trained with another text encoder: .* there, none here; use the files"):
+        fit("run", 12, f"data.dataset.path={archive}")
+    fit("plain", 4, f"data.dataset.path={archive}")
+    with pytest.raises(
+        UserError, match=r": none there, Transformers.* here; use text=none, or init=.*last\.ckpt to add"
+    ):
+        fit_text("plain", 12)
 
 
 def text_weights(stage):
@@ -291,6 +297,28 @@ def test_settings_of_text_are_no_change_for_older_runs(fit, tmp_path, capsys):
     capsys.readouterr()
     fit("run", 8)
     assert "last.ckpt, " in capsys.readouterr().out  # not "last.ckpt with ..."
+
+
+@pytest.mark.parametrize(("stage", "name", "more"), [("base", "base", 1), ("relay", "relay", 4)])
+def test_training_ends_with_a_command_that_samples_with_text(
+    configuration, fit_text, tmp_path, capsys, stage, name, more
+):
+    fit_text("run", 4, stage=stage)
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words[4].startswith(f"relay.stages.{name}.path=")
+    assert len(words[5:]) == more
+    assert ("prompt=red" in words) == (stage == "base")
+    cfg = configuration("sample", *words[3:], f"output={tmp_path / 'samples'}", "trainer.accelerator=cpu")
+    cfg.relay.seeds = cfg.seeds = "0-1"
+    validate_sampling(cfg)
+    assert sample(cfg)["images"] == 2
+
+
+def test_the_command_names_an_encoder_of_the_hub(configuration, archive):
+    cfg = configuration("train", *TINY, "text=minilm", "text.path=someone/encoder")
+    stage = tiny_stage(16, context_dim=DIM, info=StageInfo(text={"encoder": {}, "hash": "a"}))
+    command = sampling_command(cfg, stage, ImageDataset(archive, 16, "train"))
+    assert command.endswith(" prompt=red relay.text_path=someone/encoder")
 
 
 # ---- errors ----

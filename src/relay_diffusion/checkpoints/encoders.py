@@ -88,9 +88,12 @@ def check_same_encoder(stored: Mapping[str, Any] | None, present: Mapping[str, A
     """
     hashes = [None if text is None else text["hash"] for text in (stored, present)]
     if hashes[0] != hashes[1]:
+        remedy = "use the files and the text.max_tokens of the first"
+        if stored is None:
+            remedy = f"use text=none, or init={where} to add text to its weights"
         raise UserError(
             f"{where} was trained with another text encoder: {_encoder_text(stored)} there, {_encoder_text(present)} "
-            "here; use the files and the text.max_tokens of the first"
+            f"here; {remedy}"
         )
 
 

@@ -165,7 +165,7 @@ def _convert_and_report(options: ConvertOptions) -> None:
     print(_describe_resolutions(result, options))
     for line in _describe_classes(result) + _describe_captions(result):
         print(line)
-    count = len(result.class_names)
+    count = len(result.class_names or ())
     classes = "1 class" if count == 1 else f"{count or 'no'} classes"
     print(
         f"{options.destination}: {result.images:,} images of {size_text(written_size(options.resolution))}, {classes}, "

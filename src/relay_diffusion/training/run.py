@@ -31,6 +31,8 @@ from relay_diffusion.utils.git import git_revision
 from relay_diffusion.utils.messages import override
 from relay_diffusion.utils.quiet import quiet_libraries
 
+LONGEST_PROMPT = 60  # characters of a caption in the printed command
+
 
 def _build_stage(config: DictConfig, info: StageInfo) -> DiffusionStage:
     """Build the stage of a config with its `info`.
@@ -169,7 +171,7 @@ def train(cfg: DictConfig) -> DiffusionStage | None:
     if trainer.is_global_zero:
         print(_how_it_ended(cfg, trainer, stage))
         if "checkpoints" in cfg.callbacks and not test_steps:
-            print(f"sample: {sampling_command(cfg, stage, len(data.dataset.names))}")
+            print(f"sample: {sampling_command(cfg, stage, data.dataset)}")
     return stage
 
 
@@ -188,11 +190,11 @@ def _how_it_ended(cfg: DictConfig, trainer: L.Trainer, stage: DiffusionStage) ->
     return f"trained on {done} images; see {where}"
 
 
-def sampling_command(cfg: DictConfig, stage: DiffusionStage, images: int) -> str:
+def sampling_command(cfg: DictConfig, stage: DiffusionStage, trained: ImageDataset) -> str:
     """Return the command of sample.py that samples the trained stage.
 
-    A first stage starts from noise. Others enlarge up to 16 of the `images` that the dataset has, or one whole image of
-    a dataset of crops.
+    A first stage starts from noise, with text from a caption. Others enlarge up to 16 of the images in `trained`, with
+    their captions; with crops, one whole image.
     """
     relay, name = ("cascade", "cascade") if stage.conditioned else ("two_stages", "relay")
     relay, name = ("one_stage", "base") if stage.corruption.block == 1 else (relay, name)
@@ -203,7 +205,11 @@ def sampling_command(cfg: DictConfig, stage: DiffusionStage, images: int) -> str
         dataset = cfg.data.dataset
         words |= {"relay.start": dataset.get("path", "FOLDER"), "relay.start_subset": dataset.get("subset", "")}
         words |= {"relay.start_size": "" if dataset.get("random_crops") else "input"}
-        words |= {"seeds": "0" if dataset.get("random_crops") or images == 1 else f"0-{min(images, 16) - 1}"}
+        words |= {"seeds": "0" if dataset.get("random_crops") else f"0-{min(len(trained.names), 16) - 1}"}
+    elif stage.info.text is not None:
+        words |= {"prompt": " ".join(next(filter(None, trained.captions))[0].split())[:LONGEST_PROMPT]}
+    if stage.info.text is not None and (path := cfg.text.get("path")) is not None and not Path(path).is_dir():
+        words |= {"relay.text_path": path}  # a checkpoint alone loads no name on the Hub
     words |= {"trusted": f"[{','.join(cfg.trusted)}]" if cfg.trusted else ""}
     return " ".join(["python sample.py", *(override(key, str(value)) for key, value in words.items() if value)])
 
