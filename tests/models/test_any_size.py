@@ -65,6 +65,14 @@ def test_sizes_that_levels_do_not_divide_are_padded():
     assert tuple(relay.sample([0], start=torch.zeros(1, 3, 11, 8)).shape) == (1, 3, 33, 24)
 
 
+def test_small_images_are_padded_once():
+    """The second stage pads its own input, not the padding of the first."""
+    stage = tiny_stage(64, 4)
+    relay = Relay({"b": stage, "b_2": stage}, resolution=256)
+    assert relay.sampled_sizes((9, 10)) == {"b": (64, 64), "b_2": (144, 160)}
+    assert tuple(relay.sample([0], start=torch.zeros(1, 3, 9, 10)).shape) == (1, 3, 144, 160)
+
+
 def test_a_stage_is_applied_twice():
     stage, start = tiny_stage(16, 2), torch.rand(1, 3, 9, 13) * 2 - 1
     twice = Relay({"b": stage, "b_2": stage}, resolution=32)

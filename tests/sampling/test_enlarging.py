@@ -11,9 +11,11 @@ import pytest
 from PIL import Image, ImageCms
 
 from processes import Process, ended, until
+from relay_diffusion.data.start_images import StartImages
 from relay_diffusion.errors import UserError
 from relay_diffusion.networks import EDMPreconditioner
-from relay_diffusion.sampling.run import sample
+from relay_diffusion.sampling.options import sampling_options
+from relay_diffusion.sampling.run import build_relay, make_plan, sample
 from support import PROJECT, TINY, run
 
 TILES = ("relay.tile=64", "relay.overlap=16", "relay.tile_batch=16")
@@ -69,7 +71,9 @@ def test_an_image_of_odd_size_is_enlarged_whole_and_in_tiles(enlarge, tmp_path, 
     batches = []
     forward = EDMPreconditioner.forward
     monkeypatch.setattr(
-        EDMPreconditioner, "forward", lambda self, x, *rest, **named: batches.append(tuple(x.shape)) or forward(self, x, *rest, **named)
+        EDMPreconditioner,
+        "forward",
+        lambda self, x, *rest, **named: batches.append(tuple(x.shape)) or forward(self, x, *rest, **named),
     )
     start = photo(tmp_path / "odd.jpg", (203, 317))
     enlarge(start, *TILES, output="tiles")
@@ -130,6 +134,38 @@ def test_damaged_profiles_are_ignored_and_reported(enlarge, tmp_path, capsys):
     enlarge(tmp_path / "plain", output="plain_out")
     damaged, plain = (tmp_path / name / "images/odd.png" for name in ("out", "plain_out"))
     assert damaged.read_bytes() == plain.read_bytes()
+
+
+def test_profiles_apply_to_images_of_the_input_resolution_too(configuration, stage, tmp_path):
+    for side, sizes in ((8, None), (9, [(9, 9)])):
+        start = photo(tmp_path / f"{side}.png", (side, side))
+        cfg = configuration("sample", *stage, f"relay.start={start}")
+        plan = make_plan(sampling_options(cfg), build_relay(cfg.relay))
+        assert plan.sizes == sizes
+        assert isinstance(plan.start, StartImages)  # which converts colours
+
+
+def test_transparency_and_missing_classes_are_reported(enlarge, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    Image.new("RGBA", (8, 8), (250, 0, 0, 100)).save(tmp_path / "in/half.png")
+    enlarge(tmp_path / "in")
+    printed = capsys.readouterr().out
+    assert "note: transparency is composited on white: half.png\n" in printed
+    assert "note: relay.start has no classes (dataset.json)" in printed
+
+
+def test_too_many_repeats_are_reported(enlarge, tmp_path, monkeypatch):
+    monkeypatch.setattr("relay_diffusion.sampling.run.MAX_SIDE", 63)
+    with pytest.raises(UserError, match=r"^relay\.repeat=3: would enlarge to 64x64, but at most 63 on"):
+        enlarge(photo(tmp_path / "a.png", (12, 9)), "relay.repeat=3")
+
+
+def test_the_only_stage_of_a_relay_enlarges(configuration, stage, tmp_path):
+    path = next(option for option in stage if option.startswith("relay.stages.relay.path=")).partition("=")[2]
+    one = ["relay=one_stage", f"relay.stages.base.path={path}", "trainer.accelerator=cpu"]
+    start = f"relay.start={photo(tmp_path / 'a.png', (12, 9))}"
+    sample(configuration("sample", *one, start, f"run_dir={tmp_path / 'out'}"))
+    assert images(tmp_path / "out/images") == {"a.png": (24, 18)}
 
 
 def test_images_of_the_input_resolution_are_sampled_in_batches(enlarge, tmp_path):
@@ -221,7 +257,7 @@ def cut_short(path):
         ("x.png", lambda path: photo(path, (20, 10)), ("relay.tile=6",), "^relay.tile=6: is smaller than the network"),
         ("x.png", lambda path: photo(path, (20, 10)), ("relay.overlap=16",), "^relay.overlap=16: .* below the tile"),
         ("x.png", lambda path: photo(path, (20, 10)), ("relay.start_size=input", "class=0"), "12x10; it must be 8x8"),
-        ("x.png", lambda path: photo(path, (20, 10)), ("class=5",), "class"),
+        ("x.png", lambda path: photo(path, (20, 10)), ("class=5",), "^class=5 is not known to the model"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_enlarged_is_reported_before_work_starts(enlarge, tmp_path, name, write, overrides, message):

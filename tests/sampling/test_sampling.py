@@ -17,7 +17,8 @@ from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import Evaluator
 from relay_diffusion.models.relay import Relay
-from relay_diffusion.sampling.run import build_relay, sample
+from relay_diffusion.sampling.options import sampling_options
+from relay_diffusion.sampling.run import build_relay, make_plan, sample
 from relay_diffusion.utils.distributed import SIGNALS
 
 
@@ -245,22 +246,22 @@ def test_starting_images_are_rotated_by_exif(configuration, relay_overrides, tmp
 
 
 @pytest.mark.parametrize("side", [8, 9])  # the input size of the relay, and another one
-def test_given_images_have_their_classes_or_none(configuration, relay_overrides, tmp_path, capsys, side):
+def test_given_images_have_their_classes_or_none(configuration, relay_overrides, tmp_path, side):
     Image.new("RGB", (side, side)).save(tmp_path / "a.png")
     start = [*relay_overrides, f"relay.start={tmp_path}"]
-    labels = tmp_path / "out/images/dataset.json"
-    without = [*start, f"run_dir={tmp_path / 'out'}"]
-    assert sample(configuration("sample", *without))["images"] == 1
-    assert "note: relay.start has no classes (dataset.json): its images have none; class=NAME" in capsys.readouterr().out
+
+    def labels(*options):
+        cfg = configuration("sample", *start, *options)
+        return make_plan(sampling_options(cfg), build_relay(cfg.relay)).labels
+
+    assert labels() == labels("class=-1") == [-1]
     (tmp_path / "dataset.json").write_text('{"labels": [["a.png", 0]], "classes": ["light"]}')
     with pytest.raises(UserError, match="other classes than the model"):
-        sample(configuration("sample", *start))
-    assert sample(configuration("sample", *start, "class=-1", f"run_dir={tmp_path / 'minus'}"))["images"] == 1
+        labels()
+    assert labels("class=-1") == [-1]
     (tmp_path / "dataset.json").write_text('{"labels": [["a.png", 1]], "classes": ["dark", "light"]}')
-    sample(configuration("sample", *start, f"run_dir={tmp_path / 'own'}"))
-    files = [(tmp_path / name / "images/a.png").read_bytes() for name in ("out", "minus", "own")]
-    assert files[0] == files[1] != files[2]
-    assert labels is not None
+    assert labels() == labels("class=light") == [1]
+    assert labels("class=dark") == [0]
 
 
 def test_a_damaged_starting_image_is_reported_before_sampling(configuration, relay_overrides, tmp_path):

@@ -46,6 +46,12 @@ def test_images_without_classes_train_without_label_dropout(fit, folder):
     assert (stage.num_classes, stage.label_dropout) == (0, 0.0)
 
 
+def test_classes_that_are_ignored_have_no_label_dropout(fit, capsys):
+    stage = fit("run", 4, "network.num_classes=0", "stage.label_dropout=0.1")
+    assert (stage.num_classes, stage.label_dropout) == (0, 0.0)
+    assert "note: stage.label_dropout is 0, because the network has neither classes nor text" in capsys.readouterr().out
+
+
 def test_guidance_without_classes_is_refused_before_training(configuration, folder, tmp_path):
     cfg = configuration(
         "train", *TINY, "resolution=16", INFERRED, f"data.dataset.path={folder}", "data.dataset.subset=''",
