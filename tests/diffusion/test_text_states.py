@@ -60,7 +60,7 @@ def test_trainers_move_text_to_the_device():
     ("change", "message"),
     [
         (lambda _: "a cat", "text is str: must be TextStates"),
-        (lambda text: text.select([0, 1]), "text has 2 rows for 3 images: give one for each"),
+        (lambda text: text.select([0, 1]), "text has 2 rows: must have 3"),
         (lambda text: text._replace(mask=text.mask.long()), "torch.int64 of shape"),
         (lambda text: text._replace(mask=text.mask[:, 1:]), "must be floats"),
         (lambda text: text._replace(pooled=text.pooled[:, 1:]), "must be floats"),

@@ -70,4 +70,4 @@ def check_text(name: str, text: TextStates, count: int) -> None:
         shapes = ", ".join(f"{part.dtype} of shape {tuple(part.shape)}" for part in text)
         raise ValueError(f"{name} holds {shapes}: must be floats [B,T,D], bool [B,T], floats [B,D]")
     if len(tokens) != count:
-        raise ValueError(f"{name} has {len(tokens)} rows for {count} images: give one for each")
+        raise ValueError(f"{name} has {len(tokens)} rows: must have {count}")

@@ -328,7 +328,7 @@ class Relay(L.LightningModule):
         text: TextStates | None = None,
         negative: TextStates | None = None,
         prompt: str | Sequence[str] | None = None,
-        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | None = None,
     ) -> dict[str, Tensor]:
         """Sample the images [B,C,H,W] of every stage, by name.
 
@@ -339,7 +339,7 @@ class Relay(L.LightningModule):
         if negative is not None or negative_prompt is not None:
             self.check_negative("negative" if negative_prompt is None else "negative_prompt")
         text = self._text_rows("text", text, "prompt", prompt, len(seeds))
-        negative = self._text_rows("negative", negative, "negative_prompt", negative_prompt, len(seeds))
+        negative = self._text_rows("negative", negative, "negative_prompt", negative_prompt, 1)
         size, channels = self.start_size, self.image_channels
         if (start is None) != (size is None):
             wanted = (
@@ -379,7 +379,7 @@ class Relay(L.LightningModule):
         text: TextStates | None = None,
         negative: TextStates | None = None,
         prompt: str | Sequence[str] | None = None,
-        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | None = None,
     ) -> Tensor:
         """Sample final images [B,C,H,W] in about [-1, 1], one per seed.
 
@@ -387,9 +387,9 @@ class Relay(L.LightningModule):
         or names [B], -1 or None for no class, or one for all; unconditional stages ignore them.
         start: images [B,C,h,w], uint8 or in [-1, 1], for a relay whose first stage enlarges. They may have any size of
         at least 8x8: small ones are continued by mirroring, large ones evaluated in tiles.
-        text: encoded prompts, one row per seed or one for all; stages without text ignore them. negative: likewise, the
+        text: encoded prompts, one row per seed or one for all; stages without text ignore them. negative: one row, the
         text that classifier-free guidance moves away from; None: no text. prompt, negative_prompt: prompts to encode
-        instead of these, one per seed or one for all.
+        instead of these: one per seed or one for all; one.
         Synchronizes with the device. Raises ValueError if an argument does not fit, UserError for classes or text that
         no stage has and for a negative prompt without classifier-free guidance, NonFiniteSamplesError (a UserError) if
         a stage's samples hold nan or infinity.
@@ -491,8 +491,8 @@ class Samples(NamedTuple):
 class SampleBatch(NamedTuple):
     """Seeds, labels and start images of one batch.
 
-    positions [P] in the plan, seeds [B], labels [B] (-1: none), start: uint8 [B,C,h,w] or None, text and negative:
-    B rows or None. The first P <= B images are wanted; the others pad the batch.
+    positions [P] in the plan, seeds [B], labels [B] (-1: none), start: uint8 [B,C,h,w] or None, text: B rows or
+    None, negative: one row or None. The first P <= B images are wanted; the others pad the batch.
     """
 
     positions: Tensor

@@ -391,7 +391,7 @@ class DiffusionStage(OptimizationHooks):
         0..2^63-1 as a range, list, array or tensor, or one integer. labels: class indices or names [B], -1 or None for
         no class, or one for all. previous: images [B,C,H/block,W/block] of the previous stage, uint8 or in [-1, 1], for
         a stage that enlarges. Equal seeds give equal images in any batch. consistency: tie the block means of each
-        estimate to `previous`. text: encoded prompts, one row per seed or one for all. negative: likewise, the text
+        estimate to `previous`. text: encoded prompts, one row per seed or one for all. negative: one row, the text
         that classifier-free guidance moves away from; None: no text. Synchronizes with the device. Raises ValueError if
         an argument does not fit, UserError for labels or text that the network does not have and for a negative prompt
         without classifier-free guidance, NonFiniteSamplesError (a UserError) if a sample holds nan or infinity.
@@ -399,7 +399,7 @@ class DiffusionStage(OptimizationHooks):
         seeds = seed_list(seeds)
         labels = label_tensor(labels, len(seeds), self.num_classes, self.info.class_names)
         text = text_rows("text", text, len(seeds), self.text_dim)
-        negative = text_rows("negative", negative, len(seeds), self.text_dim)
+        negative = text_rows("negative", negative, 1, self.text_dim)
         if negative is not None and not self.classifier_free:
             raise UserError(f"negative: {NO_NEGATIVE}")
         channels, block, sides = self.image_channels, self.corruption.block, tuple(shape)[2:]
@@ -440,9 +440,9 @@ class DiffusionStage(OptimizationHooks):
 
         size: (height, width) of the images. Samples may be non-finite. sampler: used instead of the stage's own.
         observers: see each evaluation. tiling: tiles in which the images are evaluated; None: whole, as a conditioned
-        stage needs. tile_observers: see each evaluation of tiles, or of whole images. text, negative: a row per seed;
-        a stage without text ignores them. Raises ValueError for a sampler that does not start where the corruption
-        ends, and for consistency without `previous`.
+        stage needs. tile_observers: see each evaluation of tiles, or of whole images. text: a row per seed, negative:
+        one row; a stage without text ignores them. Raises ValueError for a sampler that does not start where the
+        corruption ends, and for consistency without `previous`.
         """
         sampler = self.sampler if sampler is None else sampler
         self._check_sampler(sampler)

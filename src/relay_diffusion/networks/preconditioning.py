@@ -25,8 +25,8 @@ class Condition(NamedTuple):
 class Prompts(NamedTuple):
     """Classes and text of the images of a batch.
 
-    labels [B] or None; text: B rows; negative: text of the unconditional estimate of guidance, one row for all images
-    or one for each; None: no text.
+    labels [B] or None; text: B rows; negative: text of the unconditional estimate of guidance, one row; None: no
+    text.
     """
 
     labels: Tensor | None
@@ -115,7 +115,7 @@ class Prompted:
         if negative is None:
             negative = no_text(1, text.tokens.shape[2], text.tokens.device)
         self.denoiser, self.labels = denoiser, prompts.labels
-        self.images, self.negatives = len(text.tokens), len(negative.tokens)
+        self.images = len(text.tokens)
         self.text = concatenate([text, negative])
 
     def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
@@ -123,11 +123,10 @@ class Prompted:
 
         x [n B,C,H,W], sigma [n B], labels [n B]: indices of images, or NO_CLASS; None: NO_CLASS for all.
         """
-        place = torch.arange(len(x), device=x.device)
-        index = torch.full_like(place, NO_CLASS) if labels is None else labels
+        index = torch.full((len(x),), NO_CLASS, device=x.device) if labels is None else labels
         without = index < 0
         classes = None
         if self.labels is not None:
             classes = self.labels[index.clamp(min=0)].masked_fill(without, NO_CLASS)
-        rows = torch.where(without, self.images + place % self.negatives, index)
+        rows = index.masked_fill(without, self.images)
         return self.denoiser(x, sigma, classes, text=self.text.select(rows))

@@ -54,7 +54,7 @@ class PlanDataModule(L.LightningDataModule):
         if self._states is not None:
             text = self._states.lookup([plan.prompt(position) for position in filled])
             if plan.negative_prompt.strip():
-                negative = self._states.lookup([plan.negative_prompt] * size)
+                negative = self._states.lookup([plan.negative_prompt])
         return SampleBatch(torch.tensor(positions), torch.tensor(seeds), torch.tensor(labels), start, text, negative)
 
 
