@@ -279,6 +279,18 @@ def test_tar_and_cut_zip_point_to_the_converter(archive: Path, tmp_path: Path) -
         assert "\n" not in str(caught.value)
 
 
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "images"
+    path.write_text("no zip")
+
+    def refused(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(UserError, match=r"data\.dataset\.path=.*not a zip, or cut short"):
+        ImageDataset(path, 8)
+
+
 def test_a_source_without_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "folder", write_zip(tmp_path / "a.zip", {"notes.txt": b""})):

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from relay_diffusion.errors import UserError
+
 MAX_MEMBER = 2**28  # bytes of one image or label file; a larger one is a mistake or hostile
 MAX_TAR_HEADER = 2**20  # bytes of a long name or of other extra headers, which tarfile holds in memory
 PIECE = 2**20  # bytes read at once, so that memory grows with the content of a file, not with the size in its header
@@ -36,6 +38,14 @@ def check_size(size: int, most: int = MAX_MEMBER) -> None:
     """Raise ValueError if the size in a header is above `most` bytes."""
     if size > most:
         raise ValueError(f"it claims {size:,} bytes, more than {most:,}")
+
+
+def utf8_text(content: bytes, where: str) -> str:
+    """Decode a text file, with or without byte order mark. Raises UserError naming `where`."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: is not UTF-8 ({error.reason} at byte {error.start:,}); save it as UTF-8") from error
 
 
 def check_zip_member(info: zipfile.ZipInfo) -> None:

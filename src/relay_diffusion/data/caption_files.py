@@ -12,7 +12,7 @@ from io import StringIO
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from relay_diffusion.data.bounded_io import file_bytes
+from relay_diffusion.data.bounded_io import file_bytes, utf8_text
 from relay_diffusion.data.captions import checked_captions
 from relay_diffusion.data.sources import Source, existing_path
 from relay_diffusion.errors import UserError
@@ -46,7 +46,7 @@ def text_files(source: Source) -> FoundCaptions:
     by_name = {}
     for file, read in source.items([file for file in files if file in owners]):
         where = source.where(file)
-        found = checked_captions(_text(read(), where).splitlines(), where)
+        found = checked_captions(utf8_text(read(), where).splitlines(), where)
         by_name.update(dict.fromkeys(owners[file], found))
     return FoundCaptions(by_name, [file for file in files if file not in owners], set(files))
 
@@ -57,7 +57,7 @@ def json_file(source: Source, path: str) -> FoundCaptions:
     Names are relative to the source. Raises UserError naming the file and the entry.
     """
     where = f"captions_file={path}"
-    content = _json(_text(_read(path), where), where)
+    content = _json(utf8_text(_read(path), where), where)
     if not isinstance(content, dict):
         raise UserError(f"{where}: must be an object {{image name: caption or list of captions}}")
     return _assigned(source, content.items(), lambda name: f"{where}: {name!r}")
@@ -81,7 +81,7 @@ def metadata_tables(source: Source, column: str, path: str | None) -> FoundCapti
     entries: dict[str, list[object]] = defaultdict(list)
     for file, (where, table, content) in tables.items():
         columns: set[str] = set()
-        for line, row in _rows(table, _text(content, where), where):
+        for line, row in _rows(table, utf8_text(content, where), where):
             columns.update(row)
             if not isinstance(row.get(NAME_COLUMN), str):
                 raise UserError(f"{where}, line {line}: no text in the column {NAME_COLUMN!r}")
@@ -138,13 +138,6 @@ def _read(path: str) -> bytes:
         return file_bytes(Path(file))
     except (OSError, ValueError) as error:
         raise UserError(f"captions_file={path}: {one_line(error)}") from error
-
-
-def _text(content: bytes, where: str) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: is not UTF-8 ({error.reason} at byte {error.start:,}); save it as UTF-8") from error
 
 
 def _json(text: str, where: str) -> object:

@@ -12,7 +12,7 @@ import tarfile
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
@@ -297,10 +297,12 @@ def open_source(path: str | Path, option: str, tar: bool = False) -> Source:
         return FileSource(expanded, option)
     if tar:
         return TarSource(expanded, option)
-    with expanded.open("rb") as file:
-        if expanded.stat().st_size and not file.read(4).startswith(b"PK"):
-            raise UserError(
-                f"{option}={path}: is neither an image ({', '.join(IMAGE_SUFFIXES)}) nor a zip; "
-                f"{CONVERTER} makes one from a folder, tar or zip"
-            )
+    start = b""
+    with suppress(OSError), expanded.open("rb") as file:  # ZipSource reports a file that cannot be read
+        start = file.read(2)
+    if start not in (b"", b"PK"):
+        raise UserError(
+            f"{option}={path}: is neither an image ({', '.join(IMAGE_SUFFIXES)}) nor a zip; "
+            f"{CONVERTER} makes one from a folder, tar or zip"
+        )
     return ZipSource(expanded, option)

@@ -23,6 +23,7 @@ from relay_diffusion.models.finite_samples import finite, nonfinite_samples
 from relay_diffusion.models.sample_arguments import (
     ClassLabels,
     Integers,
+    check_takes_text,
     image_batch,
     label_tensor,
     prompt_list,
@@ -220,8 +221,7 @@ class Relay(L.LightningModule):
 
     def check_text(self, name: str) -> None:
         """Raise UserError if no stage has text. name: the argument in the message."""
-        if not self.text_dim:
-            raise UserError(f"{name} was given, but the model was trained without text: remove it")
+        check_takes_text(name, self.text_dim)
 
     @property
     def image_channels(self) -> int:
@@ -388,8 +388,8 @@ class Relay(L.LightningModule):
         start: images [B,C,h,w], uint8 or in [-1, 1], for a relay whose first stage enlarges. They may have any size of
         at least 8x8: small ones are continued by mirroring, large ones evaluated in tiles.
         text: encoded prompts, one row per seed or one for all; stages without text ignore them. negative: one row, the
-        text that classifier-free guidance moves away from; None: no text. prompt, negative_prompt: prompts to encode
-        instead of these: one per seed or one for all; one.
+        text that classifier-free guidance moves away from; None: no text. prompt: text to encode instead of `text`, one
+        per seed or one for all. negative_prompt: one text to encode instead of `negative`.
         Synchronizes with the device. Raises ValueError if an argument does not fit, UserError for classes or text that
         no stage has and for a negative prompt without classifier-free guidance, NonFiniteSamplesError (a UserError) if
         a stage's samples hold nan or infinity.

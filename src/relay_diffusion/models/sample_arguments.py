@@ -78,16 +78,24 @@ def prompt_list(name: str, prompts: str | Sequence[str], count: int) -> list[str
     return list(prompts)
 
 
+def check_takes_text(name: str, dim: int) -> None:
+    """Raise UserError for a model without text.
+
+    name: the argument in the message. dim: channels of the token states that the model takes, 0: it has no text.
+    """
+    if dim == 0:
+        raise UserError(f"{name} was given, but the model was trained without text: remove it")
+
+
 def text_rows(name: str, text: TextStates | None, count: int, dim: int) -> TextStates | None:
     """Return text with `count` rows, one for each image.
 
-    One row is repeated for all images; None stays None. dim: channels of the token states that the model takes, 0: it
-    has no text. Raises ValueError for another type, shape or number of rows, UserError for a model of other text.
+    One row is repeated for all images; None stays None. dim: as in `check_takes_text`. Raises ValueError for another
+    type, shape or number of rows, UserError for a model of other text.
     """
     if text is None:
         return None
-    if dim == 0:
-        raise UserError(f"{name} was given, but the model was trained without text: remove it")
+    check_takes_text(name, dim)
     check_text(name, text, 1 if isinstance(text, TextStates) and len(text.tokens) == 1 else count)
     found = text.tokens.shape[2]
     if found != dim:

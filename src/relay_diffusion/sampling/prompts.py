@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relay_diffusion.data.bounded_io import file_bytes
+from relay_diffusion.data.bounded_io import file_bytes, utf8_text
 from relay_diffusion.data.captions import MAX_LENGTH
 from relay_diffusion.data.class_choice import AS_REFERENCE, captions_like_reference
 from relay_diffusion.data.dataset import ImageDataset
@@ -81,11 +81,10 @@ def read_prompts(path: str) -> list[str]:
     where = f"prompts={path}"
     file = existing_path(path, "prompts")
     try:
-        lines = file_bytes(Path(file)).decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: is not UTF-8 ({error.reason} at byte {error.start:,}); save it as UTF-8") from None
+        content = file_bytes(Path(file))
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: cannot be read ({one_line(error)}); give a text file") from None
+    lines = utf8_text(content, where).splitlines()
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"{where}: has no prompts; write one in each line")
