@@ -3,7 +3,8 @@
 python benchmarks/enlarging.py [key=value ...]
 
 stage      relay stage: directory of a run, .ckpt file or export   (outputs/photos)
-methods    bicubic, lanczos, and grids as in grids.py, joined by plus signs (bicubic+lanczos+1,2,3,5,9/0.4/0.03/7/0)
+methods    bicubic, lanczos, and grids as in grids.py, joined by plus signs; consistent: before a grid ties block means
+           to the input, as relay.consistency=true does             (bicubic+lanczos+consistent:1,2,3,5,9/0.4/0.03/7/0)
 images     folder or zip of images of any size                     (data/photos.zip)
 subset     a folder inside                                         (heldout)
 count      number of crops, equally many of each image; FID needs more than 2,048   (5000)
@@ -46,10 +47,12 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import FIDMetric, FrechetDistance, Inception, Reference, SFIDMetric
 from relay_diffusion.metrics.evaluator import Evaluator
 from relay_diffusion.models import DiffusionStage
+from relay_diffusion.samplers import Sampler
 from relay_diffusion.sampling.agreement import difference
 from relay_diffusion.utils.host import prepare_host
 from relay_diffusion.utils.parallel import map_in_order
 
+CONSISTENT = "consistent:"
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 KEY = ["stage", "method", "images", "subset", "seed", "count"]
 COLUMNS = [*KEY, "evaluations", "tflop", "seconds", "fid", "sfid", "psnr", "ssim", "agreement", "device"]
@@ -61,7 +64,7 @@ class Options:
     """The command line; see above."""
 
     stage: str = "outputs/photos"
-    methods: str = "bicubic+lanczos+1,2,3,5,9/0.4/0.03/7/0"
+    methods: str = "bicubic+lanczos+consistent:1,2,3,5,9/0.4/0.03/7/0"
     images: str = "data/photos.zip"
     subset: str = "heldout"
     count: int = 5000
@@ -73,10 +76,19 @@ class Options:
 
 def methods_of(text: str) -> list[str]:
     """Every method, once."""
-    parts = text.split("+")
-    return list(
-        dict.fromkeys(m for part in parts for m in ([part] if part in INTERPOLATIONS else grids("methods", part)))
-    )
+    methods: list[str] = []
+    for part in text.split("+"):
+        if part in INTERPOLATIONS:
+            methods.append(part)
+        else:
+            prefix = CONSISTENT if part.startswith(CONSISTENT) else ""
+            methods += [prefix + grid for grid in grids("methods", part.removeprefix(prefix))]
+    return list(dict.fromkeys(methods))
+
+
+def sampler_of(stage: DiffusionStage, method: str) -> Sampler:
+    """The sampler of a method that is a grid."""
+    return sampler(stage, "methods", method.removeprefix(CONSISTENT))
 
 
 def load_enlarging_stage(path: str, device: torch.device) -> DiffusionStage:
@@ -115,7 +127,10 @@ def enlarged(stage: DiffusionStage, small: Tensor, method: str, seed: int, batch
     if method in INTERPOLATIONS:
         return interpolated(small, stage.corruption.block, method)
     seeds, labels = range(seed, seed + len(small)), torch.full((len(small),), NO_CLASS)
-    images, seconds = draw(stage, sampler(stage, "methods", method), seeds, labels, to_float(small), batch)
+    consistency = method.startswith(CONSISTENT)
+    images, seconds = draw(
+        stage, sampler_of(stage, method), seeds, labels, to_float(small), batch, consistency=consistency
+    )
     return to_uint8(images), seconds
 
 
@@ -126,7 +141,7 @@ class Bench:
         self.stage, self.options, self.device = load_enlarging_stage(options.stage, device), options, device
         for method in methods:  # report mistakes before sampling
             if method not in INTERPOLATIONS:
-                sampler(self.stage, "methods", method)
+                sampler_of(self.stage, method)
         images, size = options.images, self.stage.size
         dataset = ImageDataset(
             images, size, options.subset, labels=False, cache=True, random_crops=options.count, option="images"
@@ -166,7 +181,7 @@ class Bench:
             self.psnr.update(result.float(), crop.float())
             self.ssim.update(result.float(), crop.float())
             squares += float(difference(result, small).square().sum(dtype=torch.float64))
-        chosen = None if method in INTERPOLATIONS else sampler(stage, "methods", method)
+        chosen = None if method in INTERPOLATIONS else sampler_of(stage, method)
         return {
             "evaluations": str(chosen.evaluations if chosen else 0),
             "tflop": f"{tflop(stage, chosen) if chosen else 0:.5g}",
@@ -199,7 +214,7 @@ def run(options: Options) -> None:
         rows.append(dict(zip(KEY, key, strict=True)) | bench.measure(method))
         write_rows(path, COLUMNS, rows)
         shown = ("evaluations", "seconds", "fid", "sfid", "psnr", "ssim", "agreement")
-        print(f"{method:20}", *(f"{name} {rows[-1][name]:>8}" for name in shown), flush=True)
+        print(f"{method:28}", *(f"{name} {rows[-1][name]:>8}" for name in shown), flush=True)
 
 
 if __name__ == "__main__":

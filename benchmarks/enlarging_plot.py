@@ -78,7 +78,8 @@ def curves(points: dict[str, Point]) -> dict[str, list[Point]]:
     """Points by curve: an interpolation, or a grid without its number of steps."""
     found: dict[str, list[Point]] = {}
     for method, point in points.items():
-        name = method if method in INTERPOLATIONS else method.partition("/")[2]
+        prefix, colon, grid = method.rpartition(":")
+        name = method if method in INTERPOLATIONS else prefix + colon + grid.partition("/")[2]
         found.setdefault(name, []).append(point)
     return {name: sorted(points, key=lambda point: point["evaluations"]) for name, points in found.items()}
 

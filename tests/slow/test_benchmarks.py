@@ -323,10 +323,18 @@ def test_enlarging_measures_the_images_of_the_stage_and_keeps_rows(enlarge, phot
     assert len(enlarge("2/0.4/0.1/7/0.2", count=6, seed=6)) == 3
 
 
+def test_enlarging_ties_block_means_to_the_input(enlarge):
+    free, consistent = enlarge("1/0.4/0.1/7/0.2+consistent:1/0.4/0.1/7/0.2", count=6)
+    assert [free["method"], consistent["method"]] == ["1/0.4/0.1/7/0.2", "consistent:1/0.4/0.1/7/0.2"]
+    assert float(consistent["agreement"]) < float(free["agreement"]) / 4
+    assert float(consistent["psnr"]) > float(free["psnr"])
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
         ("methods=nearest", "methods=nearest: must be steps/sigma_max/sigma_min/rho/s_noise"),
+        ("methods=consistent:nearest", "methods=nearest: must be steps/sigma_max/sigma_min/rho/s_noise"),
         ("methods=2/0.4/0.5/7/0", "methods=2/0.4/0.5/7/0: sigma_min=0.5: must be below sigma_max=0.4"),
         ("stage=demo/emoji_64", "stage=demo/emoji_64: starts from noise; give a relay stage"),
         ("count=0", "count=0: must be at least 1"),
@@ -340,14 +348,14 @@ def test_enlarging_names_wrong_options(option, message):
 
 def test_enlarging_plot_averages_seeds_and_joins_grids(enlarge, benchmark, tmp_path):
     for seed in (0, 1):
-        rows = enlarge("bicubic+2,1/0.4/0.1/7/0.2", count=6, seed=seed)
+        rows = enlarge("bicubic+2,1/0.4/0.1/7/0.2+consistent:1/0.4/0.1/7/0.2", count=6, seed=seed)
     module = benchmark("enlarging_plot")
     points = module.averaged(tmp_path / "points.csv")
     psnr = [float(row["psnr"]) for row in rows if row["method"] == "2/0.4/0.1/7/0.2"]
     assert len(psnr) == 2
     assert points["2/0.4/0.1/7/0.2"]["psnr"] == pytest.approx(sum(psnr) / 2)
     found = {name: [point["evaluations"] for point in curve] for name, curve in module.curves(points).items()}
-    assert found == {"bicubic": [0], "0.4/0.1/7/0.2": [1, 2]}
+    assert found == {"bicubic": [0], "0.4/0.1/7/0.2": [1, 2], "consistent:0.4/0.1/7/0.2": [1]}
     result = run("benchmarks/enlarging_plot.py", f"points={tmp_path / 'points.csv'}", f"plot={tmp_path / 'a.png'}")
     assert result.returncode == 0, result.stderr
     assert f"| 1/0.4/0.1/7/0.2 | 1 | {points['1/0.4/0.1/7/0.2']['tflop']:.3f} |" in result.stdout
