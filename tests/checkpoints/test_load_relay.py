@@ -14,6 +14,8 @@ from PIL import Image
 
 import relay_diffusion as rd
 from relay_diffusion.checkpoints.export import export_stage
+from relay_diffusion.diffusion.corruption import block_mean
+from relay_diffusion.diffusion.pixels import to_float
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.sample_arguments import label_tensor
 from support import PROJECT
@@ -110,6 +112,7 @@ def test_unknown_class_names(folder):
         {"format": 1, "stages": {"base": {"path": 3}}},
         {"format": 1, "stages": {"base": {"path": "base", "chnges": {}}}},
         {"format": 1, "stages": {"base": {"path": "base"}}, "rouding": "floor"},
+        {"format": 1, "stages": {"base": {"path": "base"}}, "consistency": 1},
     ],
 )
 def test_a_malformed_file_is_refused(folder, content):
@@ -215,6 +218,19 @@ def test_a_choice_of_conf_relay(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"relay=quickstart: stages\.base: no checkpoint at outputs/quickstart/base"):
         rd.load_relay("quickstart")
+
+
+@pytest.mark.slow
+def test_photographs_are_enlarged_with_their_block_means(monkeypatch):
+    """The bundled file says so, as relay=photos does."""
+    image = torch.randint(112, 144, (1, 3, 8, 8), dtype=torch.uint8)
+    relay = rd.load_relay(PROJECT / "demo/photos")
+    assert relay.consistency
+    large = relay.sample([0], start=image)
+    assert large.shape == (1, 3, 32, 32)
+    assert (block_mean(large.double(), 4) - to_float(image).double()).abs().max() < 1e-5
+    monkeypatch.chdir(PROJECT)
+    assert rd.load_relay("photos").consistency
 
 
 def test_a_choice_keeps_its_options(monkeypatch, folder, tmp_path):

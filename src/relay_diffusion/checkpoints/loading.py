@@ -111,8 +111,9 @@ def load_relay(
     """Load a relay from a folder, a conf/relay choice, or stage paths.
 
     `source`: a folder that holds relay.json, e.g. {"format": 1, "stages": {"base": {"path": "base"}, "relay": {"path":
-    "relay"}}}, with paths relative to it and stages in order; or a name such as "emoji", which is built as
-    `sample.py relay=emoji` does; or a mapping of stage names to paths, as load_stage takes them.
+    "relay"}}, "consistency": true}, with paths relative to it, stages in order and an optional `consistency` as of
+    Relay; or a name such as "emoji", which is built as `sample.py relay=emoji` does; or a mapping of stage names to
+    paths, as load_stage takes them.
     `weights`: "ema" or "raw"; None: those of the choice, or "ema". `changes` and `samplers`: `changes` and `sampler` of
     load_stage for each stage by its name. `trusted`: as for load_stage. `resolution`: of the last stage's images, R or
     [height, width]; None: that of the choice, or as trained. `text_path`: folder or Hub name of the text encoder of
@@ -129,7 +130,8 @@ def load_relay(
     if isinstance(source, Mapping):
         load = {name: partial(load_stage, path) for name, path in source.items()}
     elif (file := _relay_file(Path(source))) is not None:
-        where, load = f"{file}: ", {name: partial(load_stage, path) for name, path in _stage_paths(file).items()}
+        paths, options = _read_relay(file)
+        where, load = f"{file}: ", {name: partial(load_stage, path) for name, path in paths.items()}
     else:
         settings = _relay_choice(str(source))
         where, options = f"relay={source}: ", relay_options(settings)
@@ -208,7 +210,10 @@ def relay_options(settings: DictConfig) -> dict[str, Any]:
 
 
 def _relay_choice(name: str) -> DictConfig:
-    """Compose a choice of conf/relay. Raises UserError for an unknown name or missing stage paths."""
+    """Compose a choice of conf/relay, with its stages from `first` on.
+
+    Raises UserError for an unknown name or missing stage paths.
+    """
     known = sorted(file.stem for file in (CONF / "relay").glob("*.yaml"))
     if name not in known:
         raise UserError(
@@ -217,6 +222,9 @@ def _relay_choice(name: str) -> DictConfig:
         )
     with initialize_config_dir(str(CONF), version_base="1.3"):
         settings = cast(DictConfig, compose("sample", overrides=[f"relay={name}"]).relay)
+    if first := settings.get("first"):
+        names = list(settings.stages)
+        settings.stages = OmegaConf.masked_copy(settings.stages, names[names.index(first) :])
     if missing := sorted(OmegaConf.missing_keys(settings)):
         raise UserError(f"relay={name}: {missing[0]} has no value; give the path of each stage: load_relay({{...}})")
     return settings
@@ -228,24 +236,29 @@ def _relay_file(path: Path) -> Path | None:
     return file if file.is_file() else None
 
 
-def _stage_paths(file: Path) -> dict[str, Path]:
-    """Return the path of each stage in a relay.json."""
+def _read_relay(file: Path) -> tuple[dict[str, Path], dict[str, Any]]:
+    """Return the path of each stage in a relay.json, and options of Relay."""
     try:
         content = parse_json(file.read_text(encoding="utf-8"))
         if content["format"] != RELAY_FORMAT:
             raise UserError(
                 f"{file} is a relay in format {shorten(content['format'])}: this version reads {RELAY_FORMAT}"
             )
-        if content.keys() != {"format", "stages"} or any(
-            stage.keys() != {"path"} for stage in content["stages"].values()
+        options = {"consistency": content.get("consistency", False)}
+        known = content.keys() - options.keys() == {"format", "stages"}
+        if (
+            not known
+            or not isinstance(options["consistency"], bool)
+            or any(stage.keys() != {"path"} for stage in content["stages"].values())
         ):
             raise ValueError
-        return {name: file.parent / stage["path"] for name, stage in content["stages"].items()}
+        return {name: file.parent / stage["path"] for name, stage in content["stages"].items()}, options
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(
-            f'{file} cannot be read: must be {{"format": {RELAY_FORMAT}, "stages": {{NAME: {{"path": PATH}}, ...}}}}'
+            f'{file} cannot be read: must be {{"format": {RELAY_FORMAT}, "stages": {{NAME: {{"path": PATH}}, ...}}}}, '
+            'and "consistency": true if wanted'
         ) from None
 
 
