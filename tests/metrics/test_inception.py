@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -138,10 +137,7 @@ def test_state_dict_with_class_layer(inception: Inception, tmp_path: Path) -> No
 
 
 def test_missing_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def not_installed(name: str) -> None:
-        raise PackageNotFoundError(name)
-
-    monkeypatch.setattr(module, "distribution", not_installed)
+    monkeypatch.setattr(module, "PACKAGE", "no-such-distribution")
     with pytest.raises(UserError, match=r"metrics\.evaluator\.inception\.weights") as raised:
         Inception()
     assert INSTALL in str(raised.value)

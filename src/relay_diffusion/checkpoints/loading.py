@@ -237,7 +237,7 @@ def _relay_file(path: Path) -> Path | None:
 
 
 def _read_relay(file: Path) -> tuple[dict[str, Path], dict[str, Any]]:
-    """Return the path of each stage in a relay.json, and options of Relay."""
+    """Read stage paths and options of Relay from relay.json."""
     try:
         content = parse_json(file.read_text(encoding="utf-8"))
         if content["format"] != RELAY_FORMAT:

