@@ -2,8 +2,8 @@
 
 python benchmarks/enlarging_picture.py [key=value ...]
 
-stage    relay stage, as in enlarging.py                              (outputs/photos)
-methods  a column each, as in enlarging.py                            (bicubic+2/0.4/0.03/7/0)
+stage    relay stage, as in enlarging.py                              (demo/photos_256)
+methods  a column each, as in enlarging.py              (bicubic+consistent:2/0.4/0.03/7/0)
 images   folder or zip of images of any size                          (data/photos.zip)
 subset   a folder inside                                              (heldout)
 crops    a row each: NAME:NUMBER, separated by commas; NAME is an image without folder and suffix
@@ -38,8 +38,8 @@ class Options:
     """Options of this command; see above."""
 
     crops: str = MISSING
-    stage: str = "outputs/photos"
-    methods: str = "bicubic+2/0.4/0.03/7/0"
+    stage: str = "demo/photos_256"
+    methods: str = "bicubic+consistent:2/0.4/0.03/7/0"
     images: str = "data/photos.zip"
     subset: str = "heldout"
     seed: int = 0
