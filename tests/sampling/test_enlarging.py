@@ -155,8 +155,8 @@ def test_transparency_and_missing_classes_are_reported(enlarge, tmp_path, capsys
 
 
 def test_too_many_repeats_are_reported(enlarge, tmp_path, monkeypatch):
-    monkeypatch.setattr("relay_diffusion.sampling.run.MAX_SIDE", 63)
-    with pytest.raises(UserError, match=r"^relay\.repeat=3: would enlarge to 64x64, but at most 63 on"):
+    monkeypatch.setattr("relay_diffusion.utils.resolution.MAX_SIDE", 63)
+    with pytest.raises(UserError, match=r"^relay\.repeat=3: would enlarge to 64x64, but at most .* and 63 on"):
         enlarge(photo(tmp_path / "a.png", (12, 9)), "relay.repeat=3")
 
 
@@ -248,7 +248,7 @@ def cut_short(path):
         ("x.png", lambda path: photo(path, (7, 90)), (), "is 7x90 .width x height.: must be at least 8x8"),
         ("x.png", lambda path: photo(path, (2100, 8)), ("relay.repeat=3",), "would become 16800x64 .*; crop or shrink"),
         ("x.png", lambda path: photo(path, (1200, 1200)), ("relay.repeat=3",), "9600x9600, but at most 89,478,485 pix"),
-        ("x.webp", animation, (), "^relay.start: 'x.webp' in .* is an animation: save the wanted frame"),
+        ("x.webp", animation, (), "^relay.start: 'x.webp' in .* an animation; save the wanted frame as PNG, or"),
         ("x.png", cut_short, (), "^relay.start: 'x.png' in .* cannot be decoded"),
         ("x.jpg", lambda path: path.write_text("text"), (), "^relay.start: 'x.jpg' in .* is not a PNG"),
         ("x.png", lambda path: photo(path, (20, 10)), ("npz=true",), "^npz=True: needs images of one size"),
