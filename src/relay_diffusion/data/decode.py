@@ -313,33 +313,45 @@ def with_channels(
 
 
 def box_average(image: Image.Image, factor: int) -> Image.Image:
-    """Average every factor x factor block.
-
-    Rounded to the nearest integer (halves up); the sides must be divisible by factor. Transparent pixels have no weight
-    in the colour of an RGBA block.
-    """
-    if factor == 1:
-        return image
-    if image.mode == "RGBA":
-        means = block_means(np.asarray(image.convert("RGBa")), factor)  # multiplied by alpha
-        return Image.frombytes("RGBa", means.shape[1::-1], means.tobytes()).convert("RGBA")
-    return Image.fromarray(block_means(np.asarray(image), factor))
+    """Average every factor x factor block, as `block_means`."""
+    return image if factor == 1 else Image.fromarray(block_means(np.asarray(image), factor))
 
 
 def block_means(pixels: np.ndarray, factor: int) -> np.ndarray:
     """Average every factor x factor block of pixels [H,W] or [H,W,C].
 
-    uint8 is rounded to the nearest integer (halves up); H and W must be divisible by factor.
+    Four channels are RGBA: colours are weighted by alpha, so that transparent pixels have no weight. uint8 is rounded
+    to the nearest integer (halves up); floats lie in [-1, 1]. H and W must be divisible by factor.
     """
+    if factor == 1:
+        return pixels
+    rgba = pixels.ndim == 3 and pixels.shape[2] == 4
     if pixels.dtype != np.uint8:
         height, width = pixels.shape[0] // factor, pixels.shape[1] // factor
-        return pixels.reshape(height, factor, width, factor, *pixels.shape[2:]).mean((1, 3))
+        blocks = pixels.reshape(height, factor, width, factor, *pixels.shape[2:])
+        means = blocks.mean((1, 3))
+        if rgba:
+            levels, alpha = blocks[..., :3] + 1, blocks[..., 3:] + 1
+            weight = alpha.sum((1, 3))
+            means[..., :3] = (levels * alpha).sum((1, 3)) / np.where(weight > 0, weight, 1) - 1
+        return means.clip(-1, 1)
     # Sums of strided slices, because Pillow's reduce is off by one for some factors that are not powers of two.
-    rows = pixels[::factor].astype(np.uint32)
+    rows = _weighted(pixels[::factor], rgba)
     for start in range(1, factor):
-        rows += pixels[start::factor]
+        rows += _weighted(pixels[start::factor], rgba)
     blocks = rows[:, ::factor].copy()
     for start in range(1, factor):
         blocks += rows[:, start::factor]
-    area = factor * factor
-    return ((blocks + area // 2) // area).astype(np.uint8)
+    weights = np.full_like(blocks, factor * factor)
+    if rgba:
+        weights[..., :3] = np.maximum(blocks[..., 3:], 1)
+    return ((blocks + weights // 2) // weights).astype(np.uint8)
+
+
+def _weighted(pixels: np.ndarray, rgba: bool) -> np.ndarray:
+    """Convert uint8 to integers that hold sums; multiply colours by alpha."""
+    if not rgba:
+        return pixels.astype(np.uint32)
+    wide = pixels.astype(np.uint64)
+    wide[..., :3] *= wide[..., 3:]
+    return wide
