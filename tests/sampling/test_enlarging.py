@@ -224,6 +224,23 @@ def test_a_killed_run_continues_without_loss_or_duplicates(stage, enlarge, tmp_p
     assert not list((tmp_path / "killed/images").glob(".*"))
 
 
+@pytest.mark.slow
+def test_two_processes_enlarge_as_one(stage, enlarge, tmp_path):
+    """Images of one tile and of several; the last image alone is made by both processes."""
+    for number, size in enumerate([(20, 12), (70, 50), (9, 90), (40, 40), (8, 8)]):
+        photo(tmp_path / f"in/sub/{number}.png", size, number)
+    enlarge(tmp_path / "in", *TILES, output="one")
+    expected = {path.name: path.read_bytes() for path in images_named(tmp_path / "one/images/sub")}
+    assert sorted(expected) == [f"{number}.png" for number in range(5)]
+    for seeds, count in (("seeds=0-3", 4), ("seeds=4", 5)):
+        given = [*stage, *TILES, seeds, f"relay.start={tmp_path / 'in'}", f"run_dir={tmp_path / 'two'}"]
+        done = run("sample.py", *given, "strategy=ddp_cpu")
+        assert done.returncode == 0, done.stderr
+        made = {path.name: path.read_bytes() for path in (tmp_path / "two/images").rglob("*.png")}
+        assert made == {name: expected[name] for name in sorted(expected)[:count]}
+    assert not list((tmp_path / "two/images").rglob(".*"))
+
+
 def images_named(folder):
     """Return the finished files, without temporary ones."""
     return [path for path in Path(folder).glob("*.png") if not path.name.startswith(".")]

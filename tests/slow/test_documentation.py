@@ -169,9 +169,8 @@ COMMAND = re.compile(
     r"(?:python|torchrun [^`]*?) (train\.py|sample\.py|(?:benchmarks|scripts)/\w+\.py|-m relay_diffusion\.cli\.[a-z_]+)"
     r"([^`\n)]*)"
 )
-CURRENT = [
-    page for page in PAGES if page.name not in ("CHANGELOG.md", "extending.md")
-]  # which adds options and uses them
+OTHER_OPTIONS = ("CHANGELOG.md", "extending.md")  # earlier ones; those that it adds itself
+CURRENT = [page for page in PAGES if page.name not in OTHER_OPTIONS]
 FLAGS = {"--help", "-sc", "--version"}  # commands that print something instead of running
 
 
