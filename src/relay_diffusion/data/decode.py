@@ -135,7 +135,7 @@ def _decoder_errors(where: str) -> Iterator[None]:
         raise
     except UnidentifiedImageError as error:
         kind = f"not a {', '.join(IMAGE_FORMATS)} image"
-        raise UnusableImageError(f"{where} is {kind}; save it as PNG", kind) from error
+        raise UnusableImageError(f"{where} is {kind}; save it as PNG or replace it", kind) from error
     except Exception as error:  # untrusted bytes: decoders raise many exception types
         raise UnusableImageError(f"{where} cannot be decoded: {one_line(error)}; replace it", "damaged") from error
 
@@ -335,23 +335,24 @@ def block_means(pixels: np.ndarray, factor: int) -> np.ndarray:
             weight = alpha.sum((1, 3))
             means[..., :3] = (levels * alpha).sum((1, 3)) / np.where(weight > 0, weight, 1) - 1
         return means.clip(-1, 1)
-    # Sums of strided slices, because Pillow's reduce is off by one for some factors that are not powers of two.
-    rows = _weighted(pixels[::factor], rgba)
+    sums, area = _block_sums(pixels, factor), factor * factor
+    means = (sums + area // 2) // area
+    if rgba:
+        alpha = pixels[..., 3:].astype(np.uint16)
+        weight = np.maximum(sums[..., 3:], 1)
+        means[..., :3] = (_block_sums(pixels[..., :3] * alpha, factor) + weight // 2) // weight
+    return means.astype(np.uint8)
+
+
+def _block_sums(pixels: np.ndarray, factor: int) -> np.ndarray:
+    """Sum every factor x factor block of integers.
+
+    By strided slices, because Pillow's reduce is off by one for some factors that are not powers of two.
+    """
+    rows = pixels[::factor].astype(np.uint32 if pixels.dtype == np.uint8 else np.uint64)
     for start in range(1, factor):
-        rows += _weighted(pixels[start::factor], rgba)
+        rows += pixels[start::factor]
     blocks = rows[:, ::factor].copy()
     for start in range(1, factor):
         blocks += rows[:, start::factor]
-    weights = np.full_like(blocks, factor * factor)
-    if rgba:
-        weights[..., :3] = np.maximum(blocks[..., 3:], 1)
-    return ((blocks + weights // 2) // weights).astype(np.uint8)
-
-
-def _weighted(pixels: np.ndarray, rgba: bool) -> np.ndarray:
-    """Convert uint8 to integers that hold sums; multiply colours by alpha."""
-    if not rgba:
-        return pixels.astype(np.uint32)
-    wide = pixels.astype(np.uint64)
-    wide[..., :3] *= wide[..., 3:]
-    return wide
+    return blocks
