@@ -349,7 +349,7 @@ def _block_sums(pixels: np.ndarray, factor: int) -> np.ndarray:
 
     By strided slices, because Pillow's reduce is off by one for some factors that are not powers of two.
     """
-    rows = pixels[::factor].astype(np.uint32 if pixels.dtype == np.uint8 else np.uint64)
+    rows: np.ndarray = pixels[::factor].astype(np.uint32 if pixels.dtype == np.uint8 else np.uint64)
     for start in range(1, factor):
         rows += pixels[start::factor]
     blocks = rows[:, ::factor].copy()
