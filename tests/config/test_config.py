@@ -172,6 +172,7 @@ def test_every_experiment_trains_a_step(configuration, large_zip, tmp_path, expe
         ("resolution=15", r"network\.resolution=15: not divisible by 2\^1"),
         ("resolution=[16,15]", r"network\.resolution=\[16, 15\]: not divisible by 2\^1"),
         ("resolution=[16,a]", r"resolution=\[16, 'a'\]: must be a whole number, or \[height, width\]"),
+        ("resolution=9600", r"resolution=9600: at most 89,478,485 pixels and 16,384 on a side are supported; use"),
         ("resolution=[16,0]", r"resolution=\[16, 0\]: must lie between 1 and 16,384"),
         ("network.resolution=[16,8]", r"network\.resolution=\[16, 8\] differs from resolution=16; remove network\."),
         ("data.dataset.resolution=8", r"data\.dataset\.resolution=8 differs from resolution=16; remove data\."),
@@ -230,10 +231,12 @@ def test_a_block_that_does_not_divide_is_named(configuration, small_zip):
     cfg = configuration(
         "train", *TINY, "stage=relay", "resolution=16", f"data.dataset.path={small_zip}", "stage.corruption.block=3"
     )
-    with pytest.raises(UserError, match=r"resolution=16 is not divisible by stage\.corruption\.block=3"):
+    with pytest.raises(UserError, match=r"resolution=16 is not divisible by stage\.corruption\.block=3; use 18$"):
         validate_training(cfg)
     cfg.resolution = [12, 16]
-    with pytest.raises(UserError, match=r"resolution=\[12, 16\] is not divisible by stage\.corruption\.block=3"):
+    with pytest.raises(
+        UserError, match=r"resolution=\[12, 16\] is not divisible by stage\.corruption\.block=3; use \[12, 18\]$"
+    ):
         validate_training(cfg)
     cfg.resolution = [12, 18]
     validate_training(cfg)
@@ -245,6 +248,7 @@ def test_a_block_that_does_not_divide_is_named(configuration, small_zip):
         ("mode=draw", "mode=draw: use sample or evaluate"),
         ("batch_size=0", "batch_size=0"),
         ("picture=-1", "picture=-1"),
+        ("relay.resolution=9600", r"relay\.resolution=9600: at most 89,478,485 pixels and 16,384 on a side are supp"),
         ("relay.resolution=0", r"relay\.resolution=0: must be a whole number, at least 1"),
         ("relay.resolution=[16]", r"relay\.resolution=\[16\]: must be a whole number, or \[height, width\]"),
         ("png_compression=10", "png_compression=10: must be a whole number, between 0 and 9"),

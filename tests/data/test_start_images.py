@@ -105,5 +105,5 @@ def test_items_have_the_wanted_channels(pixels, tmp_path, channels):
 
 def test_headers_of_other_files_are_reported(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 40)
-    with pytest.raises(UserError, match=r"^start: 'a\.png' in .*: remove it"):
+    with pytest.raises(UserError, match=r"^start: 'a\.png' in .*; save it as PNG or replace it, or remove it$"):
         StartImages(tmp_path, option="start")

@@ -159,9 +159,10 @@ def linked(path: Path, target: str) -> Path:
     return path
 
 
-def test_links_in_archives_are_left_out(tmp_path: Path) -> None:
+def test_links_in_archives_are_left_out_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     secret = write_folder(tmp_path / "secret", {"secret.png": PICTURE}) / "secret.png"
     assert ImageDataset(linked(tmp_path / "in.zip", str(secret)), SIDE).names == ["good.png"]
+    assert capsys.readouterr().out.endswith("in.zip: ignored 1 file of another type (.png (link)): link.png (link)\n")
     with tarfile.open(tmp_path / "in.tar", "w") as archive:
         for name, kind in (("good.png", tarfile.REGTYPE), ("soft.png", tarfile.SYMTYPE), ("hard.png", tarfile.LNKTYPE)):
             info = tarfile.TarInfo(name)
@@ -169,7 +170,8 @@ def test_links_in_archives_are_left_out(tmp_path: Path) -> None:
             info.size = len(PICTURE) if kind == tarfile.REGTYPE else 0
             archive.addfile(info, io.BytesIO(PICTURE))
     destination = tmp_path / "out.zip"
-    assert convert(ConvertOptions(str(tmp_path / "in.tar"), str(destination), SIDE, classes=Classes.none)).images == 1
+    result = convert(ConvertOptions(str(tmp_path / "in.tar"), str(destination), SIDE, classes=Classes.none))
+    assert (result.images, result.ignored) == (1, ["soft.png (link)", "hard.png (link)"])
 
 
 # --- sizes

@@ -17,6 +17,7 @@ from relay_diffusion.data.convert import Classes, ConvertOptions, convert
 from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.decode import decode_rgb
 from relay_diffusion.data.image_sets import open_image_set
+from relay_diffusion.data.start_images import StartImages
 from relay_diffusion.errors import UserError
 
 SIDE = 8
@@ -79,8 +80,8 @@ REFUSED = {
     "no bytes": (b"", "is not a PNG"),
     "text": (b"hello, I am no image\n" * 9, "is not a PNG"),
     "animated GIF": (frames("GIF"), "is not a PNG"),
-    "animated PNG": (frames("PNG"), "is an animation: save the wanted frame"),
-    "animated WebP": (frames("WEBP"), "is an animation: save the wanted frame"),
+    "animated PNG": (frames("PNG"), "is an animation; save the wanted frame as PNG"),
+    "animated WebP": (frames("WEBP"), "is an animation; save the wanted frame as PNG"),
     "no pixels": (png(2, [0, 0, 0], 8, 0), "is not a PNG"),
     "16-bit transparent colour": (
         png(2, [0x1234] * 3, 16, SIDE, chunk(b"tRNS", struct.pack(">HHH", *[0x1234] * 3))),
@@ -102,6 +103,7 @@ PLACES = {  # where images are read: how, and the file or folder that holds them
     "data.dataset.path zip": (lambda path: ImageDataset(path, SIDE)[0], "zip"),
     "data.dataset.path folder": (lambda path: ImageDataset(path, SIDE)[0], "folder"),
     "relay.start": (lambda path: ImageDataset(path, SIDE, option="relay.start")[0], "folder"),
+    "relay.start of any size": (lambda path: StartImages(path)[0], "zip"),
     "images": (lambda path: next(open_image_set(path, "images").batches(1)), "folder"),
     "reference": (lambda path: next(open_image_set(path, "reference", (SIDE, SIDE)).batches(1)), "zip"),
     "convert folder": (lambda path: ImageDataset(converted(path), SIDE)[0], "folder"),
@@ -135,7 +137,8 @@ def test_a_file_that_is_not_an_image_is_reported_everywhere(tmp_path: Path, plac
         read(path)
     message, option = str(caught.value), "source" if "convert" in place else place.split()[0]
     assert message.startswith(f"{option}: 'odd.png' in {path}")
-    assert message.count("skip_bad=true") == 1  # the remedy
+    remedies = {"remove it": "convert" not in place, "skip_bad=true": "any size" not in place}
+    assert {remedy: message.count(remedy) for remedy in remedies} == remedies
     assert "\n" not in message
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]  # the converter leaves nothing half-written
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from relay_diffusion.diffusion.corruption import block_mean
 from relay_diffusion.diffusion.tiling import TiledDenoiser
@@ -33,6 +35,38 @@ def test_images_of_odd_size_are_enlarged_in_tiles(inputs):
     assert torch.equal(images, relay.sample([1, 2], start=start))
     alone = relay.sample([2], start=start[1:])
     torch.testing.assert_close(alone, images[1:], rtol=0, atol=1e-4)
+
+
+class Allocated(TorchDispatchMode):
+    """Bytes of the results of all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.bytes += sum(leaf.nbytes for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
+        return result
+
+
+def test_the_memory_of_the_network_depends_on_the_tile_alone(monkeypatch):
+    stage, peaks = tiny_stage(32, 4), []
+    forward = type(stage.denoiser).forward
+
+    def measured(self, *given):
+        with Allocated() as allocated:
+            estimate = forward(self, *given)
+        peaks[-1] = max(peaks[-1], allocated.bytes)
+        return estimate
+
+    monkeypatch.setattr(type(stage.denoiser), "forward", measured)
+    for tile, side in ((32, 12), (32, 24), (96, 24)):
+        peaks.append(0)
+        Relay({"b": stage}, tile=tile, tile_batch=4).sample([1], start=torch.zeros(1, 3, side, side))
+    small, large, whole = peaks
+    assert small == large
+    assert whole > 2 * large  # 96 x 96 pixels at once instead of four tiles of 32 x 32
 
 
 def test_the_sampler_and_its_noise_see_the_whole_image(monkeypatch):
@@ -129,5 +163,5 @@ def test_tiles_that_do_not_fit_are_refused(options, message):
 
 
 def test_images_below_8_pixels_are_refused():
-    with pytest.raises(ValueError, match=r"^start has shape \(1, 3, 7, 9\): must be \(1, 3, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"^start has images of 9x7 \(width x height\): must be at least 8x8; pad"):
         Relay({"b": tiny_stage(32, 4)}).sample([0], start=torch.zeros(1, 3, 7, 9))

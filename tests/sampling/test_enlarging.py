@@ -155,8 +155,8 @@ def test_transparency_and_missing_classes_are_reported(enlarge, tmp_path, capsys
 
 
 def test_too_many_repeats_are_reported(enlarge, tmp_path, monkeypatch):
-    monkeypatch.setattr("relay_diffusion.sampling.run.MAX_SIDE", 63)
-    with pytest.raises(UserError, match=r"^relay\.repeat=3: would enlarge to 64x64, but at most 63 on"):
+    monkeypatch.setattr("relay_diffusion.utils.resolution.MAX_SIDE", 63)
+    with pytest.raises(UserError, match=r"^relay\.repeat=3: would enlarge to 64x64, but at most .* and 63 on"):
         enlarge(photo(tmp_path / "a.png", (12, 9)), "relay.repeat=3")
 
 
@@ -224,6 +224,23 @@ def test_a_killed_run_continues_without_loss_or_duplicates(stage, enlarge, tmp_p
     assert not list((tmp_path / "killed/images").glob(".*"))
 
 
+@pytest.mark.slow
+def test_two_processes_enlarge_as_one(stage, enlarge, tmp_path):
+    """Images of one tile and of several; the last image alone is made by both processes."""
+    for number, size in enumerate([(20, 12), (70, 50), (9, 90), (40, 40), (8, 8)]):
+        photo(tmp_path / f"in/sub/{number}.png", size, number)
+    enlarge(tmp_path / "in", *TILES, output="one")
+    expected = {path.name: path.read_bytes() for path in images_named(tmp_path / "one/images/sub")}
+    assert sorted(expected) == [f"{number}.png" for number in range(5)]
+    for seeds, count in (("seeds=0-3", 4), ("seeds=4", 5)):
+        given = [*stage, *TILES, seeds, f"relay.start={tmp_path / 'in'}", f"run_dir={tmp_path / 'two'}"]
+        done = run("sample.py", *given, "strategy=ddp_cpu")
+        assert done.returncode == 0, done.stderr
+        made = {path.name: path.read_bytes() for path in (tmp_path / "two/images").rglob("*.png")}
+        assert made == {name: expected[name] for name in sorted(expected)[:count]}
+    assert not list((tmp_path / "two/images").rglob(".*"))
+
+
 def images_named(folder):
     """Return the finished files, without temporary ones."""
     return [path for path in Path(folder).glob("*.png") if not path.name.startswith(".")]
@@ -248,7 +265,7 @@ def cut_short(path):
         ("x.png", lambda path: photo(path, (7, 90)), (), "is 7x90 .width x height.: must be at least 8x8"),
         ("x.png", lambda path: photo(path, (2100, 8)), ("relay.repeat=3",), "would become 16800x64 .*; crop or shrink"),
         ("x.png", lambda path: photo(path, (1200, 1200)), ("relay.repeat=3",), "9600x9600, but at most 89,478,485 pix"),
-        ("x.webp", animation, (), "^relay.start: 'x.webp' in .* is an animation: save the wanted frame"),
+        ("x.webp", animation, (), "^relay.start: 'x.webp' in .* an animation; save the wanted frame as PNG, or"),
         ("x.png", cut_short, (), "^relay.start: 'x.png' in .* cannot be decoded"),
         ("x.jpg", lambda path: path.write_text("text"), (), "^relay.start: 'x.jpg' in .* is not a PNG"),
         ("x.png", lambda path: photo(path, (20, 10)), ("npz=true",), "^npz=True: needs images of one size"),

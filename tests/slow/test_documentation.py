@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
 import relay_diffusion
+from relay_diffusion.cli.arguments import parse_arguments
+from relay_diffusion.config import compose as compose_command
 from relay_diffusion.config.sample import validate_sampling
 from relay_diffusion.config.train import validate_training
 from relay_diffusion.sampling.run import sample
@@ -132,13 +135,18 @@ def call(project, words, more):
             validate_sampling(cfg)
             sample(cfg)
         return
+    assert not run_main(script, arguments)
+
+
+def run_main(script, arguments):
+    """Run a script, or a module with script="-m", in this process; return its exit code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", arguments if script == "-m" else [script, *arguments])
         start = partial(runpy.run_module, alter_sys=True) if script == "-m" else runpy.run_path
         patch.delitem(sys.modules, sys.argv[0], raising=False)
         with pytest.raises(SystemExit) as ended:
             start(sys.argv[0], run_name="__main__")
-    assert not ended.value.code
+    return ended.value.code
 
 
 @pytest.mark.parametrize("page", MARKED, ids=page_id)
@@ -155,3 +163,61 @@ def test_commands_run(page, project):
         assert commands(text), f"{page}: a mark with nothing to run"
         for words in commands(text):
             call(project, words, SMALL[argument].get(words[1], []))
+
+
+COMMAND = re.compile(
+    r"(?:python|torchrun [^`]*?) (train\.py|sample\.py|(?:benchmarks|scripts)/\w+\.py|-m relay_diffusion\.cli\.[a-z_]+)"
+    r"([^`\n)]*)"
+)
+OTHER_OPTIONS = ("CHANGELOG.md", "extending.md")  # earlier ones; those that it adds itself
+CURRENT = [page for page in PAGES if page.name not in OTHER_OPTIONS]
+FLAGS = {"--help", "-sc", "--version"}  # commands that print something instead of running
+
+
+def documented_commands(page):
+    """Return (script, arguments) of every command of a page, with its shell variables replaced."""
+    text = re.sub(r"\\\n\s*", "", page.read_text())
+    variables = {name: value.strip('"') for name, value in re.findall(r'^ +([A-Z]+)=("[^"]*"|\S+)', text, re.M)}
+    for script, rest in COMMAND.findall(text):
+        words = shlex.split(re.sub(r"\$([A-Z]+)", lambda match: variables[match[1]], rest), comments=True)
+        if not FLAGS & {*words}:
+            yield script, words
+
+
+def first_job(words):
+    """Return the overrides of the first job of a sweep."""
+    if "--multirun" not in words:
+        return words
+    parsed = OverridesParser.create().parse_overrides([word for word in words if word != "--multirun"])
+    return [
+        f"{one.key_or_group}={next(one.sweep_string_iterator())}" if one.is_sweep_override() else one.input_line
+        for one in parsed
+    ]
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=page_id)
+def test_commands_have_known_options(page, monkeypatch):
+    """Without running them: `train.py` and `sample.py` are composed, other arguments are parsed."""
+    monkeypatch.chdir(PROJECT)
+    monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
+    monkeypatch.setattr(
+        "relay_diffusion.cli.arguments.run_tool", lambda given, _, schema, __: parse_arguments(schema, given) and None
+    )
+    for script, words in documented_commands(page):
+        if script in ("train.py", "sample.py"):
+            compose_command(Path(script).stem, [word.replace("relay=NAME", "relay=emoji") for word in first_job(words)])
+        elif words:
+            first, *others = script.split()
+            assert not run_main(first, [*others, *words])
+
+
+def test_named_options_exist():
+    """Keys in the text, such as `relay.tile`, are those of docs/configuration.md."""
+    known = re.findall(r"^\| `([^`]+)` \|", (PROJECT / "docs/configuration.md").read_text(), re.M)
+    groups = {*known, *(key[: dot.start()] for key in known for dot in re.finditer(r"\.", key))}
+    for page in CURRENT:
+        named = re.findall(
+            r"`((?:callbacks|data\.dataset|network|relay(?!\.stages)|trainer)(?:\.\w+)+)(?:=[^`]*)?`", page.read_text()
+        )
+        unknown = {key for key in named if not key.endswith(".png")} - groups
+        assert not unknown, page

@@ -26,6 +26,14 @@ def test_a_size_out_of_range_is_refused(given):
         image_size(given, "side")
 
 
+@pytest.mark.parametrize("given", [9460, [2**14, 5462]])
+def test_too_many_pixels_are_refused(given):
+    message = r"^side=.*: at most 89,478,485 pixels and 16,384 on a side are supported; use smaller sides$"
+    with pytest.raises(ValueError, match=message):
+        image_size(given, "side")
+    assert image_size([2**14, 5461], "side") == (2**14, 5461)
+
+
 @pytest.mark.parametrize("given", [[], [8], [8, 8, 8], 8.0, [8.0, 8], True, [True, 8], "64", None, [[8, 8], 8]])
 def test_anything_else_is_refused(given):
     with pytest.raises(ValueError, match=r"^side=.*: must be a whole number, or \[height, width\]$"):

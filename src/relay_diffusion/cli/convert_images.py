@@ -5,18 +5,16 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import PurePosixPath
 from typing import NoReturn
 
 from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.data.convert import Converted, ConvertOptions, convert, usable_images, written_size
 from relay_diffusion.data.decode import UNUSED_BITS, dark_warning
-from relay_diffusion.utils.messages import shorten
+from relay_diffusion.data.sources import describe_files
+from relay_diffusion.utils.messages import first_names, shorten
 from relay_diffusion.utils.resolution import resolution_of, size_text
 
-MAX_ENDINGS = 8  # suffixes in the line about ignored files
 MAX_CLASSES_SHOWN = 20
-MAX_NAMES_SHOWN = 5  # class names in a warning, or images with one problem
 RESOLUTIONS = (32, 64, 128, 256, 512, 1024)  # whose numbers of usable images are printed
 USAGE = """\
 python -m relay_diffusion.cli.convert_images source=FOLDER|ZIP|TAR destination=OUT.zip [key=value ...]
@@ -47,21 +45,8 @@ python -m relay_diffusion.cli.convert_images source=FOLDER|ZIP|TAR destination=O
 """
 
 
-def _by_type(names: list[str]) -> str:
-    """Describe the number of files and their most frequent suffixes."""
-    endings = Counter(PurePosixPath(name).suffix.lower() or "no ending" for name in names)
-    shown = sorted(ending for ending, _ in endings.most_common(MAX_ENDINGS))
-    more = ", ..." if len(endings) > len(shown) else ""
-    return f"{len(names):,} file{'s' * (len(names) > 1)} of other types ({', '.join(shown)}{more})"
-
-
 def _counted(count: int, thing: str) -> str:
     return f"{count:,} {thing}{'' if count == 1 else 's'}"
-
-
-def _some(names: Sequence[str]) -> str:
-    more = ", ..." if len(names) > MAX_NAMES_SHOWN else ""
-    return ", ".join(shorten(name) for name in names[:MAX_NAMES_SHOWN]) + more
 
 
 def class_table(names: Sequence[str], counts: Sequence[int]) -> list[str]:
@@ -97,7 +82,7 @@ def _warnings(result: Converted, options: ConvertOptions) -> list[str]:
         if nested:
             lines.append(
                 f"warning: {len(nested):,} of {len(names):,} class folders hold folders, but no image "
-                f"({_some(nested)}): class_level={folders.level + 1} takes the folders in them as classes"
+                f"({first_names(nested)}): class_level={folders.level + 1} takes the folders in them as classes"
             )
         for split in folders.splits:
             present = {label for name, label in result.labels.items() if name.startswith(f"{split}/")}
@@ -105,7 +90,7 @@ def _warnings(result: Converted, options: ConvertOptions) -> list[str]:
             if missing:
                 lines.append(
                     f"warning: {shorten(split)} has no image of {len(missing):,} of {len(names):,} classes: "
-                    f"{_some(missing)}"
+                    f"{first_names(missing)}"
                 )
         if len(names) == 1:
             lines.append(f"warning: {shorten(names[0])} is the only class; use classes=none, or class_level=N")
@@ -125,7 +110,7 @@ def _describe_left_out(result: Converted) -> list[str]:
     reasons = Counter(image.reason for image in result.left_out)
     for reason, count in reasons.most_common():
         names = [image.name for image in result.left_out if image.reason == reason]
-        lines.append(f"  {count:,} {reason} ({_some(names)})")
+        lines.append(f"  {count:,} {reason} ({first_names(names)})")
     return lines
 
 
@@ -135,9 +120,9 @@ def _describe_captions(result: Converted) -> list[str]:
         return []
     lines = [f"captions: {len(result.captions):,} of {_counted(result.images, 'image')}"]
     if missing := [name for name in result.labels if name not in result.captions]:
-        lines.append(f"  {len(missing):,} without ({_some(missing)})")
+        lines.append(f"  {len(missing):,} without ({first_names(missing)})")
     if result.unused_captions:
-        lines.append(f"  {len(result.unused_captions):,} unused ({_some(result.unused_captions)})")
+        lines.append(f"  {len(result.unused_captions):,} unused ({first_names(result.unused_captions)})")
     return lines
 
 
@@ -155,7 +140,7 @@ def _convert_and_report(options: ConvertOptions) -> None:
     for line in _describe_left_out(result):
         print(line, file=sys.stderr)
     if result.ignored:
-        print(f"ignored: {_by_type(result.ignored)}", file=sys.stderr)
+        print(f"ignored: {describe_files(result.ignored)}", file=sys.stderr)
     for line in _warnings(result, options):
         print(line, file=sys.stderr)
     if result.turned:

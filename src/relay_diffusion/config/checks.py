@@ -70,9 +70,8 @@ def check_resolution(cfg: DictConfig, key: str) -> None:
     value = selected(cfg, key)
     if not isinstance(value, ListConfig):
         check_whole(cfg, key, 1, MAX_SIDE)
-        return
     try:
-        image_size(list(value), key)
+        image_size(list(value) if isinstance(value, ListConfig) else value, key)
     except ValueError as error:
         raise UserError(str(error)) from None
 

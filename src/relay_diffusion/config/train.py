@@ -25,7 +25,7 @@ from relay_diffusion.config.checks import (
 from relay_diffusion.config.parts import MetaBuilder, check_call, check_types, explain_option
 from relay_diffusion.errors import UserError, require
 from relay_diffusion.utils.messages import shorten
-from relay_diffusion.utils.resolution import image_size
+from relay_diffusion.utils.resolution import image_size, resolution_of
 
 WHOLE = {  # integer settings without a constructor on the meta device: lowest, highest
     "seed": (0, 2**32 - 1),
@@ -220,9 +220,11 @@ def _check_network(cfg: DictConfig) -> None:
 
 def _check_stage(cfg: DictConfig) -> None:
     block, length = (selected(cfg, f"stage.corruption.{key}", 1) for key in ("block", "schedule.prob_length"))
+    size = image_size(cfg.resolution)
     require(
-        not any(side % block for side in image_size(cfg.resolution)),
-        f"resolution={cfg.resolution} is not divisible by stage.corruption.block={block}",
+        not any(side % block for side in size),
+        f"resolution={cfg.resolution} is not divisible by stage.corruption.block={block}; use "
+        f"{resolution_of([-(-side // block) * block for side in size])}",
     )
     require(length <= 1, f"stage.corruption.schedule.prob_length={length}: must be at most 1 in training")
     augmented, augment_labels = cfg.stage.augment is not None, cfg.network.augment_labels

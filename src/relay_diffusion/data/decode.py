@@ -22,6 +22,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from relay_diffusion.data.colour import to_srgb
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.messages import one_line
+from relay_diffusion.utils.resolution import MAX_PIXELS
 
 IMAGE_FORMATS = ("PNG", "WEBP", "JPEG")
 OPENERS: dict[bytes, Callable[[BytesIO], ImageFile]] = {
@@ -92,7 +93,7 @@ def decode(
     (grayscale; the luma of colors), 3 (RGB) or 4 (RGBA); without alpha channel, transparency is composited on
     `background` (RGB). apply_profile: convert colours to sRGB by the ICC profile, those of CMYK too; a damaged profile
     counts as none, and without this option no profile is used.
-    Raises UnusableImageError for other formats, damage, animations, more than Image.MAX_IMAGE_PIXELS pixels, and 16-bit
+    Raises UnusableImageError for other formats, damage, animations, more than MAX_PIXELS pixels, and 16-bit
     samples above 2^bit_depth - 1.
     """
     data, exif = _hide_jpeg_exif(data)
@@ -117,7 +118,7 @@ def header_size(data: bytes, where: str, apply_exif: bool = True) -> tuple[int, 
     """Read height and width of an image from its header.
 
     No pixel is decoded. apply_exif: of the upright image. An orientation behind the pixels of a PNG is not read. Raises
-    UnusableImageError for other formats, animations, and more than Image.MAX_IMAGE_PIXELS pixels.
+    UnusableImageError for other formats, animations, and more than MAX_PIXELS pixels.
     """
     data, exif = _hide_jpeg_exif(data)
     with _decoder_errors(where), _open(data, where) as image:
@@ -134,9 +135,9 @@ def _decoder_errors(where: str) -> Iterator[None]:
         raise
     except UnidentifiedImageError as error:
         kind = f"not a {', '.join(IMAGE_FORMATS)} image"
-        raise UnusableImageError(f"{where} is {kind}", kind) from error
+        raise UnusableImageError(f"{where} is {kind}; save it as PNG or replace it", kind) from error
     except Exception as error:  # untrusted bytes: decoders raise many exception types
-        raise UnusableImageError(f"{where} cannot be decoded: {one_line(error)}", "damaged") from error
+        raise UnusableImageError(f"{where} cannot be decoded: {one_line(error)}; replace it", "damaged") from error
 
 
 def dark_warning(what: str, bits: int, bit_depth: int, where: str = "") -> str:
@@ -241,8 +242,8 @@ def _rescaled(data: bytes, image: Image.Image, bit_depth: int, where: str) -> Im
 def _open(data: bytes, where: str) -> ImageFile:
     """Read the header of an image.
 
-    Raises UnusableImageError for an animation, and for more pixels than Pillow's limit. Image.open only warns between
-    once and twice the limit, and warning filters are process-wide.
+    Raises UnusableImageError for an animation, and for more than MAX_PIXELS pixels. Image.open only warns between once
+    and twice the limit, and warning filters are process-wide.
     """
     opener = next((opener for start, opener in OPENERS.items() if data.startswith(start)), None)
     try:
@@ -251,12 +252,11 @@ def _open(data: bytes, where: str) -> ImageFile:
         image = None
     if image is None:
         raise UnidentifiedImageError
-    most = Image.MAX_IMAGE_PIXELS
-    if most is not None and image.width * image.height > most:
-        kind = f"more than {most:,} pixels"
-        raise UnusableImageError(f"{where} claims {kind}: a decompression bomb, or too large", kind)
+    if image.width * image.height > MAX_PIXELS:
+        kind = f"more than {MAX_PIXELS:,} pixels"
+        raise UnusableImageError(f"{where} claims {kind}, too large or a decompression bomb; crop or shrink it", kind)
     if getattr(image, "is_animated", False):
-        raise UnusableImageError(f"{where} is an animation: save the wanted frame as an image", "animated")
+        raise UnusableImageError(f"{where} is an animation; save the wanted frame as PNG", "animated")
     return image
 
 
@@ -313,33 +313,46 @@ def with_channels(
 
 
 def box_average(image: Image.Image, factor: int) -> Image.Image:
-    """Average every factor x factor block.
-
-    Rounded to the nearest integer (halves up); the sides must be divisible by factor. Transparent pixels have no weight
-    in the colour of an RGBA block.
-    """
-    if factor == 1:
-        return image
-    if image.mode == "RGBA":
-        means = block_means(np.asarray(image.convert("RGBa")), factor)  # multiplied by alpha
-        return Image.frombytes("RGBa", means.shape[1::-1], means.tobytes()).convert("RGBA")
-    return Image.fromarray(block_means(np.asarray(image), factor))
+    """Average every factor x factor block, as `block_means`."""
+    return image if factor == 1 else Image.fromarray(block_means(np.asarray(image), factor))
 
 
 def block_means(pixels: np.ndarray, factor: int) -> np.ndarray:
     """Average every factor x factor block of pixels [H,W] or [H,W,C].
 
-    uint8 is rounded to the nearest integer (halves up); H and W must be divisible by factor.
+    Four channels are RGBA: colours are weighted by alpha, so that transparent pixels have no weight. uint8 is rounded
+    to the nearest integer (halves up); floats lie in [-1, 1]. H and W must be divisible by factor.
     """
+    if factor == 1:
+        return pixels
+    rgba = pixels.ndim == 3 and pixels.shape[2] == 4
     if pixels.dtype != np.uint8:
         height, width = pixels.shape[0] // factor, pixels.shape[1] // factor
-        return pixels.reshape(height, factor, width, factor, *pixels.shape[2:]).mean((1, 3))
-    # Sums of strided slices, because Pillow's reduce is off by one for some factors that are not powers of two.
-    rows = pixels[::factor].astype(np.uint32)
+        blocks = pixels.reshape(height, factor, width, factor, *pixels.shape[2:])
+        means = blocks.mean((1, 3))
+        if rgba:
+            levels, alpha = blocks[..., :3] + 1, blocks[..., 3:] + 1
+            weight = alpha.sum((1, 3))
+            means[..., :3] = (levels * alpha).sum((1, 3)) / np.where(weight > 0, weight, 1) - 1
+        return means.clip(-1, 1)
+    sums, area = _block_sums(pixels, factor), factor * factor
+    means = (sums + area // 2) // area
+    if rgba:
+        alpha = pixels[..., 3:].astype(np.uint16)
+        weight = np.maximum(sums[..., 3:], 1)
+        means[..., :3] = (_block_sums(pixels[..., :3] * alpha, factor) + weight // 2) // weight
+    return means.astype(np.uint8)
+
+
+def _block_sums(pixels: np.ndarray, factor: int) -> np.ndarray:
+    """Sum every factor x factor block of integers.
+
+    By strided slices, because Pillow's reduce is off by one for some factors that are not powers of two.
+    """
+    rows: np.ndarray = pixels[::factor].astype(np.uint32 if pixels.dtype == np.uint8 else np.uint64)
     for start in range(1, factor):
         rows += pixels[start::factor]
     blocks = rows[:, ::factor].copy()
     for start in range(1, factor):
         blocks += rows[:, start::factor]
-    area = factor * factor
-    return ((blocks + area // 2) // area).astype(np.uint8)
+    return blocks

@@ -25,6 +25,7 @@ from relay_diffusion.data.decode import (
     FULL_DEPTH,
     MODES,
     UNUSED_BITS,
+    Decoded,
     block_means,
     box_average,
     dark_warning,
@@ -32,15 +33,17 @@ from relay_diffusion.data.decode import (
 )
 from relay_diffusion.data.labels import MAX_CLASSES, Labels, read_labels
 from relay_diffusion.data.npz import Npz
-from relay_diffusion.data.sources import CONVERTER, Source, existing_path, open_source
+from relay_diffusion.data.sources import CONVERTER, Source, describe_files, existing_path, open_source
 from relay_diffusion.diffusion.pixels import to_uint8
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.parallel import map_in_order
 from relay_diffusion.utils.pictures import pil_image
+from relay_diffusion.utils.resolution import MAX_PIXELS, size_text
 
 IMAGES_KEY, LABELS_KEY = "arr_0", "arr_1"  # numpy.savez's names of its arrays, which ADM uses for samples
 INSPECTED = 16  # evenly spaced images of a set whose size and 16-bit range are checked before it is used
-MAX_PIXELS, MAX_CHANNELS = 2**27, 1024  # limits of one image; a header with more is damaged or hostile
+MAX_CHANNELS = 1024  # of an image: a header with more is damaged or hostile
+SKIP_BAD = f"convert with skip_bad=true ({CONVERTER[1:-1]})"
 
 
 class ImageSet(ABC):
@@ -145,13 +148,14 @@ class ImageFiles(ImageSet):
         self._source, self._subset, self._apply_exif = source, subset.strip("/"), apply_exif
         self._whole, self._reduces = whole, resolution is not None
         if resolution is None:
-            first = source.decoded(self.names[0], apply_exif).image
+            first = self._decoded(self.names[0]).image
             resolution = (first.height, first.width)
         self.resolution = resolution
         chosen = self.names[:1] if self._reduces else self._inspected()
         for _ in map_in_order(self.image, chosen):  # a wrong resolution and mixed sizes fail early
             pass
         _warn_of_unused_range(source, self._inspected())
+        note_ignored(source, subset)
 
     @cached_property
     def source_hash(self) -> str:
@@ -180,7 +184,7 @@ class ImageFiles(ImageSet):
 
         Raises UserError if its size is not a multiple of the resolution, or smaller.
         """
-        decoded = self._source.decoded(name, self._apply_exif, self.channels)
+        decoded = self._decoded(name)
         self.conversions |= decoded.conversions
         if decoded.turned:
             self.turned.add(name)
@@ -198,6 +202,13 @@ class ImageFiles(ImageSet):
             raise UserError(self._wrong_size(name, image))
         self.averaging.add(factor)
         return box_average(image, factor)
+
+    def _decoded(self, name: str) -> Decoded:
+        """Decode one image. Raises UserError with the remedies."""
+        try:
+            return self._source.decoded(name, self._apply_exif, self.channels)
+        except UserError as error:
+            raise UserError(f"{error}, or {SKIP_BAD}") from error
 
     def _inspected(self) -> Sequence[str]:
         """Return a few evenly spaced names, with the first."""
@@ -241,11 +252,17 @@ class ArraySet(ImageSet):
             raise UserError(f"{npz.where}: holds {found}, but no images as {IMAGES_KEY!r}")
         shape, fortran_order, dtype = npz.header(IMAGES_KEY)
         good = (dtype == np.uint8 or dtype.kind == "f") and not fortran_order and len(shape) == 4
-        if not good or min(shape) < 1 or shape[1] * shape[2] > MAX_PIXELS or shape[3] > MAX_CHANNELS:
+        if not good or min(shape) < 1:
             order = " in Fortran order" if fortran_order else ""
             raise UserError(
                 f"{npz.where}: {IMAGES_KEY!r} must hold images [N,H,W,C] as uint8 or as floats in [-1, 1], not {dtype} "
                 f"{list(shape)}{order}"
+            )
+        stored = (shape[1], shape[2])
+        if stored[0] * stored[1] > MAX_PIXELS or shape[3] > MAX_CHANNELS:
+            raise UserError(
+                f"{npz.where}: its images are {size_text(stored)} with {shape[3]:,} channels, but at most "
+                f"{MAX_PIXELS:,} pixels and {MAX_CHANNELS:,} channels are supported; crop or shrink them"
             )
         self._converts = channels != shape[3]
         if self._converts and not {channels, shape[3]} <= MODES.keys():
@@ -253,12 +270,11 @@ class ArraySet(ImageSet):
                 f"{npz.where}: its images have {shape[3]} channels, not {channels}; use other images, or in training "
                 f"data.dataset.channels={shape[3]}"
             )
-        stored = (shape[1], shape[2])
         factor = _factor(stored, resolution or stored)
         if factor is None:
             raise UserError(
-                f"{npz.where}: its images are {stored[1]}x{stored[0]}; they must be "
-                f"{'x'.join(str(side) for side in reversed(resolution or stored))} or a whole multiple"
+                f"{npz.where}: its images are {size_text(stored)}; they must be {size_text(resolution or stored)} or a "
+                "whole multiple; crop or resize them"
             )
         self._factor = factor
         self.averaging.add(factor)
@@ -342,6 +358,13 @@ def _warn_of_unused_range(source: Source, names: Sequence[str]) -> None:
         if bits <= FULL_DEPTH - UNUSED_BITS:
             what = f"{source.option}={source.path}: 16-bit images"
             print(dark_warning(what, bits, FULL_DEPTH, f"{CONVERTER} with "), file=sys.stderr, flush=True)
+
+
+@rank_zero_only
+def note_ignored(source: Source, subset: str) -> None:
+    """Print which files of a source are no images, by their type."""
+    if names := source.ignored(subset):
+        print(f"note: {source.option}={source.path}: ignored {describe_files(names)}", flush=True)
 
 
 def image_tensor(image: Image.Image) -> Tensor:

@@ -11,7 +11,8 @@ import re
 import tarfile
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -20,11 +21,12 @@ from typing import NoReturn
 from relay_diffusion.data.bounded_io import BoundedTarInfo, file_bytes, files_below, is_link, tar_bytes, zip_bytes
 from relay_diffusion.data.decode import Decoded, decode, header_size
 from relay_diffusion.errors import UserError
-from relay_diffusion.utils.messages import one_line
+from relay_diffusion.utils.messages import first_names, one_line
 
 IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 LABEL_FILE = "dataset.json"
 HIDDEN_FILES = ("Thumbs.db", "desktop.ini")  # Windows hides these by an attribute instead of a dot
+SHOWN_SUFFIXES = 8  # of files that are skipped
 CONVERTER = "`python -m relay_diffusion.cli.convert_images`"
 
 
@@ -32,13 +34,14 @@ class Source(ABC):
     """Image files under one path.
 
     `names`: in reading order, '/'-separated, without hidden files. `option`: the user's name of this path
-    ("data.dataset.path"), with which messages begin. Raises UserError for a name that is absolute, contains '..', is
-    not UTF-8 or occurs twice, and for a source without images.
+    ("data.dataset.path"), with which messages begin. links: members of an archive that are not followed. Raises
+    UserError for a name that is absolute, contains '..', is not UTF-8 or occurs twice, and for a source without images.
     """
 
     kind: str
+    otherwise = "remove it"  # instead of repairing an unusable image
 
-    def __init__(self, path: Path, option: str, members: Iterable[str]) -> None:
+    def __init__(self, path: Path, option: str, members: Iterable[str], links: Iterable[str] = ()) -> None:
         self.path, self.option = path, option
         self.members: dict[str, str] = {}  # normalized name -> name in the archive
         for member in members:
@@ -48,7 +51,7 @@ class Source(ABC):
                 )
             parts = PurePosixPath(member).parts
             name = "/".join(parts)
-            if not parts or any(part.startswith(".") or part == "__MACOSX" for part in parts):
+            if _hidden(parts):
                 continue
             if name.encode(errors="ignore").decode() != name:  # Python decodes bytes that are not UTF-8 as surrogates
                 raise UserError(f"{option}={path}: the name {name!r} is not UTF-8; rename it")
@@ -56,8 +59,11 @@ class Source(ABC):
                 raise UserError(f"{option}={path}: holds {name!r} twice; rename one")
             self.members[name] = member
         self.names = [name for name in self.members if name.lower().endswith(IMAGE_SUFFIXES)]
+        self._links = [link for link in links if not _hidden(PurePosixPath(link).parts)]
         if not self.names:
-            raise UserError(f"{option}={path}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
+            ignored = self.ignored()
+            others = f", but {describe_files(ignored)}; save images as PNG" if ignored else ""
+            raise UserError(f"{option}={path}: holds no image ({', '.join(IMAGE_SUFFIXES)}){others}")
 
     def names_in(self, subset: str) -> list[str]:
         """Return names of the images in a folder; "" selects all.
@@ -74,13 +80,15 @@ class Source(ABC):
             )
         return names
 
-    def ignored(self) -> list[str]:
+    def ignored(self, subset: str = "") -> list[str]:
         """Return names of files that are neither images nor labels.
 
-        By their suffixes.
+        By their suffixes; links of an archive are included. subset: those in a folder.
         """
-        known = {*self.names, LABEL_FILE}
-        return [name for name in self.members if name not in known and name.rpartition("/")[2] not in HIDDEN_FILES]
+        known, folder = {*self.names, LABEL_FILE}, subset.strip("/")
+        others = [name for name in self.members if name not in known and name.rpartition("/")[2] not in HIDDEN_FILES]
+        others += [f"{link} (link)" for link in self._links]
+        return [name for name in others if not folder or name.startswith(f"{folder}/")]
 
     def where(self, name: str) -> str:
         """Describe a member in a message."""
@@ -115,15 +123,14 @@ class Source(ABC):
         try:
             yield
         except UserError as error:
-            remedy = "remove it, or convert with skip_bad=true (python -m relay_diffusion.cli.convert_images)"
-            raise UserError(f"{self.option}: {error}: {remedy}") from error
+            raise UserError(f"{self.option}: {error}, or {self.otherwise}") from error
 
     def fingerprint(self, name: str) -> str:
         """Hash the content of one image, which is read (hexadecimal)."""
         return hashlib.sha256(self.read(name)).hexdigest()
 
     def _unreadable(self, name: str, error: Exception) -> UserError:
-        return UserError(f"{self.where(name)} cannot be read: {one_line(error)}")
+        return UserError(f"{self.where(name)} cannot be read: {one_line(error)}; replace it")
 
     @abstractmethod
     def _read(self, member: str) -> bytes: ...
@@ -160,6 +167,7 @@ class FileSource(Source):
     """Single image file, named without its folder."""
 
     kind = "file"
+    otherwise = "use another file"
 
     def __init__(self, path: Path, option: str) -> None:
         super().__init__(path, option, [path.name])
@@ -173,7 +181,7 @@ class FileSource(Source):
 
 
 class ZipSource(Source):
-    """Images in a zip, sorted by name; symbolic links are skipped.
+    """Images in a zip, sorted by name; symbolic links are ignored.
 
     Forked and spawned workers and threads can read from it.
     """
@@ -185,13 +193,14 @@ class ZipSource(Source):
         self._owner = 0
         try:
             with zipfile.ZipFile(path) as archive:
-                members = sorted(i.filename for i in archive.infolist() if not (i.is_dir() or is_link(i)))
+                files = [info for info in archive.infolist() if not info.is_dir()]
+            members = sorted(info.filename for info in files if not is_link(info))
         except Exception as error:  # untrusted bytes: zipfile raises many exception types
             raise UserError(
                 f"{option}={path}: not a zip, or cut short ({one_line(error)}); "
                 f"{CONVERTER} makes one from a folder, tar or zip"
             ) from error
-        super().__init__(path, option, members)
+        super().__init__(path, option, members, [info.filename for info in files if is_link(info)])
 
     def _archive(self) -> zipfile.ZipFile:
         # Opened once per process: a handle inherited through fork shares its file offset with the parent and
@@ -218,7 +227,7 @@ class ZipSource(Source):
 
 
 class TarSource(Source):
-    """Images in a tar in the archive's order; links are skipped.
+    """Images in a tar in the archive's order; links are ignored.
 
     Plain or compressed.
     """
@@ -228,11 +237,14 @@ class TarSource(Source):
     def __init__(self, path: Path, option: str) -> None:
         try:
             with self._opened(path) as archive:
-                members = [info.name for info in archive if info.isfile()]
+                infos = [info for info in archive if not info.isdir()]
         except Exception as error:  # untrusted bytes: tarfile and the decompressors raise many exception types
             # tarfile's message lists every compression it tried, over many lines.
-            raise UserError(f"{option}={path}: not a folder, zip or tar, or cut short") from error
-        super().__init__(path, option, members)
+            raise UserError(
+                f"{option}={path}: not a folder, zip or tar, or cut short; save an image as PNG, copy an archive again"
+            ) from error
+        members = [info.name for info in infos if info.isfile()]
+        super().__init__(path, option, members, [info.name for info in infos if info.issym() or info.islnk()])
 
     @staticmethod
     def _opened(path: Path) -> tarfile.TarFile:
@@ -261,6 +273,19 @@ class TarSource(Source):
             return partial(bytes, tar_bytes(archive, info))
         except Exception as error:  # as in `read`
             return partial(_raise, self._unreadable(name, error))
+
+
+def describe_files(names: Sequence[str]) -> str:
+    """Describe files of other types: number, most frequent suffixes and first names."""
+    suffixes = Counter(PurePosixPath(name).suffix.lower() or "no suffix" for name in names)
+    shown = sorted(suffix for suffix, _ in suffixes.most_common(SHOWN_SUFFIXES))
+    more = ", ..." if len(suffixes) > len(shown) else ""
+    what = "file of another type" if len(names) == 1 else "files of other types"
+    return f"{len(names):,} {what} ({', '.join(shown)}{more}): {first_names(names)}"
+
+
+def _hidden(parts: Sequence[str]) -> bool:
+    return not parts or any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
 def _raise(error: UserError) -> NoReturn:
@@ -302,7 +327,7 @@ def open_source(path: str | Path, option: str, tar: bool = False) -> Source:
         start = file.read(2)
     if start not in (b"", b"PK"):
         raise UserError(
-            f"{option}={path}: is neither an image ({', '.join(IMAGE_SUFFIXES)}) nor a zip; "
-            f"{CONVERTER} makes one from a folder, tar or zip"
+            f"{option}={path}: is neither an image ({', '.join(IMAGE_SUFFIXES)}) nor a zip; save an image as PNG, or "
+            f"make a zip of a tar with {CONVERTER}"
         )
     return ZipSource(expanded, option)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from relay_diffusion.data.captions import read_captions
 from relay_diffusion.data.decode import ALPHA
-from relay_diffusion.data.image_sets import digest, image_tensor
+from relay_diffusion.data.image_sets import digest, image_tensor, note_ignored
 from relay_diffusion.data.labels import read_labels
 from relay_diffusion.data.sources import open_source
 from relay_diffusion.diffusion.guidance import NO_CLASS
@@ -48,6 +48,7 @@ class StartImages:
         self.composited: set[str] = set()
         self.unprofiled: set[str] = set()
         self._source, self._apply_exif, self._channels = source, apply_exif, channels
+        note_ignored(source, subset)
         self.sizes: list[Size] = list(map_in_order(lambda name: source.size(name, apply_exif), self.names))
 
     @cached_property

@@ -347,8 +347,13 @@ class Relay(L.LightningModule):
             )
             raise ValueError(f"start: the first stage of this relay {wanted}")
         if start is not None and size is not None:
-            if isinstance(start, Tensor) and start.ndim == 4 and min(start.shape[2:]) >= MIN_SIDE:
+            if isinstance(start, Tensor) and start.ndim == 4 and tuple(start.shape[2:]) != size:
                 size = start.shape[2], start.shape[3]
+                if min(size) < MIN_SIDE:
+                    raise ValueError(
+                        f"start has images of {size_text(size)}: must be at least {MIN_SIDE}x{MIN_SIDE}; pad them, or "
+                        "leave them out"
+                    )
             start = image_batch("start", start, (len(seeds), channels, *size))
         images, fine, check = self._draw(seeds, labels, start, text, negative)
         check(fine)

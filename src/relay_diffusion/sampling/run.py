@@ -52,9 +52,8 @@ from relay_diffusion.utils.files import write_text
 from relay_diffusion.utils.messages import shorten
 from relay_diffusion.utils.parallel import map_in_order
 from relay_diffusion.utils.quiet import quiet_libraries
-from relay_diffusion.utils.resolution import MAX_SIDE, MIN_SIDE, Size, size_text
+from relay_diffusion.utils.resolution import MIN_SIDE, Size, exceeded_limits, size_text
 
-MAX_PIXELS = 89_478_485  # of an enlarged image: more could not be read again (Pillow's limit)
 MANY_CLASSES = 1000  # a longer list is stored as counts and a checksum
 UNEVEN = 2  # ratio of class frequencies in the reference above which a note is printed
 
@@ -171,13 +170,13 @@ def build_relay(settings: DictConfig) -> Relay:
         repeated |= {f"{name}_{number}": stage for name, stage in stages.items()}
     if repeat > 1 and options["resolution"] is None:
         first, *others = repeated.values()
-        resolution = [side * math.prod(stage.corruption.block for stage in others) for side in first.size]
-        if max(resolution) > MAX_SIDE:
+        factor = math.prod(stage.corruption.block for stage in others)
+        size = first.size[0] * factor, first.size[1] * factor
+        if limits := exceeded_limits(size):
             raise UserError(
-                f"relay.repeat={repeat}: would enlarge to {size_text((resolution[0], resolution[1]))}, but at most "
-                f"{MAX_SIDE:,} on a side are supported; use a smaller number"
+                f"relay.repeat={repeat}: would enlarge to {size_text(size)}, but {limits}; use a smaller number"
             )
-        options["resolution"] = resolution
+        options["resolution"] = list(size)
     trusted = next(iter(chosen_stages(settings).values())).get("trusted", [])
     return build_chain(repeated, options, trusted)
 
@@ -270,10 +269,9 @@ def _check_size(where: str, size: Size, relay: Relay) -> None:
         raise UserError(f"{where} is {size_text(size)}: must be at least {MIN_SIDE}x{MIN_SIDE}; remove it")
     *_, factor = relay.factors.values()
     enlarged = size[0] * factor, size[1] * factor
-    if max(enlarged) > MAX_SIDE or math.prod(enlarged) > MAX_PIXELS:
+    if limits := exceeded_limits(enlarged):
         raise UserError(
-            f"{where} is {size_text(size)}: would become {size_text(enlarged)}, but at most {MAX_PIXELS:,} pixels and "
-            f"{MAX_SIDE:,} on a side are supported; crop or shrink it"
+            f"{where} is {size_text(size)}: would become {size_text(enlarged)}, but {limits}; crop or shrink it"
         )
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+SHOWN_NAMES = 5  # of many
 ABSENT = "not set"  # stands for the value of a missing setting
 
 
@@ -44,6 +45,12 @@ def shorten(value: Any, length: int = 80) -> str:
         return "..."
     text = text if text.isprintable() else ascii(text)[1:-1]
     return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def first_names(names: Sequence[str]) -> str:
+    """List the first few names, separated by commas."""
+    more = ", ..." if len(names) > SHOWN_NAMES else ""
+    return ", ".join(shorten(name) for name in names[:SHOWN_NAMES]) + more
 
 
 def override(key: str, value: str) -> str:
