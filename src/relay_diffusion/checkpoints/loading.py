@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -16,6 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from relay_diffusion.checkpoints.encoders import load_text_encoder
+from relay_diffusion.checkpoints.export import RELAY_FILE, RELAY_FORMAT
+from relay_diffusion.checkpoints.hub import download, is_address, parse_address, parse_short_address
 from relay_diffusion.checkpoints.reading import (
     check_fits,
     check_resumable,
@@ -35,8 +38,12 @@ from relay_diffusion.utils.files import CONF, file_sha256, parse_json
 from relay_diffusion.utils.messages import did_you_mean, shorten
 from relay_diffusion.utils.resolution import Resolution
 
-RELAY_FILE = "relay.json"  # in the folder of a relay
-RELAY_FORMAT = 1
+
+class RelayFile(NamedTuple):
+    """Place of a relay.json, and paths or addresses of its stages."""
+
+    place: str
+    stages: dict[str, str | Path]
 
 
 def load_stage(
@@ -49,9 +56,10 @@ def load_stage(
 ) -> DiffusionStage:
     """Load a stage in eval mode from its checkpoint alone.
 
-    `path`: a .ckpt file, the directory of a training run, or the folder of an export. `weights`: "ema" or
-    "raw". `changes`: values of the stored stage config to replace, e.g. {"sampler": {"steps": 50}}; nulls
-    change nothing; guidance_scale 1 disables guidance, guidance_interval [0, inf] removes a stored interval.
+    `path`: a .ckpt file, the directory of a training run, or the folder of an export, which may be on the Hub:
+    "hf://USER/NAME[@REVISION][/FOLDER]". `weights`: "ema" or "raw". `changes`: values of the stored stage config to
+    replace, e.g. {"sampler": {"steps": 50}}; nulls change nothing; guidance_scale 1 disables guidance,
+    guidance_interval [0, inf] removes a stored interval.
     `guide`: checkpoint of a weaker network of the same images for autoguidance, given as `path`.
     `trusted`: packages besides relay_diffusion whose classes the files may name, e.g. ["my_package"]; no other code
     that the files name is imported or called.
@@ -108,11 +116,12 @@ def load_relay(
     resolution: Resolution | None = None,
     text_path: str | None = None,
 ) -> Relay:
-    """Load a relay from a folder, a conf/relay choice, or stage paths.
+    """Load a relay from a folder, the Hub, conf/relay, or stage paths.
 
     `source`: a folder that holds relay.json, e.g. {"format": 1, "stages": {"base": {"path": "base"}, "relay": {"path":
-    "relay"}}}, with paths relative to it and stages in order; or a name such as "emoji", which is built as
-    `sample.py relay=emoji` does; or a mapping of stage names to paths, as load_stage takes them.
+    "relay"}}}, with paths relative to it and stages in order; or such a folder on the Hub, "USER/NAME[@REVISION]" or
+    "hf://USER/NAME[@REVISION][/FOLDER]"; or a name such as "emoji", which is built as `sample.py relay=emoji` does; or
+    a mapping of stage names to paths, as load_stage takes them.
     `weights`: "ema" or "raw"; None: those of the choice, or "ema". `changes` and `samplers`: `changes` and `sampler` of
     load_stage for each stage by its name. `trusted`: as for load_stage. `resolution`: of the last stage's images, R or
     [height, width]; None: that of the choice, or as trained. `text_path`: folder or Hub name of the text encoder of
@@ -128,8 +137,8 @@ def load_relay(
     load: dict[str, Callable[..., DiffusionStage]]
     if isinstance(source, Mapping):
         load = {name: partial(load_stage, path) for name, path in source.items()}
-    elif (file := _relay_file(Path(source))) is not None:
-        where, load = f"{file}: ", {name: partial(load_stage, path) for name, path in _stage_paths(file).items()}
+    elif (found := find_relay(source)) is not None:
+        where, load = f"{found.place}: ", {name: partial(load_stage, path) for name, path in found.stages.items()}
     else:
         settings = _relay_choice(str(source))
         where, options = f"relay={source}: ", relay_options(settings)
@@ -212,8 +221,9 @@ def _relay_choice(name: str) -> DictConfig:
     known = sorted(file.stem for file in (CONF / "relay").glob("*.yaml"))
     if name not in known:
         raise UserError(
-            f"no relay at {name}: give a folder with {RELAY_FILE}, a choice of conf/relay ({', '.join(known)}), or the "
-            "path of each stage, e.g. load_relay({'base': PATH, 'relay': PATH}); load_stage loads a single stage"
+            f"no relay at {name}: give a folder with {RELAY_FILE}, a choice of conf/relay ({', '.join(known)}), a name "
+            "on the Hub (USER/NAME), or the path of each stage, e.g. load_relay({'base': PATH, 'relay': PATH}); "
+            "load_stage loads a single stage"
         )
     with initialize_config_dir(str(CONF), version_base="1.3"):
         settings = cast(DictConfig, compose("sample", overrides=[f"relay={name}"]).relay)
@@ -222,13 +232,28 @@ def _relay_choice(name: str) -> DictConfig:
     return settings
 
 
-def _relay_file(path: Path) -> Path | None:
-    """Return the relay.json at a path; None if there is none."""
+def find_relay(source: str | Path) -> RelayFile | None:
+    """Find relay.json in a folder or on the Hub; None: neither.
+
+    source: as for load_relay. A local file or folder takes precedence over USER/NAME on the Hub. Raises UserError for a
+    damaged relay.json, and for a repository that cannot be used.
+    """
+    address = parse_address(str(source)) if is_address(source) else None
+    path = Path(source)
     file = path if path.name == RELAY_FILE else path / RELAY_FILE
-    return file if file.is_file() else None
+    if address is None and file.is_file():
+        return RelayFile(str(file), {name: file.parent / stage for name, stage in _stage_paths(file).items()})
+    if address is None and isinstance(source, str) and not path.exists():
+        address = parse_short_address(source)
+    if address is None:
+        return None
+    with nullcontext() if is_address(source) else prefix_errors(f"no relay at {source}"):
+        folder, commit = download(address, RELAY_FILE)
+    stages = _stage_paths(folder / RELAY_FILE)
+    return RelayFile(str(address), {name: str(commit.inside(stage)) for name, stage in stages.items()})
 
 
-def _stage_paths(file: Path) -> dict[str, Path]:
+def _stage_paths(file: Path) -> dict[str, str]:
     """Return the path of each stage in a relay.json."""
     try:
         content = parse_json(file.read_text(encoding="utf-8"))
@@ -236,11 +261,12 @@ def _stage_paths(file: Path) -> dict[str, Path]:
             raise UserError(
                 f"{file} is a relay in format {shorten(content['format'])}: this version reads {RELAY_FORMAT}"
             )
-        if content.keys() != {"format", "stages"} or any(
-            stage.keys() != {"path"} for stage in content["stages"].values()
-        ):
+        stages = content["stages"]
+        if content.keys() != {"format", "stages"} or any(stage.keys() != {"path"} for stage in stages.values()):
             raise ValueError
-        return {name: file.parent / stage["path"] for name, stage in content["stages"].items()}
+        if not all(isinstance(stage["path"], str) for stage in stages.values()):
+            raise ValueError
+        return {name: stage["path"] for name, stage in stages.items()}
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
