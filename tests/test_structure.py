@@ -116,7 +116,7 @@ def test_help_names_the_groups_without_loading_torch(arguments):
     assert result.returncode == 0
     loaded = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if "import time:" in line}
     assert "hydra" in loaded
-    assert not loaded & {"torch", "lightning", "torchmetrics", "wandb"}
+    assert not loaded & {"torch", "lightning", "torchmetrics", "wandb", "huggingface_hub"}
     assert "strategy: ddp, ddp_cpu, single" in result.stdout
 
 
@@ -176,7 +176,16 @@ def test_sampling_loads_no_libraries_of_other_commands(relay_overrides):
     result = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
     loaded = ast.literal_eval(result.stdout.splitlines()[-1])
     assert {"hydra", "relay_diffusion"} <= loaded
-    assert not loaded & {"matplotlib", "pandas", "scipy", "tensorboard", "torchmetrics", "transformers", "wandb"}
+    assert not loaded & {
+        "huggingface_hub",
+        "matplotlib",
+        "pandas",
+        "scipy",
+        "tensorboard",
+        "torchmetrics",
+        "transformers",
+        "wandb",
+    }
 
 
 def test_tests_named_in_robustness_exist():

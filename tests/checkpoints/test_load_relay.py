@@ -43,7 +43,7 @@ def test_the_example_of_the_package_runs(monkeypatch, tmp_path):
 def test_importing_the_package_imports_no_torch():
     program = (
         "import sys, relay_diffusion as rd; assert 'load_relay' in dir(rd); rd.UserError;"
-        "print([m for m in ('torch', 'lightning', 'hydra') if m in sys.modules])"
+        "print([m for m in ('torch', 'lightning', 'hydra', 'huggingface_hub') if m in sys.modules])"
     )
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"

@@ -4,10 +4,13 @@
     FOLDER/stage.json            how to build the stage, and the SHA-256 of the weights
 
 An export has no optimizer state and no position in the data. `load_stage(FOLDER)` reads it.
+
+A relay is a folder of such exports and a relay.json that lists them in order. `load_relay(FOLDER)` reads it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +20,15 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from relay_diffusion import __version__
-from relay_diffusion.errors import UserError
+from relay_diffusion.errors import UserError, require
+from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.utils.files import atomic_write, file_sha256, json_text, parse_json, write_text
+from relay_diffusion.utils.messages import shorten
 
 EXPORT_STAGE, EXPORT_WEIGHTS = "stage.json", "weights.safetensors"
 EXPORT_FORMAT = 1
+RELAY_FILE = "relay.json"  # in the folder of a relay
+RELAY_FORMAT = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -66,6 +73,45 @@ def export_stage(
     }
     write_text(stage_file, json_text(content))
     return destination
+
+
+def export_loaded(
+    stage: DiffusionStage, destination: str | Path, dtype: str = "float32", origin: Mapping[str, Any] | None = None
+) -> Path:
+    """Export a stage that `load_stage` has loaded.
+
+    origin: as in `export_stage`; None: name and hash of the file that was loaded. Raises UserError as `export_stage`.
+    """
+    info = stage.info
+    assert info.config is not None
+    return export_stage(
+        info.config,
+        stage.denoiser.state_dict(),
+        destination,
+        class_names=info.class_names,
+        images_seen=info.images_seen,
+        origin=origin or {"file": Path(info.origin["file"]).name, "sha256": info.origin["sha256"]},
+        dtype=dtype,
+        text=info.text,
+    )
+
+
+def export_relay(
+    stages: Mapping[str, DiffusionStage], destination: Path, dtype: str = "float32", consistency: bool = False
+) -> None:
+    """Export the stages of a relay, and write relay.json last.
+
+    Each stage gets a folder of its name. consistency: of Relay. Raises UserError as `export_stage`, and for a name that
+    cannot be a folder.
+    """
+    for name in stages:
+        plain = re.fullmatch(r"\w[\w.-]*", name, re.ASCII)
+        require(bool(plain), f"stage {shorten(name)}: letters, digits, '_', '-' and '.' make a name; rename it")
+    for name, stage in stages.items():
+        export_loaded(stage, destination / name, dtype)
+    content = {"format": RELAY_FORMAT, "stages": {name: {"path": name} for name in stages}}
+    content |= {"consistency": True} if consistency else {}
+    write_text(destination / RELAY_FILE, json_text(content))
 
 
 def _converted(weights: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -16,6 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from relay_diffusion.checkpoints.encoders import load_text_encoder
+from relay_diffusion.checkpoints.export import RELAY_FILE, RELAY_FORMAT
+from relay_diffusion.checkpoints.hub import download, is_address, parse_address, parse_short_address
 from relay_diffusion.checkpoints.reading import (
     check_fits,
     check_resumable,
@@ -35,8 +38,16 @@ from relay_diffusion.utils.files import CONF, file_sha256, parse_json
 from relay_diffusion.utils.messages import did_you_mean, shorten
 from relay_diffusion.utils.resolution import Resolution
 
-RELAY_FILE = "relay.json"  # in the folder of a relay
-RELAY_FORMAT = 1
+
+class RelayFile(NamedTuple):
+    """What relay.json says.
+
+    place: path or address of the file; stages: paths or addresses; options: of Relay.
+    """
+
+    place: str
+    stages: dict[str, str | Path]
+    options: dict[str, Any]
 
 
 def load_stage(
@@ -49,9 +60,10 @@ def load_stage(
 ) -> DiffusionStage:
     """Load a stage in eval mode from its checkpoint alone.
 
-    `path`: a .ckpt file, the directory of a training run, or the folder of an export. `weights`: "ema" or
-    "raw". `changes`: values of the stored stage config to replace, e.g. {"sampler": {"steps": 50}}; nulls
-    change nothing; guidance_scale 1 disables guidance, guidance_interval [0, inf] removes a stored interval.
+    `path`: a .ckpt file, the directory of a training run, or the folder of an export, which may be on the Hub:
+    "hf://USER/NAME[@REVISION][/FOLDER]". `weights`: "ema" or "raw". `changes`: values of the stored stage config to
+    replace, e.g. {"sampler": {"steps": 50}}; nulls change nothing; guidance_scale 1 disables guidance,
+    guidance_interval [0, inf] removes a stored interval.
     `guide`: checkpoint of a weaker network of the same images for autoguidance, given as `path`.
     `trusted`: packages besides relay_diffusion whose classes the files may name, e.g. ["my_package"]; no other code
     that the files name is imported or called.
@@ -108,12 +120,12 @@ def load_relay(
     resolution: Resolution | None = None,
     text_path: str | None = None,
 ) -> Relay:
-    """Load a relay from a folder, a conf/relay choice, or stage paths.
+    """Load a relay from a folder, the Hub, conf/relay, or stage paths.
 
     `source`: a folder that holds relay.json, e.g. {"format": 1, "stages": {"base": {"path": "base"}, "relay": {"path":
     "relay"}}, "consistency": true}, with paths relative to it, stages in order and an optional `consistency` as of
-    Relay; or a name such as "emoji", which is built as `sample.py relay=emoji` does; or a mapping of stage names to
-    paths, as load_stage takes them.
+    Relay; or such a folder on the Hub, "USER/NAME[@REVISION]" or "hf://USER/NAME[@REVISION][/FOLDER]"; or a name such
+    as "emoji", which is built as `sample.py relay=emoji` does; or a mapping of stage names to paths for load_stage.
     `weights`: "ema" or "raw"; None: those of the choice, or "ema". `changes` and `samplers`: `changes` and `sampler` of
     load_stage for each stage by its name. `trusted`: as for load_stage. `resolution`: of the last stage's images, R or
     [height, width]; None: that of the choice, or as trained. `text_path`: folder or Hub name of the text encoder of
@@ -129,9 +141,9 @@ def load_relay(
     load: dict[str, Callable[..., DiffusionStage]]
     if isinstance(source, Mapping):
         load = {name: partial(load_stage, path) for name, path in source.items()}
-    elif (file := _relay_file(Path(source))) is not None:
-        paths, options = _read_relay(file)
-        where, load = f"{file}: ", {name: partial(load_stage, path) for name, path in paths.items()}
+    elif (found := find_relay(source)) is not None:
+        where, options = f"{found.place}: ", found.options
+        load = {name: partial(load_stage, path) for name, path in found.stages.items()}
     else:
         settings = _relay_choice(str(source))
         where, options = f"relay={source}: ", relay_options(settings)
@@ -217,8 +229,9 @@ def _relay_choice(name: str) -> DictConfig:
     known = sorted(file.stem for file in (CONF / "relay").glob("*.yaml"))
     if name not in known:
         raise UserError(
-            f"no relay at {name}: give a folder with {RELAY_FILE}, a choice of conf/relay ({', '.join(known)}), or the "
-            "path of each stage, e.g. load_relay({'base': PATH, 'relay': PATH}); load_stage loads a single stage"
+            f"no relay at {name}: give a folder with {RELAY_FILE}, a choice of conf/relay ({', '.join(known)}), a name "
+            "on the Hub (USER/NAME), or the path of each stage, e.g. load_relay({'base': PATH, 'relay': PATH}); "
+            "load_stage loads a single stage"
         )
     with initialize_config_dir(str(CONF), version_base="1.3"):
         settings = cast(DictConfig, compose("sample", overrides=[f"relay={name}"]).relay)
@@ -230,13 +243,29 @@ def _relay_choice(name: str) -> DictConfig:
     return settings
 
 
-def _relay_file(path: Path) -> Path | None:
-    """Return the relay.json at a path; None if there is none."""
+def find_relay(source: str | Path) -> RelayFile | None:
+    """Find relay.json in a folder or on the Hub; None: neither.
+
+    source: as for load_relay. A local file or folder takes precedence over USER/NAME on the Hub. Raises UserError for a
+    damaged relay.json, and for a repository that cannot be used.
+    """
+    address = parse_address(str(source)) if is_address(source) else None
+    path = Path(source)
     file = path if path.name == RELAY_FILE else path / RELAY_FILE
-    return file if file.is_file() else None
+    if address is None and file.is_file():
+        stages, options = _read_relay(file)
+        return RelayFile(str(file), {name: file.parent / stage for name, stage in stages.items()}, options)
+    if address is None and isinstance(source, str) and not path.exists():
+        address = parse_short_address(source)
+    if address is None:
+        return None
+    with nullcontext() if is_address(source) else prefix_errors(f"no relay at {source}"):
+        folder, commit = download(address, RELAY_FILE)
+    stages, options = _read_relay(folder / RELAY_FILE)
+    return RelayFile(str(address), {name: str(commit.inside(stage)) for name, stage in stages.items()}, options)
 
 
-def _read_relay(file: Path) -> tuple[dict[str, Path], dict[str, Any]]:
+def _read_relay(file: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """Read stage paths and options of Relay from relay.json."""
     try:
         content = parse_json(file.read_text(encoding="utf-8"))
@@ -244,15 +273,13 @@ def _read_relay(file: Path) -> tuple[dict[str, Path], dict[str, Any]]:
             raise UserError(
                 f"{file} is a relay in format {shorten(content['format'])}: this version reads {RELAY_FORMAT}"
             )
-        options = {"consistency": content.get("consistency", False)}
-        known = content.keys() - options.keys() == {"format", "stages"}
-        if (
-            not known
-            or not isinstance(options["consistency"], bool)
-            or any(stage.keys() != {"path"} for stage in content["stages"].values())
-        ):
+        stages, options = content["stages"], {"consistency": content.get("consistency", False)}
+        known = content.keys() - options.keys() == {"format", "stages"} and isinstance(options["consistency"], bool)
+        if not known or any(stage.keys() != {"path"} for stage in stages.values()):
             raise ValueError
-        return {name: file.parent / stage["path"] for name, stage in content["stages"].items()}, options
+        if not all(isinstance(stage["path"], str) for stage in stages.values()):
+            raise ValueError
+        return {name: stage["path"] for name, stage in stages.items()}, options
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from relay_diffusion.checkpoints.export import EXPORT_STAGE, EXPORT_WEIGHTS, read_export
+from relay_diffusion.checkpoints.hub import download, is_address, parse_address
 from relay_diffusion.checkpoints.targets import translate_targets
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.messages import shorten
@@ -69,7 +70,13 @@ def _translated(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_stage(path: str | Path) -> Path:
-    """Find the stage.json of an export, or else a checkpoint (find_checkpoint)."""
+    """Find the stage.json of an export, or else a checkpoint (find_checkpoint).
+
+    An export on the Hub (hf://...) is downloaded.
+    """
+    if is_address(path):
+        folder, _ = download(parse_address(str(path)), EXPORT_STAGE, EXPORT_WEIGHTS)
+        return folder / EXPORT_STAGE
     path = Path(path)
     if (path / EXPORT_STAGE).is_file():
         return path / EXPORT_STAGE

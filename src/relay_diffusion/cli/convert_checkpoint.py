@@ -12,7 +12,8 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from relay_diffusion.checkpoints.export import EXPORT_STAGE, EXPORT_WEIGHTS, export_stage
+from relay_diffusion.checkpoints.export import EXPORT_STAGE, EXPORT_WEIGHTS, export_loaded
+from relay_diffusion.checkpoints.hub import is_address
 from relay_diffusion.checkpoints.loading import load_stage
 from relay_diffusion.checkpoints.published.convert import published_stage
 from relay_diffusion.cli.arguments import run_tool
@@ -27,7 +28,7 @@ USAGE = """\
 python -m relay_diffusion.cli.convert_checkpoint source=FILE destination=FOLDER [key=value ...]
 
   source       a published checkpoint: EDM's .pkl or the authors' .pt (no code in it runs); or one of this project:
-               a .ckpt file, the directory of a training run, an exported folder
+               a .ckpt file, the directory of a training run, an exported folder, hf://USER/NAME/FOLDER
   destination  the folder to write: weights.safetensors (the averaged weights) and stage.json
   experiment   source of corruption, loss and sampler for a published file, conf/experiment/NAME.yaml
                (default: a first stage, conf/stage/base.yaml)
@@ -60,32 +61,22 @@ class ConvertOptions:
 
 def convert(options: ConvertOptions) -> DiffusionStage:
     """Write the export and return the stage. Raises UserError before writing stage.json."""
-    source = Path(options.source).expanduser()
+    source, on_hub = Path(options.source).expanduser(), is_address(options.source)
     destination = Path(options.destination).expanduser()
     if destination.exists() and source.exists() and destination.samefile(source):
         raise UserError(f"destination={options.destination}: is the source; choose another name")
     for file in (EXPORT_STAGE, EXPORT_WEIGHTS):
         refuse_existing(destination / file, "destination", options.overwrite)
     trusted = [name.strip() for name in options.trusted.strip("[]").split(",") if name.strip()]
-    if source.suffix in PUBLISHED:
+    origin = None
+    if source.suffix in PUBLISHED and not on_hub:
         stage = published_stage(source, compose_stage(options.experiment), options.experiment, trusted)
         origin = {"file": source.name, "sha256": file_sha256(source)}
     elif options.experiment is not None:
         raise UserError(f"experiment={options.experiment}: {source} contains its stage config; leave experiment out")
     else:
-        stage = load_stage(source, trusted=trusted)
-        origin = {"file": Path(stage.info.origin["file"]).name, "sha256": stage.info.origin["sha256"]}
-    assert stage.info.config is not None
-    export_stage(
-        stage.info.config,
-        stage.denoiser.state_dict(),
-        destination,
-        class_names=stage.info.class_names,
-        images_seen=stage.info.images_seen,
-        origin=origin,
-        dtype=options.dtype.value,
-        text=stage.info.text,
-    )
+        stage = load_stage(options.source if on_hub else source, trusted=trusted)
+    export_loaded(stage, destination, options.dtype.value, origin)
     return stage
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from relay_diffusion.errors import UserError, require
+from relay_diffusion.checkpoints.hub import check_address, is_address
+from relay_diffusion.errors import UserError, prefix_errors, require
 from relay_diffusion.utils.messages import shorten
 from relay_diffusion.utils.resolution import MAX_SIDE, image_size
 
@@ -124,6 +125,15 @@ def check_file(path: Any, key: str) -> None:
     """Require an existing file or folder."""
     found = isinstance(path, str | int | float) and _exists(Path(str(path)))
     require(found, f"{key}={shorten(path)}: no such file or folder (relative paths start at {Path.cwd()})")
+
+
+def check_checkpoint(path: Any, key: str) -> None:
+    """Require an existing file or folder, or an address on the Hub."""
+    if is_address(path):
+        with prefix_errors(key):
+            check_address(path)
+    else:
+        check_file(path, key)
 
 
 def check_directory(cfg: DictConfig, key: str) -> None:

@@ -8,6 +8,7 @@ from relay_diffusion.checkpoints.targets import package_names
 from relay_diffusion.config.checks import (
     HUGE,
     check_built,
+    check_checkpoint,
     check_choice,
     check_complete,
     check_devices,
@@ -41,12 +42,12 @@ def _check_relay(cfg: DictConfig) -> None:
         check_mapping(cfg, place)
         check_complete(relay.stages[name], prefix=f"{place}.")
         check_built(cfg, place)
-        check_file(selected(cfg, f"{place}.path"), f"{place}.path")
+        check_checkpoint(selected(cfg, f"{place}.path"), f"{place}.path")
         if has_key(cfg, f"{place}.weights"):  # optional: load_stage has a default
             check_choice(cfg, f"{place}.weights", ("ema", "raw"))
         guide, changes = selected(cfg, f"{place}.guide"), selected(cfg, f"{place}.changes")
         if guide is not None:
-            check_file(guide, f"{place}.guide")
+            check_checkpoint(guide, f"{place}.guide")
         if changes is not None:
             check_mapping(cfg, f"{place}.changes")
         sampler = selected(cfg, f"{place}.sampler")

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from relay_diffusion.checkpoints.targets import package_names
 from relay_diffusion.config.checks import (
     check_built,
+    check_checkpoint,
     check_complete,
     check_devices,
     check_directory,
@@ -85,9 +86,10 @@ def validate_training(cfg: DictConfig) -> None:
     check_resolution(cfg, "resolution")
     check_devices(cfg)
     _check_dataset(cfg)
-    for key in ("resume", "init"):
-        if cfg[key] is not None:
-            check_file(cfg[key], key)
+    if cfg.resume is not None:
+        check_file(cfg.resume, "resume")
+    if cfg.init is not None:
+        check_checkpoint(cfg.init, "init")
     require(
         cfg.resume is None or cfg.init is None,
         "resume continues a run, init starts a new one from its weights: give one of them",

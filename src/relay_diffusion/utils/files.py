@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -65,6 +66,28 @@ def atomic_write(path: Path, what: object = None, synced: bool = True) -> Iterat
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Write a folder under a temporary name, then rename it to `path`.
+
+    An earlier folder is replaced with all that it holds. An error inside the block leaves it as it was and removes the
+    temporary one. Raises UserError if the parent is not writable or full.
+    """
+    temporary, earlier = temporary_name(path), temporary_name(path)
+    try:
+        with writing(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            if path.exists():
+                path.replace(earlier)
+            temporary.replace(path)
+    finally:
+        if earlier.exists() and not path.exists():
+            earlier.replace(path)
+        for left in (temporary, earlier):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

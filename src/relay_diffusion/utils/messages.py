@@ -26,7 +26,7 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str | None = None) 
     return f"; available: {', '.join(names.values())}" if names else ""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Return the message of another library's error in one line.
 
     An error without a message gives its class name.
