@@ -23,7 +23,7 @@ from relay_diffusion.sampling.run import sample
 from relay_diffusion.training.run import train
 from support import PROJECT, TINY
 
-PAGES = [*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md"), *(PROJECT / "demo").glob("*.md")]
+PAGES = [*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md"), *(PROJECT / "demo").rglob("*.md")]
 TINY_TRAINING = [override for override in TINY if not override.startswith("network.num_classes")]
 TINY_TRAINING += ["resolution=16", "trainer.max_images=8", "network.attention_resolutions=[]"]
 FEW = ["picture=2", "batch_size=2"]
@@ -219,5 +219,5 @@ def test_named_options_exist():
         named = re.findall(
             r"`((?:callbacks|data\.dataset|network|relay(?!\.stages)|trainer)(?:\.\w+)+)(?:=[^`]*)?`", page.read_text()
         )
-        unknown = {key for key in named if not key.endswith(".png")} - groups
+        unknown = {key for key in named if not key.endswith((".png", ".json"))} - groups
         assert not unknown, page
