@@ -8,13 +8,6 @@ from text_rows import random_text
 from zero_layers import randomize_zero_layers
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
-ROUNDING = {"rtol": 1e-5, "atol": 1e-5}  # of another algorithm in float32
-
-
-@pytest.fixture(autouse=True)
-def _no_tf32(monkeypatch):
-    """Convolutions of float32 do not round to TF32, which cuDNN may choose for one call and not for another."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def denoiser(**options):
@@ -41,7 +34,7 @@ def test_replays_equal_direct_calls(precision, inference, channels_last):
         for step in range(6):
             x, sigma = torch.randn(2, 3, 16, 16).double().cuda(), torch.rand(2).double() + 0.1
             labels = torch.tensor([step % 3, -1]).cuda()
-            torch.testing.assert_close(graphed(x, sigma, labels), plain(x, sigma, labels), **ROUNDING)
+            torch.testing.assert_close(graphed(x, sigma, labels), plain(x, sigma, labels), rtol=0, atol=0)
 
 
 def test_without_a_gpu_text_reaches_the_denoiser():
@@ -66,9 +59,9 @@ def test_text_is_replayed(precision, channels_last, labels):
             text = random_text([tokens, 0], tokens=tokens).to("cuda")
             text = text._replace(tokens=text.tokens.half())  # the type of a text encoder
             got = graphed(x, sigma, labels, text)
-            torch.testing.assert_close(got, plain(x, sigma, labels, text=text), **ROUNDING)
+            torch.testing.assert_close(got, plain(x, sigma, labels, text=text), rtol=0, atol=0)
             without = graphed(x, sigma, labels)
-            torch.testing.assert_close(without, plain(x, sigma, labels), **ROUNDING)
+            torch.testing.assert_close(without, plain(x, sigma, labels), rtol=0, atol=0)
     assert len(graphed._graphs) <= 2
 
 
@@ -84,7 +77,7 @@ def test_changed_weights_are_used():
         parameter.mul_(1.1)
     with torch.autocast("cuda", torch.bfloat16):
         after = graphed(x, sigma, labels)
-        torch.testing.assert_close(after, plain(x, sigma, labels), **ROUNDING)
+        torch.testing.assert_close(after, plain(x, sigma, labels), rtol=0, atol=0)
     assert not torch.allclose(before, after)
 
 
@@ -96,7 +89,7 @@ def test_a_graph_serves_evaluations_with_and_without_inference_mode(modes):
     x, sigma = torch.randn(2, 3, 16, 16).cuda(), torch.ones(2)
     for mode in (modes[0], modes[0], modes[1], modes[0], modes[1]):
         with mode(), torch.autocast("cuda", torch.bfloat16):
-            torch.testing.assert_close(graphed(x, sigma, None), plain(x, sigma, None), **ROUNDING)
+            torch.testing.assert_close(graphed(x, sigma, None), plain(x, sigma, None), rtol=0, atol=0)
 
 
 @needs_gpu
@@ -109,7 +102,7 @@ def test_weights_in_new_memory_are_used():
         graphed(x, sigma, None)
     last = list(plain.parameters())[-1]
     last.data = last.data.clone() + 1
-    torch.testing.assert_close(graphed(x, sigma, None), plain(x, sigma, None), **ROUNDING)
+    torch.testing.assert_close(graphed(x, sigma, None), plain(x, sigma, None), rtol=0, atol=0)
 
 
 @needs_gpu
@@ -119,5 +112,5 @@ def test_at_most_two_batch_sizes_are_kept():
     graphed = Graphed(plain)
     for batch in (1, 2, 1, 2, 1, 2, 3, 3, 3, 1):
         x, sigma, labels = torch.randn(batch, 3, 16, 16).cuda(), torch.ones(batch), torch.zeros(batch).long().cuda()
-        torch.testing.assert_close(graphed(x, sigma, labels), plain(x, sigma, labels), **ROUNDING)
+        torch.testing.assert_close(graphed(x, sigma, labels), plain(x, sigma, labels), rtol=0, atol=0)
     assert len(graphed._graphs) <= 2
