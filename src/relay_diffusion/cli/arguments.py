@@ -43,6 +43,11 @@ def parse_arguments(schema: type[Options], arguments: Sequence[str]) -> Options:
     return cast(Options, OmegaConf.to_object(config))
 
 
+def listed(text: str) -> list[str]:
+    """Parse "a,b" or "[a,b]" as ["a", "b"]; empty names are left out."""
+    return [name.strip() for name in text.strip("[]").split(",") if name.strip()]
+
+
 def positive_numbers(option: str, text: str, remedy: str) -> tuple[float, ...]:
     """Parse "0.5,1,2" as (0.5, 1.0, 2.0).
 

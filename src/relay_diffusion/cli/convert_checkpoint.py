@@ -16,7 +16,7 @@ from relay_diffusion.checkpoints.export import EXPORT_STAGE, EXPORT_WEIGHTS, exp
 from relay_diffusion.checkpoints.hub import is_address
 from relay_diffusion.checkpoints.loading import load_stage
 from relay_diffusion.checkpoints.published.convert import published_stage
-from relay_diffusion.cli.arguments import run_tool
+from relay_diffusion.cli.arguments import listed, run_tool
 from relay_diffusion.cli.errors import explain
 from relay_diffusion.config import CONF, compose
 from relay_diffusion.errors import UserError
@@ -67,7 +67,7 @@ def convert(options: ConvertOptions) -> DiffusionStage:
         raise UserError(f"destination={options.destination}: is the source; choose another name")
     for file in (EXPORT_STAGE, EXPORT_WEIGHTS):
         refuse_existing(destination / file, "destination", options.overwrite)
-    trusted = [name.strip() for name in options.trusted.strip("[]").split(",") if name.strip()]
+    trusted = listed(options.trusted)
     origin = None
     if source.suffix in PUBLISHED and not on_hub:
         stage = published_stage(source, compose_stage(options.experiment), options.experiment, trusted)

@@ -22,7 +22,7 @@ from relay_diffusion.checkpoints.hub import (
     upload,
 )
 from relay_diffusion.checkpoints.loading import build_chain, find_relay, load_relay, load_stage
-from relay_diffusion.cli.arguments import run_tool
+from relay_diffusion.cli.arguments import listed, run_tool
 from relay_diffusion.cli.convert_checkpoint import Dtype
 from relay_diffusion.cli.model_card import check_measured, model_card, read_metrics
 from relay_diffusion.data.decode import decode_rgb
@@ -95,8 +95,8 @@ def publish(options: PublishOptions) -> tuple[Relay, str]:
         folder.name if target is None else str(target).removeprefix(SCHEME),
         dtype=options.dtype.value,
         license=options.license,
-        datasets=_listed(options.datasets),
-        tags=_listed(options.tags),
+        datasets=listed(options.datasets),
+        tags=listed(options.tags),
         metrics=metrics,
         picture=None if picture is None else PICTURE,
     )
@@ -153,7 +153,7 @@ def _files_to_replace(target: HubAddress, options: PublishOptions) -> list[str]:
 
 def _load(options: PublishOptions) -> Relay:
     """Load `source`: a relay, its stages, or one stage."""
-    source, trusted = options.source, _listed(options.trusted.strip("[]"))
+    source, trusted = options.source, listed(options.trusted)
     parts = [part.partition("=") for part in source.split(",")]
     if all(path for _, _, path in parts) and not Path(source).exists():
         stages = {name: _local(path) for name, _, path in parts}
@@ -167,10 +167,6 @@ def _load(options: PublishOptions) -> Relay:
 
 def _local(path: str) -> str | Path:
     return path if is_address(path) else Path(path).expanduser()
-
-
-def _listed(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _picture(path: str) -> Image.Image:
