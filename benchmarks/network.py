@@ -31,9 +31,10 @@ from torch.profiler import ProfilerActivity, profile
 from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.config import compose
 from relay_diffusion.diffusion.pixels import to_float
+from relay_diffusion.diffusion.text_states import TextStates
 from relay_diffusion.models.gradients import replace_nonfinite
 from relay_diffusion.models.stage import DiffusionStage
-from relay_diffusion.networks import ops
+from relay_diffusion.networks import Prompts, ops
 from relay_diffusion.networks.flops import forward_flops, matrix_peak
 
 EXPERIMENT = {"adm_64": "imagenet_64", "adm_256": "imagenet_256"}
@@ -61,10 +62,10 @@ class Options:
     repeats: int = 7
 
 
-def build(network: str) -> DiffusionStage:
-    """Build the published stage with random non-zero weights on the device."""
+def build(experiment: str, *overrides: str) -> DiffusionStage:
+    """Build the stage of an experiment with random non-zero weights on the device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    cfg = compose("train", [f"experiment={EXPERIMENT[network]}", "trainer.precision=bf16-mixed"])
+    cfg = compose("train", [f"experiment={experiment}", "trainer.precision=bf16-mixed", *overrides])
     with torch.device(device):
         stage: DiffusionStage = instantiate(cfg.stage)
     for parameter in stage.parameters():
@@ -73,12 +74,18 @@ def build(network: str) -> DiffusionStage:
     return stage.to(device)
 
 
-def evaluation(stage: DiffusionStage, batch: int) -> Callable[[], None]:
-    """Prepare one evaluation of the denoiser as in a sampler."""
+def evaluation(stage: DiffusionStage, batch: int, text: TextStates | None = None) -> Callable[[], None]:
+    """Prepare one evaluation of the denoiser as in a sampler.
+
+    text: a row for each image, on the device.
+    """
     device = stage.device
     x = torch.randn(batch, 3, *stage.size, device=device)
     sigma, labels = torch.ones(batch), torch.zeros(batch, dtype=torch.long, device=device)
-    denoise = stage.eval().guided_denoiser()
+    prompts = None if text is None else Prompts(labels, text)
+    if prompts is not None:
+        labels = torch.arange(batch, device=device)  # rows of the prompts, as in DiffusionStage.draw
+    denoise = stage.eval().guided_denoiser(prompts=prompts)
 
     def work() -> None:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
@@ -87,8 +94,11 @@ def evaluation(stage: DiffusionStage, batch: int) -> Callable[[], None]:
     return work
 
 
-def training_step(stage: DiffusionStage, batch: int) -> Callable[[], None]:
-    """Prepare a training step (gradient clean-up, Adam and EMA included) without Lightning."""
+def training_step(stage: DiffusionStage, batch: int, text: TextStates | None = None) -> Callable[[], None]:
+    """Prepare a training step (gradient clean-up, Adam and EMA included) without Lightning.
+
+    text: a row for each image, on the device.
+    """
     device = stage.device
     images = torch.randint(0, 256, (batch, 3, *stage.size), dtype=torch.uint8, device=device)
     labels = torch.zeros(batch, dtype=torch.long, device=device)
@@ -102,7 +112,7 @@ def training_step(stage: DiffusionStage, batch: int) -> Callable[[], None]:
             x0 = to_float(images)
             sigma = stage.corruption.schedule.draw(batch, "cpu")
             noisy = stage.corruption.corrupt(x0, sigma, stage.corruption.draw_noise(x0, torch.randn_like))
-            loss = stage.loss(stage.training_denoiser(noisy, sigma, labels), x0, sigma).mean()
+            loss = stage.loss(stage.training_denoiser(noisy, sigma, labels, text=text), x0, sigma).mean()
         loss.backward()
         replace_nonfinite([p.grad for p in parameters if p.grad is not None])
         optimizer.step()
@@ -152,7 +162,7 @@ def run(options: Options) -> None:
     print(f"a matrix product of 8192^3 in bf16: {peak / 1e12:.0f} TFLOP/s, what shares are of")
     for network in options.network.split(","):
         for kind in options.work.split(","):
-            stage = build(network)
+            stage = build(EXPERIMENT[network])
             stage.cuda_graphs = options.graphs
             each = forward_flops(stage.denoiser.network) * (3 if kind == "train" else 1)
             if options.compile:
