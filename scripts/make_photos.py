@@ -1,6 +1,6 @@
 """Collect free photographs of Debian packages in an image zip.
 
-demo/photos.csv lists them with author and license: 126 for training, 19 held out.
+demo/photos.csv lists them with author and license: 413 for training, 12 for validation, 19 held out.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ USAGE = """\
 python scripts/make_photos.py packages=FOLDER destination=OUT.zip [key=value ...]
 
   packages     folder with the unpacked packages, made by
-                 apt-get download gcompris-qt-data lomiri-wallpapers-16.04 lomiri-wallpapers-20.04 mate-backgrounds \\
-                     palapeli-data plasma-workspace-wallpapers
+                 apt-get download endless-sky-data forensics-samples-files gcompris-qt-data kphotoalbum \\
+                     libelementary-data libjs-jquery-backstretch libjs-jquery-colorbox lomiri-wallpapers-16.04 \\
+                     lomiri-wallpapers-20.04 lxqt-themes mate-backgrounds palapeli-data plasma-workspace-wallpapers \\
+                     python-kivy-examples python3-sklearn qtwebengine5-examples sddm-theme-maldives tuxpaint-data
                  for p in *.deb; do dpkg -x $p FOLDER; done
-  destination  the zip to write: train/*.jpg and heldout/*.jpg
+  destination  the zip to write: train/*.jpg, validation/*.jpg and heldout/*.jpg
   table        the photographs (demo/photos.csv)
   overwrite    false: refuse a destination that exists (default) | true: replace it once all is converted
 """

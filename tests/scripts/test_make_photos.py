@@ -19,8 +19,8 @@ from relay_diffusion.errors import UserError
 
 NOTICE = Path(__file__).parents[2] / "demo" / "NOTICE.md"
 MEMBER = "app/resource/bird.webp"
-FREE = {"public domain", "CC0-1.0", "GPL-2+"} | {f"CC-BY-{v}" for v in ("2.0", "3.0", "4.0")}
-FREE |= {f"CC-BY-SA-{v}" for v in ("3.0", "4.0")}
+FREE = {"public domain", "CC0-1.0", "GPL-2+", "MIT", "BSD-2-Clause", "BSD-3-Clause"}
+FREE |= {f"CC-BY-{v}" for v in ("2.0", "3.0", "4.0")} | {f"CC-BY-SA-{v}" for v in ("3.0", "4.0")}
 
 
 def resource_file(files: dict[str, bytes], version: int = 3, flags: int = 0) -> bytes:
@@ -120,10 +120,10 @@ def test_another_table_is_refused(options: PhotosOptions, tmp_path: Path) -> Non
 
 def test_every_listed_photograph_has_an_author_and_a_free_license() -> None:
     rows = read_table(PhotosOptions.table)
-    assert Counter(row["subset"] for row in rows) == {"train": 126, "heldout": 19}
+    assert Counter(row["subset"] for row in rows) == {"train": 413, "validation": 12, "heldout": 19}
     assert len({row["name"] for row in rows}) == len({row["file"] for row in rows}) == len(rows)
     for row in rows:
         assert row["license"] in FREE, row
         assert all(row[column] for column in COLUMNS[:-1]), row
-    for package, version in {(row["package"], row["version"]) for row in rows}:
-        assert f"`{package}` {version}" in NOTICE.read_text()
+    for (package, version), count in Counter((row["package"], row["version"]) for row in rows).items():
+        assert f"| `{package}` {version} | {count} |" in NOTICE.read_text()
