@@ -13,7 +13,8 @@ from relay_diffusion.utils.quiet import quiet_libraries
 PROGRAM = """
 import importlib, json, logging, os, pkgutil, signal, sys, warnings
 import hydra, lightning, lightning.pytorch.loggers, matplotlib.pyplot, omegaconf, PIL.Image, torch, torchmetrics, wandb
-import diffusers.pipelines.pipeline_utils, triton, triton.language  # what other libraries do when they are imported is theirs
+import diffusers.pipelines.pipeline_utils
+import triton, triton.language  # what other libraries do when they are imported is theirs
 
 def state():
     loggers = [logging.root, *(each for each in logging.root.manager.loggerDict.values() if hasattr(each, "level"))]

@@ -39,6 +39,12 @@ def folder(relay_folder, tmp_path_factory):
     return published(str(relay_folder), tmp_path_factory.mktemp("published") / "tiny")
 
 
+@pytest.fixture(scope="module")
+def pipeline(folder, diffusers):  # noqa: ARG001
+    """The pipeline of that relay, built in Python."""
+    return import_module(MODULE).RelayPipeline(rd.load_relay(folder))
+
+
 @pytest.fixture
 def load(diffusers, tmp_path, monkeypatch):
     """Load a folder as the documentation says, without network."""
@@ -366,8 +372,7 @@ def test_a_relay_that_was_built_in_python(folder, diffusers):  # noqa: ARG001
         ({"image": []}, "^image is empty"),
     ],
 )
-def test_arguments_that_are_refused(folder, diffusers, options, message):  # noqa: ARG001
-    pipe = import_module(MODULE).RelayPipeline(rd.load_relay(folder))
+def test_arguments_that_are_refused(pipeline, options, message):
     with pytest.raises(ValueError, match=message) as error:
-        pipe(**options)
+        pipeline(**options)
     assert "\n" not in str(error.value)
