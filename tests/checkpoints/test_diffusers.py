@@ -131,12 +131,17 @@ def test_files_of_others_stay(relay_folder, tmp_path):
 
 
 @pytest.mark.usefixtures("login")
-def test_a_repository(hub, relay_folder):
+def test_a_repository(hub, relay_folder, load, tmp_path, monkeypatch):
+    from huggingface_hub import snapshot_download
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # which `load` sets
     published(str(relay_folder), "hf://user/tiny@v1")
     repository = hub.repositories["user/tiny"]
     files = repository.commits[repository.refs["v1"]]
     assert {"model_index.json", "pipeline.py"} < files.keys()
     assert 'folder = snapshot_download("user/tiny", revision="v1")' in files["README.md"].decode()
+    downloaded = snapshot_download("user/tiny", revision="v1", cache_dir=tmp_path / "cache")
+    assert_same_weights(load(downloaded).relay.state_dict(), rd.load_relay(relay_folder).state_dict())
     repository.commit({"pipeline.py": b"mine"}, "other")
     with pytest.raises(
         UserError, match=r"^destination=hf://user/tiny@other: has a pipeline\.py already; choose another"
@@ -291,6 +296,10 @@ def test_devices_and_dtypes(folder, load):
         load(folder, use_safetensors=False)
     with pytest.raises(UserError, match=r"^slice_size=auto: relays have no sliced attention"):
         pipe.enable_attention_slicing()
+    with pytest.raises(UserError, match=r"^xformers: relays use the attention of torch"):
+        pipe.enable_xformers_memory_efficient_attention()
+    with pytest.raises((ValueError, ImportError)):
+        pipe.enable_model_cpu_offload()
 
 
 def test_saving(folder, load, tmp_path):
