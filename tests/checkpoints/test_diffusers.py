@@ -130,6 +130,7 @@ def test_files_of_others_stay(relay_folder, tmp_path):
         assert (tmp_path / name / "out" / name).read_text() == "precious"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("login")
 def test_a_repository(hub, relay_folder, load, tmp_path, monkeypatch):
     from huggingface_hub import snapshot_download
@@ -317,6 +318,9 @@ def test_saving(folder, load, tmp_path):
         (name,) = options
         with pytest.raises(UserError, match=f"^{name}="):
             pipe.save_pretrained(tmp_path / "other", **options)
+    pipe.relay.chain()["base"].guide = pipe.relay.chain()["base"].denoiser
+    with pytest.raises(UserError, match=r"^save_pretrained: relay\.json cannot hold this relay's guide"):
+        pipe.save_pretrained(tmp_path / "other")
     pipe.relay.rounding = "floor"
     with pytest.raises(UserError, match=r"^save_pretrained: relay\.json cannot hold this relay's rounding"):
         pipe.save_pretrained(tmp_path / "other")

@@ -136,6 +136,7 @@ class RelayPipeline(DiffusionPipeline):
             "postprocess": relay.postprocess is not None,
             "resolution": any(relay.sizes[name] != stage.size for name, stage in chain.items()),
             "sampler": any(_sampler_config(stage) is None for stage in chain.values()),
+            "guide": any(stage.guide is not None for stage in chain.values()),
         }
         for name in (name for name, is_lost in lost.items() if is_lost):
             raise UserError(f"save_pretrained: {RELAY_FILE} cannot hold this relay's {name}; save it without")
