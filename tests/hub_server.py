@@ -135,6 +135,12 @@ class _Handler(BaseHTTPRequestHandler):
         if what == "revision":
             files = [{"rfilename": file} for file in repository.commits[sha]]
             return self.answer({"id": name, "sha": sha, "private": repository.private, "siblings": files})
+        if what == "tree":
+            content = repository.commits[sha]
+            oids = {file: hashlib.sha1(data).hexdigest() for file, data in content.items()}
+            return self.answer(
+                [{"type": "file", "path": file, "size": len(content[file]), "oid": oid} for file, oid in oids.items()]
+            )
         if what == "preupload":
             files = json.loads(body)["files"]
             modes = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]

@@ -177,6 +177,7 @@ def test_sampling_loads_no_libraries_of_other_commands(relay_overrides):
     loaded = ast.literal_eval(result.stdout.splitlines()[-1])
     assert {"hydra", "relay_diffusion"} <= loaded
     assert not loaded & {
+        "diffusers",
         "huggingface_hub",
         "matplotlib",
         "pandas",

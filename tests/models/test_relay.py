@@ -151,6 +151,20 @@ def test_a_relay_of_later_stages_starts_from_given_images():
     assert torch.equal(samples.images, to_uint8(samples.stages["c"]))
 
 
+def test_a_relay_without_its_first_stage():
+    stages = {"a": tiny_stage(4), "b": tiny_stage(8, 2), "c": tiny_stage(24, 3)}
+    relay = Relay(stages, rounding="floor", postprocess=lambda x: x, consistency=True, tile=24, overlap=12)
+    relay.to("meta")
+    later = relay.without_first()
+    assert list(later.chain().values()) == [stages["b"], stages["c"]]
+    assert (later.start_size, later.resolution, later.device.type) == ((4, 4), 24, "meta")
+    assert (later.rounding, later.postprocess, later.consistency) == ("floor", relay.postprocess, True)
+    assert later.describe_tiles() == {name: relay.describe_tiles()[name] for name in ("b", "c")}
+    assert later.describe_tiles() != Relay({"b": stages["b"], "c": stages["c"]}).describe_tiles()
+    with pytest.raises(UserError, match=r"^relay\.stages is empty"):
+        Relay({"a": stages["a"]}).without_first()
+
+
 def test_an_unknown_rounding_is_named():
     with pytest.raises(ValueError, match=r"^rounding=up: use nearest or floor"):
         Relay({"a": tiny_stage(4)}, rounding="up")

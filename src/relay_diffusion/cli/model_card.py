@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from relay_diffusion import __version__
-from relay_diffusion.checkpoints.hub import INSTALL
+from relay_diffusion.checkpoints.diffusers_layout import INSTALL as INSTALL_DIFFUSERS
+from relay_diffusion.checkpoints.diffusers_layout import PIPELINE_FILE
+from relay_diffusion.checkpoints.hub import INSTALL, parse_short_address
 from relay_diffusion.errors import UserError, require
 from relay_diffusion.models.relay import Relay
 from relay_diffusion.sampling.report import MEASURES
@@ -57,10 +59,12 @@ def model_card(
     tags: Sequence[str] = (),
     metrics: Mapping[str, Any] | None = None,
     picture: str | None = None,
+    diffusers: bool = False,
 ) -> str:
     """Return the text of README.md.
 
     address: what load_relay takes. dtype: of the written weights. picture: name of a file beside README.md.
+    diffusers: whether the relay is a custom pipeline of diffusers too.
     """
     from huggingface_hub import ModelCardData
 
@@ -68,7 +72,7 @@ def model_card(
         license=license or None,
         library_name=LIBRARY,
         pipeline_tag=_pipeline(relay),
-        tags=[LIBRARY, "diffusion", *tags],
+        tags=[LIBRARY, "diffusion", *(["diffusers"] if diffusers else []), *tags],
         datasets=list(datasets) or None,
         metrics=None if metrics is None else [name for name, _, _ in MEASURES if name in metrics],
     )
@@ -82,15 +86,21 @@ def model_card(
     if picture is not None:
         parts.append(f"![samples]({picture})")
     parts += ["## Use", f"    {INSTALL}", f"```python\n{_example(relay, address)}\n```"]
+    if diffusers:
+        parts += [
+            "With diffusers:",
+            f"    {INSTALL_DIFFUSERS}",
+            f"```python\n{_diffusers_example(relay, address)}\n```",
+        ]
     if relay.text_dim:
         parts.append("Prompts need the text encoder of training; `load_relay(..., text_path=FOLDER)` gives its files.")
     parts += ["## Stages", _stages(relay, dtype), f"{relay.num_classes or 'No'} classes."]
     if metrics is not None:
         parts += ["## Evaluation", *_evaluation(metrics)]
-    parts += [
-        "## Files",
-        "The weights are safetensors, the settings JSON. Loading them runs no code of this repository.",
-    ]
+    facts = "The weights are safetensors, the settings JSON. `load_relay` runs no code of this repository."
+    if diffusers:
+        facts += f" diffusers runs `{PIPELINE_FILE}`, which imports the library {LIBRARY}."
+    parts += ["## Files", facts]
     return "\n\n".join(parts) + "\n"
 
 
@@ -110,6 +120,25 @@ def _example(relay: Relay, address: str) -> str:
     return (
         f"from relay_diffusion import load_relay\n\nrelay = load_relay({json.dumps(address)})\n"
         f'images = relay.sample({arguments})  # [B,C,H,W] in [-1, 1]\nrelay.to_pil(images)[0].save("image.png")'
+    )
+
+
+def _diffusers_example(relay: Relay, address: str) -> str:
+    given = [
+        ("image=image", relay.start_size is not None),
+        ("class_labels=0", relay.num_classes > 0),
+        ('prompt="a red fox"', relay.text_dim > 0),
+    ]
+    arguments = ", ".join([*(text for text, needed in given if needed), "seeds=range(4)"])
+    hub, imported, folder = parse_short_address(address), "", json.dumps(address)
+    if hub is not None:
+        revision = "" if hub.revision is None else f", revision={json.dumps(hub.revision)}"
+        imported = "from huggingface_hub import snapshot_download\n"
+        folder = f"snapshot_download({json.dumps(hub.repository)}{revision})"
+    return (
+        f"from diffusers import DiffusionPipeline\n{imported}\nfolder = {folder}\n"
+        "pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)\n"
+        f'pipe({arguments}).images[0].save("image.png")'
     )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 import tempfile
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import NoReturn
 
 from omegaconf import MISSING
 from PIL import Image
 
+from relay_diffusion.checkpoints.diffusers_layout import INDEX_FILE, PIPELINE_FILE, write_diffusers_files
 from relay_diffusion.checkpoints.export import EXPORT_STAGE, EXPORT_WEIGHTS, RELAY_FILE, export_relay
 from relay_diffusion.checkpoints.hub import (
     SCHEME,
@@ -38,6 +40,7 @@ python -m relay_diffusion.cli.publish source=SOURCE destination=FOLDER|hf://USER
   source       a relay: a folder with relay.json, hf://USER/NAME, or its stages in order as base=PATH,relay=PATH; or one
                stage: a training run, a .ckpt file, an exported folder
   destination  a folder, or hf://USER/NAME[@BRANCH], which is created if it is missing (log in first: hf auth login)
+  format       relay (default) | diffusers: also a custom pipeline of the library diffusers
   dtype        data type of the written weights: float32 (default) | float16 | bfloat16
   license      licence of the weights, e.g. apache-2.0 (unknown)
   datasets     data sets of training on the Hub: USER/DATA,other
@@ -49,11 +52,19 @@ python -m relay_diffusion.cli.publish source=SOURCE destination=FOLDER|hf://USER
   trusted      packages besides relay_diffusion whose classes the source may name: my_package,other
 
 The destination gets relay.json, a folder for each stage (weights.safetensors: the averaged weights; stage.json),
-README.md (the model card) and samples.png. A folder needs no network. huggingface_hub must be installed:
-pip install "relay-diffusion[hub]"
+README.md (the model card) and samples.png; with format=diffusers also model_index.json and pipeline.py. A folder needs
+no network. huggingface_hub must be installed: pip install "relay-diffusion[hub]"
 """
 CARD, PICTURE = "README.md", "samples.png"
 EXPORT = (EXPORT_STAGE, EXPORT_WEIGHTS)
+DIFFUSERS = (INDEX_FILE, PIPELINE_FILE)
+
+
+class Format(Enum):
+    """Who reads the published files."""
+
+    relay = "relay"
+    diffusers = "diffusers"
 
 
 @dataclass
@@ -62,6 +73,7 @@ class PublishOptions:
 
     source: str = MISSING
     destination: str = MISSING
+    format: Format = Format.relay
     dtype: Dtype = Dtype.float32
     license: str = "unknown"
     datasets: str = ""
@@ -99,10 +111,13 @@ def publish(options: PublishOptions) -> tuple[Relay, str]:
         tags=listed(options.tags),
         metrics=metrics,
         picture=None if picture is None else PICTURE,
+        diffusers=options.format is Format.diffusers,
     )
 
     def write(root: Path) -> None:
         export_relay(relay.chain(), root, options.dtype.value, relay.consistency)
+        if options.format is Format.diffusers:
+            write_diffusers_files(root)
         write_text(root / CARD, card)
         if picture is not None:
             save_png(picture, root / PICTURE)
@@ -128,7 +143,7 @@ def _check_folder(folder: Path, options: PublishOptions) -> None:
     for name in (RELAY_FILE, CARD):
         refuse_existing(folder / name, "destination", options.overwrite)
     earlier = find_relay(folder)
-    known = {folder / name for name in (RELAY_FILE, CARD, PICTURE)}
+    known = {folder / name for name in (RELAY_FILE, CARD, PICTURE, *(DIFFUSERS if earlier else ()))}
     known |= {folder / name / file for name in (earlier.stages if earlier else ()) for file in EXPORT}
     other = next((path for path in folder.rglob("*") if not path.is_dir() and path not in known), None)
     require(other is None, f"{option}: also holds {shorten(other)}; choose another folder")
@@ -143,7 +158,7 @@ def _files_to_replace(target: HubAddress, options: PublishOptions) -> list[str]:
     require(target.folder == "", f"{option}: a relay is published to the root of a repository; remove the folder")
     with prefix_errors("destination"):
         files = files_to_replace(target, options.private)
-    for name in (RELAY_FILE, CARD):
+    for name in (RELAY_FILE, CARD, *(DIFFUSERS if options.format is Format.diffusers else ())):
         require(
             options.overwrite or name not in files,
             f"{option}: has a {name} already; choose another name, or overwrite=true to replace it",

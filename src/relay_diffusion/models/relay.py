@@ -134,6 +134,7 @@ class Relay(L.LightningModule):
         self.rounding, self.postprocess = rounding, postprocess
         self.hand_over_sigma, self.consistency = hand_over_sigma, consistency
         self._build_encoder = encoder
+        self._tiles = tile, overlap, tile_batch
         self.observers: list[Callable[[str, Tensor, Tensor, Tensor], None]] = []
         self.tile_observers: list[Callable[[str, Tensor, Tensor, Tensor], None]] = []
         try:
@@ -176,6 +177,27 @@ class Relay(L.LightningModule):
     def chain(self) -> dict[str, DiffusionStage]:
         """Stages by name, in order."""
         return {name: cast(DiffusionStage, stage) for name, stage in zip(self._names, self.stages, strict=True)}
+
+    def without_first(self) -> Relay:
+        """Return the relay of all stages but the first.
+
+        It has the same modules, options and text encoder, and enlarges given images. Raises UserError if there is only
+        one stage.
+        """
+        _, *others = self.chain().items()
+        tile, overlap, tile_batch = self._tiles
+        enlarging = Relay(
+            dict(others),
+            rounding=self.rounding,
+            postprocess=self.postprocess,
+            consistency=self.consistency,
+            resolution=self.resolution,
+            tile=tile,
+            overlap=overlap,
+            tile_batch=tile_batch,
+            encoder=lambda: self.text_encoder,
+        )
+        return enlarging.to(self.device)
 
     @property
     def num_classes(self) -> int:
