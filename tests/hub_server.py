@@ -1,4 +1,4 @@
-"""The part of the Hugging Face Hub that relays need, as an HTTP server of this process."""
+"""The part of the Hugging Face Hub that relays and datasets need, as an HTTP server of this process."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer({"errors": [], "warnings": []})
         if path == "api/repos/create":
             return self.create(json.loads(body))
-        api = re.fullmatch(r"api/models/([^/]+/[^/]+)(?:/(\w+)/(.+))?", path)
-        file = re.fullmatch(r"([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        api = re.fullmatch(r"api/(?:models|datasets)/([^/]+/[^/]+)(?:/(\w+)/(.+))?", path)
+        file = re.fullmatch(r"(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         match = api or file
         repository = self.hub.repositories.get(match[1]) if match else None
         if match is None or repository is None or (repository.private and not writer):
@@ -135,6 +135,11 @@ class _Handler(BaseHTTPRequestHandler):
         if what == "revision":
             files = [{"rfilename": file} for file in repository.commits[sha]]
             return self.answer({"id": name, "sha": sha, "private": repository.private, "siblings": files})
+        if what == "tree":
+            contents = repository.commits[sha].items()
+            return self.answer(
+                [{"type": "file", "path": path, "size": len(data), "oid": sha} for path, data in contents]
+            )
         if what == "preupload":
             files = json.loads(body)["files"]
             modes = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]

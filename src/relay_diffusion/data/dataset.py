@@ -1,4 +1,4 @@
-"""Dataset of uint8 image tensors from a zip, a folder or another format."""
+"""Dataset of uint8 image tensors from files of any format."""
 
 from __future__ import annotations
 

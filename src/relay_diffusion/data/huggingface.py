@@ -13,26 +13,31 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from relay_diffusion.data.bounded_io import check_size, files_below
+from relay_diffusion.data.bounded_io import MAX_MEMBER, check_size, files_below
 from relay_diffusion.data.sources import Source, SourceFormat, existing_path
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.messages import first_names, one_line, shorten
 
 SUFFIXES = (".parquet", ".arrow")
 SAVED = ("dataset_dict.json", "state.json")  # of Dataset.save_to_disk
-HUB = re.compile(r"hf://((?:\w[\w.-]*/)?\w[\w.-]*)(?:@(.+))?", re.ASCII)
+FORM = "hf://USER/NAME[@REVISION][/FOLDER]"
+HUB = re.compile(r"hf://(\w[\w.-]*/\w[\w.-]*)(?:@([^/@]+))?(?:/([\w./ =-]+))?", re.ASCII)
 INSTALL = 'pip install "relay-diffusion[datasets]"'
 OPTION = "data.dataset.format"
-ROWS = 64  # converted at once: a dictionary in a small parquet file may expand to much memory
+ROWS = 64  # decoded at once to measure a file
+MAX_GROUP = 2**32  # bytes of a row group, which the library decodes at once
+MAX_RATIO = 100  # decoded bytes of a file over its size; images hardly shrink
 
 
 @dataclass(frozen=True)
 class HuggingFaceFormat(SourceFormat):
-    """Parquet or arrow files: one, a folder, a folder of `save_to_disk`, or a dataset on the Hub.
+    """Parquet or arrow files: one, a folder, or parquet files on the Hub.
 
+    A folder may be one of `save_to_disk`.
     image_column: encoded images. label_column: class indices, or null. caption_column: texts or lists of texts, or
     null. split: the part to read; a `subset` takes its place. config: which configuration, if there are several.
     """
@@ -44,22 +49,20 @@ class HuggingFaceFormat(SourceFormat):
     config: str | None = None
 
     def open(self, path: str | Path, option: str, subset: str = "") -> Source:
-        """Open a split; on the first call its parquet files are converted, or downloaded.
+        """Open a split.
 
-        Raises UserError, also without the library.
+        At first its files are downloaded and converted. Raises UserError, also without the library.
         """
-        if find_spec("datasets") is None:
-            raise UserError(f"{option}={path}: needs the library datasets: {INSTALL}")
         where, split = f"{option}={path}", subset.strip("/") or self.split
-        if address := HUB.fullmatch(str(path)):
-            with _explained(where):
-                rows = _on_hub(address[1], address[2], self.config, split, where)
-            return RowSource(str(path), option, rows, split, self)
-        place = existing_path(path, option)
+        if find_spec("datasets") is None:
+            raise UserError(f"{where}: needs the library datasets: {INSTALL}")
+        on_hub = str(path).startswith("hf://")
+        place = Path(path) if on_hub else existing_path(path, option).absolute()
         with _explained(where):
+            place = _downloaded(str(path), where) if on_hub else place
             saved = place.is_dir() and any((place / name).is_file() for name in SAVED)
-            rows = _saved(place, split, where) if saved else _local(place.resolve(), self.config, split, where)
-        return RowSource(place, option, rows, split, self)
+            rows = _saved(place, split, where) if saved else _converted(place, self.config, split, where)
+        return RowSource(str(path) if on_hub else Path(path), option, rows, split, self)
 
 
 class RowSource(Source):
@@ -112,7 +115,7 @@ class RowSource(Source):
         return f"column{'s' * (len(others) > 1)} {first_names(others)}" if others else ""
 
     def label_entries(self) -> tuple[object, object]:
-        """Read the class indices, and the names of a ClassLabel; None without any."""
+        """Read the class indices, and the class names of a ClassLabel."""
         column = self._format.label_column
         if column is None:
             return None, None
@@ -123,7 +126,7 @@ class RowSource(Source):
         return None if self._format.caption_column is None else self._column(self._format.caption_column)
 
     def _column(self, name: str) -> list[tuple[str, Any]]:
-        """Read a column without its missing values, by the names of the rows."""
+        """Read a column by row, without missing values."""
         values = self._rows.select_columns([name])[:].column(name)
         try:
             check_size(values.nbytes)
@@ -174,56 +177,76 @@ def _saved(folder: Path, split: str, where: str) -> Any:
     return splits[split]
 
 
-def _local(path: Path, config: str | None, split: str, where: str) -> Any:
-    """Open a split of parquet or arrow files, which are copied to the cache."""
+def _downloaded(address: str, where: str) -> Path:
+    """Download the parquet files of a dataset on the Hub, once."""
+    from huggingface_hub import snapshot_download
+
+    match = HUB.fullmatch(address)
+    folder = "" if match is None else (match[3] or "").strip("/")
+    if match is None or ".." in folder.split("/"):
+        raise UserError(f"{where}: is not an address on the Hub; write {FORM}")
+    revision = unquote(match[2]) if match[2] else None
+    inside = f"{folder}/" if folder else ""
+    wanted = [f"{inside}{name}" for name in ("*.parquet", "README.md")]
+    snapshot = snapshot_download(match[1], repo_type="dataset", revision=revision, allow_patterns=wanted)
+    if not any((Path(snapshot) / folder).rglob("*.parquet")):
+        converted = f"hf://{match[1]}@refs%2Fconvert%2Fparquet"
+        raise UserError(f"{where}: holds no parquet file; the Hub converts some data sets, then use {converted}")
+    return Path(snapshot) / folder
+
+
+def _converted(path: Path, config: str | None, split: str, where: str) -> Any:
+    """Open a split of parquet or arrow files.
+
+    The library copies them to its cache.
+    """
     from datasets import load_dataset_builder
 
     files = [path] if path.is_file() else [path / name for name in files_below(path)]
-    tables = sorted(file for file in files if file.suffix in SUFFIXES)
+    tables = {str(file) for file in files if file.suffix in SUFFIXES}
     if not tables:
         raise UserError(f"{where}: holds no {' or '.join(SUFFIXES)} file; use data=folder for image files")
-    for file in tables:
-        if file.suffix == ".arrow":
-            _validate(file)
-    if path.is_file():
-        if config is not None:
-            raise UserError(f"{OPTION}.config={config}: {where} is a file, which has no configurations; remove it")
-        builder = load_dataset_builder(path.suffix[1:], data_files={"train": [str(path)]})
-    else:
-        builder = load_dataset_builder(str(path), name=config)
-    return _built(builder, split, where, set(map(str, tables)))
-
-
-def _on_hub(name: str, revision: str | None, config: str | None, split: str, where: str) -> Any:
-    """Open a split of a dataset on the Hub, which is downloaded once."""
-    from datasets import load_dataset_builder
-
-    return _built(load_dataset_builder(name, name=config, revision=revision), split, where, None)
-
-
-def _built(builder: Any, split: str, where: str, tables: Collection[str] | None) -> Any:
-    """Convert the files of a builder, and open a split.
-
-    tables: the files that it may read; None: parquet files of its own repository. Only the names of files decide which
-    builder the library chooses, and some builders unpickle.
-    """
-    splits = builder.config.data_files or {}
-    home = f"hf://datasets/{builder.repo_id}@"
-    for file in (str(file) for files in splits.values() for file in files):
-        own = file.startswith(home) and file.endswith(".parquet") if tables is None else file in tables
-        if not own:
-            raise UserError(
-                f"{where}: would read {shorten(file)}; only its own {' and '.join(SUFFIXES)} files are read"
-            )
-    if splits:  # empty in offline mode
-        _check_split(split, splits, where)
+    splits, features = {"train": [str(path)]}, None
+    if path.is_dir():
+        listed = load_dataset_builder(str(path), name=config)
+        splits, features = listed.config.data_files, listed.info.features
+    elif config is not None:
+        raise UserError(f"{OPTION}.config={config}: {where} is a file, which has no configurations; remove it")
+    _check_split(split, splits, where)
+    chosen = list(map(str, splits[split]))
+    # a README.md may name files anywhere; the endings decide how the library reads them, and it unpickles some
+    for file in chosen:
+        if file not in tables:
+            raise UserError(f"{where}: would read {shorten(file)}; only {' and '.join(SUFFIXES)} files in it are read")
+    kind = Path(chosen[0]).suffix
+    builder = load_dataset_builder(kind[1:], data_files={split: chosen}, features=features)
     if not Path(builder.cache_dir).is_dir():
+        for table in map(Path, chosen):
+            _validate(table) if kind == ".arrow" else _check_expansion(table)
         rank_zero_only(print)(f"note: {where}: copied once to {builder.cache_dir}", flush=True)
-    if hasattr(builder.config, "batch_size"):
-        builder.config.batch_size = ROWS
     builder.download_and_prepare()
-    _check_split(split, builder.info.splits, where)
     return builder.as_dataset(split=split)
+
+
+def _check_expansion(file: Path) -> None:
+    """Raise ValueError for a parquet file that expands beyond its limits.
+
+    Repeated values and compression make a file small. It is decoded in small parts here.
+    """
+    from pyarrow import parquet
+
+    most, total = MAX_RATIO * file.stat().st_size + MAX_MEMBER, 0
+    with parquet.ParquetFile(file) as opened:
+        for group in range(opened.num_row_groups):
+            before = total
+            for batch in opened.iter_batches(ROWS, [group]):
+                total += batch.nbytes
+                if total > most:
+                    raise ValueError(f"{file.name!r} expands to more than {MAX_RATIO} times its size")
+                if total - before > MAX_GROUP:
+                    raise ValueError(
+                        f"{file.name!r} has a row group of more than {MAX_GROUP:,} bytes; write smaller ones"
+                    )
 
 
 def _check_split(split: str, splits: Collection[str], where: str) -> None:
@@ -245,7 +268,7 @@ def _validate(file: Path) -> None:
 
 @contextmanager
 def _explained(where: str) -> Iterator[None]:
-    """Silence the library in this block, and turn its errors into UserErrors of one line."""
+    """Silence the library in this block, and turn its errors into UserErrors."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
     verbosity, bars = logging.get_verbosity(), not are_progress_bars_disabled()

@@ -20,7 +20,10 @@ class Labels:
 
 
 def describe_file(source: Source) -> str:
-    """Return how messages name the dataset.json of a source, or what it has instead."""
+    """Return how messages name the dataset.json of a source.
+
+    Other formats have something else instead.
+    """
     return f"{source.option}={source.path}: {source.described_in}"
 
 

@@ -315,7 +315,7 @@ class TarSource(Source):
 
 
 class SourceFormat(ABC):
-    """Format of images that is chosen by an option, not by the content of a path."""
+    """Format that is chosen by an option, not recognized by its content."""
 
     @abstractmethod
     def open(self, path: str | Path, option: str, subset: str = "") -> Source:
@@ -326,7 +326,7 @@ class SourceFormat(ABC):
 
 
 def check_member_name(member: str, where: str) -> None:
-    """Raise UserError if the name of an archive's member is absolute or contains '..'."""
+    """Raise UserError if a member's name is absolute or contains '..'."""
     if member.startswith(("/", "\\")) or re.match("[A-Za-z]:", member) or ".." in re.split(r"[/\\]", member):
         raise UserError(f"{where}: the member name {member!r} is absolute or leaves the archive; rename it")
 

@@ -44,9 +44,9 @@ class WebDatasetFormat(SourceFormat):
 
 
 class ShardSource(Source):
-    """Images in tar shards, sorted by shard; within a shard in the order of the archive.
+    """Images in tar shards.
 
-    Members are named SHARD/MEMBER. Links are ignored. The headers of all shards are read once; each read opens its
+    Shards are sorted, and members are in the order of the archive. Members are named SHARD/MEMBER. Links are ignored. The headers of all shards are read once; each read opens its
     shard again, so that forked and spawned workers and threads can read. Raises UserError for a compressed or damaged
     shard, and for two images of one sample.
     """
@@ -125,7 +125,7 @@ class _Place(NamedTuple):
 
 
 def _sample(name: str) -> tuple[str, str]:
-    """Split the name of a member into that of its sample and its extension."""
+    """Split the name of a member into sample and extension."""
     folder, slash, file = name.rpartition("/")
     key, _, extension = file.partition(".")
     return f"{folder}{slash}{key}", extension.lower()
