@@ -149,7 +149,8 @@ class ImageDataModule(LightningDataModule):
         self.text = None if text is None else CachedEncoder(text, text_cache)
         self.captions = captions or text is not None
         if self.captions and self.missing_captions == len(dataset.names):
-            raise UserError(f"text: {dataset.path} {dataset.no_captions}")
+            problem = getattr(dataset, "no_captions", "has no captions; use text=none")  # not of other datasets
+            raise UserError(f"text: {dataset.path} {problem}")
 
     @property
     def missing_captions(self) -> int:

@@ -46,9 +46,9 @@ class WebDatasetFormat(SourceFormat):
 class ShardSource(Source):
     """Images in tar shards.
 
-    Shards are sorted, and members are in the order of the archive. Members are named SHARD/MEMBER. Links are ignored. The headers of all shards are read once; each read opens its
-    shard again, so that forked and spawned workers and threads can read. Raises UserError for a compressed or damaged
-    shard, and for two images of one sample.
+    Shards are sorted, and members are in the order of the archive. Members are named SHARD/MEMBER. Links are ignored.
+    The headers of all shards are read once; each read opens its shard again, so that forked and spawned workers and
+    threads can read. Raises UserError for a compressed or damaged shard, and for two images of one sample.
     """
 
     kind = "webdataset"
