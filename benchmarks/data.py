@@ -83,7 +83,7 @@ def write_zip(path: Path, images: int, side: int) -> dict[str, bytes]:
     with image_zip(path) as archive:
         for index, image in enumerate(pictures(images, side)):
             archive.add(f"{index:06d}.png", image)
-    source = ImageDataset(path, side)._set._source  # type: ignore[attr-defined]
+    source = ImageDataset(path, side)._set._source
     return {name: source.read(name) for name in source.names}
 
 

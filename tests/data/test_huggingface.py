@@ -119,6 +119,8 @@ def test_splits_of_a_folder(tmp_path: Path) -> None:
     for heldout in (opened(folder, split="validation"), opened(folder, subset="validation")):
         assert heldout.names == ["validation[0]", "validation[1]"]
         assert heldout._set._source.read("validation[1]") == IMAGES[5]
+    (tmp_path / "link").symlink_to(folder)
+    assert len(opened(tmp_path / "link")) == 4
     refused(folder, r"split=test: .*available: train, validation", split="test")
 
 

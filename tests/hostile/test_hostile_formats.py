@@ -21,7 +21,7 @@ from relay_diffusion.data.sources import SourceFormat
 from relay_diffusion.data.webdataset import WebDatasetFormat
 from relay_diffusion.errors import UserError
 
-pytest.importorskip("datasets")
+datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")
 
 IMAGES = list(pngs([f"{number}.png" for number in range(6)]).values())
@@ -152,6 +152,16 @@ def test_only_files_of_the_folder_are_read(tmp_path: Path) -> None:
         "---\nconfigs:\n- config_name: a\n  data_files: https://127.0.0.1:9/a.parquet\n---\n"
     )
     refused(folder, ROWS)
+
+
+@pytest.mark.parametrize("outside", ["../other/data-00000-of-00001.arrow", "{folder}/other/data-00000-of-00001.arrow"])
+def test_a_saved_set_reads_only_its_own_files(tmp_path: Path, outside: str) -> None:
+    for name in ("set", "other"):
+        datasets.Dataset(table(IMAGES)).save_to_disk(str(tmp_path / name))
+    state = tmp_path / "set/state.json"
+    name = outside.format(folder=tmp_path)
+    state.write_text(state.read_text().replace("data-00000-of-00001.arrow", name))
+    refused(tmp_path / "set", ROWS, "would read", "which is not in it")
 
 
 # ---- tar shards ----

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from os.path import normpath
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -57,9 +58,10 @@ class HuggingFaceFormat(SourceFormat):
         if find_spec("datasets") is None:
             raise UserError(f"{where}: needs the library datasets: {INSTALL}")
         on_hub = str(path).startswith("hf://")
-        place = Path(path) if on_hub else existing_path(path, option).absolute()
+        local = None if on_hub else existing_path(path, option)
         with _explained(where):
-            place = _downloaded(str(path), where) if on_hub else place
+            place = local or _downloaded(str(path), where)
+            place = place.resolve() if place.is_dir() else place.absolute()  # as the library does
             saved = place.is_dir() and any((place / name).is_file() for name in SAVED)
             rows = _saved(place, split, where) if saved else _converted(place, self.config, split, where)
         return RowSource(str(path) if on_hub else Path(path), option, rows, split, self)
@@ -173,8 +175,12 @@ def _saved(folder: Path, split: str, where: str) -> Any:
     saved = load_from_disk(str(folder))
     splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
     _check_split(split, splits, where)
-    splits[split].data.validate(full=True)  # offsets of a damaged Arrow file may point outside of its memory
-    return splits[split]
+    rows = splits[split]
+    for file in (str(entry["filename"]) for entry in rows.cache_files):
+        if not Path(normpath(file)).is_relative_to(folder):
+            raise UserError(f"{where}: would read {shorten(file)}, which is not in it")
+    rows.data.validate(full=True)  # offsets of a damaged Arrow file may point outside of its memory
+    return rows
 
 
 def _downloaded(address: str, where: str) -> Path:
