@@ -18,7 +18,8 @@ from relay_diffusion.data.datamodule import ImageDataModule
 from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.sources import SourceFormat
 from relay_diffusion.errors import UserError
-from support import TINY, assert_same_weights, weights_of
+from relay_diffusion.training.run import sampling_command
+from support import TINY, assert_same_weights, tiny_stage, weights_of
 
 pytest.importorskip("datasets")
 
@@ -155,3 +156,13 @@ def test_training_and_its_continuation_equal_those_on_a_zip(fit, small_zip, tmp_
 def test_invalid_options_are_named_before_anything_is_built(configuration, small_zip, overrides, message):
     with pytest.raises(UserError, match=message):
         validate_training(configuration("train", *TINY, "resolution=16", f"data.dataset.path={small_zip}", *overrides))
+
+
+def test_sampling_begins_with_other_images(configuration, formats, tmp_path):
+    """sample.py reads neither parquet nor shards."""
+    path, format = formats["shards"]
+    options = ["stage=relay", "stage.corruption.block=2", "data=webdataset", f"data.dataset.path={path}"]
+    cfg = configuration("train", *TINY, "resolution=16", f"run_dir={tmp_path}", *options)
+    command = sampling_command(cfg, tiny_stage(16, block=2), ImageDataset(path, 16, format=format))
+    assert "relay.start=FOLDER " in command
+    assert str(path) not in command
