@@ -29,7 +29,7 @@ def refused(path: Path, message: str, **options: object) -> None:
 
 def test_shards_are_read_in_order(tmp_path: Path) -> None:
     dataset = opened(write_shards(tmp_path / "set", IMAGES, [0, 1, 2, 0, 1, 2], ["a", "b", "", "d", "e\nf", "g"]))
-    assert dataset.names[0], dataset.names[-1] == ("shard-000.tar/000.png", "shard-001.tar/005.png")
+    assert (dataset.names[0], dataset.names[-1]) == ("shard-000.tar/000.png", "shard-001.tar/005.png")
     assert (dataset.labels, dataset.class_names) == ([0, 1, 2, 0, 1, 2], ["0", "1", "2"])
     assert dataset.captions == [["a"], ["b"], [], ["d"], ["e", "f"], ["g"]]
     assert [dataset._set._source.read(name) for name in dataset.names] == IMAGES

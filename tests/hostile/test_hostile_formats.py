@@ -182,7 +182,7 @@ def test_names_outside_the_archive_are_refused(tmp_path: Path, name: str) -> Non
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
-def test_links_and_devices_are_not_followed(tmp_path: Path, kind: bytes) -> None:
+def test_links_and_devices_are_not_followed(tmp_path: Path, kind: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for name in ("a.png", "b.png"):
             info = tarfile.TarInfo(name)
@@ -193,6 +193,8 @@ def test_links_and_devices_are_not_followed(tmp_path: Path, kind: bytes) -> None
             archive.addfile(other)
     assert ImageDataset(tmp_path / "a.tar", 8, format=SHARDS).names == ["a.tar/a.png", "a.tar/b.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar"]
+    is_link = kind in (tarfile.SYMTYPE, tarfile.LNKTYPE)
+    assert ("a.tar/link-b.png (link)" in capsys.readouterr().out) == is_link
 
 
 @pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
