@@ -1,4 +1,4 @@
-"""The part of the Hugging Face Hub that relays need, as an HTTP server of this process."""
+"""The part of the Hugging Face Hub that relays and datasets need, as an HTTP server of this process."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer({"errors": [], "warnings": []})
         if path == "api/repos/create":
             return self.create(json.loads(body))
-        api = re.fullmatch(r"api/models/([^/]+/[^/]+)(?:/(\w+)/(.+))?", path)
-        file = re.fullmatch(r"([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        api = re.fullmatch(r"api/(?:models|datasets)/([^/]+/[^/]+)(?:/(\w+)/(.+))?", path)
+        file = re.fullmatch(r"(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         match = api or file
         repository = self.hub.repositories.get(match[1]) if match else None
         if match is None or repository is None or (repository.private and not writer):

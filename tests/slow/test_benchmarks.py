@@ -596,3 +596,11 @@ def test_prompt_fidelity_names_wrong_options(benchmark, emoji_zip, tmp_path, opt
     setattr(options, key, type(getattr(options, key))(value))
     with pytest.raises(UserError, match=message):
         module.run(options)
+
+
+def test_data_compares_all_formats():
+    options = ["images=4", "stored=16", "resolution=16", "batch=2", "batches=1", "repeats=1", "cached=1"]
+    result = run("benchmarks/data.py", *options)
+    assert result.returncode == 0, result.stderr
+    speeds = [line.split(",")[0].split()[0] for line in result.stdout.splitlines() if " images/s (" in line]
+    assert speeds == [*("zip", "folder", "parquet", "shards") * 2, "cached"]

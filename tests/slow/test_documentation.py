@@ -110,6 +110,7 @@ def project(tmp_path, monkeypatch):
         module = getattr(relay_diffusion, part)
         monkeypatch.setattr(module, "__path__", [*module.__path__, str(package / part)])
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from relay_diffusion.checkpoints.hub import is_address
 from relay_diffusion.checkpoints.targets import package_names
 from relay_diffusion.config.checks import (
     check_built,
@@ -190,7 +191,7 @@ def _check_dataset(cfg: DictConfig) -> None:
     """Check resolution, path and crops of the dataset, if it has them."""
     if "resolution" in cfg.data.dataset:
         _check_same_resolution(cfg, "data.dataset.resolution")
-    if "path" in cfg.data.dataset:
+    if "path" in cfg.data.dataset and not is_address(cfg.data.dataset.path):
         check_file(cfg.data.dataset.path, "data.dataset.path")
     if "text_cache" in cfg.data:
         check_directory(cfg, "data.text_cache")

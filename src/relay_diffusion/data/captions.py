@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Sequence
 
-from relay_diffusion.data.labels import describe_file, read_description
+from relay_diffusion.data.labels import describe_file
 from relay_diffusion.data.sources import Source
 from relay_diffusion.errors import UserError
 
@@ -20,8 +20,7 @@ def read_captions(source: Source) -> dict[str, list[str]]:
     have no entry in the result. Raises UserError naming the file and the entry for anything malformed, and for captions
     of a missing image.
     """
-    content, where = read_description(source), describe_file(source)
-    entries = None if content is None else content.get("captions")
+    entries, where = source.caption_entries(), describe_file(source)
     if entries is None:
         return {}
     if not isinstance(entries, list):

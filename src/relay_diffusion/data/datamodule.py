@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from relay_diffusion.data.dataset import ImageDataset, batch_of
 from relay_diffusion.data.image_sets import evenly_spaced
-from relay_diffusion.data.sources import CONVERTER, LABEL_FILE
 from relay_diffusion.diffusion.generators import mix_seeds
 from relay_diffusion.diffusion.text_states import TextStates
 from relay_diffusion.errors import UserError
@@ -150,10 +149,8 @@ class ImageDataModule(LightningDataModule):
         self.text = None if text is None else CachedEncoder(text, text_cache)
         self.captions = captions or text is not None
         if self.captions and self.missing_captions == len(dataset.names):
-            raise UserError(
-                f"text: {dataset.path} has no captions in {LABEL_FILE}; use text=none, or add them with captions= of "
-                f"{CONVERTER}"
-            )
+            problem = getattr(dataset, "no_captions", "has no captions; use text=none")  # not of other datasets
+            raise UserError(f"text: {dataset.path} {problem}")
 
     @property
     def missing_captions(self) -> int:

@@ -1,4 +1,4 @@
-"""Dataset of uint8 image tensors from a zip or folder."""
+"""Dataset of uint8 image tensors from files of any format."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, default_collate
 
 from relay_diffusion.data.crops import MAX_CROPS, random_crop
 from relay_diffusion.data.image_sets import ArraySet, ImageFiles, evenly_spaced, image_tensor, open_image_set
+from relay_diffusion.data.sources import SourceFormat
 from relay_diffusion.diffusion.guidance import NO_CLASS
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.parallel import map_in_order
@@ -41,9 +42,11 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     have any size from the resolution on. Crop k of image i has the index k N + i and depends on k and i only.
     channels: C; files and arrays of 1 (grayscale), 3 (RGB) and 4 (RGBA) channels are converted; others must have C.
     option: the user's name of `path`, for messages.
+    format: another format of images (`data/huggingface.py`, `data/webdataset.py`), which opens `path` instead.
     Attributes: `names` [N], their `labels` [N] and `captions` [N]; `class_names` and `num_classes` of the whole set,
     not of the subset; `source_hash`, `path`, `subset`; `size`, (H, W); `cache`: all items are in memory, so that a
-    loader needs no workers; `turned`, the names of images that this process has turned so far.
+    loader needs no workers; `turned`, the names of images that this process has turned so far; `no_captions`, the
+    message for a set without any captions.
     Raises UserError that names the option, the argument, dataset.json or the image.
     """
 
@@ -59,6 +62,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         random_crops: int = 0,
         channels: int = 3,
         option: str = "data.dataset.path",
+        format: SourceFormat | None = None,
     ) -> None:
         self.subset, self.x_flip, self.channels = subset.strip("/"), x_flip, channels
         try:
@@ -70,11 +74,12 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         self.random_crops = random_crops
         if exif not in ("apply", "ignore"):
             raise UserError(f"exif={exif}: use apply or ignore")
-        self._set = open_image_set(path, option, self.size, subset, channels, exif == "apply", whole=random_crops > 0)
+        self._set = open_image_set(path, option, self.size, subset, channels, exif == "apply", random_crops > 0, format)
         # cutting takes time, even from images in memory, so that a loader needs workers
         self._keeps_originals, self.cache = cache and random_crops > 0, cache and random_crops == 0
         self.cache |= isinstance(self._set, ArraySet)  # compressed, without random access
         self.path, self.names, self.turned = self._set.path, self._set.names, self._set.turned
+        self.no_captions = self._set.no_captions
         found = self._set.labels() if labels else None
         self.class_names: list[str] = found.class_names if found else []
         self.labels = [found.by_name[name] if found else NO_CLASS for name in self.names]

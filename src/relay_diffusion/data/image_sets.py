@@ -33,7 +33,7 @@ from relay_diffusion.data.decode import (
 )
 from relay_diffusion.data.labels import MAX_CLASSES, Labels, read_labels
 from relay_diffusion.data.npz import Npz
-from relay_diffusion.data.sources import CONVERTER, Source, describe_files, existing_path, open_source
+from relay_diffusion.data.sources import CONVERTER, Source, SourceFormat, existing_path, open_source
 from relay_diffusion.diffusion.pixels import to_uint8
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.parallel import map_in_order
@@ -52,11 +52,12 @@ class ImageSet(ABC):
     kind: "folder", "zip", "file" or "npz". names [N]: names of the images, for messages and files. resolution: (H, W).
     channels: C. averaging: the factors by which the images read so far were box-averaged; 1: not averaged.
     conversions: the conversions of these images to C channels. turned: names of images whose EXIF orientation this
-    process has applied.
+    process has applied. no_captions: the message for a set without any captions.
     """
 
+    no_captions = Source.no_captions
     kind: str
-    path: Path
+    path: Path | str
     names: Sequence[str]
     resolution: tuple[int, int]
 
@@ -144,8 +145,14 @@ class ImageFiles(ImageSet):
         whole: bool = False,
     ) -> None:
         super().__init__(channels)
+        if channels not in MODES:
+            raise UserError(
+                f"{source.option}={source.path}: channels={channels}: image files have 1 (grayscale), 3 (RGB) or 4 "
+                "(RGBA); use an .npz"
+            )
         self.kind, self.path, self.names = source.kind, source.path, source.names_in(subset)
         self._source, self._subset, self._apply_exif = source, subset.strip("/"), apply_exif
+        self.no_captions = source.no_captions
         self._whole, self._reduces = whole, resolution is not None
         if resolution is None:
             first = self._decoded(self.names[0]).image
@@ -208,7 +215,7 @@ class ImageFiles(ImageSet):
         try:
             return self._source.decoded(name, self._apply_exif, self.channels)
         except UserError as error:
-            raise UserError(f"{error}, or {SKIP_BAD}") from error
+            raise UserError(f"{error}, or {SKIP_BAD}" if self._source.convertible else str(error)) from error
 
     def _inspected(self) -> Sequence[str]:
         """Return a few evenly spaced names, with the first."""
@@ -218,7 +225,8 @@ class ImageFiles(ImageSet):
         height, width = self.resolution
         option, shown = self._source.option, f"is {image.width}x{image.height}"
         if self._reduces:
-            wanted = f"it must be {width}x{height} or a whole multiple; {CONVERTER} crops and resizes"
+            remedy = f"{CONVERTER} crops and resizes" if self._source.convertible else "resize it, or use random_crops"
+            wanted = f"it must be {width}x{height} or a whole multiple; {remedy}"
             return f"{option}: {self._source.where(name)} {shown}; {wanted}"
         return (
             f"{option}={self.path}: its images have several sizes ({self.names[0]!r} is {width}x{height}, {name!r} "
@@ -362,9 +370,9 @@ def _warn_of_unused_range(source: Source, names: Sequence[str]) -> None:
 
 @rank_zero_only
 def note_ignored(source: Source, subset: str) -> None:
-    """Print which files of a source are no images, by their type."""
-    if names := source.ignored(subset):
-        print(f"note: {source.option}={source.path}: ignored {describe_files(names)}", flush=True)
+    """Print what a source holds besides images and labels."""
+    if ignored := source.ignored_note(subset):
+        print(f"note: {source.option}={source.path}: ignored {ignored}", flush=True)
 
 
 def image_tensor(image: Image.Image) -> Tensor:
@@ -389,14 +397,18 @@ def open_image_set(
     channels: int = 3,
     apply_exif: bool = True,
     whole: bool = False,
+    format: SourceFormat | None = None,
 ) -> ImageSet:
-    """Open a folder, image zip, image or ADM sample .npz.
+    """Open a folder, image zip, image, ADM sample .npz, or another format.
 
     The .npz holds `arr_0`, see ArraySet. option: its name in messages. resolution: (H, W) wanted; larger images are
     box-averaged if they are a multiple. None: the first image's, and all must have it. subset: a folder inside a folder
     or zip. channels: wanted; files have 1, 3 or 4 and are converted. apply_exif: apply the EXIF orientation of files.
-    whole: files may have any size from the resolution on. Raises UserError naming the option and the file.
+    whole: files may have any size from the resolution on. format: opens the path instead. Raises UserError naming the
+    option and the file.
     """
+    if format is not None:
+        return ImageFiles(format.open(path, option, subset), resolution, subset, apply_exif, channels, whole)
     expanded = existing_path(path, option)
     if expanded.suffix == ".npz" and expanded.is_file():
         if subset:
@@ -407,8 +419,4 @@ def open_image_set(
     inside = [name for name in ("images.zip", "images") if (expanded / name).exists()]
     if inside and (expanded / "settings.json").is_file():  # the directory also holds pictures of other sizes
         raise UserError(f"{option}={path}: is the directory of a run of sample.py; use {option}={expanded / inside[0]}")
-    if channels not in MODES:
-        raise UserError(
-            f"{option}={path}: channels={channels}: image files have 1 (grayscale), 3 (RGB) or 4 (RGBA); use an .npz"
-        )
     return ImageFiles(open_source(expanded, option), resolution, subset, apply_exif, channels, whole)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import reprlib
 from dataclasses import dataclass
 
-from relay_diffusion.data.sources import LABEL_FILE, Source
+from relay_diffusion.data.sources import Source
 from relay_diffusion.errors import UserError
-from relay_diffusion.utils.messages import one_line
 
 MAX_CLASSES = 1_000_000  # a larger label is a mistake, and its class names would exhaust the memory
 
@@ -21,28 +19,12 @@ class Labels:
     class_names: list[str]
 
 
-def read_description(source: Source) -> dict[str, object] | None:
-    """Read the object in a source's dataset.json; None without the file.
-
-    Raises UserError naming the file if it holds something else.
-    """
-    if LABEL_FILE not in source.members:
-        return None
-    where = describe_file(source)
-    try:
-        content = json.loads(source.read(LABEL_FILE))
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON ({one_line(error)})") from error
-    if not isinstance(content, dict):
-        raise UserError(f'{where} must be an object with the key "labels"')
-    return content
-
-
 def describe_file(source: Source) -> str:
-    """Return how messages name the dataset.json of a source."""
-    return f"{source.option}={source.path}: {LABEL_FILE}"
+    """Return how messages name the dataset.json of a source.
+
+    Other formats have something else instead.
+    """
+    return f"{source.option}={source.path}: {source.described_in}"
 
 
 def read_labels(source: Source) -> Labels | None:
@@ -52,10 +34,7 @@ def read_labels(source: Source) -> Labels | None:
     labels. Raises UserError naming the file and the entry for anything malformed, for a label of a missing image, and
     for an image without a label.
     """
-    content, where = read_description(source), describe_file(source)
-    if content is None:
-        return None
-    entries, classes = content.get("labels"), content.get("classes")
+    (entries, classes), where = source.label_entries(), describe_file(source)
     if entries is None:
         return None
     if not isinstance(entries, list):

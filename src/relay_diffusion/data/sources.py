@@ -6,6 +6,7 @@ Members are read into memory, never extracted. Imports no torch, so that command
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import tarfile
@@ -39,16 +40,17 @@ class Source(ABC):
     """
 
     kind: str
+    path: Path | str  # text: an address on the Hub
     otherwise = "remove it"  # instead of repairing an unusable image
+    convertible = True  # `relay_diffusion.cli.convert_images` reads it
+    described_in = LABEL_FILE  # where labels and captions come from, in messages
+    no_captions = f"has no captions in {LABEL_FILE}; use text=none, or add them with captions= of {CONVERTER}"
 
-    def __init__(self, path: Path, option: str, members: Iterable[str], links: Iterable[str] = ()) -> None:
+    def __init__(self, path: Path | str, option: str, members: Iterable[str], links: Iterable[str] = ()) -> None:
         self.path, self.option = path, option
         self.members: dict[str, str] = {}  # normalized name -> name in the archive
         for member in members:
-            if member.startswith(("/", "\\")) or re.match("[A-Za-z]:", member) or ".." in re.split(r"[/\\]", member):
-                raise UserError(
-                    f"{option}={path}: the member name {member!r} is absolute or leaves the archive; rename it"
-                )
+            check_member_name(member, f"{option}={path}")
             parts = PurePosixPath(member).parts
             name = "/".join(parts)
             if _hidden(parts):
@@ -58,12 +60,41 @@ class Source(ABC):
             if name in self.members:
                 raise UserError(f"{option}={path}: holds {name!r} twice; rename one")
             self.members[name] = member
-        self.names = [name for name in self.members if name.lower().endswith(IMAGE_SUFFIXES)]
+        self.names = [name for name in self.members if self._is_image(name)]
         self._links = [link for link in links if not _hidden(PurePosixPath(link).parts)]
         if not self.names:
             ignored = self.ignored()
             others = f", but {describe_files(ignored)}; save images as PNG" if ignored else ""
             raise UserError(f"{option}={path}: holds no image ({', '.join(IMAGE_SUFFIXES)}){others}")
+
+    def _is_image(self, name: str) -> bool:
+        return name.lower().endswith(IMAGE_SUFFIXES)
+
+    def label_entries(self) -> tuple[object, object]:
+        """Read "labels" and "classes" of dataset.json, unchecked; None for a missing one.
+
+        Raises UserError naming the file if it is not a JSON object.
+        """
+        content = self._description()
+        return content.get("labels"), content.get("classes")
+
+    def caption_entries(self) -> object:
+        """Read "captions" of dataset.json, unchecked; None without captions."""
+        return self._description().get("captions")
+
+    def _description(self) -> dict[str, object]:
+        if LABEL_FILE not in self.members:
+            return {}
+        where = f"{self.option}={self.path}: {LABEL_FILE}"
+        try:
+            content = json.loads(self.read(LABEL_FILE))
+        except UserError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where} is not valid JSON ({one_line(error)})") from error
+        if not isinstance(content, dict):
+            raise UserError(f'{where} must be an object with the key "labels"')
+        return content
 
     def names_in(self, subset: str) -> list[str]:
         """Return names of the images in a folder; "" selects all.
@@ -89,6 +120,11 @@ class Source(ABC):
         others = [name for name in self.members if name not in known and name.rpartition("/")[2] not in HIDDEN_FILES]
         others += [f"{link} (link)" for link in self._links]
         return [name for name in others if not folder or name.startswith(f"{folder}/")]
+
+    def ignored_note(self, subset: str = "") -> str:
+        """Describe what is ignored; "" if nothing is."""
+        ignored = self.ignored(subset)
+        return describe_files(ignored) if ignored else ""
 
     def where(self, name: str) -> str:
         """Describe a member in a message."""
@@ -151,6 +187,7 @@ class FolderSource(Source):
     """
 
     kind = "folder"
+    path: Path
 
     def __init__(self, path: Path, option: str) -> None:
         try:
@@ -167,6 +204,7 @@ class FileSource(Source):
     """Single image file, named without its folder."""
 
     kind = "file"
+    path: Path
     otherwise = "use another file"
 
     def __init__(self, path: Path, option: str) -> None:
@@ -233,6 +271,7 @@ class TarSource(Source):
     """
 
     kind = "tar"
+    path: Path
 
     def __init__(self, path: Path, option: str) -> None:
         try:
@@ -273,6 +312,23 @@ class TarSource(Source):
             return partial(bytes, tar_bytes(archive, info))
         except Exception as error:  # as in `read`
             return partial(_raise, self._unreadable(name, error))
+
+
+class SourceFormat(ABC):
+    """Format that is chosen by an option, not recognized by its content."""
+
+    @abstractmethod
+    def open(self, path: str | Path, option: str, subset: str = "") -> Source:
+        """Open a path.
+
+        option: its name in messages. subset: as in `ImageDataset`. Raises UserError naming `option`.
+        """
+
+
+def check_member_name(member: str, where: str) -> None:
+    """Raise UserError if a member's name is absolute or contains '..'."""
+    if member.startswith(("/", "\\")) or re.match("[A-Za-z]:", member) or ".." in re.split(r"[/\\]", member):
+        raise UserError(f"{where}: the member name {member!r} is absolute or leaves the archive; rename it")
 
 
 def describe_files(names: Sequence[str]) -> str:

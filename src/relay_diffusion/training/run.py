@@ -203,7 +203,10 @@ def sampling_command(cfg: DictConfig, stage: DiffusionStage, trained: ImageDatas
     words = {"relay": relay, f"relay.stages.{name}.path": os.path.relpath(run)}
     if stage.corruption.block > 1:
         dataset = cfg.data.dataset
-        words |= {"relay.start": dataset.get("path", "FOLDER"), "relay.start_subset": dataset.get("subset", "")}
+        if dataset.get("format") is None:
+            words |= {"relay.start": dataset.get("path", "FOLDER"), "relay.start_subset": dataset.get("subset", "")}
+        else:
+            words |= {"relay.start": "FOLDER"}  # sample.py reads no other formats
         words |= {"relay.start_size": "" if dataset.get("random_crops") else "input"}
         words |= {"seeds": "0" if dataset.get("random_crops") else f"0-{min(len(trained.names), 16) - 1}"}
     elif stage.info.text is not None:
