@@ -38,7 +38,7 @@ def test_frames_lead_through_both_stages(relay):
         assert sigmas == sorted(sigmas, reverse=True)
         assert sigmas[-1] == 0
         assert [frame.number for frame in frames] == list(range(1, len(frames) + 1))
-        assert {frame.count for frame in frames} == {len(frames) - 1}
+        assert {frame.evaluations for frame in frames} == {len(frames) - 1}
     assert [frame.stage for frame in drawing.frames] == sorted(frame.stage for frame in drawing.frames)
     assert {frame.picture.size for frame in drawing.frames} == {(3 * 128 + 4, 2 * 128 + 2)}
     assert len({frame.picture.tobytes() for frame in drawing.frames}) == len(drawing.frames)

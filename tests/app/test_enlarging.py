@@ -28,7 +28,7 @@ def enlarger(relay):
     return enlarging_part(relay)
 
 
-def test_the_last_stage_enlarges(relay, enlarger):
+def test_the_last_stage_enlarges(enlarger):
     assert list(enlarger.chain()) == ["relay"]
     assert enlarging_part(enlarger) is enlarger
     assert enlarging_part(Relay({"base": tiny_stage(8)})) is None

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from relay_diffusion.app.jobs import CancelledJobError, Job, counted, follow
+from relay_diffusion.app.studio import build_studio
 
 X = torch.zeros(3, 1, 2, 2)
 
@@ -49,3 +50,13 @@ def test_closing_cancels_the_job_and_waits_for_its_thread():
 def test_errors_are_raised_where_the_job_is_followed():
     with pytest.raises(ZeroDivisionError):
         list(follow(lambda: 1 / 0, Job(), seconds=0.01))
+
+
+def test_a_studio_cancels_its_jobs(relay):
+    studio = build_studio("tiny", relay, {})
+    jobs = [studio.new_job(), studio.new_job()]
+    jobs[0]("base", X, X, X)
+    studio.cancel_jobs()
+    for job in jobs:
+        with pytest.raises(CancelledJobError):
+            job("base", X, X, X)

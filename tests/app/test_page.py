@@ -17,7 +17,8 @@ from relay_diffusion.app.studio import build_studio
 from relay_diffusion.checkpoints.loading import load_relay
 
 def parts(relay):
-    return [(part["type"], part["props"].get("label")) for part in build_page(build_studio("tiny", relay, {})).config["components"]]
+    page = build_page(build_studio("tiny", relay, {}))
+    return [(part["type"], part["props"].get("label")) for part in page.config["components"]]
 
 classes, text = (load_relay({name: f"{root}/{name}" for name in ("base", "relay")}) for root in sys.argv[1:])
 print(json.dumps([parts(relay) for relay in (classes, text, enlarging_part(classes))]))

@@ -20,6 +20,11 @@ from relay_diffusion.utils.files import CONF
 
 MAX_EVALUATIONS = 47  # of one stage; the published relay of emoji takes as many in its first stage
 LEAST_EVALUATIONS = 3  # of one stage: two levels of a second-order sampler
+MULTISTEP, SECOND_ORDER = "Multistep", "Second order"
+SAMPLERS = {  # titles and explanations
+    MULTISTEP: "Second order with one evaluation a step; noise levels as in the relay, or as found for relay=emoji.",
+    SECOND_ORDER: "Heun steps of two evaluations, with the published noise levels.",
+}
 
 
 class Compared(NamedTuple):
@@ -43,11 +48,14 @@ def samplers_to_compare(stage: DiffusionStage) -> dict[str, dict[str, Any]]:
     multistep = _choice("multistep") if from_noise else _choice("multistep", "multistep_relay")
     if isinstance(stage.sampler, MultistepSampler) and stage.info.config is not None:
         multistep = stage.info.config["sampler"]
-    return {"Multistep": multistep, "Second order, as published": _choice("edm" if from_noise else "blurring")}
+    return {MULTISTEP: multistep, SECOND_ORDER: _choice("edm" if from_noise else "blurring")}
 
 
 def _choice(*names: str) -> dict[str, Any]:
-    """Return choices of conf/sampler, later ones over earlier ones, without the corruption, which is the stage's."""
+    """Return choices of conf/sampler without their corruption.
+
+    Later choices replace values of earlier ones.
+    """
     settings: dict[str, Any] = {}
     for name in names:
         settings |= cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(CONF / "sampler" / f"{name}.yaml")))
@@ -88,12 +96,11 @@ def compare(
         )
     chain = relay.chain()
     settings = {name: samplers_to_compare(chain[name]) for name in evaluations}
-    titles = list(next(iter(settings.values())))
-    stages: dict[str, dict[str, StageSettings]] = {title: {} for title in titles}
+    stages: dict[str, dict[str, StageSettings]] = {title: {} for title in SAMPLERS}
     for name, count in evaluations.items():
-        for title in titles:
+        for title in SAMPLERS:
             guidance = options.stages.get(name, StageSettings()).guidance_scale
             sampler = with_evaluations(chain[name], settings[name][title], count)
             stages[title][name] = StageSettings(guidance_scale=guidance, sampler=sampler)
-    job.total = len(titles) * len(plan.seeds) * sum(evaluations.values())
-    return [Compared(title, draw(relay, replace(options, stages=stages[title]), job)) for title in titles]
+    job.total = len(SAMPLERS) * len(plan.seeds) * sum(evaluations.values())
+    return [Compared(title, draw(relay, replace(options, stages=stages[title]), job)) for title in SAMPLERS]

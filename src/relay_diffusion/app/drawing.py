@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,9 +16,9 @@ from relay_diffusion.app.stage_settings import StageSettings, adjusted
 from relay_diffusion.data.class_choice import class_indices
 from relay_diffusion.errors import require
 from relay_diffusion.models.relay import Relay
+from relay_diffusion.samplers.recording import Step, TrajectoryRecorder, joined
 from relay_diffusion.sampling.callbacks.trajectory_picture import frame
 from relay_diffusion.sampling.plan import Plan, plan_from_noise
-from relay_diffusion.samplers.recording import Step, TrajectoryRecorder, joined
 from relay_diffusion.utils.resolution import Size
 
 SHOWN_IMAGES = 8  # of a trajectory, in one row
@@ -46,12 +45,12 @@ class DrawOptions:
 class Frame(NamedTuple):
     """One step of a trajectory: noisy states above the estimates of the clean images.
 
-    number: of `count` evaluations of the stage, from 1; the last frame of a stage is its result, with sigma 0.
+    number: of so many `evaluations` of the stage, from 1; the last frame of a stage is its result, with sigma 0.
     """
 
     stage: str
     number: int
-    count: int
+    evaluations: int
     sigma: float
     picture: Image.Image
 
@@ -119,7 +118,10 @@ def _sample(
 
 @contextmanager
 def _recorded(relay: Relay, count: int, job: Job) -> Iterator[dict[str, TrajectoryRecorder]]:
-    """Record the steps of the first images of a batch, by stage; show them as previews of the job."""
+    """Record the steps of the first `count` images, by stage.
+
+    They become previews of the job.
+    """
     if count <= 0:
         yield {}
         return

@@ -17,13 +17,13 @@ import gradio as gr
 from relay_diffusion.app.comparing import (
     LEAST_EVALUATIONS,
     MAX_EVALUATIONS,
+    SAMPLERS,
     can_compare,
     compare,
-    samplers_to_compare,
 )
 from relay_diffusion.app.drawing import DrawOptions, Frame, draw
 from relay_diffusion.app.enlarging import enlarge, read_image
-from relay_diffusion.app.jobs import Job, follow
+from relay_diffusion.app.jobs import CancelledJobError, Job, follow
 from relay_diffusion.app.stage_settings import MAX_GUIDANCE, StageSettings, can_guide, max_steps, stored_steps
 from relay_diffusion.app.studio import Studio
 from relay_diffusion.errors import UserError
@@ -45,8 +45,7 @@ CSS = """
 #title p { margin: 0; color: var(--body-text-color-subdued); }
 .heading h3 { margin: 0; font-size: 0.95rem; }
 .heading p { margin: 0; font-size: 0.85rem; color: var(--body-text-color-subdued); }
-.pictures .grid-wrap { height: auto !important; max-height: none !important; overflow: visible !important; }
-.pictures .grid-container { height: auto !important; grid-template-rows: none !important; }
+.pictures .grid-wrap { min-height: 0 !important; max-height: none !important; overflow: visible !important; }
 .pictures .caption-label { font-size: 0.72rem; padding: 0 0.4rem; max-width: 100%; }
 .status { min-height: 2.9rem; padding: 0.2rem 0; }
 .status progress { appearance: none; width: 100%; height: 0.5rem; border: 0; border-radius: 4px; overflow: hidden;
@@ -61,22 +60,11 @@ CSS = """
 """
 
 
-class UploadedImage(gr.Image):
-    """Image component whose value is the path of the uploaded file.
-
-    The file is not opened, so that damaged files are reported like other errors.
-    """
-
-    is_template = True  # the browser shows a gr.Image
-
-    def preprocess(self, payload: Any) -> str | None:
-        """Return the path of a file in the temporary folder."""
-        return None if payload is None else payload.path
-
-
 def build_page(studio: Studio) -> gr.Blocks:
     """Build the page of what the models of a studio can do."""
-    with gr.Blocks(title="relay-diffusion", analytics_enabled=False, delete_cache=(SWEEP_SECONDS, KEPT_SECONDS)) as page:
+    with gr.Blocks(
+        title="relay-diffusion", analytics_enabled=False, delete_cache=(SWEEP_SECONDS, KEPT_SECONDS)
+    ) as page:
         gr.Markdown(f"# relay={studio.name}\n{studio.summary}", elem_id="title")
         if studio.draws:
             with gr.Tab("Draw", id="draw"):
@@ -91,7 +79,7 @@ def build_page(studio: Studio) -> gr.Blocks:
 
 
 def page_style() -> dict[str, Any]:
-    """Return the theme and CSS of the page, which need nothing from the internet."""
+    """Return the theme and CSS of the page. They need no files of other hosts."""
     theme = gr.themes.Soft(
         primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate", font=FONTS, font_mono=MONOSPACE
     )
@@ -195,7 +183,14 @@ def _draw_tab(studio: Studio) -> None:
         values = dict(zip([*subject, *sliders], given, strict=True))
         options = _draw_options(studio, values, _settings({key: values[key] for key in sliders}))
         shown = None
-        yield {gallery: [], picture: None, frames: [], position: gr.Slider(visible=False), caption: "", status: _progress(Job(), 0)}
+        yield {
+            gallery: [],
+            picture: None,
+            frames: [],
+            position: gr.Slider(visible=False),
+            caption: "",
+            status: _progress(Job(), 0),
+        }
         for job, seconds, drawing in _followed(studio, lambda job: draw(relay, options, job)):
             update: dict[Any, Any] = {status: _progress(job, seconds)}
             if job.preview is not shown:
@@ -230,7 +225,7 @@ def _describe(frames: Sequence[Frame], number: int) -> str:
     one = frames[number - 1]
     if one.sigma == 0:
         return f"stage **{one.stage}**: its result"
-    return f"stage **{one.stage}**: evaluation {one.number} of {one.count}, noise level σ = {one.sigma:.3g}"
+    return f"stage **{one.stage}**: evaluation {one.number} of {one.evaluations}, noise level {one.sigma:.3g}"
 
 
 # ---- enlarge ----
@@ -243,10 +238,12 @@ def _enlarge_tab(studio: Studio) -> None:
         with gr.Column(scale=1, min_width=280):
             most = f"{studio.limits.max_megapixels:g} megapixels"
             _heading("Image", f"PNG, JPEG or WebP; at most {most} when enlarged")
-            image = UploadedImage(
+            image = gr.Image(
                 label="Image", show_label=False, sources=["upload", "clipboard"], type="filepath", height=260,
                 elem_id="image", buttons=[],
             )  # fmt: skip
+            # gradio would open the file, and report damage in its own words
+            image.preprocess = lambda payload: None if payload is None else payload.path
             model = gr.Radio(names, value=names[0], label="Relay", visible=len(names) > 1)
             seed = gr.Number(0, label="Seed", precision=0, minimum=0)
             start, cancel = _buttons("Enlarge")
@@ -284,7 +281,6 @@ def _enlarge_tab(studio: Studio) -> None:
 def _compare_tab(studio: Studio) -> None:
     relay = studio.relay
     chain = relay.chain()
-    titles = list(samplers_to_compare(next(iter(chain.values()))))
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             subject = _subject(relay, f"0-{min(4, studio.limits.max_images) - 1}").inputs
@@ -294,8 +290,8 @@ def _compare_tab(studio: Studio) -> None:
             status = _status()
         with gr.Column(scale=3):
             galleries = []
-            for position, title in enumerate(titles):
-                _heading(title)
+            for position, title in enumerate(SAMPLERS):
+                _heading(title, SAMPLERS[title])
                 galleries.append(_gallery(f"compared-{position}", title))
             gr.Markdown("Same seeds, classes, guidance and network evaluations.", elem_classes="caption")
 
@@ -324,7 +320,7 @@ def _compare_tab(studio: Studio) -> None:
 
 
 def _cost_slider(name: str, stage: DiffusionStage) -> gr.Slider:
-    """Add a slider over odd numbers of evaluations, near those of the stage."""
+    """Add a slider over odd numbers of network evaluations."""
     near = min(MAX_EVALUATIONS, max(LEAST_EVALUATIONS, stage.sampler.evaluations))
     return gr.Slider(
         LEAST_EVALUATIONS, MAX_EVALUATIONS, near + (near + 1) % 2, step=2, label=f"{name}: network evaluations"
@@ -358,8 +354,11 @@ def _cancels(button: gr.Button, event: Any, status: gr.HTML) -> None:
 
 
 def _followed(studio: Studio, work: Callable[[Job], Result]) -> Iterator[tuple[Job, float, Result | None]]:
-    """Run a job when the networks are free; yield it with its seconds and at last its result."""
-    job, began = Job(), time.perf_counter()
+    """Run a job when the networks are free.
+
+    Yields the job, its seconds so far, and its result, which is None before the end.
+    """
+    job, began = studio.new_job(), time.perf_counter()
 
     def locked() -> Result:
         with studio.lock:
@@ -370,11 +369,13 @@ def _followed(studio: Studio, work: Callable[[Job], Result]) -> Iterator[tuple[J
 
 
 def _reported(run: Callable[..., Iterator[dict[Any, Any]]], status: gr.HTML, *values: Any) -> Iterator[dict[Any, Any]]:
-    """Yield the updates of `run`; a user error ends them with its message."""
+    """Yield the updates of `run`, or the message of a user error."""
     try:
         yield from run(*values)
     except UserError as error:
         yield {status: _alert(str(error))}
+    except CancelledJobError:  # the app ends
+        yield {status: _note("cancelled")}
 
 
 def _status() -> gr.HTML:

@@ -22,7 +22,7 @@ class CancelledJobError(Exception):
     """The user has cancelled the job."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """Progress of one job in network evaluations.
 
@@ -60,9 +60,10 @@ def counted(relay: Relay, job: Job) -> Iterator[None]:
 
 
 def follow(work: Callable[[], Result], job: Job, seconds: float = SECONDS) -> Iterator[Result | None]:
-    """Run `work` in a thread; yield None every few moments, then its result.
+    """Run `work` in a thread and yield its result at the end.
 
-    Closing the iterator cancels the job and waits for its present evaluation. Raises the errors of `work`.
+    Before, it yields None every `seconds`. Closing the iterator cancels the job and waits for its present evaluation.
+    Raises the errors of `work`.
     """
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(work)

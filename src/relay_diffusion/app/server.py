@@ -1,9 +1,8 @@
-"""Serve the page, with a temporary folder that is removed at the end."""
+"""Serve the page and remove its temporary folder at the end."""
 
 from __future__ import annotations
 
 import os
-import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from starlette.middleware import Middleware
 
 from relay_diffusion.app.interface import build_page, page_style
 from relay_diffusion.app.studio import Studio
-from relay_diffusion.errors import UserError
 
 TEMPORARY_FOLDER = "GRADIO_TEMP_DIR"  # variable of gradio, which has no argument for it
 MAX_UPLOAD = "64mb"
@@ -48,10 +46,9 @@ class RefuseForeignFiles:
 def serving(studio: Studio, host: str = "127.0.0.1", port: int = 7860) -> Iterator[str]:
     """Serve the page of a studio in this block; yields its URL.
 
-    port: 0 takes any free one. All files that are received and made lie in a temporary folder, and no others are
-    served. Nothing is sent to or fetched from other hosts. Raises UserError for a host or port that cannot be used.
+    port: a free one. All files that are received and made lie in a temporary folder, and no others are served. Nothing
+    is sent to or fetched from other hosts.
     """
-    port = _usable_port(host, port)
     with temporary_folder():
         page = build_page(studio)
         page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
@@ -65,6 +62,7 @@ def serving(studio: Studio, host: str = "127.0.0.1", port: int = 7860) -> Iterat
             )  # fmt: skip
             yield url
         finally:
+            studio.cancel_jobs()
             page.close(verbose=False)
 
 
@@ -81,13 +79,3 @@ def temporary_folder() -> Iterator[str]:
                 del os.environ[TEMPORARY_FOLDER]
             else:
                 os.environ[TEMPORARY_FOLDER] = before
-
-
-def _usable_port(host: str, port: int) -> int:
-    try:
-        with socket.create_server((host, port)) as trial:
-            number: int = trial.getsockname()[1]
-            return number
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"host={host} port={port}: cannot be used ({reason}); port=0 takes any free one") from None

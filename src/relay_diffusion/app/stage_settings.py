@@ -1,4 +1,4 @@
-"""Steps and guidance of a relay's stages, as the page offers and sets them."""
+"""Steps and guidance of the stages of a relay."""
 
 from __future__ import annotations
 

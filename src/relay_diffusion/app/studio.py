@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from weakref import WeakSet
 
 from relay_diffusion.app.enlarging import enlarging_part
+from relay_diffusion.app.jobs import Job
 from relay_diffusion.errors import require
 from relay_diffusion.models.relay import Relay
 from relay_diffusion.utils.resolution import size_text
@@ -34,8 +36,8 @@ class Limits:
 class Studio:
     """What the page works with.
 
-    name: of the relay. relay: draws, if it starts from noise. enlargers: relays that enlarge images, by name. lock: held
-    by the job that uses the networks.
+    name: of the relay. relay: draws, if it starts from noise. enlargers: relays that enlarge images, by name. lock:
+    held by the job that uses the networks. jobs: those that may be running.
     """
 
     name: str
@@ -43,6 +45,18 @@ class Studio:
     enlargers: Mapping[str, Relay]
     limits: Limits = field(default_factory=Limits)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    jobs: WeakSet[Job] = field(default_factory=WeakSet)
+
+    def new_job(self) -> Job:
+        """Return a job that `cancel_jobs` cancels."""
+        job = Job()
+        self.jobs.add(job)
+        return job
+
+    def cancel_jobs(self) -> None:
+        """Cancel all jobs at their next evaluation."""
+        for job in list(self.jobs):
+            job.cancel()
 
     @property
     def draws(self) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import sys
 import threading
 from dataclasses import dataclass
@@ -58,7 +60,7 @@ def serve(options: AppOptions) -> None:
     """Load the relays and serve the page until Ctrl-C or SIGTERM."""
     require(find_spec("gradio") is not None, f"relay={options.relay}: the app needs the library gradio: {INSTALL}")
     require(options.device in DEVICES, f"device={options.device}: use {', '.join(DEVICES)}")
-    from relay_diffusion.app.server import serving
+    port = usable_port(options.host, options.port)
     from relay_diffusion.app.studio import Limits, build_studio
 
     try:
@@ -68,8 +70,11 @@ def serve(options: AppOptions) -> None:
     name, trusted = Path(options.relay).name, listed(options.trusted)
     relay = _load(options.relay, options.device, trusted)
     others = {Path(other).name: _load(other, options.device, trusted) for other in listed(options.enlarge)}
+    studio = build_studio(name, relay, others, limits)
+    from relay_diffusion.app.server import serving
+
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leave the blocks below
-    with serving(build_studio(name, relay, others, limits), options.host, options.port) as url:
+    with serving(studio, options.host, port) as url:
         if options.host not in LOOPBACK:
             print(f"note: host={options.host}: everyone who reaches this machine can use the app", flush=True)
         print(f"open {url} in a browser; Ctrl-C ends the app", flush=True)
@@ -91,6 +96,21 @@ def _load(source: str, device: str, trusted: list[str]) -> Relay:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     require(device == "cpu" or torch.cuda.is_available(), "device=cuda: there is no GPU here; use device=cpu")
     return relay.to(device)
+
+
+def usable_port(host: str, port: int) -> int:
+    """Return a port that is free, itself unless it is 0.
+
+    Raises UserError for a host or port that cannot be used.
+    """
+    require(0 <= port < 2**16, f"port={port}: must lie between 0 and {2**16 - 1}; 0 takes any free one")
+    try:
+        with socket.create_server((host, port)) as trial:
+            number: int = trial.getsockname()[1]
+            return number
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error
+        raise UserError(f"host={host} port={port}: cannot be used ({reason}); port=0 takes any free one") from None
 
 
 def main() -> NoReturn:
