@@ -61,6 +61,18 @@ def test_a_mistake_is_one_line_in_the_page(page):
     playwright.expect(page.locator("[role=alert]:visible")).to_have_text(re.compile("^seeds is seven: give"))
 
 
+def test_cancel(page):
+    page.get_by_label("Seeds").first.fill("0-15")
+    for stage in ("base", "relay"):
+        page.get_by_label(f"number input for {stage}: steps").first.fill("40")
+        page.keyboard.press("Enter")
+    page.click("#draw-start")
+    playwright.expect(status(page)).to_contain_text(re.compile(r"^[1-9]\d* of 1696 network evaluations"))
+    page.click("#draw-cancel")
+    playwright.expect(status(page)).to_have_text("cancelled")
+    playwright.expect(page.locator("#drawn img")).to_have_count(0)
+
+
 def test_enlarge_and_a_damaged_file(page, tmp_path):
     page.get_by_role("tab", name="Enlarge").click()
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nrubbish")

@@ -322,9 +322,7 @@ def _compare_tab(studio: Studio) -> None:
 def _cost_slider(name: str, stage: DiffusionStage) -> gr.Slider:
     """Add a slider over odd numbers of network evaluations."""
     near = min(MAX_EVALUATIONS, max(LEAST_EVALUATIONS, stage.sampler.evaluations))
-    return gr.Slider(
-        LEAST_EVALUATIONS, MAX_EVALUATIONS, near + (near + 1) % 2, step=2, label=f"{name}: network evaluations"
-    )
+    return gr.Slider(LEAST_EVALUATIONS, MAX_EVALUATIONS, near + (near + 1) % 2, step=2, label=f"{name}: evaluations")
 
 
 # ---- shared parts ----
