@@ -82,7 +82,7 @@ def app(exported, tmp_path_factory):
         "-m", "relay_diffusion.cli.app", f"relay={root / 'tiny'}", f"enlarge={root / 'other'}", "port=0", "device=cpu",
         "max_megapixels=1",
     ]  # fmt: skip
-    with ended([Process(root / "output.txt", command)]) as (process,):
+    with ended([Process(root / "output.txt", command, GRADIO_ALLOWED_PATHS="/etc")]) as (process,):
         until(lambda: "open http" in process.text(), [process])
         url = re.search(r"open (\S+) ", process.text())[1]
         file = upload(url, "text.txt", b"text")

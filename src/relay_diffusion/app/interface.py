@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import gradio as gr
 
@@ -91,29 +91,15 @@ def page_style() -> dict[str, Any]:
 # ---- draw ----
 
 
-class Subject(NamedTuple):
-    """Inputs that say what is drawn; None: the relay does not have it."""
-
-    chosen_class: gr.Dropdown | None
-    prompt: gr.Textbox | None
-    negative_prompt: gr.Textbox | None
-    seeds: gr.Textbox
-
-    @property
-    def inputs(self) -> dict[str, gr.components.Component]:
-        """Components by the names of DrawOptions."""
-        return {name: component for name, component in self._asdict().items() if component is not None}
-
-
-def _subject(relay: Relay, seeds: str) -> Subject:
-    prompt = negative = None
-    if relay.text_dim:
-        prompt = gr.Textbox(label="Prompt", placeholder="red fox, flat style", lines=2)
-        negative = gr.Textbox(label="Negative prompt", info="needs guidance other than 1")
-    chosen = None
+def _subject(relay: Relay, seeds: str) -> dict[str, Any]:
+    """Add the inputs that say what is drawn, by names of DrawOptions."""
+    inputs = {}
     if relay.num_classes:
-        chosen = gr.Dropdown([ALL, *_class_names(relay), NO_CLASS], value=ALL, label="Class")
-    return Subject(chosen, prompt, negative, gr.Textbox(seeds, label="Seeds", info="one image each: 0-7 or 3,14,15"))
+        inputs["chosen_class"] = gr.Dropdown([ALL, *_class_names(relay), NO_CLASS], value=ALL, label="Class")
+    if relay.text_dim:
+        inputs["prompt"] = gr.Textbox(label="Prompt", placeholder="red fox, flat style", lines=2)
+        inputs["negative_prompt"] = gr.Textbox(label="Negative prompt", info="needs guidance other than 1")
+    return inputs | {"seeds": gr.Textbox(seeds, label="Seeds", info="one image each: 0-7 or 3,14,15")}
 
 
 def _class_names(relay: Relay) -> list[str]:
@@ -164,7 +150,7 @@ def _draw_tab(studio: Studio) -> None:
     relay = studio.relay
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            subject = _subject(relay, f"0-{min(8, studio.limits.max_images) - 1}").inputs
+            subject = _subject(relay, f"0-{min(8, studio.limits.max_images) - 1}")
             sliders = _stage_sliders(relay)
             start, cancel = _buttons("Draw")
             status = _status()
@@ -259,7 +245,7 @@ def _enlarge_tab(studio: Studio) -> None:
         if path is None:
             raise UserError("image: none was given; drop one, paste one, or click on the field")
         relay = relays[chosen]
-        tensor = read_image(Path(path).read_bytes(), relay, studio.limits.max_megapixels)
+        tensor = read_image(_uploaded(path), relay, studio.limits.max_megapixels)
         yield {status: _progress(Job(), 0)}
         for job, seconds, enlarged in _followed(studio, lambda job: enlarge(relay, tensor, number, job=job)):
             if enlarged is None:
@@ -275,6 +261,13 @@ def _enlarge_tab(studio: Studio) -> None:
     _cancels(cancel, event, status)
 
 
+def _uploaded(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError:
+        raise UserError("image: files are kept for an hour, and this one is gone; give it again") from None
+
+
 # ---- compare ----
 
 
@@ -283,7 +276,7 @@ def _compare_tab(studio: Studio) -> None:
     chain = relay.chain()
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            subject = _subject(relay, f"0-{min(4, studio.limits.max_images) - 1}").inputs
+            subject = _subject(relay, f"0-{min(4, studio.limits.max_images) - 1}")
             costs = {name: _cost_slider(name, stage) for name, stage in chain.items()}
             sliders = _stage_sliders(relay, steps=False)
             start, cancel = _buttons("Compare")

@@ -49,14 +49,14 @@ def serving(studio: Studio, host: str = "127.0.0.1", port: int = 7860) -> Iterat
     port: a free one. All files that are received and made lie in a temporary folder, and no others are served. Nothing
     is sent to or fetched from other hosts.
     """
-    with temporary_folder():
+    with temporary_folder() as folder:
         page = build_page(studio)
         page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
         try:
             _, url, _ = page.launch(
                 server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, share=False,
                 inbrowser=False, ssr_mode=False, enable_monitoring=False, run_history=False, footer_links=[],
-                pwa=False, mcp_server=False, allowed_paths=[], max_file_size=MAX_UPLOAD,
+                pwa=False, mcp_server=False, allowed_paths=[folder], max_file_size=MAX_UPLOAD,
                 state_session_capacity=MAX_SESSIONS, strict_cors=True,
                 app_kwargs={"middleware": [Middleware(RefuseForeignFiles)]}, **page_style(),
             )  # fmt: skip
@@ -73,7 +73,7 @@ def temporary_folder() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="relay-diffusion-app-", ignore_cleanup_errors=True) as folder:
         os.environ[TEMPORARY_FOLDER] = os.path.realpath(folder)
         try:
-            yield folder
+            yield os.environ[TEMPORARY_FOLDER]
         finally:
             if before is None:
                 del os.environ[TEMPORARY_FOLDER]
