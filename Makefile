@@ -8,7 +8,7 @@ DRAWN := outputs/demo
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # slow files have few tests: not last
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quickstart test test-fast lint format
+.PHONY: help demo app quickstart test test-fast lint format
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -26,6 +26,9 @@ demo: $(READY) ## draw eight emoji of 256x256 from the weights in demo/: 20 seco
 	rm -rf $(DRAWN)
 	$(BIN)/python sample.py relay=emoji seeds=[48,25,26,11,28,13,14,63] relay.stages.base.changes.guidance_scale=2 \
 		batch_size=8 output=$(DRAWN)
+
+app: $(READY) ## draw, enlarge photographs and compare samplers in the browser
+	$(BIN)/python -m relay_diffusion.cli.app relay=emoji enlarge=photos
 
 quickstart: $(READY) ## train a small 16 -> 64 relay on emoji, sample it, measure it: minutes on two CPU cores
 	rm -rf $(RUN)

@@ -14,7 +14,7 @@ PROGRAM = """
 import importlib, json, logging, os, pkgutil, signal, sys, warnings
 import hydra, lightning, lightning.pytorch.loggers, matplotlib.pyplot, omegaconf, PIL.Image, torch, torchmetrics, wandb
 import diffusers.pipelines.pipeline_utils
-import triton, triton.language  # what other libraries do when they are imported is theirs
+import gradio, triton, triton.language  # what other libraries do when they are imported is theirs
 
 def state():
     loggers = [logging.root, *(each for each in logging.root.manager.loggerDict.values() if hasattr(each, "level"))]
@@ -49,6 +49,7 @@ print(json.dumps([imported, changes]))
 @pytest.mark.slow
 def test_imports_change_nothing_of_the_process():
     pytest.importorskip("diffusers")
+    pytest.importorskip("gradio")
     pytest.importorskip("matplotlib")
     pytest.importorskip("triton")
     result = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)

@@ -13,7 +13,7 @@ PACKAGE = PROJECT / "src" / "relay_diffusion"
 PURE = ("diffusion", "kernels", "networks", "samplers")
 ORDER = (  # a package imports only those before it
     "errors", "utils", "kernels", "diffusion", "networks", "samplers", "text", "models", "data", "checkpoints",
-    "metrics", "training", "sampling", "analysis", "config", "cli",
+    "metrics", "training", "sampling", "analysis", "app", "config", "cli",
 )  # fmt: skip
 
 

@@ -162,7 +162,14 @@ def test_a_failed_command_leaves_no_directories(script, arguments, tmp_path, sma
 
 
 def test_the_commands_are_those_modules_that_run_something():
-    commands = ("cli.convert_checkpoint", "cli.convert_images", "cli.neighbours", "cli.publish", "cli.spectrum")
+    commands = (
+        "cli.app",
+        "cli.convert_checkpoint",
+        "cli.convert_images",
+        "cli.neighbours",
+        "cli.publish",
+        "cli.spectrum",
+    )
     package = PROJECT / "src/relay_diffusion"
     runnable = [path for path in package.rglob("*.py") if 'if __name__ == "__main__":' in path.read_text()]
     assert sorted(commands) == sorted(".".join(path.relative_to(package).with_suffix("").parts) for path in runnable)

@@ -33,9 +33,10 @@ from relay_diffusion.checkpoints.targets import OWN_PACKAGE, check_targets, pack
 from relay_diffusion.errors import UserError, prefix_errors, require
 from relay_diffusion.models.relay import Relay
 from relay_diffusion.models.stage import DiffusionStage, StageInfo
+from relay_diffusion.samplers import Sampler
 from relay_diffusion.text.base import TextEncoder
 from relay_diffusion.utils.files import CONF, file_sha256, parse_json
-from relay_diffusion.utils.messages import did_you_mean, shorten
+from relay_diffusion.utils.messages import did_you_mean, one_line, shorten
 from relay_diffusion.utils.resolution import Resolution
 
 
@@ -419,6 +420,21 @@ def _replaced_sampler(
     if "corruption" in known:
         replaced["corruption"] = changed_config(corruption, settings.get("corruption"), "sampler.corruption.")
     return replaced
+
+
+def build_sampler(stage: DiffusionStage, settings: Mapping[str, Any], trusted: Sequence[str] = ()) -> Sampler:
+    """Build another sampler for a loaded stage, which does not change.
+
+    settings: as `sampler` of load_stage. Raises UserError for a stage without a config, and for settings that the
+    sampler refuses.
+    """
+    require(stage.info.config is not None, "sampler: this stage was not loaded from a checkpoint; set stage.sampler")
+    config = cast(dict[str, Any], stage.info.config)
+    replaced = _replaced_sampler(settings, config["corruption"], trusted)
+    try:
+        return cast(Sampler, instantiate(OmegaConf.create(replaced), _convert_="all"))
+    except Exception as error:  # classes of trusted packages raise any type
+        raise UserError(f"sampler: {one_line(error.__cause__ or error)}") from None
 
 
 def _kind(value: Any) -> str:

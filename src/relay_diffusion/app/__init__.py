@@ -1,0 +1,1 @@
+"""Web app: drawing, enlarging and comparing, and their page."""

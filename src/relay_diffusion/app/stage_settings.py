@@ -1,0 +1,90 @@
+"""Steps and guidance of the stages of a relay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from relay_diffusion.checkpoints.loading import build_sampler
+from relay_diffusion.errors import prefix_errors, require
+from relay_diffusion.models.relay import Relay
+from relay_diffusion.models.stage import DiffusionStage
+from relay_diffusion.samplers import Sampler
+from relay_diffusion.utils.messages import shorten
+
+LEAST_MAX_STEPS = 40  # of the slider, whatever the number of steps of the checkpoint
+MAX_GUIDANCE = 8.0
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """Settings of one stage; None keeps that of the relay. sampler: replaces the stage's, without `steps`."""
+
+    steps: int | None = None
+    guidance_scale: float | None = None
+    sampler: Sampler | None = None
+
+
+def stored_steps(stage: DiffusionStage) -> int | None:
+    """Return the steps of a stage's sampler as in its config; None: it has no such option."""
+    steps = ((stage.info.config or {}).get("sampler") or {}).get("steps")
+    return steps if isinstance(steps, int) else None
+
+
+def max_steps(stage: DiffusionStage) -> int:
+    """Return the largest number of steps that the page offers."""
+    return max(LEAST_MAX_STEPS, 2 * (stored_steps(stage) or 0))
+
+
+def can_guide(stage: DiffusionStage) -> bool:
+    """Return whether a stage supports guidance."""
+    conditional = stage.num_classes > 0 or stage.text_dim > 0
+    return stage.guide is not None or (conditional and stage.label_dropout > 0)
+
+
+def with_steps(stage: DiffusionStage, name: str, steps: int) -> Sampler:
+    """Return the sampler of a stage with another number of steps.
+
+    name: of the stage, for messages. Raises UserError for a number that it cannot have.
+    """
+    stored, most = stored_steps(stage), max_steps(stage)
+    require(stored is not None, f"steps of {name}: its sampler has no such option; leave it as it is")
+    whole = isinstance(steps, int) and 1 <= steps <= most
+    require(whole, f"steps of {name} is {shorten(steps)}: must be a whole number from 1 to {most}")
+    if steps == stored:
+        return stage.sampler
+    assert stage.info.config is not None
+    with prefix_errors(f"steps of {name}"):
+        return build_sampler(stage, stage.info.config["sampler"] | {"steps": steps})
+
+
+@contextmanager
+def adjusted(relay: Relay, settings: Mapping[str, StageSettings]) -> Iterator[None]:
+    """Change the stages of a relay in this block.
+
+    settings: by the names of stages. Only one thread may use the relay. Raises UserError for settings that a stage
+    refuses.
+    """
+    chain = relay.chain()
+    samplers = {}
+    for name, wanted in settings.items():
+        stage, scale = chain[name], wanted.guidance_scale
+        samplers[name] = stage.sampler if wanted.steps is None else with_steps(stage, name, wanted.steps)
+        if wanted.sampler is not None:
+            samplers[name] = wanted.sampler
+        allowed = scale is None or 0 <= scale <= MAX_GUIDANCE
+        require(allowed, f"guidance of {name} is {shorten(scale)}: must lie between 0 and {MAX_GUIDANCE:g}")
+    before = {name: (stage.sampler, stage.guidance_scale) for name, stage in chain.items()}
+    try:
+        for name, wanted in settings.items():
+            stage = chain[name]
+            stage.sampler = samplers[name]
+            if wanted.guidance_scale is not None:
+                stage.guidance_scale = wanted.guidance_scale
+            with prefix_errors(f"guidance of {name}"):
+                stage.guided_denoiser()
+        yield
+    finally:
+        for name, (sampler, scale) in before.items():
+            chain[name].sampler, chain[name].guidance_scale = sampler, scale
