@@ -24,10 +24,13 @@ TOOLS = {  # module: (arguments, a file that it would replace)
 }
 
 
+WITHOUT_FILES = {"relay_diffusion.cli.app"}  # its files are in a temporary folder
+
+
 def test_every_tool_of_the_package_is_here():
     commands = [path for path in PACKAGE.rglob("*.py") if "run_tool(sys.argv" in path.read_text()]
     modules = {".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in commands}
-    assert modules == {name for name in TOOLS if not name.endswith(".py")}
+    assert modules - WITHOUT_FILES == {name for name in TOOLS if not name.endswith(".py")}
 
 
 @pytest.mark.parametrize("tool", TOOLS)
