@@ -2,8 +2,8 @@
 
 python benchmarks/cross_attention.py [key=value ...]
 
-Random weights, synthetic images and prompts on the device, bf16. The share is that of all layers of text: cross-attention,
-its normalization, and the pooled vector.
+Random weights, synthetic images and prompts on the device, bf16. The share is that of all layers of text:
+cross-attention, its normalization, and the pooled vector.
 
   experiments  names in conf/experiment with text, with commas between them  (emoji_text_64,emoji_text_256)
   batch        images per batch                                              (64)
