@@ -52,6 +52,7 @@ python scripts/make_emoji_text.py packages=FOLDER destination=OUT.zip [key=value
                      @iconify-json/twemoji@1.2.5 unicode-emoji-json@0.9.0 emojilib@4.0.3
   destination  the zip to write: train/, composition/ and heldout/ with STYLE/*.png each, and dataset.json
   resolution   side of the written images in pixels (256; smaller: block means of images of 256 pixels)
+  tones        skin tones of an emoji and style in train/; the others are in tones/ (null: all are in train/)
   classes      group: a class is a group of emoji, such as food-drink (default) | style: 3d, flat, noto or twemoji
   overwrite    false: refuse a destination that exists (default) | true: replace it once all is converted
 
@@ -111,6 +112,7 @@ class EmojiTextOptions:
     packages: str = MISSING
     destination: str = MISSING
     resolution: int = RENDERED
+    tones: int | None = None
     classes: Classes = Classes.group
     overwrite: bool = False
 
@@ -193,6 +195,22 @@ def subsets(groups: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
             subset = "composition" if style in apart and apart < known else "train"
             found[group, style] = "heldout" if chosen(group, HELDOUT_PERCENT) else subset
     return found
+
+
+def further_tones(pictures: Iterable[tuple[str, str]], tones: int) -> set[tuple[str, str]]:
+    """Return the pictures (style, code points) with skin tones beyond the first `tones` of each emoji and style.
+
+    Checksums order them, so that each emoji and style has other tones.
+    """
+    toned: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for style, code_points in pictures:
+        if not SKIN_TONES.isdisjoint(code_points.split("-")):
+            toned[style, untoned(code_points)].append(code_points)
+    return {
+        (style, code_points)
+        for (style, _), variants in toned.items()
+        for code_points in sorted(variants, key=lambda points: zlib.crc32(f"{points} {style}".encode()))[tones:]
+    }
 
 
 def captions_of(emoji: Emoji, code_points: str, style: str) -> list[str]:
@@ -321,6 +339,8 @@ def build(options: EmojiTextOptions, render: Svg = render_svg) -> EmojiTextSet:
     """
     if not 1 <= options.resolution <= RENDERED:
         raise UserError(f"resolution={options.resolution}: must be 1 to {RENDERED}")
+    if options.tones is not None and options.tones < 0:
+        raise UserError(f"tones={options.tones}: must be at least 0, or null for all")
     refuse_existing(Path(options.destination).expanduser(), "destination", options.overwrite)
     folder = existing_path(options.packages, "packages")
     paths = {key: existing_path(folder / name, "packages") for key, name in TARBALLS.items()}
@@ -343,6 +363,7 @@ def build(options: EmojiTextOptions, render: Svg = render_svg) -> EmojiTextSet:
                 # the same emoji with and without a presentation selector is one picture
                 found.setdefault((style, code_points), Picture(style, code_points, known, read))
     chosen_subsets = subsets((base_group(points), style) for style, points in found)
+    further = set() if options.tones is None else further_tones(found, options.tones)
     class_of = {Classes.group: lambda p: p.emoji.group, Classes.style: lambda p: p.style}[options.classes]
     class_names = sorted({class_of(picture) for picture in found.values()})
 
@@ -361,6 +382,8 @@ def build(options: EmojiTextOptions, render: Svg = render_svg) -> EmojiTextSet:
                 unusable.append(problem)
                 continue
             subset = chosen_subsets[base_group(picture.code_points), picture.style]
+            if subset == "train" and (picture.style, picture.code_points) in further:
+                subset = "tones"
             pairs[picture.style, subset] += 1
             writer.add_encoded(
                 f"{subset}/{picture.style}/{picture.code_points}.png",
@@ -376,7 +399,7 @@ def _build_and_report(options: EmojiTextOptions) -> None:
     if find_spec("resvg_py") is None:
         raise UserError("rendering SVG needs resvg-py: pip install 'relay-diffusion[emoji]'")
     result = build(options)
-    names = ("train", "composition", "heldout")
+    names = ("train", "tones", "composition", "heldout")
     print(f"{'style':10}" + "".join(f"{name:>13}" for name in names) + f"{'flags':>9}{'unnamed':>9}")
     for style in STYLES:
         counts = "".join(f"{result.pairs.get((style, name), 0):13,}" for name in names)

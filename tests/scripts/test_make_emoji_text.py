@@ -21,6 +21,7 @@ from make_emoji_text import (
     base_group,
     build,
     captions_of,
+    further_tones,
     normalized,
     render_svg,
     subsets,
@@ -210,6 +211,33 @@ def test_subsets_are_disjoint_and_do_not_depend_on_the_order() -> None:
     assert 0.08 < len(composed) / len(pairs) < 0.12
     assert all(any(found.get((name, style)) == "train" for style in STYLES) for name, _ in composed)
     assert subsets([("1f300", "3d")])["1f300", "3d"] != "composition"  # in no other style
+
+
+def test_few_skin_tones_are_kept_in_train(tmp_path: Path) -> None:
+    tones = ["1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"]
+    pictures = [(style, f"{emoji}-{tone}") for emoji in ("1f44d", "1f44e") for tone in tones for style in STYLES]
+    plain = [(style, "1f44d") for style in STYLES]
+    further = further_tones(pictures + plain, 2)
+    assert further == further_tones([*plain, *pictures[::-1]], 2)
+    kept = sorted(set(pictures) - further)
+    assert len(kept) == 2 * 2 * len(STYLES)
+    assert len({points for _, points in kept}) > 4  # styles keep different tones
+    assert further.isdisjoint(plain)
+    assert further_tones(pictures, 5) == set()
+
+    options = packages(tmp_path / "in")
+    build(options, fake_render)
+    before = ImageDataset(options.destination, 64).names
+    options.tones, options.overwrite = 0, True
+    result = build(options, fake_render)
+    moved = {name.replace("train/", "tones/") if "1f3f" in name else name for name in before}
+    assert set(ImageDataset(options.destination, 64).names) == moved != set(before)
+    count = sum(name.startswith("tones/") for name in moved)
+    assert sum(pairs for (_, subset), pairs in result.pairs.items() if subset == "tones") == count
+
+    options.tones = -1
+    with pytest.raises(UserError, match="tones=-1: must be at least 0"):
+        build(options, fake_render)
 
 
 def test_the_renderer_is_named_if_it_is_missing(
