@@ -1,7 +1,7 @@
-"""Run commands in forks of a process that has imported the libraries, which saves five seconds per process.
+"""Run commands in forks of a process that has imported what they need, which saves six seconds per process.
 
-As a script, this file is that process, the fork server. It imports no module of the project: every command does that
-itself. A command that launches ranks first forks a fork server for them.
+As a script, this file is that process, the fork server. It also composes both configurations once, because that fills
+caches of Hydra. A command that launches ranks first forks a fork server for them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TextIO
 
-LIBRARIES = (
-    "hydra", "lightning.pytorch", "torchmetrics", "PIL.Image", "safetensors.torch", "torch.distributed.run"
+CONF = Path(__file__).parent.parent / "conf"
+MODULES = (
+    "hydra", "lightning.pytorch", "torchmetrics", "PIL.Image", "safetensors.torch", "torch.distributed.run",
+    "torch.utils.serialization.config", "relay_diffusion.cli.main", "relay_diffusion.sampling.run",
+    "relay_diffusion.training.callbacks", "relay_diffusion.training.loggers", "relay_diffusion.training.run",
 )  # fmt: skip
 LAUNCHERS = (  # modules that start ranks by `subprocess.Popen`
     "lightning.pytorch.strategies.launchers.subprocess_script",
@@ -217,9 +220,19 @@ def _end(code: object) -> None:
     os._exit((code or 0) & 0xFF)
 
 
+def _compose() -> None:
+    """Compose both configurations; later compositions are faster."""
+    import hydra
+
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        hydra.compose("train")
+        hydra.compose("sample")
+
+
 def _main() -> None:
-    for library in LIBRARIES:
-        importlib.import_module(library)
+    for module in MODULES:
+        importlib.import_module(module)
+    _compose()
     gc.freeze()  # collections in the forks would copy the memory that they share
     arguments = _set_up(_serve(sys.stdin, sys.stdout))
     if any(argument.startswith(LAUNCHING) for argument in arguments) and "LOCAL_RANK" not in os.environ:

@@ -147,7 +147,7 @@ def test_sampling_that_is_killed_makes_the_same_files(tmp_path, relay_runs):
     relay = [
         PROJECT / "sample.py", "relay=two_stages", f"seeds=0-{seeds - 1}", "batch_size=8", "trainer.accelerator=cpu",
         *(f"relay.stages.{name}.path={relay_runs / name}" for name in ("base", "relay")),
-        "relay.stages.base.changes.sampler.steps=60", "picture=0",
+        f"relay.stages.base.changes.sampler.steps={60 if MANY else 30}", "picture=0",
     ]  # fmt: skip
     with ended([Process(tmp_path / "whole.txt", [*relay, f"output={tmp_path / 'whole'}"])]) as (whole,):
         assert whole.wait() == 0, whole.text()
@@ -158,7 +158,7 @@ def test_sampling_that_is_killed_makes_the_same_files(tmp_path, relay_runs):
             if kill > min(KILLS, 10):
                 assert part.wait() == 0, part.text()
                 break
-            if not killed_sometime(part, chance, lambda: "sampling:" in part.text(), 2 if MANY else 1):
+            if not killed_sometime(part, chance, lambda: "sampling:" in part.text(), 2 if MANY else 0.5):
                 assert part.popen.returncode == 0, part.text()
                 break
         made.append(len(list((tmp_path / "parts").rglob("seed*.png"))))
@@ -171,19 +171,6 @@ def test_sampling_that_is_killed_makes_the_same_files(tmp_path, relay_runs):
     assert files[0] == files[1]
     assert made == sorted(made)
     print(f"killed after {made} images")
-
-
-def test_a_signal_to_one_of_two_that_sample_ends_both(tmp_path, relay_runs):
-    command = [
-        PROJECT / "sample.py", "relay=two_stages", "seeds=0-999", "batch_size=4", "strategy=ddp_cpu", "picture=0",
-        *(f"relay.stages.{name}.path={relay_runs / name}" for name in ("base", "relay")), f"output={tmp_path / 'made'}",
-        "relay.stages.base.changes.sampler.steps=60",
-    ]  # fmt: skip
-    with ended([Process(tmp_path / "output.txt", command)]) as (process,):
-        until(lambda: list((tmp_path / "made").rglob("seed*.png")), [process])
-        os.kill(child_of(process.popen.pid), signal.SIGTERM)
-        assert process.wait() == 128 + signal.SIGTERM, process.text()
-    assert process.text().count("stopped by SIGTERM") == 1
 
 
 def test_an_error_of_one_rank_is_reported_and_ends_all(tmp_path, small_zip):
@@ -221,19 +208,19 @@ def test_a_bug_of_one_rank_is_shown_once_and_ends_all(tmp_path, small_zip):
     assert "RuntimeError" not in text
 
 
-def test_sampling_stops_at_a_signal_and_continues(tmp_path, relay_runs):
+def test_a_signal_to_one_of_two_that_sample_ends_both_and_one_continues(tmp_path, relay_runs):
     command = [
-        PROJECT / "sample.py", "relay=two_stages", "seeds=0-15", "batch_size=4", "trainer.accelerator=cpu", "picture=0",
+        PROJECT / "sample.py", "relay=two_stages", "seeds=0-15", "batch_size=2", "trainer.accelerator=cpu", "picture=0",
         *(f"relay.stages.{name}.path={relay_runs / name}" for name in ("base", "relay")),
-        "relay.stages.base.changes.sampler.steps=120", f"output={tmp_path / 'samples'}",
+        "relay.stages.base.changes.sampler.steps=60", f"output={tmp_path / 'samples'}",
     ]  # fmt: skip
     images = tmp_path / "samples/images"
-    with ended([Process(tmp_path / "first.txt", command)]) as (process,):
+    with ended([Process(tmp_path / "first.txt", [*command, "strategy=ddp_cpu"])]) as (process,):
         until(lambda: list(images.rglob("seed*.png")), [process])
-        process.popen.terminate()
+        os.kill(child_of(process.popen.pid), signal.SIGTERM)
         assert process.wait() == 128 + signal.SIGTERM, process.text()
-    assert "stopped by SIGTERM: the same command continues" in process.text()
+    assert process.text().count("stopped by SIGTERM: the same command continues") == 1
     assert 0 < len(list(images.rglob("*.png"))) < 16
-    with ended([Process(tmp_path / "second.txt", command)]) as (process,):
+    with ended([Process(tmp_path / "second.txt", [*command, "batch_size=16"])]) as (process,):
         assert process.wait() == 0, process.text()
     assert len(list(images.rglob("*.png"))) == 16

@@ -32,8 +32,8 @@ def test_the_first_stage_removes_noise(heldout, sigma, error):
 def test_the_second_stage_adds_detail_to_its_start(heldout):
     """Block means are kept, and detail is added within blocks."""
     stage = load_stage(PROJECT / "demo/emoji_256", changes={"sampler": {"steps": 8}}).eval()
-    small, labels = (part[:2] for part in heldout)
-    large = stage.sample((2, 3, 256, 256), [0, 1], labels, small)
+    small, labels = (part[:1] for part in heldout)
+    large = stage.sample((1, 3, 256, 256), [0], labels, small)
     means = torch.nn.functional.avg_pool2d(large, 4)
     assert (means - small).square().mean().sqrt() < 0.04
     assert (large - means.repeat_interleave(4, -1).repeat_interleave(4, -2)).square().mean().sqrt() > 0.05

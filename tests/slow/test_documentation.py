@@ -196,18 +196,36 @@ def first_job(words):
     ]
 
 
+def chooses(word):
+    """Whether an override chooses a file of conf/, or adds or removes something."""
+    group = word.partition("=")[0].partition("@")[0]
+    return word[0] in "+~" or group.startswith("hydra") or (PROJECT / "conf" / group).is_dir()
+
+
+def test_commands_of_train_and_sample_have_known_options(monkeypatch):
+    """They are composed, those with the same choices together."""
+    monkeypatch.chdir(PROJECT)
+    together = {}
+    for page in CURRENT:
+        for script, words in documented_commands(page):
+            if script in ("train.py", "sample.py"):
+                words = [word.replace("relay=NAME", "relay=emoji") for word in first_job(words)]
+                values = together.setdefault((script, *sorted(filter(chooses, words))), {})
+                values.update((word, None) for word in words if not chooses(word))
+    for (script, *choices), values in together.items():
+        compose_command(Path(script).stem, [*choices, *values])
+
+
 @pytest.mark.parametrize("page", CURRENT, ids=page_id)
-def test_commands_have_known_options(page, monkeypatch):
-    """Without running them: `train.py` and `sample.py` are composed, other arguments are parsed."""
+def test_commands_of_tools_have_known_options(page, monkeypatch):
+    """Arguments of tools are parsed."""
     monkeypatch.chdir(PROJECT)
     monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
     monkeypatch.setattr(
         "relay_diffusion.cli.arguments.run_tool", lambda given, _, schema, __: parse_arguments(schema, given) and None
     )
     for script, words in documented_commands(page):
-        if script in ("train.py", "sample.py"):
-            compose_command(Path(script).stem, [word.replace("relay=NAME", "relay=emoji") for word in first_job(words)])
-        elif words:
+        if words and script not in ("train.py", "sample.py"):
             first, *others = script.split()
             assert not run_main(first, [*others, *words])
 

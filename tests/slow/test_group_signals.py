@@ -59,11 +59,9 @@ def processes_of(session):
     ("number", "workers", "strategy"),
     [
         (signal.SIGTERM, 0, []),
-        (signal.SIGTERM, 2, []),
         (signal.SIGHUP, 2, []),
-        (signal.SIGTERM, 0, ["strategy=ddp_cpu"]),
         (signal.SIGTERM, 2, ["strategy=ddp_cpu"]),
-        (signal.SIGUSR1, 2, ["strategy=ddp_cpu"]),
+        (signal.SIGUSR1, 0, ["strategy=ddp_cpu"]),
     ],
 )
 def test_a_signal_to_the_process_group_saves_and_stops(tmp_path, small_zip, number, workers, strategy):

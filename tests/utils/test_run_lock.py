@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 
@@ -154,6 +155,16 @@ def test_a_directory_that_cannot_be_locked_is_reported(tmp_path):
         pass
 
 
+@contextmanager
+def paused(process):
+    """Let a process and its ranks wait: it holds its lock, and leaves the CPU to others."""
+    process.kill(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        process.kill(signal.SIGCONT)
+
+
 def refused(result, option, directory, process):
     assert result.returncode == 2, result.stdout + result.stderr
     (line,) = result.stderr.strip().splitlines()
@@ -169,7 +180,8 @@ def test_a_second_training_process_is_refused_until_the_first_is_killed(tmp_path
     command += ["callbacks.checkpoints.every_n_images=40", *strategy]
     with ended([Process(tmp_path / "first.txt", [*command, "trainer.max_images=1000000"])]) as (first,):
         until(lambda: (directory / "checkpoints/last.ckpt").exists(), [first])
-        refused(run(*map(str, command)), "run_dir", directory, first)
+        with paused(first):
+            refused(run(*map(str, command)), "run_dir", directory, first)
         assert first.popen.poll() is None
         first.kill(signal.SIGKILL)
         first.wait()
@@ -184,12 +196,14 @@ def test_a_second_training_process_is_refused_until_the_first_is_killed(tmp_path
 @pytest.mark.slow
 def test_sampling_and_evaluation_lock_their_output(tmp_path, relay_overrides):
     output = tmp_path / "samples"
-    slow = ["relay.stages.base.changes.sampler.steps=200", "batch_size=1", "picture=0", "seeds=0-999"]
+    slow = ["relay.stages.base.changes.sampler.steps=100", "batch_size=1", "picture=0", "seeds=0-999"]
     command = [PROJECT / "sample.py", *relay_overrides, *slow]
     with ended([Process(tmp_path / "first.txt", command)]) as (first,):
         until(lambda: list(output.rglob("seed*.png")), [first])
-        for mode in ("sample", "evaluate"):
-            refused(run(*map(str, command), f"mode={mode}"), "output", output, first)
+        with paused(first):
+            for mode in ("sample", "evaluate"):
+                refused(run(*map(str, command), f"mode={mode}"), "output", output, first)
         first.popen.terminate()
         assert first.wait() == 128 + signal.SIGTERM, first.text()
+    assert "stopped by SIGTERM: the same command continues" in first.text()
     assert not (output / LOCK).exists()
