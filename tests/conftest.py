@@ -15,16 +15,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
+from memoized import composed, memoized_flops
 from relay_diffusion.config.run_dir import register_resolvers
 from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.models.stage import DiffusionStage
+from relay_diffusion.networks.flops import forward_flops
+from relay_diffusion.training.callbacks import training_log
 from relay_diffusion.training.run import train
-from support import PROJECT, REFERENCE, TINY, run
+from support import REFERENCE, TINY, run
 
 
 def pytest_configure() -> None:
@@ -57,6 +59,14 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.manual_seed(0)
     yield
     monkeypatch.undo()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _flops_once() -> Iterator[None]:
+    """Count the FLOPs of equal networks once, not in every training run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_log, "forward_flops", memoized_flops(forward_flops))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -96,11 +106,7 @@ def large_zip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def configuration() -> Callable[..., DictConfig]:
     """Compose `name` (train or sample) with overrides, as the command line does."""
 
-    def make(name: str, *overrides: str) -> DictConfig:
-        with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-            return compose(name, overrides=list(overrides))
-
-    return make
+    return composed
 
 
 @pytest.fixture
