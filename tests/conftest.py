@@ -10,7 +10,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported: its kernels then run on the CPU
 
+import shutil
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -109,22 +111,42 @@ def configuration() -> Callable[..., DictConfig]:
     return composed
 
 
+def _fit(archive: Path, directory: Path, images: int, *overrides: str, stage: str = "base") -> DiffusionStage | None:
+    options = [*TINY, f"stage={stage}", "resolution=16", f"data.dataset.path={archive}"]
+    return train(composed("train", *options, f"trainer.max_images={images}", f"run_dir={directory}", *overrides))
+
+
 @pytest.fixture
-def fit(configuration, small_zip, tmp_path) -> Callable[..., DiffusionStage]:
+def fit(small_zip, tmp_path) -> Callable[..., DiffusionStage]:
     """Train a tiny stage on 16x16 images in-process; returns the stage."""
 
     def run(directory, images, *overrides, stage="base"):
-        cfg = configuration(
-            "train",
-            *TINY,
-            f"stage={stage}",
-            "resolution=16",
-            f"data.dataset.path={small_zip}",
-            f"trainer.max_images={images}",
-            f"run_dir={tmp_path / directory}",
-            *overrides,
-        )
-        return train(cfg)
+        return _fit(small_zip, tmp_path / directory, images, *overrides, stage=stage)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory, small_zip) -> Callable[..., Path]:
+    """Train as `fit` does, once for equal options; returns the run directory, which tests only read."""
+
+    @cache
+    def run(images, *overrides, stage="base"):
+        directory = tmp_path_factory.mktemp("trained") / "run"
+        _fit(small_zip, directory, images, *overrides, stage=stage)
+        return directory
+
+    return run
+
+
+@pytest.fixture
+def trained(trained_run, tmp_path, capsys) -> Callable[..., Path]:
+    """Do what `fit` does with a copy of an equal run; returns the run directory and prints nothing."""
+
+    def run(directory, images, *overrides, **settings):
+        source = trained_run(images, *overrides, **settings)
+        capsys.readouterr()
+        return Path(shutil.copytree(source, tmp_path / directory))
 
     return run
 
