@@ -10,21 +10,25 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported: its kernels then run on the CPU
 
+import shutil
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
+from memoized import composed, memoized_flops
 from relay_diffusion.config.run_dir import register_resolvers
 from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.models.stage import DiffusionStage
+from relay_diffusion.networks.flops import forward_flops
+from relay_diffusion.training.callbacks import training_log
 from relay_diffusion.training.run import train
-from support import PROJECT, REFERENCE, TINY, run
+from support import REFERENCE, TINY, run
 
 
 def pytest_configure() -> None:
@@ -57,6 +61,14 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.manual_seed(0)
     yield
     monkeypatch.undo()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _flops_once() -> Iterator[None]:
+    """Count the FLOPs of equal networks once, not in every training run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_log, "forward_flops", memoized_flops(forward_flops))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -96,29 +108,45 @@ def large_zip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def configuration() -> Callable[..., DictConfig]:
     """Compose `name` (train or sample) with overrides, as the command line does."""
 
-    def make(name: str, *overrides: str) -> DictConfig:
-        with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-            return compose(name, overrides=list(overrides))
+    return composed
 
-    return make
+
+def _fit(archive: Path, directory: Path, images: int, *overrides: str, stage: str = "base") -> DiffusionStage | None:
+    options = [*TINY, f"stage={stage}", "resolution=16", f"data.dataset.path={archive}"]
+    return train(composed("train", *options, f"trainer.max_images={images}", f"run_dir={directory}", *overrides))
 
 
 @pytest.fixture
-def fit(configuration, small_zip, tmp_path) -> Callable[..., DiffusionStage]:
+def fit(small_zip, tmp_path) -> Callable[..., DiffusionStage]:
     """Train a tiny stage on 16x16 images in-process; returns the stage."""
 
     def run(directory, images, *overrides, stage="base"):
-        cfg = configuration(
-            "train",
-            *TINY,
-            f"stage={stage}",
-            "resolution=16",
-            f"data.dataset.path={small_zip}",
-            f"trainer.max_images={images}",
-            f"run_dir={tmp_path / directory}",
-            *overrides,
-        )
-        return train(cfg)
+        return _fit(small_zip, tmp_path / directory, images, *overrides, stage=stage)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory, small_zip) -> Callable[..., Path]:
+    """Train as `fit` does, once for equal options; returns the run directory, which tests only read."""
+
+    @cache
+    def run(images, *overrides, stage="base"):
+        directory = tmp_path_factory.mktemp("trained") / "run"
+        _fit(small_zip, directory, images, *overrides, stage=stage)
+        return directory
+
+    return run
+
+
+@pytest.fixture
+def trained(trained_run, tmp_path, capsys) -> Callable[..., Path]:
+    """Do what `fit` does with a copy of an equal run; returns the run directory and prints nothing."""
+
+    def run(directory, images, *overrides, **settings):
+        source = trained_run(images, *overrides, **settings)
+        capsys.readouterr()
+        return Path(shutil.copytree(source, tmp_path / directory))
 
     return run
 

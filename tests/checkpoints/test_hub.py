@@ -16,6 +16,7 @@ from relay_diffusion.cli.convert_checkpoint import ConvertOptions, convert
 from relay_diffusion.config.sample import validate_sampling
 from relay_diffusion.config.train import validate_training
 from relay_diffusion.errors import UserError
+from relay_diffusion.sampling.run import sample
 from support import PROJECT, assert_same_weights
 
 STAGE_FILES = ("stage.json", "weights.safetensors")
@@ -90,7 +91,7 @@ def test_folders_stay_in_the_repository():
         assert "outside the repository: refused" in failing(address.inside, path)
 
 
-@pytest.mark.parametrize("source", ["user/tiny", "hf://user/tiny", "user/tiny@v1", "hf://user/tiny@v1"])
+@pytest.mark.parametrize("source", ["user/tiny", "hf://user/tiny@v1"])
 @pytest.mark.usefixtures("published")
 def test_a_relay_is_the_same_to_the_last_bit(relay_folder, source, hub):
     relay, local = rd.load_relay(source), rd.load_relay(relay_folder)
@@ -292,34 +293,46 @@ def test_an_export_of_the_hub(relay_folder, tmp_path):
     assert_same_weights(copied.state_dict(), rd.load_stage(relay_folder / "base").state_dict())
 
 
-def command(hub, tmp_path, *arguments, **environment):
-    """Run sample.py as a user does: settings of huggingface_hub are environment variables."""
-    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    return subprocess.run(
-        [sys.executable, "sample.py", "relay=two_stages", "seeds=0-1", *arguments, f"output={tmp_path / 'images'}"],
-        cwd=PROJECT,
-        env={key: value for key, value in os.environ.items() if not key.startswith("HF_")} | settings | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture
+def sampling(configuration, tmp_path):
+    """Validate and sample what sample.py with these overrides does."""
+
+    def run(*overrides):
+        cfg = configuration("sample", "relay=two_stages", *overrides, f"output={tmp_path / 'images'}")
+        validate_sampling(cfg)
+        return sample(cfg)
+
+    return run
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("published")
-def test_the_command_line(hub, tmp_path):
+def test_the_command_line(hub, tmp_path, sampling, monkeypatch):
+    """In a new interpreter, because settings of huggingface_hub are environment variables."""
     paths = [f"relay.stages.{name}.path=hf://user/tiny@v1/{name}" for name in ("base", "relay")]
-    result = command(hub, tmp_path, *paths)
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    result = subprocess.run(
+        [sys.executable, "sample.py", "relay=two_stages", "seeds=0-1", *paths, f"output={tmp_path / 'images'}"],
+        cwd=PROJECT,
+        env={key: value for key, value in os.environ.items() if not key.startswith("HF_")} | settings,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr
     assert len(list((tmp_path / "images/images").rglob("*.png"))) == 2
-    result = command(hub, tmp_path, *paths, "seeds=2", HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
-    assert result.returncode == 0, result.stderr
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    assert sampling(*paths, "seeds=2", "trainer.accelerator=cpu")["sampled_now"] == 1
+
+
+@pytest.mark.usefixtures("published")
+def test_errors_of_sampling_name_the_option(sampling):
     for address, reason in (("user/typo", "no such repository"), ("user/tiny/x", "no file x/stage.json")):
-        result = command(hub, tmp_path, paths[0], f"relay.stages.relay.path=hf://{address}")
-        assert result.returncode == 2
-        assert result.stderr.startswith(f"error: relay.stages.relay: hf://{address}: the ")
-        assert reason in result.stderr
-        assert result.stderr.count("\n") == 1
+        paths = ["relay.stages.base.path=hf://user/tiny@v1/base", f"relay.stages.relay.path=hf://{address}"]
+        message = failing(sampling, *paths, "seeds=0")
+        assert message.startswith(f"relay.stages.relay: hf://{address}: the ")
+        assert reason in message
 
 
 def test_answers_that_are_errors(published, hub, monkeypatch):  # noqa: ARG001

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -13,21 +14,19 @@ import torch
 from PIL import Image
 
 import relay_diffusion as rd
-from relay_diffusion.checkpoints.export import export_stage
 from relay_diffusion.diffusion.corruption import block_mean
 from relay_diffusion.diffusion.pixels import to_float
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.sample_arguments import label_tensor
 from support import PROJECT
 
-FEW_STEPS = {"base": {"sampler": {"steps": 2}}, "relay": {"sampler": {"steps": 4}}}
-
 
 @pytest.mark.slow
 def test_the_example_of_the_package_runs(monkeypatch, tmp_path):
     example = textwrap.dedent(rd.__doc__.split("\n\n", 1)[1])
     example = example.replace('"demo/emoji"', repr(str(PROJECT / "demo/emoji"))).replace("range(4)", "range(1)")
-    monkeypatch.setattr(rd, "load_relay", functools.partial(rd.load_relay, changes=FEW_STEPS))
+    few_steps = {name: {"sampler": {"steps": 2}} for name in ("base", "relay")}
+    monkeypatch.setattr(rd, "load_relay", functools.partial(rd.load_relay, changes=few_steps))
     monkeypatch.chdir(tmp_path)
     variables = {}
     exec(example, variables)
@@ -58,11 +57,9 @@ def test_all_names_of_the_root():
 
 
 @pytest.fixture
-def folder(fit, tmp_path):
+def folder(relay_folder, tmp_path):
     """Create the folder of a relay with one small stage."""
-    fit("run", 8)
-    content = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
-    export_stage(content["stage_config"], content["ema"]["weights"], tmp_path / "relay/base", ["dark", "light"])
+    shutil.copytree(relay_folder / "base", tmp_path / "relay/base")
     write(tmp_path / "relay", {"format": 1, "stages": {"base": {"path": "base"}}})
     return tmp_path / "relay"
 
@@ -76,10 +73,11 @@ def test_paths_are_relative_to_the_file(folder):
     for source in (folder, str(folder), folder / "relay.json", {"base": folder / "base"}):
         relay = rd.load_relay(source, changes={"base": {"sampler": {"steps": 2}}})
         assert relay.samplers["base"].evaluations == 3
-        images = relay.sample(seeds=range(2), labels=["light", "dark"])
-        assert torch.equal(images, relay.sample(seeds=range(2), labels=[1, 0]))
-        stage = relay.chain()["base"]
-        assert torch.equal(images, stage.sample(images.shape, range(2), ["light", "dark"]))
+        assert list(relay.chain()) == ["base"]
+    images = relay.sample(seeds=range(2), labels=["light", "dark"])
+    assert torch.equal(images, relay.sample(seeds=range(2), labels=[1, 0]))
+    stage = relay.chain()["base"]
+    assert torch.equal(images, stage.sample(images.shape, range(2), ["light", "dark"]))
     assert rd.load_relay(folder, resolution=[16, 24]).sample(5).shape == (1, 3, 16, 24)
 
 
@@ -167,15 +165,14 @@ def test_another_sampler_replaces_the_stored_one_which_changes_then_cannot_chang
     assert (stage.sampler.churn, stage.sampler.evaluations) == (0, 9)
 
 
-def test_another_sampler_gets_the_corruption_of_its_stage(fit, tmp_path):
-    fit("run", 8, stage="relay")
+def test_another_sampler_gets_the_corruption_of_its_stage(relay_folder):
     blurring = "relay_diffusion.samplers.BlurringSampler"
     for given, strength in ((None, 0.15), ({"block_strength": 0.3}, 0.3)):
-        stage = rd.load_stage(tmp_path / "run", sampler={"_target_": blurring, "steps": 9, "corruption": given})
+        stage = rd.load_stage(relay_folder / "relay", sampler={"_target_": blurring, "steps": 9, "corruption": given})
         assert stage.sampler.corruption.block_strength == strength
         assert stage.corruption.block_strength == 0.15
     with pytest.raises(UserError, match=r"^sampler\.corruption\.block_strengt: unknown key; .* block_strength\?"):
-        rd.load_stage(tmp_path / "run", sampler={"_target_": blurring, "corruption": {"block_strengt": 0.3}})
+        rd.load_stage(relay_folder / "relay", sampler={"_target_": blurring, "corruption": {"block_strengt": 0.3}})
 
 
 @pytest.mark.parametrize(
@@ -204,10 +201,8 @@ def test_changes_keep_the_class(folder):
 
 def test_a_choice_of_conf_relay(monkeypatch, tmp_path):
     monkeypatch.chdir(PROJECT)
-    relay = rd.load_relay("emoji", changes=FEW_STEPS)
-    assert [relay.samplers[name].evaluations for name in ("base", "relay")] == [2, 4]
     relay = rd.load_relay(
-        "emoji", changes=FEW_STEPS | {"base": {"sampler": None}}, samplers={"base": {"_target_": EDM, "steps": 3}}
+        "emoji", changes={"relay": {"sampler": {"steps": 4}}}, samplers={"base": {"_target_": EDM, "steps": 3}}
     )
     assert [relay.samplers[name].evaluations for name in ("base", "relay")] == [5, 4]
     assert relay.chain()["relay"].info.origin["file"] == str(Path("demo/emoji_256/stage.json"))
@@ -224,7 +219,7 @@ def test_a_choice_of_conf_relay(monkeypatch, tmp_path):
 def test_photographs_are_enlarged_with_their_block_means(monkeypatch):
     """The bundled file says so, as relay=photos does."""
     image = torch.randint(112, 144, (1, 3, 8, 8), dtype=torch.uint8)
-    relay = rd.load_relay(PROJECT / "demo/photos")
+    relay = rd.load_relay(PROJECT / "demo/photos", changes={"relay": {"sampler": {"steps": 3}}})
     assert relay.consistency
     large = relay.sample([0], start=image)
     assert large.shape == (1, 3, 32, 32)

@@ -6,12 +6,14 @@ import sys
 import pytest
 import torch
 
+from memoized import composed
 from relay_diffusion.checkpoints.loading import load_stage, read_checkpoint
 from relay_diffusion.cli import convert_checkpoint as convert
 from relay_diffusion.config.train import validate_training
 from relay_diffusion.errors import UserError
 from relay_diffusion.sampling.run import sample
-from support import TINY, run
+from relay_diffusion.training.run import train
+from support import TINY
 
 PACKAGE = '''
 from relay_diffusion.diffusion import DenoisingLoss, GaussianCorruption
@@ -63,17 +65,34 @@ PARTS = {
 pytestmark = pytest.mark.usefixtures("package")
 
 
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """Create the package my_parts and one with the same prefix."""
-    folder = tmp_path / "packages"
+def write_packages(root):
+    folder = root / "packages"
     for name in ("my_parts", "my_parts_2"):
         (folder / name).mkdir(parents=True)
         (folder / name / "__init__.py").write_text(PACKAGE)
+    return folder
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Create the package my_parts and one with the same prefix."""
+    folder = write_packages(tmp_path)
     monkeypatch.syspath_prepend(str(folder))
     yield folder
     for name in ("my_parts", "my_parts_2"):
         sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def trusted_run(tmp_path_factory, small_zip):
+    """Directory of a run with a sampler of my_parts, which tests only read."""
+    folder = tmp_path_factory.mktemp("trusted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(write_packages(folder)))
+        options = [*TINY, "resolution=8", f"data.dataset.path={small_zip}", *PARTS["sampler"], "trusted=[my_parts]"]
+        train(composed("train", *options, "trainer.max_images=4", f"run_dir={folder / 'run'}"))
+    sys.modules.pop("my_parts", None)
+    return folder / "run"
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -88,24 +107,35 @@ def test_a_stage_that_cannot_be_loaded_is_rejected_before_training(fit, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", PARTS)
-def test_parts_of_a_trusted_package_are_trained_continued_and_loaded(fit, tmp_path, part):
-    options = (*PARTS[part], "trusted=[my_parts]")
+def test_parts_of_a_trusted_package_are_trained_continued_and_loaded(fit, tmp_path):
+    parts = [override for overrides in PARTS.values() for override in overrides]
+    options = (*parts, "trusted=[my_parts]")
     fit("run", 4, *options)
     assert fit("run", 8, *options).images_seen == 8
     stage = load_stage(tmp_path / "run", trusted=["my_parts"])
-    built = {
-        "sampler": stage.sampler, "loss": stage.loss, "corruption": stage.corruption, "network": stage.denoiser.network,
-    }  # fmt: skip
-    assert type(built[part]).__module__ == "my_parts"
+    for part in (stage.sampler, stage.loss, stage.corruption, stage.denoiser.network):
+        assert type(part).__module__ == "my_parts"
     assert stage.sample((1, 3, 16, 16), [0]).shape == (1, 3, 16, 16)
+    with pytest.raises(UserError, match=r"^stage\..* is my_parts\."):
+        fit("run", 12, *parts)  # nor is it continued
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_each_part_needs_trust_when_it_is_loaded(trusted_run, tmp_path, part):
+    content = torch.load(trusted_run / "checkpoints/last.ckpt", weights_only=True)
+    config = content["stage_config"]
+    config["sampler"]["_target_"] = "relay_diffusion.samplers.EDMSampler"
+    torch.save(content, tmp_path / "own.ckpt")
+    load_stage(tmp_path / "own.ckpt")
+    owner = config["denoiser"] if part == "network" else config
+    owner[part]["_target_"] = PARTS[part][0].partition("=")[2]
+    torch.save(content, tmp_path / "last.ckpt")
     for trusted in ((), ["my_parts_2"], ["my_part"], ["my_parts.inner"]):
         with pytest.raises(
             UserError, match=r"last\.ckpt names 'my_parts\.My.*if you trust it, add trusted=\[my_parts\]"
         ):
-            load_stage(tmp_path / "run", trusted=trusted)
-    with pytest.raises(UserError, match=r"^stage\..* is my_parts\."):
-        fit("run", 12, *PARTS[part])  # nor is it continued
+            load_stage(tmp_path / "last.ckpt", trusted=trusted)
+    assert load_stage(tmp_path / "last.ckpt", trusted=["my_parts"]).images_seen == 4
 
 
 def test_the_optimizer_may_come_from_anywhere(fit, tmp_path):
@@ -113,8 +143,7 @@ def test_the_optimizer_may_come_from_anywhere(fit, tmp_path):
     assert load_stage(tmp_path / "run").images_seen == 4
 
 
-def test_trusted_must_be_a_list_of_packages(fit, tmp_path):
-    fit("run", 4, *PARTS["sampler"], "trusted=[my_parts]")
+def test_trusted_must_be_a_list_of_packages(trusted_run):
     for trusted, message in (
         ("my_parts", r"trusted=my_parts: must be a list of packages, e\.g\. \[my_package\]"),
         ([""], "trusted holds : must be names of packages"),
@@ -123,7 +152,7 @@ def test_trusted_must_be_a_list_of_packages(fit, tmp_path):
         (None, "trusted=None: must be a list"),
     ):
         with pytest.raises(UserError, match=message):
-            load_stage(tmp_path / "run", trusted=trusted)
+            load_stage(trusted_run, trusted=trusted)
 
 
 @pytest.mark.parametrize(
@@ -141,9 +170,8 @@ def test_trusted_must_be_a_list_of_packages(fit, tmp_path):
         ("relay_diffusion_2.X", r"names 'relay_diffusion_2\.X', which is not a class of"),
     ],
 )
-def test_a_trusted_package_allows_its_own_classes_only(fit, tmp_path, target, message):
-    fit("run", 4, *PARTS["sampler"], "trusted=[my_parts]")
-    content = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+def test_a_trusted_package_allows_its_own_classes_only(trusted_run, tmp_path, target, message):
+    content = torch.load(trusted_run / "checkpoints/last.ckpt", weights_only=True)
     content["stage_config"]["sampler"]["_target_"] = target
     torch.save(content, tmp_path / "evil.ckpt")
     with pytest.raises(UserError, match=message):
@@ -159,16 +187,13 @@ def test_stages_that_cannot_be_rebuilt_are_rejected_before_training(fit, configu
 
 
 @pytest.mark.slow
-def test_a_guide_and_an_export_need_the_same_trust(fit, tmp_path):
-    fit("plain", 4)
-    fit("run", 4, *PARTS["sampler"], "trusted=[my_parts]")
+def test_a_guide_and_an_export_need_the_same_trust(relay_folder, trusted_run, tmp_path):
+    plain = relay_folder / "base"
     scaled = {"guidance_scale": 2.0}
     with pytest.raises(UserError, match=r"names 'my_parts\.MySampler'"):
-        load_stage(tmp_path / "plain", changes=scaled, guide=tmp_path / "run")
-    assert (
-        load_stage(tmp_path / "plain", changes=scaled, guide=tmp_path / "run", trusted=["my_parts"]).guide is not None
-    )
-    options = convert.ConvertOptions(str(tmp_path / "run"), str(tmp_path / "shared"))
+        load_stage(plain, changes=scaled, guide=trusted_run)
+    assert load_stage(plain, changes=scaled, guide=trusted_run, trusted=["my_parts"]).guide is not None
+    options = convert.ConvertOptions(str(trusted_run), str(tmp_path / "shared"))
     with pytest.raises(UserError, match=r"names 'my_parts\.MySampler'"):
         convert.convert(options)
     options.trusted = "my_parts"
@@ -192,18 +217,8 @@ def test_resuming_and_init_read_stages_of_trusted_packages(fit, tmp_path):
         read_checkpoint(tmp_path / "wrong.ckpt", ["my_parts"])
 
 
-@pytest.mark.slow
-def test_training_and_sampling_from_the_command_line(package, small_zip, tmp_path, configuration):
-    training = [
-        "train.py", *TINY, "resolution=16", f"data.dataset.path={small_zip}", "trainer.max_images=4",
-        *PARTS["sampler"], f"run_dir={tmp_path / 'run'}",
-    ]  # fmt: skip
-    refused = run(*training, PYTHONPATH=f"{package}:{':'.join(sys.path)}")
-    assert refused.returncode == 2
-    assert refused.stderr.splitlines()[-1].startswith("error: stage.sampler is my_parts.MySampler, a class outside")
-    trained = run(*training, "trusted=[my_parts]", PYTHONPATH=f"{package}:{':'.join(sys.path)}")
-    assert trained.returncode == 0, trained.stderr
-    sampling = ["relay=one_stage", f"relay.stages.base.path={tmp_path / 'run'}", "seeds=0-1", "trainer.accelerator=cpu"]
+def test_sampling_needs_the_same_trust(trusted_run, tmp_path, configuration):
+    sampling = ["relay=one_stage", f"relay.stages.base.path={trusted_run}", "seeds=0-1", "trainer.accelerator=cpu"]
     sampling.append(f"run_dir={tmp_path / 'samples'}")
     with pytest.raises(UserError, match=r"relay\.stages\.base: .*if you trust it, add trusted=\[my_parts\]"):
         sample(configuration("sample", *sampling))

@@ -139,7 +139,13 @@ def test_a_guide_has_the_same_text_encoder():
 @pytest.mark.slow
 def test_training_learns_what_the_text_says(fit, captioned):
     """The images are dark or light; at high noise levels only the text tells which."""
-    quick = ("stage.optimizer.lr=3e-3", "network.num_classes=0", "network.context_dim=6")
+    quick = (
+        "stage.optimizer.lr=3e-3",
+        "network.num_classes=0",
+        "network.context_dim=6",
+        "data.batch_size=8",
+        "resolution=8",
+    )
     noisier = ("stage.corruption.schedule.p_mean=2", "stage.corruption.schedule.p_std=0.5")
     trained = fit("run", 480, *quick, *noisier, "stage.label_dropout=0.1").eval()
     images, labels = datamodule.batch_of(trained.trainer.datamodule.dataset, list(range(24)))[:2]

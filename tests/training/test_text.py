@@ -52,6 +52,12 @@ def fit_text(fit, archive, text_options):
     return run
 
 
+@pytest.fixture(scope="session")
+def text_run(trained_run, archive, text_options):
+    """Directory of a run of 8 images with text, which tests only read."""
+    return trained_run(8, *text_options, f"data.dataset.path={archive}")
+
+
 def batches(stage, count):
     """The first batches that a stage trains on."""
     stage.images_seen = 0
@@ -83,8 +89,14 @@ def assert_same_text(a, b):
 def test_training_learns_what_the_captions_say(fit_text):
     """The images are dark or light; at high noise levels only the text tells which."""
     noisier = ("stage.corruption.schedule.p_mean=2", "stage.corruption.schedule.p_std=0.5")
-    quick = (NO_CLASSES, "stage.optimizer.lr=3e-3", "callbacks.ema.half_life_images=50")
-    trained = fit_text("run", 640, *quick, *noisier, "stage.label_dropout=0.1").eval()
+    quick = (
+        NO_CLASSES,
+        "stage.optimizer.lr=3e-3",
+        "callbacks.ema.half_life_images=50",
+        "data.batch_size=8",
+        "resolution=8",
+    )
+    trained = fit_text("run", 400, *quick, *noisier, "stage.label_dropout=0.1").eval()
     data = trained.trainer.datamodule
     images, labels = batch_of(data.dataset, range(23))
     x0, sigma = to_float(images), torch.full((23,), 15.0)
@@ -154,16 +166,14 @@ def test_text_keeps_label_dropout_and_guidance_without_classes(fit_text):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(archive, text_options, tmp_path):
-    same = [*TINY, *text_options, "resolution=16", f"data.dataset.path={archive}", "stage.label_dropout=0.1"]
-    same += ["trainer.max_images=16", f"data.text_cache={tmp_path / 'cache'}"]
-    printed = {}
-    for name, how in (("two", ["strategy=ddp_cpu"]), ("one", ["trainer.accumulate_grad_batches=2"])):
-        result = run("train.py", *same, *how, f"run_dir={tmp_path / name}")
-        assert result.returncode == 0, result.stderr
-        printed[name] = result.stdout
-    assert printed["two"].count("encoding captions: 4/4 captions") == 1
-    assert "encoding captions" not in printed["one"]
+def test_two_processes_train_as_one(fit_text, archive, text_options, tmp_path, capsys):
+    same = [f"data.dataset.path={archive}", "stage.label_dropout=0.1", f"data.text_cache={tmp_path / 'cache'}"]
+    two = [*TINY, *text_options, *same, "resolution=16", "strategy=ddp_cpu", f"run_dir={tmp_path / 'two'}"]
+    result = run("train.py", *two, "trainer.max_images=16")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("encoding captions: 4/4 captions") == 1
+    fit_text("one", 16, *same, "trainer.accumulate_grad_batches=2")
+    assert "encoding captions" not in capsys.readouterr().out
     one, two = (weights_of(tmp_path / name / "checkpoints/last.ckpt") for name in ("one", "two"))
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-6, msg=name)
@@ -220,9 +230,9 @@ def test_validation_has_the_captions_of_its_images(fit_text, monkeypatch):
 @pytest.mark.slow
 def test_a_resumed_run_equals_one_without_interruption(fit_text, tmp_path):
     """To the last bit, with the captions encoded again."""
-    hard = ("stage.label_dropout=0.3", "network.dropout=0.1")
+    hard = ("stage.label_dropout=0.3", "network.dropout=0.1", "data.batch_size=8")
     fit_text("whole", 32, *hard)
-    for images in (12, 32):
+    for images in (16, 32):
         fit_text("parts", images, *hard, f"data.text_cache={tmp_path / str(images)}")
     whole, parts = (weights_of(tmp_path / name / "checkpoints/last.ckpt") for name in ("whole", "parts"))
     assert_same_weights(whole, parts)
@@ -234,20 +244,22 @@ def other_text(tmp_path):
     return f"text.path={save_encoder(tmp_path / 'other', 'bert', seed=1)}"
 
 
-def test_resume_with_another_encoder_is_an_error(fit_text, fit, archive, tmp_path, text_options, other_text, capsys):
-    fit_text("run", 4)
-    capsys.readouterr()
+def test_resume_with_another_encoder_is_an_error(
+    fit_text, fit, trained, archive, tmp_path, text_options, other_text, capsys
+):
+    images = f"data.dataset.path={archive}"
+    trained("run", 8, *text_options, images)
     shutil.copytree(text_options[1].partition("=")[2], tmp_path / "copy")
-    fit_text("run", 8, f"text.path={tmp_path / 'copy'}")
+    fit_text("run", 12, f"text.path={tmp_path / 'copy'}")
     assert "run: continues " in (printed := capsys.readouterr().out)
     assert " with " not in printed
     message = r"last\.ckpt was trained with another text encoder: TransformersEncoder\(path=.*, max_tokens=10\), hash "
     for other in (other_text, "text.max_tokens=9"):
         with pytest.raises(UserError, match=message + r".* there, TransformersEncoder.* here; use the files"):
-            fit_text("run", 12, other)
+            fit_text("run", 16, other)
     with pytest.raises(UserError, match=r"was trained with another text encoder: .* there, none here; use the files"):
-        fit("run", 12, f"data.dataset.path={archive}")
-    fit("plain", 4, f"data.dataset.path={archive}")
+        fit("run", 16, images)
+    trained("plain", 4, images)
     with pytest.raises(
         UserError, match=r": none there, Transformers.* here; use text=none, or init=.*last\.ckpt to add"
     ):
@@ -271,9 +283,8 @@ def test_initial_weights_of_a_network_without_text(fit, fit_text, archive, tmp_p
     assert plain.text_dim == 0
 
 
-def test_initial_weights_of_a_network_with_text(fit, fit_text, archive, tmp_path, other_text, capsys):
-    fit_text("run", 8)
-    before, still = load_stage(tmp_path / "run"), ("stage.optimizer.lr=0", f"init={tmp_path / 'run'}")
+def test_initial_weights_of_a_network_with_text(fit, fit_text, archive, text_run, other_text, capsys):
+    before, still = load_stage(text_run), ("stage.optimizer.lr=0", f"init={text_run}")
     capsys.readouterr()
     assert_same_weights(fit_text("same", 4, *still).state_dict(), before.state_dict())
     assert ", but " not in capsys.readouterr().out
@@ -286,15 +297,14 @@ def test_initial_weights_of_a_network_with_text(fit, fit_text, archive, tmp_path
     assert_same_weights(plain.state_dict(), {name: before.state_dict()[name] for name in plain.state_dict()})
 
 
-def test_settings_of_text_are_no_change_for_older_runs(fit, tmp_path, capsys):
-    fit("run", 4)
+def test_settings_of_text_are_no_change_for_older_runs(fit, trained, tmp_path, capsys):
+    trained("run", 4)
     path = tmp_path / "run/checkpoints/last.ckpt"
     content = torch.load(path, weights_only=True)
     config = content["run"]["config"]
     for part, name in ((config, "text"), (config["network"], "context_dim"), (config["data"], "text_cache")):
         del part[name]
     torch.save(content, path)
-    capsys.readouterr()
     fit("run", 8)
     assert "last.ckpt, " in capsys.readouterr().out  # not "last.ckpt with ..."
 
