@@ -41,7 +41,15 @@ def records(run_dir):
     """Read the records of each part of a run, in order."""
     parts = []
     for file in sorted((run_dir / "wandb").glob("offline-run-*/*.wandb")):
-        command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", file]  # `wandb leet inspect`
+        command = [
+            get_core_path(),
+            "leet",
+            "inspect",
+            "--no-observability",
+            "--json",
+            "--run-file",
+            file,
+        ]  # `wandb leet inspect`
         printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         parts.append([json.loads(line) for line in printed.splitlines()])
     return parts
