@@ -215,9 +215,9 @@ def test_a_zip_bomb_of_labels_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
 def test_a_tar_bomb_takes_no_memory(tmp_path: Path, kind: bytes) -> None:
     info = tarfile.TarInfo("a.png")
-    info.type, info.size = kind, 300 << 20
+    info.type, info.size = kind, (300 if kind == tarfile.REGTYPE else 64) << 20
     path = tmp_path / "in.tar.gz"
-    zeros = io.BufferedReader(Zeros())
+    zeros = io.BufferedReader(Zeros(), 1 << 20)
     with tarfile.open(path, "w:gz", compresslevel=1) as archive:
         good = tarfile.TarInfo("good.png")
         good.size = len(PICTURE)
