@@ -2,13 +2,12 @@
 
 import json
 import logging
-import subprocess
-import sys
 import warnings
 
 import pytest
 
 from relay_diffusion.utils.quiet import quiet_libraries
+from support import run
 
 PROGRAM = """
 import importlib, json, logging, os, pkgutil, signal, sys, warnings
@@ -47,12 +46,14 @@ print(json.dumps([imported, changes]))
 
 
 @pytest.mark.slow
-def test_imports_change_nothing_of_the_process():
+def test_imports_change_nothing_of_the_process(tmp_path):
     pytest.importorskip("diffusers")
     pytest.importorskip("gradio")
     pytest.importorskip("matplotlib")
     pytest.importorskip("triton")
-    result = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    result = run(str(tmp_path / "program.py"))
+    assert result.returncode == 0, result.stderr
     imported, changes = json.loads(result.stdout.splitlines()[-1])
     assert imported > 90
     assert changes == []

@@ -108,20 +108,13 @@ def test_the_unchanged_configurations_are_accepted() -> None:
 def test_every_option_with_odd_constants(cfg: DictConfig, validate: Any) -> None:
     refused = 0
     for index, key in enumerate(list(_keys(cfg))):
-        for value in CONSTANTS[index % 16 :: 16]:
+        for value in CONSTANTS[index % 32 :: 32]:
             refused += _accepted(cfg, key, value, validate) is None
-    assert refused > 100
+    assert refused > 50
 
 
 @pytest.mark.slow
-@settings(BOUNDED, max_examples=100)
-@given(key=st.sampled_from(TRAIN_KEYS), value=VALUES)
-def test_training_options(key: str, value: Any) -> None:
-    _accepted(TRAIN, key, value, validate_training)
-
-
-@pytest.mark.slow
-@settings(BOUNDED, max_examples=100)
+@settings(BOUNDED, max_examples=50)
 @given(key=st.sampled_from(SAMPLE_KEYS), value=VALUES)
 def test_sampling_options(key: str, value: Any) -> None:
     _accepted(SAMPLE, key, value, validate_sampling)
@@ -142,16 +135,16 @@ def _built(cfg: DictConfig, key: str) -> None:
 
 
 PARTS = {"data": "data", "network": "stage", "stage": "stage", "callbacks": "callbacks", "resolution": "stage"}
-BUILT_KEYS = [key for key in TRAIN_KEYS if key.partition(".")[0] in PARTS]
 
 
 @pytest.mark.slow
-@settings(BOUNDED, max_examples=100)
-@given(key=st.sampled_from(BUILT_KEYS), value=VALUES)
+@settings(BOUNDED, max_examples=80)
+@given(key=st.sampled_from(TRAIN_KEYS), value=VALUES)
 def test_what_is_accepted_is_built_or_explained(key: str, value: Any) -> None:
-    changed = _accepted(TRAIN, key, value, validate_training)
-    if changed is not None:
-        _built(changed, PARTS[key.partition(".")[0]])
+    """The others are refused in one line that names the option."""
+    changed, part = _accepted(TRAIN, key, value, validate_training), PARTS.get(key.partition(".")[0])
+    if changed is not None and part is not None:
+        _built(changed, part)
 
 
 @pytest.mark.parametrize(

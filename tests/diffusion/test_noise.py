@@ -166,8 +166,10 @@ def test_precision_does_not_change_the_noise():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", [2, 3, 4, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("block", "dtype"),
+    [(2, torch.float32), (3, torch.float32), (3, torch.float64), (4, torch.float64), (8, torch.float32)],
+)
 def test_the_noise_kernel_equals_plain_torch(block, dtype):
     """Without a GPU in Triton's interpreter; images larger than a tile, and of odd sizes."""
     pytest.importorskip("triton", TRITON)
@@ -175,7 +177,7 @@ def test_the_noise_kernel_equals_plain_torch(block, dtype):
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for height, width in ((24, 48), (9, 8), (40, 33)):
-        white, other = (torch.randn(2, 3, height, width, device=device, dtype=dtype) for _ in range(2))
+        white, other = (torch.randn(2, 2, height, width, device=device, dtype=dtype) for _ in range(2))
         shifted = [other.double().roll((i, j), (-2, -1)) for i in range(block) for j in range(block)]
         expected = white.double() + 0.15 / block * sum(shifted)
         tolerance = 1e-12 if dtype == torch.float64 else 1e-5

@@ -177,22 +177,24 @@ def test_links_in_archives_are_left_out_and_reported(tmp_path: Path, capsys: pyt
 # --- sizes
 
 
-def bomb(path: Path, name: str, size: int, claimed: int | None = None) -> Path:
-    """Build a zip with a deflated member of `size` zeros, whose header claims `claimed` bytes."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open(name, "w", force_zip64=True) as file:
+def bomb(path: Path, name: str, size: int) -> Path:
+    """Build a zip with a deflated member of `size` zeros."""
+    zeros = bytes(1 << 20)
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open(name, "w", force_zip64=True) as file,
+    ):
         for _ in range(size >> 20):
-            file.write(bytes(1 << 20))
-    if claimed is not None:
-        content = path.read_bytes()
-        path.write_bytes(content.replace(struct.pack("<I", size), struct.pack("<I", claimed)))
+            file.write(zeros)
     return path
 
 
 @pytest.mark.slow
 def test_a_zip_bomb_takes_no_memory(tmp_path: Path) -> None:
     honest = bomb(tmp_path / "honest.zip", "a.png", 300 << 20)
-    lying = bomb(tmp_path / "lying.zip", "a.png", 300 << 20, claimed=100)
-    assert honest.stat().st_size < 400_000
+    lying = tmp_path / "lying.zip"
+    lying.write_bytes(honest.read_bytes().replace(struct.pack("<I", 300 << 20), struct.pack("<I", 100)))
+    assert honest.stat().st_size < 2_000_000
     tracemalloc.start()
     refused(honest, "'a.png' in", "it claims 314,572,800 bytes, more than 268,435,456")
     refused(lying, "'a.png' in")
@@ -213,9 +215,9 @@ def test_a_zip_bomb_of_labels_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
 def test_a_tar_bomb_takes_no_memory(tmp_path: Path, kind: bytes) -> None:
     info = tarfile.TarInfo("a.png")
-    info.type, info.size = kind, 300 << 20
+    info.type, info.size = kind, (300 if kind == tarfile.REGTYPE else 64) << 20
     path = tmp_path / "in.tar.gz"
-    zeros = io.BufferedReader(Zeros())
+    zeros = io.BufferedReader(Zeros(), 1 << 20)
     with tarfile.open(path, "w:gz", compresslevel=1) as archive:
         good = tarfile.TarInfo("good.png")
         good.size = len(PICTURE)

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import tracemalloc
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from relay_diffusion.utils.files import file_sha256
 
 TRAINED: list[bytes] = []  # once for all tests
 NAME = "denoiser.network.conv_in.weight"
+SMALL = ["network.channel_mult=[1]"]  # few tensors: every test writes and reads all of them many times
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def checkpoint(fit: Callable[..., Any], tmp_path: Path) -> tuple[Path, dict[str,
     """A checkpoint of a short training run, and its content."""
     path = tmp_path / "run/checkpoints/last.ckpt"
     if not TRAINED:
-        fit("run", 8)
+        fit("run", 8, *SMALL)
         TRAINED.append(path.read_bytes())
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(TRAINED[0])
@@ -64,10 +66,10 @@ def refused(path: Path, content: Any, *words: str, resumed: bool = True, sampled
 
 def with_(content: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
     """A copy with the value of `place` (keys with / between them) replaced, or removed if the value is `with_`."""
-    changed = copy.deepcopy(content)
+    changed = node = dict(content)
     *parents, last = place.split("/")
-    node = changed
     for key in parents:
+        node[key] = dict(node[key])
         node = node[key]
     if value is with_:
         node.pop(last, None)
@@ -85,7 +87,7 @@ def test_nonfinite_weights_are_refused(checkpoint, fit, value) -> None:
     broken["state_dict"][NAME][0, 0, 0, 1] = value
     refused(path, broken, "not finite, first in", "network.conv_in.weight")
     with pytest.raises(UserError, match=r"last\.ckpt"):
-        fit("run", 16)  # training does not resume from it either
+        fit("run", 16, *SMALL)  # training does not resume from it either
     path.write_bytes(good)
     broken = copy.deepcopy(content)
     broken["ema"]["weights"]["network.conv_in.weight"][0, 0, 0, 1] = value
@@ -203,9 +205,9 @@ def test_checkpoints_with_a_changed_byte_are_refused_or_read(checkpoint) -> None
     path, _ = checkpoint
     content, generator = path.read_bytes(), random.Random(0)
     pickle_at, pickle_end = content.index(b"data.pkl"), content.index(b"PK\x07\x08")
-    positions = [generator.randrange(pickle_at, pickle_end) for _ in range(30)]  # where the structure is
-    positions += [len(content) - generator.randrange(1, 2000) for _ in range(15)]  # the directory
-    positions += [generator.randrange(len(content)) for _ in range(15)]
+    positions = [generator.randrange(pickle_at, pickle_end) for _ in range(16)]  # where the structure is
+    positions += [len(content) - generator.randrange(1, 2000) for _ in range(8)]  # the directory
+    positions += [generator.randrange(len(content)) for _ in range(8)]
     refused_, read = 0, 0
     for position in positions:
         damaged = bytearray(content)
@@ -218,8 +220,8 @@ def test_checkpoints_with_a_changed_byte_are_refused_or_read(checkpoint) -> None
             refused_ += 1
             assert str(path) in str(error)  # noqa: PT017
             assert "\n" not in str(error)  # noqa: PT017
-    assert refused_ > 15
-    assert read > 5
+    assert refused_ > 8
+    assert read > 3
 
 
 def test_code_in_checkpoints_is_not_run(tmp_path: Path) -> None:
@@ -300,8 +302,8 @@ def test_damaged_statistics_are_refused_or_read(tmp_path: Path) -> None:
     np.savez_compressed(path, mu=np.zeros(2048), sigma=np.eye(2048), layout=np.str_("NCHW"))
     content, generator = path.read_bytes(), random.Random(0)
     outcomes = {"read": 0, "refused": 0}
-    cut = [content[: generator.randrange(len(content))] for _ in range(20)]
-    flipped = [bytearray(content) for _ in range(60)]
+    cut = [content[: generator.randrange(len(content))] for _ in range(10)]
+    flipped = [bytearray(content) for _ in range(30)]
     for damaged in flipped:
         damaged[generator.randrange(len(content))] ^= 0x21
     for damaged in [*cut, *flipped]:
@@ -313,18 +315,25 @@ def test_damaged_statistics_are_refused_or_read(tmp_path: Path) -> None:
             outcomes["refused"] += 1
             assert str(error).startswith(f"reference={path}")  # noqa: PT017
             assert "\n" not in str(error)  # noqa: PT017
-    assert outcomes["refused"] > 40
+    assert outcomes["refused"] > 20
 
 
 @pytest.mark.slow
 def test_statistics_that_claim_much_take_no_memory(tmp_path: Path) -> None:
     path = tmp_path / "bomb.npz"
-    features = np.zeros((150_000, 2048), np.float32)
-    np.savez_compressed(path, mu=np.zeros(2048), sigma=np.eye(2048), features=features)
-    del features
+    np.savez_compressed(path, mu=np.zeros(2048), sigma=np.eye(2048))
+    header = {"descr": "<f4", "fortran_order": False, "shape": (132_000, 2048)}
+    zeros = bytes(8192 * 1000)
+    with (
+        zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("features.npy", "w", force_zip64=True) as file,
+    ):
+        np.lib.format.write_array_header_1_0(file, header)
+        for _ in range(132):
+            file.write(zeros)
     tracemalloc.start()
     message = message_of(lambda: read_reference(Npz(path, "reference")), path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert "'features' cannot be read (it claims 1,228,800,128 bytes" in message
+    assert "'features' cannot be read (it claims 1,081,344,128 bytes" in message
     assert peak < 200 << 20

@@ -71,14 +71,20 @@ def compare(call, arguments, tolerance):
 @pytest.mark.slow
 @pytest.mark.usefixtures("use_kernels")
 @pytest.mark.parametrize(
-    ("channels", "skip", "groups", "down"),
-    [(8, 0, 2, False), (48, 0, 8, True), (80, 0, 5, False), (128, 0, 32, True), (72, 24, 32, False)],
-)
-@pytest.mark.parametrize(
-    ("dtype", "modulated"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)]
+    ("channels", "skip", "groups", "down", "modulated", "dtype"),
+    [
+        (8, 0, 2, False, False, torch.float32),
+        (128, 0, 32, True, False, torch.float32),
+        (72, 24, 32, False, False, torch.float32),
+        *(
+            (*shape, True, dtype)
+            for shape in ((48, 0, 8, True), (80, 0, 5, False), (72, 24, 32, False))
+            for dtype in (torch.float32, torch.bfloat16)
+        ),
+    ],
 )
 def test_fused_normalisation_equals_plain_torch(channels, skip, groups, down, modulated, dtype):
-    total, batch, height, width = channels + skip, 3, 10, 14
+    total, batch, height, width = channels + skip, 2, 10, 14
     x, s = image(batch, channels, height, width, dtype=dtype), image(batch, skip, height, width, dtype=dtype)
     parameters = [torch.randn(total, device=DEVICE, requires_grad=True) for _ in range(2 + (not skip))]
     modulation = (torch.randn(batch, 2 * total, device=DEVICE) / 3).requires_grad_() if modulated else None
@@ -170,10 +176,10 @@ def test_one_modulation_is_broadcast_to_all_samples():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("use_kernels")
-@pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_dropout_masks_are_independent_and_match_the_gradient(rate):
+def test_dropout_masks_are_independent_and_match_the_gradient():
     torch.manual_seed(0)
-    x, norm = image(3, 32, 24, 24), nn.GroupNorm(8, 32).to(DEVICE)
+    rate = 0.2
+    x, norm = image(2, 32, 16, 18), nn.GroupNorm(8, 32).to(DEVICE)
     plain, _, _ = ops.norm_act(x, norm)
     torch.manual_seed(1)
     first, _, _ = ops.norm_act(x, norm, dropout=rate)

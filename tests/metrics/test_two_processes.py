@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from fake_inception import PixelFeatures, pixel_reference, random_images
+from processes import Process, ended
 from relay_diffusion.metrics import (
     Evaluator,
     FIDMetric,
@@ -17,6 +19,7 @@ from relay_diffusion.metrics import (
     PrecisionRecallMetric,
     SFIDMetric,
 )
+from support import PROJECT, pythonpath
 
 COUNT = 11
 SHARES = {
@@ -45,7 +48,7 @@ def feed(evaluation: Evaluator, positions: list[int]) -> None:
             evaluation.update(images[at], at)
 
 
-def _rank(rank: int, store: str, answers: multiprocessing.Queue[object]) -> None:
+def _rank(rank: int, store: str, answer: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     evaluation = build()
@@ -56,31 +59,36 @@ def _rank(rank: int, store: str, answers: multiprocessing.Queue[object]) -> None
         if name == "7 and 4":
             assert evaluation.compute() == found[name][0], "a second time, nothing is counted twice"
         evaluation.reset()
-    answers.put(found)
+    Path(answer).write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    processes = [context.Process(target=_rank, args=(rank, str(tmp_path / "store"), answers)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    got = [answers.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join(timeout=60)
-        assert process.exitcode == 0
+    answers = [tmp_path / f"{rank}.json" for rank in range(2)]
+    path = pythonpath(PROJECT / "tests")
+    ranks = [
+        Process(tmp_path / f"{rank}.txt", [__file__, rank, tmp_path / "store", answer], PYTHONPATH=path)
+        for rank, answer in enumerate(answers)
+    ]
+    with ended(ranks):
+        for process in ranks:
+            assert process.wait() == 0, process.text()
     evaluation = build()
     feed(evaluation, list(range(COUNT)))
     whole = evaluation.compute()
     assert set(whole) == {"fid", "sfid", "inception_score", "precision", "recall", "kid", "images"}
-    for answer in got:
+    for answer in answers:
+        found = json.loads(answer.read_text())
         for name in ("7 and 4", "all and none", "none and all"):
-            assert answer[name] == (pytest.approx(whole, rel=1e-6), {}), name
-        numbers, skipped = answer["too few"]
+            assert found[name] == [pytest.approx(whole, rel=1e-6), {}], name
+        numbers, skipped = found["too few"]
         assert set(numbers) == {"fid", "sfid", "inception_score", "kid", "images"}
         assert numbers["images"] == 2
         assert skipped == {
             "precision_recall": "precision and recall need more than 2 generated images, not 2; give more"
         }
+
+
+if __name__ == "__main__":  # a rank
+    _rank(int(sys.argv[1]), *sys.argv[2:])

@@ -16,21 +16,19 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.networks import EDMPreconditioner
 from relay_diffusion.sampling.options import sampling_options
 from relay_diffusion.sampling.run import build_relay, make_plan, sample
-from support import PROJECT, TINY, run
+from support import PROJECT, run
 
 TILES = ("relay.tile=64", "relay.overlap=16", "relay.tile_batch=16")
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory, small_zip):
+def stage(tmp_path_factory, train_stage):
     """Overrides of a tiny stage 8 -> 16 with attention at its coarsest level only, because of whole images."""
     path = tmp_path_factory.mktemp("stage")
-    result = run(
-        "train.py", *TINY, "stage=relay", "resolution=16", "stage.corruption.block=2", "trainer.max_images=8",
-        "network.attention_resolutions=[]", "network.channel_mult=[1,1,1]",
-        f"data.dataset.path={small_zip}", f"run_dir={path}",
+    train_stage(
+        path, "stage=relay", "resolution=16", "stage.corruption.block=2", "network.attention_resolutions=[]",
+        "network.channel_mult=[1,1,1]",
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
     return (
         "relay=two_stages", "relay.stages.base.path=nowhere", f"relay.stages.relay.path={path}",
         "sampler@relay.stages.relay.sampler=multistep_relay", "trainer.accelerator=cpu",
@@ -204,7 +202,7 @@ def test_a_stage_is_applied_twice(enlarge, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_run_continues_without_loss_or_duplicates(stage, enlarge, tmp_path):
-    for number in range(12):
+    for number in range(9):
         photo(tmp_path / f"in/{number:02d}.jpg", (50 + number, 70), number)
     arguments = [PROJECT / "sample.py", *stage, f"relay.start={tmp_path / 'in'}", *TILES]
     command = [*arguments, f"run_dir={tmp_path / 'killed'}"]
@@ -213,13 +211,13 @@ def test_a_killed_run_continues_without_loss_or_duplicates(stage, enlarge, tmp_p
         process.kill()
         process.wait()
     kept = {path: path.read_bytes() for path in images_named(tmp_path / "killed/images")}
-    assert 2 <= len(kept) < 12
+    assert 2 <= len(kept) < 9
     results = enlarge(tmp_path / "in", *TILES, output="killed")
-    assert results["sampled_now"] == 12 - len(kept)
+    assert results["sampled_now"] == 9 - len(kept)
     enlarge(tmp_path / "in", *TILES, output="whole")
     finished = {path.name: path.read_bytes() for path in images_named(tmp_path / "killed/images")}
     assert finished == {path.name: path.read_bytes() for path in images_named(tmp_path / "whole/images")}
-    assert sorted(finished) == [f"{number:02d}.png" for number in range(12)]
+    assert sorted(finished) == [f"{number:02d}.png" for number in range(9)]
     assert all(path.read_bytes() == content for path, content in kept.items())
     assert not list((tmp_path / "killed/images").glob(".*"))
 

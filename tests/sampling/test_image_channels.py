@@ -46,7 +46,7 @@ def trained(fit, images, tmp_path, monkeypatch):
         classes = 0 if data.is_dir() else 2
         common = (
             "data=folder", f"data.dataset.path={data}", f"data.dataset.channels={channels}",
-            f"network.num_classes={classes}", "callbacks.grid.every_n_images=4", *overrides,
+            f"network.num_classes={classes}", "network.channel_mult=[1]", "callbacks.grid.every_n_images=4", *overrides,
         )  # fmt: skip
         fit("base", 4, "augment=edm", "stage.augment.probability=1", *common, "resolution=[4,6]")
         fit("relay", 4, *common, "resolution=[8,12]", "stage.corruption.block=2", stage="relay")
@@ -155,7 +155,7 @@ def test_inception_metrics_of_training_are_refused_for_other_channels(fit, image
         UserError, match=r"^callbacks=evaluated: Inception metrics need images of 1 .*, not 2; remove it$"
     ):
         fit("run", 4, *data, *evaluated(tmp_path))
-    assert fit("other", 4, *data, stage="base").images_seen == 4
+    assert fit("other", 4, *data).images_seen == 4
 
 
 @pytest.mark.slow

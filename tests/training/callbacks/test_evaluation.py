@@ -143,7 +143,7 @@ def test_a_singular_covariance_is_reported_before_training(fit, quick, capsys):
 def test_two_processes_measure_together(fit, tmp_path, small_zip, quick):
     """Shares are uneven, and the last batch has fewer images than processes."""
     options = [*TINY, *quick, "resolution=16", f"data.dataset.path={small_zip}", "callbacks.evaluation.count=7"]
-    options.append("callbacks.evaluation.batch_size=2")
+    options += ["callbacks.evaluation.batch_size=2", "network.channel_mult=[1]"]
     folders = (PROJECT / name for name in ("src", "tests"))
     path = {"PYTHONPATH": os.pathsep.join(map(str, folders))}
     train = [*options, "trainer.max_images=20", f"run_dir={tmp_path / 'two'}", "strategy=ddp_cpu"]
