@@ -112,19 +112,25 @@ TINY = (
 def run(
     script: str, *arguments: str, timeout: int = 240, cwd: Path = PROJECT, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command of the project as a user would."""
-    command = [*script.split(), *arguments]
+    """Run a command of the project as a user would, in a fork of a process that has the package."""
     if not can_fork() or "PYTHONPROFILEIMPORTTIME" in environment:  # which the interpreter reads when it starts
-        return subprocess.run(
-            [sys.executable, *command],
-            cwd=cwd,
-            env=os.environ | environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-    return run_forked(command, cwd, timeout, **environment)
+        return start(script, *arguments, timeout=timeout, cwd=cwd, **environment)
+    return run_forked([*script.split(), *arguments], cwd, timeout, **environment)
+
+
+def start(
+    script: str, *arguments: str, timeout: int = 240, cwd: Path = PROJECT, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command of the project in a new interpreter: for tests of what it imports."""
+    return subprocess.run(
+        [sys.executable, *script.split(), *arguments],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
 
 
 def pythonpath(folder: Path) -> str:

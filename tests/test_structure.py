@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from support import PROJECT, run
+from support import PROJECT, run, start
 from text_relays import export_text_stage
 
 PACKAGE = PROJECT / "src" / "relay_diffusion"
@@ -177,7 +177,7 @@ def test_sampling_loads_no_libraries_of_other_commands(tmp_path):
         f"sys.argv = ['sample.py', *{options}, 'run_dir={tmp_path / 'run'}'];"
         "from relay_diffusion.cli.main import sample; sample()"
     )
-    result = run(str(tmp_path / "program.py"))
+    result = start(str(tmp_path / "program.py"))
     assert result.returncode == 0, result.stderr
     assert list((tmp_path / "run/images").rglob("*.png"))
     loaded = ast.literal_eval(result.stdout.splitlines()[-1])

@@ -14,13 +14,13 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="apt-get install chromium"),
 ]
-SHOWN = "img => img.complete && img.naturalWidth"
 
 
 @pytest.fixture(scope="module")
 def page(app):
     """The page in a new browser; at the end, no request has left this machine."""
     requests, errors = [], []
+    playwright.expect.set_options(timeout=30_000)  # ms; the machine may be busy
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
@@ -45,14 +45,15 @@ def test_draw_and_walk_through_the_trajectory(page):
     playwright.expect(status(page)).to_contain_text("3 images in")
     images = page.locator("#drawn img")
     playwright.expect(images).to_have_count(3)
-    assert all(image.evaluate(SHOWN) == 16 for image in images.all())
+    for image in images.all():
+        playwright.expect(image).to_have_js_property("naturalWidth", 16)
     shown = page.locator("#trajectory img")
     last = shown.get_attribute("src")
     playwright.expect(page.get_by_text("stage relay: its result")).to_be_visible()
     page.locator("#step input[type=number]").fill("1")
     page.keyboard.press("Enter")
     playwright.expect(page.get_by_text(re.compile(r"stage base: evaluation 1 of \d+, noise level"))).to_be_visible()
-    assert shown.get_attribute("src") != last
+    playwright.expect(shown).not_to_have_attribute("src", last)
 
 
 def test_a_mistake_is_one_line_in_the_page(page):
@@ -90,7 +91,8 @@ def test_enlarge_and_a_damaged_file(page, tmp_path):
     sides = page.locator("#enlarged img")
     playwright.expect(sides).to_have_count(2)
     playwright.expect(sides.last).to_be_visible()
-    assert {image.evaluate(SHOWN) for image in sides.all()} == {40}
+    for image in sides.all():
+        playwright.expect(image).to_have_js_property("naturalWidth", 40)
 
 
 def test_compare(page):

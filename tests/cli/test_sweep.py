@@ -8,7 +8,7 @@ import yaml
 
 from relay_diffusion.cli.main import JobError, _check_sweep
 from relay_diffusion.errors import UserError
-from support import TINY, pythonpath, run
+from support import TINY, pythonpath, run, start
 
 
 @pytest.mark.parametrize("place", ["run_dir=x/mr", "run_id=mr", "output=x"])
@@ -94,7 +94,7 @@ def test_a_failure_returns_from_another_process():
 
 @pytest.mark.slow
 def test_the_task_returns_the_metric(small_zip, tmp_path):
-    """Optimizing sweepers minimize the returned value."""
+    """Optimizing sweepers minimize the returned value. Hydra looks for plugins once in a process."""
     (tmp_path / "sweeper.py").write_text(
         "from hydra.plugins.sweeper import Sweeper\n"
         "class Recorder(Sweeper):\n"
@@ -110,7 +110,7 @@ def test_the_task_returns_the_metric(small_zip, tmp_path):
     )
     (tmp_path / "hydra_plugins").mkdir()
     (tmp_path / "sweeper.py").rename(tmp_path / "hydra_plugins/recorder.py")
-    result = run(
+    result = start(
         "train.py", *TINY, "resolution=16", f"data.dataset.path={small_zip}", "trainer.max_images=8",
         f"hydra.sweep.dir={tmp_path / 'sweep'}", "callbacks.log.every_n_images=4",
         "hydra.sweeper._target_=hydra_plugins.recorder.Recorder", "-m", PYTHONPATH=pythonpath(tmp_path),

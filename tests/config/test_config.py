@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,10 @@ def test_every_experiment_trains_a_step(configuration, large_zip, tmp_path, expe
     known = configuration("train", f"experiment={experiment}", path)
     text = [] if known.text is None else request.getfixturevalue("text_options")
     classes = known.network.num_classes
+    validation = []
+    if "validation" in known.callbacks:
+        copied = shutil.copy(large_zip, tmp_path / "validation.zip")
+        validation = [f"callbacks.validation.dataset.{option}" for option in (f"path={copied}", "subset=train")]
     cfg = configuration(
         "train",
         f"experiment={experiment}",
@@ -140,6 +145,7 @@ def test_every_experiment_trains_a_step(configuration, large_zip, tmp_path, expe
         "callbacks.grid.every_n_images=0",
         f"run_dir={tmp_path}",
         *text,
+        *validation,
     )
     validate_training(cfg)
     stage = train(cfg)
