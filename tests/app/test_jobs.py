@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from relay_diffusion.app.jobs import CancelledJobError, Job, counted, follow
+from relay_diffusion.app.jobs import CancelledJobError, Job, follow
 from relay_diffusion.app.studio import build_studio
 
 X = torch.zeros(3, 1, 2, 2)
@@ -13,7 +13,7 @@ X = torch.zeros(3, 1, 2, 2)
 
 def test_a_job_counts_images_of_each_evaluation(relay):
     job = Job()
-    with counted(relay, job):
+    with relay.observed(tile_observer=job):
         relay.sample([0, 1, 2])
     assert job.done == 3 * relay.evaluations()
     assert job.stage == "relay"

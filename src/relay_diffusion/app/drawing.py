@@ -11,7 +11,7 @@ from typing import NamedTuple
 from PIL import Image
 from torch import Tensor
 
-from relay_diffusion.app.jobs import Job, counted
+from relay_diffusion.app.jobs import Job
 from relay_diffusion.app.stage_settings import StageSettings, adjusted
 from relay_diffusion.data.class_choice import class_indices
 from relay_diffusion.errors import require
@@ -80,11 +80,16 @@ def plan_images(relay: Relay, options: DrawOptions) -> Plan:
     return plan
 
 
+def class_names(relay: Relay) -> list[str]:
+    """Return the names of a relay's classes, or their numbers."""
+    return relay.class_names or [str(index) for index in range(relay.num_classes)]
+
+
 def draw(relay: Relay, options: DrawOptions, job: Job | None = None) -> Drawing:
     """Draw one image for each seed. Raises UserError for options that the relay refuses."""
     job, began = Job() if job is None else job, time.perf_counter()
     plan = plan_images(relay, options)
-    names = relay.class_names or [str(index) for index in range(relay.num_classes)]
+    names = class_names(relay)
     captions = [
         f"seed {seed}" + (f" · {names[label]}" if label >= 0 else "")
         for seed, label in zip(plan.seeds, plan.labels, strict=True)
@@ -107,7 +112,7 @@ def _sample(
     steps: dict[str, list[Step]] = {}
     for first in range(0, len(plan.seeds), options.batch_size):
         batch = slice(first, first + options.batch_size)
-        with counted(relay, job), _recorded(relay, SHOWN_IMAGES - first, job) as recorders:
+        with relay.observed(tile_observer=job), _recorded(relay, SHOWN_IMAGES - first, job) as recorders:
             stages = relay.sample_stages(plan.seeds[batch], plan.labels[batch], **text)  # type: ignore[arg-type]
         images += relay.to_pil(list(stages.values())[-1])
         for name, recorder in recorders.items():
@@ -131,11 +136,8 @@ def _recorded(relay: Relay, count: int, job: Job) -> Iterator[dict[str, Trajecto
         recorders[stage](x, sigma, estimate)
         job.preview = _picture(recorders[stage].steps[-1])
 
-    relay.observers.append(record)
-    try:
+    with relay.observed(record):
         yield recorders
-    finally:
-        relay.observers.remove(record)
 
 
 def _shown_size(size: Size) -> Size:

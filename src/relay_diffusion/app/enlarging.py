@@ -10,7 +10,7 @@ from typing import NamedTuple
 from PIL import Image
 from torch import Tensor
 
-from relay_diffusion.app.jobs import Job, counted
+from relay_diffusion.app.jobs import Job
 from relay_diffusion.app.stage_settings import StageSettings, adjusted
 from relay_diffusion.data.class_choice import class_indices
 from relay_diffusion.data.decode import MODES, decode, header_size
@@ -38,10 +38,8 @@ def enlarging_part(relay: Relay) -> Relay | None:
     """
     if relay.start_size is not None:
         return relay
-    name, last = list(relay.chain().items())[-1]
-    if last.corruption.block == 1:
-        return None
-    return Relay({name: last}, rounding=relay.rounding, postprocess=relay.postprocess, consistency=relay.consistency)
+    *before, last = relay.chain().values()
+    return None if last.corruption.block == 1 else relay.without_first(len(before))
 
 
 def read_image(data: bytes, relay: Relay, max_megapixels: float) -> Tensor:
@@ -87,7 +85,7 @@ def enlarge(
     labels = class_indices("-1" if chosen_class is None else chosen_class, relay.num_classes, relay.class_names)
     require(isinstance(seed, int) and 0 <= seed < 2**63, "seed: must be a whole number from 0 to 2^63 - 1")
     size = image.shape[2], image.shape[3]
-    with adjusted(relay, settings or {}), counted(relay, job):
+    with adjusted(relay, settings or {}), relay.observed(tile_observer=job):
         evaluations = relay.evaluations(size)
         job.total = evaluations
         (after,) = relay.to_pil(relay.sample([seed], labels, start=image))

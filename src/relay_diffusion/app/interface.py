@@ -21,7 +21,7 @@ from relay_diffusion.app.comparing import (
     can_compare,
     compare,
 )
-from relay_diffusion.app.drawing import DrawOptions, Frame, draw
+from relay_diffusion.app.drawing import DrawOptions, Frame, class_names, draw
 from relay_diffusion.app.enlarging import enlarge, read_image
 from relay_diffusion.app.jobs import CancelledJobError, Job, follow
 from relay_diffusion.app.stage_settings import MAX_GUIDANCE, StageSettings, can_guide, max_steps, stored_steps
@@ -95,15 +95,11 @@ def _subject(relay: Relay, seeds: str) -> dict[str, Any]:
     """Add the inputs that say what is drawn, by names of DrawOptions."""
     inputs = {}
     if relay.num_classes:
-        inputs["chosen_class"] = gr.Dropdown([ALL, *_class_names(relay), NO_CLASS], value=ALL, label="Class")
+        inputs["chosen_class"] = gr.Dropdown([ALL, *class_names(relay), NO_CLASS], value=ALL, label="Class")
     if relay.text_dim:
         inputs["prompt"] = gr.Textbox(label="Prompt", placeholder="red fox, flat style", lines=2)
         inputs["negative_prompt"] = gr.Textbox(label="Negative prompt", info="needs guidance other than 1")
     return inputs | {"seeds": gr.Textbox(seeds, label="Seeds", info="one image each: 0-7 or 3,14,15")}
-
-
-def _class_names(relay: Relay) -> list[str]:
-    return relay.class_names or [str(index) for index in range(relay.num_classes)]
 
 
 def _class_of(choice: str | None) -> str | None:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from PIL import Image
 from torch import Tensor
-
-from relay_diffusion.models.relay import Relay
 
 Result = TypeVar("Result")
 SECONDS = 0.2  # between two looks at a running job
@@ -47,16 +44,6 @@ class Job:
         if self._cancelled.is_set():
             raise CancelledJobError
         self.stage, self.done = stage, self.done + len(x)
-
-
-@contextmanager
-def counted(relay: Relay, job: Job) -> Iterator[None]:
-    """Count the evaluations of a relay in this block."""
-    relay.tile_observers.append(job)
-    try:
-        yield
-    finally:
-        relay.tile_observers.remove(job)
 
 
 def follow(work: Callable[[], Result], job: Job, seconds: float = SECONDS) -> Iterator[Result | None]:

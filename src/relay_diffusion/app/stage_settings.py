@@ -67,24 +67,16 @@ def adjusted(relay: Relay, settings: Mapping[str, StageSettings]) -> Iterator[No
     refuses.
     """
     chain = relay.chain()
-    samplers = {}
+    samplers = {name: wanted.sampler for name, wanted in settings.items() if wanted.sampler is not None}
+    scales = {name: wanted.guidance_scale for name, wanted in settings.items() if wanted.guidance_scale is not None}
     for name, wanted in settings.items():
-        stage, scale = chain[name], wanted.guidance_scale
-        samplers[name] = stage.sampler if wanted.steps is None else with_steps(stage, name, wanted.steps)
-        if wanted.sampler is not None:
-            samplers[name] = wanted.sampler
-        allowed = scale is None or 0 <= scale <= MAX_GUIDANCE
+        if wanted.steps is not None and wanted.sampler is None:
+            samplers[name] = with_steps(chain[name], name, wanted.steps)
+    for name, scale in scales.items():
+        allowed = 0 <= scale <= MAX_GUIDANCE
         require(allowed, f"guidance of {name} is {shorten(scale)}: must lie between 0 and {MAX_GUIDANCE:g}")
-    before = {name: (stage.sampler, stage.guidance_scale) for name, stage in chain.items()}
-    try:
-        for name, wanted in settings.items():
-            stage = chain[name]
-            stage.sampler = samplers[name]
-            if wanted.guidance_scale is not None:
-                stage.guidance_scale = wanted.guidance_scale
+    with relay.changed(samplers, scales):
+        for name in settings:
             with prefix_errors(f"guidance of {name}"):
-                stage.guided_denoiser()
+                chain[name].guided_denoiser()
         yield
-    finally:
-        for name, (sampler, scale) in before.items():
-            chain[name].sampler, chain[name].guidance_scale = sampler, scale

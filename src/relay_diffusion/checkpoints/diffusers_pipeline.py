@@ -193,12 +193,10 @@ class RelayPipeline(DiffusionPipeline):
             stack.enter_context(_changed_stages(relay, guidance_scale, num_inference_steps))
             size = None if start is None else (start.shape[2], start.shape[3])
             bar = stack.enter_context(self.progress_bar(total=relay.evaluations(size) * len(chosen)))
-            stack.enter_context(
-                _observed(relay.tile_observers, lambda _stage, x, _sigma, _estimate: bar.update(len(x)))
-            )
+            observer = None
             if callback_on_step_end is not None:
                 observer = _StepObserver(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-                stack.enter_context(_observed(relay.observers, observer))
+            stack.enter_context(relay.observed(observer, lambda _stage, x, _sigma, _estimate: bar.update(len(x))))
             images = relay.sample(
                 chosen,
                 rows.get("class_labels"),
@@ -340,16 +338,6 @@ def _pixels(image: Any, channels: int) -> Tensor:
 
 
 @contextmanager
-def _observed(observers: list[Any], observer: Any) -> Iterator[None]:
-    """Add an observer to a list within this block."""
-    observers.append(observer)
-    try:
-        yield
-    finally:
-        observers.remove(observer)
-
-
-@contextmanager
 def _changed_stages(relay: Relay, scales: Any, steps: Any) -> Iterator[None]:
     """Change guidance scales and steps of stages within this block.
 
@@ -364,15 +352,8 @@ def _changed_stages(relay: Relay, scales: Any, steps: Any) -> Iterator[None]:
     guidance = _by_stage("guidance_scale", scales, chain)
     for name, scale in guidance.items():
         check_guidance(scale, chain[name].guidance_interval)
-    before = {name: (stage.guidance_scale, stage.sampler) for name, stage in chain.items()}
-    try:
-        for name, stage in chain.items():
-            stage.guidance_scale = guidance.get(name, stage.guidance_scale)
-            stage.sampler = samplers.get(name, stage.sampler)
+    with relay.changed(samplers, guidance):
         yield
-    finally:
-        for name, stage in chain.items():
-            stage.guidance_scale, stage.sampler = before[name]
 
 
 def _by_stage(option: str, values: Any, chain: Mapping[str, DiffusionStage]) -> dict[str, Any]:

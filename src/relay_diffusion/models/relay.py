@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
@@ -35,6 +36,9 @@ from relay_diffusion.samplers import Sampler
 from relay_diffusion.text.base import TextEncoder
 from relay_diffusion.utils.pictures import pil_image
 from relay_diffusion.utils.resolution import MIN_SIDE, Resolution, Size, image_size, resolution_of, size_text
+
+RelayObserver = Callable[[str, Tensor, Tensor, Tensor], None]
+"""Called at each evaluation with the name of the stage and the arguments of an Observer."""
 
 
 def _check_chain(stages: Mapping[str, DiffusionStage], as_trained: bool) -> None:
@@ -135,8 +139,8 @@ class Relay(L.LightningModule):
         self.hand_over_sigma, self.consistency = hand_over_sigma, consistency
         self._build_encoder = encoder
         self._tiles = tile, overlap, tile_batch
-        self.observers: list[Callable[[str, Tensor, Tensor, Tensor], None]] = []
-        self.tile_observers: list[Callable[[str, Tensor, Tensor, Tensor], None]] = []
+        self.observers: list[RelayObserver] = []
+        self.tile_observers: list[RelayObserver] = []
         try:
             self._tilings = {name: stage.tiling(tile, overlap, tile_batch) for name, stage in stages.items()}
         except ValueError as error:
@@ -178,16 +182,15 @@ class Relay(L.LightningModule):
         """Stages by name, in order."""
         return {name: cast(DiffusionStage, stage) for name, stage in zip(self._names, self.stages, strict=True)}
 
-    def without_first(self) -> Relay:
-        """Return the relay of all stages but the first.
+    def without_first(self, count: int = 1) -> Relay:
+        """Return the relay without its first `count` stages.
 
-        It has the same modules, options and text encoder, and enlarges given images. Raises UserError if there is only
-        one stage.
+        It has the same modules, options and text encoder, and enlarges given images. Raises UserError if no stage is
+        left.
         """
-        _, *others = self.chain().items()
         tile, overlap, tile_batch = self._tiles
         enlarging = Relay(
-            dict(others),
+            dict(list(self.chain().items())[count:]),
             rounding=self.rounding,
             postprocess=self.postprocess,
             consistency=self.consistency,
@@ -198,6 +201,31 @@ class Relay(L.LightningModule):
             encoder=lambda: self.text_encoder,
         )
         return enlarging.to(self.device)
+
+    @contextmanager
+    def changed(self, samplers: Mapping[str, Sampler], guidance_scales: Mapping[str, float]) -> Iterator[None]:
+        """Replace samplers and guidance scales of stages, by name, in this block."""
+        before = {name: (stage.sampler, stage.guidance_scale) for name, stage in self.chain().items()}
+        try:
+            for name, stage in self.chain().items():
+                stage.sampler = samplers.get(name, stage.sampler)
+                stage.guidance_scale = guidance_scales.get(name, stage.guidance_scale)
+            yield
+        finally:
+            for name, stage in self.chain().items():
+                stage.sampler, stage.guidance_scale = before[name]
+
+    @contextmanager
+    def observed(
+        self, observer: RelayObserver | None = None, tile_observer: RelayObserver | None = None
+    ) -> Iterator[None]:
+        """Add observers to `observers` and `tile_observers` in this block."""
+        with ExitStack() as stack:
+            for observers, added in ((self.observers, observer), (self.tile_observers, tile_observer)):
+                if added is not None:
+                    observers.append(added)
+                    stack.callback(observers.remove, added)
+            yield
 
     @property
     def num_classes(self) -> int:
