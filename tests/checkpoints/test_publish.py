@@ -10,7 +10,6 @@ from PIL import Image
 import relay_diffusion as rd
 from hub_server import Repository
 from relay_diffusion import __version__
-from relay_diffusion.checkpoints import hub as hub_module
 from relay_diffusion.cli import publish as publish_module
 from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.cli.publish import USAGE, PublishOptions
@@ -261,7 +260,7 @@ def test_sources_that_are_refused(relay_folder, tmp_path, refused):
 
 
 def test_without_the_library(relay_folder, tmp_path, monkeypatch, refused):
-    monkeypatch.setattr(hub_module, "find_spec", lambda _: None)
+    monkeypatch.setattr("relay_diffusion.utils.installed.find_spec", lambda _: None)
     assert refused(source=relay_folder, destination=tmp_path / "out") == (
         f'destination={tmp_path / "out"} needs the library huggingface_hub: pip install "relay-diffusion[hub]"'
     )

@@ -18,7 +18,7 @@ def error_of(capsys, *arguments):
 
 
 def test_the_library_is_named(capsys, monkeypatch):
-    monkeypatch.setattr(app, "find_spec", lambda _: None)
+    monkeypatch.setattr("relay_diffusion.utils.installed.find_spec", lambda _: None)
     assert 'pip install "relay-diffusion[app]"' in error_of(capsys, "relay=emoji")
 
 
@@ -36,12 +36,12 @@ def test_the_library_is_named(capsys, monkeypatch):
     ],
 )
 def test_wrong_options(capsys, monkeypatch, arguments, message):
-    monkeypatch.setattr(app, "find_spec", lambda _: object())
+    monkeypatch.setattr("relay_diffusion.utils.installed.find_spec", lambda _: object())
     assert message in error_of(capsys, *(arguments or ["port=1"]))
 
 
 def test_a_port_in_use(capsys, monkeypatch):
-    monkeypatch.setattr(app, "find_spec", lambda _: object())
+    monkeypatch.setattr("relay_diffusion.utils.installed.find_spec", lambda _: object())
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert f"port={port}: cannot be used (" in error_of(capsys, "relay=emoji", f"port={port}")

@@ -199,6 +199,6 @@ def test_addresses_that_do_not_exist(address: str, message: str) -> None:
 
 def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_parquet(tmp_path / "a.parquet", IMAGES)
-    monkeypatch.setattr("relay_diffusion.data.huggingface.find_spec", lambda _: None)
+    monkeypatch.setattr("relay_diffusion.utils.installed.find_spec", lambda _: None)
     refused(path, r'^data\.dataset\.path=.*: needs the library datasets: pip install "relay-diffusion\[datasets\]"$')
     assert importlib.util.find_spec("datasets") is not None

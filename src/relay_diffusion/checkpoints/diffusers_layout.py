@@ -11,10 +11,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from relay_diffusion.utils.files import json_text, write_text
+from relay_diffusion.utils.installed import install_command
 
 INDEX_FILE, PIPELINE_FILE = "model_index.json", "pipeline.py"
 MODULE = "relay_diffusion.checkpoints.diffusers_pipeline"
-INSTALL = 'pip install "relay-diffusion[diffusers]"'
+INSTALL = install_command("diffusers")
 INDEX = {"_class_name": ["pipeline", "RelayPipeline"], "relay": [MODULE, "RelayLoader"]}
 PIPELINE = f'''\
 """Relay Diffusion as a custom pipeline of diffusers; the library relay-diffusion has its code."""

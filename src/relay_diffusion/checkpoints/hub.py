@@ -13,18 +13,18 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
 from relay_diffusion import __version__
 from relay_diffusion.errors import UserError, require
+from relay_diffusion.utils.installed import install_command, require_library
 from relay_diffusion.utils.messages import one_line, shorten
 
 SCHEME = "hf://"
 FORM = "hf://USER/NAME[@REVISION][/FOLDER]"
-INSTALL = 'pip install "relay-diffusion[hub]"'
+INSTALL = install_command("hub")
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 SHORT = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([^/@]+))?", re.ASCII)  # USER/NAME[@REVISION]
 ADDRESS = re.compile(rf"{SCHEME}{SHORT.pattern}(?:/(.*))?", re.ASCII)
@@ -94,8 +94,7 @@ def check_address(text: str) -> None:
 
 def check_installed(what: object) -> None:
     """Raise UserError naming `what` unless huggingface_hub is installed."""
-    if find_spec("huggingface_hub") is None:
-        raise UserError(f"{what} needs the library huggingface_hub: {INSTALL}")
+    require_library(str(what), "huggingface_hub", "hub")
 
 
 def download(address: HubAddress, *names: str) -> tuple[Path, HubAddress]:

@@ -8,7 +8,6 @@ import socket
 import sys
 import threading
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -16,6 +15,7 @@ from omegaconf import MISSING
 
 from relay_diffusion.cli.arguments import listed, run_tool
 from relay_diffusion.errors import UserError, require
+from relay_diffusion.utils.installed import require_library
 
 if TYPE_CHECKING:
     from relay_diffusion.models.relay import Relay
@@ -36,7 +36,6 @@ python -m relay_diffusion.cli.app relay=RELAY [key=value ...]
 The app sends nothing to other hosts and needs no internet. Its files lie in a temporary folder, which is removed at the
 end (Ctrl-C). gradio must be installed: pip install "relay-diffusion[app]"
 """
-INSTALL = 'pip install "relay-diffusion[app]"'
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -58,7 +57,7 @@ class AppOptions:
 
 def serve(options: AppOptions) -> None:
     """Load the relays and serve the page until Ctrl-C or SIGTERM."""
-    require(find_spec("gradio") is not None, f"relay={options.relay}: the app needs the library gradio: {INSTALL}")
+    require_library(f"relay={options.relay}: the app", "gradio", "app")
     require(options.device in DEVICES, f"device={options.device}: use {', '.join(DEVICES)}")
     port = usable_port(options.host, options.port)
     from relay_diffusion.app.studio import Limits, build_studio

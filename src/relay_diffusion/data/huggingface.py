@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from os.path import normpath
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,13 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from relay_diffusion.data.bounded_io import MAX_MEMBER, check_size, files_below
 from relay_diffusion.data.sources import Source, SourceFormat, existing_path
 from relay_diffusion.errors import UserError
+from relay_diffusion.utils.installed import require_library
 from relay_diffusion.utils.messages import first_names, one_line, shorten
 
 SUFFIXES = (".parquet", ".arrow")
 SAVED = ("dataset_dict.json", "state.json")  # of Dataset.save_to_disk
 FORM = "hf://USER/NAME[@REVISION][/FOLDER]"
 HUB = re.compile(r"hf://(\w[\w.-]*/\w[\w.-]*)(?:@([^/@]+))?(?:/([\w./ =-]+))?", re.ASCII)
-INSTALL = 'pip install "relay-diffusion[datasets]"'
 OPTION = "data.dataset.format"
 ROWS = 64  # decoded at once to measure a file
 MAX_GROUP = 2**32  # bytes of a row group, which the library decodes at once
@@ -55,8 +54,7 @@ class HuggingFaceFormat(SourceFormat):
         At first its files are downloaded and converted. Raises UserError, also without the library.
         """
         where, split = f"{option}={path}", subset.strip("/") or self.split
-        if find_spec("datasets") is None:
-            raise UserError(f"{where}: needs the library datasets: {INSTALL}")
+        require_library(f"{where}:", "datasets", "datasets")
         on_hub = str(path).startswith("hf://")
         local = None if on_hub else existing_path(path, option)
         with _explained(where):
