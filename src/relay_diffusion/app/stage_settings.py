@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from relay_diffusion.checkpoints.loading import build_sampler
-from relay_diffusion.errors import prefix_errors, require
+from relay_diffusion.checkpoints.loading import stored_sampler, with_steps
+from relay_diffusion.errors import UserError, prefix_errors, require
 from relay_diffusion.models.relay import Relay
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.samplers import Sampler
@@ -28,7 +28,7 @@ class StageSettings:
 
 def stored_steps(stage: DiffusionStage) -> int | None:
     """Return the steps of a stage's sampler as in its config; None: it has no such option."""
-    steps = ((stage.info.config or {}).get("sampler") or {}).get("steps")
+    steps = (stored_sampler(stage) or {}).get("steps")
     return steps if isinstance(steps, int) else None
 
 
@@ -43,20 +43,19 @@ def can_guide(stage: DiffusionStage) -> bool:
     return stage.guide is not None or (conditional and stage.label_dropout > 0)
 
 
-def with_steps(stage: DiffusionStage, name: str, steps: int) -> Sampler:
+def _with_steps(stage: DiffusionStage, name: str, steps: int) -> Sampler:
     """Return the sampler of a stage with another number of steps.
 
     name: of the stage, for messages. Raises UserError for a number that it cannot have.
     """
-    stored, most = stored_steps(stage), max_steps(stage)
-    require(stored is not None, f"steps of {name}: its sampler has no such option; leave it as it is")
+    config, stored, most = stored_sampler(stage), stored_steps(stage), max_steps(stage)
+    if config is None or stored is None:
+        raise UserError(f"steps of {name}: its sampler has no such option; leave it as it is")
     whole = isinstance(steps, int) and 1 <= steps <= most
     require(whole, f"steps of {name} is {shorten(steps)}: must be a whole number from 1 to {most}")
     if steps == stored:
         return stage.sampler
-    assert stage.info.config is not None
-    with prefix_errors(f"steps of {name}"):
-        return build_sampler(stage, stage.info.config["sampler"] | {"steps": steps})
+    return with_steps(config, steps, f"steps of {name}")
 
 
 @contextmanager
@@ -71,7 +70,7 @@ def adjusted(relay: Relay, settings: Mapping[str, StageSettings]) -> Iterator[No
     scales = {name: wanted.guidance_scale for name, wanted in settings.items() if wanted.guidance_scale is not None}
     for name, wanted in settings.items():
         if wanted.steps is not None and wanted.sampler is None:
-            samplers[name] = with_steps(chain[name], name, wanted.steps)
+            samplers[name] = _with_steps(chain[name], name, wanted.steps)
     for name, scale in scales.items():
         allowed = 0 <= scale <= MAX_GUIDANCE
         require(allowed, f"guidance of {name} is {shorten(scale)}: must lie between 0 and {MAX_GUIDANCE:g}")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from relay_diffusion.checkpoints.diffusers_layout import write_diffusers_files
 from relay_diffusion.checkpoints.export import RELAY_FILE, export_relay
-from relay_diffusion.checkpoints.loading import build_stored, changed_config, load_relay
+from relay_diffusion.checkpoints.loading import load_relay, stored_sampler, with_steps
 from relay_diffusion.data.decode import MODES, with_channels
 from relay_diffusion.data.image_sets import image_tensor
 from relay_diffusion.diffusion.guidance import check_guidance
@@ -135,7 +135,7 @@ class RelayPipeline(DiffusionPipeline):
             "rounding": relay.rounding != "nearest",
             "postprocess": relay.postprocess is not None,
             "resolution": any(relay.sizes[name] != stage.size for name, stage in chain.items()),
-            "sampler": any(_sampler_config(stage) is None for stage in chain.values()),
+            "sampler": any(stored_sampler(stage) is None for stage in chain.values()),
             "guide": any(stage.guide is not None for stage in chain.values()),
         }
         for name in (name for name, is_lost in lost.items() if is_lost):
@@ -367,24 +367,13 @@ def _by_stage(option: str, values: Any, chain: Mapping[str, DiffusionStage]) -> 
     return dict(values)
 
 
-def _sampler_config(stage: DiffusionStage) -> Mapping[str, Any] | None:
-    """Return the config of a stage's sampler; None: it has none, or was replaced since."""
-    config: Mapping[str, Any] | None = (stage.info.config or {}).get("sampler")
-    return config if config is not None and stage.describe()["sampler"] is config else None
-
-
 def _sampler_of(name: str, stage: DiffusionStage, steps: Any) -> Sampler:
     """Return the sampler of a stage with another number of steps.
 
     Raises UserError for a sampler without steps, and for a number that it refuses.
     """
-    option, config = f"num_inference_steps={shorten(steps)}", _sampler_config(stage)
+    option, config = f"num_inference_steps={shorten(steps)}", stored_sampler(stage)
     require(type(steps) is int, f"{option}: must be an integer")
     if config is None or "steps" not in config:
         raise UserError(f"{option}: the sampler of stage {name} has no steps that can be set; remove it")
-    changed = changed_config(config, {"steps": steps}, f"{option}: ")
-    try:
-        sampler: Sampler = build_stored(changed, Path(name), [str(config["_target_"]).partition(".")[0]])
-    except UserError as error:
-        raise UserError(f"{option}: {error}") from None
-    return sampler
+    return with_steps(config, steps, option)

@@ -437,6 +437,22 @@ def build_sampler(stage: DiffusionStage, settings: Mapping[str, Any], trusted: S
         raise UserError(f"sampler: {one_line(error.__cause__ or error)}") from None
 
 
+def stored_sampler(stage: DiffusionStage) -> Mapping[str, Any] | None:
+    """Return the config of a stage's sampler; None: it has none, or was replaced since."""
+    config: Mapping[str, Any] | None = (stage.info.config or {}).get("sampler")
+    return config if config is not None and stage.describe()["sampler"] is config else None
+
+
+def with_steps(config: Mapping[str, Any], steps: int, option: str) -> Sampler:
+    """Build a stored sampler with another number of steps.
+
+    config: of `stored_sampler`. option: name in messages. Raises UserError for a number that it refuses.
+    """
+    changed = changed_config(config, {"steps": steps}, f"{option}: ")
+    with prefix_errors(option):  # the package of a loaded sampler is trusted
+        return cast(Sampler, build_stored(changed, Path("sampler"), [str(config["_target_"]).partition(".")[0]]))
+
+
 def _kind(value: Any) -> str:
     kinds = {bool: "true or false", int: "a number", float: "a number", str: "a text", dict: "a mapping"}
     return next((name for kind, name in kinds.items() if isinstance(value, kind)), "a list")
