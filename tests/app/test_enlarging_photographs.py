@@ -34,6 +34,13 @@ def test_the_last_stage_enlarges(enlarger):
     assert enlarging_part(Relay({"base": tiny_stage(8)})) is None
 
 
+def test_the_enlarging_part_keeps_the_tiles():
+    relay = Relay({"a": tiny_stage(4), "b": tiny_stage(8, 2), "c": tiny_stage(24, 3)}, tile=24, overlap=12)
+    part = enlarging_part(relay)
+    assert list(part.chain()) == ["c"]
+    assert part.describe_tiles()["c"] == relay.describe_tiles()["c"]
+
+
 @pytest.mark.parametrize(("width", "height"), [(8, 8), (19, 11)])
 def test_the_result_is_that_of_the_relay(enlarger, width, height):
     image, job = read_image(png(width, height), enlarger, 1), Job()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from memoized import composed
-from relay_diffusion.checkpoints.loading import load_stage, read_checkpoint
+from relay_diffusion.checkpoints.loading import load_stage, read_checkpoint, stored_sampler, with_steps
 from relay_diffusion.cli import convert_checkpoint as convert
 from relay_diffusion.config.train import validate_training
 from relay_diffusion.errors import UserError
@@ -187,6 +187,17 @@ def test_stages_that_cannot_be_rebuilt_are_rejected_before_training(fit, configu
 
 
 @pytest.mark.slow
+def test_a_loaded_sampler_of_a_trusted_package_takes_other_steps(trusted_run):
+    stage = load_stage(trusted_run, trusted=["my_parts"])
+    config = stored_sampler(stage)
+    sampler = with_steps(config, 3, "steps")
+    assert type(sampler) is type(stage.sampler)
+    assert type(sampler).__module__ == "my_parts"
+    assert sampler.evaluations == 5 != stage.sampler.evaluations
+    with pytest.raises(UserError, match=r"^steps: "):
+        with_steps(config, 0, "steps")
+
+
 def test_a_guide_and_an_export_need_the_same_trust(relay_folder, trusted_run, tmp_path):
     plain = relay_folder / "base"
     scaled = {"guidance_scale": 2.0}
