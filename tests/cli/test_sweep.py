@@ -99,7 +99,7 @@ class Recorder(Sweeper):
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config)
     def sweep(self, arguments):
-        for first, jobs in (0, ("seed=3", "seed=4")), (2, ("data.dataset.path=missing.zip",)):
+        for first, jobs in (0, ("seed=3", "seed=4")), (2, ("stage.optimizer.lr=-1",)):
             for result in self.launcher.launch([[*arguments, job] for job in jobs], initial_job_idx=first):
                 print("metric", result.return_value, flush=True)
 """
@@ -119,7 +119,7 @@ def test_jobs_of_submitit(small_zip, tmp_path):
     assert result.returncode == 2, result.stdout + result.stderr
     last = result.stderr.splitlines()[-1]
     assert last.startswith("error: the sweep has stopped: job 2 (")
-    assert "data.dataset.path=missing.zip" in last
+    assert "stage.optimizer.lr=-1" in last
     assert "Traceback" not in result.stderr
 
     returned = [float(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("metric ")]
