@@ -59,7 +59,8 @@ def run(options: Options) -> None:
         for parts in zip(*(part.split(options.batch) for part in (images, noise, labels)), strict=True):
             x, eps, label = (part.to(device) for part in parts)
             level = torch.full((len(x),), sigma, device=device)
-            squares += float((stage.denoiser(x + sigma * eps, level, label) - x).square().sum())
+            classes = label if stage.num_classes else None
+            squares += float((stage.denoiser(x + sigma * eps, level, classes) - x).square().sum())
         errors.append(f"{sigma:g}: {(squares / images.numel()) ** 0.5:.4f}")
     print(f"{options.stage}, {len(images)} images of {options.subset}  {'  '.join(errors)}")
 
