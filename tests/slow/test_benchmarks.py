@@ -489,6 +489,7 @@ def test_sampling_compares_the_command_with_its_network(benchmark, relay_runs, m
         return {4: 2.0, 10: 5.0}[count]
 
     monkeypatch.setattr(sampling, "seconds_of_command", seconds_of_command)
+    monkeypatch.setattr(sampling.subprocess, "run", lambda command, **_: run(*command[1:]))
     paths = " ".join(f"relay.stages.{name}.path={relay_runs / name}" for name in ("base", "relay"))
     sampling.run(
         sampling.Options("two_stages", f"{paths} picture=0", 10, 2, "zip", precision="32-true", accelerator="cpu")
