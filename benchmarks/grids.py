@@ -148,6 +148,8 @@ class Bench:
             if self.first is not None and first != REAL:
                 sampler(self.first, "first", first)
             sampler(self.last, "last", last)
+        if relay.text_dim:
+            raise UserError(f"relay={options.relay}: takes text, which samples here have not; use a relay without text")
         size = self.last.size if self.first is None else self.first.size
         self.dataset = ImageDataset(options.images, size, subset=options.subset, option="images")
         every = len(self.dataset)
