@@ -19,6 +19,7 @@ from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.diffusion.pixels import to_float, to_uint8
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import Evaluator, FIDMetric, SFIDMetric
+from relay_diffusion.models import Relay
 from relay_diffusion.samplers import BlurringSampler, MultistepSampler
 from support import PROJECT, run
 
@@ -181,6 +182,8 @@ def test_grids_searches_a_cascade_and_a_single_stage(search, fit, relay_runs, tm
         ("output=docs/relay-vs-cascade.csv", "output=docs/relay-vs-cascade.csv: must have the columns relay,first,last,"
          "reference,subset,seed,images,evaluations,tflop,seconds,fid,sfid,device; use another file"),
         ("count=0", "count=0: must be at least 1"),
+        ("images=demo/emoji-64.zip", "relay=demo/emoji: takes text, which samples here have not; use a relay without "
+         "text"),
     ],
 )  # fmt: skip
 def test_grids_names_wrong_options(option, message):
@@ -504,6 +507,23 @@ def test_sampling_compares_the_command_with_its_network(benchmark, relay_runs, m
     speed = float(network.removeprefix("network alone").split()[2])
     ratio = float(without_start.split()[-4])
     assert ratio == pytest.approx(2 / speed, abs=0.001 + 0.05 * 2 / speed**2)  # both are rounded
+
+
+def test_sampling_gives_the_network_the_prompts_of_the_command(benchmark, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    from text_relays import export_text_relay
+    from tiny_encoders import save_encoder
+
+    root = export_text_relay(tmp_path / "relay", save_encoder(tmp_path / "encoder", "bert"))
+    overrides = [f"relay.stages.{name}.path={root / name}" for name in ("base", "relay")]
+    overrides += ["relay.stages.base.changes.guidance_scale=2", "prompt=[fox,light]"]
+    sampling, sampled = benchmark("sampling"), []
+    options = sampling.Options("two_stages", " ".join(overrides), 6, 2, precision="32-true", accelerator="cpu")
+    monkeypatch.setattr(Relay, "finish", lambda _, images: sampled.append(images))
+    cfg = compose("sample", sampling.settings(options, options.count))
+    assert sampling.seconds_of_network(options, cfg) > 0
+    relay = load_relay({name: root / name for name in ("base", "relay")}, changes={"base": {"guidance_scale": 2.0}})
+    assert torch.equal(sampled[1], relay.sample([2, 3], prompt=["fox", "light"]))
 
 
 def test_sampling_names_wrong_options():
