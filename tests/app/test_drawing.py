@@ -5,7 +5,7 @@ import pytest
 
 from relay_diffusion.app.drawing import DrawOptions, draw
 from relay_diffusion.app.jobs import Job
-from relay_diffusion.app.stage_settings import StageSettings, can_guide, max_steps, stored_steps
+from relay_diffusion.app.stage_settings import StageSettings, adjusted, can_guide, max_steps, stored_steps
 from relay_diffusion.errors import UserError
 from support import tiny_stage
 
@@ -98,5 +98,10 @@ def test_prompts_of_a_relay_with_text(text_relay):
         for prompt, negative in (("red fox", ""), ("", ""), ("red fox", "blue"))
     ]
     assert len({draw(text_relay, option).images[0].tobytes() for option in options}) == 3
+    several = draw(text_relay, DrawOptions(seeds="0,1,2", prompt="red fox\n\n light \n", stages=stages))
+    assert several.captions == ["seed 0 · red fox", "seed 1 · light", "seed 2 · red fox"]
+    with adjusted(text_relay, stages):
+        expected = text_relay.sample([0, 1, 2], prompt=["red fox", "light", "red fox"])
+    assert [image.tobytes() for image in several.images] == [image.tobytes() for image in text_relay.to_pil(expected)]
     with pytest.raises(UserError, match="negative_prompt: acts in classifier-free guidance only"):
         draw(text_relay, DrawOptions(seeds="0", negative_prompt="blue"))

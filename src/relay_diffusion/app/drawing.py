@@ -30,7 +30,8 @@ class DrawOptions:
     """What to draw.
 
     seeds: numbers and ranges, as 0-7,12; each makes an image. chosen_class: name or number; None: all in turn by seed,
-    -1: none. stages: settings by the names of stages. max_images: limit of one job; batch_size: images sampled at once.
+    -1: none. prompt: one in each line; seed k has prompt k, in turn. stages: settings by the names of stages.
+    max_images: limit of one job; batch_size: images sampled at once.
     """
 
     seeds: str = "0-7"
@@ -40,6 +41,10 @@ class DrawOptions:
     stages: Mapping[str, StageSettings] = field(default_factory=dict)
     max_images: int = 16
     batch_size: int = 8
+
+    def prompts(self) -> list[str]:
+        """Return the prompts; an empty one without text."""
+        return [line.strip() for line in self.prompt.splitlines() if line.strip()] or [""]
 
 
 class Frame(NamedTuple):
@@ -89,11 +94,7 @@ def draw(relay: Relay, options: DrawOptions, job: Job | None = None) -> Drawing:
     """Draw one image for each seed. Raises UserError for options that the relay refuses."""
     job, began = Job() if job is None else job, time.perf_counter()
     plan = plan_images(relay, options)
-    names = class_names(relay)
-    captions = [
-        f"seed {seed}" + (f" · {names[label]}" if label >= 0 else "")
-        for seed, label in zip(plan.seeds, plan.labels, strict=True)
-    ]
+    captions = _captions(relay, plan, options.prompts())
     with adjusted(relay, options.stages):
         job.total = max(job.total, job.done + relay.evaluations() * len(plan.seeds))
         evaluations = {name: sampler.evaluations for name, sampler in relay.samplers.items()}
@@ -102,18 +103,32 @@ def draw(relay: Relay, options: DrawOptions, job: Job | None = None) -> Drawing:
     return Drawing(images, captions, frames, evaluations, time.perf_counter() - began)
 
 
+def _captions(relay: Relay, plan: Plan, prompts: Sequence[str]) -> list[str]:
+    """Name seed and class of each image, and its prompt if there are several."""
+    names, captions = class_names(relay), []
+    for seed, label in zip(plan.seeds, plan.labels, strict=True):
+        parts = [f"seed {seed}"]
+        if label >= 0:
+            parts.append(names[label])
+        if len(prompts) > 1:
+            parts.append(prompts[seed % len(prompts)])
+        captions.append(" · ".join(parts))
+    return captions
+
+
 def _sample(
     relay: Relay, options: DrawOptions, plan: Plan, job: Job
 ) -> tuple[list[Image.Image], dict[str, list[Step]]]:
-    text: dict[str, str] = {"prompt": options.prompt} if relay.text_dim else {}
-    if options.negative_prompt.strip():
-        text["negative_prompt"] = options.negative_prompt
+    prompts = options.prompts()
+    negative = {"negative_prompt": options.negative_prompt} if options.negative_prompt.strip() else {}
     images: list[Image.Image] = []
     steps: dict[str, list[Step]] = {}
     for first in range(0, len(plan.seeds), options.batch_size):
         batch = slice(first, first + options.batch_size)
+        seeds = plan.seeds[batch]
+        text = {"prompt": [prompts[seed % len(prompts)] for seed in seeds]} if relay.text_dim else {}
         with relay.observed(tile_observer=job), _recorded(relay, SHOWN_IMAGES - first, job) as recorders:
-            stages = relay.sample_stages(plan.seeds[batch], plan.labels[batch], **text)  # type: ignore[arg-type]
+            stages = relay.sample_stages(seeds, plan.labels[batch], **text, **negative)  # type: ignore[arg-type]
         images += relay.to_pil(list(stages.values())[-1])
         for name, recorder in recorders.items():
             recorded = recorder.finish(stages[name])

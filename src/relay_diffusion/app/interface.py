@@ -97,7 +97,9 @@ def _subject(relay: Relay, seeds: str) -> dict[str, Any]:
     if relay.num_classes:
         inputs["chosen_class"] = gr.Dropdown([ALL, *class_names(relay), NO_CLASS], value=ALL, label="Class")
     if relay.text_dim:
-        inputs["prompt"] = gr.Textbox(label="Prompt", placeholder="red fox, flat style", lines=2)
+        inputs["prompt"] = gr.Textbox(
+            label="Prompt", placeholder="red apple, 3D style", lines=2, info="several lines: in turn by seed"
+        )
         inputs["negative_prompt"] = gr.Textbox(label="Negative prompt", info="needs guidance other than 1")
     return inputs | {"seeds": gr.Textbox(seeds, label="Seeds", info="one image each: 0-7 or 3,14,15")}
 
