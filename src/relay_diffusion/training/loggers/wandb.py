@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from relay_diffusion.training.loggers.metrics_csv import STEP
 from relay_diffusion.utils.files import json_text, write_text
 from relay_diffusion.utils.messages import shorten
 
-LONGEST = 64  # characters of an id
+LONGEST = 64  # characters of an id, and of a tag
+LONGEST_NAME = 128  # characters of other names
+RESERVED = frozenset("/\\#?%:")  # characters that names of projects and entities must not have
 FILE = "wandb_run.json"  # in the run directory: id of the W&B run, for a resume
 
 
@@ -27,14 +29,35 @@ class WandbRun(WandbLogger):
     """Log to a W&B run on rank 0, over images seen.
 
     run_id: id of a new W&B run; a resumed one keeps its id. directory: the run directory; it holds the id and the
-    local files in wandb/. offline: no network; `wandb sync` uploads the run later.
+    local files in wandb/. offline: no network; `wandb sync` uploads the run later. entity: user or team; None: the
+    default of the account. name: shown in W&B; None: the id. group, tags: as of wandb.init.
     The W&B step is the number of images seen, so synced parts of a run that was resumed offline fit together. Metrics
     logged at one number of images become one row, sent when the next row starts.
+    Raises ValueError for a name that W&B refuses.
     """
 
-    def __init__(self, project: str, run_id: str, directory: str | Path, offline: bool = False) -> None:
+    def __init__(
+        self,
+        project: str,
+        run_id: str,
+        directory: str | Path,
+        offline: bool = False,
+        entity: str | None = None,
+        name: str | None = None,
+        group: str | None = None,
+        tags: Sequence[str] = (),
+    ) -> None:
+        _check_names(project, entity, name, group, tags)
         # The parent's `offline` would set an environment variable for the whole process.
-        super().__init__(project=project, save_dir=directory, mode="offline" if offline else None)
+        super().__init__(
+            project=project,
+            save_dir=directory,
+            mode="offline" if offline else None,
+            entity=entity,
+            name=name,
+            group=group,
+            tags=[str(tag) for tag in tags] or None,
+        )
         self.directory = Path(directory)
         self._new_id, self._id = _valid_id(run_id), None
 
@@ -90,7 +113,8 @@ class WandbRun(WandbLogger):
             self.directory.mkdir(parents=True, exist_ok=True)
             write_text(self.directory / FILE, json_text(self.run_record))
             # The parent would use the trainer's steps as the x-axis.
-            self._experiment = wandb.init(**self._wandb_init | {"id": self.version, "name": self.version})
+            name = self._wandb_init["name"] or self.version
+            self._experiment = wandb.init(**self._wandb_init | {"id": self.version, "name": name})
             self._experiment.define_metric(STEP, hidden=True)
             self._experiment.define_metric("*", step_metric=STEP)
         return self._experiment
@@ -103,10 +127,13 @@ class WandbRun(WandbLogger):
 
     @rank_zero_only
     def log_file(self, path: Path, kind: str, step: int) -> None:
-        """Upload a file as a new version of the run's artifact."""
+        """Upload a file as a new version of the run's artifact.
+
+        Its aliases are images-STEP and the name of the file, such as last or best. W&B adds latest.
+        """
         artifact = wandb.Artifact(self.version, type=kind, metadata={STEP: step})
         artifact.add_file(str(path))
-        self.experiment.log_artifact(artifact, aliases=["latest", f"images-{step}"])
+        self.experiment.log_artifact(artifact, aliases=[path.stem, f"images-{step}"])
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -114,6 +141,18 @@ class WandbRun(WandbLogger):
         if self._experiment is not None:
             self._experiment.finish(exit_code=0 if status == "success" else 1)
             self._experiment = None
+
+
+def _check_names(project: str, entity: str | None, name: str | None, group: str | None, tags: Sequence[str]) -> None:
+    """Raise ValueError for a name that W&B refuses, before it does."""
+    for option, value in {"project": project, "entity": entity, "name": name, "group": group}.items():
+        if value is not None and not 1 <= len(str(value)) <= LONGEST_NAME:
+            raise ValueError(f"{option}={shorten(value)}: must have 1 to {LONGEST_NAME} characters")
+        if option in ("project", "entity") and (found := RESERVED & {*str(value)}):
+            raise ValueError(f"{option}={shorten(value)}: must not contain {min(found)}; use another name")
+    for tag in tags:
+        if not 1 <= len(str(tag)) <= LONGEST:
+            raise ValueError(f"tags={shorten(list(tags))}: each tag must have 1 to {LONGEST} characters")
 
 
 def _valid_id(run_id: str) -> str:
