@@ -104,18 +104,22 @@ def stored(run_dir):
     return torch.load(run_dir / "checkpoints/last.ckpt", weights_only=True)["run"]["wandb"]
 
 
+def record(run_id, directory):
+    return {"id": run_id, "directory": str(directory), "project": "relay-diffusion"}
+
+
 @pytest.mark.slow
 def test_which_wandb_run_a_directory_continues(fit, tmp_path):
     """Without run_id, whose default differs at each start."""
     fit("run", 4, "logger=wandb")
     (original,) = ids(tmp_path / "run")
-    assert stored(tmp_path / "run") == {"id": original, "directory": str(tmp_path / "run")}
+    assert stored(tmp_path / "run") == record(original, tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "moved")
     fit("moved", 8, "logger=wandb")
     (tmp_path / "moved/wandb_run.json").unlink()
     fit("moved", 12, "logger=wandb")  # the checkpoint has it too
     assert ids(tmp_path / "moved") == [original] * 3
-    assert stored(tmp_path / "moved") == {"id": original, "directory": str(tmp_path / "moved")}
+    assert stored(tmp_path / "moved") == record(original, tmp_path / "moved")
     shutil.copytree(tmp_path / "moved", tmp_path / "copy", ignore=shutil.ignore_patterns("wandb"))
     fit("copy", 16, "logger=wandb")
     fit("copy", 20, "logger=wandb")

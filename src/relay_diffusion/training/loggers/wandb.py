@@ -13,6 +13,7 @@ import wandb
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
+from PIL.Image import Image
 
 from relay_diffusion.errors import UserError
 from relay_diffusion.training.loggers.metrics_csv import STEP
@@ -60,6 +61,7 @@ class WandbRun(WandbLogger):
         )
         self.directory = Path(directory)
         self._new_id, self._id = _valid_id(run_id), None
+        self._joined = False
 
     def continue_run(self, stored: Mapping[str, str] | None = None) -> None:
         """Continue the W&B run of the directory or of `stored`.
@@ -93,10 +95,21 @@ class WandbRun(WandbLogger):
             print(f"note: {self.directory} is a copy of {shorten(original)}: it becomes a separate W&B run")
         return None if copied else record["id"]
 
+    def join(self, record: Mapping[str, str]) -> None:
+        """Log to the W&B run of `record` after its last row.
+
+        Its name, settings and console log stay. record: a `run_record`; older ones have no project.
+        """
+        self._id, self._joined = record["id"], True
+        self._wandb_init |= {key: record[key] for key in ("project", "entity") if key in record}
+        # W&B would replace the log and the description of the host that trained
+        self._wandb_init["settings"] = wandb.Settings(console="off", x_disable_meta=True, x_disable_stats=True)
+
     @property
     def run_record(self) -> dict[str, str]:
         """Return the record for `continue_run` that checkpoints store."""
-        return {"id": self.version, "directory": str(self.directory.absolute())}
+        place = {key: str(self._wandb_init[key]) for key in ("project", "entity") if self._wandb_init[key]}
+        return {"id": self.version, "directory": str(self.directory.absolute())} | place
 
     @property
     def version(self) -> str:
@@ -113,7 +126,7 @@ class WandbRun(WandbLogger):
             self.directory.mkdir(parents=True, exist_ok=True)
             write_text(self.directory / FILE, json_text(self.run_record))
             # The parent would use the trainer's steps as the x-axis.
-            name = self._wandb_init["name"] or self.version
+            name = self._wandb_init["name"] or (None if self._joined else self.version)
             self._experiment = wandb.init(**self._wandb_init | {"id": self.version, "name": name})
             self._experiment.define_metric(STEP, hidden=True)
             self._experiment.define_metric("*", step_metric=STEP)
@@ -123,7 +136,14 @@ class WandbRun(WandbLogger):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Log at `step` images seen."""
         assert step is not None, "a row needs its images seen"
-        self.experiment.log({**metrics, STEP: step}, step=step)
+        row = max(step + 1, self.experiment.step) if self._joined else step  # W&B drops rows before the last one
+        self.experiment.log({**metrics, STEP: step}, step=row)
+
+    @rank_zero_only
+    def log_image_table(self, key: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
+        """Log a table, whose cells may be PIL images."""
+        cells = [[wandb.Image(cell) if isinstance(cell, Image) else cell for cell in row] for row in rows]
+        self.log_table(key, columns, cells, step=step)
 
     @rank_zero_only
     def log_file(self, path: Path, kind: str, step: int) -> None:
@@ -134,6 +154,32 @@ class WandbRun(WandbLogger):
         artifact = wandb.Artifact(self.version, type=kind, metadata={STEP: step})
         artifact.add_file(str(path))
         self.experiment.log_artifact(artifact, aliases=[path.stem, f"images-{step}"])
+
+    @rank_zero_only
+    def log_evaluation(self, path: Path, models: Mapping[str, tuple[Mapping[str, str], int]], step: int) -> None:
+        """Upload metrics as an artifact, with the artifacts of models as inputs.
+
+        models: by name, the `run_record` and the images seen of each. Offline, W&B stores no inputs; the metadata of
+        the artifact names them.
+        """
+        addresses = {
+            name: f"{record.get('project', self.name)}/{record['id']}:images-{seen}"
+            for name, (record, seen) in models.items()
+        }
+        for name, (record, _) in models.items() if not self.experiment.offline else ():
+            address = "/".join(filter(None, [record.get("entity"), addresses[name]]))
+            try:
+                self.experiment.use_artifact(address, type="model")
+            except (ValueError, wandb.Error):
+                print(
+                    f"note: W&B has no artifact {address}, so {path.name} has no link to {name}: train with "
+                    "callbacks.checkpoints.upload=true",
+                    flush=True,
+                )
+        metadata = {STEP: step, "models": addresses}
+        artifact = wandb.Artifact(f"{self.version}-evaluation", type="evaluation", metadata=metadata)
+        artifact.add_file(str(path))
+        self.experiment.log_artifact(artifact)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
