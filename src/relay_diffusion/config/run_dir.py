@@ -67,7 +67,7 @@ def _run_dir(root: str, run_id: str) -> str:
     return str(earlier[-1] if earlier else Path(root) / time.strftime("%Y-%m-%d") / str(run_id))
 
 
-def _wandb_offline() -> bool:
+def wandb_offline() -> bool:
     """Return whether no Weights & Biases account is configured."""
     if os.environ.get("WANDB_API_KEY"):
         return False
@@ -89,7 +89,7 @@ def register_resolvers() -> None:
     """Register the resolvers with OmegaConf. Repeated calls have no effect."""
     resolvers: dict[str, Callable[..., Any]] = {
         "run_dir": _run_dir,
-        "wandb_offline": _wandb_offline,
+        "wandb_offline": wandb_offline,
         "group_choices": _group_choices,
         "text": str,
         "fused_optimizer": fused_optimizer,

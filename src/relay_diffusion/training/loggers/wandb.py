@@ -61,25 +61,14 @@ class WandbRun(WandbLogger):
         )
         self.directory = Path(directory)
         self._new_id, self._id = _valid_id(run_id), None
-        self._joined = False
+        self._joined: Mapping[str, str] | None = None  # record of a run of another directory
 
     def continue_run(self, stored: Mapping[str, str] | None = None) -> None:
         """Continue the W&B run of the directory or of `stored`.
 
         Without either, start a new one. stored: the `run_record` in the checkpoint.
         """
-        self._id = self._continued(self._read_record()) or self._continued(stored) or self._new_id
-
-    def _read_record(self) -> Mapping[str, str] | None:
-        try:
-            record = json.loads((self.directory / FILE).read_text(encoding="utf-8"))
-            if not isinstance(record, dict) or not all(isinstance(value, str) for value in record.values()):
-                raise TypeError
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, TypeError):
-            raise UserError(f"{self.directory / FILE} cannot be read: delete it for a new W&B run") from None
-        return record
+        self._id = self._continued(read_record(self.directory)) or self._continued(stored) or self._new_id
 
     def _continued(self, record: Mapping[str, str] | None) -> str | None:
         """Return the id of a record; None in a copied directory."""
@@ -100,7 +89,7 @@ class WandbRun(WandbLogger):
 
         Its name, settings and console log stay. record: a `run_record`; older ones have no project.
         """
-        self._id, self._joined = record["id"], True
+        self._id, self._joined = record["id"], record
         self._wandb_init |= {key: record[key] for key in ("project", "entity") if key in record}
         # W&B would replace the log and the description of the host that trained
         self._wandb_init["settings"] = wandb.Settings(console="off", x_disable_meta=True, x_disable_stats=True)
@@ -108,6 +97,8 @@ class WandbRun(WandbLogger):
     @property
     def run_record(self) -> dict[str, str]:
         """Return the record for `continue_run` that checkpoints store."""
+        if self._joined is not None:
+            return dict(self._joined)
         place = {key: str(self._wandb_init[key]) for key in ("project", "entity") if self._wandb_init[key]}
         return {"id": self.version, "directory": str(self.directory.absolute())} | place
 
@@ -126,7 +117,7 @@ class WandbRun(WandbLogger):
             self.directory.mkdir(parents=True, exist_ok=True)
             write_text(self.directory / FILE, json_text(self.run_record))
             # The parent would use the trainer's steps as the x-axis.
-            name = self._wandb_init["name"] or (None if self._joined else self.version)
+            name = self._wandb_init["name"] or (self.version if self._joined is None else None)
             self._experiment = wandb.init(**self._wandb_init | {"id": self.version, "name": name})
             self._experiment.define_metric(STEP, hidden=True)
             self._experiment.define_metric("*", step_metric=STEP)
@@ -136,7 +127,7 @@ class WandbRun(WandbLogger):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Log at `step` images seen."""
         assert step is not None, "a row needs its images seen"
-        row = max(step + 1, self.experiment.step) if self._joined else step  # W&B drops rows before the last one
+        row = step if self._joined is None else max(step + 1, self.experiment.step)  # W&B drops rows before the last
         self.experiment.log({**metrics, STEP: step}, step=row)
 
     @rank_zero_only
@@ -187,6 +178,19 @@ class WandbRun(WandbLogger):
         if self._experiment is not None:
             self._experiment.finish(exit_code=0 if status == "success" else 1)
             self._experiment = None
+
+
+def read_record(directory: Path) -> dict[str, str] | None:
+    """Read the `run_record` of a directory; None without one."""
+    try:
+        record = json.loads((directory / FILE).read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or not all(isinstance(value, str) for value in record.values()):
+            raise TypeError
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{directory / FILE} cannot be read: delete it for a new W&B run") from None
+    return record
 
 
 def _check_names(project: str, entity: str | None, name: str | None, group: str | None, tags: Sequence[str]) -> None:
