@@ -38,3 +38,10 @@ def of_type(part: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 def rows_of(parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Return the logged rows of all parts."""
     return [record["item"] for part in parts for record in of_type(part, "history")]
+
+
+def files_of(part: list[dict[str, Any]], kind: str) -> dict[str, Path]:
+    """Return the files of the artifacts of a type, by their path inside."""
+    artifacts = [artifact for artifact in of_type(part, "artifact") if artifact["type"] == kind]
+    contents = [entry for artifact in artifacts for entry in artifact["manifest"]["contents"]]
+    return {entry["path"]: Path(entry["local_path"]) for entry in contents}

@@ -27,7 +27,7 @@ from relay_diffusion.training.loggers.wandb import WandbRun
 from relay_diffusion.utils.run_lock import run_lock
 from support import PROJECT
 from support import run as run_command
-from wandb_files import records, rows_of
+from wandb_files import files_of, records, rows_of
 
 COPY, MIRRORED = 5, 10  # of the reference
 
@@ -291,7 +291,8 @@ def test_the_nearest_images_go_to_a_wandb_run(
     assert (row["neighbours/picture.count"], row["neighbours/nearest.nrows"], row["images_seen"]) == (1, 3, 0)
     (started,) = [record["run"] for record in parts[0] if record["type"] == "run"]
     assert (started["run_id"], started["project"]) == ("first", "mine")
-    table = json.loads(next((tmp_path / "out").rglob("*.table.json")).read_text())
+    files = files_of(parts[0], "run_table")
+    table = json.loads(files["neighbours/nearest.table.json"].read_text())
     assert table["columns"] == [
         "image", "name", "nearest by features", "name by features", "distance by features", "nearest by pixels",
         "name by pixels", "distance by pixels",
@@ -299,8 +300,7 @@ def test_the_nearest_images_go_to_a_wandb_run(
     copied, mirrored, _ = table["data"]
     assert [copied[i] for i in (1, 3, 4, 6, 7)] == ["00.png", "train/005.png", 0, "train/005.png", 0]
     assert mirrored[7] == 0
-    drawn = next((tmp_path / "out").rglob(Path(mirrored[5]["path"]).name))
-    with Image.open(drawn) as picture:
+    with Image.open(files[mirrored[5]["path"]]) as picture:
         assert torch.equal(torch.from_numpy(np.asarray(picture)).permute(2, 0, 1), reference[MIRRORED].flip(-1))
 
 

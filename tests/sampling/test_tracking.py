@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from fake_inception import use_small_features
 from relay_diffusion.config.sample import validate_sampling
 from relay_diffusion.sampling.run import sample
 from relay_diffusion.training.loggers.wandb import WandbRun
 from relay_diffusion.utils.run_lock import run_lock
-from wandb_files import of_type, records, rows_of
+from wandb_files import files_of, of_type, records, rows_of
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +61,10 @@ def test_results_go_to_the_run_that_trained_the_last_stage(tracked_runs, evaluat
     assert (row["images_seen"], row["_step"]) == (8, 9)  # after the row of training
     assert row["relay/fid"] == results["fid"]
     assert (row["relay/images"], row["relay/picture.count"], row["relay/samples.nrows"]) == (4, 1, 4)
-    table = json.loads(next((tmp_path / "out").rglob("*.table.json")).read_text())
+    files = files_of(part, "run_table")
+    table = json.loads(files["relay/samples.table.json"].read_text())
+    with Image.open(files[table["data"][0][0]["path"]]) as image:
+        assert image.size == (16, 16)
     assert table["columns"] == ["image", "name", "seed", "class"]
     assert [cells[1:] for cells in table["data"]] == [
         [f"00000000/seed0000000{seed}", seed, ("dark", "light")[seed % 2]] for seed in range(4)
