@@ -301,7 +301,7 @@ def test_the_nearest_images_go_to_a_wandb_run(
     assert [copied[i] for i in (1, 3, 4, 6, 7)] == ["00.png", "train/005.png", 0, "train/005.png", 0]
     assert mirrored[7] == 0
     with Image.open(files[mirrored[5]["path"]]) as picture:
-        assert torch.equal(torch.from_numpy(np.asarray(picture)).permute(2, 0, 1), reference[MIRRORED].flip(-1))
+        assert torch.equal(torch.from_numpy(np.array(picture)).permute(2, 0, 1), reference[MIRRORED].flip(-1))
 
 
 def test_errors_name_a_directory_without_a_wandb_run(

@@ -33,7 +33,9 @@ def sweep_job() -> Any:
 
 
 def _launcher_id() -> str | None:
-    """Return the id that SLURM or torchrun gives all ranks, else None."""
+    """Return the id that `wandb agent`, SLURM or torchrun gives all ranks, else None."""
+    if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ:
+        return os.environ["WANDB_RUN_ID"]  # of `wandb agent`, under which W&B takes no other id
     command = hashlib.sha256("\0".join(sys.argv).encode()).hexdigest()[:4]  # a job may run several commands
     if "SLURM_JOB_ID" in os.environ:
         return f"{os.environ['SLURM_JOB_ID']}-{command}"
