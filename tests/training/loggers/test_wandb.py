@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import wandb
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
@@ -144,7 +145,28 @@ def test_wandb_gets_a_valid_id(tmp_path, run_id, valid):
     assert version != WandbRun("project", f"{run_id}?", tmp_path).version
 
 
-OPTIONS = {"project": "p", "entity": "team", "name": "first try", "group": "sweep", "tags": ["a", "b c"]}
+OPTIONS = {"project": "p", "entity": "team", "name": "first try", "group": 5, "tags": ["a", "b c"]}
+
+
+@pytest.fixture
+def _fresh_wandb():
+    """Make W&B read the environment anew, before and after a test."""
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+@pytest.mark.usefixtures("_fresh_wandb")
+def test_the_record_of_a_run_has_the_place_that_wandb_chooses(tmp_path, monkeypatch):
+    """In a sweep, W&B takes project and entity of the sweep."""
+    for name, value in {"SWEEP_ID": "sweep", "RUN_ID": "mine", "PROJECT": "theirs", "ENTITY": "team"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    run = WandbRun("p", "mine", tmp_path)
+    run.log_metrics({"train/loss": 1.0}, 8)
+    run.finalize("success")
+    expected = {"id": "mine", "directory": str(tmp_path), "project": "theirs", "entity": "team"}
+    assert json.loads((tmp_path / "wandb_run.json").read_text()) == expected
+    assert run.run_record == expected
 
 
 def test_the_options_of_a_run_are_those_of_wandb(tmp_path):
@@ -152,9 +174,8 @@ def test_the_options_of_a_run_are_those_of_wandb(tmp_path):
     run.log_metrics({"train/loss": 1.0}, 8)
     run.finalize("success")
     (sent,) = of_type(records(tmp_path)[0], "run")
-    assert (sent["project"], sent["entity"], sent["display_name"], sent["run_group"], sent["tags"]) == tuple(
-        OPTIONS.values()
-    )
+    found = (sent["project"], sent["entity"], sent["display_name"], sent["run_group"], sent["tags"])
+    assert found == ("p", "team", "first try", "5", ["a", "b c"])
 
 
 @pytest.mark.parametrize(

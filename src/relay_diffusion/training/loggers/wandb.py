@@ -48,17 +48,14 @@ class WandbRun(WandbLogger):
         group: str | None = None,
         tags: Sequence[str] = (),
     ) -> None:
-        _check_names(project, entity, name, group, tags)
+        given = {"project": project, "entity": entity, "name": name, "group": group}
+        names = {option: None if value is None else str(value) for option, value in given.items()}  # YAML reads numbers
+        labels = [str(tag) for tag in tags]
+        _check_names(names, labels)
         # The parent's `offline` would set an environment variable for the whole process.
-        super().__init__(
-            project=project,
-            save_dir=directory,
-            mode="offline" if offline else None,
-            entity=entity,
-            name=name,
-            group=group,
-            tags=[str(tag) for tag in tags] or None,
-        )
+        super().__init__(save_dir=directory, mode="offline" if offline else None, tags=labels or None)
+        self._wandb_init |= names
+        self._project = names["project"]
         self.directory = Path(directory)
         self._new_id, self._id = _valid_id(run_id), None
         self._joined: Mapping[str, str] | None = None  # record of a run of another directory
@@ -115,10 +112,15 @@ class WandbRun(WandbLogger):
             if self._id is None:
                 self.continue_run()
             self.directory.mkdir(parents=True, exist_ok=True)
-            write_text(self.directory / FILE, json_text(self.run_record))
+            before = self.run_record
+            write_text(self.directory / FILE, json_text(before))
             # The parent would use the trainer's steps as the x-axis.
             name = self._wandb_init["name"] or (self.version if self._joined is None else None)
             self._experiment = wandb.init(**self._wandb_init | {"id": self.version, "name": name})
+            for key in ("project", "entity"):  # W&B chooses the account's entity, and a sweep has its own
+                self._wandb_init[key] = getattr(self._experiment, key) or self._wandb_init[key]
+            if self.run_record != before:
+                write_text(self.directory / FILE, json_text(self.run_record))
             self._experiment.define_metric(STEP, hidden=True)
             self._experiment.define_metric("*", step_metric=STEP)
         return self._experiment
@@ -193,16 +195,16 @@ def read_record(directory: Path) -> dict[str, str] | None:
     return record
 
 
-def _check_names(project: str, entity: str | None, name: str | None, group: str | None, tags: Sequence[str]) -> None:
+def _check_names(names: Mapping[str, str | None], tags: Sequence[str]) -> None:
     """Raise ValueError for a name that W&B refuses, before it does."""
-    for option, value in {"project": project, "entity": entity, "name": name, "group": group}.items():
-        if value is not None and not 1 <= len(str(value)) <= LONGEST_NAME:
-            raise ValueError(f"{option}={shorten(value)}: must have 1 to {LONGEST_NAME} characters")
-        if option in ("project", "entity") and (found := RESERVED & {*str(value)}):
-            raise ValueError(f"{option}={shorten(value)}: must not contain {min(found)}; use another name")
+    for option, name in names.items():
+        if name is not None and not 1 <= len(name) <= LONGEST_NAME:
+            raise ValueError(f"{option}={shorten(name)}: must have 1 to {LONGEST_NAME} characters")
+        if option in ("project", "entity") and (found := RESERVED & {*(name or "")}):
+            raise ValueError(f"{option}={shorten(name)}: must not contain {min(found)}; use another name")
     for tag in tags:
-        if not 1 <= len(str(tag)) <= LONGEST:
-            raise ValueError(f"tags={shorten(list(tags))}: each tag must have 1 to {LONGEST} characters")
+        if not 1 <= len(tag) <= LONGEST:
+            raise ValueError(f"tags={shorten(tags)}: each tag must have 1 to {LONGEST} characters")
 
 
 def _valid_id(run_id: str) -> str:
