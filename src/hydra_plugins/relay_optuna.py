@@ -147,7 +147,7 @@ class OptunaSweeper(Sweeper):
                 continue
             if value is None:
                 raise UserError(f"trial {trial.number} returned no value: set optimized_metric, e.g. to eval/fid")
-            trial.set_user_attr("run_dir", job.working_dir)
+            trial.set_user_attr("run_dir", str(job.hydra_cfg.hydra.runtime.output_dir))
             if not math.isfinite(value):
                 study.tell(trial, state=TrialState.FAIL)
                 print(f"trial {trial.number} failed: its value is {value}", flush=True)

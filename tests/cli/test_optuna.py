@@ -44,7 +44,8 @@ class Launcher:
     def launch(self, batch, initial_job_idx):
         self.numbers += range(initial_job_idx, initial_job_idx + len(batch))
         for words in batch:
-            job = JobReturn(working_dir=f"multirun/{words[-1]}")
+            place = {"hydra": {"runtime": {"output_dir": f"multirun/{words[-1]}"}}}
+            job = JobReturn(hydra_cfg=OmegaConf.create(place))
             try:
                 job.return_value, job.status = self.task(dict(word.split("=") for word in words)), JobStatus.COMPLETED
             except JobError as error:
@@ -164,6 +165,7 @@ def test_a_search_over_fid(small_zip, tmp_path):
     best = yaml.safe_load((tmp_path / "sweep/best.yaml").read_text())
     rows = sorted((tmp_path / "sweep").glob("*/log/metrics.csv"))
     last = [dict(zip(*(line.split(",") for line in file.read_text().splitlines()), strict=True)) for file in rows]
+    assert tmp_path / "sweep" / best["run_dir"].rpartition("/")[2] in [file.parents[1] for file in rows]
     assert len(last) == 3
     assert best["value"] == pytest.approx(min(float(row["eval/fid"]) for row in last))
     (rate,) = [word.partition("=")[2] for word in best["overrides"] if word.startswith(LR)]

@@ -158,7 +158,10 @@ def _wandb_record(directory: Path) -> dict[str, str]:
 def _log(
     record: dict[str, str], destination: Path, directory: Path, drawn: Image, columns: list[str], rows: list[list[Any]]
 ) -> None:
-    """Log the picture and the table to a W&B run, at the images seen of its last row."""
+    """Log the picture and the table to a W&B run.
+
+    The x-axis is the images seen at the last row in the log of `directory`.
+    """
     from relay_diffusion.training.loggers import MetricsCSV, last_step  # takes seconds
     from relay_diffusion.training.loggers.wandb import WandbRun
 

@@ -33,7 +33,10 @@ def sweep_job() -> Any:
 
 
 def _launcher_id() -> str | None:
-    """Return the id that `wandb agent`, SLURM or torchrun gives all ranks, else None."""
+    """Return the id that a launcher gives all ranks, else None.
+
+    Launchers: `wandb agent`, SLURM and torchrun.
+    """
     if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ:
         return os.environ["WANDB_RUN_ID"]  # of `wandb agent`, under which W&B takes no other id
     command = hashlib.sha256("\0".join(sys.argv).encode()).hexdigest()[:4]  # a job may run several commands
