@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN := outputs/quickstart
 DRAWN := outputs/demo
-PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # slow files have few tests: not last
+# Slow files have few tests: not last. Tests start 20 interpreters, and bytecode saves each of them 6 seconds, so it is
+# written even where the environment forbids it.
+PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo app quickstart test test-fast lint format

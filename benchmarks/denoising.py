@@ -2,7 +2,7 @@
 
 python benchmarks/denoising.py [key=value ...]
 
-stage   a run, a .ckpt file or an export                        (demo/emoji_64)
+stage   a run, a .ckpt file or an export                        (outputs/emoji_64)
 images  folder or zip with the classes of the training images (demo/emoji-64.zip)
 subset  train or heldout                                        (heldout)
 sigmas  standard deviations of the noise                        (0.1,0.5,2,5)
@@ -32,7 +32,7 @@ from relay_diffusion.errors import UserError
 class Options:
     """Options of this command; see above."""
 
-    stage: str = "demo/emoji_64"
+    stage: str = "outputs/emoji_64"
     images: str = "demo/emoji-64.zip"
     subset: str = "heldout"
     sigmas: str = "0.1,0.5,2,5"
@@ -59,7 +59,8 @@ def run(options: Options) -> None:
         for parts in zip(*(part.split(options.batch) for part in (images, noise, labels)), strict=True):
             x, eps, label = (part.to(device) for part in parts)
             level = torch.full((len(x),), sigma, device=device)
-            squares += float((stage.denoiser(x + sigma * eps, level, label) - x).square().sum())
+            classes = label if stage.num_classes else None
+            squares += float((stage.denoiser(x + sigma * eps, level, classes) - x).square().sum())
         errors.append(f"{sigma:g}: {(squares / images.numel()) ** 0.5:.4f}")
     print(f"{options.stage}, {len(images)} images of {options.subset}  {'  '.join(errors)}")
 

@@ -7,7 +7,7 @@ last=heun:2,3/0.6,0.85/0.02/7/0.2. Several such products are joined by a plus si
 first      grids of the first stage; real: enlarge `images`; noise: the relay has a single stage     (real)
 last       grids of the last stage                               (2/0.6/0.02/7/0.2)
 points     yaml file with `first` and `last` of each curve, in their place (benchmarks/evaluations.yaml is one)
-relay      folder with relay.json or choice of conf/relay, of one or two stages     (demo/emoji)
+relay      folder with relay.json or choice of conf/relay, of one or two stages     (emoji_classes)
 images     folder or zip of images with classes, of the first stage's resolution or a multiple (demo/emoji-64.zip)
 reference  what FID compares with                                (data/emoji-256.zip)
 subset     of `images` and `reference`                           (train)
@@ -62,7 +62,7 @@ class Options:
     first: str = REAL
     last: str = "2/0.6/0.02/7/0.2"
     points: str | None = None
-    relay: str = "demo/emoji"
+    relay: str = "emoji_classes"
     images: str = "demo/emoji-64.zip"
     reference: str = "data/emoji-256.zip"
     subset: str = "train"
@@ -148,6 +148,8 @@ class Bench:
             if self.first is not None and first != REAL:
                 sampler(self.first, "first", first)
             sampler(self.last, "last", last)
+        if relay.text_dim:
+            raise UserError(f"relay={options.relay}: takes text, which samples here have not; use a relay without text")
         size = self.last.size if self.first is None else self.first.size
         self.dataset = ImageDataset(options.images, size, subset=options.subset, option="images")
         every = len(self.dataset)

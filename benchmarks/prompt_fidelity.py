@@ -4,7 +4,7 @@ python benchmarks/prompt_fidelity.py [key=value ...]
 
 data        zip of scripts/make_emoji_text.py               (data/emoji-text-64.zip)
 subset      images whose captions are the prompts: train, composition or heldout   (composition)
-relay       relay to sample, a choice of conf/relay; "": measure real images only  (emoji_text)
+relay       relay to sample, a choice of conf/relay; "": measure real images only  (emoji)
 overrides   overrides of sample.py for the relay and the metrics, with spaces between them   ("")
 stage       stage whose guidance scale changes              (base)
 guidance    guidance scales, with commas between them       (1,2,4)
@@ -74,7 +74,7 @@ class Options:
 
     data: str = "data/emoji-text-64.zip"
     subset: str = "composition"
-    relay: str = "emoji_text"
+    relay: str = "emoji"
     overrides: str = ""
     stage: str = "base"
     guidance: str = "1,2,4"
@@ -244,7 +244,7 @@ def rounded(top: Sequence[float]) -> dict[str, str]:
 
 def settings(options: Options) -> DictConfig:
     """Compose the config of sample.py; without a relay it is that of any."""
-    return compose("sample", [f"relay={options.relay or 'emoji_text'}", *options.overrides.split()])
+    return compose("sample", [f"relay={options.relay or 'emoji'}", *options.overrides.split()])
 
 
 def load(options: Options, cfg: DictConfig) -> Relay:

@@ -3,8 +3,8 @@
 python benchmarks/sampling.py [key=value ...]
 
 Runs sample.py with all images and with two batches; the difference is its time without the start (imports, weights,
-first evaluations). The network samples the same seeds in batches of the same size, without files, after two batches of
-warm-up. Medians of the repeats.
+first evaluations). The network samples the same seeds and prompts in batches of the same size, without files, after
+two batches of warm-up; its prompts are encoded before. Medians of the repeats.
 
   relay       name in conf/relay                          (emoji)
   overrides   more overrides of sample.py, with spaces between them   ("")
@@ -36,6 +36,7 @@ from relay_diffusion.config import compose
 from relay_diffusion.config.sample import validate_sampling
 from relay_diffusion.errors import UserError
 from relay_diffusion.sampling.options import sampling_options
+from relay_diffusion.sampling.prompts import PromptStates
 from relay_diffusion.sampling.run import build_relay, make_plan
 from relay_diffusion.utils.host import prepare_host
 
@@ -92,6 +93,11 @@ def seconds_of_network(options: Options, cfg: DictConfig) -> float:
     relay = build_relay(cfg.relay).to(device).eval()
     plan = make_plan(sampling_options(cfg), relay)
     half = autocast_dtype(options.precision)
+    states, negative = None, None
+    if plan.prompts is not None:  # the relay takes text; without prompts sample.py gives it empty ones
+        states = PromptStates(relay, plan)
+        states.prepare(range(options.count))
+        negative = states.lookup([plan.negative_prompt]) if plan.negative_prompt.strip() else None
     began = 0.0
     for first in range(0, options.count, options.batch):
         if first == SHORT * options.batch:
@@ -99,8 +105,10 @@ def seconds_of_network(options: Options, cfg: DictConfig) -> float:
             began = time.perf_counter()
         chosen = slice(first, first + options.batch)
         labels = torch.tensor(plan.labels[chosen]) if relay.num_classes else None
+        prompts = [plan.prompt(position) for position in range(options.count)[chosen]]
+        text = None if states is None else states.lookup(prompts)
         with torch.autocast(device.type, half, enabled=half is not None):
-            relay.finish(relay.sample(plan.seeds[chosen], labels))
+            relay.finish(relay.sample(plan.seeds[chosen], labels, text=text, negative=negative))
     synchronize()
     return time.perf_counter() - began
 

@@ -171,7 +171,7 @@ def _set_up(request: dict[str, Any]) -> list[str]:
     os.environ.clear()
     os.environ.update(request["environment"])
     arguments: list[str] = request["arguments"]
-    Path("/proc/self/comm").write_text(Path(arguments[0]).name)
+    Path("/proc/self/comm").write_text(next(Path(word).name for word in arguments if not word.startswith("-")))
     return arguments
 
 

@@ -71,9 +71,14 @@ def until(condition: Callable[[], object], processes: Sequence[Process]) -> None
         time.sleep(0.05)
 
 
-def child_of(pid: int) -> int:
-    """The process of the second device, which the first launched."""
+def children_of(pid: int) -> list[int]:
+    """The ranks that a process launched."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     names = ("comm", "cmdline")  # of a fork, of a new interpreter
     found = {int(child): "".join(Path(f"/proc/{child}/{name}").read_text() for name in names) for child in children}
-    return max(child for child, text in found.items() if "train.py" in text or "sample.py" in text)
+    return sorted(child for child, text in found.items() if "train.py" in text or "sample.py" in text)
+
+
+def child_of(pid: int) -> int:
+    """The process of the second device, which the first launched."""
+    return children_of(pid)[-1]

@@ -94,7 +94,7 @@ def tiny_stage(
 
 TINY = (
     "network.channels=8",
-    "network.channel_mult=[1,2]",
+    "network.channel_mult=[1]",
     "network.blocks=1",
     "network.num_classes=2",
     "stage.sampler.steps=4",

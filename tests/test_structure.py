@@ -7,8 +7,7 @@ import sys
 
 import pytest
 
-from support import PROJECT, run, start
-from text_relays import export_text_stage
+from support import PROJECT, run
 
 PACKAGE = PROJECT / "src" / "relay_diffusion"
 PURE = ("diffusion", "kernels", "networks", "samplers")
@@ -164,35 +163,6 @@ def test_invalid_options_are_reported_before_slow_imports():
     for (_, option, *_), line in zip(checks, lines, strict=True):
         assert option.partition("=")[0] in line
         assert line.endswith("['torch']" if option == "network.channels=-1" else "[]"), line
-
-
-@pytest.mark.slow
-def test_sampling_loads_no_libraries_of_other_commands(tmp_path):
-    """Nothing besides what Lightning loads itself, among it torchmetrics and with that matplotlib, if installed."""
-    export_text_stage(tmp_path / "base", 8, None)
-    options = ["relay=one_stage", f"relay.stages.base.path={tmp_path / 'base'}", "trainer.accelerator=cpu", "seeds=0"]
-    (tmp_path / "program.py").write_text(
-        "import atexit, sys, lightning; libraries = {name.partition('.')[0] for name in sys.modules};"
-        "atexit.register(lambda: print({name.partition('.')[0] for name in sys.modules} - libraries));"
-        f"sys.argv = ['sample.py', *{options}, 'run_dir={tmp_path / 'run'}'];"
-        "from relay_diffusion.cli.main import sample; sample()"
-    )
-    result = start(str(tmp_path / "program.py"))
-    assert result.returncode == 0, result.stderr
-    assert list((tmp_path / "run/images").rglob("*.png"))
-    loaded = ast.literal_eval(result.stdout.splitlines()[-1])
-    assert "relay_diffusion" in loaded
-    assert not loaded & {
-        "diffusers",
-        "huggingface_hub",
-        "matplotlib",
-        "pandas",
-        "scipy",
-        "tensorboard",
-        "torchmetrics",
-        "transformers",
-        "wandb",
-    }
 
 
 def test_tests_named_in_robustness_exist():

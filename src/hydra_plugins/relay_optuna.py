@@ -54,7 +54,7 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run the trials; write the best one to best.yaml of the sweep's directory."""
+        """Run the trials; write the best one to best.yaml."""
         self._check()
         from optuna.trial import TrialState
 
@@ -126,7 +126,7 @@ class OptunaSweeper(Sweeper):
         return study
 
     def _run(self, study: Study, trials: Sequence[Trial], overrides: Sequence[Sequence[str]]) -> None:
-        """Run a job for each trial, and report their values to the study."""
+        """Run a job for each trial; tell the study their values."""
         from optuna.trial import TrialState
 
         from relay_diffusion.cli.main import JobError

@@ -3,7 +3,7 @@
 import relay_diffusion as rd
 
 relay = rd.load_relay("demo/emoji")
-images = relay.sample(seeds=range(4), labels="animals-nature")  # [4,3,256,256] in [-1, 1]
+images = relay.sample(seeds=range(4), prompt="red apple, 3D style")  # [4,3,256,256] in [-1, 1]
 relay.to_pil(images)[0].save("emoji.png")
 """
 

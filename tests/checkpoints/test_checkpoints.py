@@ -336,7 +336,7 @@ def test_init_refuses_weights_of_another_network(fit, trained, configuration, tm
     trained("trained", 4)
     path = tmp_path / "trained"
     for override, option in [
-        ("network.channel_mult=[1,2,2]", r"network\.channel_mult=\[1,2\]"),
+        ("network.channel_mult=[1,2]", r"network\.channel_mult=\[1\]"),
         ("augment=edm", r"augment=none"),
         ("data.dataset.channels=1", r"data\.dataset\.channels=3"),
     ]:

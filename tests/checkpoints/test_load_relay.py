@@ -205,7 +205,7 @@ def test_a_choice_of_conf_relay(monkeypatch, tmp_path):
         "emoji", changes={"relay": {"sampler": {"steps": 4}}}, samplers={"base": {"_target_": EDM, "steps": 3}}
     )
     assert [relay.samplers[name].evaluations for name in ("base", "relay")] == [5, 4]
-    assert relay.chain()["relay"].info.origin["file"] == str(Path("demo/emoji_256/stage.json"))
+    assert relay.chain()["relay"].info.origin["file"] == str(Path("demo/emoji_text_256/stage.json"))
     with pytest.raises(UserError, match=r"no relay at emoj: .*a choice of conf/relay \(cascade, .*emoji, "):
         rd.load_relay("emoj")
     with pytest.raises(UserError, match=r"relay=two_stages: relay\.stages\.base\.path has no value"):

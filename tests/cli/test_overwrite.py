@@ -16,7 +16,7 @@ TOOLS = {  # module: (arguments, a file that it would replace)
         "out.zip",
     ),
     "scripts/make_emoji.py": (["images=x.tgz", "groups=y.tgz", "destination={}/out.zip"], "out.zip"),
-    "relay_diffusion.cli.convert_checkpoint": (["source=demo/emoji_64", "destination={}"], "stage.json"),
+    "relay_diffusion.cli.convert_checkpoint": (["source=demo/emoji_text_64", "destination={}"], "stage.json"),
     "relay_diffusion.cli.publish": (["source=demo/emoji", "destination={}"], "relay.json"),
     "relay_diffusion.cli.neighbours": (["images=a", "reference=b", "destination={}"], "neighbours.csv"),
     "relay_diffusion.cli.spectrum": (["images=demo/emoji-64.zip", "output={}"], "snr.csv"),

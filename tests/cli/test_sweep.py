@@ -1,6 +1,6 @@
 """Sweeps: separate directories, stop at the first failure, returned metric."""
 
-import math
+import csv
 import pickle
 
 import pytest
@@ -40,11 +40,8 @@ def jobs(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["basic", "submitit_local"])
-def test_a_job_that_fails_is_reported(sweep, tmp_path, launcher):
-    if launcher == "submitit_local":
-        pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    result = sweep(f"hydra/launcher={launcher}")
+def test_a_job_that_fails_is_reported(sweep, tmp_path):
+    result = sweep()
     assert result.returncode == 2, result.stdout + result.stderr
     last = result.stderr.splitlines()[-1]
     assert last.startswith("error: the sweep has stopped: job 1 (")
@@ -92,33 +89,47 @@ def test_a_failure_returns_from_another_process():
     assert (copy.text, copy.code) == ("job 3: no such file", 2)
 
 
+RECORDER = """
+from hydra.plugins.sweeper import Sweeper
+class Recorder(Sweeper):
+    def __init__(self, **options):
+        pass
+    def setup(self, *, hydra_context, task_function, config):
+        from hydra.core.plugins import Plugins
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config)
+    def sweep(self, arguments):
+        for first, jobs in (0, ("seed=3", "seed=4")), (2, ("stage.optimizer.lr=-1",)):
+            for result in self.launcher.launch([[*arguments, job] for job in jobs], initial_job_idx=first):
+                print("metric", result.return_value, flush=True)
+"""
+
+
 @pytest.mark.slow
-def test_the_task_returns_the_metric(small_zip, tmp_path):
-    """Optimizing sweepers minimize the returned value. Hydra looks for plugins once in a process."""
-    (tmp_path / "sweeper.py").write_text(
-        "from hydra.plugins.sweeper import Sweeper\n"
-        "class Recorder(Sweeper):\n"
-        "    def __init__(self, **options):\n"
-        "        pass\n"
-        "    def setup(self, *, hydra_context, task_function, config):\n"
-        "        from hydra.core.plugins import Plugins\n"
-        "        self.launcher = Plugins.instance().instantiate_launcher(\n"
-        "            hydra_context=hydra_context, task_function=task_function, config=config)\n"
-        "    def sweep(self, arguments):\n"
-        "        for result in self.launcher.launch([arguments], initial_job_idx=0):\n"
-        "            print('metric', result.return_value)\n"
-    )
+def test_jobs_of_submitit(small_zip, tmp_path):
+    """Two jobs return their metrics, as sweepers that optimize need; a third one fails."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     (tmp_path / "hydra_plugins").mkdir()
-    (tmp_path / "sweeper.py").rename(tmp_path / "hydra_plugins/recorder.py")
-    result = start(
+    (tmp_path / "hydra_plugins/recorder.py").write_text(RECORDER)
+    result = start(  # Hydra looks for plugins once in a process
         "train.py", *TINY, "resolution=16", f"data.dataset.path={small_zip}", "trainer.max_images=8",
-        f"hydra.sweep.dir={tmp_path / 'sweep'}", "callbacks.log.every_n_images=4",
+        f"hydra.sweep.dir={tmp_path / 'sweep'}", "callbacks.log.every_n_images=4", "hydra/launcher=submitit_local",
         "hydra.sweeper._target_=hydra_plugins.recorder.Recorder", "-m", PYTHONPATH=pythonpath(tmp_path),
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    (metric,) = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("metric ")]
-    assert math.isfinite(float(metric))
-    assert float(metric) > 0
+    assert result.returncode == 2, result.stdout + result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: the sweep has stopped: job 2 (")
+    assert "stage.optimizer.lr=-1" in last
+    assert "Traceback" not in result.stderr
+
+    returned = [float(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("metric ")]
+    directories = sorted(jobs(tmp_path), key=lambda job: job.name.rpartition("-")[2])
+    for job, seed, metric in zip(directories, (3, 4), returned, strict=True):
+        assert f"seed={seed}" in yaml.safe_load((job / "overrides.yaml").read_text())
+        assert (job / "checkpoints/last.ckpt").exists()
+        with (job / "log/metrics.csv").open() as file:
+            assert float(list(csv.DictReader(file))[-1]["train/loss"]) == pytest.approx(metric)
+    assert returned[0] != returned[1]
 
 
 @pytest.mark.parametrize("launcher", ["slurm", "submitit_slurm"])

@@ -211,9 +211,9 @@ def test_every_experiment_trains_a_step(configuration, large_zip, tmp_path, expe
     ],
 )
 def test_errors_name_invalid_training_options(configuration, small_zip, override, message):
-    cfg = configuration("train", *TINY, "resolution=16", f"data.dataset.path={small_zip}", *override.split())
+    options = [*TINY, "network.channel_mult=[1,2]", "resolution=16", f"data.dataset.path={small_zip}"]
     with pytest.raises(UserError, match=message):
-        validate_training(cfg)
+        validate_training(configuration("train", *options, *override.split()))
 
 
 def test_a_fused_optimizer_is_rejected_with_fp16(configuration, small_zip):

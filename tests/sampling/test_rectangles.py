@@ -32,7 +32,10 @@ def wide_zip(tmp_path):
 def stages(fit, wide_zip, tmp_path, monkeypatch):
     """Overrides of sample.py for a relay [8,12] -> [16,24], trained with every callback."""
     use_small_features(monkeypatch)
-    data = (f"data.dataset.path={wide_zip}", "data.dataset.subset=train", "callbacks.grid.every_n_images=8")
+    data = (
+        f"data.dataset.path={wide_zip}", "data.dataset.subset=train", "callbacks.grid.every_n_images=8",
+        "network.channel_mult=[1,2]",  # two levels, whose factor must divide the sizes
+    )  # fmt: skip
     augmented = ("augment=edm", "stage.augment.probability=1")
     validated = ("callbacks=validation", "callbacks.validation.every_n_images=8")
     evaluated = (

@@ -19,6 +19,7 @@ from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.diffusion.pixels import to_float, to_uint8
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics import Evaluator, FIDMetric, SFIDMetric
+from relay_diffusion.models import Relay
 from relay_diffusion.samplers import BlurringSampler, MultistepSampler
 from support import PROJECT, run
 
@@ -54,17 +55,17 @@ def test_bicubic_names_a_wrong_factor(tmp_path):
 
 @torch.no_grad()
 def test_denoising_prints_the_error_of_the_estimates():
-    result = run("benchmarks/denoising.py", "count=3", "batch=2", "sigmas=0.5,2")
+    result = run("benchmarks/denoising.py", "stage=demo/emoji_text_64", "count=3", "batch=2", "sigmas=0.5,2")
     assert result.returncode == 0, result.stderr
     images = ImageDataset(PROJECT / "demo/emoji-64.zip", 64, subset="heldout")
-    chosen, labels = images.batch([0, 108, 217])  # of 326
+    chosen, _ = images.batch([0, 108, 217])  # of 326
     x = to_float(chosen)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    stage = load_stage(PROJECT / "demo/emoji_64").eval()
+    stage = load_stage(PROJECT / "demo/emoji_text_64").eval()
     printed = result.stdout.split("heldout")[1].replace(":", " ").split()
     for sigma, error in zip(printed[0::2], printed[1::2], strict=True):
         level = torch.full((len(x),), float(sigma))
-        expected = (stage.denoiser(x + float(sigma) * noise, level, labels) - x).square().mean().sqrt()
+        expected = (stage.denoiser(x + float(sigma) * noise, level) - x).square().mean().sqrt()
         assert float(error) == pytest.approx(float(expected), abs=1e-4)
     assert printed[0::2] == ["0.5", "2"]
 
@@ -181,17 +182,19 @@ def test_grids_searches_a_cascade_and_a_single_stage(search, fit, relay_runs, tm
         ("output=docs/relay-vs-cascade.csv", "output=docs/relay-vs-cascade.csv: must have the columns relay,first,last,"
          "reference,subset,seed,images,evaluations,tflop,seconds,fid,sfid,device; use another file"),
         ("count=0", "count=0: must be at least 1"),
+        ("images=demo/emoji-64.zip", "relay=demo/emoji: takes text, which samples here have not; use a relay without "
+         "text"),
     ],
 )  # fmt: skip
 def test_grids_names_wrong_options(option, message):
-    result = run("benchmarks/grids.py", option)
+    result = run("benchmarks/grids.py", "relay=demo/emoji", option)
     assert result.returncode == 2
     assert result.stderr == f"error: {message}\n"
 
 
 @pytest.mark.parametrize("grid", ["2/0.85/0.008/7/0.2", "14/0.85/0.008/7/0.2"])
 def test_a_second_order_grid_is_the_sampler_with_these_levels(grid, benchmark):
-    relay, base = (load_stage(PROJECT / f"demo/emoji_{size}") for size in (256, 64))
+    relay, base = (load_stage(PROJECT / f"demo/emoji_text_{size}") for size in (256, 64))
     made = benchmark("grids").sampler
     steps = int(grid.split("/")[0])
     for stage in (relay, base):
@@ -205,7 +208,7 @@ def test_a_second_order_grid_is_the_sampler_with_these_levels(grid, benchmark):
 
 def test_the_grids_of_the_evaluations_are_valid(benchmark):
     grids = benchmark("grids")
-    base, relay = (load_stage(PROJECT / f"demo/emoji_{size}") for size in (64, 256))
+    base, relay = (load_stage(PROJECT / f"demo/emoji_text_{size}") for size in (64, 256))
     for panel in grids.curves(str(PROJECT / "benchmarks/evaluations.yaml")).values():
         for points in panel.values():
             evaluations = set()
@@ -231,7 +234,7 @@ def test_evaluations_plot_reads_points_of_grids(tmp_path, benchmark):
     ]  # fmt: skip
     lines = [",".join(grids.COLUMNS)]
     lines += [
-        f"demo/emoji,{first},{last},a.zip,train,{seed},2795,{n},0.1,0.001,{fid},50,GPU"
+        f"emoji_classes,{first},{last},a.zip,train,{seed},2795,{n},0.1,0.001,{fid},50,GPU"
         for first, last, seed, n, fid in points
     ]
     (tmp_path / "points.csv").write_text("\n".join(lines) + "\n")
@@ -336,12 +339,12 @@ def test_enlarging_ties_block_means_to_the_input(enlarge):
         ("methods=nearest", "methods=nearest: must be steps/sigma_max/sigma_min/rho/s_noise"),
         ("methods=consistent:nearest", "methods=nearest: must be steps/sigma_max/sigma_min/rho/s_noise"),
         ("methods=2/0.4/0.5/7/0", "methods=2/0.4/0.5/7/0: sigma_min=0.5: must be below sigma_max=0.4"),
-        ("stage=demo/emoji_64", "stage=demo/emoji_64: starts from noise; give a relay stage"),
+        ("stage=demo/emoji_text_64", "stage=demo/emoji_text_64: starts from noise; give a relay stage"),
         ("count=0", "count=0: must be at least 1"),
     ],
 )
 def test_enlarging_names_wrong_options(option, message):
-    result = run("benchmarks/enlarging.py", "stage=demo/emoji_256", "images=demo/emoji-64.zip", option)
+    result = run("benchmarks/enlarging.py", "stage=demo/photos_256", "images=demo/emoji-64.zip", option)
     assert result.returncode == 2
     assert result.stderr == f"error: {message}\n"
 
@@ -489,6 +492,7 @@ def test_sampling_compares_the_command_with_its_network(benchmark, relay_runs, m
         return {4: 2.0, 10: 5.0}[count]
 
     monkeypatch.setattr(sampling, "seconds_of_command", seconds_of_command)
+    monkeypatch.setattr(sampling.subprocess, "run", lambda command, **_: run(*command[1:]))
     paths = " ".join(f"relay.stages.{name}.path={relay_runs / name}" for name in ("base", "relay"))
     sampling.run(
         sampling.Options("two_stages", f"{paths} picture=0", 10, 2, "zip", precision="32-true", accelerator="cpu")
@@ -503,6 +507,23 @@ def test_sampling_compares_the_command_with_its_network(benchmark, relay_runs, m
     speed = float(network.removeprefix("network alone").split()[2])
     ratio = float(without_start.split()[-4])
     assert ratio == pytest.approx(2 / speed, abs=0.001 + 0.05 * 2 / speed**2)  # both are rounded
+
+
+def test_sampling_gives_the_network_the_prompts_of_the_command(benchmark, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    from text_relays import export_text_relay
+    from tiny_encoders import save_encoder
+
+    root = export_text_relay(tmp_path / "relay", save_encoder(tmp_path / "encoder", "bert"))
+    overrides = [f"relay.stages.{name}.path={root / name}" for name in ("base", "relay")]
+    overrides += ["relay.stages.base.changes.guidance_scale=2", "prompt=[fox,light]"]
+    sampling, sampled = benchmark("sampling"), []
+    options = sampling.Options("two_stages", " ".join(overrides), 6, 2, precision="32-true", accelerator="cpu")
+    monkeypatch.setattr(Relay, "finish", lambda _, images: sampled.append(images))
+    cfg = compose("sample", sampling.settings(options, options.count))
+    assert sampling.seconds_of_network(options, cfg) > 0
+    relay = load_relay({name: root / name for name in ("base", "relay")}, changes={"base": {"guidance_scale": 2.0}})
+    assert torch.equal(sampled[1], relay.sample([2, 3], prompt=["fox", "light"]))
 
 
 def test_sampling_names_wrong_options():
@@ -545,7 +566,7 @@ def test_prompt_fidelity_measures_samples_beside_real_images(benchmark, emoji_zi
     ]
     module = benchmark("prompt_fidelity")
     options = module.Options(
-        str(emoji_zip), "heldout", "emoji_text", " ".join(overrides), guidance="1,3", resolution=16, batch=2,
+        str(emoji_zip), "heldout", "emoji", " ".join(overrides), guidance="1,3", resolution=16, batch=2,
         precision="32-true", output=str(tmp_path / "rows.csv"),
     )  # fmt: skip
     module.run(options)
@@ -597,6 +618,25 @@ def test_prompt_fidelity_names_wrong_options(benchmark, emoji_zip, tmp_path, opt
     setattr(options, key, type(getattr(options, key))(value))
     with pytest.raises(UserError, match=message):
         module.run(options)
+
+
+def test_prompt_picture_has_a_row_for_each_prompt(benchmark, emoji_zip, tmp_path):
+    """The first caption of each emoji is its prompt, which it has in two styles."""
+    module = benchmark("prompt_picture")
+    options = module.Options(str(emoji_zip), side=32, columns=2, picture=str(tmp_path / "prompts.webp"))
+    parts = module.rows(options)
+    assert len(parts) == 8
+    pixels = np.asarray(parts[0])[-16]  # two images of 32 pixels, 4 pixels between them
+    assert (255 - pixels[16] == pixels[36 + 16]).all()
+    module.run(options)
+    width, height = parts[0].size
+    with Image.open(tmp_path / "prompts.webp") as picture:
+        assert picture.size == (2 * (width + 12), 4 * (height + 12))
+
+
+def test_prompt_picture_names_wrong_options():
+    result = run("benchmarks/prompt_picture.py", "images=demo/emoji-64.zip", "columns=0")
+    assert (result.returncode, result.stderr) == (2, "error: columns=0: must be at least 1\n")
 
 
 def test_data_compares_all_formats():

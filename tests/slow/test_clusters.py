@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from processes import Process, child_of, ended, until
+from processes import Process, child_of, children_of, ended, until
 from support import PROJECT, TINY, assert_same_weights, pythonpath, weights_of
 
 
@@ -117,18 +117,33 @@ def killed_sometime(process: Process, chance: random.Random, works: Callable[[],
     return False
 
 
-def test_training_that_is_killed_ends_with_the_same_weights(tmp_path, small_zip):
-    """Repeated kills of two processes do not change the weights."""
-    chance, images = random.Random(0), (400 if MANY else 120) * KILLS
-    command = [
+@pytest.fixture(scope="module")
+def killed_training(small_zip):
+    """Arguments of a training with two processes; the tests add run_dir."""
+    images = (400 if MANY else 120) * KILLS
+    return [
         PROJECT / "train.py", *TINY, "resolution=16", f"data.dataset.path={small_zip}", "network.dropout=0.1",
         "callbacks.checkpoints.every_n_images=20", f"trainer.max_images={images}", "strategy=ddp_cpu",
+        "callbacks.log.every_n_images=130",  # no divisor: the last row is of the end of training
     ]  # fmt: skip
-    with ended([Process(tmp_path / "whole.txt", [*command, f"run_dir={tmp_path / 'whole'}"])]) as (whole,):
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, killed_training):
+    """Return the checkpoint of that training, which nothing interrupts."""
+    root = tmp_path_factory.mktemp("whole")
+    with ended([Process(root / "whole.txt", [*killed_training, f"run_dir={root / 'run'}"])]) as (whole,):
         assert whole.wait() == 0, whole.text()
-    last, instants = tmp_path / "parts/checkpoints/last.ckpt", []
+    return root / "run/checkpoints/last.ckpt"
+
+
+def test_training_that_is_killed_ends_with_the_same_weights(tmp_path, killed_training, undisturbed):
+    """Repeated kills of two processes do not change the weights."""
+    chance, instants = random.Random(0), []
+    last = tmp_path / "parts/checkpoints/last.ckpt"
     for kill in range(KILLS + 1):
-        with ended([Process(tmp_path / f"part{kill}.txt", [*command, f"run_dir={tmp_path / 'parts'}"])]) as (part,):
+        command = [*killed_training, f"run_dir={tmp_path / 'parts'}"]
+        with ended([Process(tmp_path / f"part{kill}.txt", command)]) as (part,):
             if kill < KILLS:
                 assert killed_sometime(part, chance, last.exists, 3 if MANY else 1), part.text()
                 instants.append(images_seen(last) if last.exists() else 0)
@@ -136,9 +151,32 @@ def test_training_that_is_killed_ends_with_the_same_weights(tmp_path, small_zip)
                 assert part.wait() == 0, part.text()
     assert instants == sorted(instants)  # never less than before
     assert instants[-1] > 0
-    assert images_seen(last) == images
-    assert_same_weights(weights_of(tmp_path / "whole/checkpoints/last.ckpt"), weights_of(last))
+    assert images_seen(last) == images_seen(undisturbed)
+    assert_same_weights(weights_of(undisturbed), weights_of(last))
     print(f"killed after {instants} images")
+
+
+def test_torchrun_standalone_continues_after_a_kill_with_the_same_weights(tmp_path, killed_training, undisturbed):
+    """SIGKILL to torchrun leaves its ranks alone, so they are killed too."""
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    command = [
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *killed_training,
+        f"run_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    with ended([Process(tmp_path / "first.txt", command)]) as (first,):
+        until(last.exists, [first])
+        ranks = children_of(first.popen.pid)
+        first.kill()
+        for rank in ranks:
+            os.kill(rank, signal.SIGKILL)
+    killed_at = images_seen(last)
+    assert 0 < killed_at < images_seen(undisturbed)
+    with ended([Process(tmp_path / "second.txt", command)]) as (second,):
+        assert second.wait() == 0, second.text()
+    assert "run: continues " in second.text()
+    assert "sync_dist" not in second.text()  # Lightning's advice on values that all ranks share already
+    assert images_seen(last) == images_seen(undisturbed)
+    assert_same_weights(weights_of(undisturbed), weights_of(last))
 
 
 def test_sampling_that_is_killed_makes_the_same_files(tmp_path, relay_runs):

@@ -51,7 +51,7 @@ def test_installed_commands_explain_themselves(installed):
 
 
 def test_an_installed_package_samples(installed):
-    weights = f"relay.stages.base.path={PROJECT / 'demo/emoji_64'}"
+    weights = f"relay.stages.base.path={PROJECT / 'demo/emoji_text_64'}"
     few = ["~relay.stages.relay", "relay.stages.base.changes.sampler.steps=2", "seeds=0"]
     command(installed, "relay-sample", "relay=emoji", weights, *few, "output=drawn")
     assert [path.name for path in (installed.parents[3] / "drawn/images").rglob("*.png")] == ["seed00000000.png"]

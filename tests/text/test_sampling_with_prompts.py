@@ -401,7 +401,7 @@ def test_the_written_commands_are_valid(configuration):
     """Their relay has no weights here, so they are only composed."""
     text = (PROJECT / "docs/text.md").read_text()
     section = text[text.index("## Sample") : text.index("### What is stored")].replace("\\\n", "")
-    lines = [line for line in section.splitlines() if line.startswith("    python sample.py relay=emoji_text")]
+    lines = [line for line in section.splitlines() if line.startswith("    python sample.py relay=emoji ")]
     prompts = [configuration("sample", *shlex.split(line, comments=True)[2:]).prompt for line in lines]
     assert prompts == [
         "a sleeping red fox, flat style", ["red fox, 3D style", "red fox, Noto style"], None, "red fox, flat style",

@@ -18,11 +18,11 @@ from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.samplers import MultistepSampler, Sampler
 from relay_diffusion.utils.files import CONF
 
-MAX_EVALUATIONS = 47  # of one stage; the published relay of emoji takes as many in its first stage
+MAX_EVALUATIONS = 47  # of one stage; the first stage of emoji has as many with the published sampler
 LEAST_EVALUATIONS = 3  # of one stage: two levels of a second-order sampler
 MULTISTEP, SECOND_ORDER = "Multistep", "Second order"
 SAMPLERS = {  # titles and explanations
-    MULTISTEP: "Second order with one evaluation a step; noise levels as in the relay, or as found for relay=emoji.",
+    MULTISTEP: "Second order with one evaluation a step; noise levels as in the relay, or as found for emoji.",
     SECOND_ORDER: "Heun steps of two evaluations, with the published noise levels.",
 }
 

@@ -11,6 +11,7 @@ LOGGERS = ("lightning.pytorch", "lightning.fabric")  # INFO: advertisements and 
 MESSAGES = (
     ".*does not have many workers",  # images in memory need no workers
     ".*treespec, LeafSpec",  # Lightning uses a deprecated torch API
+    r"It is recommended to use `self.log\('(train|val|eval)/",  # reduced over the ranks before they are logged
     "The AccumulateGrad node's stream",  # Lightning builds DDP on another stream; gradients are synchronized
 )
 

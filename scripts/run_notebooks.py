@@ -1,0 +1,63 @@
+"""Execute notebooks and write their outputs into them.
+
+    python scripts/run_notebooks.py                             # all of notebooks/
+    python scripts/run_notebooks.py notebooks/quick_tour.ipynb
+
+Needs `pip install -e '.[notebooks]'`. A notebook with an error is not written.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+from relay_diffusion.utils.files import write_text
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+PARAMETERS = "parameters"  # tag of the cell with the settings
+QUIET = "ignore:IProgress not found"  # of tqdm without ipywidgets, which no notebook needs
+TIMEOUT = 3600  # seconds for one cell
+
+
+def execute(path: Path, parameters: Mapping[str, Any] | None = None) -> NotebookNode:
+    """Execute a notebook in its folder, with a new kernel; return it with outputs.
+
+    parameters: values that replace those of the cell tagged `parameters`. Raises KeyError for a name that this cell
+    does not set, nbclient's CellExecutionError for an error in a cell.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    if parameters:
+        (cell,) = (cell for cell in notebook.cells if PARAMETERS in cell.metadata.get("tags", []))
+        if unknown := [name for name in parameters if f"\n{name} = " not in f"\n{cell.source}"]:
+            raise KeyError(f"{path.name}: its parameters do not include {', '.join(unknown)}")
+        cell.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
+    client = NotebookClient(
+        notebook,
+        timeout=TIMEOUT,
+        kernel_name="python3",
+        record_timing=False,  # equal outputs give an equal file
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(path.parent)}},
+    )
+    client.create_kernel_manager().transport_encryption = "auto"  # other users can read local sockets otherwise
+    return client.execute(env=os.environ | {"PYTHONWARNINGS": QUIET})
+
+
+def main(paths: list[str]) -> None:
+    """Execute the given notebooks, or all, and write them."""
+    for path in [Path(path) for path in paths] or sorted(NOTEBOOKS.glob("*.ipynb")):
+        began = time.monotonic()
+        write_text(path, nbformat.writes(execute(path)) + "\n")
+        print(f"{path.name}: {time.monotonic() - began:.0f} s, {path.stat().st_size / 1000:.0f} KB", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
