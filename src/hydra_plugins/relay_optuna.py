@@ -147,6 +147,7 @@ class OptunaSweeper(Sweeper):
                 continue
             if value is None:
                 raise UserError(f"trial {trial.number} returned no value: set optimized_metric, e.g. to eval/fid")
+            assert job.hydra_cfg is not None  # the job returned a value
             trial.set_user_attr("run_dir", str(job.hydra_cfg.hydra.runtime.output_dir))
             if not math.isfinite(value):
                 study.tell(trial, state=TrialState.FAIL)
