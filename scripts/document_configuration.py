@@ -33,6 +33,7 @@ GROUPS = {
     "metrics": "Metrics of `mode=evaluate`.",
     "experiment": "Sets of options for `train.py`; see the files for the values.",
     "hydra/launcher": "Launchers of sweeps (`--multirun`).",
+    "hydra/sweeper": "Sweepers, which choose the jobs of a sweep.",
 }
 HIDDEN = re.compile(r"_target_|_partial_|_recursive_|defaults|hydra")
 HEAD = """\

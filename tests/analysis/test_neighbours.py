@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -22,8 +23,11 @@ from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.image_sets import open_image_set
 from relay_diffusion.metrics import Inception
 from relay_diffusion.metrics.neighbours import Neighbours
+from relay_diffusion.training.loggers.wandb import WandbRun
+from relay_diffusion.utils.run_lock import run_lock
 from support import PROJECT
 from support import run as run_command
+from wandb_files import files_of, records, rows_of
 
 COPY, MIRRORED = 5, 10  # of the reference
 
@@ -261,3 +265,52 @@ def test_usage_names_every_option() -> None:
     assert (shown.returncode, shown.stderr) == (0, "")
     explained = {line.split()[0] for line in shown.stdout.splitlines() if line.startswith("  ")}
     assert explained == {field.name for field in fields(NeighboursOptions)}
+
+
+@pytest.fixture
+def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make the directory of a run that was logged to W&B."""
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    directory = tmp_path / "training"
+    logger = WandbRun("mine", "first", directory)
+    directory.mkdir()
+    (directory / "wandb_run.json").write_text(json.dumps(logger.run_record))
+    return directory
+
+
+@pytest.mark.slow
+def test_the_nearest_images_go_to_a_wandb_run(
+    images: Tensor, reference: Tensor, small_zip: Path, training: Path, tmp_path: Path
+) -> None:
+    samples = save(tmp_path / "samples", images)
+    arguments = [f"images={samples}", f"reference={small_zip}", f"destination={tmp_path / 'out'}", "nearest=2"]
+    assert run(*arguments, f"wandb={training}") == 0
+    parts = records(tmp_path / "out")
+    (row,) = rows_of(parts)
+    assert (row["neighbours/picture.count"], row["neighbours/nearest.nrows"], row["images_seen"]) == (1, 3, 0)
+    (started,) = [record["run"] for record in parts[0] if record["type"] == "run"]
+    assert (started["run_id"], started["project"]) == ("first", "mine")
+    files = files_of(parts[0], "run_table")
+    table = json.loads(files["neighbours/nearest.table.json"].read_text())
+    assert table["columns"] == [
+        "image", "name", "nearest by features", "name by features", "distance by features", "nearest by pixels",
+        "name by pixels", "distance by pixels",
+    ]  # fmt: skip
+    copied, mirrored, _ = table["data"]
+    assert [copied[i] for i in (1, 3, 4, 6, 7)] == ["00.png", "train/005.png", 0, "train/005.png", 0]
+    assert mirrored[7] == 0
+    with Image.open(files[mirrored[5]["path"]]) as picture:
+        assert torch.equal(torch.from_numpy(np.array(picture)).permute(2, 0, 1), reference[MIRRORED].flip(-1))
+
+
+def test_errors_name_a_directory_without_a_wandb_run(
+    small_zip: Path, training: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [f"images={small_zip}", f"reference={small_zip}", f"destination={tmp_path / 'out'}"]
+    assert run(*arguments, f"wandb={tmp_path}") == 2
+    assert f"error: wandb={tmp_path}: has no wandb_run.json; give a run" in capsys.readouterr().err
+    with run_lock(training, "run_dir"):
+        assert run(*arguments, f"wandb={training}") == 2
+    assert f"error: wandb={training}: {training} is training; repeat" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -374,6 +374,13 @@ def test_two_runs_of_one_process_have_two_directories(configuration):
     assert RUN_ID not in os.environ
 
 
+def test_a_run_of_wandb_agent_has_the_id_that_the_agent_gives(configuration, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "ab12cd34")
+    assert configuration("train").run_id != "ab12cd34"
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    assert configuration("train").run_id == "ab12cd34"
+
+
 def test_ranks_of_one_job_share_a_run_id(monkeypatch):
     def ids(command, **environment):
         for key, value in environment.items():

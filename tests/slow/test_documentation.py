@@ -167,7 +167,7 @@ def test_commands_run(page, project):
 
 COMMAND = re.compile(
     r"(?:python|torchrun [^`]*?) (train\.py|sample\.py|(?:benchmarks|scripts)/\w+\.py|-m relay_diffusion\.cli\.[a-z_]+)"
-    r"([^`\n)]*)"
+    r"((?:'[^'`\n]*'|[^`\n)])*)"  # arguments in quotes may have brackets
 )
 OTHER_OPTIONS = ("CHANGELOG.md", "extending.md")  # earlier ones; those that it adds itself
 CURRENT = [page for page in PAGES if page.name not in OTHER_OPTIONS]
@@ -189,10 +189,12 @@ def first_job(words):
     if "--multirun" not in words:
         return words
     parsed = OverridesParser.create().parse_overrides([word for word in words if word != "--multirun"])
-    return [
-        f"{one.key_or_group}={next(one.sweep_string_iterator())}" if one.is_sweep_override() else one.input_line
-        for one in parsed
-    ]
+    return [f"{one.key_or_group}={first_value(one)}" if one.is_sweep_override() else one.input_line for one in parsed]
+
+
+def first_value(override):
+    """Return the first value of a sweep, or the lower end of an interval."""
+    return next(override.sweep_string_iterator()) if override.is_discrete_sweep() else override.value().start
 
 
 def chooses(word):

@@ -43,6 +43,7 @@ def test_the_wheel_is_complete(installed):
         for path in (installed / "relay_diffusion/conf").rglob("*.yaml")
     } == files
     assert (installed / "relay_diffusion/py.typed").exists()
+    assert (installed / "hydra_plugins/relay_optuna.py").exists()
 
 
 def test_installed_commands_explain_themselves(installed):

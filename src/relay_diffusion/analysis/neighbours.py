@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -18,7 +18,7 @@ from relay_diffusion.data.image_sets import ImageSet, evenly_spaced
 from relay_diffusion.metrics.inception import Inception
 from relay_diffusion.metrics.neighbours import NearestSearch, Neighbours
 from relay_diffusion.utils.host import prepare_host
-from relay_diffusion.utils.pictures import image_grid, side_by_side
+from relay_diffusion.utils.pictures import image_grid, pil_image, side_by_side
 from relay_diffusion.utils.progress import progress
 
 BATCH = 64
@@ -87,6 +87,25 @@ def _comparison(all_found: Neighbours, count: int, unit: float) -> Comparison:
     distances = all_found.distances / unit
     found = Neighbours(distances[:count], all_found.positions[:count], all_found.mirrored[:count])
     return Comparison(found, distances[count:, 0])
+
+
+def nearest_table(
+    images: Tensor, names: Sequence[str], reference: ImageSet, comparisons: Mapping[str, Comparison]
+) -> tuple[list[str], list[list[Any]]]:
+    """Tabulate images [Q,3,H,W] with the nearest reference image in each space.
+
+    Returns columns and rows; pictures are PIL images. A neighbour is mirrored if that is nearer.
+    """
+    columns = ["image", "name"]
+    rows: list[list[Any]] = [[pil_image(image), name] for image, name in zip(images, names, strict=True)]
+    for space, (found, _) in comparisons.items():
+        columns += [f"nearest by {space}", f"name by {space}", f"distance by {space}"]
+        for row, position, mirrored, distance in zip(
+            rows, *(column[:, 0].tolist() for column in (found.positions, found.mirrored, found.distances)), strict=True
+        ):
+            pixels = reference.tensor(position)
+            row += [pil_image(pixels.flip(-1) if mirrored else pixels), reference.names[position], distance]
+    return columns, rows
 
 
 def picture(images: Tensor, reference: ImageSet, found: Sequence[Neighbours]) -> Image.Image:

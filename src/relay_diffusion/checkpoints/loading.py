@@ -28,6 +28,7 @@ from relay_diffusion.checkpoints.reading import (
     read_file,
     read_stage,
     stored_weights,
+    wandb_record,
 )
 from relay_diffusion.checkpoints.targets import OWN_PACKAGE, check_targets, package_names, translate_targets
 from relay_diffusion.errors import UserError, prefix_errors, require
@@ -102,7 +103,8 @@ def load_stage(
     if guide is not None:
         weaker = load_stage(guide, weights, trusted=trusted)
         arguments["guide"], origin["guide"] = weaker, weaker.info.origin
-    info = StageInfo(config, list(checkpoint.get("class_names", [])), origin, seen, checkpoint.get("text"))
+    names = list(checkpoint.get("class_names", []))
+    info = StageInfo(config, names, origin, seen, checkpoint.get("text"), wandb_record(checkpoint))
     stage = cast(DiffusionStage, build_stored(config, file, trusted, info=info, **arguments))
     stage.denoiser.load_state_dict(state)
     try:

@@ -112,6 +112,18 @@ def stored_weights(content: Mapping[str, Any], kind: str, file: Path) -> Mapping
     return cast(Mapping[str, Tensor], state)
 
 
+def wandb_record(content: Mapping[str, Any]) -> dict[str, str] | None:
+    """Return the record of the W&B run that wrote a checkpoint.
+
+    None without a run, and for a record of another form.
+    """
+    run = content.get("run")
+    record = run.get("wandb") if isinstance(run, dict) else None
+    if not isinstance(record, dict) or not all(isinstance(text, str) for text in (*record, *record.values())):
+        return None
+    return record if {"id", "directory"} <= record.keys() else None
+
+
 def check_stored(content: Any, file: Path) -> dict[str, Any]:
     """Check the type of every key of a checkpoint or export.
 

@@ -198,7 +198,7 @@ def _begin(cfg: DictConfig, directory: str) -> None:
 
 
 def run_training(cfg: DictConfig) -> float | None:
-    """Validate and train; return the last monitored metric or loss."""
+    """Validate and train; return the last value of `optimized_metric`."""
     with report_errors(TRAIN):
         with without_garbage_collection():
             validate_training(cfg)
@@ -207,7 +207,12 @@ def run_training(cfg: DictConfig) -> float | None:
 
         stage = train(cfg)
         best = OmegaConf.select(cfg, "callbacks.checkpoints.best")
-        metric = None if stage is None else stage.trainer.callback_metrics.get(best or "train/loss")
+        name = cfg.optimized_metric or best or "train/loss"
+        metric = None if stage is None else stage.trainer.callback_metrics.get(name)
+        require(
+            metric is not None or cfg.optimized_metric is None or bool(cfg.trainer.get("fast_dev_run")),
+            f"optimized_metric={name}: this start logged no value; use a new run_dir, or a period that it reaches",
+        )
         return None if metric is None else float(metric)
 
 

@@ -6,18 +6,29 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from omegaconf import MISSING
+from PIL.Image import Image
 
-from relay_diffusion.analysis.neighbours import QUANTILE, Comparison, compare, neighbours_csv, picture, read
+from relay_diffusion.analysis.neighbours import (
+    QUANTILE,
+    Comparison,
+    compare,
+    nearest_table,
+    neighbours_csv,
+    picture,
+    read,
+)
 from relay_diffusion.analysis.tables import print_table
 from relay_diffusion.cli.arguments import run_tool
+from relay_diffusion.config.run_dir import wandb_offline
 from relay_diffusion.data.image_sets import ImageSet, evenly_spaced, open_image_set
 from relay_diffusion.errors import UserError
 from relay_diffusion.metrics.inception import Inception
 from relay_diffusion.utils.files import refuse_existing, write_text
 from relay_diffusion.utils.pictures import save_png
+from relay_diffusion.utils.run_lock import is_locked
 
 USAGE = """\
 python -m relay_diffusion.cli.neighbours images=FOLDER|ZIP|NPZ reference=FOLDER|ZIP|NPZ [key=value ...]
@@ -31,6 +42,7 @@ python -m relay_diffusion.cli.neighbours images=FOLDER|ZIP|NPZ reference=FOLDER|
   destination  folder for neighbours.png and neighbours.csv (outputs/neighbours)
   weights      Inception weights, a pt_inception-2015-12-05-*.pth (default: those installed)
   overwrite    false: refuse a destination that holds these files (default) | true: replace them
+  wandb        directory of train.py or sample.py with logger=wandb: log picture and nearest images to its W&B run too
 
 neighbours.png has a row for each image: the image, its nearest by features, its nearest by pixels; mirrored if that is
 nearer. neighbours.csv has the distances: Euclidean of the pool features, root mean square of pixel values 0..255.
@@ -53,6 +65,7 @@ class NeighboursOptions:
     destination: str = "outputs/neighbours"
     weights: str | None = None
     overwrite: bool = False
+    wandb: str | None = None
 
 
 def opened(options: NeighboursOptions) -> tuple[ImageSet, ImageSet]:
@@ -103,6 +116,7 @@ def analyse(options: NeighboursOptions) -> None:
     destination = Path(options.destination).expanduser()
     for file in FILES:
         refuse_existing(destination / file, "destination", options.overwrite)
+    record = None if options.wandb is None else _wandb_record(Path(options.wandb).expanduser())
     images, reference = opened(options)
     inception = Inception(options.weights, "weights")
     try:
@@ -118,12 +132,46 @@ def analyse(options: NeighboursOptions) -> None:
     save_png(drawn, destination / FILES[0])
     names = [images.names[index] for index in chosen]
     write_text(destination / FILES[1], neighbours_csv(names, reference.names, comparisons))
+    if record is not None:
+        columns, rows = nearest_table(pixels, names, reference, comparisons)
+        _log(record, destination, Path(str(options.wandb)).expanduser(), drawn, columns, rows)
     report(comparisons)
     scale = len(comparisons["pixels"].scale)
     print(
         f"{len(chosen):,} of {len(images):,} images, {len(reference):,} reference images ({scale:,} for scale); "
         f"neighbours.png and neighbours.csv in {destination}"
     )
+
+
+def _wandb_record(directory: Path) -> dict[str, str]:
+    """Read which W&B run a directory belongs to."""
+    from relay_diffusion.training.loggers.wandb import FILE, read_record  # takes seconds
+
+    record = read_record(directory)
+    if record is None:
+        raise UserError(f"wandb={directory}: has no {FILE}; give a run that was trained or sampled with logger=wandb")
+    if is_locked(record["directory"]):
+        raise UserError(f"wandb={directory}: {record['directory']} is training; repeat the command when it has ended")
+    return record
+
+
+def _log(
+    record: dict[str, str], destination: Path, directory: Path, drawn: Image, columns: list[str], rows: list[list[Any]]
+) -> None:
+    """Log the picture and the table to a W&B run.
+
+    The x-axis is the images seen at the last row in the log of `directory`.
+    """
+    from relay_diffusion.training.loggers import MetricsCSV, last_step  # takes seconds
+    from relay_diffusion.training.loggers.wandb import WandbRun
+
+    log = [MetricsCSV(directory / "log")]
+    seen = max(last_step(log, "train"), last_step(log, "relay"), 0)
+    run = WandbRun(record.get("project", "relay-diffusion"), record["id"], destination, offline=wandb_offline())
+    run.join(record)
+    run.log_image("neighbours/picture", [drawn], step=seen)
+    run.log_image_table("neighbours/nearest", columns, rows, step=seen)
+    run.finalize("success")
 
 
 def main() -> NoReturn:

@@ -33,7 +33,12 @@ def sweep_job() -> Any:
 
 
 def _launcher_id() -> str | None:
-    """Return the id that SLURM or torchrun gives all ranks, else None."""
+    """Return the id that a launcher gives all ranks, else None.
+
+    Launchers: `wandb agent`, SLURM and torchrun.
+    """
+    if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ:
+        return os.environ["WANDB_RUN_ID"]  # of `wandb agent`, under which W&B takes no other id
     command = hashlib.sha256("\0".join(sys.argv).encode()).hexdigest()[:4]  # a job may run several commands
     if "SLURM_JOB_ID" in os.environ:
         return f"{os.environ['SLURM_JOB_ID']}-{command}"
@@ -67,7 +72,7 @@ def _run_dir(root: str, run_id: str) -> str:
     return str(earlier[-1] if earlier else Path(root) / time.strftime("%Y-%m-%d") / str(run_id))
 
 
-def _wandb_offline() -> bool:
+def wandb_offline() -> bool:
     """Return whether no Weights & Biases account is configured."""
     if os.environ.get("WANDB_API_KEY"):
         return False
@@ -89,7 +94,7 @@ def register_resolvers() -> None:
     """Register the resolvers with OmegaConf. Repeated calls have no effect."""
     resolvers: dict[str, Callable[..., Any]] = {
         "run_dir": _run_dir,
-        "wandb_offline": _wandb_offline,
+        "wandb_offline": wandb_offline,
         "group_choices": _group_choices,
         "text": str,
         "fused_optimizer": fused_optimizer,

@@ -132,6 +132,8 @@ def _check_prompts(cfg: DictConfig) -> None:
 def validate_sampling(cfg: DictConfig) -> None:
     """Check a sample config. Raises UserError for the first invalid option."""
     check_mapping(cfg, "metrics", "trainer", "relay", "relay.reference", "relay.stages")
+    if has_key(cfg, "logger"):
+        check_mapping(cfg, "logger")
     check_run_id(selected(cfg, "run_id"))
     check_complete(cfg, besides="relay.stages.")
     check_devices(cfg)
@@ -168,7 +170,10 @@ def validate_sampling(cfg: DictConfig) -> None:
     measured = cfg.mode == "evaluate"
     if measured:
         _check_measuring(cfg)
-    for key in ("trainer", *(MEASURING if measured else ())):  # last: importing their classes takes seconds
+    loggers = [f"logger.{name}" for name in cfg.get("logger") or ()]
+    for key in loggers:
+        check_built(cfg, key)
+    for key in ("trainer", *loggers, *(MEASURING if measured else ())):  # last: importing their classes takes seconds
         check_types(cfg, key)
 
 

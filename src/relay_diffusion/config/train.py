@@ -76,6 +76,8 @@ def validate_training(cfg: DictConfig) -> None:
     cfg = _with_placeholders(cfg)
     check_directory(cfg, "run_dir")
     package_names(cfg.trusted)
+    metric = cfg.optimized_metric
+    require(metric is None or isinstance(metric, str), f"optimized_metric={shorten(metric)}: must be a name, or null")
     for key in ("data", "data.dataset", "network", "stage", "stage.corruption", "stage.optimizer", "trainer"):
         check_built(cfg, key)
     require(

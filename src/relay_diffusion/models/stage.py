@@ -68,6 +68,7 @@ class StageInfo:
     config: the stage config from which a checkpoint is rebuilt. class_names: names of the classes, in order.
     origin: file and choice of weights of a loaded stage, and those of its guide. images_seen: images of its training.
     text: config and hash of the text encoder of its training, {"encoder": {"_target_": ..., ...}, "hash": ...}.
+    wandb: the `run_record` of the W&B run of its training.
     """
 
     config: dict[str, Any] | None = None
@@ -75,6 +76,7 @@ class StageInfo:
     origin: dict[str, Any] = field(default_factory=dict)
     images_seen: int = 0
     text: dict[str, Any] | None = None
+    wandb: dict[str, str] | None = None
 
 
 class DiffusionStage(OptimizationHooks):

@@ -16,6 +16,7 @@ from relay_diffusion.metrics import Evaluator
 from relay_diffusion.metrics.inception import CONVERSIONS
 from relay_diffusion.sampling.options import SamplingOptions
 from relay_diffusion.sampling.report import report
+from relay_diffusion.sampling.tracking import log_results
 from relay_diffusion.training.callbacks.preemption import Preemption, restored_signal_handlers
 from relay_diffusion.utils.distributed import started_ranks
 from relay_diffusion.utils.files import json_text, write_text
@@ -32,6 +33,8 @@ def measure_stored(
             write_text(options.output / "config.yaml", options.config)
         how = {"measured": {"path": str(images.path), "kind": images.kind, "hash": images.source_hash}}
         results = measure(options, trainer, evaluator, images, how, rounding=None)
+        if trainer.is_global_zero:
+            log_results(trainer.loggers, options, results)
     if trainer.is_global_zero:
         report(results)
     return results

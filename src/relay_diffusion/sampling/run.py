@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import os
@@ -10,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from hydra.utils import instantiate
@@ -46,6 +47,7 @@ from relay_diffusion.sampling.options import (
 from relay_diffusion.sampling.plan import Plan, plan_from_images, plan_from_noise
 from relay_diffusion.sampling.prompts import chosen_prompts, describe_prompts, note_prompts, summary
 from relay_diffusion.sampling.report import report
+from relay_diffusion.sampling.tracking import log_results, sample_table
 from relay_diffusion.training.callbacks.preemption import Preemption
 from relay_diffusion.utils.distributed import on_rank_zero, started_ranks
 from relay_diffusion.utils.files import write_text
@@ -65,14 +67,14 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
     if options.images is not None:
         images = open_image_set(options.images, option="images")
         evaluator = build_evaluator(cfg.metrics, options.reference, images.resolution)
-        return measure_stored(options, instantiate(cfg.trainer, _convert_="all"), images, evaluator)
+        return measure_stored(options, build_trainer(cfg), images, evaluator)
     relay = build_relay(cfg.relay)
     if options.format == "zip" and relay.image_channels not in MODES:
         raise UserError(
             f"format=zip: a zip holds images of 1, 3 or 4 channels, not {relay.image_channels}; use npz=true instead"
         )
     plan = make_plan(options, relay)
-    trainer: L.Trainer = instantiate(cfg.trainer, _convert_="all")
+    trainer = build_trainer(cfg)
     if not options.evaluate:
         return sample_relay(options, trainer, relay, plan)
     check_count(f"seeds={cfg.seeds}", len(plan.names), trainer.num_devices * trainer.num_nodes)
@@ -84,7 +86,10 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
 def sample_relay(
     options: SamplingOptions, trainer: L.Trainer, relay: Relay, plan: Plan, evaluator: Evaluator | None = None
 ) -> dict[str, Any]:
-    """Sample the missing images of a plan; evaluate all with `evaluator`."""
+    """Sample the missing images of a plan; evaluate all with `evaluator`.
+
+    The results also go to the loggers of `trainer`.
+    """
     classes_are_default = options.classes is None and plan.start is None
     if evaluator is not None and trainer.is_global_zero and classes_are_default and options.reference.path is not None:
         _report_uneven_classes(options.reference, relay)
@@ -139,7 +144,19 @@ def _make_and_measure(
         results["block_mean_error"] = block_mean_error(plan, images)
     if evaluator is not None:
         results |= measure(options, trainer, evaluator, images, {"settings": settings} | results, relay.rounding)
-    return results | (_keep(options, relay, plan, store) if trainer.is_global_zero else {})
+    if trainer.is_global_zero:
+        results |= _keep(options, relay, plan, store)
+        table = sample_table(relay, plan, images, options.picture if trainer.loggers else 0)
+        log_results(trainer.loggers, options, results, relay.chain(), table)
+    return results
+
+
+def build_trainer(cfg: DictConfig) -> L.Trainer:
+    """Build the trainer and its loggers, which write to `output`."""
+    cfg = copy.deepcopy(cfg)
+    cfg.run_dir = cfg.output
+    loggers = instantiate(cfg.get("logger") or {}, _convert_="all").values()
+    return cast(L.Trainer, instantiate(cfg.trainer, logger=list(loggers), _convert_="all"))
 
 
 def progress_bar(relay: Relay, plan: Plan, todo: Sequence[int]) -> SamplingProgress:
@@ -362,12 +379,13 @@ def run_settings(relay: Relay, plan: Plan, trainer: L.Trainer) -> dict[str, Any]
 
 def _predict(trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModule, own: list[Callback]) -> None:
     """Predict with additional callbacks."""
-    before = list(trainer.callbacks)  # type: ignore[attr-defined]
+    before, loggers = list(trainer.callbacks), trainer.loggers  # type: ignore[attr-defined]
     trainer.callbacks = [*before, *own, Preemption()]  # type: ignore[attr-defined]
+    trainer.loggers = []  # Lightning would start and finish their runs
     try:
         trainer.predict(model, datamodule=data, return_predictions=False)
     finally:
-        trainer.callbacks = before  # type: ignore[attr-defined]
+        trainer.callbacks, trainer.loggers = before, loggers  # type: ignore[attr-defined]
 
 
 def _keep(options: SamplingOptions, relay: Relay, plan: Plan, store: ImageStore) -> dict[str, Any]:

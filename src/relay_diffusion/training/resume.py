@@ -36,8 +36,8 @@ from relay_diffusion.utils.messages import differences, first_difference, settin
 KEY = "run"  # key of the run's settings in a checkpoint
 LONGEST = 200  # characters of a value in messages
 WITHOUT_EFFECT = (  # settings without effect on the result; "devices" records the number of ranks
-    "run_id", "run_dir", "resume", "init", "trainer.max_images", "trainer.devices", "trainer.num_nodes",
-    "data.num_workers", "data.dataset.cache", "data.text_cache", "text.path",
+    "run_id", "run_dir", "resume", "init", "optimized_metric", "trainer.max_images", "trainer.devices",
+    "trainer.num_nodes", "data.num_workers", "data.dataset.cache", "data.text_cache", "text.path",
 )  # fmt: skip
 DATA_ORDER = ("data.seed", "data.dataset.x_flip", "images")  # settings that change the order of the images
 

@@ -25,6 +25,7 @@ from relay_diffusion.text import TextEncoder, check_width
 from relay_diffusion.training.callbacks.preemption import leave_after_signal, restored_signal_handlers
 from relay_diffusion.training.resume import DATA_ORDER, RunRecord, Start, find_start, init_from
 from relay_diffusion.training.text import encode_captions
+from relay_diffusion.training.trainer import check_logged
 from relay_diffusion.utils.distributed import destroy_process_group, on_rank_zero, started_ranks
 from relay_diffusion.utils.files import write_text
 from relay_diffusion.utils.git import git_revision
@@ -133,6 +134,8 @@ def train(cfg: DictConfig) -> DiffusionStage | None:
         check_loadable(stage_config, text, cfg.trusted, Path(LAST))
     record = RunRecord(cfg)
     callbacks = instantiate(cfg.callbacks, _convert_="all").values()
+    if cfg.optimized_metric is not None:
+        check_logged("optimized_metric", cfg.optimized_metric, list(callbacks))
     trainer: L.Trainer = instantiate(
         cfg.trainer,
         callbacks=[*callbacks, record],

@@ -104,19 +104,23 @@ def build_trainer(
 
 
 def _check_monitors(callbacks: Sequence[Callback]) -> None:
-    """Raise UserError if a callback monitors a metric that none logs.
+    for callback in callbacks:
+        name = getattr(callback, "monitor", None)
+        if name is not None:
+            option = getattr(callback, "monitor_option", f"monitor of {type(callback).__name__}")
+            check_logged(option, str(name), callbacks)
+
+
+def check_logged(option: str, name: str, callbacks: Sequence[Callback]) -> None:
+    """Raise UserError with `option` if no callback logs a metric.
 
     Callbacks of other packages may log any metric.
     """
-    known = [name for callback in callbacks for name in getattr(callback, "logged", ())]
-    if not all(type(callback).__module__.startswith(OWN) for callback in callbacks):
+    known = [metric for callback in callbacks for metric in getattr(callback, "logged", ())]
+    if name in known or not all(type(callback).__module__.startswith(OWN) for callback in callbacks):
         return
-    for callback in callbacks:
-        name = getattr(callback, "monitor", None)
-        if name is not None and name not in known:
-            option = getattr(callback, "monitor_option", f"monitor of {type(callback).__name__}")
-            meant = did_you_mean(str(name), known, f"; logged are {', '.join(known) or 'no metrics'}")
-            raise UserError(
-                f"{option}={name}: no callback logs it{meant} "
-                "(callbacks=evaluated logs eval/fid, callbacks=validation logs val/loss)"
-            )
+    meant = did_you_mean(name, known, f"; logged are {', '.join(known) or 'no metrics'}")
+    raise UserError(
+        f"{option}={name}: no callback logs it{meant} "
+        "(callbacks=evaluated logs eval/fid, callbacks=validation logs val/loss)"
+    )

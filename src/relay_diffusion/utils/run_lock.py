@@ -112,6 +112,18 @@ def run_lock(directory: str | Path, option: str) -> Iterator[None]:
                 place.rmdir()  # a run that failed early; directories with files stay
 
 
+def is_locked(directory: str | Path) -> bool:
+    """Return whether a process uses a run directory.
+
+    Also true for a process on another host that may have ended.
+    """
+    try:
+        holder = Holder.parse((Path(directory) / LOCK).read_text(errors="replace"))
+    except OSError:
+        return False
+    return holder is None or not holder.is_stale(Holder.this_process(), kernel_locks=False)
+
+
 def _acquire(path: Path, option: str) -> int:
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

@@ -4,16 +4,20 @@ import csv
 import json
 import re
 import shutil
-import subprocess
 
 import pytest
 import torch
-from wandb.util import get_core_path
+import wandb
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 
+from relay_diffusion.cli.errors import explain
+from relay_diffusion.cli.main import TRAIN
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.training import run as training
 from relay_diffusion.training.loggers.wandb import WandbRun
+from wandb_files import of_type, records, rows_of
 
 PANELS = {
     "train/loss", "train/gradient_norm", "train/replaced_gradients", "train/lr", "train/images_per_second",
@@ -35,32 +39,6 @@ def _own_folders(tmp_path, monkeypatch):
     """Keep the files of W&B out of the home directory."""
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
-
-
-def records(run_dir):
-    """Read the records of each part of a run, in order."""
-    parts = []
-    for file in sorted((run_dir / "wandb").glob("offline-run-*/*.wandb")):
-        command = [
-            get_core_path(),
-            "leet",
-            "inspect",
-            "--no-observability",
-            "--json",
-            "--run-file",
-            file,
-        ]  # `wandb leet inspect`
-        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        parts.append([json.loads(line) for line in printed.splitlines()])
-    return parts
-
-
-def of_type(part, kind):
-    return [record[kind] for record in part if record["type"] == kind]
-
-
-def rows_of(parts):
-    return [record["item"] for part in parts for record in of_type(part, "history")]
 
 
 def crash_at(monkeypatch, images):
@@ -127,18 +105,22 @@ def stored(run_dir):
     return torch.load(run_dir / "checkpoints/last.ckpt", weights_only=True)["run"]["wandb"]
 
 
+def record(run_id, directory):
+    return {"id": run_id, "directory": str(directory), "project": "relay-diffusion"}
+
+
 @pytest.mark.slow
 def test_which_wandb_run_a_directory_continues(fit, tmp_path):
     """Without run_id, whose default differs at each start."""
     fit("run", 4, "logger=wandb")
     (original,) = ids(tmp_path / "run")
-    assert stored(tmp_path / "run") == {"id": original, "directory": str(tmp_path / "run")}
+    assert stored(tmp_path / "run") == record(original, tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "moved")
     fit("moved", 8, "logger=wandb")
     (tmp_path / "moved/wandb_run.json").unlink()
     fit("moved", 12, "logger=wandb")  # the checkpoint has it too
     assert ids(tmp_path / "moved") == [original] * 3
-    assert stored(tmp_path / "moved") == {"id": original, "directory": str(tmp_path / "moved")}
+    assert stored(tmp_path / "moved") == record(original, tmp_path / "moved")
     shutil.copytree(tmp_path / "moved", tmp_path / "copy", ignore=shutil.ignore_patterns("wandb"))
     fit("copy", 16, "logger=wandb")
     fit("copy", 20, "logger=wandb")
@@ -163,6 +145,69 @@ def test_wandb_gets_a_valid_id(tmp_path, run_id, valid):
     assert version != WandbRun("project", f"{run_id}?", tmp_path).version
 
 
+OPTIONS = {"project": "p", "entity": "team", "name": "first try", "group": 5, "tags": ["a", "b c"]}
+
+
+@pytest.fixture
+def _fresh_wandb():
+    """Make W&B read the environment anew, before and after a test."""
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+@pytest.mark.usefixtures("_fresh_wandb")
+def test_the_record_of_a_run_has_the_place_that_wandb_chooses(tmp_path, monkeypatch):
+    """In a sweep, W&B takes project and entity of the sweep."""
+    for name, value in {"SWEEP_ID": "sweep", "RUN_ID": "mine", "PROJECT": "theirs", "ENTITY": "team"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    run = WandbRun("p", "mine", tmp_path)
+    run.log_metrics({"train/loss": 1.0}, 8)
+    run.finalize("success")
+    expected = {"id": "mine", "directory": str(tmp_path), "project": "theirs", "entity": "team"}
+    assert json.loads((tmp_path / "wandb_run.json").read_text()) == expected
+    assert run.run_record == expected
+
+
+def test_the_options_of_a_run_are_those_of_wandb(tmp_path):
+    run = WandbRun(run_id="mine", directory=tmp_path, **OPTIONS)
+    run.log_metrics({"train/loss": 1.0}, 8)
+    run.finalize("success")
+    (sent,) = of_type(records(tmp_path)[0], "run")
+    found = (sent["project"], sent["entity"], sent["display_name"], sent["run_group"], sent["tags"])
+    assert found == ("p", "team", "first try", "5", ["a", "b c"])
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("project", "a/b"), ("project", ""), ("entity", "a:b"), ("name", "x" * 129), ("group", ""), ("tags", [""]),
+     ("tags", ["x" * 65])],
+)  # fmt: skip
+def test_names_that_wandb_refuses_are_errors(tmp_path, option, value):
+    with pytest.raises(ValueError, match=rf"^{option}=.*: (must|each tag must) "):
+        WandbRun(run_id="mine", directory=tmp_path, **OPTIONS | {option: value})
+
+
+def test_the_error_of_a_wrong_name_names_the_option(configuration, tmp_path):
+    cfg = configuration("train", "logger=wandb", "logger.wandb.project=a/b", f"run_dir={tmp_path}")
+    with pytest.raises(InstantiationException) as raised:
+        instantiate(cfg.logger)
+    assert explain(raised.value, TRAIN) == "logger.wandb.project=a/b: must not contain /; use another name"
+
+
+@pytest.mark.slow
+def test_the_best_and_the_last_checkpoint_are_versions_of_one_artifact(fit, tmp_path):
+    best = ["callbacks.checkpoints.best=train/lr", "callbacks.checkpoints.best_mode=max"]  # it rises in the warm-up
+    fit("run", 16, "logger=wandb", "run_id=mine", *EVERY_8, *best, "callbacks.checkpoints.upload=true")
+    artifacts = of_type(records(tmp_path / "run")[0], "artifact")
+    assert {artifact["name"] for artifact in artifacts} == {"mine"}
+    assert [(a["manifest"]["contents"][0]["path"], sorted(a["aliases"])) for a in artifacts] == [
+        ("best.ckpt", ["best", "images-8", "latest"]),
+        ("last.ckpt", ["images-16", "last", "latest"]),
+        ("best.ckpt", ["best", "images-16", "latest"]),
+    ]
+
+
 @pytest.mark.slow
 def test_pictures_of_a_relay_stage_and_checkpoints_on_request(fit, tmp_path):
     relay = ["stage.corruption.block=2", "logger=wandb", "run_id=mine", *EVERY_8]
@@ -174,7 +219,7 @@ def test_pictures_of_a_relay_stage_and_checkpoints_on_request(fit, tmp_path):
     assert (artifact["name"], artifact["type"], sorted(artifact["aliases"])) == (
         "mine",
         "model",
-        ["images-8", "latest"],
+        ["images-8", "last", "latest"],
     )
     (content,) = artifact["manifest"]["contents"]
     assert (content["path"], int(content["size"])) == (

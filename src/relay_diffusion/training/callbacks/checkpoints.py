@@ -166,9 +166,12 @@ class Checkpoints(PeriodicCallback, Checkpoint):
         self._due, self._last_is_readable = False, True
         self._saved, self._refused = stage.images_seen, -1
         stage.fit_state.kept_checkpoint = self.kept()
+        self._upload(trainer, stage, last)
+
+    def _upload(self, trainer: L.Trainer, stage: DiffusionStage, file: Path) -> None:
         for logger in trainer.loggers if self.upload and trainer.is_global_zero else []:
             if hasattr(logger, "log_file"):
-                logger.log_file(last, "model", stage.images_seen)
+                logger.log_file(file, "model", stage.images_seen)
 
     def _save_best(self, trainer: L.Trainer, stage: DiffusionStage) -> None:
         value, self._better = self._better, None
@@ -181,6 +184,7 @@ class Checkpoints(PeriodicCallback, Checkpoint):
             "images_seen": stage.images_seen,
         }
         self._write(trainer, stage, self.directory / BEST)
+        self._upload(trainer, stage, self.directory / BEST)
 
     def _good(self, trainer: L.Trainer, stage: DiffusionStage) -> bool:
         """Return whether the state may replace a checkpoint.

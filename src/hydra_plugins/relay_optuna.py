@@ -1,0 +1,188 @@
+"""Optuna as a sweeper of Hydra: `train.py --multirun hydra/sweeper=optuna`.
+
+The published plugin, hydra-optuna-sweeper 1.3, needs Optuna 2. Hydra imports all modules of hydra_plugins when it
+starts, so this one imports Optuna only when a sweep starts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+if TYPE_CHECKING:
+    from optuna import Study, Trial
+    from optuna.distributions import BaseDistribution
+
+
+class OptunaSweeper(Sweeper):
+    """Search for the options with the lowest or highest returned value.
+
+    Overrides with several values, or an interval, are the search space. trials: jobs that return a value, those of an
+    earlier part of the study included. parallel: jobs that the launcher gets at a time. direction: minimize or
+    maximize. max_failures: failed jobs in a row that stop the sweep. study, storage: name and URL of a stored study,
+    which a repeated command continues; None: not stored. Raises UserError for options out of range.
+    """
+
+    def __init__(
+        self,
+        trials: int,
+        parallel: int = 1,
+        direction: str = "minimize",
+        seed: int = 0,
+        max_failures: int = 3,
+        study: str | None = None,
+        storage: str | None = None,
+    ) -> None:
+        self.trials, self.parallel, self.seed = trials, parallel, seed
+        self.direction: Any = direction
+        self.max_failures, self.study, self.storage = max_failures, study, storage
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Build the launcher of the jobs."""
+        self.hydra_context, self.config = hydra_context, config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Run the trials; write the best one to best.yaml."""
+        self._check()
+        from optuna.trial import TrialState
+
+        from relay_diffusion.errors import UserError
+
+        fixed, space = self._search_space(arguments)
+        study = self._open_study()
+        while (left := self.trials - len(_completed(study))) > 0:
+            trials = [study.ask(space) for _ in range(min(left, self.parallel))]
+            chosen = [[f"{key}={value}" for key, value in trial.params.items()] for trial in trials]
+            self._run(study, trials, [[*fixed, *words] for words in chosen])
+            last = study.trials[-self.max_failures :]
+            if len(last) == self.max_failures and all(trial.state == TrialState.FAIL for trial in last):
+                raise UserError(f"hydra.sweeper: the last {self.max_failures} trials failed; see their errors")
+        best = study.best_trial
+        assert self.config is not None
+        place = Path(self.config.hydra.sweep.dir) / "best.yaml"
+        content = {"value": best.value, "overrides": best.user_attrs["overrides"]}
+        place.parent.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(content | {"run_dir": best.user_attrs["run_dir"]}, place)
+        print(f"best of {self.trials} trials: {best.value:.6g} with {' '.join(content['overrides'])}; see {place}")
+
+    def _check(self) -> None:
+        from relay_diffusion.errors import require
+        from relay_diffusion.utils.installed import require_library
+
+        require_library("hydra/sweeper=optuna", "optuna", "optuna")
+        for option in ("trials", "parallel", "max_failures"):
+            value = getattr(self, option)
+            require(isinstance(value, int) and value >= 1, f"hydra.sweeper.{option}={value}: must be at least 1")
+        known = ("minimize", "maximize")
+        require(self.direction in known, f"hydra.sweeper.direction={self.direction}: use minimize or maximize")
+        stored = (self.study is None) == (self.storage is None)
+        require(stored, "hydra.sweeper.study and storage: give both, or none")
+
+    def _search_space(self, arguments: list[str]) -> tuple[list[str], dict[str, BaseDistribution]]:
+        """Return the overrides of all jobs, and the distributions of the others."""
+        from relay_diffusion.errors import require
+
+        assert self.hydra_context is not None
+        fixed: dict[str, str] = {}
+        space: dict[str, BaseDistribution] = {}
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        for override in parser.parse_overrides(arguments):
+            key = override.get_key_element()
+            fixed.pop(key, None)
+            space.pop(key, None)  # the last one counts
+            if override.is_sweep_override():
+                space[key] = distribution(override)
+            else:
+                fixed[key] = str(override.input_line)
+        require(
+            len(space) > 0,
+            "hydra/sweeper=optuna: no option has several values; give some, e.g. "
+            "'stage.optimizer.lr=tag(log,interval(1e-4,1e-2))'",
+        )
+        return list(fixed.values()), space
+
+    def _open_study(self) -> Study:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(
+            storage=self.storage, study_name=self.study, direction=self.direction, load_if_exists=True
+        )
+        # a continued study draws other values than its earlier part did
+        seed = self.seed + len(study.trials)
+        study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=self.parallel > 1)
+        return study
+
+    def _run(self, study: Study, trials: Sequence[Trial], overrides: Sequence[Sequence[str]]) -> None:
+        """Run a job for each trial; tell the study their values."""
+        from optuna.trial import TrialState
+
+        from relay_diffusion.cli.main import JobError
+        from relay_diffusion.errors import UserError
+
+        assert self.launcher is not None
+        self.validate_batch_is_legal(overrides)
+        jobs = self.launcher.launch(overrides, initial_job_idx=trials[0].number)
+        for trial, words, job in zip(trials, overrides, jobs, strict=True):
+            trial.set_user_attr("overrides", list(words))
+            try:
+                value = job.return_value
+            except JobError as error:
+                if error.code != 2:  # a bug, not a choice of options that fails
+                    raise
+                study.tell(trial, state=TrialState.FAIL)
+                print(f"trial {trial.number} failed: {error.text}", flush=True)
+                continue
+            if value is None:
+                raise UserError(f"trial {trial.number} returned no value: set optimized_metric, e.g. to eval/fid")
+            assert job.hydra_cfg is not None  # the job returned a value
+            trial.set_user_attr("run_dir", str(job.hydra_cfg.hydra.runtime.output_dir))
+            if not math.isfinite(value):
+                study.tell(trial, state=TrialState.FAIL)
+                print(f"trial {trial.number} failed: its value is {value}", flush=True)
+                continue
+            study.tell(trial, value)
+            print(f"trial {trial.number}: {value:.6g} with {_shown(trial.params)}", flush=True)
+
+
+def distribution(override: Override) -> BaseDistribution:
+    """Return the distribution of an override with several values.
+
+    interval(LOW,HIGH): numbers, on a log scale with tag(log,interval(...)), and whole with int(interval(...)).
+    range(...): its numbers in order. Others: categories.
+    """
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    value: Any = override.value()
+    if isinstance(value, IntervalSweep):
+        whole = isinstance(value.start, int) and isinstance(value.end, int)
+        kind: Any = IntDistribution if whole else FloatDistribution
+        return kind(value.start, value.end, log="log" in value.tags)
+    if isinstance(value, RangeSweep):
+        numbers = list(value.range())
+        if all(isinstance(number, int) for number in numbers):
+            return IntDistribution(min(numbers), max(numbers), step=abs(int(value.step)))
+    return CategoricalDistribution(list(override.sweep_string_iterator()))
+
+
+def _completed(study: Study) -> list[Any]:
+    from optuna.trial import TrialState
+
+    return study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+
+
+def _shown(params: Mapping[str, Any]) -> str:
+    values = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in params.items()}
+    return " ".join(f"{key}={value}" for key, value in values.items())

@@ -1,0 +1,179 @@
+"""Search for options with Optuna: search space, failures, a real search over eval/fid."""
+
+import pytest
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import OmegaConf
+
+from relay_diffusion.cli.main import JobError
+from relay_diffusion.errors import UserError
+from support import TINY, pythonpath, run
+
+optuna = pytest.importorskip("optuna")
+
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution  # noqa: E402
+
+from hydra_plugins.relay_optuna import OptunaSweeper, distribution  # noqa: E402
+
+LR = "stage.optimizer.lr"
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("tag(log,interval(1e-4,1e-2))", FloatDistribution(1e-4, 1e-2, log=True)),
+        ("interval(0,1)", FloatDistribution(0, 1)),
+        ("int(interval(2,5))", IntDistribution(2, 5)),
+        ("range(2,9,3)", IntDistribution(2, 8, step=3)),
+        ("a,b", CategoricalDistribution(["a", "b"])),
+        ("choice(1,2.5,[3,4])", CategoricalDistribution(["1", "2.5", "[3,4]"])),
+    ],
+)
+def test_values_of_hydra_are_a_search_space(word, expected):
+    (override,) = OverridesParser.create().parse_overrides([f"key={word}"])
+    assert distribution(override) == expected
+
+
+class Launcher:
+    """Runs `task` for each job, as a launcher of Hydra does."""
+
+    def __init__(self, task):
+        self.task, self.numbers = task, []
+
+    def launch(self, batch, initial_job_idx):
+        self.numbers += range(initial_job_idx, initial_job_idx + len(batch))
+        for words in batch:
+            place = {"hydra": {"runtime": {"output_dir": f"multirun/{words[-1]}"}}}
+            job = JobReturn(hydra_cfg=OmegaConf.create(place))
+            try:
+                job.return_value, job.status = self.task(dict(word.split("=") for word in words)), JobStatus.COMPLETED
+            except JobError as error:
+                job.return_value, job.status = error, JobStatus.FAILED
+            yield job
+
+
+@pytest.fixture
+def search(tmp_path, monkeypatch):
+    """Search for the best value of a function of the overrides, without training."""
+    monkeypatch.setattr(OptunaSweeper, "validate_batch_is_legal", lambda self, batch: None)  # noqa: ARG005
+
+    def run_search(task, *words, **options):
+        sweeper = OptunaSweeper(**options)
+        sweeper.config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path / "sweep")}}})
+        sweeper.hydra_context = type("Context", (), {"config_loader": None})
+        sweeper.launcher = Launcher(task)
+        sweeper.sweep(list(words))
+        return sweeper.launcher.numbers, yaml.safe_load((tmp_path / "sweep/best.yaml").read_text())
+
+    return run_search
+
+
+SPACE = ("stage.seed=3", "a=interval(-4.0,4.0)", "b=1,2")
+
+
+def quadratic(words):
+    assert words["stage.seed"] == "3"
+    return (float(words["a"]) - 1) ** 2 + int(words["b"])
+
+
+@pytest.mark.parametrize(("direction", "best"), [("minimize", 1), ("maximize", 27)])
+def test_the_best_options_are_found(search, direction, best):
+    numbers, found = search(quadratic, *SPACE, trials=40, parallel=4, direction=direction)
+    assert numbers == list(range(40))
+    assert found["value"] == pytest.approx(best, abs=1)
+    words = dict(word.split("=") for word in found["overrides"])
+    assert quadratic(words) == found["value"]
+    assert found["run_dir"] == f"multirun/{found['overrides'][-1]}"
+
+
+def test_failed_trials_are_left_out(search, capsys):
+    def sometimes(words):
+        if words["b"] == "2":
+            raise JobError("job 7: training has diverged", 2)
+        return float("nan") if float(words["a"]) > 2 else quadratic(words)
+
+    numbers, found = search(sometimes, *SPACE, trials=8, max_failures=20)
+    assert len(numbers) > 8
+    assert "b=1" in found["overrides"]
+    assert "failed: job 7: training has diverged" in capsys.readouterr().out
+
+
+def test_only_failures_stop_the_search(search):
+    def never(_):
+        raise JobError("job 0: wrong", 2)
+
+    with pytest.raises(UserError, match=r"^hydra\.sweeper: the last 2 trials failed; see their errors"):
+        search(never, *SPACE, trials=8, max_failures=2)
+
+
+def test_a_bug_stops_the_search(search):
+    def broken(_):
+        raise JobError("job 0: ZeroDivisionError", 1)
+
+    with pytest.raises(JobError, match="ZeroDivisionError"):
+        search(broken, *SPACE, trials=8)
+
+
+@pytest.mark.slow
+def test_a_stored_study_is_continued(search, tmp_path):
+    stored = {"study": "mine", "storage": f"sqlite:///{tmp_path / 'study.db'}"}
+    first, _ = search(quadratic, *SPACE, trials=2, **stored)
+    second, found = search(quadratic, *SPACE, trials=5, **stored)
+    assert (first, second) == ([0, 1], [2, 3, 4])
+    trials = optuna.load_study(study_name="mine", storage=stored["storage"]).trials
+    assert len({trial.params["a"] for trial in trials}) == 5  # other values, not the first ones again
+    assert found["value"] == min(trial.value for trial in trials)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trials": 0}, r"^hydra\.sweeper\.trials=0: must be at least 1"),
+        ({"trials": 1, "direction": "down"}, r"^hydra\.sweeper\.direction=down: use minimize or maximize"),
+        ({"trials": 1, "study": "mine"}, r"^hydra\.sweeper\.study and storage: give both"),
+    ],
+)
+def test_errors_name_options_of_the_search(search, options, message):
+    with pytest.raises(UserError, match=message):
+        search(quadratic, *SPACE, **options)
+
+
+def test_a_search_needs_something_to_search(search):
+    with pytest.raises(UserError, match="no option has several values; give some"):
+        search(quadratic, "stage.seed=3", trials=2)
+
+
+def test_a_job_without_a_value_is_an_error(search):
+    with pytest.raises(UserError, match="trial 0 returned no value: set optimized_metric"):
+        search(lambda words: None, *SPACE, trials=2)  # noqa: ARG005
+
+
+@pytest.mark.slow
+def test_a_search_over_fid(small_zip, tmp_path):
+    """Three trainings, whose metric is eval/fid of pixels."""
+    result = run(
+        "train.py", "--multirun", "hydra/sweeper=optuna", "hydra.sweeper.trials=3", "optimized_metric=eval/fid", *TINY,
+        "~callbacks.progress",
+        "network.channel_mult=[1]", "resolution=16", f"data.dataset.path={small_zip}", "trainer.max_images=8",
+        "callbacks=evaluated", "callbacks.evaluation.count=8", f"{LR}=tag(log,interval(1e-4,1e-2))",
+        f"callbacks.evaluation.evaluator.reference.cache={tmp_path / 'reference'}",
+        "callbacks.evaluation.evaluator.inception._target_=pixel_inception.pixels_in_a_process_of_their_own",
+        f"hydra.sweep.dir={tmp_path / 'sweep'}", PYTHONPATH=pythonpath("tests"),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    best = yaml.safe_load((tmp_path / "sweep/best.yaml").read_text())
+    rows = sorted((tmp_path / "sweep").glob("*/log/metrics.csv"))
+    last = [dict(zip(*(line.split(",") for line in file.read_text().splitlines()), strict=True)) for file in rows]
+    assert tmp_path / "sweep" / best["run_dir"].rpartition("/")[2] in [file.parents[1] for file in rows]
+    assert len(last) == 3
+    assert best["value"] == pytest.approx(min(float(row["eval/fid"]) for row in last))
+    (rate,) = [word.partition("=")[2] for word in best["overrides"] if word.startswith(LR)]
+    assert 1e-4 <= float(rate) <= 1e-2
+    assert result.stdout.splitlines()[-1].startswith(f"best of 3 trials: {best['value']:.6g} with ")
+
+
+@pytest.mark.parametrize(("metric", "meant"), [("eval/fid", "; logged are train/loss"), ("train/los", "train/loss?")])
+def test_a_metric_that_nothing_logs_is_an_error(fit, metric, meant):
+    with pytest.raises(UserError, match=rf"^optimized_metric={metric}: no callback logs it.*{meant}"):
+        fit("run", 8, f"optimized_metric={metric}")
