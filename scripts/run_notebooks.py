@@ -1,7 +1,8 @@
 """Execute notebooks and write their outputs into them.
 
-    python scripts/run_notebooks.py                             # all of notebooks/
-    python scripts/run_notebooks.py notebooks/quick_tour.ipynb
+python scripts/run_notebooks.py [notebook=notebooks/NAME.ipynb]
+
+notebook   the one to execute (default: all in notebooks/)
 
 Needs `pip install -e '.[notebooks]'`. A notebook with an error is not written.
 """
@@ -12,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,21 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
+from relay_diffusion.cli.arguments import run_tool
+from relay_diffusion.errors import UserError
 from relay_diffusion.utils.files import write_text
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 PARAMETERS = "parameters"  # tag of the cell with the settings
 QUIET = "ignore:IProgress not found"  # of tqdm without ipywidgets, which no notebook needs
 TIMEOUT = 3600  # seconds for one cell
+
+
+@dataclass
+class Options:
+    """Options of this command; see above."""
+
+    notebook: str | None = None
 
 
 def execute(path: Path, parameters: Mapping[str, Any] | None = None) -> NotebookNode:
@@ -51,13 +62,15 @@ def execute(path: Path, parameters: Mapping[str, Any] | None = None) -> Notebook
     return client.execute(env=os.environ | {"PYTHONWARNINGS": QUIET})
 
 
-def main(paths: list[str]) -> None:
-    """Execute the given notebooks, or all, and write them."""
-    for path in [Path(path) for path in paths] or sorted(NOTEBOOKS.glob("*.ipynb")):
+def run(options: Options) -> None:
+    """Execute the notebook, or all, and write them."""
+    if options.notebook is not None and not Path(options.notebook).is_file():
+        raise UserError(f"notebook={options.notebook}: no such file")
+    for path in [Path(options.notebook)] if options.notebook else sorted(NOTEBOOKS.glob("*.ipynb")):
         began = time.monotonic()
         write_text(path, nbformat.writes(execute(path)) + "\n")
         print(f"{path.name}: {time.monotonic() - began:.0f} s, {path.stat().st_size / 1000:.0f} KB", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run_tool(sys.argv[1:], __doc__ or "", Options, run))

@@ -6,7 +6,8 @@ import nbformat
 import pytest
 from nbclient.exceptions import CellExecutionError
 
-from run_notebooks import NOTEBOOKS, execute, main
+from relay_diffusion.errors import UserError
+from run_notebooks import NOTEBOOKS, Options, execute, run
 from support import PROJECT, pythonpath
 
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
@@ -128,7 +129,7 @@ def notebook(tmp_path):
 
 def test_outputs_are_written_into_the_notebook(notebook, tmp_path, capsys):
     path = notebook("from pathlib import Path\nprint(a, Path('small.ipynb').exists())")
-    main([str(path)])
+    run(Options(str(path)))
     written = nbformat.read(path, as_version=4)
     assert [cell.execution_count for cell in written.cells] == [1, 2]
     assert written.cells[1].outputs[0].text == "1 True\n"
@@ -148,5 +149,10 @@ def test_a_notebook_with_an_error_is_not_written(notebook):
     path = notebook("1 / 0")
     before = path.read_bytes()
     with pytest.raises(CellExecutionError, match="ZeroDivisionError"):
-        main([str(path)])
+        run(Options(str(path)))
     assert path.read_bytes() == before
+
+
+def test_a_missing_notebook_is_named():
+    with pytest.raises(UserError, match=r"^notebook=none\.ipynb: no such file$"):
+        run(Options("none.ipynb"))
