@@ -106,6 +106,7 @@ def test_a_run_id_that_leaves_the_outputs(script):
             "sample.py",  # without arguments it prints the help
             "python sample.py relay=emoji",
             [
+                "logger",
                 "metrics",
                 "relay",
                 "sampler@relay.stages.base.sampler",
@@ -218,7 +219,7 @@ def test_bad_images_in_worker_processes_are_named_too(tmp_path):
         (["network=tiny"], ["'network'", "--help lists the groups"]),
         (
             ["+network=tiny"],
-            ["network is not an option of sample.py; its groups are metrics, relay, strategy"],
+            ["network is not an option of sample.py; its groups are logger, metrics, relay, strategy"],
         ),
         (["relay=quickstart", "seedz=3"], ["seedz is not an option", "did you mean seeds?"]),
     ],

@@ -104,7 +104,7 @@ def draw(relay: Relay, options: DrawOptions, job: Job | None = None) -> Drawing:
 
 
 def _captions(relay: Relay, plan: Plan, prompts: Sequence[str]) -> list[str]:
-    """Name seed and class of each image, and its prompt if there are several."""
+    """Name seed, class and, if there are several, prompt of each image."""
     names, captions = class_names(relay), []
     for seed, label in zip(plan.seeds, plan.labels, strict=True):
         parts = [f"seed {seed}"]
