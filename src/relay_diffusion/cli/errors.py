@@ -20,6 +20,7 @@ from yaml import MarkedYAMLError, YAMLError
 
 from relay_diffusion.config import compose
 from relay_diffusion.errors import UserError
+from relay_diffusion.utils.installed import install_command
 from relay_diffusion.utils.messages import did_you_mean, override, shorten
 
 PROMPT_KEYS = ("prompt", "negative_prompt")  # options that are texts of any characters
@@ -109,7 +110,7 @@ def _quoting(key: str, value: str) -> str:
 def _unknown_choice(choice: str, known: list[str]) -> str:
     group, _, name = choice.rpartition("/")
     if group == "hydra/launcher" and name.startswith("submitit"):
-        return f"{group}={name}: the launcher is not installed; pip install -e '.[slurm]'"
+        return f"{group}={name}: the launcher is not installed; {install_command('slurm')}"
     return f"unknown choice {group}={name}{did_you_mean(name, known)}"
 
 
