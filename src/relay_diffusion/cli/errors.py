@@ -59,7 +59,12 @@ def explain(error: BaseException, config: Path, words: Sequence[str] = ()) -> st
         text = _unknown_choice(error.missing_cfg_file, list(error.options or []))
     elif isinstance(unknown, OmegaConfBaseException) and unknown.full_key and isinstance(error, HydraException):
         name = str(unknown.full_key)
-        text = f"{name} is not an option{_nearest_key(name, _known_keys(config, words))}"
+        known, group = _known_keys(config, words), name.partition(".")[0]
+        if _is_group(config, group) and not any(key.partition(".")[0] == group for key in known):
+            choices = sorted(path.stem for path in (config.parent / group).glob("*.yaml"))
+            text = f"{name} is not an option without a choice of {group}: add {group}=NAME, one of {', '.join(choices)}"
+        else:
+            text = f"{name} is not an option{_nearest_key(name, known)}"
     elif resolved is not None and resolved.full_key:
         text = f"{resolved.full_key}: {str(resolved).splitlines()[0]}"
     elif isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
