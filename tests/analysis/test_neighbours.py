@@ -313,4 +313,8 @@ def test_errors_name_a_directory_without_a_wandb_run(
     with run_lock(training, "run_dir"):
         assert run(*arguments, f"wandb={training}") == 2
     assert f"error: wandb={training}: {training} is training; repeat" in capsys.readouterr().err
+    for damaged in ("{}", '{"id": "x"}'):
+        (training / "wandb_run.json").write_text(damaged)
+        assert run(*arguments, f"wandb={training}") == 2
+        assert f"error: {training / 'wandb_run.json'} cannot be read: delete it" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -130,7 +130,7 @@ def test_which_wandb_run_a_directory_continues(fit, tmp_path):
     assert len({original, copied, resumed}) == 3
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"id": 1}'])
+@pytest.mark.parametrize("content", ["{", "[1]", '{"id": 1}', "{}", '{"id": "x"}'])
 def test_errors_name_a_damaged_wandb_record(tmp_path, content):
     (tmp_path / "wandb_run.json").write_text(content)
     with pytest.raises(UserError, match=r"wandb_run\.json cannot be read: delete it for a new W&B run"):

@@ -188,6 +188,8 @@ def read_record(directory: Path) -> dict[str, str] | None:
         record = json.loads((directory / FILE).read_text(encoding="utf-8"))
         if not isinstance(record, dict) or not all(isinstance(value, str) for value in record.values()):
             raise TypeError
+        if not {"id", "directory"} <= record.keys():
+            raise ValueError
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError):
