@@ -4,10 +4,13 @@ import json
 
 import pytest
 import torch
+import wandb
 from PIL import Image
 
 from fake_inception import use_small_features
 from relay_diffusion.config.sample import validate_sampling
+from relay_diffusion.errors import UserError
+from relay_diffusion.sampling import tracking
 from relay_diffusion.sampling.run import sample
 from relay_diffusion.training.loggers.wandb import WandbRun
 from relay_diffusion.utils.run_lock import run_lock
@@ -87,6 +90,39 @@ def test_a_repeated_command_logs_nothing_again(tracked_runs, evaluate, tmp_path)
     assert len(records(tmp_path / "out")) == 1
     evaluate(tracked_runs, "logger=wandb", "seeds=0-4")
     assert [row["relay/images"] for row in rows_of(records(tmp_path / "out"))] == [4, 5]
+
+
+@pytest.mark.slow
+def test_each_logger_gets_the_results_once(relay_runs, evaluate, tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    evaluate(relay_runs, "logger=tensorboard")
+    evaluate(relay_runs, "logger=wandb")
+    (row,) = rows_of(records(tmp_path / "out"))
+    assert row["relay/images"] == 4
+    assert "logged already" not in capsys.readouterr().out
+    for name in ("tensorboard.TensorBoardRun", "wandb.WandbRun"):
+        kind, _, logger = name.partition(".")
+        evaluate(relay_runs, f"logger={kind}")
+        assert f"note: logged already: {logger} (delete " in capsys.readouterr().out
+    assert len(records(tmp_path / "out")) == 1
+
+
+@pytest.mark.slow
+def test_a_command_that_was_killed_logs_the_evaluation_when_repeated(relay_runs, evaluate, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(WandbRun, "log_evaluation", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate(relay_runs, "logger=wandb")
+    wandb.teardown()  # ends the run that the error left
+    evaluate(relay_runs, "logger=wandb")
+    artifacts = [a["type"] for part in records(tmp_path / "out") for a in of_type(part, "artifact")]
+    assert artifacts.count("evaluation") == 1
+
+
+def test_a_damaged_list_of_what_was_logged_is_an_error(tmp_path):
+    (tmp_path / "logged.json").write_text("[")
+    with pytest.raises(UserError, match=r"logged\.json cannot be read: delete it to log the results again"):
+        tracking._read_logged(tmp_path / "logged.json")
 
 
 def test_without_a_run_of_the_training_the_results_get_one(relay_runs, evaluate, tmp_path, capsys):
