@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import wandb
+from hydra.utils import instantiate
 from PIL import Image
 
 from fake_inception import use_small_features
@@ -176,6 +177,30 @@ def test_tensorboard_gets_the_same(tracked_runs, evaluate, tmp_path):
     (fid,) = found.Scalars("relay/fid")
     assert (fid.step, fid.value) == (8, pytest.approx(results["fid"]))
     assert found.Tags()["images"] == ["relay/picture", *(f"relay/samples/{row}_image" for row in range(4))]
+
+
+NAMED = {"name": "new", "group": "g", "tags": ["a"]}
+
+
+def test_the_name_of_the_training_run_stays(tmp_path, capsys):
+    run = WandbRun("other", "mine", tmp_path, offline=True, entity="me", **NAMED)
+    run.join({"id": "b", "directory": "", "project": "p", "entity": "team"})
+    assert capsys.readouterr().out == (
+        "note: not used, as the W&B run b has its own: logger.wandb.name=new, logger.wandb.group=g, "
+        "logger.wandb.tags=['a'], logger.wandb.project=other, logger.wandb.entity=me\n"
+    )
+    run.log_metrics({"relay/fid": 1.0}, 8)
+    run.finalize("success")
+    (sent,) = of_type(records(tmp_path)[0], "run")
+    assert (sent["run_id"], sent["project"], sent["entity"]) == ("b", "p", "team")
+    assert [sent.get(key) for key in ("display_name", "run_group", "tags")] == [None] * 3
+
+
+def test_default_options_give_no_note(configuration, tmp_path, capsys):
+    cfg = configuration("sample", "logger=wandb", f"run_dir={tmp_path}")
+    run = instantiate(cfg.logger.wandb)
+    run.join({"id": "b", "directory": "", "project": "p", "entity": "team"})
+    assert capsys.readouterr().out == ""
 
 
 class OnlineRun:

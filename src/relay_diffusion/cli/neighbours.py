@@ -163,11 +163,11 @@ def _log(
     The x-axis is the images seen at the last row in the log of `directory`.
     """
     from relay_diffusion.training.loggers import MetricsCSV, last_step  # takes seconds
-    from relay_diffusion.training.loggers.wandb import WandbRun
+    from relay_diffusion.training.loggers.wandb import PROJECT, WandbRun
 
     log = [MetricsCSV(directory / "log")]
     seen = max(last_step(log, "train"), last_step(log, "relay"), 0)
-    run = WandbRun(record.get("project", "relay-diffusion"), record["id"], destination, offline=wandb_offline())
+    run = WandbRun(record.get("project", PROJECT), record["id"], destination, offline=wandb_offline())
     run.join(record)
     run.log_image("neighbours/picture", [drawn], step=seen)
     run.log_image_table("neighbours/nearest", columns, rows, step=seen)

@@ -23,6 +23,7 @@ from relay_diffusion.utils.messages import shorten
 LONGEST = 64  # characters of an id, and of a tag
 LONGEST_NAME = 128  # characters of other names
 RESERVED = frozenset("/\\#?%:")  # characters that names of projects and entities must not have
+PROJECT = "relay-diffusion"  # as in conf/logger/wandb.yaml
 FILE = "wandb_run.json"  # in the run directory: id of the W&B run, for a resume
 
 
@@ -84,9 +85,17 @@ class WandbRun(WandbLogger):
     def join(self, record: Mapping[str, str]) -> None:
         """Log to the W&B run of `record` after its last row.
 
-        Its name, settings and console log stay. record: a `run_record`; older ones have no project.
+        Its name, group, tags, settings and console log stay; a note names options that are not used. record: a
+        `run_record`; older ones have no project.
         """
         self._id, self._joined = record["id"], record
+        own = ("name", "group", "tags")
+        moved = [key for key in ("project", "entity") if self._wandb_init[key] not in (None, PROJECT, record.get(key))]
+        unused = [key for key in own if self._wandb_init[key]] + [key for key in moved if key in record]
+        if unused:
+            options = ", ".join(f"logger.wandb.{key}={shorten(self._wandb_init[key])}" for key in unused)
+            rank_zero_only(print)(f"note: not used, as the W&B run {self._id} has its own: {options}")
+        self._wandb_init |= dict.fromkeys(own)
         self._wandb_init |= {key: record[key] for key in ("project", "entity") if key in record}
         # W&B would replace the log and the description of the host that trained
         self._wandb_init["settings"] = wandb.Settings(console="off", x_disable_meta=True, x_disable_stats=True)
