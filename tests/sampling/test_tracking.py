@@ -179,6 +179,40 @@ def test_tensorboard_gets_the_same(tracked_runs, evaluate, tmp_path):
     assert found.Tags()["images"] == ["relay/picture", *(f"relay/samples/{row}_image" for row in range(4))]
 
 
+@pytest.fixture
+def _malformed_key(monkeypatch):
+    """Give W&B a key that it refuses without asking the server."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "abc")
+    wandb.teardown()  # it reads the environment anew
+    yield
+    wandb.teardown()
+
+
+REMEDY = "use logger.wandb.offline=true"
+
+
+@pytest.mark.usefixtures("_malformed_key")
+def test_a_refused_key_is_an_error_before_sampling(relay_runs, evaluate, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=f"^W&B: WANDB_API_KEY invalid: .*: {REMEDY}"):
+        evaluate(relay_runs, "logger=wandb")
+    assert not (tmp_path / "out").exists()
+    WandbRun("p", "mine", tmp_path, offline=True).check_login()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    WandbRun("p", "mine", tmp_path).check_login()
+
+
+def test_the_results_are_printed_before_wandb_fails(relay_runs, evaluate, tmp_path, small_zip, monkeypatch, capsys):
+    def init(**_):
+        raise wandb.Error("no\nserver")
+
+    monkeypatch.setattr(wandb, "init", init)
+    for where in ([], ["seeds=null", f"images={small_zip}", f"output={tmp_path / 'existing'}"]):
+        with pytest.raises(UserError, match=f"^W&B: no server: {REMEDY}"):
+            evaluate(relay_runs, "logger=wandb", *where)
+        assert "FID" in capsys.readouterr().out
+
+
 NAMED = {"name": "new", "group": "g", "tags": ["a"]}
 
 

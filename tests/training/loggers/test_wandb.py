@@ -145,6 +145,15 @@ def test_wandb_gets_a_valid_id(tmp_path, run_id, valid):
     assert version != WandbRun("project", f"{run_id}?", tmp_path).version
 
 
+@pytest.mark.usefixtures("_fresh_wandb")
+def test_a_refused_key_is_an_error_with_a_remedy(fit, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "abc")
+    with pytest.raises(UserError, match=r"^W&B: WANDB_API_KEY invalid: .*: use logger\.wandb\.offline=true"):
+        fit("run", 4, "logger=wandb")
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
 OPTIONS = {"project": "p", "entity": "team", "name": "first try", "group": 5, "tags": ["a", "b c"]}
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,16 @@ class WandbRun(WandbLogger):
         self.directory = Path(directory)
         self._new_id, self._id = _valid_id(run_id), None
         self._joined: Mapping[str, str] | None = None  # record of a run of another directory
+
+    @rank_zero_only
+    def check_login(self) -> None:
+        """Verify the account with the server, before work starts.
+
+        Offline there is nothing to check. Raises UserError.
+        """
+        if self._wandb_init["mode"] != "offline" and os.environ.get("WANDB_MODE", "online") == "online":
+            with _user_errors():
+                wandb.login(verify=True)
 
     def continue_run(self, stored: Mapping[str, str] | None = None) -> None:
         """Continue the W&B run of the directory or of `stored`.
@@ -125,7 +137,8 @@ class WandbRun(WandbLogger):
             write_text(self.directory / FILE, json_text(before))
             # The parent would use the trainer's steps as the x-axis.
             name = self._wandb_init["name"] or (self.version if self._joined is None else None)
-            self._experiment = wandb.init(**self._wandb_init | {"id": self.version, "name": name})
+            with _user_errors():
+                self._experiment = wandb.init(**self._wandb_init | {"id": self.version, "name": name})
             for key in ("project", "entity"):  # W&B chooses the account's entity, and a sweep has its own
                 self._wandb_init[key] = getattr(self._experiment, key) or self._wandb_init[key]
             if self.run_record != before:
@@ -189,6 +202,19 @@ class WandbRun(WandbLogger):
         if self._experiment is not None:
             self._experiment.finish(exit_code=0 if status == "success" else 1)
             self._experiment = None
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Raise UserError for a refused key, a missing account or an unreachable server."""
+    try:
+        yield
+    except wandb.Error as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"W&B: {reason}: use logger.wandb.offline=true (or WANDB_MODE=offline), run `wandb login`, or correct "
+            "WANDB_API_KEY"
+        ) from None
 
 
 def read_record(directory: Path) -> dict[str, str] | None:
