@@ -206,7 +206,7 @@ class WandbRun(WandbLogger):
 
 @contextmanager
 def _user_errors() -> Iterator[None]:
-    """Raise UserError for a refused key, a missing account or an unreachable server."""
+    """Turn errors of W&B into a UserError with a remedy."""
     try:
         yield
     except wandb.Error as error:
