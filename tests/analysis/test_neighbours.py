@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import wandb
 from PIL import Image
 from torch import Tensor
 
@@ -305,7 +306,11 @@ def test_the_nearest_images_go_to_a_wandb_run(
 
 
 def test_errors_name_a_directory_without_a_wandb_run(
-    small_zip: Path, training: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_zip: Path,
+    training: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = [f"images={small_zip}", f"reference={small_zip}", f"destination={tmp_path / 'out'}"]
     assert run(*arguments, f"wandb={tmp_path}") == 2
@@ -313,4 +318,15 @@ def test_errors_name_a_directory_without_a_wandb_run(
     with run_lock(training, "run_dir"):
         assert run(*arguments, f"wandb={training}") == 2
     assert f"error: wandb={training}: {training} is training; repeat" in capsys.readouterr().err
+    for damaged in ("{}", '{"id": "x"}'):
+        (training / "wandb_run.json").write_text(damaged)
+        assert run(*arguments, f"wandb={training}") == 2
+        assert f"error: {training / 'wandb_run.json'} cannot be read: delete it" in capsys.readouterr().err
+    (training / "wandb_run.json").write_text(json.dumps(WandbRun("mine", "first", training).run_record))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "abc")
+    wandb.teardown()  # it reads the environment anew
+    assert run(*arguments, f"wandb={training}") == 2
+    wandb.teardown()
+    assert "error: W&B: WANDB_API_KEY invalid: " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

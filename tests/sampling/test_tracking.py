@@ -4,10 +4,14 @@ import json
 
 import pytest
 import torch
+import wandb
+from hydra.utils import instantiate
 from PIL import Image
 
 from fake_inception import use_small_features
 from relay_diffusion.config.sample import validate_sampling
+from relay_diffusion.errors import UserError
+from relay_diffusion.sampling import tracking
 from relay_diffusion.sampling.run import sample
 from relay_diffusion.training.loggers.wandb import WandbRun
 from relay_diffusion.utils.run_lock import run_lock
@@ -89,6 +93,39 @@ def test_a_repeated_command_logs_nothing_again(tracked_runs, evaluate, tmp_path)
     assert [row["relay/images"] for row in rows_of(records(tmp_path / "out"))] == [4, 5]
 
 
+@pytest.mark.slow
+def test_each_logger_gets_the_results_once(relay_runs, evaluate, tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    evaluate(relay_runs, "logger=tensorboard")
+    evaluate(relay_runs, "logger=wandb")
+    (row,) = rows_of(records(tmp_path / "out"))
+    assert row["relay/images"] == 4
+    assert "logged already" not in capsys.readouterr().out
+    for name in ("tensorboard.TensorBoardRun", "wandb.WandbRun"):
+        kind, _, logger = name.partition(".")
+        evaluate(relay_runs, f"logger={kind}")
+        assert f"note: logged already: {logger} (delete " in capsys.readouterr().out
+    assert len(records(tmp_path / "out")) == 1
+
+
+@pytest.mark.slow
+def test_a_command_that_was_killed_logs_the_evaluation_when_repeated(relay_runs, evaluate, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(WandbRun, "log_evaluation", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate(relay_runs, "logger=wandb")
+    wandb.teardown()  # ends the run that the error left
+    evaluate(relay_runs, "logger=wandb")
+    artifacts = [a["type"] for part in records(tmp_path / "out") for a in of_type(part, "artifact")]
+    assert artifacts.count("evaluation") == 1
+
+
+def test_a_damaged_list_of_what_was_logged_is_an_error(tmp_path):
+    (tmp_path / "logged.json").write_text("[")
+    with pytest.raises(UserError, match=r"logged\.json cannot be read: delete it to log the results again"):
+        tracking._read_logged(tmp_path / "logged.json")
+
+
 def test_without_a_run_of_the_training_the_results_get_one(relay_runs, evaluate, tmp_path, capsys):
     evaluate(relay_runs, "logger=wandb", "logger.wandb.tags=[a]", "mode=sample")
     assert "note: relay has no W&B run: the results go to the new run mine" in capsys.readouterr().out
@@ -140,6 +177,64 @@ def test_tensorboard_gets_the_same(tracked_runs, evaluate, tmp_path):
     (fid,) = found.Scalars("relay/fid")
     assert (fid.step, fid.value) == (8, pytest.approx(results["fid"]))
     assert found.Tags()["images"] == ["relay/picture", *(f"relay/samples/{row}_image" for row in range(4))]
+
+
+@pytest.fixture
+def _malformed_key(monkeypatch):
+    """Give W&B a key that it refuses without asking the server."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "abc")
+    wandb.teardown()  # it reads the environment anew
+    yield
+    wandb.teardown()
+
+
+REMEDY = "use logger.wandb.offline=true"
+
+
+@pytest.mark.usefixtures("_malformed_key")
+def test_a_refused_key_is_an_error_before_sampling(relay_runs, evaluate, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=f"^W&B: WANDB_API_KEY invalid: .*: {REMEDY}"):
+        evaluate(relay_runs, "logger=wandb")
+    assert not (tmp_path / "out").exists()
+    WandbRun("p", "mine", tmp_path, offline=True).check_login()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    WandbRun("p", "mine", tmp_path).check_login()
+
+
+def test_the_results_are_printed_before_wandb_fails(relay_runs, evaluate, tmp_path, small_zip, monkeypatch, capsys):
+    def init(**_):
+        raise wandb.Error("no\nserver")
+
+    monkeypatch.setattr(wandb, "init", init)
+    for where in ([], ["seeds=null", f"images={small_zip}", f"output={tmp_path / 'existing'}"]):
+        with pytest.raises(UserError, match=f"^W&B: no server: {REMEDY}"):
+            evaluate(relay_runs, "logger=wandb", *where)
+        assert "FID" in capsys.readouterr().out
+
+
+NAMED = {"name": "new", "group": "g", "tags": ["a"]}
+
+
+def test_the_name_of_the_training_run_stays(tmp_path, capsys):
+    run = WandbRun("other", "mine", tmp_path, offline=True, entity="me", **NAMED)
+    run.join({"id": "b", "directory": "", "project": "p", "entity": "team"})
+    assert capsys.readouterr().out == (
+        "note: not used, as the W&B run b has its own: logger.wandb.name=new, logger.wandb.group=g, "
+        "logger.wandb.tags=['a'], logger.wandb.project=other, logger.wandb.entity=me\n"
+    )
+    run.log_metrics({"relay/fid": 1.0}, 8)
+    run.finalize("success")
+    (sent,) = of_type(records(tmp_path)[0], "run")
+    assert (sent["run_id"], sent["project"], sent["entity"]) == ("b", "p", "team")
+    assert [sent.get(key) for key in ("display_name", "run_group", "tags")] == [None] * 3
+
+
+def test_default_options_give_no_note(configuration, tmp_path, capsys):
+    cfg = configuration("sample", "logger=wandb", f"run_dir={tmp_path}")
+    run = instantiate(cfg.logger.wandb)
+    run.join({"id": "b", "directory": "", "project": "p", "entity": "team"})
+    assert capsys.readouterr().out == ""
 
 
 class OnlineRun:

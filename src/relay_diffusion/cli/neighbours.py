@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from omegaconf import MISSING
 from PIL.Image import Image
@@ -29,6 +29,9 @@ from relay_diffusion.metrics.inception import Inception
 from relay_diffusion.utils.files import refuse_existing, write_text
 from relay_diffusion.utils.pictures import save_png
 from relay_diffusion.utils.run_lock import is_locked
+
+if TYPE_CHECKING:
+    from relay_diffusion.training.loggers.wandb import WandbRun
 
 USAGE = """\
 python -m relay_diffusion.cli.neighbours images=FOLDER|ZIP|NPZ reference=FOLDER|ZIP|NPZ [key=value ...]
@@ -116,7 +119,8 @@ def analyse(options: NeighboursOptions) -> None:
     destination = Path(options.destination).expanduser()
     for file in FILES:
         refuse_existing(destination / file, "destination", options.overwrite)
-    record = None if options.wandb is None else _wandb_record(Path(options.wandb).expanduser())
+    directory = Path(options.wandb or "").expanduser()
+    run = None if options.wandb is None else _wandb_run(directory, destination)
     images, reference = opened(options)
     inception = Inception(options.weights, "weights")
     try:
@@ -132,43 +136,41 @@ def analyse(options: NeighboursOptions) -> None:
     save_png(drawn, destination / FILES[0])
     names = [images.names[index] for index in chosen]
     write_text(destination / FILES[1], neighbours_csv(names, reference.names, comparisons))
-    if record is not None:
-        columns, rows = nearest_table(pixels, names, reference, comparisons)
-        _log(record, destination, Path(str(options.wandb)).expanduser(), drawn, columns, rows)
     report(comparisons)
     scale = len(comparisons["pixels"].scale)
     print(
         f"{len(chosen):,} of {len(images):,} images, {len(reference):,} reference images ({scale:,} for scale); "
         f"neighbours.png and neighbours.csv in {destination}"
     )
+    if run is not None:
+        columns, rows = nearest_table(pixels, names, reference, comparisons)
+        _log(run, directory, drawn, columns, rows)
 
 
-def _wandb_record(directory: Path) -> dict[str, str]:
-    """Read which W&B run a directory belongs to."""
-    from relay_diffusion.training.loggers.wandb import FILE, read_record  # takes seconds
+def _wandb_run(directory: Path, destination: Path) -> WandbRun:
+    """Build the logger of the W&B run of a directory. Raises UserError if there is none, or no account."""
+    from relay_diffusion.training.loggers.wandb import FILE, PROJECT, WandbRun, read_record  # takes seconds
 
     record = read_record(directory)
     if record is None:
         raise UserError(f"wandb={directory}: has no {FILE}; give a run that was trained or sampled with logger=wandb")
     if is_locked(record["directory"]):
         raise UserError(f"wandb={directory}: {record['directory']} is training; repeat the command when it has ended")
-    return record
+    run = WandbRun(record.get("project", PROJECT), record["id"], destination, offline=wandb_offline())
+    run.check_login()
+    run.join(record)
+    return run
 
 
-def _log(
-    record: dict[str, str], destination: Path, directory: Path, drawn: Image, columns: list[str], rows: list[list[Any]]
-) -> None:
+def _log(run: WandbRun, directory: Path, drawn: Image, columns: list[str], rows: list[list[Any]]) -> None:
     """Log the picture and the table to a W&B run.
 
     The x-axis is the images seen at the last row in the log of `directory`.
     """
     from relay_diffusion.training.loggers import MetricsCSV, last_step  # takes seconds
-    from relay_diffusion.training.loggers.wandb import WandbRun
 
     log = [MetricsCSV(directory / "log")]
     seen = max(last_step(log, "train"), last_step(log, "relay"), 0)
-    run = WandbRun(record.get("project", "relay-diffusion"), record["id"], destination, offline=wandb_offline())
-    run.join(record)
     run.log_image("neighbours/picture", [drawn], step=seen)
     run.log_image_table("neighbours/nearest", columns, rows, step=seen)
     run.finalize("success")

@@ -34,9 +34,8 @@ def measure_stored(
         how = {"measured": {"path": str(images.path), "kind": images.kind, "hash": images.source_hash}}
         results = measure(options, trainer, evaluator, images, how, rounding=None)
         if trainer.is_global_zero:
+            report(results)  # first, as a logger may fail
             log_results(trainer.loggers, options, results)
-    if trainer.is_global_zero:
-        report(results)
     return results
 
 

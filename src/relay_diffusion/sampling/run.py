@@ -94,10 +94,7 @@ def sample_relay(
     if evaluator is not None and trainer.is_global_zero and classes_are_default and options.reference.path is not None:
         _report_uneven_classes(options.reference, relay)
     with started_ranks(trainer, options.run_id, str(options.output), "output"):
-        results = _make_and_measure(options, trainer, relay, plan, evaluator)
-    if trainer.is_global_zero:
-        report(results)
-    return results
+        return _make_and_measure(options, trainer, relay, plan, evaluator)
 
 
 def _make_and_measure(
@@ -147,15 +144,22 @@ def _make_and_measure(
     if trainer.is_global_zero:
         results |= _keep(options, relay, plan, store)
         table = sample_table(relay, plan, images, options.picture if trainer.loggers else 0)
+        report(results)  # first, as a logger may fail
         log_results(trainer.loggers, options, results, relay.chain(), table)
     return results
 
 
 def build_trainer(cfg: DictConfig) -> L.Trainer:
-    """Build the trainer and its loggers, which write to `output`."""
+    """Build the trainer and its loggers, which write to `output`.
+
+    Raises UserError for an account that W&B refuses.
+    """
     cfg = copy.deepcopy(cfg)
     cfg.run_dir = cfg.output
     loggers = instantiate(cfg.get("logger") or {}, _convert_="all").values()
+    for logger in loggers:
+        if hasattr(logger, "check_login"):
+            logger.check_login()
     return cast(L.Trainer, instantiate(cfg.trainer, logger=list(loggers), _convert_="all"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning.pytorch.loggers import Logger
@@ -10,15 +11,18 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from relay_diffusion.data.image_sets import ImageSet
+from relay_diffusion.errors import UserError
 from relay_diffusion.models.relay import Relay
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.sampling.options import SamplingOptions
 from relay_diffusion.sampling.plan import Plan
-from relay_diffusion.training.loggers import logged_row, send_row
+from relay_diffusion.training.loggers import MetricsCSV, send_row
+from relay_diffusion.utils.files import json_text, parse_json, write_text
 from relay_diffusion.utils.pictures import image_grid
 from relay_diffusion.utils.run_lock import is_locked
 
 GROUP = "relay"
+LOGGED = "log/logged.json"  # in the output: the results that each logger has
 
 
 class Table(NamedTuple):
@@ -57,13 +61,19 @@ def log_results(
     """Log metrics, picture, table and metrics.json. Call on rank 0.
 
     W&B gets them in the run that trained the last stage, or in a new run if it has none. The x-axis is the images seen
-    by the last stage. Results that the CSV of the output has already are not logged again. stages: of the relay, by
-    name; None: existing images were evaluated.
+    by the last stage. A logger that has these results already gets nothing. stages: of the relay, by name; None:
+    existing images were evaluated.
     """
     *_, (name, last) = [("", None), *(stages or {}).items()]
     seen = 0 if last is None else last.info.images_seen
     values = {key: float(results[key]) for key in results.get("names", ["images"])}
-    if not loggers or logged_row(loggers, GROUP, seen) == values:
+    logged = _read_logged(options.output / LOGGED)
+    row = {"images_seen": seen, **values}
+    having = [logger for logger in loggers if json_text(logged.get(type(logger).__name__)) == json_text(row)]
+    if names := ", ".join(type(logger).__name__ for logger in having if not isinstance(logger, MetricsCSV)):
+        print(f"note: logged already: {names} (delete {options.output / LOGGED} to log the results again)")
+    loggers = [logger for logger in loggers if logger not in having]
+    if not loggers:
         return
     record = None if last is None else last.info.wandb
     runs: list[Any] = [logger for logger in loggers if hasattr(logger, "join")]
@@ -73,7 +83,7 @@ def log_results(
     for logger in runs:
         if record is not None:
             logger.join(record)
-        _ = logger.experiment  # before the CSV has the row, which a repeated command would not send again
+        _ = logger.experiment  # an error leaves the other loggers without the row too
         if record is None:
             logger.log_hyperparams(OmegaConf.to_container(OmegaConf.create(options.config)))
             print(f"note: {name or options.images} has no W&B run: the results go to the new run {logger.version}")
@@ -87,6 +97,21 @@ def log_results(
         if "numbers" in results and hasattr(logger, "log_evaluation"):
             logger.log_evaluation(options.output / "metrics.json", known, seen)
         logger.finalize("success")
+        logged[type(logger).__name__] = row  # after all of it: a command that was killed logs it again
+        write_text(options.output / LOGGED, json_text(logged))
+
+
+def _read_logged(file: Path) -> dict[str, Any]:
+    """Read the results that each logger has, by its class. Raises UserError for a damaged file."""
+    try:
+        logged = parse_json(file.read_text(encoding="utf-8"))
+        if not isinstance(logged, dict):
+            raise TypeError
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{file} cannot be read: delete it to log the results again") from None
+    return logged
 
 
 def _log_media(loggers: Sequence[Logger], options: SamplingOptions, table: Table | None, seen: int) -> None:

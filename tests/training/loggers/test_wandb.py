@@ -130,7 +130,7 @@ def test_which_wandb_run_a_directory_continues(fit, tmp_path):
     assert len({original, copied, resumed}) == 3
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"id": 1}'])
+@pytest.mark.parametrize("content", ["{", "[1]", '{"id": 1}', "{}", '{"id": "x"}'])
 def test_errors_name_a_damaged_wandb_record(tmp_path, content):
     (tmp_path / "wandb_run.json").write_text(content)
     with pytest.raises(UserError, match=r"wandb_run\.json cannot be read: delete it for a new W&B run"):
@@ -143,6 +143,15 @@ def test_wandb_gets_a_valid_id(tmp_path, run_id, valid):
     assert (version == run_id) is valid
     assert re.fullmatch(r"[\w.-]{1,64}", version)
     assert version != WandbRun("project", f"{run_id}?", tmp_path).version
+
+
+@pytest.mark.usefixtures("_fresh_wandb")
+def test_a_refused_key_is_an_error_with_a_remedy(fit, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "abc")
+    with pytest.raises(UserError, match=r"^W&B: WANDB_API_KEY invalid: .*: use logger\.wandb\.offline=true"):
+        fit("run", 4, "logger=wandb")
+    assert not (tmp_path / "run/checkpoints").exists()
 
 
 OPTIONS = {"project": "p", "entity": "team", "name": "first try", "group": 5, "tags": ["a", "b c"]}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from relay_diffusion.utils.messages import shorten
 LONGEST = 64  # characters of an id, and of a tag
 LONGEST_NAME = 128  # characters of other names
 RESERVED = frozenset("/\\#?%:")  # characters that names of projects and entities must not have
+PROJECT = "relay-diffusion"  # as in conf/logger/wandb.yaml
 FILE = "wandb_run.json"  # in the run directory: id of the W&B run, for a resume
 
 
@@ -60,6 +63,16 @@ class WandbRun(WandbLogger):
         self._new_id, self._id = _valid_id(run_id), None
         self._joined: Mapping[str, str] | None = None  # record of a run of another directory
 
+    @rank_zero_only
+    def check_login(self) -> None:
+        """Verify the account with the server, before work starts.
+
+        Offline there is nothing to check. Raises UserError.
+        """
+        if self._wandb_init["mode"] != "offline" and os.environ.get("WANDB_MODE", "online") == "online":
+            with _user_errors():
+                wandb.login(verify=True)
+
     def continue_run(self, stored: Mapping[str, str] | None = None) -> None:
         """Continue the W&B run of the directory or of `stored`.
 
@@ -84,9 +97,17 @@ class WandbRun(WandbLogger):
     def join(self, record: Mapping[str, str]) -> None:
         """Log to the W&B run of `record` after its last row.
 
-        Its name, settings and console log stay. record: a `run_record`; older ones have no project.
+        Its name, group, tags, settings and console log stay; a note names options that are not used. record: a
+        `run_record`; older ones have no project.
         """
         self._id, self._joined = record["id"], record
+        own = ("name", "group", "tags")
+        moved = [key for key in ("project", "entity") if self._wandb_init[key] not in (None, PROJECT, record.get(key))]
+        unused = [key for key in own if self._wandb_init[key]] + [key for key in moved if key in record]
+        if unused:
+            options = ", ".join(f"logger.wandb.{key}={shorten(self._wandb_init[key])}" for key in unused)
+            rank_zero_only(print)(f"note: not used, as the W&B run {self._id} has its own: {options}")
+        self._wandb_init |= dict.fromkeys(own)
         self._wandb_init |= {key: record[key] for key in ("project", "entity") if key in record}
         # W&B would replace the log and the description of the host that trained
         self._wandb_init["settings"] = wandb.Settings(console="off", x_disable_meta=True, x_disable_stats=True)
@@ -116,7 +137,8 @@ class WandbRun(WandbLogger):
             write_text(self.directory / FILE, json_text(before))
             # The parent would use the trainer's steps as the x-axis.
             name = self._wandb_init["name"] or (self.version if self._joined is None else None)
-            self._experiment = wandb.init(**self._wandb_init | {"id": self.version, "name": name})
+            with _user_errors():
+                self._experiment = wandb.init(**self._wandb_init | {"id": self.version, "name": name})
             for key in ("project", "entity"):  # W&B chooses the account's entity, and a sweep has its own
                 self._wandb_init[key] = getattr(self._experiment, key) or self._wandb_init[key]
             if self.run_record != before:
@@ -182,12 +204,27 @@ class WandbRun(WandbLogger):
             self._experiment = None
 
 
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Turn errors of W&B into a UserError with a remedy."""
+    try:
+        yield
+    except wandb.Error as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"W&B: {reason}: use logger.wandb.offline=true (or WANDB_MODE=offline), run `wandb login`, or correct "
+            "WANDB_API_KEY"
+        ) from None
+
+
 def read_record(directory: Path) -> dict[str, str] | None:
     """Read the `run_record` of a directory; None without one."""
     try:
         record = json.loads((directory / FILE).read_text(encoding="utf-8"))
         if not isinstance(record, dict) or not all(isinstance(value, str) for value in record.values()):
             raise TypeError
+        if not {"id", "directory"} <= record.keys():
+            raise ValueError
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError):
