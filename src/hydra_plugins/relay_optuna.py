@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.distributions import BaseDistribution
 
+MAX_SEED = 2**31  # NumPy takes 32 bits; a continued study adds the number of its trials
+
 
 class OptunaSweeper(Sweeper):
     """Search for the options with the lowest or highest returned value.
@@ -61,7 +63,7 @@ class OptunaSweeper(Sweeper):
         from relay_diffusion.errors import UserError
 
         fixed, space = self._search_space(arguments)
-        study = self._open_study()
+        study = self._open_study(space)
         while (left := self.trials - len(_completed(study))) > 0:
             trials = [study.ask(space) for _ in range(min(left, self.parallel))]
             chosen = [[f"{key}={value}" for key, value in trial.params.items()] for trial in trials]
@@ -84,7 +86,13 @@ class OptunaSweeper(Sweeper):
         require_library("hydra/sweeper=optuna", "optuna", "optuna")
         for option in ("trials", "parallel", "max_failures"):
             value = getattr(self, option)
-            require(isinstance(value, int) and value >= 1, f"hydra.sweeper.{option}={value}: must be at least 1")
+            require(
+                _is_whole(value) and value >= 1, f"hydra.sweeper.{option}={value}: must be a whole number, at least 1"
+            )
+        require(
+            _is_whole(self.seed) and 0 <= self.seed < MAX_SEED,
+            f"hydra.sweeper.seed={self.seed}: must be a whole number, at least 0 and below {MAX_SEED}",
+        )
         known = ("minimize", "maximize")
         require(self.direction in known, f"hydra.sweeper.direction={self.direction}: use minimize or maximize")
         stored = (self.study is None) == (self.storage is None)
@@ -113,13 +121,35 @@ class OptunaSweeper(Sweeper):
         )
         return list(fixed.values()), space
 
-    def _open_study(self) -> Study:
+    def _open_study(self, space: Mapping[str, BaseDistribution]) -> Study:
+        """Create or load the study; refuse a stored one with another search space."""
         import optuna
+        from sqlalchemy.exc import SQLAlchemyError
+
+        from relay_diffusion.errors import UserError
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = optuna.create_study(
-            storage=self.storage, study_name=self.study, direction=self.direction, load_if_exists=True
-        )
+        name = None if self.study is None else str(self.study)
+        try:
+            study = optuna.create_study(
+                storage=self.storage, study_name=name, direction=self.direction, load_if_exists=True
+            )
+            study.set_user_attr("seed", self.seed)  # fails here, before the jobs, if the database is read-only
+        except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, RuntimeError, ValueError) as error:
+            reason = str(error.__cause__ or error).partition("\n")[0]
+            raise UserError(
+                f"hydra.sweeper.storage={self.storage}: {reason}; use the URL of a database that can be written, e.g. "
+                f"sqlite:///study.db"
+            ) from None
+        for trial in study.get_trials(deepcopy=False):
+            for key in trial.distributions.keys() & space.keys():
+                try:
+                    optuna.distributions.check_distribution_compatibility(trial.distributions[key], space[key])
+                except ValueError:
+                    raise UserError(
+                        f"hydra.sweeper.study={name}: its earlier trials chose {key} from other values; restore them, "
+                        f"or use another study"
+                    ) from None
         # a continued study draws other values than its earlier part did
         seed = self.seed + len(study.trials)
         study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=self.parallel > 1)
@@ -161,20 +191,36 @@ def distribution(override: Override) -> BaseDistribution:
     """Return the distribution of an override with several values.
 
     interval(LOW,HIGH): numbers, on a log scale with tag(log,interval(...)), and whole with int(interval(...)).
-    range(...): its numbers in order. Others: categories.
+    range(...): its numbers in order. Others: categories. Raises UserError for an interval or a range without numbers.
     """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+    from relay_diffusion.errors import require
+
+    word = override.input_line
     value: Any = override.value()
     if isinstance(value, IntervalSweep):
+        require(
+            -math.inf < value.start < value.end < math.inf,
+            f"{word}: the first number must be below the second one, and both finite; write interval(LOW,HIGH)",
+        )
+        require(
+            value.start > 0 or "log" not in value.tags,
+            f"{word}: a log scale needs numbers above 0; raise the first number, or remove tag(log,...)",
+        )
         whole = isinstance(value.start, int) and isinstance(value.end, int)
         kind: Any = IntDistribution if whole else FloatDistribution
         return kind(value.start, value.end, log="log" in value.tags)
     if isinstance(value, RangeSweep):
-        numbers = list(value.range())
+        numbers = list(value.range()) if value.step else []
+        require(len(numbers) > 0, f"{word}: has no numbers; write range(START,STOP,STEP), with STOP excluded")
         if all(isinstance(number, int) for number in numbers):
             return IntDistribution(min(numbers), max(numbers), step=abs(int(value.step)))
     return CategoricalDistribution(list(override.sweep_string_iterator()))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _completed(study: Study) -> list[Any]:

@@ -1,5 +1,7 @@
 """Search for options with Optuna: search space, failures, a real search over eval/fid."""
 
+import re
+
 import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -33,6 +35,22 @@ LR = "stage.optimizer.lr"
 def test_values_of_hydra_are_a_search_space(word, expected):
     (override,) = OverridesParser.create().parse_overrides([f"key={word}"])
     assert distribution(override) == expected
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("tag(log,interval(0,1e-2))", "a log scale needs numbers above 0; raise the first number"),
+        ("interval(1e-2,1e-4)", "the first number must be below the second one"),
+        ("interval(0,inf)", "the first number must be below the second one, and both finite"),
+        ("range(5,2)", "has no numbers; write range"),
+        ("range(1,5,0)", "has no numbers; write range"),
+    ],
+)
+def test_a_search_space_without_values_is_refused(word, message):
+    (override,) = OverridesParser.create().parse_overrides([f"{LR}={word}"])
+    with pytest.raises(UserError, match="^" + re.escape(f"{LR}={word}: {message}")):
+        distribution(override)
 
 
 class Launcher:
@@ -129,7 +147,11 @@ def test_a_stored_study_is_continued(search, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"trials": 0}, r"^hydra\.sweeper\.trials=0: must be at least 1"),
+        ({"trials": 0}, r"^hydra\.sweeper\.trials=0: must be a whole number, at least 1"),
+        ({"trials": "abc"}, r"^hydra\.sweeper\.trials=abc: must be a whole number, at least 1"),
+        ({"trials": True}, r"^hydra\.sweeper\.trials=True: must be a whole number, at least 1"),
+        ({"trials": 1, "seed": "abc"}, r"^hydra\.sweeper\.seed=abc: must be a whole number, at least 0"),
+        ({"trials": 1, "seed": -1}, r"^hydra\.sweeper\.seed=-1: must be a whole number, at least 0"),
         ({"trials": 1, "direction": "down"}, r"^hydra\.sweeper\.direction=down: use minimize or maximize"),
         ({"trials": 1, "study": "mine"}, r"^hydra\.sweeper\.study and storage: give both"),
     ],
@@ -137,6 +159,42 @@ def test_a_stored_study_is_continued(search, tmp_path):
 def test_errors_name_options_of_the_search(search, options, message):
     with pytest.raises(UserError, match=message):
         search(quadratic, *SPACE, **options)
+
+
+@pytest.mark.parametrize(
+    ("storage", "reason"),
+    [
+        ("foo", "Could not parse"),
+        ("sqlite:////missing_folder/study.db", "unable to open database file"),
+        ("redis://host", "RedisStorage is removed"),
+    ],
+)
+def test_a_storage_that_cannot_be_opened_is_refused(search, storage, reason):
+    message = rf"^hydra\.sweeper\.storage={storage}: {reason}.*; use the URL of a database that can be written"
+    with pytest.raises(UserError, match=message):
+        search(quadratic, *SPACE, trials=1, study="mine", storage=storage)
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Options of a stored study without trials."""
+    options = {"study": "mine", "storage": f"sqlite:///{tmp_path / 'study.db'}"}
+    optuna.create_study(study_name="mine", storage=options["storage"])
+    return options
+
+
+def test_a_read_only_storage_is_refused(search, tmp_path, stored):
+    url = f"sqlite:///file:{tmp_path / 'study.db'}?mode=ro&uri=true"
+    with pytest.raises(UserError, match=r"^hydra\.sweeper\.storage=.*readonly database; use the URL"):
+        search(quadratic, *SPACE, trials=1, **stored | {"storage": url})
+
+
+@pytest.mark.parametrize("changed", ["b=1,2,3", "b=range(1,3)"])
+def test_a_stored_study_with_other_choices_is_refused(search, stored, changed):
+    search(quadratic, *SPACE, trials=1, **stored)
+    with pytest.raises(UserError, match=r"^hydra\.sweeper\.study=mine: its earlier trials chose b from other values"):
+        search(quadratic, *SPACE[:2], changed, trials=2, **stored)
+    assert len(optuna.load_study(study_name="mine", storage=stored["storage"]).trials) == 1
 
 
 def test_a_search_needs_something_to_search(search):
