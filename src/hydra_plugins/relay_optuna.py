@@ -97,6 +97,10 @@ class OptunaSweeper(Sweeper):
         require(self.direction in known, f"hydra.sweeper.direction={self.direction}: use minimize or maximize")
         stored = (self.study is None) == (self.storage is None)
         require(stored, "hydra.sweeper.study and storage: give both, or none")
+        require(
+            self.storage is None or isinstance(self.storage, str),
+            f"hydra.sweeper.storage={self.storage}: must be the URL of a database, e.g. sqlite:///study.db",
+        )
 
     def _search_space(self, arguments: list[str]) -> tuple[list[str], dict[str, BaseDistribution]]:
         """Return the overrides of all jobs, and the distributions of the others."""
@@ -122,11 +126,11 @@ class OptunaSweeper(Sweeper):
         return list(fixed.values()), space
 
     def _open_study(self, space: Mapping[str, BaseDistribution]) -> Study:
-        """Create or load the study; refuse a stored one with another search space."""
+        """Create or load the study; refuse a stored one with another direction or search space."""
         import optuna
         from sqlalchemy.exc import SQLAlchemyError
 
-        from relay_diffusion.errors import UserError
+        from relay_diffusion.errors import UserError, require
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         name = None if self.study is None else str(self.study)
@@ -141,6 +145,12 @@ class OptunaSweeper(Sweeper):
                 f"hydra.sweeper.storage={self.storage}: {reason}; use the URL of a database that can be written, e.g. "
                 f"sqlite:///study.db"
             ) from None
+        directions = [direction.name.lower() for direction in study.directions]
+        require(
+            directions == [self.direction],  # Optuna would ignore ours
+            f"hydra.sweeper.direction={self.direction}: hydra.sweeper.study={name} was started with "
+            f"{' and '.join(directions)}; use that direction, or another study",
+        )
         for trial in study.get_trials(deepcopy=False):
             for key in trial.distributions.keys() & space.keys():
                 try:

@@ -153,6 +153,7 @@ def test_a_stored_study_is_continued(search, tmp_path):
         ({"trials": 1, "seed": "abc"}, r"^hydra\.sweeper\.seed=abc: must be a whole number, at least 0"),
         ({"trials": 1, "seed": -1}, r"^hydra\.sweeper\.seed=-1: must be a whole number, at least 0"),
         ({"trials": 1, "direction": "down"}, r"^hydra\.sweeper\.direction=down: use minimize or maximize"),
+        ({"trials": 1, "study": "mine", "storage": 5}, r"^hydra\.sweeper\.storage=5: must be the URL of a database"),
         ({"trials": 1, "study": "mine"}, r"^hydra\.sweeper\.study and storage: give both"),
     ],
 )
@@ -195,6 +196,12 @@ def test_a_stored_study_with_other_choices_is_refused(search, stored, changed):
     with pytest.raises(UserError, match=r"^hydra\.sweeper\.study=mine: its earlier trials chose b from other values"):
         search(quadratic, *SPACE[:2], changed, trials=2, **stored)
     assert len(optuna.load_study(study_name="mine", storage=stored["storage"]).trials) == 1
+
+
+def test_a_stored_study_with_another_direction_is_refused(search, stored):
+    message = r"^hydra\.sweeper\.direction=maximize: hydra\.sweeper\.study=mine was started with minimize; use that"
+    with pytest.raises(UserError, match=message):
+        search(quadratic, *SPACE, trials=1, direction="maximize", **stored)
 
 
 def test_a_search_needs_something_to_search(search):

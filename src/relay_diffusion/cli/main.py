@@ -59,16 +59,17 @@ def _shows_traceback() -> bool:
 
 
 def _check_command(config: Path) -> None:
-    """Reject a launcher without a sweep, and unknown top-level keys.
+    """Reject a launcher or sweeper without a sweep, and unknown top-level keys.
 
     Raises UserError.
     """
     settings = HydraConfig.get()
-    launcher = settings.runtime.choices.get("hydra/launcher", "basic")
-    require(
-        launcher == "basic" or sweep_job() is not None,
-        f"hydra/launcher={launcher} is for sweeps: add --multirun, or remove it",
-    )
+    for group in ("hydra/launcher", "hydra/sweeper"):
+        choice = settings.runtime.choices.get(group, "basic")
+        require(
+            choice == "basic" or sweep_job() is not None,
+            f"{group}={choice} is for sweeps: add --multirun, or remove it",
+        )
     if settings.job.config_name != config.stem:
         return  # --config-name chose a config with other keys
     main = OmegaConf.load(config)
