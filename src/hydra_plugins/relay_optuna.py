@@ -7,13 +7,17 @@ starts, so this one imports Optuna only when a sweep starts.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
@@ -56,7 +60,7 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run the trials; write the best one to best.yaml."""
+        """Run the trials; write the best one of each batch and all before to best.yaml."""
         self._check()
         from optuna.trial import TrialState
 
@@ -64,6 +68,7 @@ class OptunaSweeper(Sweeper):
 
         fixed, space = self._search_space(arguments)
         study = self._open_study(space)
+        self._write_best(study)
         while (left := self.trials - len(_completed(study))) > 0:
             trials = [study.ask(space) for _ in range(min(left, self.parallel))]
             chosen = [[f"{key}={value}" for key, value in trial.params.items()] for trial in trials]
@@ -71,13 +76,24 @@ class OptunaSweeper(Sweeper):
             last = study.trials[-self.max_failures :]
             if len(last) == self.max_failures and all(trial.state == TrialState.FAIL for trial in last):
                 raise UserError(f"hydra.sweeper: the last {self.max_failures} trials failed; see their errors")
-        best = study.best_trial
+        best, place = study.best_trial, self._best_file()
+        words = " ".join(best.user_attrs["overrides"])
+        print(f"best of {self.trials} trials: {best.value:.6g} with {words}; see {place}")
+
+    def _best_file(self) -> Path:
         assert self.config is not None
-        place = Path(self.config.hydra.sweep.dir) / "best.yaml"
-        content = {"value": best.value, "overrides": best.user_attrs["overrides"]}
-        place.parent.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(content | {"run_dir": best.user_attrs["run_dir"]}, place)
-        print(f"best of {self.trials} trials: {best.value:.6g} with {' '.join(content['overrides'])}; see {place}")
+        return Path(self.config.hydra.sweep.dir) / "best.yaml"
+
+    def _write_best(self, study: Study) -> None:
+        """Write the best trial so far, if there is one, so that an interrupted search leaves it."""
+        from relay_diffusion.utils.files import write_text
+
+        if not _completed(study):
+            return
+        best = study.best_trial
+        content = {"value": best.value, **{key: best.user_attrs[key] for key in ("overrides", "run_dir")}}
+        self._best_file().parent.mkdir(parents=True, exist_ok=True)
+        write_text(self._best_file(), OmegaConf.to_yaml(OmegaConf.create(content)))
 
     def _check(self) -> None:
         from relay_diffusion.errors import require
@@ -166,7 +182,7 @@ class OptunaSweeper(Sweeper):
         return study
 
     def _run(self, study: Study, trials: Sequence[Trial], overrides: Sequence[Sequence[str]]) -> None:
-        """Run a job for each trial; tell the study their values."""
+        """Run a job for each trial; tell the study their values, then raise the first error that is a bug."""
         from optuna.trial import TrialState
 
         from relay_diffusion.cli.main import JobError
@@ -174,16 +190,18 @@ class OptunaSweeper(Sweeper):
 
         assert self.launcher is not None
         self.validate_batch_is_legal(overrides)
-        jobs = self.launcher.launch(overrides, initial_job_idx=trials[0].number)
+        with _killed_jobs_return_errors(self.launcher):
+            jobs = self.launcher.launch(overrides, initial_job_idx=trials[0].number)
+        bugs: list[Exception] = []
         for trial, words, job in zip(trials, overrides, jobs, strict=True):
             trial.set_user_attr("overrides", list(words))
             try:
                 value = job.return_value
             except JobError as error:
-                if error.code != 2:  # a bug, not a choice of options that fails
-                    raise
                 study.tell(trial, state=TrialState.FAIL)
                 print(f"trial {trial.number} failed: {error.text}", flush=True)
+                if error.code != 2:  # a bug, not a choice of options that fails
+                    bugs.append(error)
                 continue
             if value is None:
                 raise UserError(f"trial {trial.number} returned no value: set optimized_metric, e.g. to eval/fid")
@@ -195,6 +213,39 @@ class OptunaSweeper(Sweeper):
                 continue
             study.tell(trial, value)
             print(f"trial {trial.number}: {value:.6g} with {_shown(trial.params)}", flush=True)
+        self._write_best(study)
+        if bugs:
+            raise bugs[0]
+
+
+@contextmanager
+def _killed_jobs_return_errors(launcher: Launcher) -> Iterator[None]:
+    """Let a killed job of submitit return a JobError, as other failed jobs do.
+
+    Its launcher raises UncompletedJobError instead, which loses the values of the other jobs.
+    """
+    if "submitit" not in type(launcher).__module__:
+        yield
+        return
+    from submitit import Job
+    from submitit.core.utils import FailedJobError, UncompletedJobError
+
+    from relay_diffusion.cli.main import killed_job
+
+    original = Job.results
+
+    def results(job: Job[Any]) -> list[Any]:
+        try:
+            return original(job)
+        except FailedJobError:  # a bug outside the task
+            raise
+        except UncompletedJobError as error:
+            killed = JobReturn(overrides=job.submission().args[0], status=JobStatus.FAILED)
+            killed.return_value = killed_job(error)
+            return [killed]
+
+    with patch.object(Job, "results", results):
+        yield
 
 
 def distribution(override: Override) -> BaseDistribution:
@@ -210,17 +261,19 @@ def distribution(override: Override) -> BaseDistribution:
     word = override.input_line
     value: Any = override.value()
     if isinstance(value, IntervalSweep):
+        low: Any = value.start  # not None in an override
+        high: Any = value.end
         require(
-            -math.inf < value.start < value.end < math.inf,
+            -math.inf < low < high < math.inf,
             f"{word}: the first number must be below the second one, and both finite; write interval(LOW,HIGH)",
         )
         require(
-            value.start > 0 or "log" not in value.tags,
+            low > 0 or "log" not in value.tags,
             f"{word}: a log scale needs numbers above 0; raise the first number, or remove tag(log,...)",
         )
-        whole = isinstance(value.start, int) and isinstance(value.end, int)
+        whole = isinstance(low, int) and isinstance(high, int)
         kind: Any = IntDistribution if whole else FloatDistribution
-        return kind(value.start, value.end, log="log" in value.tags)
+        return kind(low, high, log="log" in value.tags)
     if isinstance(value, RangeSweep):
         numbers = list(value.range()) if value.step else []
         require(len(numbers) > 0, f"{word}: has no numbers; write range(START,STOP,STEP), with STOP excluded")

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from relay_diffusion.cli.main import JobError
 from relay_diffusion.errors import UserError
-from support import TINY, pythonpath, run
+from support import TINY, pythonpath, run, start
 
 optuna = pytest.importorskip("optuna")
 
@@ -82,9 +82,13 @@ def search(tmp_path, monkeypatch):
         sweeper.hydra_context = type("Context", (), {"config_loader": None})
         sweeper.launcher = Launcher(task)
         sweeper.sweep(list(words))
-        return sweeper.launcher.numbers, yaml.safe_load((tmp_path / "sweep/best.yaml").read_text())
+        return sweeper.launcher.numbers, best_of(tmp_path)
 
     return run_search
+
+
+def best_of(folder):
+    return yaml.safe_load((folder / "sweep/best.yaml").read_text())
 
 
 SPACE = ("stage.seed=3", "a=interval(-4.0,4.0)", "b=1,2")
@@ -125,12 +129,63 @@ def test_only_failures_stop_the_search(search):
         search(never, *SPACE, trials=8, max_failures=2)
 
 
-def test_a_bug_stops_the_search(search):
-    def broken(_):
-        raise JobError("job 0: ZeroDivisionError", 1)
+def test_a_bug_stops_the_search(search, tmp_path):
+    values = []
+
+    def broken(words):
+        if len(values) == 5:
+            raise JobError("job 5: ZeroDivisionError", 1)
+        values.append(quadratic(words))
+        return values[-1]
 
     with pytest.raises(JobError, match="ZeroDivisionError"):
-        search(broken, *SPACE, trials=8)
+        search(broken, *SPACE, trials=8, parallel=2)
+    assert best_of(tmp_path)["value"] == min(values)  # with the value of the other job of the batch
+
+
+def test_an_interrupted_search_leaves_its_best_options(search, tmp_path):
+    values = []
+
+    def interrupted(words):
+        if len(values) == 3:
+            raise KeyboardInterrupt
+        values.append(quadratic(words))
+        return values[-1]
+
+    with pytest.raises(KeyboardInterrupt):
+        search(interrupted, *SPACE, trials=8)
+    assert best_of(tmp_path)["value"] == min(values)
+
+
+KILLED = """
+import os, signal
+from hydra.core.hydra_config import HydraConfig
+from relay_diffusion.cli.main import TRAIN, command_line
+
+def task(cfg):
+    if HydraConfig.get().job.num == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return float(cfg.seed)
+
+command_line(task, TRAIN)
+"""
+
+
+@pytest.mark.slow  # submitit waits for the result of a killed job
+def test_a_killed_job_of_submitit_is_a_failed_trial(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    (tmp_path / "killed.py").write_text(KILLED)
+    result = start(
+        str(tmp_path / "killed.py"), "--multirun", "hydra/sweeper=optuna", "hydra/launcher=submitit_local",
+        f"hydra.sweep.dir={tmp_path / 'sweep'}", "seed=range(1,9)", "hydra.sweeper.trials=2",
+        "hydra.sweeper.parallel=2", PYTHONPATH=pythonpath(tmp_path),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("trial 0 failed: a job of the sweep was killed or ran out of memory: Job ")
+    values = [int(line.rpartition("seed=")[2]) for line in lines if line.startswith(("trial 1: ", "trial 2: "))]
+    assert len(values) == 2
+    assert best_of(tmp_path)["value"] == min(values)
 
 
 @pytest.mark.slow
