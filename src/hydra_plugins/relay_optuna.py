@@ -181,6 +181,27 @@ class OptunaSweeper(Sweeper):
         study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=self.parallel > 1)
         return study
 
+    def _check_jobs(self, overrides: Sequence[Sequence[str]]) -> None:
+        """Compose the jobs; require that they return values, and in the direction of the search."""
+        from relay_diffusion.errors import require
+
+        assert self.hydra_context is not None
+        assert self.config is not None
+        for words in overrides:
+            cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(words))
+            sampling = OmegaConf.select(cfg, "mode") == "sample"
+            require(not sampling, "mode=sample: returns no value to optimize; add mode=evaluate")
+            best = OmegaConf.select(cfg, "callbacks.checkpoints.best")
+            if best is None or OmegaConf.select(cfg, "optimized_metric") is not None:
+                continue  # otherwise the jobs return the metric of the best checkpoint
+            mode = OmegaConf.select(cfg, "callbacks.checkpoints.best_mode")
+            needed = {"min": "minimize", "max": "maximize"}.get(mode, self.direction)
+            require(
+                needed == self.direction,
+                f"hydra.sweeper.direction={self.direction}: the jobs return {best}, with "
+                f"callbacks.checkpoints.best_mode={mode}; use direction={needed}, or set optimized_metric",
+            )
+
     def _run(self, study: Study, trials: Sequence[Trial], overrides: Sequence[Sequence[str]]) -> None:
         """Run a job for each trial; tell the study their values, then raise the first error that is a bug."""
         from optuna.trial import TrialState
@@ -189,7 +210,7 @@ class OptunaSweeper(Sweeper):
         from relay_diffusion.errors import UserError
 
         assert self.launcher is not None
-        self.validate_batch_is_legal(overrides)
+        self._check_jobs(overrides)
         with _killed_jobs_return_errors(self.launcher):
             jobs = self.launcher.launch(overrides, initial_job_idx=trials[0].number)
         bugs: list[Exception] = []
@@ -204,7 +225,10 @@ class OptunaSweeper(Sweeper):
                     bugs.append(error)
                 continue
             if value is None:
-                raise UserError(f"trial {trial.number} returned no value: set optimized_metric, e.g. to eval/fid")
+                raise UserError(
+                    f"trial {trial.number} returned no value: for train.py set optimized_metric, e.g. to eval/fid; for "
+                    f"sample.py add mode=evaluate and metrics"
+                )
             assert job.hydra_cfg is not None  # the job returned a value
             trial.set_user_attr("run_dir", str(job.hydra_cfg.hydra.runtime.output_dir))
             if not math.isfinite(value):

@@ -71,15 +71,21 @@ class Launcher:
             yield job
 
 
+class ConfigLoader:
+    """Composes jobs of their overrides alone."""
+
+    def load_sweep_config(self, master_config, sweep_overrides):  # noqa: ARG002
+        return OmegaConf.from_dotlist(sweep_overrides)
+
+
 @pytest.fixture
-def search(tmp_path, monkeypatch):
+def search(tmp_path):
     """Search for the best value of a function of the overrides, without training."""
-    monkeypatch.setattr(OptunaSweeper, "validate_batch_is_legal", lambda self, batch: None)  # noqa: ARG005
 
     def run_search(task, *words, **options):
         sweeper = OptunaSweeper(**options)
         sweeper.config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path / "sweep")}}})
-        sweeper.hydra_context = type("Context", (), {"config_loader": None})
+        sweeper.hydra_context = type("Context", (), {"config_loader": ConfigLoader()})
         sweeper.launcher = Launcher(task)
         sweeper.sweep(list(words))
         return sweeper.launcher.numbers, best_of(tmp_path)
@@ -265,8 +271,30 @@ def test_a_search_needs_something_to_search(search):
 
 
 def test_a_job_without_a_value_is_an_error(search):
-    with pytest.raises(UserError, match="trial 0 returned no value: set optimized_metric"):
+    with pytest.raises(UserError, match=r"trial 0 returned no value: .*set optimized_metric.*; .*add mode=evaluate"):
         search(lambda words: None, *SPACE, trials=2)  # noqa: ARG005
+
+
+def test_sampling_without_metrics_is_an_error_before_the_jobs(search):
+    with pytest.raises(UserError, match=r"^mode=sample: returns no value to optimize; add mode=evaluate$"):
+        search(None, "mode=sample", "a=1,2", trials=2)
+
+
+@pytest.mark.parametrize(("direction", "mode"), [("minimize", "max"), ("maximize", "min")])
+def test_the_direction_is_that_of_the_best_checkpoint(search, direction, mode):
+    options = ("callbacks.checkpoints.best=M", f"callbacks.checkpoints.best_mode={mode}", "a=1,2")
+    other = {"minimize": "maximize", "maximize": "minimize"}[direction]
+    message = (
+        rf"^hydra\.sweeper\.direction={direction}: .*best_mode={mode}; use direction={other}, or set optimized_metric"
+    )
+    with pytest.raises(UserError, match=message):
+        search(None, *options, trials=1, direction=direction)
+
+    def value(words):
+        return int(words["a"])
+
+    assert search(value, *options, trials=1, direction=other)[0] == [0]
+    assert search(value, *options, "optimized_metric=N", trials=1, direction=direction)[0] == [0]
 
 
 @pytest.mark.slow
