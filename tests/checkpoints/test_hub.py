@@ -258,7 +258,7 @@ def test_hostile_files_are_refused(published):
 
 def test_without_the_library(monkeypatch, configuration):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    needs = 'needs the library huggingface_hub: pip install "relay-diffusion[hub]"'
+    needs = "needs the library huggingface_hub: pip install -e '.[hub]'"
     assert failing(rd.load_stage, "hf://user/tiny/base") == f"hf://user/tiny/base {needs}"
     assert failing(rd.load_relay, "user/tiny") == f"no relay at user/tiny: hf://user/tiny {needs}"
     cfg = configuration("sample", "relay=emoji", "relay.stages.base.path=hf://user/tiny/base")

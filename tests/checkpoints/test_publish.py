@@ -262,7 +262,7 @@ def test_sources_that_are_refused(relay_folder, tmp_path, refused):
 def test_without_the_library(relay_folder, tmp_path, monkeypatch, refused):
     monkeypatch.setattr("relay_diffusion.utils.installed.find_spec", lambda _: None)
     assert refused(source=relay_folder, destination=tmp_path / "out") == (
-        f'destination={tmp_path / "out"} needs the library huggingface_hub: pip install "relay-diffusion[hub]"'
+        f"destination={tmp_path / 'out'} needs the library huggingface_hub: pip install -e '.[hub]'"
     )
 
 

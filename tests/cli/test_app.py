@@ -19,7 +19,7 @@ def error_of(capsys, *arguments):
 
 def test_the_library_is_named(capsys, monkeypatch):
     monkeypatch.setattr("relay_diffusion.utils.installed.find_spec", lambda _: None)
-    assert 'pip install "relay-diffusion[app]"' in error_of(capsys, "relay=emoji")
+    assert "pip install -e '.[app]'" in error_of(capsys, "relay=emoji")
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ def test_a_value_that_needs_quotes_is_named(configuration, value):
         ("seeds", "seeds: options are KEY=VALUE, as seeds=0-7"),
         ("a b=3", "a b=3: options are KEY=VALUE"),
         ("seedz=3", "seedz is not an option; did you mean seeds?"),
+        ("logger.wandb.project=a", "logger is not an option without a choice of logger: add logger=NAME, one of csv, "),
         ("relay.stages.relay.sampler.steps=3", "did you mean relay.stages.relay.changes.sampler.steps?"),
         ("steps=3", "steps is not an option; did you mean relay.stages."),
         ("~seedz", "'seedz' does not exist"),

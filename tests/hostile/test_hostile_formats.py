@@ -207,7 +207,7 @@ def test_compressed_shards_are_refused(tmp_path: Path, mode: str) -> None:
 def test_damaged_shards(tmp_path: Path, content: bytes | str) -> None:
     path = write_tar(tmp_path / "a.tar", {"0.png": IMAGES[0], "1.png": bytes(10**5)})
     path.write_bytes(path.read_bytes()[:60_000] if isinstance(content, str) else content)
-    refused(path, SHARDS, "the shard 'a.tar' cannot be read", "copy it again")
+    refused(path, SHARDS, "the shard 'a.tar' cannot be read as a tar archive", "copy it again")
 
 
 def test_a_damaged_header_does_not_hide_the_rest(tmp_path: Path) -> None:

@@ -153,6 +153,7 @@ def test_a_notebook_with_an_error_is_not_written(notebook):
     assert path.read_bytes() == before
 
 
-def test_a_missing_notebook_is_named():
-    with pytest.raises(UserError, match=r"^notebook=none\.ipynb: no such file$"):
-        run(Options("none.ipynb"))
+@pytest.mark.parametrize("path", ["none.ipynb", str(PROJECT / "LICENSE")])
+def test_a_file_that_is_no_notebook_is_named(path):
+    with pytest.raises(UserError, match=rf"^notebook={path}: is not a notebook \("):
+        run(Options(path))

@@ -247,11 +247,11 @@ def test_the_renderer_is_named_if_it_is_missing(
     monkeypatch.setattr(make_emoji_text, "find_spec", lambda _: None)
     arguments = [f"packages={tmp_path}", f"destination={tmp_path / 'out.zip'}"]
     assert run_tool(arguments, USAGE, EmojiTextOptions, make_emoji_text._build_and_report) == 2
-    assert capsys.readouterr().err == "error: rendering SVG needs resvg-py: pip install 'relay-diffusion[emoji]'\n"
+    assert capsys.readouterr().err == "error: rendering SVG needs resvg-py: pip install -e '.[emoji]'\n"
 
 
 def test_svg_that_needs_fonts_or_files_is_refused() -> None:
-    pytest.importorskip("resvg_py", reason="pip install 'relay-diffusion[emoji]'")
+    pytest.importorskip("resvg_py", reason="pip install -e '.[emoji]'")
     for element in ("<text>x</text>", '<image href="data:x"/>', '<use href="/etc/passwd#x"/>'):
         with pytest.raises(UserError, match="needs fonts or other files"):
             render_svg(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8">{element}</svg>')
@@ -260,7 +260,7 @@ def test_svg_that_needs_fonts_or_files_is_refused() -> None:
 
 
 def test_gradients_and_clip_paths_are_rendered() -> None:
-    pytest.importorskip("resvg_py", reason="pip install 'relay-diffusion[emoji]'")
+    pytest.importorskip("resvg_py", reason="pip install -e '.[emoji]'")
     svg = """<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 8 8">
       <defs><linearGradient id="g"><stop stop-color="#f00"/><stop offset="1" stop-color="#00f"/></linearGradient>
       <clipPath id="c"><path d="M0 0h8v4h-8z"/></clipPath><path id="p" d="M0 0h8v8h-8z"/></defs>

@@ -12,6 +12,7 @@ from torch import Tensor
 from relay_diffusion.analysis.spectrum import Curve, Settings, block_power, mixed_power, ring_means
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.files import atomic_write
+from relay_diffusion.utils.installed import install_command
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,7 +57,7 @@ def _figure(panels: Sequence[tuple[str, Sequence[Line]]], unit: str) -> Figure:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError(
-            "plots=true needs matplotlib: `pip install -e '.[analysis]'`, or plots=false; the CSV files are written"
+            f"plots=true needs matplotlib: `{install_command('analysis')}`, or plots=false; the CSV files are written"
         ) from None
     figure = Figure(figsize=(5.5 * len(panels), 4.2), dpi=110, layout="constrained")
     for index, (title, lines) in enumerate(panels, 1):

@@ -34,7 +34,7 @@ python -m relay_diffusion.cli.app relay=RELAY [key=value ...]
   trusted         packages besides relay_diffusion whose classes the checkpoints may name: my_package,other
 
 The app sends nothing to other hosts and needs no internet. Its files lie in a temporary folder, which is removed at the
-end (Ctrl-C). gradio must be installed: pip install "relay-diffusion[app]"
+end (Ctrl-C). gradio must be installed: pip install -e '.[app]'
 """
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 DEVICES = ("auto", "cpu", "cuda")

@@ -20,6 +20,7 @@ from yaml import MarkedYAMLError, YAMLError
 
 from relay_diffusion.config import compose
 from relay_diffusion.errors import UserError
+from relay_diffusion.utils.installed import install_command
 from relay_diffusion.utils.messages import did_you_mean, override, shorten
 
 PROMPT_KEYS = ("prompt", "negative_prompt")  # options that are texts of any characters
@@ -58,7 +59,12 @@ def explain(error: BaseException, config: Path, words: Sequence[str] = ()) -> st
         text = _unknown_choice(error.missing_cfg_file, list(error.options or []))
     elif isinstance(unknown, OmegaConfBaseException) and unknown.full_key and isinstance(error, HydraException):
         name = str(unknown.full_key)
-        text = f"{name} is not an option{_nearest_key(name, _known_keys(config, words))}"
+        known, group = _known_keys(config, words), name.partition(".")[0]
+        if _is_group(config, group) and not any(key.partition(".")[0] == group for key in known):
+            choices = sorted(path.stem for path in (config.parent / group).glob("*.yaml"))
+            text = f"{name} is not an option without a choice of {group}: add {group}=NAME, one of {', '.join(choices)}"
+        else:
+            text = f"{name} is not an option{_nearest_key(name, known)}"
     elif resolved is not None and resolved.full_key:
         text = f"{resolved.full_key}: {str(resolved).splitlines()[0]}"
     elif isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
@@ -109,7 +115,7 @@ def _quoting(key: str, value: str) -> str:
 def _unknown_choice(choice: str, known: list[str]) -> str:
     group, _, name = choice.rpartition("/")
     if group == "hydra/launcher" and name.startswith("submitit"):
-        return f"{group}={name}: the launcher is not installed; pip install -e '.[slurm]'"
+        return f"{group}={name}: the launcher is not installed; {install_command('slurm')}"
     return f"unknown choice {group}={name}{did_you_mean(name, known)}"
 
 

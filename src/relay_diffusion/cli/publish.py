@@ -53,7 +53,7 @@ python -m relay_diffusion.cli.publish source=SOURCE destination=FOLDER|hf://USER
 
 The destination gets relay.json, a folder for each stage (weights.safetensors: the averaged weights; stage.json),
 README.md (the model card) and samples.png; with format=diffusers also model_index.json and pipeline.py. A folder needs
-no network. huggingface_hub must be installed: pip install "relay-diffusion[hub]"
+no network. huggingface_hub must be installed: pip install -e '.[hub]'
 """
 CARD, PICTURE = "README.md", "samples.png"
 EXPORT = (EXPORT_STAGE, EXPORT_WEIGHTS)

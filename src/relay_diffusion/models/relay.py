@@ -203,13 +203,16 @@ class Relay(L.LightningModule):
         return enlarging.to(self.device)
 
     @contextmanager
-    def changed(self, samplers: Mapping[str, Sampler], guidance_scales: Mapping[str, float]) -> Iterator[None]:
+    def changed(
+        self, samplers: Mapping[str, Sampler] | None = None, guidance_scales: Mapping[str, float] | None = None
+    ) -> Iterator[None]:
         """Replace samplers and guidance scales of stages, by name, in this block."""
+        samplers, scales = samplers or {}, guidance_scales or {}
         before = {name: (stage.sampler, stage.guidance_scale) for name, stage in self.chain().items()}
         try:
             for name, stage in self.chain().items():
                 stage.sampler = samplers.get(name, stage.sampler)
-                stage.guidance_scale = guidance_scales.get(name, stage.guidance_scale)
+                stage.guidance_scale = scales.get(name, stage.guidance_scale)
             yield
         finally:
             for name, stage in self.chain().items():

@@ -18,11 +18,11 @@ from relay_diffusion.diffusion.text_states import TextStates
 from relay_diffusion.errors import UserError
 from relay_diffusion.text.base import check_prompts, note_truncated
 from relay_diffusion.text.encoder_folder import OPTION, EncoderFolder, find_encoder
+from relay_diffusion.utils.installed import install_command
 from relay_diffusion.utils.messages import one_line
 
 HASH_FORMAT = 1  # increase it when the states of the same files change
 ATTENTION = "eager"  # a configuration may name another one, which is code on the Hub
-LIBRARY = "pip install -e '.[text]'"
 
 
 class TransformersEncoder:
@@ -143,7 +143,9 @@ def require_transformers() -> None:
     try:
         import transformers  # noqa: F401
     except ImportError:
-        raise UserError(f"text: needs the transformers library; run `{LIBRARY}`, or choose text=none") from None
+        raise UserError(
+            f"text: needs the transformers library; run `{install_command('text')}`, or choose text=none"
+        ) from None
 
 
 @contextmanager

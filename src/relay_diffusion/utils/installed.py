@@ -10,8 +10,8 @@ from relay_diffusion.errors import require
 
 
 def install_command(extra: str) -> str:
-    """Return the command that installs an extra of this package."""
-    return f'pip install "relay-diffusion[{extra}]"'
+    """Return the command that installs an extra, in the repository."""
+    return f"pip install -e '.[{extra}]'"
 
 
 def require_library(what: str, library: str, extra: str) -> None:
