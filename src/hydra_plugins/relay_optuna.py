@@ -203,7 +203,7 @@ class OptunaSweeper(Sweeper):
             )
 
     def _run(self, study: Study, trials: Sequence[Trial], overrides: Sequence[Sequence[str]]) -> None:
-        """Run a job for each trial; tell the study their values, then raise the first error that is a bug."""
+        """Run a job for each trial; tell the study their values, then raise the first error that stops it."""
         from optuna.trial import TrialState
 
         from relay_diffusion.cli.main import JobError
@@ -213,7 +213,7 @@ class OptunaSweeper(Sweeper):
         self._check_jobs(overrides)
         with _killed_jobs_return_errors(self.launcher):
             jobs = self.launcher.launch(overrides, initial_job_idx=trials[0].number)
-        bugs: list[Exception] = []
+        errors: list[Exception] = []
         for trial, words, job in zip(trials, overrides, jobs, strict=True):
             trial.set_user_attr("overrides", list(words))
             try:
@@ -222,13 +222,15 @@ class OptunaSweeper(Sweeper):
                 study.tell(trial, state=TrialState.FAIL)
                 print(f"trial {trial.number} failed: {error.text}", flush=True)
                 if error.code != 2:  # a bug, not a choice of options that fails
-                    bugs.append(error)
+                    errors.append(error)
                 continue
             if value is None:
-                raise UserError(
-                    f"trial {trial.number} returned no value: for train.py set optimized_metric, e.g. to eval/fid; for "
-                    f"sample.py add mode=evaluate and metrics"
+                study.tell(trial, state=TrialState.FAIL)
+                hint = (
+                    "for train.py set optimized_metric, e.g. to eval/fid; for sample.py add mode=evaluate and metrics"
                 )
+                errors.append(UserError(f"trial {trial.number} returned no value: {hint}"))
+                continue
             assert job.hydra_cfg is not None  # the job returned a value
             trial.set_user_attr("run_dir", str(job.hydra_cfg.hydra.runtime.output_dir))
             if not math.isfinite(value):
@@ -238,8 +240,8 @@ class OptunaSweeper(Sweeper):
             study.tell(trial, value)
             print(f"trial {trial.number}: {value:.6g} with {_shown(trial.params)}", flush=True)
         self._write_best(study)
-        if bugs:
-            raise bugs[0]
+        if errors:
+            raise errors[0]
 
 
 @contextmanager

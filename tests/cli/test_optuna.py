@@ -277,9 +277,11 @@ def test_a_search_needs_something_to_search(search):
         search(quadratic, "stage.seed=3", trials=2)
 
 
-def test_a_job_without_a_value_is_an_error(search):
+def test_a_job_without_a_value_is_an_error(search, tmp_path):
+    values = [True, False]
     with pytest.raises(UserError, match=r"trial 0 returned no value: .*set optimized_metric.*; .*add mode=evaluate"):
-        search(lambda words: None, *SPACE, trials=2)  # noqa: ARG005
+        search(lambda words: 5 if values.pop() else None, *SPACE, trials=2, parallel=2)  # noqa: ARG005
+    assert best_of(tmp_path)["value"] == 5  # of the other job of the batch
 
 
 def test_sampling_without_metrics_is_an_error_before_the_jobs(search):
