@@ -158,8 +158,8 @@ class OptunaSweeper(Sweeper):
         except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, RuntimeError, ValueError) as error:
             reason = str(error.__cause__ or error).partition("\n")[0]
             raise UserError(
-                f"hydra.sweeper.storage={self.storage}: {reason}; use the URL of a database that can be written, e.g. "
-                f"sqlite:///study.db"
+                f"hydra.sweeper.storage={self.storage}: {reason}; use the URL of a database in a folder that can be "
+                f"written, e.g. sqlite:///study.db"
             ) from None
         directions = [direction.name.lower() for direction in study.directions]
         require(

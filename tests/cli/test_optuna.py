@@ -239,7 +239,9 @@ def test_errors_name_options_of_the_search(search, options, message):
     ],
 )
 def test_a_storage_that_cannot_be_opened_is_refused(search, storage, reason):
-    message = rf"^hydra\.sweeper\.storage={storage}: {reason}.*; use the URL of a database that can be written"
+    message = (
+        rf"^hydra\.sweeper\.storage={storage}: {reason}.*; use the URL of a database in a folder that can be written"
+    )
     with pytest.raises(UserError, match=message):
         search(quadratic, *SPACE, trials=1, study="mine", storage=storage)
 
