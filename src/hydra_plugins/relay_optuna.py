@@ -7,13 +7,17 @@ starts, so this one imports Optuna only when a sweep starts.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
@@ -21,6 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.distributions import BaseDistribution
+
+MAX_SEED = 2**31  # NumPy takes 32 bits; a continued study adds the number of its trials
 
 
 class OptunaSweeper(Sweeper):
@@ -54,14 +60,15 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run the trials; write the best one to best.yaml."""
+        """Run the trials; write the best one of each batch and all before to best.yaml."""
         self._check()
         from optuna.trial import TrialState
 
         from relay_diffusion.errors import UserError
 
         fixed, space = self._search_space(arguments)
-        study = self._open_study()
+        study = self._open_study(space)
+        self._write_best(study)
         while (left := self.trials - len(_completed(study))) > 0:
             trials = [study.ask(space) for _ in range(min(left, self.parallel))]
             chosen = [[f"{key}={value}" for key, value in trial.params.items()] for trial in trials]
@@ -69,13 +76,24 @@ class OptunaSweeper(Sweeper):
             last = study.trials[-self.max_failures :]
             if len(last) == self.max_failures and all(trial.state == TrialState.FAIL for trial in last):
                 raise UserError(f"hydra.sweeper: the last {self.max_failures} trials failed; see their errors")
-        best = study.best_trial
+        best, place = study.best_trial, self._best_file()
+        words = " ".join(best.user_attrs["overrides"])
+        print(f"best of {self.trials} trials: {best.value:.6g} with {words}; see {place}")
+
+    def _best_file(self) -> Path:
         assert self.config is not None
-        place = Path(self.config.hydra.sweep.dir) / "best.yaml"
-        content = {"value": best.value, "overrides": best.user_attrs["overrides"]}
-        place.parent.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(content | {"run_dir": best.user_attrs["run_dir"]}, place)
-        print(f"best of {self.trials} trials: {best.value:.6g} with {' '.join(content['overrides'])}; see {place}")
+        return Path(self.config.hydra.sweep.dir) / "best.yaml"
+
+    def _write_best(self, study: Study) -> None:
+        """Write the best trial so far, if there is one, so that an interrupted search leaves it."""
+        from relay_diffusion.utils.files import write_text
+
+        if not _completed(study):
+            return
+        best = study.best_trial
+        content = {"value": best.value, **{key: best.user_attrs[key] for key in ("overrides", "run_dir")}}
+        self._best_file().parent.mkdir(parents=True, exist_ok=True)
+        write_text(self._best_file(), OmegaConf.to_yaml(OmegaConf.create(content)))
 
     def _check(self) -> None:
         from relay_diffusion.errors import require
@@ -84,11 +102,21 @@ class OptunaSweeper(Sweeper):
         require_library("hydra/sweeper=optuna", "optuna", "optuna")
         for option in ("trials", "parallel", "max_failures"):
             value = getattr(self, option)
-            require(isinstance(value, int) and value >= 1, f"hydra.sweeper.{option}={value}: must be at least 1")
+            require(
+                _is_whole(value) and value >= 1, f"hydra.sweeper.{option}={value}: must be a whole number, at least 1"
+            )
+        require(
+            _is_whole(self.seed) and 0 <= self.seed < MAX_SEED,
+            f"hydra.sweeper.seed={self.seed}: must be a whole number, at least 0 and below {MAX_SEED}",
+        )
         known = ("minimize", "maximize")
         require(self.direction in known, f"hydra.sweeper.direction={self.direction}: use minimize or maximize")
         stored = (self.study is None) == (self.storage is None)
         require(stored, "hydra.sweeper.study and storage: give both, or none")
+        require(
+            self.storage is None or isinstance(self.storage, str),
+            f"hydra.sweeper.storage={self.storage}: must be the URL of a database, e.g. sqlite:///study.db",
+        )
 
     def _search_space(self, arguments: list[str]) -> tuple[list[str], dict[str, BaseDistribution]]:
         """Return the overrides of all jobs, and the distributions of the others."""
@@ -113,40 +141,96 @@ class OptunaSweeper(Sweeper):
         )
         return list(fixed.values()), space
 
-    def _open_study(self) -> Study:
+    def _open_study(self, space: Mapping[str, BaseDistribution]) -> Study:
+        """Create or load the study; refuse a stored one with another direction or search space."""
         import optuna
+        from sqlalchemy.exc import SQLAlchemyError
+
+        from relay_diffusion.errors import UserError, require
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = optuna.create_study(
-            storage=self.storage, study_name=self.study, direction=self.direction, load_if_exists=True
+        name = None if self.study is None else str(self.study)
+        try:
+            study = optuna.create_study(
+                storage=self.storage, study_name=name, direction=self.direction, load_if_exists=True
+            )
+            study.set_user_attr("seed", self.seed)  # fails here, before the jobs, if the database is read-only
+        except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, RuntimeError, ValueError) as error:
+            reason = str(error.__cause__ or error).partition("\n")[0]
+            raise UserError(
+                f"hydra.sweeper.storage={self.storage}: {reason}; use the URL of a database in a folder that can be "
+                f"written, e.g. sqlite:///study.db"
+            ) from None
+        directions = [direction.name.lower() for direction in study.directions]
+        require(
+            directions == [self.direction],  # Optuna would ignore ours
+            f"hydra.sweeper.direction={self.direction}: hydra.sweeper.study={name} was started with "
+            f"{' and '.join(directions)}; use that direction, or another study",
         )
+        for trial in study.get_trials(deepcopy=False):
+            for key in trial.distributions.keys() & space.keys():
+                try:
+                    optuna.distributions.check_distribution_compatibility(trial.distributions[key], space[key])
+                except ValueError:
+                    raise UserError(
+                        f"hydra.sweeper.study={name}: its earlier trials chose {key} from other values; restore them, "
+                        f"or use another study"
+                    ) from None
         # a continued study draws other values than its earlier part did
         seed = self.seed + len(study.trials)
         study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=self.parallel > 1)
         return study
 
+    def _check_jobs(self, overrides: Sequence[Sequence[str]]) -> None:
+        """Compose the jobs; require that they return values, and in the direction of the search."""
+        from relay_diffusion.errors import require
+
+        assert self.hydra_context is not None
+        assert self.config is not None
+        for words in overrides:
+            cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(words))
+            sampling = OmegaConf.select(cfg, "mode") == "sample"
+            require(not sampling, "mode=sample: returns no value to optimize; add mode=evaluate")
+            best = OmegaConf.select(cfg, "callbacks.checkpoints.best")
+            if best is None or OmegaConf.select(cfg, "optimized_metric") is not None:
+                continue  # otherwise the jobs return the metric of the best checkpoint
+            mode = OmegaConf.select(cfg, "callbacks.checkpoints.best_mode")
+            needed = {"min": "minimize", "max": "maximize"}.get(mode, self.direction)
+            require(
+                needed == self.direction,
+                f"hydra.sweeper.direction={self.direction}: the jobs return {best}, with "
+                f"callbacks.checkpoints.best_mode={mode}; use direction={needed}, or set optimized_metric",
+            )
+
     def _run(self, study: Study, trials: Sequence[Trial], overrides: Sequence[Sequence[str]]) -> None:
-        """Run a job for each trial; tell the study their values."""
+        """Run a job for each trial; tell the study their values, then raise the first error that stops it."""
         from optuna.trial import TrialState
 
         from relay_diffusion.cli.main import JobError
         from relay_diffusion.errors import UserError
 
         assert self.launcher is not None
-        self.validate_batch_is_legal(overrides)
-        jobs = self.launcher.launch(overrides, initial_job_idx=trials[0].number)
+        self._check_jobs(overrides)
+        with _killed_jobs_return_errors(self.launcher):
+            jobs = self.launcher.launch(overrides, initial_job_idx=trials[0].number)
+        errors: list[Exception] = []
         for trial, words, job in zip(trials, overrides, jobs, strict=True):
             trial.set_user_attr("overrides", list(words))
             try:
                 value = job.return_value
             except JobError as error:
-                if error.code != 2:  # a bug, not a choice of options that fails
-                    raise
                 study.tell(trial, state=TrialState.FAIL)
                 print(f"trial {trial.number} failed: {error.text}", flush=True)
+                if error.code != 2:  # a bug, not a choice of options that fails
+                    errors.append(error)
                 continue
             if value is None:
-                raise UserError(f"trial {trial.number} returned no value: set optimized_metric, e.g. to eval/fid")
+                study.tell(trial, state=TrialState.FAIL)
+                hint = (
+                    "for train.py set optimized_metric, e.g. to eval/fid; for sample.py add mode=evaluate and metrics"
+                )
+                errors.append(UserError(f"trial {trial.number} returned no value: {hint}"))
+                continue
             assert job.hydra_cfg is not None  # the job returned a value
             trial.set_user_attr("run_dir", str(job.hydra_cfg.hydra.runtime.output_dir))
             if not math.isfinite(value):
@@ -155,26 +239,77 @@ class OptunaSweeper(Sweeper):
                 continue
             study.tell(trial, value)
             print(f"trial {trial.number}: {value:.6g} with {_shown(trial.params)}", flush=True)
+        self._write_best(study)
+        if errors:
+            raise errors[0]
+
+
+@contextmanager
+def _killed_jobs_return_errors(launcher: Launcher) -> Iterator[None]:
+    """Let a killed job of submitit return a JobError, as other failed jobs do.
+
+    Its launcher raises UncompletedJobError instead, which loses the values of the other jobs.
+    """
+    if "submitit" not in type(launcher).__module__:
+        yield
+        return
+    from submitit import Job
+    from submitit.core.utils import FailedJobError, UncompletedJobError
+
+    from relay_diffusion.cli.main import killed_job
+
+    original = Job.results
+
+    def results(job: Job[Any]) -> list[Any]:
+        try:
+            return original(job)
+        except FailedJobError:  # a bug outside the task
+            raise
+        except UncompletedJobError as error:
+            killed = JobReturn(overrides=job.submission().args[0], status=JobStatus.FAILED)
+            killed.return_value = killed_job(error)
+            return [killed]
+
+    with patch.object(Job, "results", results):
+        yield
 
 
 def distribution(override: Override) -> BaseDistribution:
     """Return the distribution of an override with several values.
 
     interval(LOW,HIGH): numbers, on a log scale with tag(log,interval(...)), and whole with int(interval(...)).
-    range(...): its numbers in order. Others: categories.
+    range(...): its numbers in order. Others: categories. Raises UserError for an interval or a range without numbers.
     """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+    from relay_diffusion.errors import require
+
+    word = override.input_line
     value: Any = override.value()
     if isinstance(value, IntervalSweep):
-        whole = isinstance(value.start, int) and isinstance(value.end, int)
+        low: Any = value.start  # not None in an override
+        high: Any = value.end
+        require(
+            -math.inf < low < high < math.inf,
+            f"{word}: the first number must be below the second one, and both finite; write interval(LOW,HIGH)",
+        )
+        require(
+            low > 0 or "log" not in value.tags,
+            f"{word}: a log scale needs numbers above 0; raise the first number, or remove tag(log,...)",
+        )
+        whole = isinstance(low, int) and isinstance(high, int)
         kind: Any = IntDistribution if whole else FloatDistribution
-        return kind(value.start, value.end, log="log" in value.tags)
+        return kind(low, high, log="log" in value.tags)
     if isinstance(value, RangeSweep):
-        numbers = list(value.range())
+        numbers = list(value.range()) if value.step else []
+        require(len(numbers) > 0, f"{word}: has no numbers; write range(START,STOP,STEP), with STOP excluded")
         if all(isinstance(number, int) for number in numbers):
             return IntDistribution(min(numbers), max(numbers), step=abs(int(value.step)))
     return CategoricalDistribution(list(override.sweep_string_iterator()))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _completed(study: Study) -> list[Any]:

@@ -1,5 +1,7 @@
 """Search for options with Optuna: search space, failures, a real search over eval/fid."""
 
+import re
+
 import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -8,7 +10,7 @@ from omegaconf import OmegaConf
 
 from relay_diffusion.cli.main import JobError
 from relay_diffusion.errors import UserError
-from support import TINY, pythonpath, run
+from support import TINY, pythonpath, run, start
 
 optuna = pytest.importorskip("optuna")
 
@@ -35,6 +37,22 @@ def test_values_of_hydra_are_a_search_space(word, expected):
     assert distribution(override) == expected
 
 
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("tag(log,interval(0,1e-2))", "a log scale needs numbers above 0; raise the first number"),
+        ("interval(1e-2,1e-4)", "the first number must be below the second one"),
+        ("interval(0,inf)", "the first number must be below the second one, and both finite"),
+        ("range(5,2)", "has no numbers; write range"),
+        ("range(1,5,0)", "has no numbers; write range"),
+    ],
+)
+def test_a_search_space_without_values_is_refused(word, message):
+    (override,) = OverridesParser.create().parse_overrides([f"{LR}={word}"])
+    with pytest.raises(UserError, match="^" + re.escape(f"{LR}={word}: {message}")):
+        distribution(override)
+
+
 class Launcher:
     """Runs `task` for each job, as a launcher of Hydra does."""
 
@@ -53,20 +71,30 @@ class Launcher:
             yield job
 
 
+class ConfigLoader:
+    """Composes jobs of their overrides alone."""
+
+    def load_sweep_config(self, master_config, sweep_overrides):  # noqa: ARG002
+        return OmegaConf.from_dotlist(sweep_overrides)
+
+
 @pytest.fixture
-def search(tmp_path, monkeypatch):
+def search(tmp_path):
     """Search for the best value of a function of the overrides, without training."""
-    monkeypatch.setattr(OptunaSweeper, "validate_batch_is_legal", lambda self, batch: None)  # noqa: ARG005
 
     def run_search(task, *words, **options):
         sweeper = OptunaSweeper(**options)
         sweeper.config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path / "sweep")}}})
-        sweeper.hydra_context = type("Context", (), {"config_loader": None})
+        sweeper.hydra_context = type("Context", (), {"config_loader": ConfigLoader()})
         sweeper.launcher = Launcher(task)
         sweeper.sweep(list(words))
-        return sweeper.launcher.numbers, yaml.safe_load((tmp_path / "sweep/best.yaml").read_text())
+        return sweeper.launcher.numbers, best_of(tmp_path)
 
     return run_search
+
+
+def best_of(folder):
+    return yaml.safe_load((folder / "sweep/best.yaml").read_text())
 
 
 SPACE = ("stage.seed=3", "a=interval(-4.0,4.0)", "b=1,2")
@@ -77,11 +105,18 @@ def quadratic(words):
     return (float(words["a"]) - 1) ** 2 + int(words["b"])
 
 
-@pytest.mark.parametrize(("direction", "best"), [("minimize", 1), ("maximize", 27)])
+@pytest.mark.parametrize(("direction", "best"), [("minimize", min), ("maximize", max)])
 def test_the_best_options_are_found(search, direction, best):
-    numbers, found = search(quadratic, *SPACE, trials=40, parallel=4, direction=direction)
-    assert numbers == list(range(40))
-    assert found["value"] == pytest.approx(best, abs=1)
+    values = []
+
+    def task(words):
+        values.append(quadratic(words))
+        return values[-1]
+
+    numbers, found = search(task, *SPACE, trials=12, parallel=4, direction=direction)
+    assert numbers == list(range(12))
+    assert len({*values}) == 12
+    assert found["value"] == best(values)
     words = dict(word.split("=") for word in found["overrides"])
     assert quadratic(words) == found["value"]
     assert found["run_dir"] == f"multirun/{found['overrides'][-1]}"
@@ -107,12 +142,63 @@ def test_only_failures_stop_the_search(search):
         search(never, *SPACE, trials=8, max_failures=2)
 
 
-def test_a_bug_stops_the_search(search):
-    def broken(_):
-        raise JobError("job 0: ZeroDivisionError", 1)
+def test_a_bug_stops_the_search(search, tmp_path):
+    values = []
+
+    def broken(words):
+        if len(values) == 5:
+            raise JobError("job 5: ZeroDivisionError", 1)
+        values.append(quadratic(words))
+        return values[-1]
 
     with pytest.raises(JobError, match="ZeroDivisionError"):
-        search(broken, *SPACE, trials=8)
+        search(broken, *SPACE, trials=8, parallel=2)
+    assert best_of(tmp_path)["value"] == min(values)  # with the value of the other job of the batch
+
+
+def test_an_interrupted_search_leaves_its_best_options(search, tmp_path):
+    values = []
+
+    def interrupted(words):
+        if len(values) == 3:
+            raise KeyboardInterrupt
+        values.append(quadratic(words))
+        return values[-1]
+
+    with pytest.raises(KeyboardInterrupt):
+        search(interrupted, *SPACE, trials=8)
+    assert best_of(tmp_path)["value"] == min(values)
+
+
+KILLED = """
+import os, signal
+from hydra.core.hydra_config import HydraConfig
+from relay_diffusion.cli.main import TRAIN, command_line
+
+def task(cfg):
+    if HydraConfig.get().job.num == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return float(cfg.seed)
+
+command_line(task, TRAIN)
+"""
+
+
+@pytest.mark.slow  # submitit waits for the result of a killed job
+def test_a_killed_job_of_submitit_is_a_failed_trial(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    (tmp_path / "killed.py").write_text(KILLED)
+    result = start(
+        str(tmp_path / "killed.py"), "--multirun", "hydra/sweeper=optuna", "hydra/launcher=submitit_local",
+        f"hydra.sweep.dir={tmp_path / 'sweep'}", "seed=range(1,9)", "hydra.sweeper.trials=2",
+        "hydra.sweeper.parallel=2", PYTHONPATH=pythonpath(tmp_path),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("trial 0 failed: a job of the sweep was killed or ran out of memory: Job ")
+    values = [int(line.rpartition("seed=")[2]) for line in lines if line.startswith(("trial 1: ", "trial 2: "))]
+    assert len(values) == 2
+    assert best_of(tmp_path)["value"] == min(values)
 
 
 @pytest.mark.slow
@@ -129,8 +215,13 @@ def test_a_stored_study_is_continued(search, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"trials": 0}, r"^hydra\.sweeper\.trials=0: must be at least 1"),
+        ({"trials": 0}, r"^hydra\.sweeper\.trials=0: must be a whole number, at least 1"),
+        ({"trials": "abc"}, r"^hydra\.sweeper\.trials=abc: must be a whole number, at least 1"),
+        ({"trials": True}, r"^hydra\.sweeper\.trials=True: must be a whole number, at least 1"),
+        ({"trials": 1, "seed": "abc"}, r"^hydra\.sweeper\.seed=abc: must be a whole number, at least 0"),
+        ({"trials": 1, "seed": -1}, r"^hydra\.sweeper\.seed=-1: must be a whole number, at least 0"),
         ({"trials": 1, "direction": "down"}, r"^hydra\.sweeper\.direction=down: use minimize or maximize"),
+        ({"trials": 1, "study": "mine", "storage": 5}, r"^hydra\.sweeper\.storage=5: must be the URL of a database"),
         ({"trials": 1, "study": "mine"}, r"^hydra\.sweeper\.study and storage: give both"),
     ],
 )
@@ -139,14 +230,82 @@ def test_errors_name_options_of_the_search(search, options, message):
         search(quadratic, *SPACE, **options)
 
 
+@pytest.mark.parametrize(
+    ("storage", "reason"),
+    [
+        ("foo", "Could not parse"),
+        ("sqlite:////missing_folder/study.db", "unable to open database file"),
+        ("redis://host", "RedisStorage is removed"),
+    ],
+)
+def test_a_storage_that_cannot_be_opened_is_refused(search, storage, reason):
+    message = (
+        rf"^hydra\.sweeper\.storage={storage}: {reason}.*; use the URL of a database in a folder that can be written"
+    )
+    with pytest.raises(UserError, match=message):
+        search(quadratic, *SPACE, trials=1, study="mine", storage=storage)
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Options of a stored study without trials."""
+    options = {"study": "mine", "storage": f"sqlite:///{tmp_path / 'study.db'}"}
+    optuna.create_study(study_name="mine", storage=options["storage"])
+    return options
+
+
+def test_a_read_only_storage_is_refused(search, tmp_path, stored):
+    url = f"sqlite:///file:{tmp_path / 'study.db'}?mode=ro&uri=true"
+    with pytest.raises(UserError, match=r"^hydra\.sweeper\.storage=.*readonly database; use the URL"):
+        search(quadratic, *SPACE, trials=1, **stored | {"storage": url})
+
+
+@pytest.mark.parametrize("changed", ["b=1,2,3", "b=range(1,3)"])
+def test_a_stored_study_with_other_choices_is_refused(search, stored, changed):
+    search(quadratic, *SPACE, trials=1, **stored)
+    with pytest.raises(UserError, match=r"^hydra\.sweeper\.study=mine: its earlier trials chose b from other values"):
+        search(quadratic, *SPACE[:2], changed, trials=2, **stored)
+    assert len(optuna.load_study(study_name="mine", storage=stored["storage"]).trials) == 1
+
+
+def test_a_stored_study_with_another_direction_is_refused(search, stored):
+    message = r"^hydra\.sweeper\.direction=maximize: hydra\.sweeper\.study=mine was started with minimize; use that"
+    with pytest.raises(UserError, match=message):
+        search(quadratic, *SPACE, trials=1, direction="maximize", **stored)
+
+
 def test_a_search_needs_something_to_search(search):
     with pytest.raises(UserError, match="no option has several values; give some"):
         search(quadratic, "stage.seed=3", trials=2)
 
 
-def test_a_job_without_a_value_is_an_error(search):
-    with pytest.raises(UserError, match="trial 0 returned no value: set optimized_metric"):
-        search(lambda words: None, *SPACE, trials=2)  # noqa: ARG005
+def test_a_job_without_a_value_is_an_error(search, tmp_path):
+    values = [True, False]
+    with pytest.raises(UserError, match=r"trial 0 returned no value: .*set optimized_metric.*; .*add mode=evaluate"):
+        search(lambda words: 5 if values.pop() else None, *SPACE, trials=2, parallel=2)  # noqa: ARG005
+    assert best_of(tmp_path)["value"] == 5  # of the other job of the batch
+
+
+def test_sampling_without_metrics_is_an_error_before_the_jobs(search):
+    with pytest.raises(UserError, match=r"^mode=sample: returns no value to optimize; add mode=evaluate$"):
+        search(None, "mode=sample", "a=1,2", trials=2)
+
+
+@pytest.mark.parametrize(("direction", "mode"), [("minimize", "max"), ("maximize", "min")])
+def test_the_direction_is_that_of_the_best_checkpoint(search, direction, mode):
+    options = ("callbacks.checkpoints.best=M", f"callbacks.checkpoints.best_mode={mode}", "a=1,2")
+    other = {"minimize": "maximize", "maximize": "minimize"}[direction]
+    message = (
+        rf"^hydra\.sweeper\.direction={direction}: .*best_mode={mode}; use direction={other}, or set optimized_metric"
+    )
+    with pytest.raises(UserError, match=message):
+        search(None, *options, trials=1, direction=direction)
+
+    def value(words):
+        return int(words["a"])
+
+    assert search(value, *options, trials=1, direction=other)[0] == [0]
+    assert search(value, *options, "optimized_metric=N", trials=1, direction=direction)[0] == [0]
 
 
 @pytest.mark.slow

@@ -142,9 +142,10 @@ def test_slurm_on_a_host_without_it(sweep, tmp_path, launcher):
     assert not (tmp_path / "sweep").exists()
 
 
-def test_a_launcher_without_a_sweep_is_refused(tmp_path):
+@pytest.mark.parametrize("choice", ["hydra/launcher=submitit_local", "hydra/sweeper=optuna"])
+def test_a_launcher_or_sweeper_without_a_sweep_is_refused(tmp_path, choice):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    result = run("train.py", "hydra/launcher=submitit_local", f"run_dir={tmp_path / 'run'}")
+    result = run("train.py", choice, f"run_dir={tmp_path / 'run'}")
     assert result.returncode == 2
-    assert result.stderr == ("error: hydra/launcher=submitit_local is for sweeps: add --multirun, or remove it\n")
+    assert result.stderr == f"error: {choice} is for sweeps: add --multirun, or remove it\n"
     assert not (tmp_path / "run").exists()

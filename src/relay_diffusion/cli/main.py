@@ -54,21 +54,28 @@ class JobError(Exception):
         self.text, self.code = text, code
 
 
+def killed_job(error: Exception) -> JobError:
+    """Describe submitit's UncompletedJobError in one line."""
+    reason = " ".join(str(error).splitlines()[:2])
+    return JobError(f"a job of the sweep was killed or ran out of memory: {reason}", 2)
+
+
 def _shows_traceback() -> bool:
     return os.environ.get(SHOW_TRACEBACK) == "1"
 
 
 def _check_command(config: Path) -> None:
-    """Reject a launcher without a sweep, and unknown top-level keys.
+    """Reject a launcher or sweeper without a sweep, and unknown top-level keys.
 
     Raises UserError.
     """
     settings = HydraConfig.get()
-    launcher = settings.runtime.choices.get("hydra/launcher", "basic")
-    require(
-        launcher == "basic" or sweep_job() is not None,
-        f"hydra/launcher={launcher} is for sweeps: add --multirun, or remove it",
-    )
+    for group in ("hydra/launcher", "hydra/sweeper"):
+        choice = settings.runtime.choices.get(group, "basic")
+        require(
+            choice == "basic" or sweep_job() is not None,
+            f"{group}={choice} is for sweeps: add --multirun, or remove it",
+        )
     if settings.job.config_name != config.stem:
         return  # --config-name chose a config with other keys
     main = OmegaConf.load(config)
@@ -179,8 +186,7 @@ def command_line(task: Callable[[DictConfig], float | None], config: Path) -> No
         sys.exit(failure.code)
     except Exception as error:
         if type(error).__name__ == "UncompletedJobError":  # a class of submitit, which is optional
-            reason = " ".join(str(error).splitlines()[:2])
-            print(f"error: a job of the sweep was killed or ran out of memory: {reason}", file=sys.stderr, flush=True)
+            print(f"error: {killed_job(error).text}", file=sys.stderr, flush=True)
             sys.exit(2)
         if _shows_traceback() or not caused_by_user(error):
             raise
