@@ -7,17 +7,13 @@ starts, so this one imports Optuna only when a sweep starts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn, JobStatus
-from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
@@ -206,13 +202,22 @@ class OptunaSweeper(Sweeper):
         """Run a job for each trial; tell the study their values, then raise the first error that stops it."""
         from optuna.trial import TrialState
 
-        from relay_diffusion.cli.main import JobError
+        from relay_diffusion.cli.main import JobError, killed_job, lost_job
         from relay_diffusion.errors import UserError
 
         assert self.launcher is not None
         self._check_jobs(overrides)
-        with _killed_jobs_return_errors(self.launcher):
+        try:
             jobs = self.launcher.launch(overrides, initial_job_idx=trials[0].number)
+        except Exception as error:
+            if not lost_job(error):
+                raise
+            for trial in trials:  # submitit hands over no job of a batch with a killed one
+                study.tell(trial, state=TrialState.FAIL)
+            numbers = ", ".join(str(trial.number) for trial in trials)
+            print(f"trials {numbers} failed: {killed_job(error).text}", flush=True)
+            self._write_best(study)
+            return
         errors: list[Exception] = []
         for trial, words, job in zip(trials, overrides, jobs, strict=True):
             trial.set_user_attr("overrides", list(words))
@@ -242,36 +247,6 @@ class OptunaSweeper(Sweeper):
         self._write_best(study)
         if errors:
             raise errors[0]
-
-
-@contextmanager
-def _killed_jobs_return_errors(launcher: Launcher) -> Iterator[None]:
-    """Let a killed job of submitit return a JobError, as other failed jobs do.
-
-    Its launcher raises UncompletedJobError instead, which loses the values of the other jobs.
-    """
-    if "submitit" not in type(launcher).__module__:
-        yield
-        return
-    from submitit import Job
-    from submitit.core.utils import FailedJobError, UncompletedJobError
-
-    from relay_diffusion.cli.main import killed_job
-
-    original = Job.results
-
-    def results(job: Job[Any]) -> list[Any]:
-        try:
-            return original(job)
-        except FailedJobError:  # a bug outside the task
-            raise
-        except UncompletedJobError as error:
-            killed = JobReturn(overrides=job.submission().args[0], status=JobStatus.FAILED)
-            killed.return_value = killed_job(error)
-            return [killed]
-
-    with patch.object(Job, "results", results):
-        yield
 
 
 def distribution(override: Override) -> BaseDistribution:

@@ -185,7 +185,7 @@ command_line(task, TRAIN)
 
 
 @pytest.mark.slow  # submitit waits for the result of a killed job
-def test_a_killed_job_of_submitit_is_a_failed_trial(tmp_path):
+def test_a_killed_job_of_submitit_is_a_failed_batch(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     (tmp_path / "killed.py").write_text(KILLED)
     result = start(
@@ -195,8 +195,8 @@ def test_a_killed_job_of_submitit_is_a_failed_trial(tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
-    assert lines[0].startswith("trial 0 failed: a job of the sweep was killed or ran out of memory: Job ")
-    values = [int(line.rpartition("seed=")[2]) for line in lines if line.startswith(("trial 1: ", "trial 2: "))]
+    assert lines[0].startswith("trials 0, 1 failed: a job of the sweep was killed or ran out of memory: Job ")
+    values = [int(line.rpartition("seed=")[2]) for line in lines if line.startswith(("trial 2: ", "trial 3: "))]
     assert len(values) == 2
     assert best_of(tmp_path)["value"] == min(values)
 

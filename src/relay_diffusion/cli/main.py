@@ -54,6 +54,11 @@ class JobError(Exception):
         self.text, self.code = text, code
 
 
+def lost_job(error: Exception) -> bool:
+    """Whether submitit has no result of a job."""
+    return type(error).__name__ == "UncompletedJobError"  # a class of submitit, which is optional
+
+
 def killed_job(error: Exception) -> JobError:
     """Describe submitit's UncompletedJobError in one line."""
     reason = " ".join(str(error).splitlines()[:2])
@@ -185,7 +190,7 @@ def command_line(task: Callable[[DictConfig], float | None], config: Path) -> No
         print(f"error: the sweep has stopped: {failure.text}", file=sys.stderr, flush=True)
         sys.exit(failure.code)
     except Exception as error:
-        if type(error).__name__ == "UncompletedJobError":  # a class of submitit, which is optional
+        if lost_job(error):
             print(f"error: {killed_job(error).text}", file=sys.stderr, flush=True)
             sys.exit(2)
         if _shows_traceback() or not caused_by_user(error):

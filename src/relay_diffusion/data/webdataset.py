@@ -173,9 +173,7 @@ def _index(shard: Path, name: str, where: str) -> tuple[dict[str, _Place], list[
     except UserError:
         raise
     except Exception as error:  # untrusted bytes: tarfile raises many exception types
-        problem = (
-            f"cannot be read as a tar archive ({one_line(error)}); copy it again, or choose its data format"
-        )
+        problem = f"cannot be read as a tar archive ({one_line(error)}); copy it again, or choose its data format"
         if _is_compressed(shard):
             problem = "is compressed, which allows no random access; decompress it"
         raise UserError(f"{where}: the shard {name!r} {problem}") from error
