@@ -152,9 +152,7 @@ def test_a_repository(hub, relay_folder, load, tmp_path, monkeypatch):
 
 def test_without_this_library(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, MODULE, None)
-    with pytest.raises(
-        ImportError, match=r'^this pipeline needs the library .*: pip install "relay-diffusion\[diff'
-    ) as e:
+    with pytest.raises(ImportError, match=r"^this pipeline needs the library .*: pip install -e '\.\[diff") as e:
         runpy.run_path(str(folder / "pipeline.py"))
     assert "\n" not in str(e.value)
 

@@ -200,5 +200,5 @@ def test_addresses_that_do_not_exist(address: str, message: str) -> None:
 def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_parquet(tmp_path / "a.parquet", IMAGES)
     monkeypatch.setattr("relay_diffusion.utils.installed.find_spec", lambda _: None)
-    refused(path, r'^data\.dataset\.path=.*: needs the library datasets: pip install "relay-diffusion\[datasets\]"$')
+    refused(path, r"^data\.dataset\.path=.*: needs the library datasets: pip install -e '\.\[datasets\]'$")
     assert importlib.util.find_spec("datasets") is not None

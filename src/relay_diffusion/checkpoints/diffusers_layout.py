@@ -16,6 +16,7 @@ from relay_diffusion.utils.installed import install_command
 INDEX_FILE, PIPELINE_FILE = "model_index.json", "pipeline.py"
 MODULE = "relay_diffusion.checkpoints.diffusers_pipeline"
 INSTALL = install_command("diffusers")
+MISSING = f"this pipeline needs the library relay-diffusion; in a clone of it: {INSTALL}"
 INDEX = {"_class_name": ["pipeline", "RelayPipeline"], "relay": [MODULE, "RelayLoader"]}
 PIPELINE = f'''\
 """Relay Diffusion as a custom pipeline of diffusers; the library relay-diffusion has its code."""
@@ -25,7 +26,7 @@ try:
 except ModuleNotFoundError as error:
     if not str(error.name).startswith("relay_diffusion"):
         raise
-    raise ImportError('this pipeline needs the library relay-diffusion: {INSTALL}') from None
+    raise ImportError({MISSING!r}) from None
 '''
 
 

@@ -85,11 +85,18 @@ def model_card(
     ]
     if picture is not None:
         parts.append(f"![samples]({picture})")
-    parts += ["## Use", f"    {INSTALL}", f"```python\n{_example(relay, address)}\n```"]
+    parts += [
+        "## Use",
+        f"In a clone of {LIBRARY}:",
+        f"    {INSTALL}",
+        "Then",
+        f"```python\n{_example(relay, address)}\n```",
+    ]
     if diffusers:
         parts += [
-            "With diffusers:",
+            f"With diffusers, in a clone of {LIBRARY}:",
             f"    {INSTALL_DIFFUSERS}",
+            "Then",
             f"```python\n{_diffusers_example(relay, address)}\n```",
         ]
     if relay.text_dim:

@@ -52,5 +52,5 @@ def test_a_table_is_pictures_and_a_text(tmp_path):
 
 def test_the_library_is_named_if_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(installed, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r'logger=tensorboard needs the library tensorboard: pip install "relay-diff.*'):
+    with pytest.raises(UserError, match=r"logger=tensorboard needs the library .*: pip install -e '\.\[tens.*"):
         TensorBoardRun(tmp_path)
