@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN := outputs/quickstart
 DRAWN := outputs/demo
-# Slow files have few tests: not last. Tests start 20 interpreters, and bytecode saves each of them 6 seconds, so it is
-# written even where the environment forbids it.
+# Slow files have few tests: not last. Bytecode is written even where the environment forbids it: otherwise each
+# interpreter that a test starts compiles all libraries again.
 PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help

@@ -45,11 +45,11 @@ def rows(options: Options) -> list[Image.Image]:
     for image, name in enumerate(samples.names):
         of_prompt[captions.get(name, [""])[0]].append(image)
     size = (options.side, options.side)
-    drawn = {}
+    drawn = []
     for prompt, images in of_prompt.items():
         pictures = [pil_image(samples.tensor(image)).resize(size, Image.Resampling.LANCZOS) for image in images]
-        drawn[prompt] = titled(side_by_side(pictures, gap=4), prompt)
-    return list(drawn.values())
+        drawn.append(titled(side_by_side(pictures, gap=4), prompt))
+    return drawn
 
 
 def run(options: Options) -> None:

@@ -18,6 +18,10 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from relay_diffusion.errors import UserError, require
+from relay_diffusion.utils.files import write_text
+from relay_diffusion.utils.installed import require_library
+
 if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.distributions import BaseDistribution
@@ -60,8 +64,6 @@ class OptunaSweeper(Sweeper):
         self._check()
         from optuna.trial import TrialState
 
-        from relay_diffusion.errors import UserError
-
         fixed, space = self._search_space(arguments)
         study = self._open_study(space)
         self._write_best(study)
@@ -82,8 +84,6 @@ class OptunaSweeper(Sweeper):
 
     def _write_best(self, study: Study) -> None:
         """Write the best trial so far, if there is one, so that an interrupted search leaves it."""
-        from relay_diffusion.utils.files import write_text
-
         if not _completed(study):
             return
         best = study.best_trial
@@ -92,9 +92,6 @@ class OptunaSweeper(Sweeper):
         write_text(self._best_file(), OmegaConf.to_yaml(OmegaConf.create(content)))
 
     def _check(self) -> None:
-        from relay_diffusion.errors import require
-        from relay_diffusion.utils.installed import require_library
-
         require_library("hydra/sweeper=optuna", "optuna", "optuna")
         for option in ("trials", "parallel", "max_failures"):
             value = getattr(self, option)
@@ -116,8 +113,6 @@ class OptunaSweeper(Sweeper):
 
     def _search_space(self, arguments: list[str]) -> tuple[list[str], dict[str, BaseDistribution]]:
         """Return the overrides of all jobs, and the distributions of the others."""
-        from relay_diffusion.errors import require
-
         assert self.hydra_context is not None
         fixed: dict[str, str] = {}
         space: dict[str, BaseDistribution] = {}
@@ -141,8 +136,6 @@ class OptunaSweeper(Sweeper):
         """Create or load the study; refuse a stored one with another direction or search space."""
         import optuna
         from sqlalchemy.exc import SQLAlchemyError
-
-        from relay_diffusion.errors import UserError, require
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         name = None if self.study is None else str(self.study)
@@ -179,8 +172,6 @@ class OptunaSweeper(Sweeper):
 
     def _check_jobs(self, overrides: Sequence[Sequence[str]]) -> None:
         """Compose the jobs; require that they return values, and in the direction of the search."""
-        from relay_diffusion.errors import require
-
         assert self.hydra_context is not None
         assert self.config is not None
         for words in overrides:
@@ -202,8 +193,7 @@ class OptunaSweeper(Sweeper):
         """Run a job for each trial; tell the study their values, then raise the first error that stops it."""
         from optuna.trial import TrialState
 
-        from relay_diffusion.cli.main import JobError, killed_job, lost_job
-        from relay_diffusion.errors import UserError
+        from relay_diffusion.cli.main import JobError, lost_job, lost_job_text
 
         assert self.launcher is not None
         self._check_jobs(overrides)
@@ -215,8 +205,7 @@ class OptunaSweeper(Sweeper):
             for trial in trials:  # submitit hands over no job of a batch with a killed one
                 study.tell(trial, state=TrialState.FAIL)
             numbers = ", ".join(str(trial.number) for trial in trials)
-            print(f"trials {numbers} failed: {killed_job(error).text}", flush=True)
-            self._write_best(study)
+            print(f"trials {numbers} failed: {lost_job_text(error)}", flush=True)
             return
         errors: list[Exception] = []
         for trial, words, job in zip(trials, overrides, jobs, strict=True):
@@ -256,8 +245,6 @@ def distribution(override: Override) -> BaseDistribution:
     range(...): its numbers in order. Others: categories. Raises UserError for an interval or a range without numbers.
     """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    from relay_diffusion.errors import require
 
     word = override.input_line
     value: Any = override.value()

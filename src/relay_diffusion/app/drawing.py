@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from PIL import Image
 from torch import Tensor
@@ -41,10 +41,6 @@ class DrawOptions:
     stages: Mapping[str, StageSettings] = field(default_factory=dict)
     max_images: int = 16
     batch_size: int = 8
-
-    def prompts(self) -> list[str]:
-        """Return the prompts; an empty one without text."""
-        return [line.strip() for line in self.prompt.splitlines() if line.strip()] or [""]
 
 
 class Frame(NamedTuple):
@@ -82,7 +78,8 @@ def plan_images(relay: Relay, options: DrawOptions) -> Plan:
     for name, text in (("prompt", options.prompt), ("negative_prompt", options.negative_prompt)):
         if text.strip():
             relay.check_text(name)
-    return plan
+    prompts = [line.strip() for line in options.prompt.splitlines() if line.strip()]
+    return replace(plan, prompts=prompts or [""], negative_prompt=options.negative_prompt) if relay.text_dim else plan
 
 
 def class_names(relay: Relay) -> list[str]:
@@ -94,7 +91,7 @@ def draw(relay: Relay, options: DrawOptions, job: Job | None = None) -> Drawing:
     """Draw one image for each seed. Raises UserError for options that the relay refuses."""
     job, began = Job() if job is None else job, time.perf_counter()
     plan = plan_images(relay, options)
-    captions = _captions(relay, plan, options.prompts())
+    captions = _captions(relay, plan)
     with adjusted(relay, options.stages):
         job.total = max(job.total, job.done + relay.evaluations() * len(plan.seeds))
         evaluations = {name: sampler.evaluations for name, sampler in relay.samplers.items()}
@@ -103,15 +100,15 @@ def draw(relay: Relay, options: DrawOptions, job: Job | None = None) -> Drawing:
     return Drawing(images, captions, frames, evaluations, time.perf_counter() - began)
 
 
-def _captions(relay: Relay, plan: Plan, prompts: Sequence[str]) -> list[str]:
+def _captions(relay: Relay, plan: Plan) -> list[str]:
     """Name seed, class and, if there are several, prompt of each image."""
     names, captions = class_names(relay), []
-    for seed, label in zip(plan.seeds, plan.labels, strict=True):
+    for position, (seed, label) in enumerate(zip(plan.seeds, plan.labels, strict=True)):
         parts = [f"seed {seed}"]
         if label >= 0:
             parts.append(names[label])
-        if len(prompts) > 1:
-            parts.append(prompts[seed % len(prompts)])
+        if len(plan.prompts or []) > 1:
+            parts.append(plan.prompt(position))
         captions.append(" · ".join(parts))
     return captions
 
@@ -119,16 +116,16 @@ def _captions(relay: Relay, plan: Plan, prompts: Sequence[str]) -> list[str]:
 def _sample(
     relay: Relay, options: DrawOptions, plan: Plan, job: Job
 ) -> tuple[list[Image.Image], dict[str, list[Step]]]:
-    prompts = options.prompts()
-    negative = {"negative_prompt": options.negative_prompt} if options.negative_prompt.strip() else {}
     images: list[Image.Image] = []
     steps: dict[str, list[Step]] = {}
     for first in range(0, len(plan.seeds), options.batch_size):
         batch = slice(first, first + options.batch_size)
-        seeds = plan.seeds[batch]
-        text = {"prompt": [prompts[seed % len(prompts)] for seed in seeds]} if relay.text_dim else {}
+        prompts = [plan.prompt(position) for position in range(len(plan.seeds))[batch]]
+        text: dict[str, Any] = {"prompt": prompts} if relay.text_dim else {}
+        if plan.negative_prompt.strip():
+            text["negative_prompt"] = plan.negative_prompt
         with relay.observed(tile_observer=job), _recorded(relay, SHOWN_IMAGES - first, job) as recorders:
-            stages = relay.sample_stages(seeds, plan.labels[batch], **text, **negative)  # type: ignore[arg-type]
+            stages = relay.sample_stages(plan.seeds[batch], plan.labels[batch], **text)
         images += relay.to_pil(list(stages.values())[-1])
         for name, recorder in recorders.items():
             recorded = recorder.finish(stages[name])

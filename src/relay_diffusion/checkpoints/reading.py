@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -119,9 +119,14 @@ def wandb_record(content: Mapping[str, Any]) -> dict[str, str] | None:
     """
     run = content.get("run")
     record = run.get("wandb") if isinstance(run, dict) else None
-    if not isinstance(record, dict) or not all(isinstance(text, str) for text in (*record, *record.values())):
-        return None
-    return record if {"id", "directory"} <= record.keys() else None
+    return record if is_run_record(record) else None
+
+
+def is_run_record(value: object) -> TypeGuard[dict[str, str]]:
+    """Return whether a value is the `run_record` of a WandbRun."""
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in (*value, *value.values())):
+        return False
+    return {"id", "directory"} <= value.keys()
 
 
 def check_stored(content: Any, file: Path) -> dict[str, Any]:

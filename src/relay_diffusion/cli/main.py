@@ -59,10 +59,9 @@ def lost_job(error: Exception) -> bool:
     return type(error).__name__ == "UncompletedJobError"  # a class of submitit, which is optional
 
 
-def killed_job(error: Exception) -> JobError:
+def lost_job_text(error: Exception) -> str:
     """Describe submitit's UncompletedJobError in one line."""
-    reason = " ".join(str(error).splitlines()[:2])
-    return JobError(f"a job of the sweep was killed or ran out of memory: {reason}", 2)
+    return f"a job of the sweep was killed or ran out of memory: {' '.join(str(error).splitlines()[:2])}"
 
 
 def _shows_traceback() -> bool:
@@ -191,7 +190,7 @@ def command_line(task: Callable[[DictConfig], float | None], config: Path) -> No
         sys.exit(failure.code)
     except Exception as error:
         if lost_job(error):
-            print(f"error: {killed_job(error).text}", file=sys.stderr, flush=True)
+            print(f"error: {lost_job_text(error)}", file=sys.stderr, flush=True)
             sys.exit(2)
         if _shows_traceback() or not caused_by_user(error):
             raise

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import lightning as L
@@ -143,8 +144,8 @@ def _make_and_measure(
         results |= measure(options, trainer, evaluator, images, {"settings": settings} | results, relay.rounding)
     if trainer.is_global_zero:
         results |= _keep(options, relay, plan, store)
-        table = sample_table(relay, plan, images, options.picture if trainer.loggers else 0)
         report(results)  # first, as a logger may fail
+        table = partial(sample_table, relay, plan, images, options.picture)
         log_results(trainer.loggers, options, results, relay.chain(), table)
     return results
 

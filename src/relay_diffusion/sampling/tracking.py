@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,13 +56,13 @@ def log_results(
     options: SamplingOptions,
     results: Mapping[str, Any],
     stages: Mapping[str, DiffusionStage] | None = None,
-    table: Table | None = None,
+    table: Callable[[], Table] | None = None,
 ) -> None:
     """Log metrics, picture, table and metrics.json. Call on rank 0.
 
     W&B gets them in the run that trained the last stage, or in a new run if it has none. The x-axis is the images seen
     by the last stage. A logger that has these results already gets nothing. stages: of the relay, by name; None:
-    existing images were evaluated.
+    existing images were evaluated. table: makes the table of samples, which reads the images again.
     """
     *_, (name, last) = [("", None), *(stages or {}).items()]
     seen = 0 if last is None else last.info.images_seen
@@ -90,7 +90,8 @@ def log_results(
         else:
             print(f"the results go to the W&B run {logger.version}, which trained {name}")
     send_row(loggers, GROUP, values, seen)
-    _log_media(loggers, options, table, seen)
+    shown = table() if table is not None and any(hasattr(logger, "log_image_table") for logger in loggers) else None
+    _log_media(loggers, options, shown, seen)
     models = {key: (stage.info.wandb, stage.info.images_seen) for key, stage in (stages or {}).items()}
     known = {key: model for key, model in models.items() if model[0] is not None}
     for logger in loggers:

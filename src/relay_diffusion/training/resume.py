@@ -26,6 +26,7 @@ from relay_diffusion.checkpoints.reading import (
     find_stage,
     read_stage,
     stored_weights,
+    wandb_record,
 )
 from relay_diffusion.data.datamodule import ImageDataModule
 from relay_diffusion.diffusion.augment import LABELS
@@ -317,4 +318,4 @@ def find_start(
             f"trainer.max_images={cfg.trainer.max_images} to continue it"
         )
     stored = content.get(KEY, {})  # older checkpoints have none
-    return Start(path, own, seen, changes(stored, record) if stored else [], stored.get("wandb") if own else None)
+    return Start(path, own, seen, changes(stored, record) if stored else [], wandb_record(content) if own else None)

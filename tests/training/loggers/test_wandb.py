@@ -10,13 +10,17 @@ import torch
 import wandb
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
+from relay_diffusion.checkpoints.reading import wandb_record
 from relay_diffusion.cli.errors import explain
 from relay_diffusion.cli.main import TRAIN
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.training import run as training
+from relay_diffusion.training.loggers.wandb import PROJECT as DEFAULT_PROJECT
 from relay_diffusion.training.loggers.wandb import WandbRun
+from support import PROJECT
 from wandb_files import of_type, records, rows_of
 
 PANELS = {
@@ -238,3 +242,14 @@ def test_pictures_of_a_relay_stage_and_checkpoints_on_request(fit, tmp_path):
     assert json.loads(artifact["metadata"]) == {"images_seen": 8}
     fit("other", 8, "logger=wandb", *EVERY_8)
     assert of_type(records(tmp_path / "other")[0], "artifact") == []
+
+
+@pytest.mark.parametrize("record", [None, "a", {}, {"id": "a"}, {"id": "a", "directory": 1}, {"id": "a", 2: "b"}])
+def test_a_checkpoint_with_another_record_has_no_run(record):
+    """A checkpoint may be somebody else's."""
+    assert wandb_record({"run": {"wandb": record}}) is None
+    assert wandb_record({"run": {"wandb": {"id": "a", "directory": "b"}}}) == {"id": "a", "directory": "b"}
+
+
+def test_the_default_project_is_that_of_the_configuration():
+    assert OmegaConf.load(PROJECT / "conf/logger/wandb.yaml").wandb.project == DEFAULT_PROJECT

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from PIL.Image import Image
 
+from relay_diffusion.checkpoints.reading import is_run_record
 from relay_diffusion.errors import UserError
 from relay_diffusion.training.loggers.metrics_csv import STEP
 from relay_diffusion.utils.files import json_text, write_text
@@ -82,7 +83,7 @@ class WandbRun(WandbLogger):
 
     def _continued(self, record: Mapping[str, str] | None) -> str | None:
         """Return the id of a record; None in a copied directory."""
-        if record is None or not {"id", "directory"} <= record.keys():
+        if record is None:
             return None
         original = Path(record["directory"])
         try:
@@ -221,13 +222,11 @@ def read_record(directory: Path) -> dict[str, str] | None:
     """Read the `run_record` of a directory; None without one."""
     try:
         record = json.loads((directory / FILE).read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or not all(isinstance(value, str) for value in record.values()):
-            raise TypeError
-        if not {"id", "directory"} <= record.keys():
+        if not is_run_record(record):
             raise ValueError
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError):
         raise UserError(f"{directory / FILE} cannot be read: delete it for a new W&B run") from None
     return record
 
