@@ -41,7 +41,7 @@ quickstart: $(READY) ## train a small 16 -> 64 relay on emoji, sample it, measur
 test: $(READY) ## run all tests: 8 minutes on two CPU cores
 	$(PYTEST)
 
-test-fast: $(READY) ## run the tests that take about a second at most: 5 minutes on two slow CPU cores
+test-fast: $(READY) ## run the tests that take about a second at most: 2.5 minutes on two CPU cores
 	$(PYTEST) -m "not slow"
 
 lint: $(READY) ## check style and types
