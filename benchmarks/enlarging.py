@@ -4,7 +4,7 @@ python benchmarks/enlarging.py [key=value ...]
 
 stage      relay stage: directory of a run, .ckpt file or export   (demo/photos_256)
 methods    bicubic, lanczos, and grids as in grids.py, joined by plus signs; consistent: before a grid ties block means
-           to the input, as relay.consistency=true does             (bicubic+lanczos+consistent:1,2,3,5,9/0.2/0.03/7/0)
+           to the input, as relay.consistency=true does             (bicubic+lanczos+consistent:1,2,3,5,9/0.2/0.02/7/0)
 images     folder or zip of images of any size                     (data/photos.zip)
 subset     a folder inside                                         (heldout)
 count      number of crops, equally many of each image; FID needs more than 2,048   (5000)
@@ -64,7 +64,7 @@ class Options:
     """The command line; see above."""
 
     stage: str = "demo/photos_256"
-    methods: str = "bicubic+lanczos+consistent:1,2,3,5,9/0.2/0.03/7/0"
+    methods: str = "bicubic+lanczos+consistent:1,2,3,5,9/0.2/0.02/7/0"
     images: str = "data/photos.zip"
     subset: str = "heldout"
     count: int = 5000

@@ -3,7 +3,7 @@
 python benchmarks/enlarging_picture.py [key=value ...]
 
 stage    relay stage, as in enlarging.py                              (demo/photos_256)
-methods  a column each, as in enlarging.py              (bicubic+consistent:3/0.2/0.03/7/0)
+methods  a column each, as in enlarging.py              (bicubic+consistent:3/0.2/0.02/7/0)
 images   folder or zip of images of any size                          (data/photos.zip)
 subset   a folder inside                                              (heldout)
 crops    a row each: NAME:NUMBER, separated by commas; NAME is an image without folder and suffix
@@ -39,7 +39,7 @@ class Options:
 
     crops: str = MISSING
     stage: str = "demo/photos_256"
-    methods: str = "bicubic+consistent:3/0.2/0.03/7/0"
+    methods: str = "bicubic+consistent:3/0.2/0.02/7/0"
     images: str = "data/photos.zip"
     subset: str = "heldout"
     seed: int = 0

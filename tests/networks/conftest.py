@@ -6,5 +6,6 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _no_tf32(monkeypatch):
-    """Convolutions of float32 do not round to TF32, which cuDNN may choose for one call and not for another."""
+    """Convolutions of float32 round alike in each call: without TF32, and without sums whose order varies (atomics)."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
