@@ -14,9 +14,11 @@ import relay_diffusion as rd
 from relay_diffusion.checkpoints.diffusers_layout import MODULE
 from relay_diffusion.cli.publish import Format, PublishOptions, publish
 from relay_diffusion.config.sample import validate_sampling
+from relay_diffusion.data.image_sets import image_tensor
 from relay_diffusion.errors import UserError
+from relay_diffusion.models.relay import Relay
 from relay_diffusion.sampling.run import sample
-from support import assert_same_weights
+from support import assert_same_weights, tiny_stage
 from text_relays import export_text_relay
 
 
@@ -353,6 +355,24 @@ def test_a_relay_that_was_built_in_python(folder, diffusers):  # noqa: ARG001
     first = pipeline(rd.load_relay({"base": folder / "base"}))
     with pytest.raises(UserError, match=r"^image: this relay has no stage that enlarges"):
         first(image=Image.new("RGB", (8, 8)))
+
+
+def test_transparent_images_have_straight_colors(diffusers):  # noqa: ARG001
+    relay = Relay({"relay": tiny_stage(16, 2, image_channels=4)})
+    pipe = import_module(MODULE).RelayPipeline(relay)
+    pipe.set_progress_bar_config(disable=True)
+    small = np.random.default_rng(0).integers(0, 256, (8, 8, 4)).astype(np.uint8)
+    (expected,) = relay.to_pil(relay.sample(5, start=image_tensor(Image.fromarray(small))[None]))
+    pixels = np.asarray(expected)
+    assert (pixels[..., :3] > pixels[..., 3:]).any()
+    for image in (Image.fromarray(small), small, torch.from_numpy(small).movedim(2, 0)):
+        assert levels(pipe(image=image, seeds=5).images).tolist() == [pixels.tolist()]
+    floats = pipe(image=small / 255, seeds=5).images  # whose products with alpha are not rounded
+    assert abs(image_tensor(floats[0]).int() - image_tensor(expected).int()).max() <= 1
+    (array,) = pipe(image=small, seeds=5, output_type="np").images
+    (tensor,) = pipe(image=small, seeds=5, output_type="pt").images
+    assert (array * 255).round().tolist() == pixels.tolist()
+    assert torch.equal(tensor.movedim(0, 2), torch.from_numpy(array))
 
 
 @pytest.mark.parametrize(

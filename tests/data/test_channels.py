@@ -65,7 +65,9 @@ def test_a_dataset_of_files(tmp_path: Path, channels: int, mode: str) -> None:
         image = Image.fromarray(random_pixels(4, 8, channels).squeeze())
         assert image.mode == mode
         image.save(tmp_path / f"{index}.png")
-    stored = [np.asarray(Image.open(tmp_path / f"{index}.png")).reshape(4, 8, channels) for index in range(3)]
+    stored = np.stack([np.asarray(Image.open(tmp_path / f"{i}.png")).reshape(4, 8, channels) for i in range(3)])
+    if channels == 4:  # premultiplied
+        stored[..., :3] = np.floor(stored[..., :3] * (stored[..., 3:] / 255) + 0.5)
     for cache in (False, True):
         dataset = ImageDataset(tmp_path, [4, 8], x_flip=True, cache=cache, channels=channels)
         images, labels = dataset.batch(range(6))
@@ -74,11 +76,7 @@ def test_a_dataset_of_files(tmp_path: Path, channels: int, mode: str) -> None:
         assert torch.equal(images[3:], images[:3].flip(-1))
     halved = ImageDataset(tmp_path, [2, 4], channels=channels)[1][0].permute(1, 2, 0)
     blocks = stored[1].reshape(2, 2, 4, 2, channels).astype(float)
-    weight = blocks[..., 3:] if channels == 4 else np.ones_like(blocks)  # transparent pixels have no colour
-    means = (blocks * weight).sum((1, 3)) / weight.sum((1, 3))
-    if channels == 4:
-        means[..., 3] = blocks[..., 3].mean((1, 3))
-    np.testing.assert_array_equal(halved.numpy(), np.floor(means + 0.5))
+    np.testing.assert_array_equal(halved.numpy(), np.floor(blocks.mean((1, 3)) + 0.5))
     assert dataset.source_hash != ImageDataset(tmp_path, [4, 8]).source_hash
 
 
@@ -172,7 +170,7 @@ def test_transparent_pixels_have_no_weight_in_averages(tmp_path: Path) -> None:
     )
     assert torch.equal(files, integers)
     assert (to_uint8(floats).int() - files.int()).abs().max() <= 1
-    assert files[0, :, 0, 0].tolist() == [9, 8, 7, 85]  # not the colour of the transparent pixels
+    assert files[0, :, 0, 0].tolist() == [3, 3, 2, 85]  # premultiplied, without the colour of the transparent pixels
     assert files[0, :, 1, 0].tolist() == [0, 0, 0, 0]
     opaque = pixels[1].reshape(2, 3, 3, 3, 4).mean((1, 3))
     np.testing.assert_array_equal(files[1].permute(1, 2, 0).numpy(), np.floor(opaque + 0.5))

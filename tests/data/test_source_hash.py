@@ -12,6 +12,7 @@ import pytest
 from pictures_on_disk import encoded, pixels, pngs, write_folder, write_zip
 from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.image_sets import open_image_set
+from relay_diffusion.data.start_images import StartImages
 
 NAMES = ["heldout/d.png", "train/a.png", "train/b.png", "train/c.png"]
 
@@ -65,3 +66,16 @@ def test_the_hash_of_adm_samples_stays(tmp_path: Path) -> None:
         array = stored.zip.read("arr_0.npy")
     expected = hashlib.sha256(f"4x6\narr_0 {zlib.crc32(array):08x} {len(array)}".encode()).hexdigest()
     assert open_image_set(tmp_path / "a.npz", "images").source_hash == expected
+
+
+@pytest.mark.parametrize(("channels", "text"), [(1, "channels 1"), (4, "channels 4 premultiplied")])
+def test_hashes_of_other_channels(tmp_path: Path, channels: int, text: str) -> None:
+    """Outputs and cached statistics of straight RGBA colors are not continued."""
+    data = encoded(pixels(0))
+    path = write_folder(tmp_path / "a", {"a.png": data})
+    contents = f"a.png\n{hashlib.sha256(data).hexdigest()}\n"
+    expected = {
+        f"\n4\nexif\n{text}\n{contents}": ImageDataset(path, 4, channels=channels).source_hash,
+        f"\nTrue\n{text.removeprefix('channels ')}\n{contents}": StartImages(path, channels=channels).source_hash,
+    }
+    assert [hashlib.sha256(text.encode()).hexdigest() for text in expected] == list(expected.values())

@@ -13,6 +13,7 @@ from relay_diffusion.config.train import validate_training
 from relay_diffusion.data.image_sets import open_image_set
 from relay_diffusion.errors import UserError
 from relay_diffusion.sampling.run import sample
+from relay_diffusion.utils.alpha import premultiplied, straight
 
 PIXELS = "inception._target_=pixel_inception.pixels"
 
@@ -104,7 +105,9 @@ def test_image_files_of_other_channels(trained, configuration, tmp_path, channel
     packed = run("packed", "seeds=0-3", "batch_size=4", "format=zip")
     assert packed["images"] == 4
     found = open_image_set(tmp_path / "packed/images.zip", "images", channels=channels)
-    np.testing.assert_array_equal(torch.cat(list(found.batches(4))).permute(0, 2, 3, 1).numpy(), pixels)
+    stored = torch.cat(list(found.batches(4))).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(stored, premultiplied(pixels))
+    np.testing.assert_array_equal(straight(stored), pixels)  # files lose no color of the samples
     for path in ("whole/images", "whole/images.npz", "packed/images.zip"):
         again = run("again", "mode=evaluate", f"images={tmp_path / path}")
         assert again["fid"] == pytest.approx(results["fid"])

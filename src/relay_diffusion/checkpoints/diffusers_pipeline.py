@@ -29,22 +29,26 @@ from relay_diffusion.models.relay import Relay
 from relay_diffusion.models.sample_arguments import MAX_SEED, ClassLabels, Integers, seed_list
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.samplers import Sampler
+from relay_diffusion.utils.alpha import RGBA, premultiplied, straight
 from relay_diffusion.utils.messages import did_you_mean, shorten
 from relay_diffusion.utils.pictures import pil_image
 from relay_diffusion.utils.resolution import size_text
 
 Images = Image.Image | Tensor | np.ndarray | Sequence[Image.Image | Tensor | np.ndarray]
-"""One image or several: PIL, tensors [C,h,w] or [B,C,h,w], arrays [h,w,C] or [B,h,w,C]; uint8, or floats in [0, 1]."""
+"""One image or several: PIL, tensors [C,h,w] or [B,C,h,w], arrays [h,w,C] or [B,h,w,C]; uint8, or floats in [0, 1].
+
+RGBA has straight colors.
+"""
 
 StepCallback = Callable[["RelayPipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
 """Called with the pipeline, the number of the step, sigma, and the wanted tensors with the name of the stage."""
 
 OUTPUTS: Mapping[str, Callable[[Tensor], Any]] = {
     "pil": lambda pixels: [pil_image(image) for image in pixels],
-    "pt": lambda pixels: pixels / 255,
-    "np": lambda pixels: (pixels.permute(0, 2, 3, 1) / 255).cpu().numpy(),
+    "pt": lambda pixels: _with_colors(straight, pixels) / 255,
+    "np": lambda pixels: (_with_colors(straight, pixels).permute(0, 2, 3, 1) / 255).cpu().numpy(),
 }
-"""Conversions of final images, uint8 [B,C,H,W], by output_type."""
+"""Conversions of final images, uint8 [B,C,H,W], by output_type; RGBA gets straight colors."""
 
 
 class RelayLoader(ModelMixin):
@@ -169,9 +173,10 @@ class RelayPipeline(DiffusionPipeline):
         seeds: of each image. generator: gives its initial seed, and the next integers for further images; or a list of
         one for each image. Its state is neither used nor changed. None of both: random seeds, by torch.manual_seed.
         guidance_scale, num_inference_steps: numbers for the first stage that runs, or of stages by name; None: as
-        stored. output_type: pil, pt ([B,C,H,W]) or np ([B,H,W,C]), both floats in [0, 1], of the 8-bit images.
-        return_dict: False: return a tuple. callback_on_step_end: called after each evaluation of a network with (pipe,
-        step, sigma, {"stage": name, "latents": noisy images, "estimates": clean images}); it cannot change tensors.
+        stored. output_type: pil, pt ([B,C,H,W]) or np ([B,H,W,C]), both floats in [0, 1], of the 8-bit images; RGBA has
+        straight colors in all of them. return_dict: False: return a tuple. callback_on_step_end: called after each
+        evaluation of a network with (pipe, step, sigma, {"stage": name, "latents": noisy images, "estimates": clean
+        images}); it cannot change tensors, and their RGBA has premultiplied colors.
         Raises ValueError (UserError) for arguments that the relay does not support, before sampling.
         """
         convert = OUTPUTS.get(output_type)
@@ -314,11 +319,14 @@ def _start(image: Images, channels: int) -> Tensor:
 
 
 def _pixels(image: Any, channels: int) -> Tensor:
-    """Convert an image or batch to floats [B,C,h,w] in [-1, 1]."""
+    """Convert an image or batch to floats [B,C,h,w] in [-1, 1].
+
+    Straight colors of RGBA become premultiplied.
+    """
     if isinstance(image, Image.Image):
         require(channels in MODES, f"image: this relay has {channels} channels; give tensors")
-        image = image_tensor(with_channels(image, channels)[0])
-    elif isinstance(image, np.ndarray):
+        return to_float(image_tensor(with_channels(image, channels)[0])[None])
+    if isinstance(image, np.ndarray):
         image = torch.from_numpy(image.copy())  # torch warns of arrays that are read-only
         image = image.movedim(-1, -3) if image.ndim in (3, 4) else image
     if not isinstance(image, Tensor) or not (image.dtype == torch.uint8 or image.is_floating_point()):
@@ -330,11 +338,21 @@ def _pixels(image: Any, channels: int) -> Tensor:
             f"image has shape {tuple(image.shape)}: must have {channels} channels, as [B,C,h,w] or [B,h,w,C]"
         )
     if image.dtype == torch.uint8:
-        return to_float(image)
+        return to_float(_with_colors(premultiplied, image))
     if not bool(((image >= 0) & (image <= 1)).all()):
         raise UserError("image has values outside [0, 1]: floats must lie in it; divide pixels by 255")
-    floats: Tensor = image.float() * 2 - 1
-    return floats
+    return _with_colors(premultiplied, image.float() * 2 - 1)
+
+
+def _with_colors(change: Callable[[np.ndarray], np.ndarray], images: Tensor) -> Tensor:
+    """Apply a function of arrays [B,h,w,4] to RGBA images.
+
+    Images of other channels stay.
+    """
+    if images.shape[1] != RGBA:
+        return images
+    changed = torch.from_numpy(change(images.movedim(1, -1).cpu().numpy()))
+    return changed.movedim(-1, 1).to(images.device)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ T = TypeVar("T")
 class ImageDataset(Dataset[tuple[Tensor, int]]):
     """Images of a zip or folder with class indices, sorted by name.
 
-    Items are (uint8 [C, H, W], class index or -1).
+    Items are (uint8 [C, H, W], class index or -1). Colors of RGBA are premultiplied (`utils.alpha`).
     path: an image zip, a folder (searched recursively) of PNG, WebP and JPEG files, or one such file; or an .npz of
     images (`arr_0`, [N,H,W,C], uint8, or floats in [-1, 1], which stay floats) and class indices (`arr_1`, optional).
     resolution: R for H = W = R, or [height, width]; larger images are box-averaged if both sides are the same multiple,

@@ -21,6 +21,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from relay_diffusion.data.colour import to_srgb
 from relay_diffusion.errors import UserError
+from relay_diffusion.utils.alpha import premultiplied, straight
 from relay_diffusion.utils.messages import one_line
 from relay_diffusion.utils.resolution import MAX_PIXELS
 
@@ -313,43 +314,38 @@ def with_channels(
 
 
 def box_average(image: Image.Image, factor: int) -> Image.Image:
-    """Average every factor x factor block, as `block_means`."""
-    return image if factor == 1 else Image.fromarray(block_means(np.asarray(image), factor))
+    """Average every factor x factor block, as `block_means`.
+
+    Of premultiplied colors, so that transparent pixels have no weight; the result has straight colors again.
+    """
+    if factor == 1:
+        return image
+    return Image.fromarray(straight(block_means(premultiplied(np.asarray(image)), factor)))
 
 
 def block_means(pixels: np.ndarray, factor: int) -> np.ndarray:
     """Average every factor x factor block of pixels [H,W] or [H,W,C].
 
-    Four channels are RGBA: colours are weighted by alpha, so that transparent pixels have no weight. uint8 is rounded
-    to the nearest integer (halves up); floats lie in [-1, 1]. H and W must be divisible by factor.
+    Colors of RGBA must be premultiplied. uint8 is rounded to the nearest integer (halves up); floats lie in [-1, 1].
+    H and W must be divisible by factor.
     """
     if factor == 1:
         return pixels
-    rgba = pixels.ndim == 3 and pixels.shape[2] == 4
     if pixels.dtype != np.uint8:
         height, width = pixels.shape[0] // factor, pixels.shape[1] // factor
         blocks = pixels.reshape(height, factor, width, factor, *pixels.shape[2:])
-        means = blocks.mean((1, 3))
-        if rgba:
-            levels, alpha = blocks[..., :3] + 1, blocks[..., 3:] + 1
-            weight = alpha.sum((1, 3))
-            means[..., :3] = (levels * alpha).sum((1, 3)) / np.where(weight > 0, weight, 1) - 1
-        return means.clip(-1, 1)
+        means: np.ndarray = blocks.mean((1, 3)).clip(-1, 1)
+        return means
     sums, area = _block_sums(pixels, factor), factor * factor
-    means = (sums + area // 2) // area
-    if rgba:
-        alpha = pixels[..., 3:].astype(np.uint16)
-        weight = np.maximum(sums[..., 3:], 1)
-        means[..., :3] = (_block_sums(pixels[..., :3] * alpha, factor) + weight // 2) // weight
-    return means.astype(np.uint8)
+    return ((sums + area // 2) // area).astype(np.uint8)
 
 
 def _block_sums(pixels: np.ndarray, factor: int) -> np.ndarray:
-    """Sum every factor x factor block of integers.
+    """Sum every factor x factor block of uint8.
 
     By strided slices, because Pillow's reduce is off by one for some factors that are not powers of two.
     """
-    rows: np.ndarray = pixels[::factor].astype(np.uint32 if pixels.dtype == np.uint8 else np.uint64)
+    rows: np.ndarray = pixels[::factor].astype(np.uint32)
     for start in range(1, factor):
         rows += pixels[start::factor]
     blocks = rows[:, ::factor].copy()

@@ -36,6 +36,7 @@ from relay_diffusion.data.npz import Npz
 from relay_diffusion.data.sources import CONVERTER, Source, SourceFormat, existing_path, open_source
 from relay_diffusion.diffusion.pixels import to_uint8
 from relay_diffusion.errors import UserError
+from relay_diffusion.utils.alpha import RGBA, premultiplied
 from relay_diffusion.utils.parallel import map_in_order
 from relay_diffusion.utils.pictures import pil_image
 from relay_diffusion.utils.resolution import MAX_PIXELS, size_text
@@ -86,7 +87,8 @@ class ImageSet(ABC):
     def tensors(self, indices: Sequence[int]) -> Iterator[Tensor]:
         """Yield the images of ascending indices: [C,H,W], uint8 or float32 in [-1, 1].
 
-        Raises UserError for an image that cannot be read or has another size.
+        Colors of RGBA are premultiplied (`utils.alpha`). Raises UserError for an image that cannot be read or has
+        another size.
         """
 
     def tensor(self, index: int) -> Tensor:
@@ -107,7 +109,7 @@ class ImageSet(ABC):
     def batches(self, batch_size: int, indices: Sequence[int] | None = None) -> Iterator[Tensor]:
         """Yield images as uint8 [B,C,H,W].
 
-        All images or those of ascending `indices`; the last batch may be smaller.
+        Colors of RGBA are premultiplied. All images or those of ascending `indices`; the last batch may be smaller.
         Raises UserError for an image that cannot be read or has another size, ValueError for other indices.
         """
         wanted = range(len(self)) if indices is None else indices
@@ -246,8 +248,8 @@ class ImageFiles(ImageSet):
 class ArraySet(ImageSet):
     """Images of the array `arr_0` in an .npz: [N,H,W,C], uint8 or floats in [-1, 1].
 
-    See `open_image_set`. 1, 3 and 4 channels (grayscale, RGB, RGBA) are converted to each other, in 8 bits. Class
-    indices: `arr_1`, [N]. Raises UserError for an .npz without such an array.
+    See `open_image_set`. 1, 3 and 4 channels (grayscale, RGB, RGBA of straight colors) are converted to each other, in
+    8 bits. Class indices: `arr_1`, [N]. Raises UserError for an .npz without such an array.
     """
 
     kind = "npz"
@@ -319,7 +321,7 @@ class ArraySet(ImageSet):
                     f"{self._npz.where}: {self.names[index]} holds values outside [-1, 1]; store floats in [-1, 1], or "
                     "uint8"
                 )
-            image = torch.from_numpy(block_means(pixels, self._factor).transpose(2, 0, 1).copy())
+            image = torch.from_numpy(block_means(premultiplied(pixels), self._factor).transpose(2, 0, 1).copy())
             if self._converts:
                 converted, conversions = with_channels(pil_image(_eight_bits(image)), self.channels)
                 self.conversions |= conversions
@@ -333,7 +335,12 @@ def _eight_bits(image: Tensor) -> Tensor:
 
 def _channels_line(channels: int) -> str:
     """Return the part of a hash for the channels; empty for RGB."""
-    return "" if channels == 3 else f"channels {channels}\n"
+    return "" if channels == 3 else f"channels {channels_text(channels)}\n"
+
+
+def channels_text(channels: int) -> str:
+    """Return channels for a hash; RGBA had straight colors in older hashes."""
+    return f"{channels} premultiplied" if channels == RGBA else str(channels)
 
 
 def _factor(size: tuple[int, int], target: tuple[int, int]) -> int | None:
@@ -376,8 +383,11 @@ def note_ignored(source: Source, subset: str) -> None:
 
 
 def image_tensor(image: Image.Image) -> Tensor:
-    """Convert an 8-bit image to uint8 [C,H,W]."""
-    pixels = torch.from_numpy(np.array(image))
+    """Convert an 8-bit image to uint8 [C,H,W].
+
+    RGBA with straight colors becomes premultiplied; `pil_image` is the inverse.
+    """
+    pixels = torch.from_numpy(premultiplied(np.array(image)))
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
 

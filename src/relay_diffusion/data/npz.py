@@ -14,6 +14,7 @@ from torch import Tensor
 
 from relay_diffusion.data.bounded_io import check_size, check_zip_member, read_exactly
 from relay_diffusion.errors import UserError
+from relay_diffusion.utils.alpha import straight
 from relay_diffusion.utils.files import atomic_write
 from relay_diffusion.utils.messages import one_line
 
@@ -111,7 +112,8 @@ def write_adm_samples(
 ) -> None:
     """Write images and labels as an ADM sample .npz.
 
-    batches: uint8 [B,C,H,W], stored as `arr_0`, uint8 [count,H,W,C]; labels as `arr_1`, int64 [count].
+    batches: uint8 [B,C,H,W], stored as `arr_0`, uint8 [count,H,W,C], RGBA with straight colors; labels as `arr_1`,
+    int64 [count].
     The write is atomic, and at most one batch is in memory. synced: as for `atomic_write`. Raises ValueError unless
     there are exactly `count` images of C channels and size `resolution` (H, W), and as many labels.
     """
@@ -124,7 +126,7 @@ def write_adm_samples(
             np.lib.format.write_array_header_1_0(member, header)
             written = 0
             for batch in batches:
-                pixels = batch.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+                pixels = straight(batch.permute(0, 2, 3, 1).contiguous().cpu().numpy())
                 if pixels.dtype != np.uint8 or pixels.shape[1:] != (*resolution, channels):
                     wanted = ",".join(map(str, (channels, *resolution)))
                     raise ValueError(f"expected uint8 [B,{wanted}], not {list(batch.shape)}")

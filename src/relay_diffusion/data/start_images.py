@@ -9,7 +9,7 @@ from torch import Tensor
 
 from relay_diffusion.data.captions import read_captions
 from relay_diffusion.data.decode import ALPHA
-from relay_diffusion.data.image_sets import digest, image_tensor, note_ignored
+from relay_diffusion.data.image_sets import channels_text, digest, image_tensor, note_ignored
 from relay_diffusion.data.labels import read_labels
 from relay_diffusion.data.sources import open_source
 from relay_diffusion.diffusion.guidance import NO_CLASS
@@ -20,13 +20,13 @@ from relay_diffusion.utils.resolution import Size
 class StartImages:
     """Images of any size, sorted by name, in sRGB.
 
-    Items are (uint8 [C,h,w], class index or -1). path: an image zip, a folder (searched recursively) of PNG, WebP and
-    JPEG files, or one such file. subset: a folder inside `path`; "" selects everything. apply_exif: apply the EXIF
-    orientation. channels: C, 1 (grayscale), 3 (RGB) or 4 (RGBA), to which images are converted. labels: read classes
-    from dataset.json if it has any. option: the user's name of `path`, for messages. Attributes: `names` [N], `labels`
-    [N] (-1: no class), `class_names`, `captions` [N], `sizes` [N], (h, w) by the headers; `turned`, `composited` and
-    `unprofiled`: names of the images that this process has turned so far, whose transparency it has composited on
-    white, and whose ICC profile is damaged.
+    Items are (uint8 [C,h,w], class index or -1). Colors of RGBA are premultiplied (`utils.alpha`).
+    path: an image zip, a folder (searched recursively) of PNG, WebP and JPEG files, or one such file. subset: a folder
+    inside `path`; "" selects everything. apply_exif: apply the EXIF orientation. channels: C, 1 (grayscale), 3 (RGB) or
+    4 (RGBA), to which images are converted. labels: read classes from dataset.json if it has any. option: the user's
+    name of `path`, for messages. Attributes: `names` [N], `labels` [N] (-1: no class), `class_names`, `captions` [N],
+    `sizes` [N], (h, w) by the headers; `turned`, `composited` and `unprofiled`: names of the images that this process
+    has turned so far, whose transparency it has composited on white, and whose ICC profile is damaged.
     Raises UserError that names the option and the image.
     """
 
@@ -64,7 +64,7 @@ class StartImages:
     def source_hash(self) -> str:
         """Hash of names, contents, subset, use of EXIF and channels (hexadecimal)."""
         files = (f"{name}\n{self._source.fingerprint(name)}\n" for name in self.names)
-        return digest([f"{self.subset}\n{self._apply_exif}\n{self._channels}\n", *files])
+        return digest([f"{self.subset}\n{self._apply_exif}\n{channels_text(self._channels)}\n", *files])
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         name = self.names[index]

@@ -385,7 +385,7 @@ class Relay(L.LightningModule):
     ) -> dict[str, Tensor]:
         """Sample the images [B,C,H,W] of every stage, by name.
 
-        In about [-1, 1]; arguments and errors as in `sample`.
+        In about [-1, 1], RGBA with premultiplied colors; arguments and errors as in `sample`.
         """
         seeds = seed_list(seeds)
         labels = label_tensor(labels, len(seeds), self.num_classes, self.class_names)
@@ -445,6 +445,8 @@ class Relay(L.LightningModule):
         or names [B], -1 or None for no class, or one for all; unconditional stages ignore them.
         start: images [B,C,h,w], uint8 or in [-1, 1], for a relay whose first stage enlarges. They may have any size of
         at least 8x8: small ones are continued by mirroring, large ones evaluated in tiles.
+        Colors of RGBA are premultiplied, those of `start` too; `data.image_sets.image_tensor` converts a PIL image to a
+        start, and `to_pil` converts samples to PIL images with straight colors.
         text: encoded prompts, one row per seed or one for all; stages without text ignore them. negative: one row, the
         text that classifier-free guidance moves away from; None: no text. prompt: text to encode instead of `text`, one
         per seed or one for all. negative_prompt: one text to encode instead of `negative`.
@@ -505,13 +507,16 @@ class Relay(L.LightningModule):
     def finish(self, images: Tensor) -> Tensor:
         """Convert images [B,C,H,W] in [-1, 1] to 8-bit images.
 
-        These are the images that are written and evaluated.
+        These are the images that are evaluated and, after `to_pil`, written: colors of RGBA are premultiplied.
         """
         pixels = to_uint8(images, self.rounding)
         return pixels if self.postprocess is None else self.postprocess(pixels)
 
     def to_pil(self, images: Tensor) -> list[Image.Image]:
-        """Convert images [B,C,H,W] of `sample` or `finish` to PIL images: grayscale, RGB or RGBA."""
+        """Convert images [B,C,H,W] of `sample` or `finish` to PIL images: grayscale, RGB or RGBA.
+
+        RGBA has straight colors, and black where alpha is 0.
+        """
         pixels = images if images.dtype == torch.uint8 else self.finish(images)
         return [pil_image(image) for image in pixels]
 
@@ -537,6 +542,7 @@ class Relay(L.LightningModule):
 class Samples(NamedTuple):
     """Samples of one batch.
 
+    Colors of RGBA are premultiplied.
     positions [B]: indices in the list of all images. images: uint8 [B,C,H,W], final. stages: the images of every
     stage by name, float [B,C,H,W] in about [-1, 1], after the "start" if one was given.
     """

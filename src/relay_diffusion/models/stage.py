@@ -245,7 +245,8 @@ class DiffusionStage(OptimizationHooks):
     ) -> dict[str, Tensor]:
         """Return the loss of a batch, and each image's loss and sigma.
 
-        batch: images [B,C,H,W], uint8 or float32 in [-1, 1], labels [B], and text of B rows for a network with text.
+        batch: images [B,C,H,W], uint8 or float32 in [-1, 1], RGBA with premultiplied colors; labels [B], and text of
+        B rows for a network with text.
         "sigma" is on the CPU. Raises UserError if such a network gets no text.
         """
         images, labels, *texts = batch
@@ -389,14 +390,15 @@ class DiffusionStage(OptimizationHooks):
     ) -> Tensor:
         """Sample images of `shape` [B,C,H,W], one per seed.
 
-        float32 in about [-1, 1]. H and W: those of training, or others that `divisor` divides. seeds: B integers in
-        0..2^63-1 as a range, list, array or tensor, or one integer. labels: class indices or names [B], -1 or None for
-        no class, or one for all. previous: images [B,C,H/block,W/block] of the previous stage, uint8 or in [-1, 1], for
-        a stage that enlarges. Equal seeds give equal images in any batch. consistency: tie the block means of each
-        estimate to `previous`. text: encoded prompts, one row per seed or one for all. negative: one row, the text
-        that classifier-free guidance moves away from; None: no text. Synchronizes with the device. Raises ValueError if
-        an argument does not fit, UserError for labels or text that the network does not have and for a negative prompt
-        without classifier-free guidance, NonFiniteSamplesError (a UserError) if a sample holds nan or infinity.
+        float32 in about [-1, 1]; colors of RGBA are premultiplied. H and W: those of training, or others that `divisor`
+        divides. seeds: B integers in 0..2^63-1 as a range, list, array or tensor, or one integer. labels: class indices
+        or names [B], -1 or None for no class, or one for all. previous: images [B,C,H/block,W/block] of the previous
+        stage, uint8 or in [-1, 1], for a stage that enlarges. Equal seeds give equal images in any batch. consistency:
+        tie the block means of each estimate to `previous`. text: encoded prompts, one row per seed or one for all.
+        negative: one row, the text that classifier-free guidance moves away from; None: no text. Synchronizes with the
+        device. Raises ValueError if an argument does not fit, UserError for labels or text that the network does not
+        have and for a negative prompt without classifier-free guidance, NonFiniteSamplesError (a UserError) if a sample
+        holds nan or infinity.
         """
         seeds = seed_list(seeds)
         labels = label_tensor(labels, len(seeds), self.num_classes, self.info.class_names)

@@ -30,7 +30,8 @@ class Enhance:
     def __call__(self, images: Tensor) -> Tensor:
         """Enhance uint8 images [B,C,H,W] of 1, 3 or 4 channels.
 
-        The result is on the same device; Pillow computes on the CPU. Raises UserError for other channels.
+        The result is on the same device; Pillow computes on the CPU, on the straight colors of RGBA. Raises UserError
+        for other channels.
         """
         if images.shape[1] not in MODES:
             raise UserError(f"relay.postprocess: Enhance cannot change images of {images.shape[1]} channels; use null")

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from relay_diffusion.utils.alpha import RGBA, straight
 from relay_diffusion.utils.files import atomic_write
 
 SHOWN_SIDE = 128  # pixels: smaller images are hard to see
@@ -18,20 +19,24 @@ TITLE_SIZE, TITLE_HEIGHT = 14, 22  # pixels
 def to_rgb(images: Tensor) -> Tensor:
     """Convert grayscale, RGB or RGBA images: uint8 [B,C,H,W] -> [B,3,H,W].
 
-    Grayscale is repeated, alpha composited on white, as Pillow does. Raises ValueError for other channels.
+    Grayscale is repeated. RGBA, with premultiplied colors, is composited on white: color + 255 - alpha. Raises
+    ValueError for other channels.
     """
     channels = images.shape[1]
-    if channels == 4:
+    if channels == RGBA:
         color, alpha = images[:, :3].int(), images[:, 3:].int()
-        return ((color * alpha + 255 * (255 - alpha) + 127) // 255).to(torch.uint8)
+        return (color + 255 - alpha).clamp(max=255).to(torch.uint8)
     if channels not in (1, 3):
         raise ValueError(f"images of {channels} channels: must have 1 (grayscale), 3 (RGB) or 4 (RGBA)")
     return images.expand(-1, 3, -1, -1)
 
 
 def pil_image(image: Tensor) -> Image.Image:
-    """Convert an image, uint8 [C,H,W], to PIL: grayscale, RGB or RGBA."""
-    return Image.fromarray((image[0] if len(image) == 1 else image.permute(1, 2, 0)).cpu().numpy())
+    """Convert an image, uint8 [C,H,W], to PIL: grayscale, RGB or RGBA.
+
+    RGBA with premultiplied colors becomes straight; colors above alpha are clamped.
+    """
+    return Image.fromarray(straight((image[0] if len(image) == 1 else image.permute(1, 2, 0)).cpu().numpy()))
 
 
 def image_grid(images: Tensor, columns: int, gap: int = 2, least_side: int = 0) -> Image.Image:
