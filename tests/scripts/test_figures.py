@@ -24,9 +24,10 @@ PAGES = [PROJECT / "README.md", *(PROJECT / "docs").glob("*.md")]
 def listed_figures():
     """Rows of the table in CONTRIBUTING.md: (links of the pages, needed files) by figure."""
     section = (PROJECT / "CONTRIBUTING.md").read_text().split("\n## Figures\n")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| `(\S+)` \| ([^|]*) \| ([^|]*) \| ", section, re.MULTILINE)
+    rows = [line.strip("| ").split("|") for line in section.splitlines() if line.startswith("| `")]
     return {
-        name: (re.findall(r"\]\((\S+?)\)", pages), set(re.findall(r"`(\S+)`", needs))) for name, pages, needs in rows
+        name.strip("` "): (re.findall(r"\]\((\S+?)\)", pages), set(re.findall(r"`(\S+)`", needs)))
+        for name, pages, needs, _ in rows
     }
 
 
