@@ -10,7 +10,8 @@ count   number of evenly spaced images                          (160)
 batch   images per batch                                        (32)
 
 Prints the root mean square difference of estimate and image in [-1, 1] for each sigma, with one draw of noise and
-without augmentation labels.
+without augmentation labels. Subsets of demo/emoji-64.zip are those of experiment=emoji_64; the bundled text stage was
+trained on another split, which includes images of this heldout (docs/emoji-text.md).
 """
 
 from __future__ import annotations
