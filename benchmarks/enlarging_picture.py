@@ -27,8 +27,7 @@ from torch import Tensor
 from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.errors import UserError
-from relay_diffusion.utils.files import atomic_write
-from relay_diffusion.utils.pictures import image_grid
+from relay_diffusion.utils.pictures import image_grid, save_still_webp
 
 MOST = 10_000  # crops of an image
 
@@ -71,8 +70,7 @@ def run(options: Options) -> None:
     columns += [enlarged(stage, small, method, options.seed, len(small))[0] for method in methods]
     columns.append(crops)
     picture = image_grid(torch.stack(columns, 1).flatten(0, 1), len(columns))
-    with atomic_write(Path(options.picture)) as file:
-        picture.save(file, format="WEBP", quality=90, method=6)
+    save_still_webp(picture, Path(options.picture), quality=90)
     print(f"{options.picture}: {', '.join(['input', *methods, 'original'])}")
 
 

@@ -23,8 +23,7 @@ from PIL import Image
 from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.data.image_sets import open_image_set
 from relay_diffusion.errors import UserError
-from relay_diffusion.utils.files import atomic_write
-from relay_diffusion.utils.pictures import pil_image, side_by_side, titled
+from relay_diffusion.utils.pictures import pil_image, save_still_webp, side_by_side, titled
 
 
 @dataclass
@@ -63,8 +62,7 @@ def run(options: Options) -> None:
     for place, part in enumerate(parts):
         row, column = divmod(place, options.columns)
         picture.paste(part, (column * width, row * height))
-    with atomic_write(Path(options.picture)) as file:
-        picture.save(file, format="WEBP", quality=80, method=6)
+    save_still_webp(picture, Path(options.picture))
     print(f"{options.picture}: {len(parts)} prompts")
 
 

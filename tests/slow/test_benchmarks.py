@@ -55,7 +55,7 @@ def test_bicubic_names_a_wrong_factor(tmp_path):
 
 @torch.no_grad()
 def test_denoising_prints_the_error_of_the_estimates():
-    result = run("benchmarks/denoising.py", "stage=demo/emoji_text_64", "count=3", "batch=2", "sigmas=0.5,2")
+    result = run("benchmarks/denoising.py", "count=3", "batch=2", "sigmas=0.5,2")
     assert result.returncode == 0, result.stderr
     images = ImageDataset(PROJECT / "demo/emoji-64.zip", 64, subset="heldout")
     chosen, _ = images.batch([0, 108, 217])  # of 326

@@ -1,4 +1,4 @@
-"""Image grids, PNG files and animated WebP files."""
+"""Image grids, PNG and WebP files."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ def side_by_side(pictures: Sequence[Image.Image], gap: int = 12) -> Image.Image:
     return canvas
 
 
-def titled(picture: Image.Image, title: str) -> Image.Image:
-    """Write a title above a picture, on white."""
-    font = ImageFont.load_default(TITLE_SIZE)
+def titled(picture: Image.Image, title: str, size: int = TITLE_SIZE) -> Image.Image:
+    """Write a title of `size` pixels above a picture, on white."""
+    font, height = ImageFont.load_default(size), TITLE_HEIGHT * size // TITLE_SIZE
     width = max(picture.width, int(font.getbbox(title)[2]) + 1)
-    canvas = Image.new("RGB", (width, picture.height + TITLE_HEIGHT), "white")
+    canvas = Image.new("RGB", (width, picture.height + height), "white")
     ImageDraw.Draw(canvas).text((0, 0), title, fill="black", font=font)
-    canvas.paste(picture, (0, TITLE_HEIGHT))
+    canvas.paste(picture, (0, height))
     return canvas
 
 
@@ -83,6 +83,12 @@ def save_png(picture: Image.Image, path: Path) -> None:
     """Write a PNG file atomically."""
     with atomic_write(path) as file:
         picture.save(file, format="PNG")
+
+
+def save_still_webp(picture: Image.Image, path: Path, quality: int = 80) -> None:
+    """Write a WebP file of one picture atomically."""
+    with atomic_write(path) as file:
+        picture.save(file, format="WEBP", quality=quality, method=6)
 
 
 def save_webp(frames: Sequence[Image.Image], milliseconds: Sequence[int], path: Path, quality: int = 50) -> None:
