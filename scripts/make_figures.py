@@ -86,6 +86,10 @@ def spectrum_figure(options: str, picture: str, *needs: str) -> Figure:
 
 FIGURES = {
     "app.webp": Figure(("scripts/make_app_screenshot.py picture={figure}",)),
+    "cats.webp": Figure(
+        ("sample.py relay=emoji \"prompt=['cat face, 3D style', 'cat face, Noto style']\" seeds=0-3 output={folder}",),
+        "relay.png",
+    ),
     "demo.webp": Figure(
         ("sample.py relay=emoji prompts=demo/prompts.txt seeds=0-7 batch_size=8 output={folder}",),
         "relay.png",
@@ -133,6 +137,10 @@ FIGURES = {
     ),
     "prompts-free.webp": prompt_figure(FREE_PROMPTS, seeds=8, columns=2),
     "prompts.webp": prompt_figure(PROMPTS, seeds=4, columns=4),
+    "quickstart.webp": Figure(
+        ("train.py experiment=quickstart_relay run_dir={folder}",),
+        "samples/images-000005000.png",
+    ),
     "relay-vs-cascade.png": Figure(("benchmarks/comparison_plot.py points=docs/relay-vs-cascade.csv plot={figure}",)),
     "spectrum-photos.png": spectrum_figure(
         "images=photos-256.zip resolutions=64,256", "spectrum.png", "photos-256.zip"
