@@ -27,7 +27,7 @@ GROUPS = {
     "augment": "Data augmentation, with augmentation labels as input of the network.",
     "trainer": "Lightning Trainer.",
     "strategy": "Devices and distributed strategy.",
-    "callbacks": "Callbacks of training: averaged weights, log, checkpoints, evaluation.",
+    "callbacks": "Callbacks of training: EMA weights, log, checkpoints, evaluation.",
     "logger": "Loggers of metrics; the CSV is always written.",
     "relay": "Stages of a relay and their checkpoints.",
     "metrics": "Metrics of `mode=evaluate`.",

@@ -183,7 +183,7 @@ def command_help(command: str) -> str:
     printed = subprocess.run(
         [sys.executable, str(script), "--help"], cwd=PROJECT, capture_output=True, text=True, check=True
     ).stdout
-    return fenced(printed.partition("All settings:")[0], "text")
+    return fenced(printed.partition("All options:")[0], "text")
 
 
 def escaped(docstring: str) -> str:

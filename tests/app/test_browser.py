@@ -59,7 +59,7 @@ def test_draw_and_walk_through_the_trajectory(page):
 def test_a_mistake_is_one_line_in_the_page(page):
     page.get_by_label("Seeds").first.fill("seven")
     page.click("#draw-start")
-    playwright.expect(page.locator("[role=alert]:visible")).to_have_text(re.compile("^seeds is seven: give"))
+    playwright.expect(page.locator("[role=alert]:visible")).to_have_text(re.compile("^seeds=seven: use"))
 
 
 def test_cancel(page):

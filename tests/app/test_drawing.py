@@ -65,9 +65,9 @@ def test_steps_and_guidance_apply_to_one_drawing(relay):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seeds": "three"}, "seeds is three: give numbers and ranges"),
-        ({"seeds": "0-99"}, "seeds is 0-99: 100 images; at most 16 at once"),
-        ({"seeds": ""}, "seeds is"),
+        ({"seeds": "three"}, "seeds=three: use numbers and ranges"),
+        ({"seeds": "0-99"}, "seeds=0-99: 100 images; at most 16 at once"),
+        ({"seeds": ""}, "seeds="),
         ({"chosen_class": "zebra"}, "class=zebra is not known"),
         ({"prompt": "red fox"}, "prompt was given, but the model was trained without text"),
         ({"negative_prompt": "red fox"}, "negative_prompt was given, but the model was trained without text"),

@@ -71,8 +71,8 @@ def test_images_are_upright_and_opaque(enlarger):
     [
         (png(7, 20), "image is 7x20 .*: must be at least 8x8"),
         (png(600, 500), "image is 600x500: would become 1200x1000, 1.2 megapixels, .* at most 1; .*max_megapixels=2"),
-        (b"\x89PNG\r\n\x1a\nrubbish", "image is not a PNG, WEBP, JPEG image"),
-        (b"", "image is not a PNG, WEBP, JPEG image"),
+        (b"\x89PNG\r\n\x1a\nrubbish", "image is not a PNG, WebP or JPEG image"),
+        (b"", "image is not a PNG, WebP or JPEG image"),
         (png(8, 8)[:-20], "image cannot be decoded"),
     ],
 )

@@ -73,7 +73,7 @@ def test_errors_are_one_line_without_markup(client, seeds):
 def test_a_damaged_and_a_large_upload(client, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nrubbish")
     Image.new("RGB", (600, 500)).save(tmp_path / "large.png")
-    for name, message in (("broken.png", "image is not a PNG, WEBP, JPEG image"), ("large.png", "at most 1;")):
+    for name, message in (("broken.png", "image is not a PNG, WebP or JPEG image"), ("large.png", "at most 1;")):
         *_, status = client.predict(gradio_client.handle_file(tmp_path / name), "tiny", 0, api_name="/enlarge")
         assert 'role="alert"' in status
         assert message in status

@@ -121,7 +121,7 @@ def test_help_lists_the_groups_that_the_script_accepts(script, said, groups):
     result = run(script)
     assert result.returncode == 0, result.stderr
     assert said in result.stdout
-    listed = result.stdout.partition("Groups (GROUP=CHOICE)")[2].partition("Overrides people use")[0]
+    listed = result.stdout.partition("Groups (GROUP=CHOICE)")[2].partition("Common overrides")[0]
     lines = [line.partition(": ") for line in listed.splitlines()[1:] if line]
     assert [group for group, _, _ in lines] == groups
     for group, _, choices in lines:
@@ -241,7 +241,7 @@ def test_mistakes_that_need_the_checkpoints(relay_overrides, relay_runs, tmp_pat
             ["error: relay.stages.base: ", "text.ckpt cannot be read as a checkpoint"],
         ),
         (["class=green"], ["class=green", "dark, light"]),
-        (["seeds=9-1"], ["which descends"]),
+        (["seeds=9-1"], ["seeds: the range 9-1 descends"]),
         (["mode=evaluate", f"metrics.evaluator.inception.weights={text}"], ["text.ckpt"]),
         (["mode=evaluate", "metrics.evaluator.inception.weights=nowhere.pth"], ["nowhere.pth"]),
     ]:
@@ -316,7 +316,7 @@ def test_offline_wandb_needs_no_account(tmp_path, small_zip):
         ("train.py", ["run_dir={file}"], ["run_dir={file}", "{file} is a file: choose another directory"]),
         ("train.py", ["run_dir={file}/run"], ["run_dir={file}", "{file} is a file: choose another directory"]),
         ("sample.py", ["output={file}"], ["output={file}", "{file} is a file: choose another directory"]),
-        ("sample.py", ["output={new}", "seeds=0-999999999999"], ["seeds is 0-999999999999", "at most 10,000,000"]),
+        ("sample.py", ["output={new}", "seeds=0-999999999999"], ["seeds=0-999999999999", "at most 10,000,000"]),
     ],
 )
 def test_hostile_options_are_one_line(tmp_path, script, arguments, words):

@@ -43,7 +43,7 @@ def test_colours_are_converted_by_their_profile(exchanged, pixels):
 
 @pytest.mark.parametrize("mode", ["L", "LA", "CMYK"])
 def test_a_profile_of_another_colour_space_is_an_error(exchanged, pixels, mode):
-    with pytest.raises(ValueError, match="damaged, or of another colour space"):
+    with pytest.raises(ValueError, match="damaged, or of another color space"):
         to_srgb(Image.fromarray(pixels).convert(mode), exchanged)
 
 

@@ -85,7 +85,7 @@ REFUSED = {
     "no pixels": (png(2, [0, 0, 0], 8, 0), "is not a PNG"),
     "16-bit transparent colour": (
         png(2, [0x1234] * 3, 16, SIDE, chunk(b"tRNS", struct.pack(">HHH", *[0x1234] * 3))),
-        "transparent colour of 16 bits",
+        "transparent color of 16 bits",
     ),
     "bomb of 50,000 x 50,000": (png(2, [0, 0, 0], 8, 50_000), "claims more than 89,478,485 pixels"),
     "bomb of 10,000 x 10,000": (png(2, [0, 0, 0], 8, 10_000), "claims more than 89,478,485 pixels"),

@@ -351,7 +351,7 @@ def test_sampling_leaves_the_mode_of_the_stage():
 
 
 def test_labels_that_the_network_does_not_know_are_refused():
-    with pytest.raises(UserError, match="unconditional"):
+    with pytest.raises(UserError, match="the model has no classes"):
         tiny_stage(8, num_classes=0).sample((1, 3, 8, 8), [0], torch.tensor([1]))
     with pytest.raises(UserError, match=r"class 2: .* 0\.\.1"):
         tiny_stage(8).sample((1, 3, 8, 8), [0], torch.tensor([2]))

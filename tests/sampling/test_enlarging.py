@@ -128,7 +128,7 @@ def test_damaged_profiles_are_ignored_and_reported(enlarge, tmp_path, capsys):
     )
     photo(tmp_path / "plain/odd.png", (12, 10))
     enlarge(tmp_path / "in")
-    assert "note: colours are as stored, the ICC profile does not fit: odd.png\n" in capsys.readouterr().out
+    assert "note: colors are not converted, because the ICC profile does not fit: odd.png\n" in capsys.readouterr().out
     enlarge(tmp_path / "plain", output="plain_out")
     damaged, plain = (tmp_path / name / "images/odd.png" for name in ("out", "plain_out"))
     assert damaged.read_bytes() == plain.read_bytes()

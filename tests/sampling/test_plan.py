@@ -58,7 +58,7 @@ def test_classes_by_name_or_number(chosen, classes, names, indices):
 @pytest.mark.parametrize(
     ("chosen", "classes", "names", "message"),
     [
-        ("cat", 0, [], "unconditional"),
+        ("cat", 0, [], "the model has no classes"),
         ("bird", 2, ["dog", "cat"], r"dog, cat \(or as numbers 0 to 1\)"),
         (2, 2, ["dog", "cat"], r"dog, cat \(or as numbers 0 to 1\)"),
         (["dog", "bird"], 2, ["dog", "cat"], "class=bird"),

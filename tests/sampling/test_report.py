@@ -18,7 +18,7 @@ def test_metrics_including_custom_ones_precede_paths(capsys):
         ({"not_measured": {"kid": "too few images"}}, "kid not measured: too few images"),
         ({"departures": ["no post-processing"]}, "not as published no post-processing"),
         ({"block_mean_error": 0.2951}, "block means RMS error 0.30 gray levels against relay.start"),
-        ({"saved_evaluations": 8}, "early hand-over 8 network evaluations fewer an image"),
+        ({"saved_evaluations": 8}, "early hand-over network evaluations saved per image: 8"),
     ],
 )
 def test_warnings_are_printed(capsys, results, line):

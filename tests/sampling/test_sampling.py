@@ -215,7 +215,7 @@ def test_a_single_image_is_enlarged_under_its_name(configuration, relay_override
     with pytest.raises(UserError, match=r"seeds=1: relay\.start=.*photo\.PNG holds 1 images, numbers 0 to 0"):
         sample(configuration("sample", *start, "seeds=1"))
     (tmp_path / "text.jpg").write_text("no image")
-    with pytest.raises(UserError, match=r"^relay\.start: '.*text\.jpg' is not a PNG, WEBP, JPEG image"):
+    with pytest.raises(UserError, match=r"^relay\.start: '.*text\.jpg' is not a PNG, WebP or JPEG image"):
         sample(configuration("sample", *relay_overrides, f"relay.start={tmp_path / 'text.jpg'}", "class=-1"))
     Image.new("RGB", (12, 8)).save(tmp_path / "wide.png")
     with pytest.raises(UserError, match=r"relay\.start: '.*wide\.png' is 12x8; it must be 8x8 .*cli\.convert_images"):
@@ -293,7 +293,7 @@ def test_early_hand_over_is_reported(configuration, relay_overrides, evaluate, t
     results = sample(configuration("sample", *evaluate, *options))
     saved = results["saved_evaluations"]
     assert saved > 0
-    assert f"{saved} network evaluations fewer an image" in capsys.readouterr().out
+    assert f"network evaluations saved per image: {saved}" in capsys.readouterr().out
     assert results["settings"]["stages"]["base"]["network_evaluations"] == 2 * 9 - 1 - saved
     stored = json.loads((tmp_path / "samples/metrics.json").read_text())
     assert stored["saved_evaluations"] == saved

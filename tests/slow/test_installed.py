@@ -47,7 +47,7 @@ def test_the_wheel_is_complete(installed):
 
 
 def test_installed_commands_explain_themselves(installed):
-    assert "Overrides people use" in command(installed, "relay-train", "--help")
+    assert "Common overrides" in command(installed, "relay-train", "--help")
 
 
 def test_an_installed_package_samples(installed):

@@ -305,7 +305,7 @@ def test_the_hand_over_and_the_metrics_file_know_prompts(make, captioned, tmp_pa
         (["prompt=reference"], r"^prompt=reference: relay\.reference\.path is null; give reference="),
         (["prompt=reference", "reference={file}"], "^reference=|^prompt=reference"),
         (["prompt=reference", "reference={zip}"], "^prompt=reference: reference=.* has no captions"),
-        (["prompt=fox", "class=1"], "^class=1 was given, but the model is unconditional"),
+        (["prompt=fox", "class=1"], "^class=1: the model has no classes"),
         (["prompt=fox", "relay.text_path={folder}"], r"^relay\.text_path=.*: has no config\.json"),
         (["prompt=fox", "relay.text_path={other}"], "was trained with another text encoder: .* there, .* here"),
         (["prompt=fox", "relay.text_path={short}"], r"^text\.max_tokens=10: the encoder takes 3 to 8"),

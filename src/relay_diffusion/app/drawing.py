@@ -74,7 +74,7 @@ def plan_images(relay: Relay, options: DrawOptions) -> Plan:
     classes = class_indices(options.chosen_class, relay.num_classes, relay.class_names)
     plan = plan_from_noise(options.seeds.strip(" []"), classes)
     count, most = len(plan.seeds), options.max_images
-    require(count <= most, f"seeds is {options.seeds}: {count:,} images; at most {most} at once, so give fewer seeds")
+    require(count <= most, f"seeds={options.seeds}: {count:,} images; at most {most} at once, so use fewer seeds")
     for name, text in (("prompt", options.prompt), ("negative_prompt", options.negative_prompt)):
         if text.strip():
             relay.check_text(name)

@@ -27,8 +27,8 @@ python -m relay_diffusion.cli.app relay=RELAY [key=value ...]
   enlarge         more relays for the tab Enlarge: photos,other
   host            address to listen on (127.0.0.1: this machine only); 0.0.0.0 lets everyone on the network use the app
   port            port (7860); 0: any free one
-  max_megapixels  largest enlarged image (8)
-  max_images      most images of one drawing (16)
+  max_megapixels  maximum size of an enlarged image (8)
+  max_images      maximum number of images per job (16)
   batch_size      images sampled at once (8); fewer take less memory
   device          auto: a GPU if there is one (default) | cpu | cuda
   trusted         packages besides relay_diffusion whose classes the checkpoints may name: my_package,other

@@ -29,7 +29,7 @@ python -m relay_diffusion.cli.convert_checkpoint source=FILE destination=FOLDER 
 
   source       a published checkpoint: EDM's .pkl or the authors' .pt (no code in it runs); or one of this project:
                a .ckpt file, the directory of a training run, an exported folder, hf://USER/NAME/FOLDER
-  destination  the folder to write: weights.safetensors (the averaged weights) and stage.json
+  destination  the folder to write: weights.safetensors (the EMA weights) and stage.json
   experiment   source of corruption, loss and sampler for a published file, conf/experiment/NAME.yaml
                (default: a first stage, conf/stage/base.yaml)
   dtype        data type of the written weights: float32 (default) | float16 | bfloat16

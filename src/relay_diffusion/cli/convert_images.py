@@ -22,26 +22,26 @@ python -m relay_diffusion.cli.convert_images source=FOLDER|ZIP|TAR destination=O
   source       folder, zip or tar (also .tar.gz) of PNG, WebP and JPEG images, in sub-folders or not
   destination  the zip to write: PNG files and dataset.json
   resolution   size of the written images in pixels (256), or [height,width]; make ONE zip at the highest resolution
-               you train, lower stages average its blocks while loading
+               you train: earlier stages average blocks of its pixels while loading
   fit          crop: the largest central part of that shape (default) | pad: the whole image, with margins |
                stretch: the whole image, distorted | none: require images of that shape
   upscale      false: refuse images smaller than the resolution (default) | true: enlarge them (from 8 pixels)
   background   color behind transparent pixels and of margins: a name or #rrggbb (white)
   channels     1: grayscale | 3: RGB (default) | 4: RGBA, which keeps transparency
   classes      folders: an image's class is its folder (default) | keep: the source's dataset.json | none
-  class_level  which folder is the class, 1 being the outermost of the source; by default the first one below folders
-               that hold everything (left out of the written names) and below splits (train, val, valid, test, heldout
-               and the like, which stay in the names: data.dataset.subset=train); all splits have the same classes
-  captions     keep: those in the source's dataset.json, if any (default) | txt: a file a.txt beside each a.png, one
-               caption per line | json: captions_file | metadata: every metadata.csv and metadata.jsonl of the source,
-               with the column file_name (as Hugging Face's imagefolder), or captions_file | none
+  class_level  level of the folders that are classes; 1: outermost. By default the first level below a folder around all
+               images (removed from the written names) and below splits (train, val, valid, test, heldout; kept in the
+               names for data.dataset.subset=train). All splits have the same classes
+  captions     keep: those in the source's dataset.json, if any (default) | txt: a file a.txt next to a.png, one
+               caption per line | json: captions_file | metadata: captions_file, or every metadata.csv and
+               metadata.jsonl of the source, with the column file_name (as Hugging Face's imagefolder) | none
   captions_file   {"a.png": caption or [caption, ...]} for captions=json; a .csv or .jsonl for captions=metadata
   captions_column  column of the captions for captions=metadata (text)
   exif         apply: rotate images by their EXIF orientation (default) | ignore: keep the pixels as stored
   bit_depth    bits that the samples of 16-bit images use, 8 to 16 (16); 12 is usual for cameras and microscopes
-  skip_bad     false: stop at the first unusable image (default) | true: leave out such images and summarize why;
-               folders without usable images are no classes; files of other types are counted in one line
-  overwrite    false: refuse a destination that exists (default) | true: replace it once all is converted
+  skip_bad     false: stop at the first unusable image (default) | true: leave out such images and print the reasons;
+               folders without usable images do not become classes; files of other types are counted in one line
+  overwrite    false: refuse a destination that exists (default) | true: replace it after the conversion
 """
 
 

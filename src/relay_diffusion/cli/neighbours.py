@@ -40,7 +40,7 @@ python -m relay_diffusion.cli.neighbours images=FOLDER|ZIP|NPZ reference=FOLDER|
   reference    training images; larger ones are box-averaged to the size of the generated ones
   subset       a folder inside the reference, such as train (default: everything)
   count        images to compare, evenly spaced over the set (32)
-  nearest      neighbours of each image (3)
+  nearest      number of nearest images shown for each image (3)
   mirrored     true: also compare mirrored reference images, as training mirrors images (default)
   destination  folder for neighbours.png and neighbours.csv (outputs/neighbours)
   weights      Inception weights, a pt_inception-2015-12-05-*.pth (default: those installed)

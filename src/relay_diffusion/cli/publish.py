@@ -42,18 +42,18 @@ python -m relay_diffusion.cli.publish source=SOURCE destination=FOLDER|hf://USER
   destination  a folder, or hf://USER/NAME[@BRANCH], which is created if it is missing (log in first: hf auth login)
   format       relay (default) | diffusers: also a custom pipeline of the library diffusers
   dtype        data type of the written weights: float32 (default) | float16 | bfloat16
-  license      licence of the weights, e.g. apache-2.0 (unknown)
+  license      license of the weights, e.g. apache-2.0 (unknown)
   datasets     data sets of training on the Hub: USER/DATA,other
   tags         more tags of the model card: emoji,256x256
-  metrics      a metrics.json of sample.py mode=evaluate, whose numbers the model card lists
+  metrics      a metrics.json of sample.py mode=evaluate, for the model card
   image        a picture for the model card: PNG, JPEG or WebP
-  private      true: a new repository is private | false: as is the default of the account (default)
-  overwrite    false: refuse a destination that has a relay.json or README.md (default) | true: replace its relay
+  private      true: a new repository is private | false: as the account's default (default)
+  overwrite    false: refuse a destination that has a relay.json or README.md (default) | true: replace that relay
   trusted      packages besides relay_diffusion whose classes the source may name: my_package,other
 
-The destination gets relay.json, a folder for each stage (weights.safetensors: the averaged weights; stage.json),
-README.md (the model card) and samples.png; with format=diffusers also model_index.json and pipeline.py. A folder needs
-no network. huggingface_hub must be installed: pip install -e '.[hub]'
+The destination gets relay.json, a folder for each stage (weights.safetensors: the EMA weights; stage.json),
+README.md (the model card) and samples.png; with format=diffusers also model_index.json and pipeline.py. Writing a
+folder needs no network. huggingface_hub must be installed: pip install -e '.[hub]'
 """
 CARD, PICTURE = "README.md", "samples.png"
 EXPORT = (EXPORT_STAGE, EXPORT_WEIGHTS)

@@ -121,10 +121,10 @@ def check_built(cfg: DictConfig, key: str, null: bool = False) -> None:
     require(valid, f"{key}={shorten(value)}: must be {kind}{hint}")
 
 
-def check_file(path: Any, key: str) -> None:
+def check_file(path: Any, key: str, remedy: str = "") -> None:
     """Require an existing file or folder."""
     found = isinstance(path, str | int | float) and _exists(Path(str(path)))
-    require(found, f"{key}={shorten(path)}: no such file or folder (relative paths start at {Path.cwd()})")
+    require(found, f"{key}={shorten(path)}: no such file or folder (relative paths start at {Path.cwd()}){remedy}")
 
 
 def check_checkpoint(path: Any, key: str) -> None:
@@ -133,7 +133,7 @@ def check_checkpoint(path: Any, key: str) -> None:
         with prefix_errors(key):
             check_address(path)
     else:
-        check_file(path, key)
+        check_file(path, key, "; train this stage first, or use another run, .ckpt file or exported folder")
 
 
 def check_directory(cfg: DictConfig, key: str) -> None:

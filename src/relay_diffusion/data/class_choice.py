@@ -38,7 +38,7 @@ def class_indices(chosen: object, num_classes: int, names: Sequence[str]) -> lis
         if text == str(NO_CLASS):
             indices.append(NO_CLASS)
         elif not num_classes:
-            raise UserError(f"class={entry} was given, but the model is unconditional: use class=null")
+            raise UserError(f"class={entry}: the model has no classes; use class=null")
         elif text in names:
             indices.append(list(names).index(text))
         elif text.isdecimal() and len(text) < 10 and int(text) < num_classes:

@@ -29,4 +29,4 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), image.mode, mode)
         return transform.apply(image)
     except (OSError, ValueError, ImageCms.PyCMSError) as error:
-        raise ValueError("the ICC profile is damaged, or of another colour space") from error
+        raise ValueError("the ICC profile is damaged, or of another color space") from error

@@ -135,7 +135,7 @@ def _decoder_errors(where: str) -> Iterator[None]:
     except UserError:
         raise
     except UnidentifiedImageError as error:
-        kind = f"not a {', '.join(IMAGE_FORMATS)} image"
+        kind = "not a PNG, WebP or JPEG image"
         raise UnusableImageError(f"{where} is {kind}; save it as PNG or replace it", kind) from error
     except Exception as error:  # untrusted bytes: decoders raise many exception types
         raise UnusableImageError(f"{where} cannot be decoded: {one_line(error)}; replace it", "damaged") from error
@@ -264,7 +264,7 @@ def _open(data: bytes, where: str) -> ImageFile:
 def _check_png(data: bytes, image: Image.Image) -> None:
     """Raise ValueError for a PNG that Pillow would misread."""
     if data[24] == 16 and "transparency" in image.info:  # Pillow would compare the colour with 8-bit samples
-        raise ValueError("a transparent colour of 16 bits is not read; save it with 8 bits or an alpha channel")
+        raise ValueError("a transparent color of 16 bits is not supported; save it with 8 bits or an alpha channel")
     content, at, kind = memoryview(data), 8, b""
     while kind != b"IEND":  # Pillow does not verify the checksums of pixel data
         end = at + 8 + int.from_bytes(content[at : at + 4])

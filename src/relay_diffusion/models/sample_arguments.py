@@ -59,7 +59,7 @@ def label_tensor(
     if min(found) < NO_CLASS:
         raise ValueError(f"labels holds {min(found)}: use class indices from 0, or {NO_CLASS} for no class")
     if max(found) >= 0 and not num_classes:
-        raise UserError("class was given, but the model is unconditional: remove it (class=null)")
+        raise UserError("class was given, but the model has no classes: remove it (class=null)")
     if max(found) >= num_classes > 0:
         raise UserError(f"class {max(found)}: the model has classes 0..{num_classes - 1}")
     return torch.tensor(found)

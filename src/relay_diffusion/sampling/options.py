@@ -21,11 +21,14 @@ def chosen_stages(relay: DictConfig) -> dict[str, DictConfig]:
     names = [str(name) for name in relay.stages]
     require(len(names) > 0, "relay.stages is empty: a relay needs at least a first stage")
     for key in ("first", "last"):
-        require(relay[key] is None or relay[key] in names, f"relay.{key}={shorten(relay[key])}: choose one of {names}")
+        require(
+            relay[key] is None or relay[key] in names,
+            f"relay.{key}={shorten(relay[key])}: use one of {', '.join(names)}",
+        )
     start, first, last = relay.start is not None, relay.first, relay.last
     require(
         start or first in (None, names[0]),
-        f"relay.first={first}: relay.start=FOLDER must give the images that it starts from",
+        f"relay.start is missing: the stage relay.first={first} starts from images; add relay.start=FILE or FOLDER",
     )
     begin = names.index(first) if first is not None else int(start and len(names) > 1)
     end = names.index(last) if last is not None else len(names) - 1

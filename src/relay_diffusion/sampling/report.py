@@ -48,5 +48,5 @@ def report(results: Mapping[str, Any]) -> None:
     for departure in results.get("departures", []):
         table.add_row("not as published", departure)
     if "saved_evaluations" in results:
-        table.add_row("early hand-over", f"{results['saved_evaluations']} network evaluations fewer an image")
+        table.add_row("early hand-over", f"network evaluations saved per image: {results['saved_evaluations']}")
     Console(soft_wrap=True, markup=False, emoji=False).print(table)  # prompts may look like either

@@ -314,7 +314,9 @@ def _read_start(plan: Plan, positions: list[int], relay: Relay) -> None:
         if composited := sorted(plan.start.composited):
             print(f"note: transparency is composited on white: {shorten(', '.join(composited))}")
         if damaged := sorted(plan.start.unprofiled):
-            print(f"note: colours are as stored, the ICC profile does not fit: {shorten(', '.join(damaged))}")
+            print(
+                f"note: colors are not converted, because the ICC profile does not fit: {shorten(', '.join(damaged))}"
+            )
 
 
 def chosen_classes(options: SamplingOptions, relay: Relay) -> list[int] | None:

@@ -25,21 +25,21 @@ def parse_seeds(text: object, option: str = "seeds") -> list[int]:
     for part in parts:
         first, dash, last = part.strip().partition("-")
         if not _is_number(first) or (dash and not _is_number(last)):
-            raise UserError(f"{option} is {shorten(text)}: give numbers and ranges, e.g. seeds=0-31 or seeds=[0-7,12]")
+            raise UserError(f"{option}={shorten(text)}: use numbers and ranges, e.g. seeds=0-31 or seeds=[0-7,12]")
         low, high = int(first), int(last if dash else first)
         if max(low, high) > MAX_SEED:
-            raise UserError(f"{option} holds {shorten(part.strip())}: must be at most {MAX_SEED}")
+            raise UserError(f"{option}: {shorten(part.strip())} is too large; a seed must be at most {MAX_SEED}")
         if high < low:
-            raise UserError(f"{option} holds the range {part.strip()!r}, which descends; write the lower number first")
+            raise UserError(f"{option}: the range {part.strip()} descends; write the lower number first")
         ranges.append(range(low, high + 1))
         count += high + 1 - low
     if not ranges:
-        raise UserError(f"{option} is empty: give numbers and ranges, e.g. seeds=0-31")
+        raise UserError(f"{option} is empty: use numbers and ranges, e.g. seeds=0-31")
     if count > MAX_IMAGES:
-        raise UserError(f"{option} is {shorten(text)}: {count:,} images; a run makes at most {MAX_IMAGES:,}")
+        raise UserError(f"{option}={shorten(text)}: {count:,} images; a run makes at most {MAX_IMAGES:,}")
     seeds = [seed for numbers in ranges for seed in numbers]
     if len(set(seeds)) != len(seeds):
-        raise UserError(f"{option} is {shorten(text)}: a seed is repeated; give each once")
+        raise UserError(f"{option}={shorten(text)}: a seed is repeated; list each seed once")
     return seeds
 
 
