@@ -16,6 +16,7 @@ from relay_diffusion.errors import UserError, prefix_errors, require
 from relay_diffusion.utils.messages import shorten
 from relay_diffusion.utils.resolution import MAX_SIDE, image_size
 
+MAKE_DATA = "; for the data sets of this project see the table in docs/training.md"  # remedy if one is missing
 HUGE = 1e12  # larger numbers are typos
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 _ABSENT = object()

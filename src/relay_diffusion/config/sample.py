@@ -7,6 +7,7 @@ from omegaconf import DictConfig, ListConfig
 from relay_diffusion.checkpoints.targets import package_names
 from relay_diffusion.config.checks import (
     HUGE,
+    MAKE_DATA,
     check_built,
     check_checkpoint,
     check_choice,
@@ -183,7 +184,7 @@ def _check_measuring(cfg: DictConfig) -> None:
         reference["path"] is not None,
         "mode=evaluate compares with a reference, and relay.reference.path is null: give reference=FOLDER, ZIP or NPZ",
     )
-    check_file(reference["path"], key)
+    check_file(reference["path"], key, MAKE_DATA if cfg.reference is None else "")
     if cfg.reference is None and has_key(cfg, "relay.reference.subset"):
         check_subset(cfg, "relay.reference.subset")
     for key in MEASURING:

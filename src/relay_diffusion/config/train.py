@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from relay_diffusion.checkpoints.hub import is_address
 from relay_diffusion.checkpoints.targets import package_names
 from relay_diffusion.config.checks import (
+    MAKE_DATA,
     check_built,
     check_checkpoint,
     check_complete,
@@ -194,7 +195,7 @@ def _check_dataset(cfg: DictConfig) -> None:
     if "resolution" in cfg.data.dataset:
         _check_same_resolution(cfg, "data.dataset.resolution")
     if "path" in cfg.data.dataset and not is_address(cfg.data.dataset.path):
-        check_file(cfg.data.dataset.path, "data.dataset.path")
+        check_file(cfg.data.dataset.path, "data.dataset.path", MAKE_DATA)
     if "text_cache" in cfg.data:
         check_directory(cfg, "data.text_cache")
     if "random_crops" in cfg.data.dataset:
