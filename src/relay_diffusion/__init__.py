@@ -9,7 +9,7 @@ relay.to_pil(images)[0].save("emoji.png")
 
 from relay_diffusion.utils.lazy import lazy_exports
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _EXPORTS = {  # imported on first use (PEP 562): the package alone imports neither torch nor lightning
     "load_stage": "checkpoints.loading",
