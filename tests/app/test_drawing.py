@@ -103,5 +103,5 @@ def test_prompts_of_a_relay_with_text(text_relay):
     with adjusted(text_relay, stages):
         expected = text_relay.sample([0, 1, 2], prompt=["red fox", "light", "red fox"])
     assert [image.tobytes() for image in several.images] == [image.tobytes() for image in text_relay.to_pil(expected)]
-    with pytest.raises(UserError, match="negative_prompt: acts in classifier-free guidance only"):
+    with pytest.raises(UserError, match="negative_prompt: needs classifier-free guidance"):
         draw(text_relay, DrawOptions(seeds="0", negative_prompt="blue"))

@@ -236,7 +236,7 @@ def test_text(load, make, tmp_path):
     assert_within_one_level(images, expected)
     options |= {"guidance_scale": {"base": 2.0}, "num_inference_steps": {"base": 3}}
     assert levels(pipe(["a red fox", "light"], **options).images).tolist() == levels(images).tolist()
-    with pytest.raises(UserError, match=r"^negative_prompt: acts in classifier-free guidance only"):
+    with pytest.raises(UserError, match=r"^negative_prompt: needs classifier-free guidance"):
         pipe("a fox", negative_prompt="light", seeds=[1, 2])  # the scale of the last call is gone
     with pytest.raises(UserError, match=r"^negative_prompt=.*: must be one text"):
         pipe("a fox", negative_prompt=["light"], guidance_scale=2.0)

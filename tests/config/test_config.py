@@ -192,7 +192,7 @@ def test_every_experiment_trains_a_step(configuration, large_zip, tmp_path, expe
         ("data.dataset.path=???", r"data\.dataset\.path has no value"),
         ("network.augment_labels=9", r"network\.augment_labels=9, but stage\.augment is null"),
         ("stage.guidance_interval=[1,2]", r"stage\.guidance_interval=\[1, 2\] has no effect"),
-        ("stage.guidance_scale=2", r"stage\.guidance_scale=2 needs .*train with stage\.label_dropout=0\.1"),
+        ("stage.guidance_scale=2", r"stage\.guidance_scale=2: .*train with stage\.label_dropout=0\.1"),
         ("trusted=my_package", r"trusted=my_package: must be a list of packages, e\.g\. \[my_package\]"),
         ("trusted=[my-package]", r"trusted holds my-package: must be names of packages"),
         ("stage=cascade stage.corruption.condition_noise_max=a", r"stage\.corruption\.condition_noise_max=a: "),

@@ -101,7 +101,7 @@ def test_guidance_is_disabled_by_scale_one_whatever_interval_is_stored(fit, tmp_
 @pytest.mark.slow
 def test_guidance_needs_a_stage_trained_with_label_dropout(fit, tmp_path):
     fit("run", 4)
-    with pytest.raises(UserError, match=r"last\.ckpt: guidance_scale=2 needs .*train with stage\.label_dropout=0\.1"):
+    with pytest.raises(UserError, match=r"last\.ckpt: guidance_scale=2: .*train with stage\.label_dropout=0\.1"):
         load_stage(tmp_path / "run", changes={"guidance_scale": 2.0})
     assert load_stage(tmp_path / "run", changes={"guidance_scale": 2.0}, guide=tmp_path / "run").guidance_scale == 2
     known = {"guidance_scale": 2.0, "label_dropout": 0.1}

@@ -302,7 +302,7 @@ def test_text_that_a_stage_does_not_take_is_refused():
             sampled.sample(SHAPE, [0, 1, 2], text=text)
     with pytest.raises(UserError, match=r"^text was given, but the model was trained without text: remove it"):
         stage(0).sample(SHAPE, [0, 1, 2], text=TEXT)
-    with pytest.raises(UserError, match=r"^negative: acts in classifier-free guidance only"):
+    with pytest.raises(UserError, match=r"^negative: needs classifier-free guidance"):
         sampled.sample(SHAPE, [0, 1, 2], text=TEXT, negative=TEXT.select([0]))
     with pytest.raises(ValueError, match=r"^negative has 3 rows: must have 1"):
         sampled.sample(SHAPE, [0, 1, 2], text=TEXT, negative=TEXT)
@@ -345,7 +345,7 @@ def test_a_relay_without_text_refuses_it():
 def test_a_negative_prompt_needs_a_text_stage_with_guidance():
     guided = {"guidance_scale": 2.0, "label_dropout": 0.1}
     relay = Relay({"a": stage(resolution=4), "b": stage(0, 8, 2, **guided)})
-    with pytest.raises(UserError, match=r"^negative: acts in classifier-free guidance only"):
+    with pytest.raises(UserError, match=r"^negative: needs classifier-free guidance"):
         relay.sample([0], [1], text=TEXT.select([0]), negative=TEXT.select([1]))
     relay = Relay({"a": stage(resolution=4, **guided), "b": stage(resolution=8, block=2)})
     plain, negative = (relay.sample([0], text=TEXT.select([0]), negative=n) for n in (None, TEXT.select([1])))

@@ -295,7 +295,7 @@ def test_the_hand_over_and_the_metrics_file_know_prompts(make, captioned, tmp_pa
         (["prompt={a: fox}"], "^prompt holds .*, which is not a text"),
         (["prompt=[]"], r"^prompt=\[\]: is empty"),
         (["negative_prompt=[a,b]"], "^negative_prompt holds .*, which is not a text"),
-        (["negative_prompt=fox"], "^negative_prompt: acts in classifier-free guidance only"),
+        (["negative_prompt=fox"], "^negative_prompt: needs classifier-free guidance"),
         (["prompts=missing.txt"], r"^prompts=missing\.txt: no such file"),
         (["prompts={empty}"], "^prompts=.*: has no prompts; write one in each line"),
         (["prompts={latin}"], r"^prompts=.*: is not UTF-8 \(.* at byte 1\); save it as UTF-8"),
@@ -435,7 +435,7 @@ def test_errors_from_python(relay):
     with pytest.raises(UserError, match=r"^prompt: prompt 1 \(None\) is of type NoneType"):
         relay.sample(range(2), prompt=["fox", None])
     relay.chain()["base"].guidance_scale = 1.0
-    with pytest.raises(UserError, match=r"^negative_prompt: acts in classifier-free guidance only"):
+    with pytest.raises(UserError, match=r"^negative_prompt: needs classifier-free guidance"):
         relay.sample(0, prompt="fox", negative_prompt="light")
 
 

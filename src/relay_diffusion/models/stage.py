@@ -56,7 +56,7 @@ from relay_diffusion.networks import (
 from relay_diffusion.samplers import Sampler
 from relay_diffusion.utils.resolution import MAX_SIDE, Resolution, Size, image_size
 
-NO_NEGATIVE = "acts in classifier-free guidance only; set a guidance_scale other than 1, without a guide"
+NO_NEGATIVE = "needs classifier-free guidance; set a guidance_scale other than 1, and no guide"
 
 OptimizerFactory = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
 
@@ -345,10 +345,10 @@ class DiffusionStage(OptimizationHooks):
         known = self.num_classes > 0 or self.text_dim > 0
         if self.guidance_scale != 1 and self.guide is None and known and not self.label_dropout:
             raise UserError(
-                f"guidance_scale={self.guidance_scale:g} needs a network that was trained without labels as well, and "
-                "this one was not (label_dropout=0): train with stage.label_dropout=0.1, or give a weaker checkpoint "
-                "as guide, which needs no label dropout; if an imported network was trained with label dropout, set "
-                "changes.label_dropout=0.1 (sample.py: +relay.stages.NAME.changes.label_dropout=0.1)"
+                f"guidance_scale={self.guidance_scale:g}: classifier-free guidance needs label dropout in training, "
+                "but label_dropout=0; train with stage.label_dropout=0.1, or set guide to a weaker checkpoint; for an "
+                "imported network that was trained with label dropout, set changes.label_dropout=0.1 "
+                "(sample.py: +relay.stages.NAME.changes.label_dropout=0.1)"
             )
         guide = None if self.guide is None else self._evaluator(self.guide, condition, prompts)
         plain = self._evaluator(self.denoiser, condition, prompts)
