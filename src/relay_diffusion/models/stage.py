@@ -135,6 +135,12 @@ class DiffusionStage(OptimizationHooks):
                 f"network.condition_channels={wanted}: {type(self).__name__} provides {provided} condition channels; "
                 f"set network.condition_channels={provided}"
             )
+        evaluations = getattr(sampler, "evaluations", None)
+        if not callable(sampler) or not isinstance(evaluations, int):
+            raise ValueError(
+                f"sampler={type(sampler).__name__}: must be callable, with the number of network evaluations as its "
+                "property `evaluations`"
+            )
         self._check_sampler(sampler)
         self._configured_sampler = sampler
         # constant buffers, which DistributedDataParallel would broadcast at every step
@@ -468,9 +474,16 @@ class DiffusionStage(OptimizationHooks):
         training = self.training
         self.eval()
         try:
-            return sampler(denoise, start, noise.randn_like, labels).float()
+            images = sampler(denoise, start, noise.randn_like, labels)
         finally:
             self.train(training)
+        if not isinstance(images, Tensor) or images.shape != like.shape:
+            found = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else f"type {type(images).__name__}"
+            raise UserError(
+                f"sampler={type(sampler).__name__}: its result has {found}; it must return images of shape "
+                f"{tuple(like.shape)}"
+            )
+        return images.float()
 
     def _prompts(
         self, count: int, labels: Tensor | None, text: TextStates | None, negative: TextStates | None
