@@ -2,6 +2,7 @@
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -397,3 +398,17 @@ def test_a_sampler_without_evaluations_is_refused():
     for sampler in ("edm", object(), lambda denoise, start, randn_like, labels=None: start):  # noqa: ARG005
         with pytest.raises(ValueError, match=r"^sampler=\w+: must be callable, with the number of network evaluations"):
             DiffusionStage(stage.denoiser, stage.corruption, stage.loss, sampler)
+
+
+def test_a_corruption_without_its_interface_is_refused():
+    stage, methods = tiny_stage(4), {"block": 1, "start": 1, "corrupt": 1}
+    without_level = SimpleNamespace(schedule=SimpleNamespace(draw=1), draw_noise=1, **methods)
+    for corruption, message in (
+        (
+            SimpleNamespace(**methods),
+            "corruption=SimpleNamespace: has no schedule, draw_noise; it needs schedule, block,",
+        ),
+        (without_level, "corruption.schedule=SimpleNamespace: has no level; it needs draw, level$"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{message}"):
+            DiffusionStage(stage.denoiser, corruption, stage.loss, stage.sampler)

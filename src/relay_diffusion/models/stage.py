@@ -79,6 +79,13 @@ class StageInfo:
     wandb: dict[str, str] | None = None
 
 
+def _check_members(option: str, part: object, names: Sequence[str]) -> None:
+    """Raise ValueError unless a part of a stage has its attributes and methods."""
+    missing = ", ".join(name for name in names if getattr(part, name, None) is None)
+    if missing:
+        raise ValueError(f"{option}={type(part).__name__}: has no {missing}; it needs {', '.join(names)}")
+
+
 class DiffusionStage(OptimizationHooks):
     """Denoiser of a corruption with its loss, optimizer and sampler.
 
@@ -135,6 +142,8 @@ class DiffusionStage(OptimizationHooks):
                 f"network.condition_channels={wanted}: {type(self).__name__} provides {provided} condition channels; "
                 f"set network.condition_channels={provided}"
             )
+        _check_members("corruption", corruption, ("schedule", "block", "start", "draw_noise", "corrupt"))
+        _check_members("corruption.schedule", corruption.schedule, ("draw", "level"))
         evaluations = getattr(sampler, "evaluations", None)
         if not callable(sampler) or not isinstance(evaluations, int):
             raise ValueError(
