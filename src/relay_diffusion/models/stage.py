@@ -80,7 +80,7 @@ class StageInfo:
 
 
 def _check_members(option: str, part: object, names: Sequence[str]) -> None:
-    """Raise ValueError unless a part of a stage has its attributes and methods."""
+    """Raise ValueError unless a part has these attributes and methods."""
     missing = ", ".join(name for name in names if getattr(part, name, None) is None)
     if missing:
         raise ValueError(f"{option}={type(part).__name__}: has no {missing}; it needs {', '.join(names)}")
