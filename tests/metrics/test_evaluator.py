@@ -246,6 +246,11 @@ class Misnamed(PlainMean):
     names = ("average",)
 
 
+class NoMapping(PlainMean):
+    def compute(self, features: Tensor) -> float:  # type: ignore[override]
+        return float(features.mean())
+
+
 class Failing(PlainMean):
     names = ("failed",)
 
@@ -274,10 +279,11 @@ def test_a_metric_names_its_results(reference: Reference) -> None:
     for metric in (Nameless(), torch.nn.Identity()):
         with pytest.raises(UserError, match=r"^metrics\.evaluator\.metrics\.a: .* must be a subclass .* names ="):
             Evaluator(PixelFeatures(), reference, {"a": metric})  # type: ignore[dict-item]
-    evaluation = Evaluator(PixelFeatures(), reference, {"a": Misnamed()})
-    feed(evaluation, random_images(9, 4), range(9))
-    with pytest.raises(UserError, match=r"^metrics\.evaluator\.metrics\.a: compute returned mean, .*\(average\)"):
-        evaluation.compute()
+    for metric, found in ((Misnamed(), r"mean, .*\(average\)"), (NoMapping(), "a float; .* with the keys mean$")):
+        evaluation = Evaluator(PixelFeatures(), reference, {"a": metric})
+        feed(evaluation, random_images(9, 4), range(9))
+        with pytest.raises(UserError, match=rf"^metrics\.evaluator\.metrics\.a: compute returned {found}"):
+            evaluation.compute()
 
 
 @pytest.mark.parametrize("others", [{}, {"kid": KIDMetric()}])

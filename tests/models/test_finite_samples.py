@@ -73,6 +73,14 @@ def test_repeated_images_that_fill_a_batch_are_named_once():
         relay.predict_step(batch([7, 8, 8, 8], [0, 1]), 0)
 
 
+def test_a_sampler_that_fails_with_finite_estimates_is_blamed():
+    relay = Relay({"a": tiny_stage(4)})
+    sampler = lambda denoise, start, randn_like, labels=None: start * math.nan  # noqa: ARG005, E731
+    message = "not finite, although all estimates of the network are: use other options of the sampler"
+    with relay.changed({"a": sampler}), pytest.raises(NonFiniteSamplesError, match=message):
+        relay.sample([1])
+
+
 def test_failures_that_do_not_repeat_are_reported_as_such(monkeypatch):
     relay = Relay({"a": tiny_stage(4)})
     monkeypatch.setattr(relay_module, "finite", lambda images: torch.zeros(len(images), dtype=torch.bool))

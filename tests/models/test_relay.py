@@ -228,6 +228,24 @@ def test_a_sampler_replaced_in_a_stage_is_checked_before_it_samples():
             draw()
 
 
+@pytest.mark.parametrize(
+    ("result", "found"),
+    [(lambda start: start[..., :2], r"shape \(1, 3, 4, 2\)"), (lambda start: None, "type NoneType")],  # noqa: ARG005
+)
+def test_a_sampler_that_returns_other_images_is_named(result, found):
+    relay = Relay({"a": tiny_stage(4), "b": tiny_stage(8, 2)})
+    sampler = lambda denoise, start, randn_like, labels=None: result(start)  # noqa: ARG005, E731
+    with relay.changed({"a": sampler}), pytest.raises(UserError, match=rf"^sampler=function: its result has {found}"):
+        relay.sample([0])
+
+
+def test_changes_of_a_missing_stage_are_refused():
+    relay = Relay({"a": tiny_stage(4), "b": tiny_stage(8, 2)})
+    for changes in ({"samplers": {"c": EDMSampler()}}, {"guidance_scales": {"c": 2.0}}):
+        with pytest.raises(UserError, match=r"no stage c; its stages are a, b$"), relay.changed(**changes):
+            pass
+
+
 def test_observers_see_each_evaluation_of_each_stage():
     relay, seen = Relay({"a": tiny_stage(4), "b": tiny_stage(8, 2)}), []
     before = relay.sample([7, 8])

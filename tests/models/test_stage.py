@@ -2,6 +2,7 @@
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from relay_diffusion.diffusion.generators import PerImageGenerator
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.optimization import FitState
 from relay_diffusion.models.relay import Relay
-from relay_diffusion.models.stage import StageInfo
+from relay_diffusion.models.stage import DiffusionStage, StageInfo
 from relay_diffusion.networks import EDMPreconditioner, Graphed
 from relay_diffusion.samplers import BlurringSampler, MultistepSampler
 from support import assert_same_weights, tiny_stage, weights_of
@@ -390,3 +391,24 @@ def test_a_fit_counts_nothing_of_one_that_failed_between_micro_batches():
 def test_a_stage_that_refuses_its_settings_is_named(fit):
     with pytest.raises(UserError, match=r"^stage: network\.condition_channels=3: DiffusionStage provides 0"):
         fit("run", 4, "network.condition_channels=3")
+
+
+def test_a_sampler_without_evaluations_is_refused():
+    stage = tiny_stage(4)
+    for sampler in ("edm", object(), lambda denoise, start, randn_like, labels=None: start):  # noqa: ARG005
+        with pytest.raises(ValueError, match=r"^sampler=\w+: must be callable, with the number of network evaluations"):
+            DiffusionStage(stage.denoiser, stage.corruption, stage.loss, sampler)
+
+
+def test_a_corruption_without_its_interface_is_refused():
+    stage, methods = tiny_stage(4), {"block": 1, "start": 1, "corrupt": 1}
+    without_level = SimpleNamespace(schedule=SimpleNamespace(draw=1), draw_noise=1, **methods)
+    for corruption, message in (
+        (
+            SimpleNamespace(**methods),
+            "corruption=SimpleNamespace: has no schedule, draw_noise; it needs schedule, block,",
+        ),
+        (without_level, "corruption.schedule=SimpleNamespace: has no level; it needs draw, level$"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{message}"):
+            DiffusionStage(stage.denoiser, corruption, stage.loss, stage.sampler)

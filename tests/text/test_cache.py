@@ -7,7 +7,7 @@ import torch
 
 from relay_diffusion.diffusion.text_states import TextStates
 from relay_diffusion.errors import UserError
-from relay_diffusion.text import CachedEncoder, cache
+from relay_diffusion.text import CachedEncoder, cache, check_encoder
 
 NO_TOKENS = "\u200b"
 CAPTIONS = ["a red fox", "traffic light", "", "a sleeping red fox in the light", "fox", "a red fox", NO_TOKENS]
@@ -214,3 +214,39 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(UserError, match="cannot be written"):
         prepared(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (tuple, "is tuple: must be TextStates"),
+        (lambda states: states._replace(mask=states.mask.float()), r"float32 of shape \(1, 6\)"),
+        (lambda states: TextStates(states.tokens[..., :2], states.mask, states.pooled[:, :2]), "2 channels; .* dim=3"),
+        (lambda states: states.pad(7), "7 tokens; must have max_tokens=6"),
+        (lambda states: states.select([0, 0]), "2 rows: must have 1"),
+    ],
+)
+def test_states_that_do_not_fit_their_encoder(tmp_path, result, message):
+    encoder, encode = WordEncoder(), WordEncoder().encode
+    encoder.encode = lambda prompts, note: result(encode(prompts, note))
+    with pytest.raises(UserError, match=rf"^text: WordEncoder\.encode: its result .*{message}"):
+        prepared(tmp_path, ["a red fox"], encoder)
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("unload", None, "WordEncoder has no unload; a text encoder needs dim, max_tokens, "),
+        ("dim", 0, r"WordEncoder\.dim=0: must be a whole number"),
+        ("max_tokens", "8", r"WordEncoder\.max_tokens=8: must be a whole number"),
+        ("hash", "../other", r"WordEncoder\.hash=\.\./other: must be a SHA-256"),
+    ],
+)
+def test_an_encoder_without_the_interface_is_refused(name, value, message):
+    encoder = WordEncoder()
+    encoder.to = encoder.unload = lambda *_: encoder
+    check_encoder(encoder)
+    setattr(encoder, name, value)
+    with pytest.raises(UserError, match=f"^text: {message}"):
+        check_encoder(encoder)

@@ -393,7 +393,7 @@ def folder_zip(tmp_path):
 
 
 def test_the_classes_of_an_encoder_need_trust(fit_text):
-    with pytest.raises(UserError, match=r"^text\.encoder is tiny_encoders\.Bert, a class outside relay_diffusion: add"):
+    with pytest.raises(UserError, match=r"^text is tiny_encoders\.Bert, a class outside relay_diffusion: add"):
         fit_text("run", 4, "text._target_=tiny_encoders.Bert")
     trained = fit_text("run", 4, "text._target_=tiny_encoders.Bert", "trusted=[tiny_encoders]")
     assert isinstance(trained.trainer.datamodule.text, CachedEncoder)

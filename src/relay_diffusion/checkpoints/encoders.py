@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from relay_diffusion.checkpoints.targets import OWN_PACKAGE, check_targets, package_names
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.stage import StageInfo
-from relay_diffusion.text import TextEncoder
+from relay_diffusion.text import TextEncoder, check_encoder
 from relay_diffusion.utils.distributed import rank
 from relay_diffusion.utils.messages import override, shorten
 
@@ -52,6 +52,7 @@ def load_text_encoder(
             raise error.__cause__ from None
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise UserError(f"the text encoder of {where} cannot be built: {reason}") from None
+    check_encoder(encoder, f"the text encoder of {where}")
     check_same_encoder(info.text, describe_encoder(config, encoder), where)
     return encoder
 

@@ -112,8 +112,8 @@ class Evaluator(nn.Module):
         """Return the results of every metric and "images"; collective.
 
         A metric that raises ValueError, e.g. for too few images, is added to `skipped`. Raises ValueError if positions
-        are missing or repeated, UserError for a key that a metric does not name, TypeError for a metric that uses the
-        features without `keeps_features`.
+        are missing or repeated, UserError for a result that is not a dict or has a key that the metric does not name,
+        TypeError for a metric that uses the features without `keeps_features`.
         """
         # An empty update gives a rank without images states of the right shapes.
         nothing = torch.zeros(0, 3, 32, 32, dtype=torch.uint8, device=self.inception.device)
@@ -125,18 +125,22 @@ class Evaluator(nn.Module):
         for name, metric in self.metrics.items():
             try:
                 found = metric.compute(features if metric.keeps_features else unavailable)
-                found = {key: float(value) for key, value in found.items()}
                 limitations = metric.warnings(images)
             except ValueError as error:
                 self.skipped[name] = one_line(error)
                 continue
+            require(
+                isinstance(found, Mapping),
+                f"metrics.evaluator.metrics.{name}: compute returned a {type(found).__name__}; it must return a dict "
+                f"of numbers with the keys {', '.join(metric.names)}",
+            )
             unknown = ", ".join(found.keys() - {*metric.names})
             require(
                 not unknown,
                 f"metrics.evaluator.metrics.{name}: compute returned {unknown}, which is not one of its names "
                 f"({', '.join(metric.names)}); add it to names",
             )
-            results |= found
+            results |= {key: float(value) for key, value in found.items()}
             self.warnings += limitations
         return results | {"images": images}
 

@@ -11,6 +11,7 @@ from relay_diffusion.diffusion.guidance import Observer
 from relay_diffusion.errors import UserError
 
 SHOWN_SEEDS = 4  # number of seeds that a message lists
+SAMPLER_FAILED = "although all estimates of the network are"
 
 
 class NonFiniteSamplesError(UserError):
@@ -29,7 +30,7 @@ def finite(images: Tensor) -> Tensor:
 
 
 def first_nonfinite_level(draw: Callable[[Sequence[Observer]], Tensor]) -> str | None:
-    """Sample a batch again and describe the first non-finite state or estimate.
+    """Sample a batch again and describe its first non-finite tensor.
 
     draw: samples the batch with given observers. None if everything stayed finite. Synchronizes with the device at each
     step.
@@ -41,7 +42,9 @@ def first_nonfinite_level(draw: Callable[[Sequence[Observer]], Tensor]) -> str |
             if not found and not bool(finite(images).all()):
                 found.append(f"first {what} at sigma={float(sigma[0]):.4g}")
 
-    draw([check])
+    images = draw([check])
+    if not found and not bool(finite(images).all()):
+        found.append(SAMPLER_FAILED)
     return found[0] if found else None
 
 
@@ -56,7 +59,9 @@ def nonfinite_samples(
     lost = list(dict.fromkeys(seed for seed, fine in zip(seeds, finite, strict=True) if not fine))
     named = ", ".join(map(str, lost[:SHOWN_SEEDS]))
     named += f" and {len(lost) - SHOWN_SEEDS} more" if len(lost) > SHOWN_SEEDS else ""
+    remedy = "use another checkpoint, or precision 32-true or bf16-mixed instead of 16-mixed"
+    if where == SAMPLER_FAILED:
+        remedy = "use other options of the sampler, or another sampler"
     return NonFiniteSamplesError(
-        f"{stage}: the samples of seed{'s' if len(lost) > 1 else ''} {named} are not finite, {where}: use another "
-        "checkpoint, or precision 32-true or bf16-mixed instead of 16-mixed"
+        f"{stage}: the samples of seed{'s' if len(lost) > 1 else ''} {named} are not finite, {where}: {remedy}"
     )

@@ -33,7 +33,7 @@ from relay_diffusion.models.sample_arguments import (
 )
 from relay_diffusion.models.stage import NO_NEGATIVE, DiffusionStage
 from relay_diffusion.samplers import Sampler
-from relay_diffusion.text.base import TextEncoder
+from relay_diffusion.text.base import TextEncoder, check_states
 from relay_diffusion.utils.pictures import pil_image
 from relay_diffusion.utils.resolution import MIN_SIDE, Resolution, Size, image_size, resolution_of, size_text
 
@@ -206,8 +206,14 @@ class Relay(L.LightningModule):
     def changed(
         self, samplers: Mapping[str, Sampler] | None = None, guidance_scales: Mapping[str, float] | None = None
     ) -> Iterator[None]:
-        """Replace samplers and guidance scales of stages, by name, in this block."""
+        """Replace samplers and guidance scales of stages, by name, in this block.
+
+        `chain()` returns the stages by name, whose corruption a sampler may need. Raises UserError for other names.
+        """
         samplers, scales = samplers or {}, guidance_scales or {}
+        for name in {**samplers, **scales}:
+            stages = ", ".join(self._names)
+            require(name in self._names, f"changed: the relay has no stage {name}; its stages are {stages}")
         before = {name: (stage.sampler, stage.guidance_scale) for name, stage in self.chain().items()}
         try:
             for name, stage in self.chain().items():
@@ -270,7 +276,9 @@ class Relay(L.LightningModule):
         if not any(prompt.strip() for prompt in prompts):
             return no_text(len(prompts), self.text_dim, self.device)
         self.text_encoder.to(self.device)
-        return self.text_encoder.encode(prompts)
+        states = self.text_encoder.encode(prompts)
+        check_states(self.text_encoder, states, len(prompts))
+        return states
 
     def check_text(self, name: str) -> None:
         """Raise UserError if no stage has text. name: the argument in the message."""

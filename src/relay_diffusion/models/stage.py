@@ -79,6 +79,13 @@ class StageInfo:
     wandb: dict[str, str] | None = None
 
 
+def _check_members(option: str, part: object, names: Sequence[str]) -> None:
+    """Raise ValueError unless a part has these attributes and methods."""
+    missing = ", ".join(name for name in names if getattr(part, name, None) is None)
+    if missing:
+        raise ValueError(f"{option}={type(part).__name__}: has no {missing}; it needs {', '.join(names)}")
+
+
 class DiffusionStage(OptimizationHooks):
     """Denoiser of a corruption with its loss, optimizer and sampler.
 
@@ -134,6 +141,14 @@ class DiffusionStage(OptimizationHooks):
             raise ValueError(
                 f"network.condition_channels={wanted}: {type(self).__name__} provides {provided} condition channels; "
                 f"set network.condition_channels={provided}"
+            )
+        _check_members("corruption", corruption, ("schedule", "block", "start", "draw_noise", "corrupt"))
+        _check_members("corruption.schedule", corruption.schedule, ("draw", "level"))
+        evaluations = getattr(sampler, "evaluations", None)
+        if not callable(sampler) or not isinstance(evaluations, int):
+            raise ValueError(
+                f"sampler={type(sampler).__name__}: must be callable, with the number of network evaluations as its "
+                "property `evaluations`"
             )
         self._check_sampler(sampler)
         self._configured_sampler = sampler
@@ -470,9 +485,16 @@ class DiffusionStage(OptimizationHooks):
         training = self.training
         self.eval()
         try:
-            return sampler(denoise, start, noise.randn_like, labels).float()
+            images = sampler(denoise, start, noise.randn_like, labels)
         finally:
             self.train(training)
+        if not isinstance(images, Tensor) or images.shape != like.shape:
+            found = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else f"type {type(images).__name__}"
+            raise UserError(
+                f"sampler={type(sampler).__name__}: its result has {found}; it must return images of shape "
+                f"{tuple(like.shape)}"
+            )
+        return images.float()
 
     def _prompts(
         self, count: int, labels: Tensor | None, text: TextStates | None, negative: TextStates | None

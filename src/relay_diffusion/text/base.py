@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from relay_diffusion.diffusion.text_states import TextStates
-from relay_diffusion.errors import UserError
+from relay_diffusion.diffusion.text_states import TextStates, check_text
+from relay_diffusion.errors import UserError, require
 from relay_diffusion.utils.messages import shorten
 
 if TYPE_CHECKING:
     import torch
 
 SHOWN = 3  # prompts in a note
+MEMBERS = ("dim", "max_tokens", "hash", "truncated", "encode", "to", "unload")  # of a TextEncoder
 
 
 class TextEncoder(Protocol):
@@ -68,6 +70,35 @@ def check_prompts(prompts: Collection[str], option: str = "text") -> None:
             problem = "has a lone surrogate, half of a character; write it as UTF-8"
         if problem:
             raise UserError(f"{option}: prompt {number} ({shorten(prompt)}) {problem}")
+
+
+def check_encoder(encoder: Any, option: str = "text") -> None:
+    """Raise UserError naming `option` unless an object has the interface of TextEncoder."""
+    where = f"{option}: {type(encoder).__name__}"
+    missing = ", ".join(name for name in MEMBERS if getattr(encoder, name, None) is None)
+    require(not missing, f"{where} has no {missing}; a text encoder needs {', '.join(MEMBERS)}")
+    for name in ("dim", "max_tokens"):
+        value = getattr(encoder, name)
+        require(isinstance(value, int) and value > 0, f"{where}.{name}={value}: must be a whole number, at least 1")
+    require(
+        isinstance(encoder.hash, str) and re.fullmatch("[0-9a-f]{64}", encoder.hash) is not None,
+        f"{where}.hash={shorten(str(encoder.hash))}: must be a SHA-256 of 64 hexadecimal digits; use hashlib.sha256",
+    )
+
+
+def check_states(encoder: TextEncoder, states: TextStates, count: int) -> None:
+    """Raise UserError unless states of `count` prompts fit their encoder. Values are not checked."""
+    name = f"text: {type(encoder).__name__}.encode"
+    try:
+        check_text(f"{name}: its result", states, count)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    length, width = states.tokens.shape[1:]
+    require(width == encoder.dim, f"{name}: its result has {width} channels; must have dim={encoder.dim}")
+    require(
+        length <= encoder.max_tokens,
+        f"{name}: its result has {length} tokens; must have max_tokens={encoder.max_tokens}",
+    )
 
 
 def check_width(encoder: TextEncoder, context_dim: int, option: str = "network.context_dim") -> None:

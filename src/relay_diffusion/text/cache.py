@@ -15,7 +15,7 @@ from torch import Tensor
 
 from relay_diffusion.diffusion.text_states import TextStates
 from relay_diffusion.errors import UserError
-from relay_diffusion.text.base import TextEncoder, check_prompts, note_truncated
+from relay_diffusion.text.base import TextEncoder, check_prompts, check_states, note_truncated
 from relay_diffusion.utils.files import atomic_write, writing
 from relay_diffusion.utils.messages import one_line, shorten
 from relay_diffusion.utils.progress import progress
@@ -71,7 +71,8 @@ class CachedEncoder:
         """Encode the captions that are not in the cache.
 
         Damaged files are deleted and their captions encoded again. show_progress: also print notes. Raises UserError
-        for captions that are not text, for a folder that cannot be written, and for states beyond half precision.
+        for captions that are not text, for a folder that cannot be written, and for states of other shapes or beyond
+        half precision.
         """
         check_prompts(captions)
         self._read(show_progress)
@@ -115,6 +116,7 @@ class CachedEncoder:
 
     def _encode(self, captions: Sequence[str]) -> _File:
         states = self.encoder.encode(captions, note=False)
+        check_states(self.encoder, states, len(captions))
         tokens, pooled = states.tokens[states.mask].half().cpu(), states.pooled.half().cpu()
         if not (tokens.isfinite().all() and pooled.isfinite().all()):
             raise UserError("text.path: the states of this encoder exceed half precision; use another encoder")

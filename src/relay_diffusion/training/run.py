@@ -21,7 +21,7 @@ from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.errors import UserError, prefix_errors, require
 from relay_diffusion.models.stage import DiffusionStage, StageInfo
 from relay_diffusion.networks.ops import report_slow_settings
-from relay_diffusion.text import TextEncoder, check_width
+from relay_diffusion.text import TextEncoder, check_encoder, check_width
 from relay_diffusion.training.callbacks.preemption import leave_after_signal, restored_signal_handlers
 from relay_diffusion.training.resume import DATA_ORDER, RunRecord, Start, find_start, init_from
 from relay_diffusion.training.text import encode_captions
@@ -120,6 +120,8 @@ def train(cfg: DictConfig) -> DiffusionStage | None:
     """Train a stage, new or resumed; None if training is complete."""
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     encoder: TextEncoder | None = instantiate(cfg.text, _convert_="all")
+    if encoder is not None:
+        check_encoder(encoder)
     data = _build_data(cfg.data, encoder)
     cfg = _with_classes(_with_text(cfg, encoder), data)
     stage_config = cast(dict[str, Any], OmegaConf.to_container(cfg.stage, resolve=True))
@@ -128,7 +130,7 @@ def train(cfg: DictConfig) -> DiffusionStage | None:
     if encoder is not None:
         text = describe_encoder(cast(dict[str, Any], OmegaConf.to_container(cfg.text, resolve=True)), encoder)
     stage = _build_stage(cfg.stage, StageInfo(stage_config, data.dataset.class_names, text=text))
-    for part, key in ((stage_config, "stage"), (text, "text")):
+    for part, key in ((stage_config, "stage"), (text and text["encoder"], "text")):
         _check_trusted(part, package_names(cfg.trusted), key)
     with prefix_errors("stage: its checkpoint could not be loaded"):
         check_loadable(stage_config, text, cfg.trusted, Path(LAST))
