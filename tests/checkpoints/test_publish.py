@@ -70,7 +70,10 @@ def test_consistency_is_published(relay_folder, tmp_path):
 @pytest.mark.usefixtures("unreachable")
 def test_a_folder(relay_folder, tmp_path, capsys):
     assert tool(source=relay_folder, destination=tmp_path / "out/tiny", license="mit", tags="a,b", datasets="u/d") == 0
-    assert capsys.readouterr().out.startswith(f"{tmp_path}/out/tiny: stages base, relay, ")
+    first, load, app = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{tmp_path}/out/tiny: stages base, relay, ")
+    assert load == f'load: relay_diffusion.load_relay("{tmp_path}/out/tiny")'
+    assert app == f"web app: python -m relay_diffusion.cli.app relay={tmp_path}/out/tiny"
     assert names(tmp_path) == [f"out/tiny/{name}" for name in WRITTEN]
     relay, local = rd.load_relay(tmp_path / "out/tiny"), rd.load_relay(relay_folder)
     assert_same_weights(relay.state_dict(), local.state_dict())
@@ -88,7 +91,7 @@ def test_a_folder(relay_folder, tmp_path, capsys):
     assert f", made with relay-diffusion {__version__}.\n" in readme.text
     assert "\n# tiny\n" in readme.text
     assert 'relay = load_relay("tiny")\nimages = relay.sample(range(4), labels=0)' in readme.text
-    assert "\n2 classes.\n" in readme.text
+    assert "\n2 classes: dark, light.\n" in readme.text
     assert str(tmp_path) not in str(readme)
     assert card((tmp_path / "out/tiny/README.md").read_text()).content.count("---\n") == 2
 

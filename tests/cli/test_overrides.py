@@ -1,5 +1,6 @@
 """Invalid overrides give one line with override and remedy."""
 
+import json
 import shutil
 
 import pytest
@@ -41,10 +42,40 @@ def test_a_value_that_needs_quotes_is_named(configuration, value):
         ("mode=${nowhere", "mode=${nowhere: "),
         ("relay=quickstrt", "unknown choice relay=quickstrt; did you mean quickstart?"),
         ("trainer=zzz", "unknown choice trainer=zzz; available: default, sampling"),
+        ("relay=/no/such/place", "unknown choice relay=/no/such/place; available: cascade, "),
+        ("hydra/launcher=nowhere", "unknown choice hydra/launcher=nowhere"),
     ],
 )
 def test_unreadable_overrides_are_explained(configuration, word, message):
     assert message in explained(configuration, word)
+
+
+@pytest.mark.parametrize(
+    ("stages", "choice", "names"),
+    [
+        (["base"], "one_stage", ["base"]),
+        (["relay"], "two_stages", ["relay"]),
+        (["base", "relay"], "two_stages", ["base", "relay"]),
+        (["small", "large"], "two_stages", ["base", "relay"]),
+        (["a", "b", "c"], "three_stages", ["base", "relay", "third"]),
+    ],
+)
+def test_a_published_relay_is_sampled_by_its_stages(configuration, tmp_path, stages, choice, names):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    content = {"format": 1, "stages": {stage: {"path": stage} for stage in stages}}
+    (folder / "relay.json").write_text(json.dumps(content))
+    paths = " ".join(f"relay.stages.{name}.path={folder / stage}" for name, stage in zip(names, stages, strict=True))
+    assert explained(configuration, f"relay={folder}") == (
+        f"relay={folder}: is a folder, not a name of conf/relay; write relay={choice} {paths}"
+    )
+
+
+@pytest.mark.parametrize("content", [None, "{}"])
+def test_another_folder_is_an_unknown_choice(configuration, tmp_path, content):
+    if content is not None:
+        (tmp_path / "relay.json").write_text(content)
+    assert explained(configuration, f"relay={tmp_path}").startswith(f"unknown choice relay={tmp_path}; available: ")
 
 
 @pytest.mark.parametrize(

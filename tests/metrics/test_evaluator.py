@@ -177,12 +177,9 @@ def test_a_singular_covariance_is_reported(reference: Reference) -> None:
     """FID has 6 features, sFID 28; the rank is n - 1."""
     few = replace(reference, pool=reference.pool._replace(n=6))
     for generated, expected in (
-        (
-            6,
-            ["FID: the covariance of 6 generated", "FID: the covariance of 6 reference", "sFID: the covariance of 6"],
-        ),
-        (7, ["FID: the covariance of 6 reference", "sFID: the covariance of 7 generated"]),
-        (29, ["FID: the covariance of 6 reference"]),
+        (6, ["FID is unreliable with 6 generated and 6 reference images", "sFID is unreliable with 6 generated "]),
+        (7, ["FID is unreliable with 6 reference images: 6 features need at least 7;", "sFID is unreliable with 7 "]),
+        (29, ["FID is unreliable with 6 reference images"]),
     ):
         evaluation = Evaluator(PixelFeatures(), few, {"fid": FIDMetric(), "sfid": SFIDMetric()})
         feed(evaluation, random_images(generated, 4), range(generated))

@@ -23,6 +23,11 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.utils.installed import install_command
 from relay_diffusion.utils.messages import did_you_mean, override, shorten
 
+RELAYS = (  # names in conf/relay, with their stages
+    ("one_stage", ["base"]),
+    ("two_stages", ["base", "relay"]),
+    ("three_stages", ["base", "relay", "third"]),
+)
 PROMPT_KEYS = ("prompt", "negative_prompt")  # options that are texts of any characters
 
 
@@ -56,7 +61,7 @@ def explain(error: BaseException, config: Path, words: Sequence[str] = ()) -> st
             f"special characters needs quotes inside: \"KEY='VALUE'\""
         )
     elif isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        text = _unknown_choice(error.missing_cfg_file, list(error.options or []))
+        text = _unknown_choice(error.missing_cfg_file, list(error.options or []), config.parent)
     elif isinstance(unknown, OmegaConfBaseException) and unknown.full_key and isinstance(error, HydraException):
         name = str(unknown.full_key)
         known, group = _known_keys(config, words), name.partition(".")[0]
@@ -112,11 +117,36 @@ def _quoting(key: str, value: str) -> str:
     return f"{key}={shorten(value)}: a text with commas or special characters needs quotes inside; write {example}"
 
 
-def _unknown_choice(choice: str, known: list[str]) -> str:
-    group, _, name = choice.rpartition("/")
+def _unknown_choice(choice: str, known: list[str], conf: Path) -> str:
+    """Describe GROUP/NAME. The name may be a path, such as that of a published relay."""
+    words = choice.split("/")
+    parts = next((n for n in range(len(words) - 1, 0, -1) if conf.joinpath(*words[:n]).is_dir() and words[n - 1]), 1)
+    group, name = "/".join(words[:parts]), "/".join(words[parts:])
+    if group == "relay" and Path(name).is_dir() and (stages := _words_of_relay(name)):
+        return f"relay={name}: is a folder, not a name of conf/relay; write {stages}"
     if group == "hydra/launcher" and name.startswith("submitit"):
         return f"{group}={name}: the launcher is not installed; {install_command('slurm')}"
     return f"unknown choice {group}={name}{did_you_mean(name, known)}"
+
+
+def _words_of_relay(folder: str) -> str:
+    """Return the overrides that sample a published relay.
+
+    Empty for another folder.
+    """
+    from relay_diffusion.checkpoints.loading import find_relay  # imports PyTorch
+
+    try:
+        relay = find_relay(Path(folder))
+    except UserError:
+        return ""
+    if relay is None or not 0 < len(relay.stages) <= len(RELAYS):
+        return ""
+    choice, names = RELAYS[len(relay.stages) - 1]
+    if [*relay.stages] == ["relay"]:  # a single stage that enlarges images
+        choice, names = "two_stages", ["relay"]
+    paths = zip(names, relay.stages.values(), strict=True)
+    return " ".join([f"relay={choice}", *(override(f"relay.stages.{name}.path", str(path)) for name, path in paths)])
 
 
 def _nearest_key(name: str, known: list[str]) -> str:

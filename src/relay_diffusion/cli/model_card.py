@@ -20,6 +20,7 @@ from relay_diffusion.utils.messages import shorten
 from relay_diffusion.utils.resolution import size_text
 
 LIBRARY = "relay-diffusion"
+LISTED_CLASSES = 20  # more are only counted
 
 
 def read_metrics(path: str) -> dict[str, Any]:
@@ -101,7 +102,7 @@ def model_card(
         ]
     if relay.text_dim:
         parts.append("Prompts need the text encoder of training; `load_relay(..., text_path=FOLDER)` gives its files.")
-    parts += ["## Stages", _stages(relay, dtype), f"{relay.num_classes or 'No'} classes."]
+    parts += ["## Stages", _stages(relay, dtype), _classes(relay)]
     if metrics is not None:
         parts += ["## Evaluation", *_evaluation(metrics)]
     facts = "The weights are safetensors, the settings JSON. `load_relay` runs no code of this repository."
@@ -165,6 +166,13 @@ def _stages(relay: Relay, dtype: str) -> str:
             )
         )
     return _table(rows)
+
+
+def _classes(relay: Relay) -> str:
+    """Return the number of classes, and their names if they are few."""
+    names = [shorten(name) for name in relay.class_names or ()]
+    listed = f": {', '.join(names)}" if 0 < len(names) <= LISTED_CLASSES else ""
+    return f"{relay.num_classes or 'No'} classes{listed}."
 
 
 def _evaluation(metrics: Mapping[str, Any]) -> list[str]:

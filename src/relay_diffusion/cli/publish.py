@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -197,6 +199,8 @@ def _publish_and_report(options: PublishOptions) -> None:
     relay, place = publish(options)
     parameters = sum(p.numel() for stage in relay.chain().values() for p in stage.denoiser.parameters())
     print(f"{place}: stages {', '.join(relay.chain())}, {parameters:,} parameters, {options.dtype.value}")
+    print(f"load: relay_diffusion.load_relay({json.dumps(options.destination)})")
+    print(f"web app: python -m relay_diffusion.cli.app {shlex.quote(f'relay={options.destination}')}")
 
 
 def main() -> NoReturn:

@@ -123,17 +123,16 @@ class FrechetMetric(ImageMetric):
         return {self.names[0]: float(self.distance.compute())}
 
     def warnings(self, images: int) -> list[str]:
-        """Return one line per side whose covariance is singular.
-
-        The covariance of n images has at most rank n - 1.
-        """
+        """Return a line if a covariance is singular: that of n images has at most rank n - 1."""
         width, reference = self.distance.features, self.distance.statistics(real=True).n
+        sides = (("generated", images), ("reference", reference))
+        few = [f"{count:,} {side}" for side, count in sides if count is not None and count <= width]
+        if not few:
+            return []
         return [
-            f"{self.label}: the covariance of {count:,} {side} images is singular, as {width:,} features need at "
-            f"least {width + 1:,}; use {RECOMMENDED_IMAGES:,} or more (papers use 50,000), and compare "
-            "distances only between equal numbers of images"
-            for side, count in (("generated", images), ("reference", reference))
-            if count is not None and count <= width
+            f"{self.label} is unreliable with {' and '.join(few)} images: {width:,} features need at least "
+            f"{width + 1:,}; use {RECOMMENDED_IMAGES:,} or more (papers use 50,000), and compare distances only "
+            "between equal numbers of images"
         ]
 
 

@@ -130,7 +130,7 @@ class PeriodicMeasurement(PeriodicCallback):
 
     @torch.no_grad()
     def act(self, trainer: L.Trainer, stage: DiffusionStage) -> None:
-        """Measure and log, or pass logged values to monitoring callbacks."""
+        """Measure, print and log, or pass logged values to monitoring callbacks."""
         if stage.images_seen <= self._before:
             known = logged_row(trainer.loggers, self.group, stage.images_seen) if trainer.is_global_zero else {}
             log_row(trainer, stage, self.group, trainer.strategy.broadcast(known), again=True)
@@ -138,4 +138,7 @@ class PeriodicMeasurement(PeriodicCallback):
         with exclude_from_throughput(stage):
             results = self.measure(trainer, stage)
         if results:
+            if trainer.is_global_zero:
+                measured = ", ".join(f"{self.group}/{name} {value:.4g}" for name, value in results.items())
+                print(f"{stage.images_seen:,} images: {measured}", flush=True)
             log_row(trainer, stage, self.group, results)
