@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported: its kernels then run on the CPU
 
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -27,7 +28,9 @@ from relay_diffusion.data.zip_writer import image_zip
 from relay_diffusion.models.stage import DiffusionStage
 from relay_diffusion.networks.flops import forward_flops
 from relay_diffusion.training.callbacks import training_log
+from relay_diffusion.training.callbacks.stopping import StopAtImages
 from relay_diffusion.training.run import train
+from relay_diffusion.utils.distributed import SIGNALS
 from support import REFERENCE, TINY, run
 
 
@@ -124,6 +127,26 @@ def fit(small_zip, tmp_path) -> Callable[..., DiffusionStage]:
         return _fit(small_zip, tmp_path / directory, images, *overrides, stage=stage)
 
     return run
+
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """Send this process a signal after so many images; restore the signal handlers after the test."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def send(number, images):
+        plain = StopAtImages.on_train_batch_end
+
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            plain(self, trainer, pl_module, *args)
+            if pl_module.images_seen == images and not pl_module.mid_accumulation:
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(StopAtImages, "on_train_batch_end", on_train_batch_end)
+
+    yield send
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

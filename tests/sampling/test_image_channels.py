@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 
 from fake_inception import use_small_features
+from relay_diffusion import load_relay
+from relay_diffusion.checkpoints.export import export_relay
 from relay_diffusion.config.train import validate_training
 from relay_diffusion.data.image_sets import open_image_set
 from relay_diffusion.errors import UserError
@@ -47,7 +49,9 @@ def trained(fit, images, tmp_path, monkeypatch):
         classes = 0 if data.is_dir() else 2
         common = (
             "data=folder", f"data.dataset.path={data}", f"data.dataset.channels={channels}",
-            f"network.num_classes={classes}", "network.channel_mult=[1]", "callbacks.grid.every_n_images=4", *overrides,
+            f"network.num_classes={classes}", "network.channel_mult=[1]", "callbacks.grid.every_n_images=4",
+            "stage.warmup_images=0",  # the only step changes the last layer, which is zero before
+            *overrides,
         )  # fmt: skip
         fit("base", 4, "augment=edm", "stage.augment.probability=1", *common, "resolution=[4,6]")
         fit("relay", 4, *common, "resolution=[8,12]", "stage.corruption.block=2", stage="relay")
@@ -63,6 +67,16 @@ def read(path):
     with Image.open(path) as image:
         image.load()
         return image
+
+
+def exported_samples(tmp_path, labels):
+    """Export the trained relay and sample it; return the pixels [B,H,W,C] that files of the samples have."""
+    trained = load_relay({name: tmp_path / name for name in ("base", "relay")})
+    export_relay(trained.chain(), tmp_path / "exported")
+    exported = load_relay(tmp_path / "exported")
+    samples, expected = (relay.sample(range(len(labels)), labels) for relay in (exported, trained))
+    assert torch.equal(samples, expected)
+    return straight(exported.finish(samples).permute(0, 2, 3, 1).numpy())
 
 
 def evaluated(tmp_path):
@@ -108,6 +122,7 @@ def test_image_files_of_other_channels(trained, configuration, tmp_path, channel
     stored = torch.cat(list(found.batches(4))).permute(0, 2, 3, 1).numpy()
     np.testing.assert_array_equal(stored, premultiplied(pixels))
     np.testing.assert_array_equal(straight(stored), pixels)  # files lose no color of the samples
+    np.testing.assert_array_equal(exported_samples(tmp_path, [-1] * 4), pixels)
     for path in ("whole/images", "whole/images.npz", "packed/images.zip"):
         again = run("again", "mode=evaluate", f"images={tmp_path / path}")
         assert again["fid"] == pytest.approx(results["fid"])
@@ -136,6 +151,8 @@ def test_arrays_of_five_channels(trained, configuration, tmp_path):
     for path, expected in zip(files, pixels, strict=True):
         with np.load(path) as arrays:
             np.testing.assert_array_equal(arrays["arr_0"], expected[None])
+    difference = exported_samples(tmp_path, labels.tolist()).astype(int) - pixels
+    assert np.abs(difference).max() <= 1  # two of the files are samples of a smaller batch, which rounds differently
     files[1].write_bytes(files[1].read_bytes()[:-40])  # damaged
     assert run("whole", "seeds=0-4", "npz=true")["sampled_now"] == 1
     with pytest.raises(UserError, match=r"^mode=evaluate: Inception metrics need images of 1 .*, not 5; remove it$"):

@@ -22,23 +22,6 @@ def _in_the_foreground():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.fixture
-def signal_at(monkeypatch):
-    """Send this process a signal after so many images."""
-
-    def send(number, images):
-        plain = StopAtImages.on_train_batch_end
-
-        def on_train_batch_end(self, trainer, pl_module, *args):
-            plain(self, trainer, pl_module, *args)
-            if pl_module.images_seen == images and not pl_module.mid_accumulation:
-                os.kill(os.getpid(), number)
-
-        monkeypatch.setattr(StopAtImages, "on_train_batch_end", on_train_batch_end)
-
-    return send
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("number", preemption.SIGNALS)
 def test_training_saves_stops_and_continues(fit, tmp_path, signal_at, monkeypatch, capsys, number):
