@@ -404,7 +404,7 @@ def test_the_written_commands_are_valid(configuration):
     lines = [line for line in section.splitlines() if line.startswith("    python sample.py relay=emoji ")]
     prompts = [configuration("sample", *shlex.split(line, comments=True)[2:]).prompt for line in lines]
     assert prompts == [
-        "a sleeping red fox, flat style", ["red fox, 3D style", "red fox, Noto style"], None, "red fox, flat style",
+        "a purple apple, 3D style", ["red fox, 3D style", "red fox, Noto style"], None, "red fox, flat style",
     ]  # fmt: skip
 
 
