@@ -2,7 +2,6 @@
 
 import copy
 import errno
-import os
 import re
 import resource
 import zipfile
@@ -291,7 +290,7 @@ def test_init_starts_from_the_weights_of_another_run(fit, trained, tmp_path, cap
     for source in ("trained", "export"):
         still = fit(source + "-on", 4, f"init={tmp_path / source}", "stage.optimizer.lr=0")
         assert still.images_seen == 4
-        assert f"with the weights of {os.path.relpath(tmp_path / source)}" in capsys.readouterr().out
+        assert f"with the weights of {tmp_path / source}" in capsys.readouterr().out
         assert_same_weights(still.state_dict(), stage.state_dict())
     moved = fit("trained-on", 8, f"init={tmp_path / 'trained'}", "callbacks.log.every_n_images=4")
     assert moved.images_seen == 8

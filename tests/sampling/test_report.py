@@ -18,6 +18,8 @@ def test_metrics_including_custom_ones_precede_paths(capsys):
         ({"not_measured": {"kid": "too few images"}}, "kid not measured: too few images"),
         ({"departures": ["no post-processing"]}, "not as published no post-processing"),
         ({"block_mean_error": 0.2951}, "block means RMS error 0.30 gray levels against relay.start"),
+        ({"images": 8, "sampled_now": 6}, "images 8 resumed 2 of these images existed already"),
+        ({"images": 8, "sampled_now": 8}, "images 8"),
         ({"saved_evaluations": 8}, "early hand-over network evaluations saved per image: 8"),
     ],
 )

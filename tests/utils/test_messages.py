@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from relay_diffusion.utils.messages import did_you_mean, differences, first_difference, shorten
+from relay_diffusion.utils.messages import did_you_mean, differences, first_difference, shorten, shown_path
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,14 @@ def test_the_nearest_name_is_suggested_or_all_are_listed():
     assert did_you_mean("xyz", ["steps", "rho"]) == "; available: steps, rho"
     assert did_you_mean("xyz", ["steps"], "; none") == "; none"
     assert did_you_mean("xyz", []) == ""
+
+
+def test_paths_are_relative_only_inside_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "inside")
+    assert shown_path(tmp_path / "inside/a/b") == shown_path("a/b") == "a/b"
+    assert shown_path("..a/b") == "..a/b"
+    assert shown_path("../b") == shown_path(tmp_path / "b") == str(tmp_path / "b")
 
 
 def test_differences_lists_every_leaf_that_differs():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 
@@ -20,6 +19,7 @@ from relay_diffusion.sampling.tracking import log_results
 from relay_diffusion.training.callbacks.preemption import Preemption, restored_signal_handlers
 from relay_diffusion.utils.distributed import started_ranks
 from relay_diffusion.utils.files import json_text, write_text
+from relay_diffusion.utils.messages import shown_path
 from relay_diffusion.utils.progress import progress
 
 
@@ -82,7 +82,7 @@ def measure(
     }
     file = options.output / "metrics.json"
     write_text(file, json_text(results))
-    return results | {"numbers": os.path.relpath(file), "names": list(numbers)}
+    return results | {"numbers": shown_path(file), "names": list(numbers)}
 
 
 @torch.inference_mode()

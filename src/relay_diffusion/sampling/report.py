@@ -39,6 +39,8 @@ def report(results: Mapping[str, Any]) -> None:
     for key, label, form in (*MEASURES, *own, *OTHERS):
         if key in results:
             table.add_row(label, format(results[key], form))
+    if kept := results.get("images", 0) - results.get("sampled_now", results.get("images", 0)):
+        table.add_row("resumed", f"{kept:,} of these images existed already")
     if "block_mean_error" in results:
         table.add_row("block means", f"RMS error {results['block_mean_error']:.2f} gray levels against relay.start")
     for name, reason in results.get("not_measured", {}).items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -52,7 +51,7 @@ from relay_diffusion.sampling.tracking import log_results, sample_table
 from relay_diffusion.training.callbacks.preemption import Preemption
 from relay_diffusion.utils.distributed import on_rank_zero, started_ranks
 from relay_diffusion.utils.files import write_text
-from relay_diffusion.utils.messages import shorten
+from relay_diffusion.utils.messages import shorten, shown_path
 from relay_diffusion.utils.parallel import map_in_order
 from relay_diffusion.utils.quiet import quiet_libraries
 from relay_diffusion.utils.resolution import MIN_SIDE, Size, exceeded_limits, size_text
@@ -128,10 +127,10 @@ def _make_and_measure(
         callbacks: list[Callback] = [ImageWriter(store, plan, missing), progress_bar(relay, plan, todo)]
         if options.picture and missing and plan.sizes is None:
             callbacks.append(RelayPicture(picture, count=options.picture))
-            results["picture"] = os.path.relpath(picture)
+            results["picture"] = shown_path(picture)
         if shown:
             callbacks.append(TrajectoryPicture(options.output, len(shown)))
-            results["trajectory"] = os.path.relpath(options.output / "trajectory.png") + " and .webp"
+            results["trajectory"] = shown_path(options.output / "trajectory.png") + " and .webp"
         order = rank_order(todo, len(shown), trainer.num_devices * trainer.num_nodes)
         _predict(trainer, relay, PlanDataModule(plan, order, options.batch_size, relay), callbacks)
         results["seconds_sampling"] = round(time.perf_counter() - began, 1)
@@ -403,7 +402,7 @@ def _keep(options: SamplingOptions, relay: Relay, plan: Plan, store: ImageStore)
         labels = plan.labels if min(plan.labels) >= 0 else None
         batches = store.images(plan.names, size).batches(options.batch_size)
         write_adm_samples(file, batches, len(plan.names), size, labels, store.channels)
-        places["npz"] = os.path.relpath(file)
+        places["npz"] = shown_path(file)
     if relay.num_classes or plan.prompts is not None:
         names = relay.class_names or [str(index) for index in range(relay.num_classes)]
         prompts = {name: plan.prompt(position) for position, name in enumerate(plan.names)}
@@ -411,7 +410,7 @@ def _keep(options: SamplingOptions, relay: Relay, plan: Plan, store: ImageStore)
     if options.format == "zip":
         store.pack()
     kept = [place for place in (store.folder, store.archive) if place.exists()]
-    return places | {"folder": " and ".join(os.path.relpath(place) for place in kept)}
+    return places | {"folder": " and ".join(shown_path(place) for place in kept)}
 
 
 def _without_places(node: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ from relay_diffusion.data.datamodule import ImageDataModule
 from relay_diffusion.diffusion.augment import LABELS
 from relay_diffusion.errors import UserError, prefix_errors
 from relay_diffusion.models.stage import DiffusionStage
-from relay_diffusion.utils.messages import differences, first_difference, setting_text
+from relay_diffusion.utils.messages import differences, first_difference, setting_text, shown_path
 
 KEY = "run"  # key of the run's settings in a checkpoint
 LONGEST = 200  # characters of a value in messages
@@ -218,7 +217,7 @@ def init_from(stage: DiffusionStage, path: str, trusted: Sequence[str] = ()) -> 
             raise
         raise UserError(f"init={path}: has another network; use {' '.join(options)}, or remove init") from None
     stage.denoiser.load_state_dict(weights)
-    return os.path.relpath(file) + (f", but {' and '.join(notes)}" if notes else "")
+    return shown_path(file) + (f", but {' and '.join(notes)}" if notes else "")
 
 
 def _network(stage_config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -314,7 +313,7 @@ def find_start(
     seen = content["images_seen"]
     if not own and seen >= cfg.trainer.max_images:
         raise UserError(
-            f"resume={os.path.relpath(path)} has seen {seen:,} images already: raise "
+            f"resume={shown_path(path)} has seen {seen:,} images already: raise "
             f"trainer.max_images={cfg.trainer.max_images} to continue it"
         )
     stored = content.get(KEY, {})  # older checkpoints have none

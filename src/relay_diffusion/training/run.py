@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +28,7 @@ from relay_diffusion.training.trainer import check_logged
 from relay_diffusion.utils.distributed import destroy_process_group, on_rank_zero, started_ranks
 from relay_diffusion.utils.files import write_text
 from relay_diffusion.utils.git import git_revision
-from relay_diffusion.utils.messages import override
+from relay_diffusion.utils.messages import override, shown_path
 from relay_diffusion.utils.quiet import quiet_libraries
 
 LONGEST_PROMPT = 60  # characters of a caption in the printed command
@@ -151,7 +150,7 @@ def train(cfg: DictConfig) -> DiffusionStage | None:
         if start.own and start.images_seen >= cfg.trainer.max_images:
             if trainer.is_global_zero:
                 print(
-                    f"{os.path.relpath(cfg.run_dir)}: training is complete ({start.images_seen:,} images seen); "
+                    f"{shown_path(cfg.run_dir)}: training is complete ({start.images_seen:,} images seen); "
                     "raise trainer.max_images to continue"
                 )
             return None
@@ -184,7 +183,7 @@ def _how_it_ended(cfg: DictConfig, trainer: L.Trainer, stage: DiffusionStage) ->
     """Describe the end of a run in one line."""
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return f"trainer.fast_dev_run: trained on {stage.images_seen:,} images as a test, without checkpoint and log"
-    done, where = f"{stage.images_seen:,}", os.path.relpath(cfg.run_dir)
+    done, where = f"{stage.images_seen:,}", shown_path(cfg.run_dir)
     if cfg.trainer.get("profiler"):
         where += ", times in fit-profile*.txt"
     early = [callback.stopping_reason_message or "" for callback in trainer.early_stopping_callbacks]
@@ -205,7 +204,7 @@ def sampling_command(cfg: DictConfig, stage: DiffusionStage, trained: ImageDatas
     relay, name = ("one_stage", "base") if stage.corruption.block == 1 else (relay, name)
     directory = Path(cfg.callbacks.checkpoints.directory)
     run = directory.parent if directory.name == "checkpoints" else directory
-    words = {"relay": relay, f"relay.stages.{name}.path": os.path.relpath(run)}
+    words = {"relay": relay, f"relay.stages.{name}.path": shown_path(run)}
     if stage.corruption.block > 1:
         dataset = cfg.data.dataset
         if dataset.get("format") is None:
@@ -242,9 +241,9 @@ def _announce(
     how = f"new run with the weights of {initial}" if initial else "new run"
     if start.checkpoint is not None:
         changed = ", ".join(f"{key} {before} -> {now}" for key, before, now in start.changed)
-        how = f"continues {os.path.relpath(start.checkpoint)}{f' with {changed}' if changed else ''}"
+        how = f"continues {shown_path(start.checkpoint)}{f' with {changed}' if changed else ''}"
     images = f"{len(data.dataset.names):,} images" + (f" of {stage.num_classes} classes" if stage.num_classes else "")
-    print(f"{os.path.relpath(cfg.run_dir)}: {how}, {parameters:,} parameters, {images}", flush=True)
+    print(f"{shown_path(cfg.run_dir)}: {how}, {parameters:,} parameters, {images}", flush=True)
     if data.text is not None and data.missing_captions:
         print(f"note: {data.missing_captions:,} images have no caption; their prompt is empty", flush=True)
     if order := [key for key, _, _ in start.changed if key in DATA_ORDER]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 SHOWN_NAMES = 5  # of many
@@ -45,6 +47,12 @@ def shorten(value: Any, length: int = 80) -> str:
         return "..."
     text = text if text.isprintable() else ascii(text)[1:-1]
     return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def shown_path(path: str | os.PathLike[str]) -> str:
+    """Return a path relative to the working directory if it is inside, else absolute."""
+    relative = os.path.relpath(path)
+    return os.path.normpath(Path(path).absolute()) if Path(relative).parts[:1] == (os.pardir,) else relative
 
 
 def first_names(names: Sequence[str]) -> str:
