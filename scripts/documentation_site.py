@@ -33,6 +33,13 @@ TEXT = {".cff": "yaml", ".json": "json", ".py": "python", ".txt": "text", ".yaml
 CODE = re.compile(r"(^(?P<fence>`{3,}).*?^(?P=fence)$|`[^`\n]*`)", re.M | re.S)
 LINK = re.compile(r"\]\((?!\w+:|[#/])([^)#\s]+)(#[^)\s]*)?\)")
 MATH = re.compile(r"\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$]+)\$", re.S)
+# Public interfaces that classes of users implement.
+INTERFACES = (
+    "diffusion.corruption.Corruption",
+    "samplers.base.Sampler",
+    "metrics.base.ImageMetric",
+    "text.base.TextEncoder",
+)
 HELP = re.compile(r"<!-- help: (\w+) -->")
 
 
@@ -156,9 +163,10 @@ def api_index() -> str:
     ]
     docstring = ast.get_docstring(ast.parse((PACKAGE / "__init__.py").read_text())) or ""
     head, example = docstring.split("\n\n", maxsplit=1)
-    return "\n".join(
-        ["# Python API", "", head, "", fenced(example, "python"), "| name | defined in |", "| --- | --- |", *rows, ""]
-    )
+    own = ", ".join(f"[`{name.rpartition('.')[2]}`][relay_diffusion.{name}]" for name in INTERFACES)
+    table = ["| name | defined in |", "| --- | --- |", *rows, ""]
+    interfaces = f"Interfaces for classes of your own ([Extending](../extending.md)): {own}."
+    return "\n".join(["# Python API", "", head, "", fenced(example, "python"), *table, interfaces, ""])
 
 
 def api_page(package: str) -> str:
