@@ -17,6 +17,13 @@ def test_a_log_file_gets_the_first_and_the_last_line(capsys):
     assert shown(capsys) == ["counting: 2/4 images", "counting: 4/4 images"]
 
 
+def test_the_end_is_reported_once(capsys):
+    with progress("counting", 4) as advance:
+        advance(4)
+        advance.to(4)
+    assert capsys.readouterr().out == "counting: 4/4 images\n"
+
+
 def test_a_resumed_run_continues_the_count(capsys):
     with progress("counting", 4, done=2) as advance:
         advance(2, "note")

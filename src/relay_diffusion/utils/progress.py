@@ -45,13 +45,15 @@ class _PlainLines:
         self.description, self.total, self.unit = description, total, unit
         self._first: tuple[float, float] | None = None  # time and finished units of the first report
         self._next = time.monotonic()
+        self._complete = False  # the last line is printed
 
     def show(self, done: float, note: str) -> None:
-        """Print a line, unless the last one is recent."""
+        """Print a line, unless the last one is recent or that of the end."""
         now = time.monotonic()
         self._first = self._first or (now, done)
-        if now < self._next and done < self.total:
+        if self._complete or (now < self._next and done < self.total):
             return
+        self._complete = done >= self.total
         self._next = now + PLAIN_SECONDS
         parts = [f"{self.description}: {int(done):,}/{self.total:,} {self.unit}"]
         began, before = self._first
