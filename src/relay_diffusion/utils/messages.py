@@ -50,7 +50,10 @@ def shorten(value: Any, length: int = 80) -> str:
 
 
 def shown_path(path: str | os.PathLike[str]) -> str:
-    """Return a path relative to the working directory if it is inside, else absolute."""
+    """Return a path as messages show it.
+
+    Relative inside the working directory, else absolute.
+    """
     relative = os.path.relpath(path)
     return os.path.normpath(Path(path).absolute()) if Path(relative).parts[:1] == (os.pardir,) else relative
 

@@ -48,7 +48,10 @@ class _PlainLines:
         self._complete = False  # the last line is printed
 
     def show(self, done: float, note: str) -> None:
-        """Print a line, unless the last one is recent or that of the end."""
+        """Print a line, at most one in PLAIN_SECONDS.
+
+        The end gets exactly one.
+        """
         now = time.monotonic()
         self._first = self._first or (now, done)
         if self._complete or (now < self._next and done < self.total):
