@@ -33,6 +33,7 @@ TEXT = {".cff": "yaml", ".json": "json", ".py": "python", ".txt": "text", ".yaml
 CODE = re.compile(r"(^(?P<fence>`{3,}).*?^(?P=fence)$|`[^`\n]*`)", re.M | re.S)
 LINK = re.compile(r"\]\((?!\w+:|[#/])([^)#\s]+)(#[^)\s]*)?\)")
 MATH = re.compile(r"\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$]+)\$", re.S)
+HELP = re.compile(r"<!-- help: (\w+) -->")
 # Public interfaces that classes of users implement.
 INTERFACES = (
     "diffusion.corruption.Corruption",
@@ -40,7 +41,6 @@ INTERFACES = (
     "metrics.base.ImageMetric",
     "text.base.TextEncoder",
 )
-HELP = re.compile(r"<!-- help: (\w+) -->")
 
 
 def target_of(page: Path, link: str) -> Path:
