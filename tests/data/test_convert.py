@@ -307,7 +307,11 @@ def test_writer_refuses_a_name_twice_and_leaves_nothing(tmp_path: Path) -> None:
         (["zzz=1"], "unknown key 'zzz'; available: source"),
         (["source"], "'source' is not of the form key=value"),
         (["resolution=64"], "missing: destination=..., source=..."),
-        (["source=a", "destination=b.zip", "fit=left"], "fit=left: "),
+        (["source=a", "destination=b.zip", "fit=left"], "fit=left: use one of crop, pad, stretch, none"),
+        (["source=a", "destination=b.zip", "exif=no"], "exif=no: use apply or ignore"),
+        (["source=a", "destination=b.zip", "channels=RGB"], "channels=RGB: must be a whole number"),
+        (["source=a", "destination=b.zip", "class_level=a"], "class_level=a: must be a whole number"),
+        (["source=a", "destination=b.zip", "skip_bad=maybe"], "skip_bad=maybe: use true or false"),
     ],
 )
 def test_argument_mistakes_are_one_line(arguments: list[str], message: str) -> None:
