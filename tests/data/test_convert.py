@@ -266,8 +266,8 @@ def test_wrong_sources_and_destinations(tmp_path: Path) -> None:
         (options(source, source, classes=Classes.none), "destination=.*is the source itself"),
         (options(source, tmp_path / "out.zip"), r"'a\.png' in .* is in no folder; use classes=none"),
         (options(source, tmp_path / "out.zip", classes=Classes.keep), "has no labels"),
-        (options(source, tmp_path / "out.zip", 0), "^resolution=0: must lie between 1 and 16,384"),
-        (options(source, tmp_path / "out.zip", 7), "^resolution=7: must be at least 8"),
+        (options(source, tmp_path / "out.zip", 0), "^resolution=0: must lie between 8 and 16,384"),
+        (options(source, tmp_path / "out.zip", 7), "^resolution=7: must lie between 8 and 16,384"),
         (
             options(source, tmp_path / "out.zip", "[8]"),
             r"^resolution=\[8\]: must be a whole number, or \[height, width\]",
