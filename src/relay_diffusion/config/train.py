@@ -155,7 +155,7 @@ def _check_optimizer(cfg: DictConfig, stage: Any) -> None:
     finite = not isinstance(rate, float) or math.isfinite(rate)
     require(finite, f"stage.optimizer.lr={rate}: must be finite, e.g. 3e-4")
     for name in AT_LEAST_0:
-        value = options.get(name)
+        value: Any = options.get(name)
         require(not is_number(value) or value >= 0, f"stage.optimizer.{name}={shorten(value)}: must be at least 0")
     betas = options.get("betas")
     for beta in betas if isinstance(betas, ListConfig) else ():
