@@ -7,8 +7,11 @@ import sys
 
 import pytest
 import torch
+from hydra._internal.utils import get_args_parser
 from PIL import Image
 
+from relay_diffusion.cli.main import FLAGS, _check_flags
+from relay_diffusion.errors import UserError
 from support import PROJECT, TINY, run
 
 
@@ -45,13 +48,20 @@ def test_a_run_writes_config_log_checkpoint_and_pictures(relay_runs):
         (["-m", "seed=1,2"], ["run_dir=", "jobs of the sweep would share it"]),
         (["+network.foo=1"], ["foo"]),
         (["+foo=1"], ["foo is not an option"]),
-        (["relay=emoji"], ["'relay'", "--help lists the groups"]),
+        (["relay=emoji"], ["relay is not an option of train.py; its groups are augment, callbacks"]),
+        (
+            ["stage/corruption=linear"],
+            ["stage/corruption=linear: the chosen stage has no group stage/corruption", "choose another stage"],
+        ),
         (
             ["+relay=emoji"],
             ["relay is not an option of train.py; its groups are augment, callbacks"],
         ),
         (["++metrics=fid"], ["metrics=fid", "--help lists the groups"]),
-        (["seed=0,1"], ["seed=0,1", "To use it as a list"]),
+        (["seed=0,1"], ["seed=0,1: holds several values", '"seed=[0,1]"', "add --multirun"]),
+        (["run_id=${resolutoin}"], ["run_id=${resolutoin}: resolutoin is not an option; --help lists the options"]),
+        (["--config-name=nowhere"], ["--config-name=nowhere: there is no such yaml file in "]),
+        (["experiment=emoji_64,own_64"], ["experiment=emoji_64,own_64: is a list of choices; give one"]),
         (["stage.corruption.schedule.p_std=a"], ["stage.corruption.schedule"]),
     ],
 )
@@ -216,7 +226,13 @@ def test_bad_images_in_worker_processes_are_named_too(tmp_path):
         (["relay=quickstrt"], ["did you mean quickstart?"]),
         (["relay=two_stages"], ["relay.stages.base.path has no value"]),
         (["relay=quickstart", "relay.stages.base.path=nowhere"], ["relay.stages.base.path=nowhere"]),
-        (["network=tiny"], ["'network'", "--help lists the groups"]),
+        (["network=tiny"], ["network is not an option of sample.py; its groups are logger, metrics, relay"]),
+        (["relay=emoji", "sampler=edm"], ["sampler=edm: name the stage, as sampler@relay.stages.base.sampler=edm"]),
+        (
+            ["relay=one_stage", "sampler@relay.stages.relay.sampler=edm"],
+            ["the chosen relay has no group sampler@relay.stages.relay.sampler"],
+        ),
+        (["relay=emoji", "seeds=0,0"], ["seeds=0,0: holds several values", '"seeds=[0,0]" for a list']),
         (
             ["+network=tiny"],
             ["network is not an option of sample.py; its groups are logger, metrics, relay, strategy"],
@@ -266,10 +282,30 @@ def test_help_to_a_closed_pipe():
     assert ended.returncode == 128 + signal.SIGPIPE
 
 
-def test_an_unknown_flag_is_named():
-    result = run("train.py", "--batch", "7")
-    assert result.returncode == 2
-    assert result.stderr.splitlines()[-1] == "train.py: error: unrecognized arguments: --batch"
+@pytest.mark.parametrize(
+    ("words", "written"),
+    [
+        (
+            ["--experiment", "quickstart_base"],
+            "experiment=quickstart_base",
+        ),  # argparse reads it as --experimental-rerun
+        (["relay=emoji", "--seeds=0-7", "prompt=cat"], "seeds=0-7"),
+        (["--seeds", "prompt=cat"], "seeds=VALUE"),
+        (["--seeds", "--npz"], "seeds=VALUE"),
+    ],
+)
+def test_options_written_as_flags(words, written):
+    with pytest.raises(UserError, match=f": options are KEY=VALUE, without dashes; write {written} "):
+        _check_flags(words)
+
+
+def test_an_unknown_flag_is_one_line():
+    assert_one_line(run("train.py", "--batch", "7"), "--batch: options are KEY=VALUE", "write batch=7")
+
+
+def test_the_flags_are_those_of_hydra():
+    assert {flag for flag in get_args_parser()._option_string_actions if flag.startswith("--")} == FLAGS
+    _check_flags([*FLAGS, "-m", "seed=1", "--cfg=job"])
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])

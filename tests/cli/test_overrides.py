@@ -38,7 +38,7 @@ def test_a_value_that_needs_quotes_is_named(configuration, value):
         ("logger.wandb.project=a", "logger is not an option without a choice of logger: add logger=NAME, one of csv, "),
         ("relay.stages.relay.sampler.steps=3", "did you mean relay.stages.relay.changes.sampler.steps?"),
         ("steps=3", "steps is not an option; did you mean relay.stages."),
-        ("~seedz", "'seedz' does not exist"),
+        ("~seedz", "~seedz: seedz is not an option; --help lists the options"),
         ("mode=${nowhere", "mode=${nowhere: "),
         ("relay=quickstrt", "unknown choice relay=quickstrt; did you mean quickstart?"),
         ("trainer=zzz", "unknown choice trainer=zzz; available: default, sampling"),

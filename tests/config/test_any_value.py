@@ -230,13 +230,30 @@ def test_parts_of_a_callback_are_checked_without_being_built() -> None:
         ),
         ("stage.optimizer.lr=fast", r"^stage\.optimizer\.lr=fast: must be a number$"),
         ("stage.optimizer.betas=[a]", r"^stage\.optimizer\.betas=.*: must be a list, each item a number$"),
-        ("stage.optimizer.betas=[2.0,0.9]", r"^stage\.optimizer: Invalid beta.*stage\.optimizer\.betas=\[2\.0, 0\.9\]"),
+        (
+            "stage.optimizer.betas=[2.0,0.9]",
+            r"^stage\.optimizer\.betas=\[2\.0, 0\.9\]: each must be at least 0 and below 1$",
+        ),
+        ("stage.optimizer.lr=-0.1", r"^stage\.optimizer\.lr=-0\.1: must be at least 0$"),
+        ("stage.optimizer.eps=-1", r"^stage\.optimizer\.eps=-1: must be at least 0$"),
+        ("+stage.optimizer.weight_decay=-2", r"^stage\.optimizer\.weight_decay=-2: must be at least 0$"),
+        ("trainer.accelerator=gpus", r"^trainer\.accelerator=gpus: use one of auto, cpu, gpu, cuda, mps, tpu$"),
+        (
+            "trainer.strategy=dpp",
+            r"^trainer\.strategy=dpp: is unknown; use strategy=single, strategy=ddp or strategy=ddp",
+        ),
         ("~stage.loss", r"^stage: .*missing .*'loss'"),
     ],
 )
 def test_unknown_options_of_a_class(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         validate_training(_compose("train", *TINY, "resolution=16", DATA, override))
+
+
+@pytest.mark.parametrize("option", ["trainer.accelerator=gpus", "trainer.strategy=dpp"])
+def test_devices_of_sampling(option: str) -> None:
+    with pytest.raises(UserError, match=f"^{option}: "):
+        validate_sampling(_compose("sample", "relay=emoji", option))
 
 
 def test_a_group_in_the_wrong_package() -> None:

@@ -266,8 +266,8 @@ def test_wrong_sources_and_destinations(tmp_path: Path) -> None:
         (options(source, source, classes=Classes.none), "destination=.*is the source itself"),
         (options(source, tmp_path / "out.zip"), r"'a\.png' in .* is in no folder; use classes=none"),
         (options(source, tmp_path / "out.zip", classes=Classes.keep), "has no labels"),
-        (options(source, tmp_path / "out.zip", 0), "^resolution=0: must lie between 1 and 16,384"),
-        (options(source, tmp_path / "out.zip", 7), "^resolution=7: must be at least 8"),
+        (options(source, tmp_path / "out.zip", 0), "^resolution=0: must lie between 8 and 16,384"),
+        (options(source, tmp_path / "out.zip", 7), "^resolution=7: must lie between 8 and 16,384"),
         (
             options(source, tmp_path / "out.zip", "[8]"),
             r"^resolution=\[8\]: must be a whole number, or \[height, width\]",
@@ -307,7 +307,11 @@ def test_writer_refuses_a_name_twice_and_leaves_nothing(tmp_path: Path) -> None:
         (["zzz=1"], "unknown key 'zzz'; available: source"),
         (["source"], "'source' is not of the form key=value"),
         (["resolution=64"], "missing: destination=..., source=..."),
-        (["source=a", "destination=b.zip", "fit=left"], "fit=left: "),
+        (["source=a", "destination=b.zip", "fit=left"], "fit=left: use one of crop, pad, stretch, none"),
+        (["source=a", "destination=b.zip", "exif=no"], "exif=no: use apply or ignore"),
+        (["source=a", "destination=b.zip", "channels=RGB"], "channels=RGB: must be a whole number"),
+        (["source=a", "destination=b.zip", "class_level=a"], "class_level=a: must be a whole number"),
+        (["source=a", "destination=b.zip", "skip_bad=maybe"], "skip_bad=maybe: use true or false"),
     ],
 )
 def test_argument_mistakes_are_one_line(arguments: list[str], message: str) -> None:

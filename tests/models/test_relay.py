@@ -32,7 +32,7 @@ def test_a_stage_starts_from_the_images_of_the_one_before():
 
 def test_a_relay_samples_other_sizes_than_those_of_training():
     stages = {"a": tiny_stage(4), "b": tiny_stage([12, 8], 2), "c": tiny_stage(24, 3)}
-    with pytest.raises(UserError, match=r"b makes 8x12 \(width x height\) from .*a makes 4x4; relay\.resolution=R or"):
+    with pytest.raises(UserError, match=r"b enlarges 4x6 .* to 8x12 .*a makes 4x4; .*relay\.resolution=R or"):
         Relay(stages)
     relay = Relay(stages, resolution=[36, 24])
     assert (relay.size, relay.resolution, relay.start_size) == ((36, 24), [36, 24], None)
@@ -83,7 +83,7 @@ def test_stages_of_one_seed_do_not_share_noise():
     [
         ({}, "at least a first stage"),
         ({"a": (4, 1, 2), "b": (4, 1, 2)}, "b starts from noise"),
-        ({"a": (4, 1, 2), "b": (16, 2, 2)}, "16x16 from images 2 times smaller.*a makes 4x4"),
+        ({"a": (4, 1, 2), "b": (16, 2, 2)}, "enlarges 8x8 to 16x16, but relay.stages.a makes 4x4; use a stage of 8x8"),
         ({"a": (4, 1, 2), "b": (8, 2, 3)}, "3 classes"),
     ],
 )

@@ -1,12 +1,16 @@
 import os
+import re
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from relay_diffusion.errors import UserError
 from relay_diffusion.networks import UNet, ops
-from relay_diffusion.utils.host import THREADS_KEY, prepare_host
+from relay_diffusion.utils.host import THREADS_KEY, check_gpus, prepare_host
 
 PAGES = """
 import resource, sys, torch
@@ -85,3 +89,23 @@ def test_settings_that_are_slow_on_a_gpu_are_reported(
     assert len(lines) == len(reported)
     for line, part in zip(lines, reported, strict=True):
         assert part in line
+
+
+@pytest.mark.parametrize(
+    ("gpus", "accelerator", "devices", "message"),
+    [
+        (2, "gpu", 8, "trainer.devices=8: this host has 2 GPUs; use these, or auto"),
+        (2, "auto", [0, 2], "trainer.devices=[0, 2]: this host has 2 GPUs, numbered from 0; use these, or auto"),
+        (2, "gpu", 2, None),
+        (2, "gpu", "auto", None),
+        (2, "cpu", 8, None),
+        (0, "auto", 8, None),
+        (0, "cpu", [5], "trainer.devices=[5]: are numbers of GPUs; use a number of CPU processes, as 1"),
+    ],
+)
+def test_devices_that_the_host_does_not_have(monkeypatch, gpus, accelerator, devices, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    trainer = OmegaConf.create({"accelerator": accelerator, "devices": devices, "strategy": "auto"})
+    with nullcontext() if message is None else pytest.raises(UserError, match=f"^{re.escape(message or '')}$"):
+        check_gpus(trainer)

@@ -6,7 +6,8 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, TypeVar, cast
+from enum import Enum
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -23,6 +24,7 @@ def parse_arguments(schema: type[Options], arguments: Sequence[str]) -> Options:
     Raises UserError for an unknown key (with the nearest one), a value of the wrong type, a missing key.
     """
     known = [field.name for field in fields(cast(Any, schema))]
+    hints = get_type_hints(schema)
     values: dict[str, str] = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -36,11 +38,22 @@ def parse_arguments(schema: type[Options], arguments: Sequence[str]) -> Options:
         try:
             config[key] = value
         except OmegaConfBaseException as error:
-            raise UserError(f"{key}={value}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{key}={value}: {_expected(hints[key])}") from error
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(f"missing: {', '.join(f'{key}=...' for key in missing)}")
     return cast(Options, OmegaConf.to_object(config))
+
+
+def _expected(hint: Any) -> str:
+    """Describe the values of a type, as "must be a whole number"."""
+    kind = next((part for part in get_args(hint) if part is not type(None)), hint)
+    if issubclass(kind, Enum):
+        names = list(kind.__members__)
+        return f"use one of {', '.join(names)}" if len(names) > 2 else f"use {' or '.join(names)}"
+    return {bool: "use true or false", int: "must be a whole number", float: "must be a number"}.get(
+        kind, "write a text"
+    )
 
 
 def listed(text: str) -> list[str]:

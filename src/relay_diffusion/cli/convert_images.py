@@ -29,9 +29,9 @@ python -m relay_diffusion.cli.convert_images source=FOLDER|ZIP|TAR destination=O
   background   color behind transparent pixels and of margins: a name or #rrggbb (white)
   channels     1: grayscale | 3: RGB (default) | 4: RGBA, which keeps transparency
   classes      folders: an image's class is its folder (default) | keep: the source's dataset.json | none
-  class_level  level of the folders that are classes; 1: outermost. By default the first level below a folder around all
-               images (removed from the written names) and below splits (train, val, valid, test, heldout; kept in the
-               names for data.dataset.subset=train). All splits have the same classes
+  class_level  level of the class folders (1: outermost). Default: the first one below split folders (train, val, valid,
+               test, heldout; kept in the written names, for data.dataset.subset=train) and below a single folder
+               around all images (left out of the names). All splits have the same classes
   captions     keep: those in the source's dataset.json, if any (default) | txt: a file a.txt next to a.png, one
                caption per line | json: captions_file | metadata: captions_file, or every metadata.csv and
                metadata.jsonl of the source, with the column file_name (as Hugging Face's imagefolder) | none

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,8 +15,8 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
-from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, InterpolationKeyError, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from relay_diffusion.config import compose
@@ -60,6 +61,8 @@ def explain(error: BaseException, config: Path, words: Sequence[str] = ()) -> st
             f"{error.override}: options are KEY=VALUE, as seeds=0-7; brackets must close, and a value with spaces or "
             f"special characters needs quotes inside: \"KEY='VALUE'\""
         )
+    elif isinstance(error, MissingConfigException) and error.missing_cfg_file and "/" not in error.missing_cfg_file:
+        text = f"--config-name={error.missing_cfg_file}: there is no such yaml file in {config.parent}; remove it"
     elif isinstance(error, MissingConfigException) and error.missing_cfg_file:
         text = _unknown_choice(error.missing_cfg_file, list(error.options or []), config.parent)
     elif isinstance(unknown, OmegaConfBaseException) and unknown.full_key and isinstance(error, HydraException):
@@ -76,7 +79,11 @@ def explain(error: BaseException, config: Path, words: Sequence[str] = ()) -> st
         mark = error.problem_mark
         text = f"{mark.name}, line {mark.line + 1}: {error.problem}; correct the YAML"
     elif type(error) is ConfigCompositionException:
-        text = f"{error} (--help lists the groups and options)"
+        text = _composition(error, config, words)
+    elif isinstance(error, InterpolationKeyError):  # of an option that Hydra reads, such as run_dir
+        name = str(error).partition("'")[2].partition("'")[0]
+        word = next((word for word in words if f"${{{name}" in word), "")
+        text = f"{word}: {name} is not an option; --help lists the options".removeprefix(": ")
     else:
         text = str(error)
     return " ".join(text.split())
@@ -102,6 +109,44 @@ def _unquoted_prompt(error: BaseException, words: Sequence[str]) -> tuple[str, s
         if key in PROMPT_KEYS and (refused or swept):
             return key, value
     return None
+
+
+def _composition(error: ConfigCompositionException, config: Path, words: Sequence[str]) -> str:
+    """Describe an override with several values, or of an absent group."""
+    text = str(error)
+    several = next((word for word in words if text.startswith(f"Ambiguous value for argument '{word}'")), None)
+    absent = re.match(r"Could not override '([^']+)'", text)
+    if several is not None:
+        key, _, value = several.partition("=")
+        if _is_group(config, key):
+            return f"{several}: is a list of choices; give one of them, or add --multirun to run a job for each"
+        return (
+            f'{several}: holds several values; write "{key}=[{value}]" for a list, "{key}=\'{value}\'" for a text, or '
+            "add --multirun to run a job for each"
+        )
+    deleted = re.match(r"Could not delete from config\. '([^']+)' does not exist", text)
+    if deleted is not None:
+        return f"~{deleted.group(1)}: {deleted.group(1)} is not an option; --help lists the options"
+    if absent is None:
+        return f"{text} (--help lists the groups and options)"
+    key = absent.group(1)
+    word = next((word for word in words if word.partition("=")[0] == key), key)
+    group, _, package = key.partition("@")
+    if group == "sampler" and not package:
+        return f"{word}: name the stage, as sampler@relay.stages.base.{word}"
+    if "/" not in group and not package:
+        return not_an_option(group, config)
+    other = group.rpartition("/")[0] or package.partition(".")[0]
+    return f"{word}: the chosen {other} has no group {key}; remove it, or choose another {other}"
+
+
+def not_an_option(key: str, config: Path) -> str:
+    """Describe an unknown group, with the groups of the command."""
+    entries = [
+        str(group) for entry in OmegaConf.load(config).defaults if isinstance(entry, DictConfig) for group in entry
+    ]
+    groups = sorted(group for group in entries if not group.startswith("override "))
+    return f"{key} is not an option of {config.stem}.py; its groups are {', '.join(groups)} (see --help)"
 
 
 def _quoting(key: str, value: str) -> str:

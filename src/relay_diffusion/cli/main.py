@@ -23,7 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from relay_diffusion import __version__
-from relay_diffusion.cli.errors import caused_by_user, explain
+from relay_diffusion.cli.errors import caused_by_user, explain, not_an_option
 from relay_diffusion.config import CONF
 from relay_diffusion.config.run_dir import register_resolvers, sweep_job
 from relay_diffusion.config.sample import validate_sampling
@@ -41,6 +41,10 @@ SHOW_TRACEBACK = "RELAY_DIFFUSION_TRACEBACK"  # the user's value of HYDRA_FULL_E
 FIRST_RANK_SECONDS = 3
 DIRECTORIES = ("output=", "run_dir=", "run_id=")  # options that jobs of a sweep cannot share
 SLURM = {"hydra/launcher=slurm", "hydra/launcher=submitit_slurm"}
+FLAGS = {  # of Hydra
+    *("--cfg", "--config-dir", "--config-name", "--config-path", "--experimental-rerun", "--help", "--hydra-help"),
+    *("--info", "--multirun", "--package", "--resolve", "--run", "--shell-completion", "--version"),
+}
 
 
 class JobError(Exception):
@@ -83,14 +87,10 @@ def _check_command(config: Path) -> None:
     if settings.job.config_name != config.stem:
         return  # --config-name chose a config with other keys
     main = OmegaConf.load(config)
-    entries = [str(group) for entry in main.defaults if isinstance(entry, DictConfig) for group in entry]
-    groups = sorted(group for group in entries if not group.startswith("override "))
+    groups = [group for entry in main.defaults if isinstance(entry, DictConfig) for group in entry]
     for word in settings.overrides.task:
         key = re.split("[.=@]", word.lstrip("+"))[0]
-        require(
-            not word.startswith("+") or key in main or key in groups,
-            f"{key} is not an option of {config.stem}.py; its groups are {', '.join(groups)} (see --help)",
-        )
+        require(not word.startswith("+") or key in main or key in groups, not_an_option(key, config))
 
 
 @contextmanager
@@ -139,6 +139,21 @@ def _print_error(error: Exception, config: Path) -> None:
     print(f"{who}: {explain(error, config, sys.argv[1:])}", file=sys.stderr, flush=True)
 
 
+def _check_flags(words: list[str]) -> None:
+    """Reject options written as flags, such as --seeds 0-7.
+
+    Raises UserError.
+    """
+    for number, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if not re.match(r"--\w", flag) or flag in FLAGS:
+            continue
+        following = "".join(words[number + 1 : number + 2])
+        value = value if equals or not following or re.search(r"^-|=", following) else following
+        written = f"{flag.lstrip('-')}={value or 'VALUE'}"
+        raise UserError(f"{flag}: options are KEY=VALUE, without dashes; write {written} (--help lists the options)")
+
+
 def _check_sweep(words: list[str]) -> None:
     """Reject sweep jobs that share a directory or need a missing SLURM.
 
@@ -175,6 +190,7 @@ def command_line(task: Callable[[DictConfig], float | None], config: Path) -> No
     os.environ.setdefault(SHOW_TRACEBACK, os.environ.get(FULL_ERROR, "0"))  # child processes inherit it
     os.environ[FULL_ERROR] = "1"  # Hydra must not handle errors
     try:
+        _check_flags(sys.argv[1:])
         _check_sweep(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(config.parent), config_name=config.stem)(task)()
         sys.stdout.flush()

@@ -37,7 +37,7 @@ USAGE = """\
 python -m relay_diffusion.cli.neighbours images=FOLDER|ZIP|NPZ reference=FOLDER|ZIP|NPZ [key=value ...]
 
   images       generated images: folder, image zip or .npz of ADM's samples
-  reference    training images; larger ones are box-averaged to the size of the generated ones
+  reference    training images; larger ones are averaged in blocks to the size of the generated ones
   subset       a folder inside the reference, such as train (default: everything)
   count        images to compare, evenly spaced over the set (32)
   nearest      number of nearest images shown for each image (3)

@@ -32,7 +32,7 @@ USAGE = """\
 python -m relay_diffusion.cli.spectrum images=FOLDER|ZIP|NPZ [key=value ...]
 
   images          folder, image zip or .npz of ADM's samples
-  resolutions     the small and the large one, in pixels (16,64); images are box-averaged to them
+  resolutions     the small and the large one, in pixels (16,64); images are averaged in blocks to them
   sigmas          noise levels to compare, images being in [-1, 1] (1)
   count           images used, spread evenly over the set (1000)
   block           side of the block noise, in pixels of the large images (0: large / small)

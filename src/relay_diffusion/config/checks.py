@@ -19,6 +19,7 @@ from relay_diffusion.utils.resolution import MAX_SIDE, image_size
 MAKE_DATA = "; for the data sets of this project see the table in docs/training.md"  # remedy if one is missing
 HUGE = 1e12  # larger numbers are typos
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
 _ABSENT = object()
 READ_BY_HYDRA = ("_target_", "_partial_", "_recursive_")
 
@@ -230,11 +231,26 @@ def check_devices(cfg: DictConfig) -> None:
     check_built(cfg, "trainer")
     check_whole(cfg, "trainer.num_nodes", 1, 2**20)
     check_choice(cfg, "trainer.precision", PRECISIONS)
+    if not isinstance(selected(cfg, "trainer.accelerator", "auto"), DictConfig):
+        check_choice(cfg, "trainer.accelerator", ACCELERATORS)
     devices = selected(cfg, "trainer.devices")
     numbers = isinstance(devices, ListConfig) and len(devices) > 0 and all(is_whole(d) and d >= 0 for d in devices)
     require(
         devices == "auto" or numbers or (is_whole(devices) and 1 <= devices <= 2**20),
         f"trainer.devices={shorten(devices)}: must be at least 1, a list of device numbers, or auto",
+    )
+
+
+def check_strategy(cfg: DictConfig) -> None:
+    """Require a strategy that Lightning knows by name, or a mapping."""
+    value = selected(cfg, "trainer.strategy", "auto")
+    if isinstance(value, DictConfig) or value == "auto":
+        return
+    from lightning.pytorch.strategies import StrategyRegistry  # keep --help fast
+
+    known = isinstance(value, str) and value in StrategyRegistry.available_strategies()
+    require(
+        known, f"trainer.strategy={shorten(value)}: is unknown; use strategy=single, strategy=ddp or strategy=ddp_cpu"
     )
 
 

@@ -20,6 +20,7 @@ from relay_diffusion.config.checks import (
     check_number,
     check_resolution,
     check_run_id,
+    check_strategy,
     check_subset,
     check_whole,
     has_key,
@@ -176,6 +177,7 @@ def validate_sampling(cfg: DictConfig) -> None:
         check_built(cfg, key)
     for key in ("trainer", *loggers, *(MEASURING if measured else ())):  # last: importing their classes takes seconds
         check_types(cfg, key)
+    check_strategy(cfg)
 
 
 def _check_measuring(cfg: DictConfig) -> None:

@@ -6,7 +6,7 @@ import copy
 import math
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from relay_diffusion.checkpoints.hub import is_address
 from relay_diffusion.checkpoints.targets import package_names
@@ -21,7 +21,9 @@ from relay_diffusion.config.checks import (
     check_mapping,
     check_resolution,
     check_run_id,
+    check_strategy,
     check_whole,
+    is_number,
     selected,
     world_size,
 )
@@ -36,6 +38,7 @@ WHOLE = {  # integer settings without a constructor on the meta device: lowest, 
     "data.num_workers": (0, 1024),
     "data.seed": (0, 2**63 - 1),
 }
+AT_LEAST_0 = ("lr", "eps", "weight_decay", "momentum")  # options of torch's optimizers
 NO_EPOCHS = "training is one endless stream of images, without epochs"
 NO_LOOP = "there is no validation loop: use callbacks=validation or callbacks=evaluated"
 UNSUPPORTED = {  # options of Lightning's Trainer that have an alternative
@@ -136,6 +139,7 @@ def _check_trainer(cfg: DictConfig) -> None:
     for option in map(str, cfg.trainer if ours else ()):
         require(option not in UNSUPPORTED, f"trainer.{option} is not supported: {UNSUPPORTED.get(option)}")
     check_types(cfg, "trainer")
+    check_strategy(cfg)
     if ours:
         from relay_diffusion.training.trainer import training_limits  # keep --help fast
 
@@ -150,6 +154,13 @@ def _check_optimizer(cfg: DictConfig, stage: Any) -> None:
     rate = options.get("lr")
     finite = not isinstance(rate, float) or math.isfinite(rate)
     require(finite, f"stage.optimizer.lr={rate}: must be finite, e.g. 3e-4")
+    for name in AT_LEAST_0:
+        value: Any = options.get(name)
+        require(not is_number(value) or value >= 0, f"stage.optimizer.{name}={shorten(value)}: must be at least 0")
+    betas = options.get("betas")
+    for beta in betas if isinstance(betas, ListConfig) else ():
+        valid = not is_number(beta) or 0 <= beta < 1
+        require(valid, f"stage.optimizer.betas={shorten(betas)}: each must be at least 0 and below 1")
     try:
         stage.optimizer_factory(torch.nn.Linear(1, 1).parameters())
     except Exception as error:

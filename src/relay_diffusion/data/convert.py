@@ -176,14 +176,11 @@ def written_size(resolution: Resolution | str) -> Size:
     resolution: R or [height, width], or its text. Raises UserError.
     """
     try:
-        size = image_size(json.loads(resolution) if isinstance(resolution, str) else resolution)
+        return image_size(json.loads(resolution) if isinstance(resolution, str) else resolution, least=MIN_SIDE)
     except json.JSONDecodeError:
         raise UserError(f"resolution={resolution}: must be a whole number, or [height, width]") from None
     except ValueError as error:
         raise UserError(str(error)) from None
-    if min(size) < MIN_SIDE:
-        raise UserError(f"resolution={resolution}: must be at least {MIN_SIDE}")
-    return size
 
 
 def convert(options: ConvertOptions) -> Converted:

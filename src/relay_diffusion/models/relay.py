@@ -51,10 +51,12 @@ def _check_chain(stages: Mapping[str, DiffusionStage], as_trained: bool) -> None
         small, large, option = stages[before], stages[name], f"relay.stages.{name}"
         block = large.corruption.block
         require(block != 1, f"{option} starts from noise, as only the first stage of a relay may: remove it or reorder")
+        height, width = large.size
+        needed = size_text((height // block, width // block))
         require(
             not as_trained or tuple(side * block for side in small.size) == large.size,
-            f"{option} makes {size_text(large.size)} from images {block} times smaller, but relay.stages.{before} "
-            f"makes {size_text(small.size)}; relay.resolution=R or [H,W] sets the size of the last stage",
+            f"{option} enlarges {needed} to {size_text(large.size)}, but relay.stages.{before} makes "
+            f"{size_text(small.size)}; use a stage of {needed}, or relay.resolution=R or [H,W] for another size",
         )
         channels, classes = (small.image_channels, large.image_channels), (small.num_classes, large.num_classes)
         require(len({*channels}) == 1, f"{option} has {channels[1]} image channels, {before} has {channels[0]}")

@@ -144,7 +144,8 @@ def require_transformers() -> None:
         import transformers  # noqa: F401
     except ImportError:
         raise UserError(
-            f"text: needs the transformers library; run `{install_command('text')}`, or choose text=none"
+            f"text: needs the transformers library; run `{install_command('text')}`, or use no text (text=none in "
+            "training, no prompt in sampling)"
         ) from None
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from relay_diffusion.errors import UserError
+from relay_diffusion.errors import UserError, require
 
 if TYPE_CHECKING:
     import torch
@@ -37,15 +38,30 @@ def prepare_host(device: torch.device) -> None:
 
 
 def check_gpus(trainer: DictConfig) -> None:
-    """Raise UserError if `trainer` needs GPUs and the host has none."""
+    """Raise UserError if `trainer` needs GPUs that the host does not have."""
     import torch
 
     accelerator = trainer.accelerator
     missing = accelerator in ("gpu", "cuda") and not torch.cuda.is_available()
     if not missing or (accelerator == "gpu" and torch.backends.mps.is_available()):
+        _check_devices(trainer.devices, accelerator)
         return
     if accelerator == "gpu" and not isinstance(trainer.strategy, str):  # as conf/strategy/ddp.yaml has it
         option, instead = "strategy=ddp", "use strategy=ddp_cpu"
     else:
         option, instead = f"trainer.accelerator={accelerator}", "use trainer.accelerator=cpu"
     raise UserError(f"{option} needs GPUs, and this host has none: {instead}, or leave it out")
+
+
+def _check_devices(devices: int | str | Sequence[int], accelerator: str) -> None:
+    """Raise UserError for GPUs that the host does not have."""
+    import torch
+
+    numbers = None if isinstance(devices, int | str) else list(devices)
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        most = devices if isinstance(devices, int) else max(numbers or [0]) + 1
+        numbered = "" if numbers is None else ", numbered from 0"
+        require(most <= count, f"trainer.devices={devices}: this host has {count} GPUs{numbered}; use these, or auto")
+    elif accelerator == "cpu" or not torch.backends.mps.is_available():
+        require(numbers is None, f"trainer.devices={devices}: are numbers of GPUs; use a number of CPU processes, as 1")

@@ -18,16 +18,16 @@ Size = tuple[int, int]
 """Height and width in pixels."""
 
 
-def image_size(resolution: Resolution, option: str = "resolution") -> Size:
+def image_size(resolution: Resolution, option: str = "resolution", least: int = 1) -> Size:
     """Return the height and width of a resolution.
 
-    Raises ValueError naming `option` unless both are integers from 1 to MAX_SIDE, and at most MAX_PIXELS together.
+    Raises ValueError naming `option` unless both are integers from `least` to MAX_SIDE, at most MAX_PIXELS together.
     """
     sides = list(resolution) if isinstance(resolution, Sequence) else [resolution] * 2
     if len(sides) != 2 or not all(type(side) is int for side in sides):
         raise ValueError(f"{option}={shorten(resolution)}: must be a whole number, or [height, width]")
-    if not all(1 <= side <= MAX_SIDE for side in sides):
-        raise ValueError(f"{option}={shorten(resolution)}: must lie between 1 and {MAX_SIDE:,}")
+    if not all(least <= side <= MAX_SIDE for side in sides):
+        raise ValueError(f"{option}={shorten(resolution)}: must lie between {least} and {MAX_SIDE:,}")
     size = sides[0], sides[1]
     if limits := exceeded_limits(size):
         raise ValueError(f"{option}={shorten(resolution)}: {limits}; use smaller sides")

@@ -27,8 +27,7 @@ DIVERGED = "lower stage.optimizer.lr, raise stage.warmup_images, or set trainer.
 class Checkpoints(PeriodicCallback, Checkpoint):
     """Write `directory`/last.ckpt every `every_n_images` and at the end.
 
-    `keep`: number of earlier checkpoints (images-000128000.ckpt, ...) to keep; 0 adds none and removes
-    none of before.
+    `keep`: number of earlier checkpoints (images-000128000.ckpt, ...) to keep; 0 adds none and deletes none.
     `upload`: also send each checkpoint to loggers with `log_file`, as a "model".
     `best`: a logged metric, e.g. eval/fid; `directory`/best.ckpt then holds the state with its lowest value
     (`best_mode` max: its highest), and the value under the key "best". Each checkpoint is synced to the disk before it
