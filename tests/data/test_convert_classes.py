@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from pictures_on_disk import encoded, pixels, pngs, write_folder, write_tar, write_zip
+from relay_diffusion.cli.arguments import parse_arguments
+from relay_diffusion.cli.convert_images import report_conversion
+from relay_diffusion.config import compose
 from relay_diffusion.data.class_choice import labels_like_reference
 from relay_diffusion.data.convert import Classes, ConvertOptions, convert
 from relay_diffusion.data.dataset import ImageDataset
@@ -85,6 +89,43 @@ def test_classes_splits_and_wrappers_are_printed(tmp_path: Path) -> None:
         f"{tmp_path / 'out.zip'}: 6 images of 8x8, 3 classes, 0 left out",
     ]
     assert done.stderr == "warning: val has no image of 1 of 3 classes: ant\n"
+
+
+@pytest.mark.parametrize(
+    ("splits", "words", "expected"),
+    [
+        (("", ""), [], {}),
+        (("Train/", "val/"), ["channels=4"], {"data.dataset.subset": "Train", "data.dataset.channels": "4"}),
+        (("", ""), ["captions=txt"], {"text": "minilm"}),
+        (("", ""), ["resolution=96"], None),  # no multiple of 64
+        (("", ""), ["resolution=[64,128]"], None),  # own_64 reads squares
+    ],
+)
+def test_the_report_ends_with_the_command_that_trains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], splits: tuple[str, str], words: list[str], expected: dict | None
+) -> None:
+    """Also for a destination whose name needs quotes."""
+    images = {
+        f"{split}{kind}/{number}.png": encoded(pixels(0, 128)) for kind in "ab" for number, split in enumerate(splits)
+    }
+    source, destination = (
+        write_folder(tmp_path / "in", images | {f"{splits[0]}a/0.txt": b"red"}),
+        tmp_path / "it's, mine.zip",
+    )
+    options = [f"source={source}", f"destination={destination}", "resolution=64", *words]
+    report_conversion(parse_arguments(ConvertOptions, options))
+    line = capsys.readouterr().out.splitlines()[-1]
+    if expected is None:
+        assert line.startswith(f"{destination}: 4 images of ")
+        return
+    command = shlex.split(line)
+    assert command[:4] == ["train:", "python", "train.py", "experiment=own_64"]
+    given = dict(word.split("=", 1) for word in command[4:])
+    assert {key: given[key] for key in given.keys() - {"data.dataset.path", "run_dir"}} == expected
+    dataset = compose("train", command[3:]).data.dataset
+    assert dataset.path == str(destination)
+    opened = ImageDataset(dataset.path, dataset.resolution, subset=dataset.subset, channels=dataset.channels)
+    assert (opened.num_classes, len(opened.names)) == (2, 2 if dataset.subset else 4)
 
 
 def test_a_thousand_classes_are_printed_in_a_few_short_lines(tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ from relay_diffusion.cli.arguments import run_tool
 from relay_diffusion.data.convert import Converted, ConvertOptions, convert, usable_images, written_size
 from relay_diffusion.data.decode import UNUSED_BITS, dark_warning
 from relay_diffusion.data.sources import describe_files
-from relay_diffusion.utils.messages import first_names, shorten
+from relay_diffusion.utils.messages import first_names, override, shorten
 from relay_diffusion.utils.resolution import resolution_of, size_text
 
 MAX_CLASSES_SHOWN = 20
 RESOLUTIONS = (32, 64, 128, 256, 512, 1024)  # whose numbers of usable images are printed
+FIRST_STAGE, FIRST_SIDE = "own_64", 64  # preset of the printed training command, and its resolution
 USAGE = """\
 python -m relay_diffusion.cli.convert_images source=FOLDER|ZIP|TAR destination=OUT.zip [key=value ...]
 
@@ -135,7 +136,28 @@ def _describe_resolutions(result: Converted, options: ConvertOptions) -> str:
     return f"images that each resolution keeps without enlarging: {', '.join(shown)}"
 
 
-def _convert_and_report(options: ConvertOptions) -> None:
+def training_command(result: Converted, options: ConvertOptions) -> str | None:
+    """Return the command that trains a first stage on the zip.
+
+    None if the preset cannot read it: images that are not square, or whose side is no multiple of FIRST_SIDE.
+    """
+    height, width = written_size(options.resolution)
+    if height != width or height % FIRST_SIDE:
+        return None
+    splits = result.folders.splits if result.folders else []
+    words = {
+        "experiment": FIRST_STAGE,
+        "data.dataset.path": options.destination,
+        "data.dataset.subset": next((split for split in splits if split.lower() in ("train", "training")), ""),
+        "data.dataset.channels": "" if options.channels == 3 else str(options.channels),
+        "text": "minilm" if result.captions else "",
+        "run_dir": "outputs/mine/base",
+    }
+    return " ".join(["python train.py", *(override(key, value) for key, value in words.items() if value)])
+
+
+def report_conversion(options: ConvertOptions) -> None:
+    """Convert the images and print what was done."""
     result = convert(options)
     for line in _describe_left_out(result):
         print(line, file=sys.stderr)
@@ -156,11 +178,13 @@ def _convert_and_report(options: ConvertOptions) -> None:
         f"{options.destination}: {result.images:,} images of {size_text(written_size(options.resolution))}, {classes}, "
         f"{len(result.left_out):,} left out"
     )
+    if command := training_command(result, options):
+        print(f"train: {command}")
 
 
 def main() -> NoReturn:
     """Run the command."""
-    sys.exit(run_tool(sys.argv[1:], USAGE, ConvertOptions, _convert_and_report))
+    sys.exit(run_tool(sys.argv[1:], USAGE, ConvertOptions, report_conversion))
 
 
 if __name__ == "__main__":
