@@ -32,7 +32,12 @@ def test_the_library_is_named(capsys, monkeypatch):
         (("relay=emoji", "max_images=0"), "max_images=0: must be at least 1"),
         (("relay=emoji", "port=99999"), "port=99999: must lie between 0 and 65535"),
         (("relay=emoji", "host=no.such.host.invalid"), "host=no.such.host.invalid port=7860: cannot be used ("),
-        (("relay=nowhere", "port=0"), "no relay at nowhere"),
+        (("relay=emojii", "port=0"), "error: relay=emojii: must be a choice of conf/relay that needs no paths, "),
+        (("relay=emojii", "port=0"), "; did you mean emoji?\n"),
+        (("relay=one_stage", "port=0"), "error: relay=one_stage: must be a choice of conf/relay that needs no paths, "),
+        (("relay=one_stage", "port=0"), "; available: celebahq_256, emoji, "),
+        (("relay=tests", "port=0"), "error: relay=tests: must be a choice of conf/relay that needs no paths, "),
+        (("relay=emoji", "enlarge=fotos", "port=0"), "error: enlarge=fotos: must be a choice of conf/relay that "),
     ],
 )
 def test_wrong_options(capsys, monkeypatch, arguments, message):

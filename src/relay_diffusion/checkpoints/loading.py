@@ -224,23 +224,38 @@ def relay_options(settings: DictConfig) -> dict[str, Any]:
     }
 
 
+def bundled_relays() -> list[str]:
+    """Names of conf/relay that need no further paths, sorted."""
+    return [name for name in _relay_names() if not OmegaConf.missing_keys(_composed_relay(name))]
+
+
+def _relay_names() -> list[str]:
+    return sorted(file.stem for file in (CONF / "relay").glob("*.yaml"))
+
+
+def _composed_relay(name: str) -> DictConfig:
+    """Compose a choice of conf/relay, with its stages from `first` on."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        settings = cast(DictConfig, compose("sample", overrides=[f"relay={name}"]).relay)
+    if first := settings.get("first"):
+        names = list(settings.stages)
+        settings.stages = OmegaConf.masked_copy(settings.stages, names[names.index(first) :])
+    return settings
+
+
 def _relay_choice(name: str) -> DictConfig:
-    """Compose a choice of conf/relay, with its stages from `first` on.
+    """Compose a choice of conf/relay.
 
     Raises UserError for an unknown name or missing stage paths.
     """
-    known = sorted(file.stem for file in (CONF / "relay").glob("*.yaml"))
+    known = _relay_names()
     if name not in known:
         raise UserError(
             f"no relay at {name}: give a folder with {RELAY_FILE}, a choice of conf/relay ({', '.join(known)}), a name "
             "on the Hub (USER/NAME), or the path of each stage, e.g. load_relay({'base': PATH, 'relay': PATH}); "
             "load_stage loads a single stage"
         )
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        settings = cast(DictConfig, compose("sample", overrides=[f"relay={name}"]).relay)
-    if first := settings.get("first"):
-        names = list(settings.stages)
-        settings.stages = OmegaConf.masked_copy(settings.stages, names[names.index(first) :])
+    settings = _composed_relay(name)
     if missing := sorted(OmegaConf.missing_keys(settings)):
         raise UserError(f"relay={name}: {missing[0]} has no value; give the path of each stage: load_relay({{...}})")
     return settings

@@ -16,6 +16,7 @@ from omegaconf import MISSING
 from relay_diffusion.cli.arguments import listed, run_tool
 from relay_diffusion.errors import UserError, require
 from relay_diffusion.utils.installed import require_library
+from relay_diffusion.utils.messages import did_you_mean
 
 if TYPE_CHECKING:
     from relay_diffusion.models.relay import Relay
@@ -67,8 +68,8 @@ def serve(options: AppOptions) -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     name, trusted = Path(options.relay).name, listed(options.trusted)
-    relay = _load(options.relay, options.device, trusted)
-    others = {Path(other).name: _load(other, options.device, trusted) for other in listed(options.enlarge)}
+    relay = _load("relay", options.relay, options.device, trusted)
+    others = {Path(other).name: _load("enlarge", other, options.device, trusted) for other in listed(options.enlarge)}
     studio = build_studio(name, relay, others, limits)
     from relay_diffusion.app.server import serving
 
@@ -83,14 +84,20 @@ def serve(options: AppOptions) -> None:
             print()
 
 
-def _load(source: str, device: str, trusted: list[str]) -> Relay:
-    """Load a relay to a device."""
+def _load(option: str, source: str, device: str, trusted: list[str]) -> Relay:
+    """Load a relay to a device. Raises UserError naming `option` for another name or folder."""
     import torch
 
-    from relay_diffusion.checkpoints.loading import load_relay
+    from relay_diffusion.checkpoints.loading import bundled_relays, find_relay, load_relay
 
     path = Path(source).expanduser()
-    relay = load_relay(path if path.exists() else source, trusted=trusted)
+    place = path if path.exists() else source
+    if find_relay(place) is None and source not in (names := bundled_relays()):
+        raise UserError(
+            f"{option}={source}: must be a choice of conf/relay that needs no paths, a folder with relay.json, or "
+            f"hf://USER/NAME{did_you_mean(source, names)}"
+        )
+    relay = load_relay(place, trusted=trusted)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     require(device == "cpu" or torch.cuda.is_available(), "device=cuda: there is no GPU here; use device=cpu")
