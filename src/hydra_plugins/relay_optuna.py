@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
@@ -193,7 +194,7 @@ class OptunaSweeper(Sweeper):
         """Run a job for each trial; tell the study their values, then raise the first error that stops it."""
         from optuna.trial import TrialState
 
-        from relay_diffusion.cli.main import JobError, lost_job, lost_job_text
+        from relay_diffusion.cli.main import lost_job, lost_job_text
 
         assert self.launcher is not None
         self._check_jobs(overrides)
@@ -207,47 +208,56 @@ class OptunaSweeper(Sweeper):
             numbers = ", ".join(str(trial.number) for trial in trials)
             print(f"trials {numbers} failed: {lost_job_text(error)}", flush=True)
             return
-        errors: list[Exception] = []
-        for trial, words, job in zip(trials, overrides, jobs, strict=True):
-            trial.set_user_attr("overrides", list(words))
-            try:
-                value = job.return_value
-            except JobError as error:
-                study.tell(trial, state=TrialState.FAIL)
-                print(f"trial {trial.number} failed: {error.text}", flush=True)
-                if error.code != 2:  # a bug, not a choice of options that fails
-                    errors.append(error)
-                continue
-            if value is None:
-                study.tell(trial, state=TrialState.FAIL)
-                hint = (
-                    "for train.py set optimized_metric, e.g. to eval/fid; for sample.py add mode=evaluate and metrics"
-                )
-                errors.append(UserError(f"trial {trial.number} returned no value: {hint}"))
-                continue
-            assert job.hydra_cfg is not None  # the job returned a value
-            trial.set_user_attr("run_dir", str(job.hydra_cfg.hydra.runtime.output_dir))
-            if not math.isfinite(value):
-                study.tell(trial, state=TrialState.FAIL)
-                print(f"trial {trial.number} failed: its value is {value}", flush=True)
-                continue
-            study.tell(trial, value)
-            print(f"trial {trial.number}: {value:.6g} with {_shown(trial.params)}", flush=True)
+        errors = [_record(study, *done) for done in zip(trials, overrides, jobs, strict=True)]
         self._write_best(study)
-        if errors:
-            raise errors[0]
+        for stopping in filter(None, errors):
+            raise stopping
+
+
+def _record(study: Study, trial: Trial, words: Sequence[str], job: JobReturn) -> Exception | None:
+    """Tell the study the value of a job, or its failure.
+
+    Returns an error that stops the search: no value, or a bug instead of options that fail.
+    """
+    from optuna.trial import TrialState
+
+    from relay_diffusion.cli.main import JobError
+
+    trial.set_user_attr("overrides", list(words))
+    try:
+        value = job.return_value
+    except JobError as error:
+        study.tell(trial, state=TrialState.FAIL)
+        print(f"trial {trial.number} failed: {error.text}", flush=True)
+        return error if error.code != 2 else None
+    if value is None:
+        study.tell(trial, state=TrialState.FAIL)
+        hint = "for train.py set optimized_metric, e.g. to eval/fid; for sample.py add mode=evaluate and metrics"
+        return UserError(f"trial {trial.number} returned no value: {hint}")
+    assert job.hydra_cfg is not None  # the job returned a value
+    trial.set_user_attr("run_dir", str(job.hydra_cfg.hydra.runtime.output_dir))
+    if math.isfinite(value):
+        study.tell(trial, value)
+        print(f"trial {trial.number}: {value:.6g} with {_shown(trial.params)}", flush=True)
+    else:
+        study.tell(trial, state=TrialState.FAIL)
+        print(f"trial {trial.number} failed: its value is {value}", flush=True)
+    return None
 
 
 def distribution(override: Override) -> BaseDistribution:
     """Return the distribution of an override with several values.
 
     interval(LOW,HIGH): numbers, on a log scale with tag(log,interval(...)), and whole with int(interval(...)).
-    range(...): its numbers in order. Others: categories. Raises UserError for an interval or a range without numbers.
+    range(...): its numbers in order. Others: categories. Raises UserError for an interval or a range without numbers,
+    and for other tags.
     """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     word = override.input_line
     value: Any = override.value()
+    for tag in sorted(value.tags - ({"log"} if isinstance(value, IntervalSweep) else set())):
+        raise UserError(f"{word}: the tag {tag} has no effect here; the only one is tag(log,interval(LOW,HIGH))")
     if isinstance(value, IntervalSweep):
         low: Any = value.start  # not None in an override
         high: Any = value.end

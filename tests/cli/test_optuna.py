@@ -45,9 +45,12 @@ def test_values_of_hydra_are_a_search_space(word, expected):
         ("interval(0,inf)", "the first number must be below the second one, and both finite"),
         ("range(5,2)", "has no numbers; write range"),
         ("range(1,5,0)", "has no numbers; write range"),
+        ("tag(lgo,interval(1,2))", "the tag lgo has no effect here; the only one is tag(log,interval(LOW,HIGH))"),
+        ("tag(log,range(1,5))", "the tag log has no effect here"),
+        ("tag(log,choice(1,2))", "the tag log has no effect here"),
     ],
 )
-def test_a_search_space_without_values_is_refused(word, message):
+def test_a_wrong_search_space_is_refused(word, message):
     (override,) = OverridesParser.create().parse_overrides([f"{LR}={word}"])
     with pytest.raises(UserError, match="^" + re.escape(f"{LR}={word}: {message}")):
         distribution(override)
