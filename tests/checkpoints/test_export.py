@@ -266,6 +266,7 @@ def test_checkpoints_of_this_project_are_exported(stage, tmp_path, capsys):
     ("arguments", "words"),
     [
         (["source={text}", "destination={out}"], "neither a pickle"),
+        (["source={ckpt}", "destination={out}"], "plain values; give a checkpoint of train.py"),
         (["source={tmp}/missing.pt", "destination={out}"], "does not exist"),
         (["source={tmp}/missing", "destination={out}"], "no checkpoint at"),
         (["source={edm}"], "missing: destination=..."),
@@ -280,7 +281,14 @@ def test_checkpoints_of_this_project_are_exported(stage, tmp_path, capsys):
 def test_mistakes_are_one_line(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(PROJECT)
     (tmp_path / "text.pkl").write_text("hello")
-    places = {"text": tmp_path / "text.pkl", "tmp": tmp_path, "out": tmp_path / "out", "edm": EDM}
+    (tmp_path / "text.ckpt").write_text("hello")
+    places = {
+        "text": tmp_path / "text.pkl",
+        "ckpt": tmp_path / "text.ckpt",
+        "tmp": tmp_path,
+        "out": tmp_path / "out",
+        "edm": EDM,
+    }
     assert tool(*(argument.format(**places) for argument in arguments)) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1

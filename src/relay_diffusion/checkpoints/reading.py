@@ -17,6 +17,7 @@ from relay_diffusion.errors import UserError
 from relay_diffusion.utils.messages import shorten
 
 LAST, BEST = "last.ckpt", "best.ckpt"
+PUBLISHED = (".pkl", ".pt")  # suffixes of files that convert_checkpoint exports
 KEPT = "images-*.ckpt"  # earlier checkpoints; the images seen have twelve digits
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_DEPTH = 20  # levels of nesting in a stored config
@@ -57,10 +58,12 @@ def read_file(file: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # torch warns of pickle protocols, and of types that are refused below
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # torch.load raises a dozen types for damaged files
+        remedy = "give a checkpoint of train.py"
+        if file.suffix in PUBLISHED:
+            remedy = "convert a published file first: python -m relay_diffusion.cli.convert_checkpoint"
         raise UserError(
-            f"{file} cannot be read as a checkpoint: it is damaged, no checkpoint, "
-            "or holds more than tensors and plain values (convert published .pkl and .pt files "
-            "first: python -m relay_diffusion.cli.convert_checkpoint)"
+            f"{file} cannot be read as a checkpoint: it is damaged, no checkpoint, or holds more than tensors and "
+            f"plain values; {remedy}"
         ) from None
     return _translated(check_stored(content, file))
 

@@ -16,6 +16,7 @@ from relay_diffusion.checkpoints.export import EXPORT_STAGE, EXPORT_WEIGHTS, exp
 from relay_diffusion.checkpoints.hub import is_address
 from relay_diffusion.checkpoints.loading import load_stage
 from relay_diffusion.checkpoints.published.convert import published_stage
+from relay_diffusion.checkpoints.reading import PUBLISHED
 from relay_diffusion.cli.arguments import listed, run_tool
 from relay_diffusion.cli.errors import explain
 from relay_diffusion.config import CONF, compose
@@ -36,7 +37,6 @@ python -m relay_diffusion.cli.convert_checkpoint source=FILE destination=FOLDER 
   overwrite    false: refuse a folder that holds an export (default) | true: replace that
   trusted      packages besides relay_diffusion whose classes the source or the experiment may name: my_package,other
 """
-PUBLISHED = (".pkl", ".pt")
 
 
 class Dtype(Enum):
