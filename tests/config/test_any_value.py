@@ -242,6 +242,14 @@ def test_parts_of_a_callback_are_checked_without_being_built() -> None:
             "trainer.strategy=dpp",
             r"^trainer\.strategy=dpp: is unknown; use strategy=single, strategy=ddp or strategy=ddp",
         ),
+        (
+            "+trainer.strategy={_target_:lightning.pytorch.strategies.DDPStrategy,process_group_backend:glo}",
+            r"^trainer\.strategy\.process_group_backend=glo: is not available; use gloo on CPUs, nccl on GPUs, or null",
+        ),
+        (
+            "+trainer.strategy={_target_:lightning.pytorch.strategies.DDPStrategy,process_group_backend:'cpu:a:b'}",
+            r"^trainer\.strategy\.process_group_backend=cpu:a:b: is not available; use gloo on CPUs",
+        ),
         ("~stage.loss", r"^stage: .*missing .*'loss'"),
     ],
 )
@@ -254,6 +262,13 @@ def test_unknown_options_of_a_class(override: str, message: str) -> None:
 def test_devices_of_sampling(option: str) -> None:
     with pytest.raises(UserError, match=f"^{option}: "):
         validate_sampling(_compose("sample", "relay=emoji", option))
+
+
+@pytest.mark.parametrize("backend", ["gloo", "GLOO", "cpu:gloo", "null"])
+def test_available_backends_are_accepted(backend: str) -> None:
+    option = "trainer.strategy.process_group_backend"
+    given = f"{option}=null" if backend == "null" else f"{option}='{backend}'"
+    validate_training(_compose("train", *TINY, "resolution=16", DATA, "strategy=ddp_cpu", given))
 
 
 def test_a_group_in_the_wrong_package() -> None:

@@ -242,8 +242,13 @@ def check_devices(cfg: DictConfig) -> None:
 
 
 def check_strategy(cfg: DictConfig) -> None:
-    """Require a strategy that Lightning knows by name, or a mapping."""
+    """Require a strategy that Lightning knows by name, or a mapping.
+
+    Its backend must be available.
+    """
     value = selected(cfg, "trainer.strategy", "auto")
+    if isinstance(value, DictConfig):
+        _check_backend("trainer.strategy.process_group_backend", value.get("process_group_backend"))
     if isinstance(value, DictConfig) or value == "auto":
         return
     from lightning.pytorch.strategies import StrategyRegistry  # keep --help fast
@@ -252,6 +257,19 @@ def check_strategy(cfg: DictConfig) -> None:
     require(
         known, f"trainer.strategy={shorten(value)}: is unknown; use strategy=single, strategy=ddp or strategy=ddp_cpu"
     )
+
+
+def _check_backend(key: str, backend: str | None) -> None:
+    """Require a backend of torch.distributed, such as nccl or cpu:gloo,cuda:nccl."""
+    if backend is None:
+        return
+    from torch.distributed import is_backend_available  # keep --help fast
+
+    try:
+        available = is_backend_available(str(backend).lower())
+    except ValueError:  # several backends in another form than DEVICE:BACKEND,...
+        available = False
+    require(available, f"{key}={shorten(backend)}: is not available; use gloo on CPUs, nccl on GPUs, or null")
 
 
 def world_size(devices: Any, num_nodes: int) -> int | None:
