@@ -293,6 +293,50 @@ def test_a_module_that_fails_is_one_line(
     assert not caplog.records
 
 
+HOOKS = """
+from lightning.pytorch.callbacks import Callback
+
+class Mine(Callback):
+    def setup(self, trainer, pl_module, stage): ...
+    def on_fit_start(self, trainer, pl_module, more=None): ...
+
+class Keyword(Callback):
+    def setup(self, trainer, pl_module, *, stage): ...
+
+class Fewer(Mine):
+    def on_train_batch_end(self, trainer, pl_module, outputs): ...
+
+class Other(Mine):
+    def setup(self, trainer, pl_module, when): ...
+"""
+
+
+def test_hooks_with_other_arguments_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_hooks.py").write_text(HOOKS)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("Mine", "Keyword"):
+        validate_training(_compose("train", *TINY, "resolution=16", DATA, f"+callbacks.mine._target_=my_hooks.{name}"))
+    for name, message in (
+        (
+            "Fewer",
+            r"on_train_batch_end must take the arguments \(self, trainer, pl_module, outputs, batch, batch_idx\): too",
+        ),
+        ("Other", r"setup must take the arguments \(self, trainer, pl_module, stage=\): missing a required argument"),
+    ):
+        option = f"+callbacks.mine._target_=my_hooks.{name}"
+        with pytest.raises(UserError, match=rf"^callbacks\.mine: {name}\.{message}"):
+            validate_training(_compose("train", *TINY, "resolution=16", DATA, option))
+
+
+def test_a_callback_of_another_class_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_plain.py").write_text("class Plain: ...")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        UserError, match=r"^callbacks\.mine: Plain must be a subclass of lightning\.pytorch\.callbacks\."
+    ):
+        validate_training(_compose("train", *TINY, "resolution=16", DATA, "+callbacks.mine._target_=my_plain.Plain"))
+
+
 @pytest.mark.parametrize("flag", ["_target_", "_partial_", "_recursive_"])
 @pytest.mark.parametrize("value", [[], [True], {}, {"a": True}, 3])
 def test_keys_of_hydra_are_checked(flag: str, value: Any) -> None:

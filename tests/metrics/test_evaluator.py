@@ -255,6 +255,16 @@ class Failing(PlainMean):
         raise ValueError("no\nnumber")
 
 
+class Wide(PlainMean):
+    def compute(self, features: Tensor, positions: Tensor) -> dict[str, float]:  # type: ignore[override]  # noqa: ARG002
+        return {}
+
+
+class Narrow(PlainMean):
+    def update(self, features: InceptionFeatures) -> None:  # type: ignore[override]
+        pass
+
+
 class Nameless(ImageMetric):
     def prepare(self, reference: Reference, inception: Inception) -> None:
         pass
@@ -281,6 +291,18 @@ def test_a_metric_names_its_results(reference: Reference) -> None:
         feed(evaluation, random_images(9, 4), range(9))
         with pytest.raises(UserError, match=rf"^metrics\.evaluator\.metrics\.a: compute returned {found}"):
             evaluation.compute()
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (Wide(), r"Wide\.compute must take the arguments \(features\): missing a required argument: 'positions'"),
+        (Narrow(), r"Narrow\.update must take the arguments \(features, positions\): too many positional arguments"),
+    ],
+)
+def test_a_method_with_other_arguments_is_refused(reference: Reference, metric: ImageMetric, message: str) -> None:
+    with pytest.raises(UserError, match=rf"^metrics\.evaluator\.metrics\.a: {message}$"):
+        Evaluator(PixelFeatures(), reference, {"a": metric})
 
 
 @pytest.mark.parametrize("others", [{}, {"kid": KIDMetric()}])

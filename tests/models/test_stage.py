@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from relay_diffusion.checkpoints.loading import load_stage
-from relay_diffusion.diffusion import LinearCorruption
+from relay_diffusion.diffusion import GaussianCorruption, LinearCorruption, LogNormal
 from relay_diffusion.diffusion.generators import PerImageGenerator
 from relay_diffusion.errors import UserError
 from relay_diffusion.models.optimization import FitState
 from relay_diffusion.models.relay import Relay
 from relay_diffusion.models.stage import DiffusionStage, StageInfo
 from relay_diffusion.networks import EDMPreconditioner, Graphed
-from relay_diffusion.samplers import BlurringSampler, MultistepSampler
+from relay_diffusion.samplers import BlurringSampler, EDMSampler, MultistepSampler
 from support import assert_same_weights, tiny_stage, weights_of
 
 
@@ -401,8 +401,9 @@ def test_a_sampler_without_evaluations_is_refused():
 
 
 def test_a_corruption_without_its_interface_is_refused():
-    stage, methods = tiny_stage(4), {"block": 1, "start": 1, "corrupt": 1}
-    without_level = SimpleNamespace(schedule=SimpleNamespace(draw=1), draw_noise=1, **methods)
+    stage, method = tiny_stage(4), lambda *_: None
+    methods = {"block": 1, "start": method, "corrupt": method}
+    without_level = SimpleNamespace(schedule=SimpleNamespace(draw=method), draw_noise=method, **methods)
     for corruption, message in (
         (
             SimpleNamespace(**methods),
@@ -412,3 +413,62 @@ def test_a_corruption_without_its_interface_is_refused():
     ):
         with pytest.raises(ValueError, match=rf"^{message}"):
             DiffusionStage(stage.denoiser, corruption, stage.loss, stage.sampler)
+
+
+class _Steps(EDMSampler):
+    def __call__(self, denoise, start, randn_like):  # noqa: ARG002
+        return start
+
+
+class _Wide(GaussianCorruption):
+    def corrupt(self, x0, sigma, noise, extra):  # noqa: ARG002
+        return x0
+
+
+class _Narrow(LogNormal):
+    def draw(self, size):
+        return torch.ones(size)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (
+            {"sampler": _Steps()},
+            r"^sampler=_Steps: __call__ must take the arguments \(denoise, start, randn_like, labels\)",
+        ),
+        (
+            {"corruption": _Wide(LogNormal())},
+            r"^corruption=_Wide: corrupt must .* \(x0, sigma, noise\): missing .*'extra'",
+        ),
+        (
+            {"corruption": GaussianCorruption(_Narrow())},
+            r"^corruption\.schedule=_Narrow: draw must .* \(size, device\): too",
+        ),
+        (
+            {"loss": lambda denoised, x0: x0 - denoised},
+            r"^loss=function: __call__ must .* \(denoised, x0, sigma\): too many",
+        ),
+    ],
+)
+def test_a_method_with_other_arguments_is_refused(parts, message):
+    stage = tiny_stage(4)
+    given = {"denoiser": stage.denoiser, "corruption": stage.corruption, "loss": stage.loss, "sampler": stage.sampler}
+    with pytest.raises(UserError, match=message):
+        DiffusionStage(**given | parts)
+
+
+def test_a_sampler_with_other_arguments_is_refused_in_sampling():
+    stage = tiny_stage(4)
+    stage.sampler = _Steps()
+    with pytest.raises(UserError, match=r"^sampler=_Steps: __call__ must take the arguments"):
+        stage.sample((1, 3, 4, 4), [0])
+
+
+def test_a_network_with_other_arguments_is_refused():
+    stage = tiny_stage(4)
+    stage.denoiser.network.forward = lambda x, noise: x  # noqa: ARG005
+    with pytest.raises(
+        UserError, match=r"^denoiser\.network=UNet: forward must take the arguments \(x, c_noise, labels"
+    ):
+        DiffusionStage(stage.denoiser, stage.corruption, stage.loss, stage.sampler)

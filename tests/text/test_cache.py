@@ -237,6 +237,8 @@ def test_states_that_do_not_fit_their_encoder(tmp_path, result, message):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
+        ("encode", lambda prompts: None, r"WordEncoder\.encode must take the arguments \(prompts, note=\): "),  # noqa: ARG005
+        ("to", lambda: None, r"WordEncoder\.to must take the arguments \(device\): too many"),
         ("unload", None, "WordEncoder has no unload; a text encoder needs dim, max_tokens, "),
         ("dim", 0, r"WordEncoder\.dim=0: must be a whole number"),
         ("max_tokens", "8", r"WordEncoder\.max_tokens=8: must be a whole number"),

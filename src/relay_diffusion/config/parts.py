@@ -20,6 +20,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from relay_diffusion.config.checks import is_number, is_whole, selected
 from relay_diffusion.errors import UserError, require
 from relay_diffusion.utils.messages import did_you_mean, shorten
+from relay_diffusion.utils.signatures import check_arguments
 
 KINDS = types.MappingProxyType(
     {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
@@ -60,6 +61,29 @@ def check_types(cfg: DictConfig, key: str) -> None:
         )
         if name in parameters and name in hints:
             _check_type(f"{key}.{name}", node[name], hints[name])
+
+
+def check_hooks(cfg: DictConfig, key: str) -> None:
+    """Check the class of a callback and the arguments of its hooks.
+
+    They are compared with those of Lightning's Callback. Raises UserError naming the class or the hook.
+    """
+    from lightning.pytorch.callbacks import Callback  # keep --help fast
+
+    target = _target(key, selected(cfg, key)._target_)
+    if not inspect.isclass(target):
+        return
+    require(
+        issubclass(target, Callback),
+        f"{key}: {target.__name__} must be a subclass of lightning.pytorch.callbacks.Callback",
+    )
+    for name, hook in vars(Callback).items():
+        method = getattr(target, name)
+        if inspect.isfunction(hook) and method is not hook:
+            needed = [one.name for one in inspect.signature(hook).parameters.values() if one.default is one.empty]
+            keywords = [argument for argument in needed if argument == "stage"]  # which Lightning gives by its name
+            others = [argument for argument in needed if argument not in keywords]
+            check_arguments(f"{key}: {target.__name__}.{name}", method, others, keywords)
 
 
 def _target(key: str, name: str) -> Callable[..., Any]:

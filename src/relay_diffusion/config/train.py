@@ -27,7 +27,7 @@ from relay_diffusion.config.checks import (
     selected,
     world_size,
 )
-from relay_diffusion.config.parts import MetaBuilder, check_call, check_types, explain_option
+from relay_diffusion.config.parts import MetaBuilder, check_call, check_hooks, check_types, explain_option
 from relay_diffusion.errors import UserError, require
 from relay_diffusion.utils.messages import shorten
 from relay_diffusion.utils.resolution import image_size, resolution_of
@@ -185,6 +185,7 @@ def _check_callbacks(cfg: DictConfig, builder: MetaBuilder) -> None:
             check_built(cfg, f"{group}.{name}")
             check_types(cfg, f"{group}.{name}")
     for name, callback in cfg.callbacks.items():
+        check_hooks(cfg, f"callbacks.{name}")
         require(
             callback.get("check_on_train_epoch_end") is not True,
             f"callbacks.{name}.check_on_train_epoch_end=true: {NO_EPOCHS}; without it, the metric is checked where it "

@@ -16,6 +16,15 @@ from relay_diffusion.metrics.protocol import Protocol
 from relay_diffusion.metrics.reference import Reference
 from relay_diffusion.metrics.reference_source import ReferenceSource
 from relay_diffusion.utils.messages import one_line
+from relay_diffusion.utils.signatures import check_arguments
+
+CALLS: Mapping[str, tuple[str, ...]] = {  # methods of metrics and their arguments
+    "prepare": ("reference", "inception"),
+    "update": ("features", "positions"),
+    "compute": ("features",),
+    "warnings": ("images",),
+    "describe": (),
+}
 
 
 class _FeaturesNotKept(Tensor):
@@ -54,6 +63,9 @@ class Evaluator(nn.Module):
                 f"metrics.evaluator.metrics.{name}: {type(metric).__name__} must be a subclass of "
                 'relay_diffusion.metrics.ImageMetric with the keys of its results, e.g. names = ("fid",)',
             )
+            for method, arguments in CALLS.items():
+                where = f"metrics.evaluator.metrics.{name}: {type(metric).__name__}.{method}"
+                check_arguments(where, getattr(metric, method), arguments)
         self.inception, self.protocol, self.batch_size = inception, protocol, batch_size
         self._by_name, self._modules_by_name = dict(metrics), nn.ModuleList(metrics.values())
         if len(set(self.names)) < len(self.names):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -55,8 +55,18 @@ from relay_diffusion.networks import (
 )
 from relay_diffusion.samplers import Sampler
 from relay_diffusion.utils.resolution import MAX_SIDE, Resolution, Size, image_size
+from relay_diffusion.utils.signatures import check_arguments
 
 NO_NEGATIVE = "needs classifier-free guidance; set a guidance_scale other than 1, and no guide"
+CORRUPTION = {  # members that every corruption has, with the arguments of methods
+    "schedule": None,
+    "block": None,
+    "start": ("like", "previous", "randn_like"),
+    "draw_noise": ("like", "randn_like"),
+    "corrupt": ("x0", "sigma", "noise"),
+}
+SCHEDULE = {"draw": ("size", "device"), "level": ("sigma",)}
+NETWORK_INPUTS = ("x", "c_noise", "labels", "augment_labels", "condition_level", "text")
 
 OptimizerFactory = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
 
@@ -79,11 +89,18 @@ class StageInfo:
     wandb: dict[str, str] | None = None
 
 
-def _check_members(option: str, part: object, names: Sequence[str]) -> None:
-    """Raise ValueError unless a part has these attributes and methods."""
-    missing = ", ".join(name for name in names if getattr(part, name, None) is None)
+def _check_members(option: str, part: Any, members: Mapping[str, Sequence[str] | None]) -> None:
+    """Raise ValueError unless a part has these attributes and methods.
+
+    members: arguments of methods by their names, None for other attributes.
+    """
+    missing = ", ".join(name for name in members if getattr(part, name, None) is None)
     if missing:
-        raise ValueError(f"{option}={type(part).__name__}: has no {missing}; it needs {', '.join(names)}")
+        raise ValueError(f"{option}={type(part).__name__}: has no {missing}; it needs {', '.join(members)}")
+    for name, arguments in members.items():
+        if arguments is not None:
+            method = part if name == "__call__" else getattr(part, name)  # that of a function has no signature
+            check_arguments(f"{option}={type(part).__name__}: {name}", method, arguments)
 
 
 class DiffusionStage(OptimizationHooks):
@@ -142,8 +159,12 @@ class DiffusionStage(OptimizationHooks):
                 f"network.condition_channels={wanted}: {type(self).__name__} provides {provided} condition channels; "
                 f"set network.condition_channels={provided}"
             )
-        _check_members("corruption", corruption, ("schedule", "block", "start", "draw_noise", "corrupt"))
-        _check_members("corruption.schedule", corruption.schedule, ("draw", "level"))
+        _check_members("corruption", corruption, CORRUPTION)
+        _check_members("corruption.schedule", corruption.schedule, SCHEDULE)
+        _check_members("loss", loss, {"__call__": ("denoised", "x0", "sigma")})
+        _check_members("denoiser.network", denoiser.network, {"forward": NETWORK_INPUTS})
+        if augment is not None:
+            _check_members("augment", augment, {"__call__": ("images",)})
         evaluations = getattr(sampler, "evaluations", None)
         if not callable(sampler) or not isinstance(evaluations, int):
             raise ValueError(
@@ -163,7 +184,11 @@ class DiffusionStage(OptimizationHooks):
         self._graphed_training = GraphedTraining(denoiser)
 
     def _check_sampler(self, sampler: Sampler) -> None:
-        """Raise ValueError unless a sampler starts where the corruption ends."""
+        """Raise ValueError unless a sampler starts where the corruption ends.
+
+        Also for other arguments of its call.
+        """
+        _check_members("sampler", sampler, {"__call__": ("denoise", "start", "randn_like", "labels")})
         from_noise = [getattr(part, "starts_from_noise", None) for part in (sampler, self.corruption)]
         if None not in from_noise and from_noise[0] != from_noise[1]:
             starts = ["noise" if noise else "images" for noise in from_noise]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from relay_diffusion.diffusion.text_states import TextStates, check_text
 from relay_diffusion.errors import UserError, require
 from relay_diffusion.utils.messages import shorten
+from relay_diffusion.utils.signatures import check_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +78,9 @@ def check_encoder(encoder: Any, option: str = "text") -> None:
     where = f"{option}: {type(encoder).__name__}"
     missing = ", ".join(name for name in MEMBERS if getattr(encoder, name, None) is None)
     require(not missing, f"{where} has no {missing}; a text encoder needs {', '.join(MEMBERS)}")
+    for name, arguments in (("truncated", ["prompts"]), ("to", ["device"]), ("unload", [])):
+        check_arguments(f"{where}.{name}", getattr(encoder, name), arguments)
+    check_arguments(f"{where}.encode", encoder.encode, ["prompts"], ["note"])
     for name in ("dim", "max_tokens"):
         value = getattr(encoder, name)
         require(isinstance(value, int) and value > 0, f"{where}.{name}={value}: must be a whole number, at least 1")
