@@ -250,8 +250,9 @@ def _capture(
 def _capturing(graph: torch.cuda.CUDAGraph, before: torch.cuda.CUDAGraph | None = None) -> Iterator[None]:
     """Capture the work in the block.
 
-    before: a graph that shares its memory with this one, which is replayed after it. Threads for data loading and communication may call CUDA meanwhile. Garbage is not collected: freeing an older graph
-    would invalidate the capture (https://github.com/pytorch/pytorch/pull/161037).
+    before: a graph that shares its memory with this one, which is replayed after it. Threads for data loading and
+    communication may call CUDA meanwhile. Garbage is not collected: freeing an older graph would invalidate the capture
+    (https://github.com/pytorch/pytorch/pull/161037).
     """
     collected = gc.isenabled()
     gc.disable()
