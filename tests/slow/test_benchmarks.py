@@ -262,6 +262,15 @@ def test_evaluations_plot_reads_points_of_grids(tmp_path, benchmark):
     assert (result.returncode, result.stderr) == (2, "error: metric=kid: use fid or sfid\n")
 
 
+def test_cross_attention_times_networks_with_and_without_text(benchmark, capsys):
+    module = benchmark("cross_attention")
+    module.run(module.Options(experiments="emoji_text_64", batch=1, tokens=2, repeats=1))
+    lines = capsys.readouterr().out.splitlines()[1:]
+    works = [f"emoji_text_64 {work}" for work in ("evaluate", "train")]
+    starts = [f"{work}{end}" for work in works for end in (", with text", ", without text", ":")]
+    assert [line.startswith(start) for line, start in zip(lines, starts, strict=True)] == [True] * 6
+
+
 def test_tables_read_files_without_the_column_of_weights(benchmark, tmp_path):
     table = benchmark("measuring").Table
     path = tmp_path / "rows.csv"
