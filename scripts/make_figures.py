@@ -35,7 +35,7 @@ NEEDS = {  # files that are not in the repository: the page with the commands th
     "data/emoji-256.zip": "docs/baselines.md",
     "data/emoji-text-64.zip": "docs/emoji-text.md",
     "data/photos.zip": "docs/photos.md",
-    "outputs/emoji_64": "docs/relay-vs-cascade.md",
+    "outputs/emoji_64_long": "docs/relay-vs-cascade.md",
     "outputs/emoji_256": "docs/relay-vs-cascade.md",
     "photos-256.zip": "docs/spectrum.md",
 }
@@ -125,7 +125,7 @@ FIGURES = {
         ),
         "neighbours.png",
         width=1300,
-        needs=("data/emoji-256.zip", "outputs/emoji_64", "outputs/emoji_256"),
+        needs=("data/emoji-256.zip", "outputs/emoji_64_long", "outputs/emoji_256"),
     ),
     "photos-heldout.png": Figure(("benchmarks/enlarging_plot.py points=docs/photos-heldout.csv plot={figure}",)),
     "photos.webp": Figure(

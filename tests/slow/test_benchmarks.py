@@ -506,6 +506,17 @@ def test_curves_of_the_emoji_are_valid_overrides(benchmark):
         assert cfg.relay.stages.base.path
 
 
+def test_comparison_plot_compares_points_of_the_same_repeats(benchmark):
+    module = benchmark("comparison_plot")
+
+    def rows(*repeats):
+        return [{"curve": "a", "repeat": repeat} for repeat in repeats]
+
+    assert module.with_common_repeats([rows("0", "1", "2"), rows("1"), rows("2", "1")]) == [rows("1")] * 3
+    with pytest.raises(UserError, match="curves=a: its points have no repeat in common; measure the missing ones"):
+        module.with_common_repeats([rows("0"), rows("1")])
+
+
 def test_comparison_plot_draws_quality_against_operations_and_seconds(tmp_path):
     options = [f"points={PROJECT / 'docs/relay-vs-cascade.csv'}", f"plot={tmp_path / 'a.png'}"]
     result = run("benchmarks/comparison_plot.py", *options, "curves=relay_second_order,single_second_order")
