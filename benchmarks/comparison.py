@@ -4,8 +4,8 @@ python benchmarks/comparison.py [key=value ...]
 
 curves  yaml file with the points of each curve by name; a point is a text of overrides of sample.py, and commas between
         values make several points                    (benchmarks/emoji.yaml)
-output  CSV file to which a row is added for each point and repeat; existing rows are skipped
-                                                      (outputs/comparison/points.csv)
+output  CSV file to which a row is added for each point and repeat; existing rows are kept, and an error if their
+        weights have changed                          (outputs/comparison/points.csv)
 only    comma-separated names of curves               (all)
 points  number of points of each curve, from the first (all)
 count   images per point, with class frequencies of the reference   (3121)
@@ -24,11 +24,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from measuring import autocast_dtype, device_name, draw, read_rows, score, tflop, write_rows
+from measuring import Table, autocast_dtype, device_name, draw, score, tflop, weights_hash
 from omegaconf import DictConfig, OmegaConf
 from timing import environment
 from torch import Tensor
@@ -45,7 +44,8 @@ from relay_diffusion.sampling.run import build_evaluator, build_relay, make_plan
 from relay_diffusion.utils.host import prepare_host
 from relay_diffusion.utils.resolution import Size
 
-COLUMNS = ["curve", "overrides", "repeat", "images", "evaluations", "tflop", "seconds", "fid", "sfid", "device"]
+KEY = ["curve", "overrides", "repeat", "images"]
+COLUMNS = [*KEY, "evaluations", "tflop", "seconds", "fid", "sfid", "device"]
 
 
 @dataclass
@@ -103,6 +103,11 @@ def settings(options: Options, overrides: str, repeat: int) -> DictConfig:
     return cfg
 
 
+def weights_of(cfg: DictConfig) -> str:
+    """Hash the weights of the relay of a point."""
+    return weights_hash(build_relay(cfg.relay).chain().values())
+
+
 class Bench:
     """Stages, evaluators and small images that points share."""
 
@@ -154,9 +159,8 @@ class Bench:
             self.settings, self.small = settings, (images, spent)
         return self.small
 
-    def measure(self, cfg: DictConfig) -> dict[str, Any]:
-        """Sample a point and return its row."""
-        relay = build_relay(cfg.relay)
+    def measure(self, relay: Relay, cfg: DictConfig) -> dict[str, str]:
+        """Sample a point; return the columns from evaluations to device."""
         plan = make_plan(sampling_options(cfg), relay)
         small, spent = self.before_last(relay, cfg, plan)
         images, seconds = self.draw(relay, list(relay.chain())[-1], cfg, plan, small)
@@ -164,7 +168,6 @@ class Bench:
         results = score(self.evaluator(cfg, relay.size), finished, self.options.batch)
         operations = sum(tflop(stage, relay.samplers[name], relay.sizes[name]) for name, stage in relay.chain().items())
         return {
-            "images": self.options.count,
             "evaluations": "+".join(str(sampler.evaluations) for sampler in relay.samplers.values()),
             "tflop": f"{operations:.5g}",
             "seconds": f"{spent + seconds:.6f}",
@@ -181,23 +184,24 @@ def run(options: Options) -> None:
             raise UserError(f"{name}={getattr(options, name)}: must be at least 1")
     todo = [(curve, overrides, repeat) for repeat in range(options.repeats) for curve, overrides in points(options)]
     configs = [settings(options, overrides, repeat) for _, overrides, repeat in todo]  # report mistakes before sampling
-    path = Path(options.output)
-    rows: list[dict[str, Any]] = [*read_rows(path, COLUMNS)]
-    done = {tuple(row[name] for name in ("curve", "overrides", "repeat", "images")) for row in rows}
+    table = Table(Path(options.output), KEY, COLUMNS)
+    keys = [(curve, overrides, str(repeat), str(options.count)) for curve, overrides, repeat in todo]
+    kept = {key for key, cfg in zip(keys, configs, strict=True) if key in table and table.find(key, weights_of(cfg))}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prepare_host(device)
     print(environment())
+    table.report(len(kept))
     bench = Bench(options, device)
-    for (curve, overrides, repeat), cfg in zip(todo, configs, strict=True):
-        if (curve, overrides, str(repeat), str(options.count)) in done:
+    for key, cfg in zip(keys, configs, strict=True):
+        if key in kept:
             continue
         began = time.perf_counter()
-        row = {"curve": curve, "overrides": overrides, "repeat": repeat} | bench.measure(cfg)
-        rows.append(row)
-        write_rows(path, COLUMNS, rows)
+        relay = build_relay(cfg.relay)
+        row = table.add(key, weights_hash(relay.chain().values()), bench.measure(relay, cfg))
+        took = time.perf_counter() - began
         print(
-            f"{curve:18} {row['evaluations']:>8} evaluations {row['tflop']:>8} TFLOP {row['seconds']:>9} s an image  "
-            f"FID {row['fid']:>8}  sFID {row['sfid']:>8}  ({time.perf_counter() - began:.1f} s)  {overrides}",
+            f"{row['curve']:18} {row['evaluations']:>8} evaluations {row['tflop']:>8} TFLOP {row['seconds']:>9} s an "
+            f"image  FID {row['fid']:>8}  sFID {row['sfid']:>8}  ({took:.1f} s)  {row['overrides']}",
             flush=True,
         )
 

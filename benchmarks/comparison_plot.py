@@ -6,7 +6,8 @@ python benchmarks/comparison_plot.py [key=value ...]
   curves   comma-separated names of curves to draw     (relay,cascade,relay_short,cascade_short,single)
   plot     the PNG to write        (outputs/comparison/comparison.png)
 
-The Markdown table lists mean, lowest and highest value of the repeats of every curve.
+The Markdown table lists mean, lowest and highest value of the repeats of every point. The plot shows the mean of the
+repeats that all points of a curve have, so that its points have the same seeds.
 """
 
 from __future__ import annotations
@@ -47,6 +48,19 @@ def grouped(path: Path) -> dict[tuple[str, str], Rows]:
         for row in csv.DictReader(file):
             groups.setdefault((row["curve"], row["overrides"]), []).append(row)
     return groups
+
+
+def with_common_repeats(points: list[Rows]) -> list[Rows]:
+    """Keep the repeats that all points of a curve have.
+
+    Raises UserError if there are none.
+    """
+    common = set.intersection(*({row["repeat"] for row in rows} for rows in points))
+    if not common:
+        raise UserError(
+            f"curves={points[0][0]['curve']}: its points have no repeat in common; measure the missing ones"
+        )
+    return [[row for row in rows if row["repeat"] in common] for rows in points]
 
 
 def spread(rows: Rows, column: str) -> tuple[float, float, float]:
@@ -108,13 +122,13 @@ def plot(axes: Axes, points: list[tuple[float, Rows]], column: str, label: str, 
 def draw(groups: dict[tuple[str, str], Rows], curves: list[str], path: Path) -> None:
     """Plot FID and sFID against operations and milliseconds per image."""
     figure = Figure(figsize=(11, 8), dpi=110, layout="constrained")
-    costs = {"tflop": ("TFLOP an image, all stages", 1), "seconds": ("ms an image, all stages", 1000)}
+    costs = {"tflop": ("TFLOP per image, all stages", 1), "seconds": ("ms per image, all stages", 1000)}
     qualities = {"fid": "FID", "sfid": "sFID"}
     panels = [(cost, quality) for quality in qualities for cost in costs]
     for axes, (cost, quality) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         unit, factor = costs[cost]
         for number, curve in enumerate(curves):
-            groups_of_curve = [rows for (name, _), rows in groups.items() if name == curve]
+            groups_of_curve = with_common_repeats([rows for (name, _), rows in groups.items() if name == curve])
             timed = [(factor * median(rows, cost), rows) for rows in groups_of_curve if any(row[cost] for row in rows)]
             if timed:
                 plot(axes, timed, quality, curve.replace("_", " "), f"C{number}")

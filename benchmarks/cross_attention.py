@@ -59,7 +59,7 @@ def run(options: Options) -> None:
         for kind, prepare in WORK.items():
             medians = []
             for width in (WIDTH, 0):
-                stage = build(experiment, "text=none", f"network.context_dim={width}")
+                stage = build(experiment, "text=none", "stage.guidance_scale=1", f"network.context_dim={width}")
                 text = prompts(options.batch, options.tokens, width, stage.device) if width else None
                 times = seconds(prepare(stage, options.batch, text), options.repeats)
                 medians.append(statistics.median(times))

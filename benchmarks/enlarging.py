@@ -11,7 +11,8 @@ count      number of crops, equally many of each image; FID needs more than 2,04
 weights    Inception's                                             (those that are installed)
 seed       the first of the noise                                  (0)
 batch      crops at once                                           (250)
-output     a row is added for each method; existing rows are kept  (outputs/enlarging.csv)
+output     a row is added for each method; existing rows are kept, and an error if the weights of `stage` have changed
+                                                       (outputs/enlarging.csv)
 
 The input is the block means of a crop, in 8 bits. FID and sFID compare the results with the crops themselves, as other
 images would add the distance of their contents to every method. PSNR [dB] (of the mean squared error of all crops) and
@@ -30,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from grids import grids, sampler
-from measuring import device_name, draw, read_rows, score, tflop, write_rows
+from measuring import Table, device_name, draw, score, tflop, weights_hash
 from PIL import Image
 from timing import environment
 from torch import Tensor
@@ -200,21 +201,20 @@ def run(options: Options) -> None:
     for name in ("count", "batch"):
         if getattr(options, name) < 1:
             raise UserError(f"{name}={getattr(options, name)}: must be at least 1")
-    methods, path = methods_of(options.methods), Path(options.output)
-    rows = read_rows(path, COLUMNS)
+    methods, table = methods_of(options.methods), Table(Path(options.output), KEY, COLUMNS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prepare_host(device)
     bench = Bench(options, device, methods)
     print(environment())
-    known = {tuple(row[name] for name in KEY) for row in rows}
-    for method in methods:
-        key = (options.stage, method, options.images, options.subset, str(options.seed), str(options.count))
-        if key in known:
-            continue
-        rows.append(dict(zip(KEY, key, strict=True)) | bench.measure(method))
-        write_rows(path, COLUMNS, rows)
+    weights = dict.fromkeys(methods, weights_hash([bench.stage])) | dict.fromkeys(INTERPOLATIONS, "")
+    compared = options.images, options.subset, str(options.seed), str(options.count)
+    keys = {method: (options.stage, method, *compared) for method in methods}
+    new = {method: key for method, key in keys.items() if table.find(key, weights[method]) is None}
+    table.report(len(keys) - len(new))
+    for method, key in new.items():
+        row = table.add(key, weights[method], bench.measure(method))
         shown = ("evaluations", "seconds", "fid", "sfid", "psnr", "ssim", "agreement")
-        print(f"{method:28}", *(f"{name} {rows[-1][name]:>8}" for name in shown), flush=True)
+        print(f"{method:28}", *(f"{name} {row[name]:>8}" for name in shown), flush=True)
 
 
 if __name__ == "__main__":

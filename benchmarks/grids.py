@@ -15,7 +15,8 @@ count      number of evenly spaced images of `images`            (all)
 weights    Inception's                                           (those that are installed)
 seed       the first; comparisons must use others than a search  (1000000)
 batch      images at once                                        (256)
-output     a row is added for each point; existing rows are kept (outputs/grids.csv)
+output     a row is added for each point; existing rows are kept, and an error if their weights have changed
+                                                                 (outputs/grids.csv)
 
 Samples one image for each of `images`, of its class. Prints at the end the best grid of each number of evaluations.
 """
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from measuring import device_name, draw, read_rows, score, tflop, write_rows
+from measuring import Table, device_name, draw, score, tflop, weights_hash
 from omegaconf import OmegaConf
 from timing import environment
 from torch import Tensor
@@ -137,6 +138,7 @@ class Bench:
 
     def __init__(self, options: Options, device: torch.device, points: Iterable[tuple[str, str]]) -> None:
         relay = load_relay(options.relay).to(device).eval()
+        self.weights = weights_hash(relay.chain().values())
         *before, self.last = relay.chain().values()
         if len(before) > 1:
             raise UserError(f"relay={options.relay}: must have one or two stages")
@@ -211,32 +213,30 @@ def run(options: Options) -> None:
         points = [point for panel in curves(options.points).values() for curve in panel.values() for point in curve]
     else:
         points = combinations(options.first, options.last)
-    path = Path(options.output)
-    rows = read_rows(path, COLUMNS)
+    table = Table(Path(options.output), KEY, COLUMNS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prepare_host(device)
     bench = Bench(options, device, points)
     print(environment())
-    known = {tuple(row[name] for name in KEY): row for row in rows}
+    compared = options.reference, options.subset, str(options.seed), str(len(bench.seeds))
+    keys = {(first, last): (options.relay, first, last, *compared) for first, last in points}
+    found = {point: table.find(key, bench.weights) for point, key in keys.items()}
+    table.report(sum(row is not None for row in found.values()))
     starts: dict[str, Start] = {}
-    of_points = []
-    for first, last in dict.fromkeys(points):
-        compared = options.reference, options.subset
-        key = (options.relay, first, last, *compared, str(options.seed), str(len(bench.seeds)))
-        if key not in known:
+    for (first, last), row in found.items():
+        if row is None:
             began = time.perf_counter()
             if first not in starts:
                 starts[first] = bench.start(first)
-            known[key] = row = dict(zip(KEY, key, strict=True)) | bench.measure(starts[first], last)
-            rows.append(row)
-            write_rows(path, COLUMNS, rows)
+            row = table.add(keys[first, last], bench.weights, bench.measure(starts[first], last))
+            found[first, last] = row
             print(
                 f"first {first:24} last {last:24} {row['evaluations']:>6} evaluations {row['tflop']} TFLOP "
                 f"{row['seconds']} s an image  FID {row['fid']:>7}  sFID {row['sfid']:>7}  "
                 f"({time.perf_counter() - began:.1f} s)",
                 flush=True,
             )
-        of_points.append(known[key])
+    of_points = [row for row in found.values() if row is not None]
     for line in best(of_points, "last", "first") + best(of_points, "first", "last"):
         print(line)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import statistics
 import time
@@ -21,6 +22,8 @@ from relay_diffusion.networks.flops import forward_flops
 from relay_diffusion.samplers import Sampler
 from relay_diffusion.utils.files import write_text
 from relay_diffusion.utils.resolution import Size
+
+WEIGHTS = "weights"
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
@@ -91,24 +94,69 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def read_rows(path: Path, columns: Sequence[str], option: str = "output") -> list[dict[str, str]]:
-    """Read the rows of a table. There are none if the file does not exist.
+def weights_hash(stages: Iterable[DiffusionStage]) -> str:
+    """Hash the weights of stages, with those of guides: 12 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for stage in stages:
+        for name, weight in stage.state_dict().items():
+            digest.update(name.encode())
+            digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
 
-    Raises UserError for other columns, naming the option.
+
+def read_rows(path: Path, columns: Sequence[str], option: str = "output") -> list[dict[str, str]]:
+    """Read the rows of a table, with the column of `weights_hash`, which older files lack.
+
+    There are none if the file does not exist. Raises UserError for other columns, naming the option.
     """
     if not path.exists():
         return []
+    known = [*columns, WEIGHTS]
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        if list(reader.fieldnames or []) != list(columns):
-            raise UserError(f"{option}={path}: must have the columns {','.join(columns)}; use another file")
-        return list(reader)
+        if list(reader.fieldnames or []) not in (known, [*columns]):
+            raise UserError(f"{option}={path}: must have the columns {','.join(known)}; use another file")
+        return [{WEIGHTS: "", **row} for row in reader]
 
 
-def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
-    """Write a table atomically."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+class Table:
+    """CSV file with a row for each measurement; existing rows are kept.
+
+    key: columns that identify a measurement. The last column, `weights`, is the hash of the weights that the row was
+    measured with; rows of older files lack it. Raises UserError for a file with other columns.
+    """
+
+    def __init__(self, path: Path, key: Sequence[str], columns: Sequence[str]) -> None:
+        self.path, self.key, self.columns = path, key, [*columns, WEIGHTS]
+        self.rows = read_rows(path, columns)
+        self._of_key = {tuple(row[name] for name in key): row for row in self.rows}
+
+    def __contains__(self, key: tuple[str, ...]) -> bool:
+        return key in self._of_key
+
+    def find(self, key: Sequence[str], weights: str) -> dict[str, str] | None:
+        """Return the row of a measurement, if there is one.
+
+        Raises UserError if it was measured with other weights.
+        """
+        row = self._of_key.get(tuple(key))
+        if row is not None and row[WEIGHTS] not in ("", weights):
+            raise UserError(f"output={self.path}: {' '.join(key)} was measured with other weights; use another output")
+        return row
+
+    def add(self, key: Sequence[str], weights: str, measured: Mapping[str, str]) -> dict[str, str]:
+        """Add the row of a measurement, write the file, and return the row."""
+        row = {**dict(zip(self.key, key, strict=True)), **measured, WEIGHTS: weights}
+        self.rows.append(row)
+        self._of_key[tuple(key)] = row
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(self.path, text.getvalue())
+        return row
+
+    def report(self, kept: int) -> None:
+        """Print how many measurements were there already."""
+        if kept:
+            print(f"{self.path}: {kept} measured before {'is' if kept == 1 else 'are'} kept", flush=True)

@@ -44,7 +44,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from measuring import autocast_dtype, device_name, read_rows, score, write_rows
+from measuring import Table, autocast_dtype, device_name, score, weights_hash
 from omegaconf import DictConfig
 from timing import environment
 from torch import Tensor
@@ -65,7 +65,8 @@ from relay_diffusion.utils.progress import progress
 
 NEAREST = (1, 5, 10)
 TOP = [f"top{count}" for count in NEAREST]
-COLUMNS = ["queries", "relay", "guidance", "subset", "style", "count", *TOP, "fid", "sfid", "device"]
+KEY = ["queries", "relay", "guidance", "subset", "style", "count"]
+COLUMNS = [*KEY, *TOP, "fid", "sfid", "device"]
 
 
 @dataclass
@@ -264,20 +265,20 @@ def run(options: Options) -> None:
         if getattr(options, name) < least:
             raise UserError(f"{name}={getattr(options, name)}: must be at least {least}")
     scales = positive_numbers("guidance", options.guidance, "need numbers above 0, with commas between them, e.g. 1,2")
-    path = Path(options.output)
-    rows: list[dict[str, Any]] = [*read_rows(path, COLUMNS)]
+    table = Table(Path(options.output), KEY, COLUMNS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prepare_host(device)
     cfg = settings(options)
     relay = load(options, cfg).to(device) if options.relay else None
+    weights = "" if relay is None else weights_hash(relay.chain().values())
     bench = Bench(options, cfg, relay, device)
     print(environment())
     bench.prepare()
 
     def add(row: dict[str, Any], style: str, guidance: object = "") -> None:
-        place = {"relay": options.relay, "guidance": guidance, "subset": options.subset, "style": style}
-        rows.append(place | row | {"device": device_name(device)})
-        write_rows(path, COLUMNS, rows)
+        place = {"relay": options.relay, "guidance": guidance, "subset": options.subset, "style": style} | row
+        cells = {name: str(value) for name, value in place.items()} | {"device": device_name(device)}
+        table.add([cells[name] for name in KEY], weights if guidance else "", cells)
         top = "  ".join(f"{name} {row[name]:>6} %" for name in TOP)
         others = "  ".join(f"{name} {row[name]}" for name in ("fid", "sfid") if name in row)
         what = f"{row['queries']}{f' x{guidance:g}' if guidance else ''}"

@@ -34,9 +34,11 @@ ROOT = Path(__file__).resolve().parents[1]
 NEEDS = {  # files that are not in the repository: the page with the commands that make them
     "data/emoji-256.zip": "docs/baselines.md",
     "data/emoji-text-64.zip": "docs/emoji-text.md",
+    "data/noto-1000.zip": "docs/your-images.md",
     "data/photos.zip": "docs/photos.md",
-    "outputs/emoji_64": "docs/relay-vs-cascade.md",
+    "outputs/emoji_64_long": "docs/relay-vs-cascade.md",
     "outputs/emoji_256": "docs/relay-vs-cascade.md",
+    "outputs/noto": "docs/your-images.md",
     "photos-256.zip": "docs/spectrum.md",
 }
 STYLES = ("3D", "flat", "Noto", "Twemoji")
@@ -125,7 +127,17 @@ FIGURES = {
         ),
         "neighbours.png",
         width=1300,
-        needs=("data/emoji-256.zip", "outputs/emoji_64", "outputs/emoji_256"),
+        needs=("data/emoji-256.zip", "outputs/emoji_64_long", "outputs/emoji_256"),
+    ),
+    "own-images.webp": Figure(
+        (
+            "sample.py relay=two_stages relay.stages.base.path=outputs/noto/base"
+            " relay.stages.relay.path=outputs/noto/relay class=reference reference=data/noto-1000.zip seeds=0-255"
+            " output={folder}",
+        ),
+        "relay.png",
+        width=1300,
+        needs=("data/noto-1000.zip", "outputs/noto"),
     ),
     "photos-heldout.png": Figure(("benchmarks/enlarging_plot.py points=docs/photos-heldout.csv plot={figure}",)),
     "photos.webp": Figure(

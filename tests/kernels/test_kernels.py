@@ -256,8 +256,8 @@ def test_a_network_and_its_gradients_equal_plain_torch(dtype):
     network = randomize_zero_layers(UNet(8, **options, augment_labels=2, channels_last=True)).to(DEVICE)
     reference = randomize_zero_layers(UNet(8, **options, augment_labels=2)).double().to(DEVICE)
     reference.load_state_dict({name: value.double() for name, value in network.state_dict().items()})
-    # Drawn on the CPU, so that each device sees the same numbers: some gradients nearly cancel for others, and plain torch
-    # in bf16 then has errors of up to 0.24 too.
+    # Drawn on the CPU: each device sees the same numbers. With others, some gradients nearly cancel, and plain torch in
+    # bf16 has errors of up to 0.24 too.
     x, noise = torch.randn(2, 3, 8, 8).to(DEVICE), torch.randn(2).to(DEVICE)
     labels, augment = torch.tensor([2, -1], device=DEVICE), torch.randn(2, 2).to(DEVICE)
     mask = torch.tensor([[True, True, False], [False] * 3])

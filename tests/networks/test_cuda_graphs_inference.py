@@ -1,9 +1,13 @@
 """CUDA graphs in sampling; without a GPU the denoiser is called directly."""
 
+import gc
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 from relay_diffusion.networks import EDMPreconditioner, Graphed, UNet
+from relay_diffusion.networks.cuda_graphs import _capturing
 from text_rows import random_text
 from zero_layers import randomize_zero_layers
 
@@ -114,3 +118,43 @@ def test_at_most_two_batch_sizes_are_kept():
         x, sigma, labels = torch.randn(batch, 3, 16, 16).cuda(), torch.ones(batch), torch.zeros(batch).long().cuda()
         torch.testing.assert_close(graphed(x, sigma, labels), plain(x, sigma, labels), rtol=0, atol=0)
     assert len(graphed._graphs) <= 2
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError])
+def test_garbage_is_not_collected_during_a_capture(monkeypatch, error):
+    """Freeing an older graph would invalidate the capture."""
+    collected = []
+
+    @contextmanager
+    def graph(*_, **__):
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    try:
+        with _capturing(None):
+            collected.append(gc.isenabled())
+            if error is not None:
+                raise error
+    except RuntimeError:
+        pass
+    assert collected == [False]
+    assert gc.isenabled()
+
+
+@needs_gpu
+@torch.no_grad()
+def test_an_unused_older_graph_does_not_disturb_a_capture():
+    def collect(*_):  # as Python may at any time
+        if gc.isenabled():
+            gc.collect()
+
+    x, sigma = torch.randn(2, 3, 16, 16).cuda(), torch.ones(2)
+    new, old = Graphed(denoiser().cuda()), Graphed(denoiser().cuda())
+    for graphed, evaluations in ((new, 1), (old, 3)):
+        for _ in range(evaluations):
+            graphed(x, sigma, None)
+    new.denoiser.register_forward_pre_hook(collect)
+    old.itself = old  # only the garbage collector can free it
+    del old, graphed
+    captured = new(x, sigma, None)
+    torch.testing.assert_close(captured, new.denoiser(x, sigma, None), rtol=0, atol=0)

@@ -130,7 +130,11 @@ def test_grids_writes_a_row_for_each_combination_of_both_samplers(search, relay_
     costs = [float(row["tflop"]) for row in rows]  # one more evaluation of the last stage costs the same everywhere
     assert costs[1] - costs[0] == pytest.approx(costs[2] - costs[1], rel=0.01)
     assert 0 < costs[1] < costs[2] == costs[3]
-    assert search(relay, first="2/80/0.1/7/0", last="2/0.4/0.1/7/0") == rows  # existing rows are skipped
+    assert search(relay, first="2/80/0.1/7/0", last="2/0.4/0.1/7/0") == rows  # existing rows are kept
+    weights = rows[0]["weights"]
+    (tmp_path / "grids.csv").write_text((tmp_path / "grids.csv").read_text().replace(weights, "0123456789ab"))
+    with pytest.raises(UserError, match=r"grids.csv: .* was measured with other weights; use another output"):
+        search(relay, first="2/80/0.1/7/0", last="2/0.4/0.1/7/0")
 
 
 def test_grids_evaluates_the_images_of_the_relay(search, relay_runs, small_zip, tmp_path):
@@ -180,7 +184,7 @@ def test_grids_searches_a_cascade_and_a_single_stage(search, fit, relay_runs, tm
         ("points=benchmarks/emoji.yaml", "points=benchmarks/emoji.yaml: must hold panels, each with curves that have "
          "`first` and `last`"),
         ("output=docs/relay-vs-cascade.csv", "output=docs/relay-vs-cascade.csv: must have the columns relay,first,last,"
-         "reference,subset,seed,images,evaluations,tflop,seconds,fid,sfid,device; use another file"),
+         "reference,subset,seed,images,evaluations,tflop,seconds,fid,sfid,device,weights; use another file"),
         ("count=0", "count=0: must be at least 1"),
         ("images=demo/emoji-64.zip", "relay=demo/emoji: takes text, which samples here have not; use a relay without "
          "text"),
@@ -256,6 +260,29 @@ def test_evaluations_plot_reads_points_of_grids(tmp_path, benchmark):
         assert picture.size == (1100, 484)  # two panels: nothing of the third is measured
     result = run("benchmarks/evaluations_plot.py", *arguments, "metric=kid")
     assert (result.returncode, result.stderr) == (2, "error: metric=kid: use fid or sfid\n")
+
+
+def test_cross_attention_times_networks_with_and_without_text(benchmark, capsys):
+    module = benchmark("cross_attention")
+    module.run(module.Options(experiments="emoji_text_64", batch=1, tokens=2, repeats=1))
+    lines = capsys.readouterr().out.splitlines()[1:]
+    works = [f"emoji_text_64 {work}" for work in ("evaluate", "train")]
+    starts = [f"{work}{end}" for work in works for end in (", with text", ", without text", ":")]
+    assert [line.startswith(start) for line, start in zip(lines, starts, strict=True)] == [True] * 6
+
+
+def test_tables_read_files_without_the_column_of_weights(benchmark, tmp_path):
+    table = benchmark("measuring").Table
+    path = tmp_path / "rows.csv"
+    path.write_text("name,value\na,1\n")
+    old = table(path, ["name"], ["name", "value"])
+    assert old.find(["a"], "12ab") == {"name": "a", "value": "1", "weights": ""}
+    assert old.find(["b"], "12ab") is None
+    old.add(["b"], "12ab", {"value": "2"})
+    assert path.read_text() == "name,value,weights\na,1,\nb,2,12ab\n"
+    assert table(path, ["name"], ["name", "value"]).find(["b"], "12ab")["value"] == "2"
+    with pytest.raises(UserError, match="must have the columns name,cost,weights; use another file"):
+        table(path, ["name"], ["name", "cost"])
 
 
 @pytest.fixture
@@ -420,15 +447,27 @@ def without_seconds(rows):
     return sorted(str({**row, "seconds": None}) for row in rows)
 
 
-def test_comparison_measures_the_same_whatever_it_samples_before(compare):
+def test_comparison_measures_the_same_whatever_it_samples_before(compare, capsys):
     together = compare("together.csv", repeats=2, a=f"{MULTISTEP}2,1", b="")
     assert [(row["curve"], row["evaluations"]) for row in together] == [("a", "2+2"), ("a", "2+1"), ("b", "7+3")] * 2
     assert all(float(row[name]) > 0 for row in together for name in ("tflop", "seconds", "fid", "sfid"))
     assert len({row["fid"] for row in together}) == len(together)  # no images of another point or repeat
     compare("alone.csv", b="")
-    alone = compare("alone.csv", b="", a=f"{MULTISTEP}1,2")  # existing rows are skipped
+    capsys.readouterr()
+    alone = compare("alone.csv", b="", a=f"{MULTISTEP}1,2")  # existing rows are kept
     assert len(alone) == 3
+    assert "alone.csv: 1 measured before is kept" in capsys.readouterr().out
     assert without_seconds(alone) == without_seconds(row for row in together if row["repeat"] == "0")
+
+
+def test_comparison_refuses_rows_of_other_weights(compare, tmp_path):
+    compare("points.csv", a="")
+    text = (tmp_path / "points.csv").read_text()
+    weights = text.strip().rpartition(",")[2]
+    (tmp_path / "points.csv").write_text(text.replace(weights, "0123456789ab"))
+    with pytest.raises(UserError, match=r"points.csv: a .* was measured with other weights; use another output"):
+        compare("points.csv", a="", b=f"{MULTISTEP}1")
+    assert len(rows_of(tmp_path / "points.csv")) == 1
 
 
 def test_comparison_ties_block_means_to_the_first_stage(compare):
@@ -465,6 +504,17 @@ def test_curves_of_the_emoji_are_valid_overrides(benchmark):
     for _, overrides in benchmark("comparison").points(options):
         cfg = compose("sample", ["mode=evaluate", *overrides.split()])
         assert cfg.relay.stages.base.path
+
+
+def test_comparison_plot_compares_points_of_the_same_repeats(benchmark):
+    module = benchmark("comparison_plot")
+
+    def rows(*repeats):
+        return [{"curve": "a", "repeat": repeat} for repeat in repeats]
+
+    assert module.with_common_repeats([rows("0", "1", "2"), rows("1"), rows("2", "1")]) == [rows("1")] * 3
+    with pytest.raises(UserError, match="curves=a: its points have no repeat in common; measure the missing ones"):
+        module.with_common_repeats([rows("0"), rows("1")])
 
 
 def test_comparison_plot_draws_quality_against_operations_and_seconds(tmp_path):

@@ -5,7 +5,9 @@ Launching a thousand kernels one by one can take longer than running them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import gc
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,8 +95,7 @@ class Graphed:
         cast = {name: torch.empty_like(weight, dtype=precision) for name, weight in weights.items()}
         self._cast(cast)
         graph = torch.cuda.CUDAGraph()
-        # data-loading threads may call CUDA meanwhile
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"), _autocast(precision):
+        with _capturing(graph), _autocast(precision):
             output = functional_call(self.denoiser, cast, (x, sigma, labels, None, None, _text(text)))
         return _CapturedForward(graph, _present(places), output, cast, self._version())
 
@@ -236,14 +237,32 @@ def _capture(
         del output
     torch.cuda.current_stream().wait_stream(side)
     forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-    # threads for data loading and communication may call CUDA meanwhile
-    with torch.cuda.graph(forward, capture_error_mode="thread_local"):
+    with _capturing(forward):
         output = evaluate()
     output_gradient = torch.zeros_like(output)
-    with torch.cuda.graph(backward, pool=forward.pool(), capture_error_mode="thread_local"):
+    with _capturing(backward, forward):
         gradients = differentiate(output, output_gradient)
     torch.cuda.set_rng_state(state, device)
     return _CapturedStep(forward, backward, _present(places), output.detach(), output_gradient, gradients)
+
+
+@contextmanager
+def _capturing(graph: torch.cuda.CUDAGraph, before: torch.cuda.CUDAGraph | None = None) -> Iterator[None]:
+    """Capture the work in the block.
+
+    before: a graph that shares its memory with this one, which is replayed after it. Threads for data loading and
+    communication may call CUDA meanwhile. Garbage is not collected: freeing an older graph would invalidate the capture
+    (https://github.com/pytorch/pytorch/pull/161037).
+    """
+    collected = gc.isenabled()
+    gc.disable()
+    try:
+        pool = None if before is None else before.pool()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            yield
+    finally:
+        if collected:
+            gc.enable()
 
 
 def _apart(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
