@@ -53,6 +53,11 @@ def test_errors_name_the_first_changed_setting(tmp_path):
         ImageStore(tmp_path, {})
     with pytest.raises(UserError, match=r"different settings \(relay was not set, is .*\)"):
         ImageStore(tmp_path, {"relay": {"steps": 5}})
+    (tmp_path / "settings.json").write_text('{"classes": null, "text": {"prompts": ["a"]}}')
+    with pytest.raises(UserError, match=r"different settings \(class was None, is \[0\]\)"):
+        ImageStore(tmp_path, {"classes": [0], "text": {"prompts": ["a"]}})
+    with pytest.raises(UserError, match=r"different settings \(prompt was \['a'\], is \['b'\]\)"):
+        ImageStore(tmp_path, {"classes": None, "text": {"prompts": ["b"]}})
 
 
 def test_images_with_classes_are_a_data_set(store, tmp_path):

@@ -24,6 +24,14 @@ from relay_diffusion.utils.messages import first_difference, shorten
 from relay_diffusion.utils.parallel import map_in_order
 from relay_diffusion.utils.pictures import pil_image
 
+OPTIONS = {  # options of sample.py by their keys in settings.json, for messages
+    "classes": "class",
+    "device": "trainer.accelerator",
+    "precision": "trainer.precision",
+    "text.prompts": "prompt",
+    "text.negative_prompt": "negative_prompt",
+}
+
 
 class ImageStore:
     """Folder of PNG files, `directory`/images, or `directory`/images.zip.
@@ -49,7 +57,7 @@ class ImageStore:
         if self._settings_file.exists() and (self.archive.exists() or self._loose()):
             known = _read_json(self._settings_file)
             if known != self._settings:
-                difference = first_difference(known, self._settings)
+                difference = first_difference(known, self._settings, OPTIONS)
                 raise UserError(f"{directory} holds images with different settings ({difference}): use another output")
         self._packed: set[str] = set()
         if self.archive.exists():

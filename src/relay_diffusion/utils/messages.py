@@ -96,7 +96,10 @@ def setting_text(value: Any, length: int = 80) -> str:
     return shorten(target.rpartition(".")[2] if isinstance(target, str) else value, length)
 
 
-def first_difference(before: Any, now: Any) -> str:
-    """Describe the first difference, as "KEY was A, is B"."""
+def first_difference(before: Any, now: Any, options: Mapping[str, str] | None = None) -> str:
+    """Describe the first difference, as "KEY was A, is B".
+
+    options: options of the command to name instead of keys.
+    """
     key, old, new = next(differences(before, now))
-    return f"{key} was {setting_text(old)}, is {setting_text(new)}"
+    return f"{(options or {}).get(key, key)} was {setting_text(old)}, is {setting_text(new)}"
