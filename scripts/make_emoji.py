@@ -1,4 +1,4 @@
-"""Convert the Fluent 3D emoji to a labelled image zip.
+"""Convert the Fluent 3D emoji to a labeled image zip.
 
 The images come from the npm package @lobehub/fluent-emoji-3d 1.1.0 (MIT), the classes from the groups of
 unicode-emoji-json 0.9.0 (MIT): 3,121 images in 8 classes, on white.

@@ -275,7 +275,7 @@ def svg_pictures(path: Path, render: Svg) -> Iterator[tuple[str, Callable[[], by
 def icon_pictures(path: Path, render: Svg) -> Iterator[tuple[str, Callable[[], bytes]]]:
     """Yield (code points, function that renders) of an Iconify icon set.
 
-    Icons that are not square are centred in a square. Raises UserError naming `packages` for another tarball.
+    Icons that are not square are centered in a square. Raises UserError naming `packages` for another tarball.
     """
 
     def drawings(content: Any) -> dict[str, str]:

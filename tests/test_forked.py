@@ -16,13 +16,13 @@ SCRIPTS = {
     "breaks": "1 / 0",
     "says goodbye": "import atexit; atexit.register(print, 'goodbye')",
     "is killed": "import os, signal; os.kill(os.getpid(), signal.SIGTERM)",
-    "imports": "import neighbour; print(neighbour.__file__)",
+    "imports": "import neighbor; print(neighbor.__file__)",
 }
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_fork_is_as_a_new_interpreter(tmp_path, name):
-    (tmp_path / "neighbour.py").write_text("")
+    (tmp_path / "neighbor.py").write_text("")
     (tmp_path / "script.py").write_text(SCRIPTS[name])
     command = [str(tmp_path / "script.py"), "a", "b c"]
     expected = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -39,7 +39,7 @@ def test_a_fork_that_hangs_is_killed(tmp_path):
     assert ended.value.output == "begun\n"
 
 
-def test_a_fork_is_watched_and_signalled_as_a_process_is(tmp_path):
+def test_a_fork_is_watched_and_signaled_as_a_process_is(tmp_path):
     (tmp_path / "script.py").write_text("import os, time; print(os.environ['WHO'], flush=True); time.sleep(600)")
     output = tmp_path / "output.txt"
     env = os.environ | {"WHO": "a rank"}

@@ -19,7 +19,7 @@ from relay_diffusion.analysis import neighbours as analysis
 from relay_diffusion.analysis.neighbours import compare, picture
 from relay_diffusion.cli import neighbours as module
 from relay_diffusion.cli.arguments import run_tool
-from relay_diffusion.cli.neighbours import USAGE, NeighboursOptions, analyse
+from relay_diffusion.cli.neighbours import USAGE, NeighboursOptions, analyze
 from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.data.image_sets import open_image_set
 from relay_diffusion.metrics import Inception
@@ -34,7 +34,7 @@ COPY, MIRRORED = 5, 10  # of the reference
 
 
 def run(*arguments: str) -> int:
-    return run_tool(arguments, USAGE, NeighboursOptions, analyse)
+    return run_tool(arguments, USAGE, NeighboursOptions, analyze)
 
 
 def read(path: Path) -> list[dict[str, str]]:

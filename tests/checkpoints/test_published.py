@@ -72,7 +72,7 @@ def test_the_published_sampler_settings(configuration, large_zip, tmp_path, rela
         assert found["second"] == near((199, 0.008, 0.2))
         assert found["blur"] == near((0.93, 3, 0.15, 4))
         assert found["guidance"] == (1, 3.5)
-        assert found["postprocess"] == "Enhance(contrast=1.0, brightness=1.06, colour=1.0)"
+        assert found["postprocess"] == "Enhance(contrast=1.0, brightness=1.06, color=1.0)"
         assert found["seeds"] == "0-49999"
     else:
         assert found["first"] == near((239, 80, 0.002, 0.05))
@@ -80,5 +80,5 @@ def test_the_published_sampler_settings(configuration, large_zip, tmp_path, rela
         assert found["second"] == near((107, 0.008, 0.2))
         assert found["blur"] == near((1.05, 2, 0.15, 4))
         assert found["guidance"] == (1, 1)
-        assert found["postprocess"] == "Enhance(contrast=0.9, brightness=1.05, colour=0.99)"
+        assert found["postprocess"] == "Enhance(contrast=0.9, brightness=1.05, color=0.99)"
         assert found["seeds"] == "0-29999"

@@ -14,7 +14,7 @@ from PIL import Image
 from relay_diffusion.analysis import plots as spectrum_plots
 from relay_diffusion.analysis.spectrum import block_power, mixed_power, ring_means, rings
 from relay_diffusion.cli.arguments import run_tool
-from relay_diffusion.cli.spectrum import USAGE, SpectrumOptions, analyse
+from relay_diffusion.cli.spectrum import USAGE, SpectrumOptions, analyze
 from relay_diffusion.data.dataset import ImageDataset
 from relay_diffusion.diffusion.pixels import to_float
 from support import run as run_command
@@ -23,7 +23,7 @@ Rows = list[dict[str, str]]
 
 
 def run(*arguments: str) -> int:
-    return run_tool(arguments, USAGE, SpectrumOptions, analyse)
+    return run_tool(arguments, USAGE, SpectrumOptions, analyze)
 
 
 def read(path: Path) -> Rows:

@@ -86,7 +86,7 @@ def test_all_captions_are_equally_probable() -> None:
         counts = Counter(chosen_caption("abc", seed, position) for position in range(30_000))
         assert all(abs(count - 10_000) < 400 for count in counts.values())
     pairs = Counter((chosen_caption("ab", 0, p), chosen_caption("ab", 0, p + 1)) for p in range(40_000))
-    assert all(abs(count - 10_000) < 400 for count in pairs.values())  # neighbours in a batch are independent
+    assert all(abs(count - 10_000) < 400 for count in pairs.values())  # neighbors in a batch are independent
 
 
 class Prompts(L.LightningModule):
@@ -113,7 +113,7 @@ class Prompts(L.LightningModule):
 
 @pytest.fixture
 def archive(tmp_path: Path) -> Path:
-    """Zip of ten images, labelled by their index, with as many captions as the index."""
+    """Zip of ten images, labeled by their index, with as many captions as the index."""
     names = [f"{index}.png" for index in range(10)]
     captions = [[name, [f"{name[0]}{letter}" for letter in "abcdefghi"[: int(name[0])]]] for name in names]
     return write_zip(

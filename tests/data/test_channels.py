@@ -170,7 +170,7 @@ def test_transparent_pixels_have_no_weight_in_averages(tmp_path: Path) -> None:
     )
     assert torch.equal(files, integers)
     assert (to_uint8(floats).int() - files.int()).abs().max() <= 1
-    assert files[0, :, 0, 0].tolist() == [3, 3, 2, 85]  # premultiplied, without the colour of the transparent pixels
+    assert files[0, :, 0, 0].tolist() == [3, 3, 2, 85]  # premultiplied, without the color of the transparent pixels
     assert files[0, :, 1, 0].tolist() == [0, 0, 0, 0]
     opaque = pixels[1].reshape(2, 3, 3, 3, 4).mean((1, 3))
     np.testing.assert_array_equal(files[1].permute(1, 2, 0).numpy(), np.floor(opaque + 0.5))

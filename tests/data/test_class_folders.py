@@ -44,7 +44,7 @@ def test_class_folders(case: str) -> None:
 
 
 @pytest.mark.parametrize("split", sorted(SPLITS))
-def test_every_split_is_recognised(split: str) -> None:
+def test_every_split_is_recognized(split: str) -> None:
     found = find_class_folders([f"{split}/cat/a.png", f"{split}/dog/b.png", "train/cat/c.png"], None, repr)
     assert (found.class_names, found.splits) == (["cat", "dog"], sorted({split, "train"}))
 

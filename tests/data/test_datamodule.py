@@ -107,7 +107,7 @@ class Recorder(L.LightningModule):
 
 @pytest.fixture
 def archive(tmp_path: Path) -> Path:
-    """Zip of ten images, labelled by their index."""
+    """Zip of ten images, labeled by their index."""
     names = [f"{index}.png" for index in range(10)]
     return write_zip(tmp_path / "a.zip", pngs(names), {"labels": [[name, int(name[0])] for name in names]})
 

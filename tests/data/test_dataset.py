@@ -32,7 +32,7 @@ def single(tmp_path: Path, data: bytes, name: str = "a.png") -> Path:
 
 
 def only_pixel(path: Path) -> list[int]:
-    """The colour at the top left of the only image."""
+    """The color at the top left of the only image."""
     return ImageDataset(path, 4)[0][0][:, 0, 0].tolist()
 
 
@@ -200,7 +200,7 @@ def test_transparency_is_composited_on_white(tmp_path: Path) -> None:
     )
 
 
-def test_grey_sixteen_bit_and_cmyk(tmp_path: Path) -> None:
+def test_gray_sixteen_bit_and_cmyk(tmp_path: Path) -> None:
     assert only_pixel(single(tmp_path, encoded(Image.new("L", (4, 4), 77)))) == [77] * 3
     assert only_pixel(single(tmp_path, encoded(Image.new("1", (4, 4), 1)))) == [255] * 3
     assert only_pixel(single(tmp_path, encoded(np.full((4, 4), 0x4D12, np.uint16)))) == [0x4D] * 3

@@ -19,7 +19,7 @@ from relay_diffusion.data.image_sets import open_image_set
 from relay_diffusion.errors import UserError
 
 SIDE = 8
-COLOURS = {1: 0, 2: 4, 3: 2, 4: 6}  # channels: PNG colour type
+COLORS = {1: 0, 2: 4, 3: 2, 4: 6}  # channels: PNG color type
 
 
 def png(samples: np.ndarray) -> bytes:
@@ -29,7 +29,7 @@ def png(samples: np.ndarray) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     height, width, channels = samples.shape
-    header = struct.pack(">IIBBBBB", width, height, 16, COLOURS[channels], 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 16, COLORS[channels], 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
@@ -73,7 +73,7 @@ def test_eight_bit_images_beside_them_stay_as_they_are(tmp_path: Path) -> None:
         (png(samples(1, 12)), 7, "bit_depth=7: must be 8 to 16"),
         (png(samples(1, 12)), 17, "bit_depth=17: must be 8 to 16"),
     ],
-    ids=["grey", "colour", "colour and alpha", "grey and alpha", "8 bits", "too few", "too many"],
+    ids=["gray", "color", "color and alpha", "gray and alpha", "8 bits", "too few", "too many"],
 )
 def test_an_unsuitable_bit_depth_is_refused(tmp_path: Path, content: bytes, depth: int, message: str) -> None:
     with pytest.raises(UserError, match=message):

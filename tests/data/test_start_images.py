@@ -1,4 +1,4 @@
-"""Images of any size to enlarge: sizes, colours, headers."""
+"""Images of any size to enlarge: sizes, colors, headers."""
 
 import struct
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from relay_diffusion.data.colour import to_srgb
+from relay_diffusion.data.color import to_srgb
 from relay_diffusion.data.start_images import StartImages
 from relay_diffusion.errors import UserError
 
@@ -31,7 +31,7 @@ def difference(image, expected):
     return np.abs(np.asarray(image).astype(int) - expected.astype(int)).max()
 
 
-def test_colours_are_converted_by_their_profile(exchanged, pixels):
+def test_colors_are_converted_by_their_profile(exchanged, pixels):
     rgb = pixels[..., :3]
     assert difference(to_srgb(Image.fromarray(rgb), exchanged), rgb[..., ::-1]) <= 1
     converted = to_srgb(Image.fromarray(pixels), exchanged)
@@ -42,7 +42,7 @@ def test_colours_are_converted_by_their_profile(exchanged, pixels):
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "CMYK"])
-def test_a_profile_of_another_colour_space_is_an_error(exchanged, pixels, mode):
+def test_a_profile_of_another_color_space_is_an_error(exchanged, pixels, mode):
     with pytest.raises(ValueError, match="damaged, or of another color space"):
         to_srgb(Image.fromarray(pixels).convert(mode), exchanged)
 

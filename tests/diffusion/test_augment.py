@@ -9,7 +9,7 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from relay_diffusion.data.dataset import ImageDataset
-from relay_diffusion.diffusion.augment import CENTRE, LABEL_NAMES, LABELS, SYM6, Augmentation, Parameters, warp
+from relay_diffusion.diffusion.augment import CENTER, LABEL_NAMES, LABELS, SYM6, Augmentation, Parameters, warp
 from relay_diffusion.diffusion.pixels import to_float
 from support import PROJECT
 
@@ -20,7 +20,7 @@ COUNT = 40_000  # draws of a tested distribution
 
 
 def smooth(x, y):
-    """A band-limited image in [-1, 1] as a formula: x right, y down, from the centre."""
+    """A band-limited image in [-1, 1] as a formula: x right, y down, from the center."""
     return sum(height * np.exp(-((x - a) ** 2 + (y - b) ** 2) / (2 * width**2)) for a, b, width, height in BLOBS)
 
 
@@ -149,10 +149,10 @@ def test_filter_is_the_symlet_with_six_vanishing_moments():
     for shift in range(6):
         assert (h[2 * shift :] * h[: 12 - 2 * shift]).sum() == pytest.approx(float(shift == 0), abs=1e-11)
         assert ((-1.0) ** tap * h * (tap - 5.5) ** shift).sum() == pytest.approx(0, abs=1e-6)  # a vanishing moment
-    assert (h * (tap - CENTRE) ** 2).sum() == pytest.approx(0, abs=1e-9)  # a pure shift up to degree 2
+    assert (h * (tap - CENTER) ** 2).sum() == pytest.approx(0, abs=1e-9)  # a pure shift up to degree 2
     # of the filters with these properties it is nearest to symmetry: its phase is nearly that of a shift
     frequency = np.linspace(0, math.pi / 2, 50)[:, None]
-    phase = np.angle((h * np.exp(1j * frequency * (tap - CENTRE))).sum(axis=1))
+    phase = np.angle((h * np.exp(1j * frequency * (tap - CENTER))).sum(axis=1))
     assert abs(phase).max() < 0.5
 
 
@@ -226,8 +226,8 @@ DESTINATIONS = [  # of the point at 5, 2
 def test_a_blob_moves_to_its_expected_position(given, expected):
     x, y = grid(40, 40)
     blob = transformed(tensor(np.exp(-((x - 5) ** 2 + (y - 2) ** 2) / (2 * 2.0**2))), **given)[0, 0].numpy()
-    centre_of_mass = (x * blob).sum() / blob.sum(), (y * blob).sum() / blob.sum()
-    np.testing.assert_allclose(centre_of_mass, expected, atol=2e-4, rtol=0)
+    center_of_mass = (x * blob).sum() / blob.sum(), (y * blob).sum() / blob.sum()
+    np.testing.assert_allclose(center_of_mass, expected, atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("size", [40, 41])

@@ -174,7 +174,7 @@ def test_noise_variance_is_one_plus_squared_strength(strength, block):
     torch.testing.assert_close(variance, torch.full_like(variance, 1 + strength**2), atol=1e-12, rtol=0)
 
 
-def test_neighbours_correlate_through_the_block_noise_only():
+def test_neighbors_correlate_through_the_block_noise_only():
     covariance = noise_covariance(0.5, 4)
     assert covariance[0, 1].item() == pytest.approx(0.25 * 3 / 4, rel=1e-12)
 

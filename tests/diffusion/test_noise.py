@@ -142,7 +142,7 @@ def test_mixed_seeds_fit_a_generator_for_any_integer():
         assert 0 <= mix_seeds(seed, 0) < 2**63
 
 
-def test_neighbouring_seeds_differ_in_about_half_of_the_bits():
+def test_neighboring_seeds_differ_in_about_half_of_the_bits():
     differing = [(mix_seeds(seed, 0) ^ mix_seeds(seed + 1, 0)).bit_count() for seed in range(1000)]
     assert sum(differing) / 1000 == pytest.approx(63 / 2, abs=1)
 

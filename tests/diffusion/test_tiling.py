@@ -72,7 +72,7 @@ def test_tiled_and_whole_samples_agree(kind):
 
 
 def test_tiles_of_different_brightness_leave_no_seam():
-    """Normalization shifts the estimates of tiles by 10 gray levels: neighbours of 64 rows differ by less than one."""
+    """Normalization shifts the estimates of tiles by 10 gray levels: neighbors of 64 rows differ by less than one."""
     shifts = itertools.cycle([10, -10, 5, -7, 10])
 
     def shifted(x, *_):

@@ -28,15 +28,15 @@ def chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def png(colour: int, samples: list[int], depth: int = 16, side: int = SIDE, *extra: bytes) -> bytes:
-    """Build a PNG of one colour with this colour type and depth in its header."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, depth, colour, 0, 0, 0))
+def png(color: int, samples: list[int], depth: int = 16, side: int = SIDE, *extra: bytes) -> bytes:
+    """Build a PNG of one color with this color type and depth in its header."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, depth, color, 0, 0, 0))
     row = b"\0" + np.array(samples * SIDE, ">u2" if depth == 16 else "u1").tobytes()
     return b"".join([SIGNATURE, header, *extra, chunk(b"IDAT", zlib.compress(row * SIDE)), chunk(b"IEND", b"")])
 
 
-def plain(colour: tuple[int, ...] | int, mode: str = "RGB", kind: str = "PNG", **options: object) -> bytes:
-    return encoded(Image.new(mode, (SIDE, SIDE), colour), kind, **options)
+def plain(color: tuple[int, ...] | int, mode: str = "RGB", kind: str = "PNG", **options: object) -> bytes:
+    return encoded(Image.new(mode, (SIDE, SIDE), color), kind, **options)
 
 
 def frames(kind: str) -> bytes:
@@ -60,18 +60,18 @@ def rotated(kind: str = "PNG") -> bytes:
     return encoded(image, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
 
 
-READ = {  # what is given: the colour of its first pixel
-    "grey": (plain(77, "L"), (77, 77, 77)),
+READ = {  # what is given: the color of its first pixel
+    "gray": (plain(77, "L"), (77, 77, 77)),
     "1-bit": (plain(1, "1"), (255, 255, 255)),
-    "grey and alpha": (plain((0, 51), "LA"), (204, 204, 204)),
+    "gray and alpha": (plain((0, 51), "LA"), (204, 204, 204)),
     "RGBA": (plain((255, 0, 0, 51), "RGBA"), (255, 204, 204)),
     "RGBA WebP": (plain((255, 0, 0, 51), "RGBA", "WEBP", lossless=True), (255, 204, 204)),
     "palette": (palette(), (40, 50, 60)),
     "palette with transparency": (palette(transparency=b"\xff\x00"), (255, 255, 255)),
-    "transparent colour": (plain((1, 2, 3), transparency=(1, 2, 3)), (255, 255, 255)),
-    "16-bit grey": (png(0, [0x4D12]), (0x4D, 0x4D, 0x4D)),
+    "transparent color": (plain((1, 2, 3), transparency=(1, 2, 3)), (255, 255, 255)),
+    "16-bit gray": (png(0, [0x4D12]), (0x4D, 0x4D, 0x4D)),
     "16-bit RGB": (png(2, [0x4D12, 0x10FF, 0x00FF]), (0x4D, 0x10, 0x00)),
-    "16-bit grey and alpha": (png(4, [0x4D12, 0xFFFF]), (0x4D, 0x4D, 0x4D)),
+    "16-bit gray and alpha": (png(4, [0x4D12, 0xFFFF]), (0x4D, 0x4D, 0x4D)),
     "16-bit RGBA": (png(6, [0x4D12, 0x10FF, 0x00FF, 0xFFFF]), (0x4D, 0x10, 0x00)),
     "PNG with EXIF rotation": (rotated(), (255, 255, 255)),
     "WebP with EXIF rotation": (rotated("WEBP"), (255, 255, 255)),
@@ -83,7 +83,7 @@ REFUSED = {
     "animated PNG": (frames("PNG"), "is an animation; save the wanted frame as PNG"),
     "animated WebP": (frames("WEBP"), "is an animation; save the wanted frame as PNG"),
     "no pixels": (png(2, [0, 0, 0], 8, 0), "is not a PNG"),
-    "16-bit transparent colour": (
+    "16-bit transparent color": (
         png(2, [0x1234] * 3, 16, SIDE, chunk(b"tRNS", struct.pack(">HHH", *[0x1234] * 3))),
         "transparent color of 16 bits",
     ),
@@ -121,11 +121,11 @@ def stored(tmp_path: Path, kind: str, content: bytes) -> Path:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("case", READ)
 def test_odd_images_are_read_alike_everywhere(tmp_path: Path, place: str, case: str) -> None:
-    (content, colour), (read, kind) = READ[case], PLACES[place]
+    (content, color), (read, kind) = READ[case], PLACES[place]
     item = read(stored(tmp_path, kind, content))
     pixels = item[0]  # of an (image, label), or of a batch
     assert tuple(pixels.shape) == (3, SIDE, SIDE)
-    assert tuple(pixels[:, 0, 0].tolist()) == colour
+    assert tuple(pixels[:, 0, 0].tolist()) == color
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -83,7 +83,7 @@ def compare(call, arguments, tolerance):
         ),
     ],
 )
-def test_fused_normalisation_equals_plain_torch(channels, skip, groups, down, modulated, dtype):
+def test_fused_normalization_equals_plain_torch(channels, skip, groups, down, modulated, dtype):
     total, batch, height, width = channels + skip, 2, 10, 14
     x, s = image(batch, channels, height, width, dtype=dtype), image(batch, skip, height, width, dtype=dtype)
     parameters = [torch.randn(total, device=DEVICE, requires_grad=True) for _ in range(2 + (not skip))]
@@ -279,7 +279,7 @@ def test_a_network_and_its_gradients_equal_plain_torch(dtype):
 
 @pytest.mark.usefixtures("use_kernels")
 def test_gradients_of_the_shortcut_are_added():
-    """The input is used twice: by the normalisation and by the shortcut."""
+    """The input is used twice: by the normalization and by the shortcut."""
     x, norm = image(2, 16, 6, 6), nn.GroupNorm(4, 16).to(DEVICE)
     h, shortcut, _ = ops.norm_act(x, norm)
     (h.sum() + (shortcut * 3).sum()).backward()

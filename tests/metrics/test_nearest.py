@@ -1,4 +1,4 @@
-"""Nearest neighbours: closed forms, brute force, independence of the batches."""
+"""Nearest neighbors: closed forms, brute force, independence of the batches."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_agrees_with_brute_force(mirrored: bool) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3, 36, 37])
-def test_neighbours_do_not_depend_on_batches(batch: int) -> None:
+def test_neighbors_do_not_depend_on_batches(batch: int) -> None:
     queries, points = images(11, 1), images(18, 2).repeat(2, 1, 1, 1)  # every point twice: ties
     points = torch.cat([points, queries[:1]])
     expected = search(queries, points, 5)

@@ -318,7 +318,7 @@ def test_the_same_seeds_give_the_same_images_in_any_batch():
     labels = torch.tensor([0, 1, 0, 1, -1])
     whole = stage.sample((5, 3, 8, 8), [3, 1, 4, 15, 9], labels)
     parts = [stage.sample((n, 3, 8, 8), s, labels[i : i + n]) for i, n, s in ((0, 2, [3, 1]), (2, 3, [4, 15, 9]))]
-    torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-4)  # 1/80 of a grey level
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-4)  # 1/80 of a gray level
     assert (whole[0] - whole[1]).abs().max() > 0.1
 
 

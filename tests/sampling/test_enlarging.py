@@ -1,4 +1,4 @@
-"""Enlarge a user's images: any size, names, colours, tiles, interruptions."""
+"""Enlarge a user's images: any size, names, colors, tiles, interruptions."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def enlarge(configuration, stage, tmp_path):
 
 
 def photo(path, size, seed=0, **options):
-    """Write a smooth colourful image of `size` (width, height)."""
+    """Write a smooth colorful image of `size` (width, height)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (6, 6, 3)).astype(np.uint8)
     Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(path, **options)
@@ -140,7 +140,7 @@ def test_profiles_apply_to_images_of_the_input_resolution_too(configuration, sta
         cfg = configuration("sample", *stage, f"relay.start={start}")
         plan = make_plan(sampling_options(cfg), build_relay(cfg.relay))
         assert plan.sizes == sizes
-        assert isinstance(plan.start, StartImages)  # which converts colours
+        assert isinstance(plan.start, StartImages)  # which converts colors
 
 
 def test_transparency_and_missing_classes_are_reported(enlarge, tmp_path, capsys):
@@ -246,7 +246,7 @@ def images_named(folder):
 
 def animation(path):
     """Write a WebP of two frames."""
-    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
     frames[0].save(path, save_all=True, append_images=frames[1:])
 
 

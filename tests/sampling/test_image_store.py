@@ -65,7 +65,7 @@ def test_images_with_classes_are_a_data_set(store, tmp_path):
     dataset = ImageDataset(tmp_path / "images", 8)
     assert (dataset.labels, dataset.class_names) == ([1, 0, 1], ["dog", "cat"])
     store.write("1/d", PIXELS[3])
-    store.note_labels({"1/d": -1}, ["dog", "cat"])  # one without a class: not a labelled set
+    store.note_labels({"1/d": -1}, ["dog", "cat"])  # one without a class: not a labeled set
     assert ImageDataset(tmp_path / "images", 8).class_names == []
 
 
@@ -106,7 +106,7 @@ def test_settings_of_a_run_without_images_may_change(tmp_path):
 
 
 def test_packing_leaves_no_image_behind(store, tmp_path):
-    """Unlabelled images of earlier runs are packed; other files are kept."""
+    """Unlabeled images of earlier runs are packed; other files are kept."""
     (store.folder / "mine.txt").write_text("keep me")
     store.write("1/d", PIXELS[3])
     store.note_labels({"1/d": 1}, ["dog", "cat"])

@@ -11,7 +11,7 @@ from relay_diffusion.utils.alpha import premultiplied, straight
 PIXELS = torch.randint(0, 256, (2, 3, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def grey(pixels):
+def gray(pixels):
     """ITU-R 601 luma, as Pillow rounds it."""
     red, green, blue = pixels.long().unbind(1)
     return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16)[:, None].double()
@@ -42,25 +42,25 @@ def test_brightness_multiplies():
     assert (Enhance(brightness=1.06)(PIXELS) - expected).abs().max() <= 1
 
 
-def test_contrast_moves_towards_the_mean_grey_of_each_image():
-    mean = (grey(PIXELS).mean(dim=(1, 2, 3), keepdim=True) + 0.5).floor()
+def test_contrast_moves_towards_the_mean_gray_of_each_image():
+    mean = (gray(PIXELS).mean(dim=(1, 2, 3), keepdim=True) + 0.5).floor()
     expected = mean + 0.9 * (PIXELS.double() - mean)
     assert (Enhance(contrast=0.9)(PIXELS) - expected).abs().max() <= 1
 
 
-def test_colour_moves_towards_grey():
-    expected = grey(PIXELS) + 0.5 * (PIXELS.double() - grey(PIXELS))
-    assert (Enhance(colour=0.5)(PIXELS) - expected).abs().max() <= 1
+def test_color_moves_towards_gray():
+    expected = gray(PIXELS) + 0.5 * (PIXELS.double() - gray(PIXELS))
+    assert (Enhance(color=0.5)(PIXELS) - expected).abs().max() <= 1
 
 
-def test_the_order_is_contrast_brightness_colour():
-    together = Enhance(contrast=0.5, brightness=1.5, colour=0.2)(PIXELS)
-    steps = Enhance(colour=0.2)(Enhance(brightness=1.5)(Enhance(contrast=0.5)(PIXELS)))
+def test_the_order_is_contrast_brightness_color():
+    together = Enhance(contrast=0.5, brightness=1.5, color=0.2)(PIXELS)
+    steps = Enhance(color=0.2)(Enhance(brightness=1.5)(Enhance(contrast=0.5)(PIXELS)))
     assert torch.equal(together, steps)
     other = Enhance(contrast=0.5)(Enhance(brightness=1.5)(PIXELS))
     assert not torch.equal(Enhance(contrast=0.5, brightness=1.5)(PIXELS), other)
 
 
-@pytest.mark.parametrize("setting", ["contrast", "brightness", "colour"])
+@pytest.mark.parametrize("setting", ["contrast", "brightness", "color"])
 def test_the_settings_are_shown(setting):
     assert f"{setting}=1.06" in repr(Enhance(**{setting: 1.06}))

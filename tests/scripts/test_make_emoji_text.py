@@ -42,7 +42,7 @@ NAMES = {
 
 
 def fake_render(svg: str) -> bytes:
-    """A picture in two colours, or blank, or an error, by words in the SVG."""
+    """A picture in two colors, or blank, or an error, by words in the SVG."""
     if "broken" in svg:
         raise UserError("cannot be rendered")
     image = Image.new("RGBA", (256, 256), (0, 0, 0, 0))

@@ -590,12 +590,12 @@ def test_sampling_names_wrong_options():
 
 @pytest.fixture
 def emoji_zip(tmp_path):
-    """Eight emoji of 16x16 in two styles; each is one colour, inverted in the second style."""
-    colours = np.random.default_rng(0).integers(0, 256, (8, 3))
+    """Eight emoji of 16x16 in two styles; each is one color, inverted in the second style."""
+    colors = np.random.default_rng(0).integers(0, 256, (8, 3))
     with image_zip(tmp_path / "emoji.zip") as archive:
         for style in ("flat", "noto"):
-            for number, colour in enumerate(colours):
-                pixels = np.broadcast_to(colour if style == "flat" else 255 - colour, (16, 16, 3)).astype(np.uint8)
+            for number, color in enumerate(colors):
+                pixels = np.broadcast_to(color if style == "flat" else 255 - color, (16, 16, 3)).astype(np.uint8)
                 captions = [f"emoji {number}", f"emoji {number}, {style} style"]
                 name = f"{'train' if number < 5 else 'heldout'}/{style}/{number}.png"
                 archive.add(name, Image.fromarray(pixels), captions=captions)

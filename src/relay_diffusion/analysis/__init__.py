@@ -1,1 +1,1 @@
-"""Analysis of images: spectra and nearest neighbours."""
+"""Analysis of images: spectra and nearest neighbors."""

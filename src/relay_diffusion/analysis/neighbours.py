@@ -22,13 +22,13 @@ from relay_diffusion.utils.pictures import image_grid, pil_image, side_by_side
 from relay_diffusion.utils.progress import progress
 
 BATCH = 64
-MAX_SCALE = 1000  # reference images whose nearest-neighbour distances are the scale
+MAX_SCALE = 1000  # reference images whose nearest-neighbor distances are the scale
 QUANTILE = 0.01  # of these distances; smaller distances suggest copies
 COLUMN_GAP = 48  # pixels
 
 
 class Comparison(NamedTuple):
-    """Neighbours of the images in one space.
+    """Neighbors of the images in one space.
 
     scale [S]: distances of reference images to their nearest other one.
     """
@@ -94,7 +94,7 @@ def nearest_table(
 ) -> tuple[list[str], list[list[Any]]]:
     """Tabulate images [Q,3,H,W] with the nearest reference image in each space.
 
-    Returns columns and rows; pictures are PIL images. A neighbour is mirrored if that is nearer.
+    Returns columns and rows; pictures are PIL images. A neighbor is mirrored if that is nearer.
     """
     columns = ["image", "name"]
     rows: list[list[Any]] = [[pil_image(image), name] for image, name in zip(images, names, strict=True)]
@@ -109,28 +109,28 @@ def nearest_table(
 
 
 def picture(images: Tensor, reference: ImageSet, found: Sequence[Neighbours]) -> Image.Image:
-    """Draw images [Q,3,H,W] beside their neighbours in each space.
+    """Draw images [Q,3,H,W] beside their neighbors in each space.
 
     One row per image, in as many columns as make the picture about square.
     """
     positions = torch.stack([space.positions for space in found])
     wanted, places = positions.unique(return_inverse=True)
-    neighbours = read(reference, wanted.tolist(), "drawing")[places]
+    neighbors = read(reference, wanted.tolist(), "drawing")[places]
     mirrored = torch.stack([space.mirrored for space in found])[..., None, None, None]
-    neighbours = torch.where(mirrored, neighbours.flip(-1), neighbours)
+    neighbors = torch.where(mirrored, neighbors.flip(-1), neighbors)
     spaces, count, nearest = positions.shape
     columns = max(1, round(math.sqrt(count / (1 + spaces * nearest))))
     rows = -(-count // columns)
     parts = []
     for start in range(0, count, rows):
         here = slice(start, start + rows)
-        groups = [image_grid(group[here].flatten(0, 1), nearest) for group in neighbours]
+        groups = [image_grid(group[here].flatten(0, 1), nearest) for group in neighbors]
         parts.append(side_by_side([image_grid(images[here], 1), *groups]))
     return side_by_side(parts, COLUMN_GAP)
 
 
 def neighbours_csv(names: Sequence[str], reference: Sequence[str], comparisons: Mapping[str, Comparison]) -> str:
-    """Format the neighbours as CSV, one row per neighbour.
+    """Format the neighbors as CSV, one row per neighbor.
 
     Columns: image, space, rank (from 1), neighbour, mirrored (true or false), distance.
     """

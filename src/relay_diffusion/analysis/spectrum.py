@@ -24,8 +24,8 @@ def summed_power(images: Tensor) -> Tensor:
 def block_power(resolution: int, block: int) -> Tensor:
     """Power E[X_kl^2] of block noise at sigma 1: float64 [R,R].
 
-    Block noise is B w B^T of white noise w, where B is the circular sum of `block` neighbours over sqrt(block), so
-    E[X_kl^2] = p_k p_l, p_k = (M B B^T M^T)_kk: the squared length of row k of M B. The DCT does not diagonalise B:
+    Block noise is B w B^T of white noise w, where B is the circular sum of `block` neighbors over sqrt(block), so
+    E[X_kl^2] = p_k p_l, p_k = (M B B^T M^T)_kk: the squared length of row k of M B. The DCT does not diagonalize B:
     its coefficients of block noise correlate, but their power is still p_k p_l. For even k it is
     p_k = sin^2(pi k s / 2R) / (s sin^2(pi k / 2R)), s = block, so p_0 = s.
     Raises ValueError unless 1 <= block <= resolution.

@@ -111,7 +111,7 @@ def report(comparisons: Mapping[str, Comparison]) -> None:
     print_table(list(zip(titles, *columns, strict=True)), 14)
 
 
-def analyse(options: NeighboursOptions) -> None:
+def analyze(options: NeighboursOptions) -> None:
     """Write neighbours.png and neighbours.csv; print the table.
 
     Raises UserError naming the option.
@@ -178,7 +178,7 @@ def _log(run: WandbRun, directory: Path, drawn: Image, columns: list[str], rows:
 
 def main() -> NoReturn:
     """Run the command."""
-    sys.exit(run_tool(sys.argv[1:], USAGE, NeighboursOptions, analyse))
+    sys.exit(run_tool(sys.argv[1:], USAGE, NeighboursOptions, analyze))
 
 
 if __name__ == "__main__":

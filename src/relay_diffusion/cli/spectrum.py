@@ -133,7 +133,7 @@ def _report(powers: dict[int, Tensor], settings: Settings, curves: Sequence[Curv
     print_table([titles, *lines], 10)
 
 
-def analyse(options: SpectrumOptions) -> None:
+def analyze(options: SpectrumOptions) -> None:
     """Write spectrum.csv, snr.csv and their plots. Raises UserError naming the option."""
     settings, output = checked(options), Path(options.output).expanduser()
     for file in FILES:
@@ -152,7 +152,7 @@ def analyse(options: SpectrumOptions) -> None:
 
 def main() -> NoReturn:
     """Run the command."""
-    sys.exit(run_tool(sys.argv[1:], USAGE, SpectrumOptions, analyse))
+    sys.exit(run_tool(sys.argv[1:], USAGE, SpectrumOptions, analyze))
 
 
 if __name__ == "__main__":

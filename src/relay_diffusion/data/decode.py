@@ -19,7 +19,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from relay_diffusion.data.colour import to_srgb
+from relay_diffusion.data.color import to_srgb
 from relay_diffusion.errors import UserError
 from relay_diffusion.utils.alpha import premultiplied, straight
 from relay_diffusion.utils.messages import one_line
@@ -75,7 +75,7 @@ class Decoded(NamedTuple):
     exif_damaged: bool  # the EXIF block is damaged; the pixels are as stored
     bits: int  # bits of the brightest 16-bit sample, at least 8; 0 for an 8-bit image
     conversions: frozenset[str]  # of GRAY and ALPHA, made for the wanted channels
-    profile_damaged: bool = False  # the ICC profile is unusable; the colours are as stored
+    profile_damaged: bool = False  # the ICC profile is unusable; the colors are as stored
 
 
 def decode(
@@ -92,7 +92,7 @@ def decode(
     where: names the image in messages. The format is detected from the content. apply_exif: apply the EXIF orientation;
     a damaged block counts as none. bit_depth: bits that 16-bit samples use; their highest 8 are kept. channels: 1
     (grayscale; the luma of colors), 3 (RGB) or 4 (RGBA); without alpha channel, transparency is composited on
-    `background` (RGB). apply_profile: convert colours to sRGB by the ICC profile, those of CMYK too; a damaged profile
+    `background` (RGB). apply_profile: convert colors to sRGB by the ICC profile, those of CMYK too; a damaged profile
     counts as none, and without this option no profile is used.
     Raises UnusableImageError for other formats, damage, animations, more than MAX_PIXELS pixels, and 16-bit
     samples above 2^bit_depth - 1.
@@ -213,7 +213,7 @@ def _bits(image: Image.Image) -> int:
     """
     if image.mode.startswith("I"):
         return max(8, int(np.asarray(image).max()).bit_length())
-    return 8 + int(np.asarray(image.convert("RGB")).max()).bit_length()  # Pillow keeps the high bytes of colour
+    return 8 + int(np.asarray(image.convert("RGB")).max()).bit_length()  # Pillow keeps the high bytes of color
 
 
 def _rescaled(data: bytes, image: Image.Image, bit_depth: int, where: str) -> Image.Image:
@@ -263,7 +263,7 @@ def _open(data: bytes, where: str) -> ImageFile:
 
 def _check_png(data: bytes, image: Image.Image) -> None:
     """Raise ValueError for a PNG that Pillow would misread."""
-    if data[24] == 16 and "transparency" in image.info:  # Pillow would compare the colour with 8-bit samples
+    if data[24] == 16 and "transparency" in image.info:  # Pillow would compare the color with 8-bit samples
         raise ValueError("a transparent color of 16 bits is not supported; save it with 8 bits or an alpha channel")
     content, at, kind = memoryview(data), 8, b""
     while kind != b"IEND":  # Pillow does not verify the checksums of pixel data
@@ -288,7 +288,7 @@ def _in_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, bool]:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Keep the high byte of 16-bit gray.
 
-    Pillow does so for 16-bit colours, but clips gray to 255.
+    Pillow does so for 16-bit colors, but clips gray to 255.
     """
     if not image.mode.startswith("I"):
         return image

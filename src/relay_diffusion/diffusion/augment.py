@@ -4,7 +4,7 @@ Random flips, scaling, rotation, stretching and translation: Karras et al. 2022 
 Images are resampled as in Karras et al. 2020 (arXiv 2006.06676), appendix B.2. Sampling with all labels 0 gives
 images without augmentation.
 
-Coordinates are pixels: x to the right, y down, the origin at the image's centre, whole numbers between pixel centres.
+Coordinates are pixels: x to the right, y down, the origin at the image's center, whole numbers between pixel centers.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ SYM6 = (
 )
 TAPS = len(SYM6)
 EVEN, ODD = SYM6[0::2], SYM6[1::2]
-# Centre of mass of the filter: filtering shifts a signal by so many samples (exactly, up to degree 2).
-CENTRE = sum(tap * weight for tap, weight in enumerate(SYM6)) / math.sqrt(2)
+# Center of mass of the filter: filtering shifts a signal by so many samples (exactly, up to degree 2).
+CENTER = sum(tap * weight for tap, weight in enumerate(SYM6)) / math.sqrt(2)
 MARGIN = TAPS // 4  # reach of the filter to either side, in pixels
 
 
@@ -91,7 +91,7 @@ class Augmentation:
     anisotropy_base: images are scaled by anisotropy_base^a along one axis, by the inverse across it.
     anisotropy_axis_aligned: share of these along x, the others in any direction.
     translation: standard deviation of the shift, in image widths and heights.
-    Images are mirrored at their borders, about the centres of the border pixels. An image whose labels are all 0 is
+    Images are mirrored at their borders, about the centers of the border pixels. An image whose labels are all 0 is
     bit-identical. Random numbers come from the global generator of the images' device.
     Raises ValueError for an option out of range.
     """
@@ -188,7 +188,7 @@ def flip(images: Tensor, parameters: Parameters) -> Tensor:
 def warp(images: Tensor, matrix: Tensor) -> Tensor:
     """Resample images [B,C,H,W] under an affine map.
 
-    matrix M [B,2,3]: point p moves to M [p; 1], in pixels from the centre, y down.
+    matrix M [B,2,3]: point p moves to M [p; 1], in pixels from the center, y down.
     Both axes are doubled with the wavelet's filter, sampled bilinearly where the inverse points, filtered with the
     same filter reversed and halved: its orthonormality makes that exact for the identity.
     """
@@ -206,13 +206,13 @@ def warp(images: Tensor, matrix: Tensor) -> Tensor:
 def _to_halve(size: int, device: torch.device) -> Tensor:
     """Return the positions of the samples that `_halve` needs.
 
-    [2 size + 10], in pixels from the centre.
+    [2 size + 10], in pixels from the center.
     """
-    return (torch.arange(2 * size + TAPS - 2, device=device) - CENTRE) / 2 - (size - 1) / 2
+    return (torch.arange(2 * size + TAPS - 2, device=device) - CENTER) / 2 - (size - 1) / 2
 
 
 def _in_doubled(position: Tensor, size: int) -> Tensor:
-    """Convert positions from the centre to grid_sample's coordinates in `_double`.
+    """Convert positions from the center to grid_sample's coordinates in `_double`.
 
     -1 is the first sample, 1 the last.
     """
@@ -221,7 +221,7 @@ def _in_doubled(position: Tensor, size: int) -> Tensor:
     # exact because the filter is not symmetric
     near = position.abs() <= (size - 1) / 2 + MARGIN
     pixel = torch.where(near, pixel, _mirror(pixel, size))
-    sample = 2 * (pixel + MARGIN) - (2 * MARGIN - 1) + CENTRE
+    sample = 2 * (pixel + MARGIN) - (2 * MARGIN - 1) + CENTER
     return sample * (2 / (2 * (size + 2 * MARGIN) - 1)) - 1
 
 
@@ -233,7 +233,7 @@ def _mirror(pixel: Tensor, size: int) -> Tensor:
 def _double(images: Tensor, dim: int) -> Tensor:
     """Double the resolution: extend by MARGIN, insert zeros, filter, multiply by sqrt(2).
 
-    size -> 2 (size + 2 MARGIN). Sample j lies at pixel (j + 2 MARGIN - 1 - CENTRE) / 2 - MARGIN: all taps of the first
+    size -> 2 (size + 2 MARGIN). Sample j lies at pixel (j + 2 MARGIN - 1 - CENTER) / 2 - MARGIN: all taps of the first
     sample are inside the padding.
     """
     size, half = images.shape[dim], TAPS // 2

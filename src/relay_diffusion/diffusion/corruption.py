@@ -286,7 +286,7 @@ class ConditionedCorruption(GaussianCorruption):
         """Add noise to small images and upsample them.
 
         small and unit noise [B,C,h,w], level [B] (may be on the CPU) -> [B,C,h*block,w*block].
-        Bicubic with a = -0.75 and half-pixel centres, as in torch.nn.functional.interpolate.
+        Bicubic with a = -0.75 and half-pixel centers, as in torch.nn.functional.interpolate.
         """
         noisy = torch.addcmul(small, expand(level, small), noise)
         return F.interpolate(noisy, scale_factor=self.block, mode="bicubic", align_corners=False)

@@ -21,11 +21,11 @@ It is part of what a seed means there. On the CPU the noise of a seed is that of
 """
 
 
-KERNEL_BLOCK = 8  # the kernel reads block^2 neighbours of each pixel; doubled windows are faster for larger blocks
+KERNEL_BLOCK = 8  # the kernel reads block^2 neighbors of each pixel; doubled windows are faster for larger blocks
 
 
 def _window_sum(x: Tensor, length: int, dim: int) -> Tensor:
-    """Sum `length` neighbours along `dim`, by doubling windows.
+    """Sum `length` neighbors along `dim`, by doubling windows.
 
     `dim` gets length - 1 shorter.
     """

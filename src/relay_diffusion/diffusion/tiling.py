@@ -20,7 +20,7 @@ MARGIN = 1 / 8  # share of the overlap next to a tile's edge without weight: zer
 class Tiling:
     """Tiles of one size that cover an image.
 
-    size: height and width of a tile; an image is not cut along an axis on which it is smaller. overlap: of neighbouring
+    size: height and width of a tile; an image is not cut along an axis on which it is smaller. overlap: of neighboring
     tiles, at least, in pixels. step: positions are its multiples, as the levels of the network and the blocks need.
     batch: tiles evaluated at once. Raises ValueError for tiles and overlaps that `step` does not divide, for tiles of
     less than COARSEST steps, and for an overlap that is not below the tile.
@@ -88,7 +88,7 @@ class Tiling:
 class TiledDenoiser:
     """Denoiser that evaluates tiles of an image and blends the estimates.
 
-    Sampler and noise are those of the whole image, so that neighbouring tiles agree (MultiDiffusion, Bar-Tal et al.
+    Sampler and noise are those of the whole image, so that neighboring tiles agree (MultiDiffusion, Bar-Tal et al.
     2023, arXiv 2302.08113, with smooth weights). The network's memory depends on the tile, not on the image.
     """
 

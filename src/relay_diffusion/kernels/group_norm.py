@@ -1,4 +1,4 @@
-"""Fused group normalisation, modulation, SiLU and dropout.
+"""Fused group normalization, modulation, SiLU and dropout.
 
 y = drop(silu((x - mu) a + d)). mu, a and d, for each sample and channel, combine the statistics, the weights, the
 scale and shift from the embedding, and the bias of the preceding convolution, which then needs no separate pass.
@@ -64,7 +64,7 @@ def coefficients(
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
     BIAS: tl.constexpr, MODULATION: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
-    """Compute the normalisation coefficients of one group of one sample.
+    """Compute the normalization coefficients of one group of one sample.
 
     out [5, N, total]: mu, a, d, 1/deviation and the channel's mean.
     SKIP: the channels from `channels` on are those of skip_moments.

@@ -1,4 +1,4 @@
-"""Gradient kernels of fused group normalisation (`kernels/group_norm.py`)."""
+"""Gradient kernels of fused group normalization (`kernels/group_norm.py`)."""
 
 from __future__ import annotations
 

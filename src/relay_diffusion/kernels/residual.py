@@ -15,7 +15,7 @@ def add(
 ):  # fmt: skip
     """Add hidden, bias and shortcut; measure the moments of the sum.
 
-    The following normalisation needs the moments.
+    The following normalization needs the moments.
     UPSAMPLED: each pixel of the shortcut counts for 2x2 pixels of hidden.
     """
     chunk, n = tl.program_id(1), tl.program_id(2)

@@ -93,7 +93,7 @@ def _reduce35(inputs: int) -> Branches:
 
 
 def _grid17(width: int) -> Branches:
-    """Factorise 7x7 convolutions into pairs of 1x7 and 7x1."""
+    """Factorize 7x7 convolutions into pairs of 1x7 and 7x1."""
     row, column = (1, 7), (7, 1)
     return Branches(
         [
@@ -132,7 +132,7 @@ def _grid8(inputs: int, pool: nn.Module) -> Branches:
 class InceptionNetwork(nn.Module):
     """Inception-v3 network of the FID literature.
 
-    Normalised images [B,3,299,299] -> (pool [B,2048], spatial [B,7,17,17], logits [B,1008] or None). `fc` has no bias:
+    Normalized images [B,3,299,299] -> (pool [B,2048], spatial [B,7,17,17], logits [B,1008] or None). `fc` has no bias:
     the published Inception Score is taken from softmax(W pool) without it. It is a convolution like the rest, so that
     one precision setting covers the whole network.
     """

@@ -1,4 +1,4 @@
-"""Nearest neighbours in large sets, from blockwise float64 matrix products.
+"""Nearest neighbors in large sets, from blockwise float64 matrix products.
 
 |q - p|^2 = |q|^2 + |p|^2 - 2 q.p is fast, but loses the digits of points that lie close together far from the origin.
 It is computed in float64, which TF32 settings do not affect. `squared_radii` and `covered` subtract the sets' common
@@ -15,7 +15,7 @@ from torch import Tensor
 
 BLOCK_ELEMENTS = 2**24  # elements of a block's float64 matrices: 128 MiB
 BLOCK_ROWS = 1024
-SPARE = 5  # neighbours beyond the k-th to compare by differences
+SPARE = 5  # neighbors beyond the k-th to compare by differences
 NEGLIGIBLE = 1e-9  # share of a squared radius; float32 features are less precise
 TIE = 1 + 1e-14  # equal distances may differ in their last digits, as torch sums pairwise
 
@@ -42,8 +42,8 @@ def distance_blocks(queries: Tensor, points: Tensor, norms: Tensor, origin: Tens
     size = max(1, min(BLOCK_ROWS, BLOCK_ELEMENTS // max(points.shape)))
     for start in range(0, len(queries), size):
         rows = queries[start : start + size]
-        centred = rows.double() - origin
-        yield Block(start, rows, centred.square().sum(1), torch.addmm(norms, centred, points.T, alpha=-2))
+        centered = rows.double() - origin
+        yield Block(start, rows, centered.square().sum(1), torch.addmm(norms, centered, points.T, alpha=-2))
 
 
 def squared_radii(points: Tensor, nearest_k: int, origin: Tensor) -> Tensor:
@@ -51,12 +51,12 @@ def squared_radii(points: Tensor, nearest_k: int, origin: Tensor) -> Tensor:
 
     points [N,D], N > k -> [N] float64. origin [D]: a point near the middle of the sets, for accuracy only.
     """
-    centred = points.double() - origin
-    norms = centred.square().sum(1)
+    centered = points.double() - origin
+    norms = centered.square().sum(1)
     bounds = _relative_error(points) * (norms + norms.max())
     candidates = min(nearest_k + SPARE, len(points) - 1)
     radii = []
-    for start, rows, row_norms, partial in distance_blocks(points, centred, norms, origin):
+    for start, rows, row_norms, partial in distance_blocks(points, centered, norms, origin):
         partial.diagonal(start).fill_(torch.inf)  # exclude the point itself but not its duplicates
         values, nearest = partial.topk(candidates, largest=False)
         exact = (rows.double()[:, None] - points[nearest].double()).square().sum(2)
@@ -75,12 +75,12 @@ def _exact_squares(point: Tensor, points: Tensor) -> Tensor:
     return torch.cat([(part.double() - point.double()).square().sum(1) for part in points.split(BLOCK_ROWS)])
 
 
-def covered(points: Tensor, centres: Tensor, squared_radius: Tensor, origin: Tensor) -> Tensor:
-    """Return which points lie within the radius of at least one centre.
+def covered(points: Tensor, centers: Tensor, squared_radius: Tensor, origin: Tensor) -> Tensor:
+    """Return which points lie within the radius of at least one center.
 
-    points [N,D], centres [M,D], squared_radius [M] -> bool [N]. A point on the edge counts as inside.
+    points [N,D], centers [M,D], squared_radius [M] -> bool [N]. A point on the edge counts as inside.
     """
-    middle = centres.double() - origin
+    middle = centers.double() - origin
     norms = middle.square().sum(1)
     offsets, largest = norms - squared_radius, norms.max() + squared_radius.max()
     relative = _relative_error(points)
@@ -90,7 +90,7 @@ def covered(points: Tensor, centres: Tensor, squared_radius: Tensor, origin: Ten
         lowest = excess.amin(1) + norm
         found = lowest <= -bound
         for row in (~found & (lowest <= bound)).nonzero().flatten().tolist():
-            found[row] = (_exact_squares(rows[row], centres) <= squared_radius * TIE).any()
+            found[row] = (_exact_squares(rows[row], centers) <= squared_radius * TIE).any()
         inside.append(found)
     return torch.cat(inside)
 
@@ -104,9 +104,9 @@ def _relative_error(points: Tensor) -> float:
 
 
 class Neighbours(NamedTuple):
-    """Neighbours of each query by rank, [Q,K] each.
+    """Neighbors of each query by rank, [Q,K] each.
 
-    distances: Euclidean, float64. positions: of the neighbours. mirrored: whether the second view is the nearer one.
+    distances: Euclidean, float64. positions: of the neighbors. mirrored: whether the second view is the nearer one.
     """
 
     distances: Tensor
@@ -127,7 +127,7 @@ def squared_distances(queries: Tensor, points: Tensor) -> Tensor:
 class NearestSearch:
     """Nearest points of queries [Q,...] in a stream of points.
 
-    Points are not kept. nearest: number K of neighbours. own [Q]: position of the query itself among the points,
+    Points are not kept. nearest: number K of neighbors. own [Q]: position of the query itself among the points,
     excluded in every view; -1: none. A point is found once, in its nearer view; equally distant points are found in
     their order.
     """
@@ -153,5 +153,5 @@ class NearestSearch:
         self.mirrored = torch.cat([self.mirrored, view == 1], 1).gather(1, best)
 
     def compute(self) -> Neighbours:
-        """Return the neighbours on the CPU; a missing neighbour has infinite distance."""
+        """Return the neighbors on the CPU; a missing neighbor has infinite distance."""
         return Neighbours(self.squares.sqrt().cpu(), self.positions.cpu(), self.mirrored.cpu())

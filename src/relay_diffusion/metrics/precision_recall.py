@@ -23,7 +23,7 @@ class PrecisionAndRecall(NamedTuple):
 
 
 def precision_recall(real: Tensor, fake: Tensor, nearest_k: int) -> PrecisionAndRecall:
-    """Compute the shares of points within k-th neighbour radii.
+    """Compute the shares of points within k-th neighbor radii.
 
     The radii are those of the points of the other set.
     Features [M,D] and [N,D] on one device; float64 scalars. Raises UserError for a set of no more than nearest_k
@@ -53,7 +53,7 @@ class PrecisionRecallMetric(FeatureMetric):
     def __init__(self, nearest_k: int = 3) -> None:
         super().__init__()
         if nearest_k < 1:
-            raise UserError(f"nearest_k={nearest_k}: must be at least 1 neighbour")
+            raise UserError(f"nearest_k={nearest_k}: must be at least 1 neighbor")
         self.nearest_k, self.min_images = nearest_k, nearest_k + 1
 
     def compute(self, features: Tensor) -> dict[str, float]:
@@ -65,5 +65,5 @@ class PrecisionRecallMetric(FeatureMetric):
         return {name: float(value) for name, value in result._asdict().items()}
 
     def describe(self) -> dict[str, Any]:
-        """Return the neighbour that sets the radius."""
+        """Return the neighbor that sets the radius."""
         return {"nearest_k": self.nearest_k}

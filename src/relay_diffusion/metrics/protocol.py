@@ -15,7 +15,7 @@ class Protocol:
 
     None: the protocol does not define the setting. rounding: how [-1, 1] is rounded to 8 bits, see
     `diffusion.pixels.to_uint8`. spatial_layout: order of the spatial features in the protocol's files. split_size:
-    images per split of the Inception Score. nearest_k: neighbour whose distance is the radius of precision and recall.
+    images per split of the Inception Score. nearest_k: neighbor whose distance is the radius of precision and recall.
     reference_features: number of their reference images.
     """
 
@@ -73,7 +73,7 @@ def adm() -> Protocol:
     """Protocol of ADM (Dhariwal & Nichol, arXiv 2105.05233).
 
     8-bit images are floor(127.5 (x + 1)). FID and sFID against the statistics in a file, the Inception Score in ordered
-    splits of 5,000, precision and recall with the third neighbour against 10,000 reference images.
+    splits of 5,000, precision and recall with the third neighbor against 10,000 reference images.
     """
     return Protocol(
         "adm", rounding="floor", spatial_layout="NHWC", split_size=5000, nearest_k=3, reference_features=10_000

@@ -243,7 +243,7 @@ class DiffusionStage(OptimizationHooks):
 
     @property
     def image_channels(self) -> int:
-        """Number of colour channels."""
+        """Number of color channels."""
         return self.denoiser.network.image_channels
 
     @property

@@ -1,4 +1,4 @@
-"""Layers of the UNet: normalisation, resampling, attention, residual block."""
+"""Layers of the UNet: normalization, resampling, attention, residual block."""
 
 from __future__ import annotations
 

@@ -15,17 +15,17 @@ from relay_diffusion.utils.pictures import pil_image
 
 
 class Enhance:
-    """Change contrast, brightness and colour with Pillow.
+    """Change contrast, brightness and color with Pillow.
 
-    A factor of 1 changes nothing. Brightness interpolates between black and the image, contrast between its mean grey
-    and the image, colour between its grey version and the image; factors above 1 extrapolate.
+    A factor of 1 changes nothing. Brightness interpolates between black and the image, contrast between its mean gray
+    and the image, color between its gray version and the image; factors above 1 extrapolate.
     """
 
-    def __init__(self, contrast: float = 1.0, brightness: float = 1.0, colour: float = 1.0) -> None:
-        self.contrast, self.brightness, self.colour = contrast, brightness, colour
+    def __init__(self, contrast: float = 1.0, brightness: float = 1.0, color: float = 1.0) -> None:
+        self.contrast, self.brightness, self.color = contrast, brightness, color
 
     def __repr__(self) -> str:
-        return f"Enhance(contrast={self.contrast}, brightness={self.brightness}, colour={self.colour})"
+        return f"Enhance(contrast={self.contrast}, brightness={self.brightness}, color={self.color})"
 
     def __call__(self, images: Tensor) -> Tensor:
         """Enhance uint8 images [B,C,H,W] of 1, 3 or 4 channels.
@@ -41,7 +41,7 @@ class Enhance:
         steps: Sequence[tuple[type[ImageEnhance.Contrast | ImageEnhance.Brightness | ImageEnhance.Color], float]] = (
             (ImageEnhance.Contrast, self.contrast),
             (ImageEnhance.Brightness, self.brightness),
-            (ImageEnhance.Color, self.colour),
+            (ImageEnhance.Color, self.color),
         )
         for enhancer, factor in steps:
             if factor != 1:

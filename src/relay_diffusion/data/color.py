@@ -1,4 +1,4 @@
-"""Conversion of colours by ICC profiles."""
+"""Conversion of colors by ICC profiles."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     """Convert an image to sRGB by its ICC profile.
 
     Perceptual intent. The result has the mode RGB, or RGBA if the image is transparent. Raises ValueError for a damaged
-    profile and for one of another colour space than the image.
+    profile and for one of another color space than the image.
     """
     transparent = image.has_transparency_data
     if image.mode == "LA" or (image.mode == "L" and transparent):  # Pillow converts gray without its alpha
