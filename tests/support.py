@@ -139,7 +139,7 @@ def pythonpath(folder: Path) -> str:
 
 
 def weights_of(path: Path) -> dict[str, Tensor]:
-    """Raw and averaged weights of a checkpoint."""
+    """Raw and EMA weights of a checkpoint."""
     content = torch.load(path, weights_only=True)
     return content["state_dict"] | {f"ema.{k}": v for k, v in content["ema"]["weights"].items()}
 

@@ -283,7 +283,7 @@ def test_checkpoints_without_hard_links(fit, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_init_starts_from_the_weights_of_another_run(fit, trained, tmp_path, capsys):
-    """Load averaged weights and count images from 0; own checkpoints have priority."""
+    """Load EMA weights and count images from 0; own checkpoints have priority."""
     stage = load_stage(trained("trained", 16))
     weights = stage.denoiser.state_dict()
     export_stage(stage.info.config, weights, tmp_path / "export", class_names=stage.info.class_names)

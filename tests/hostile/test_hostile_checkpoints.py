@@ -118,12 +118,12 @@ def test_tensors_of_the_wrong_type_are_refused(checkpoint, tensor, words) -> Non
     refused(path, with_(content, f"state_dict/{NAME}", tensor), *words)
 
 
-def test_averaged_weights_of_the_wrong_shape_are_refused(checkpoint) -> None:
+def test_ema_weights_of_the_wrong_shape_are_refused(checkpoint) -> None:
     path, content = checkpoint
     name = next(iter(content["ema"]["weights"]))
     for wrong in (with_, torch.zeros(3)):
         changed = with_(content, f"ema/weights/{name}", wrong)
-        refused(path, changed, "the averaged (ema) weights in", name, sampled=False)
+        refused(path, changed, "the EMA weights in", name, sampled=False)
 
 
 def test_missing_and_unknown_tensors_are_refused(checkpoint) -> None:

@@ -321,7 +321,7 @@ def read_checkpoint(path: str | Path, trusted: Sequence[str] = ()) -> dict[str, 
     if described is not None:
         check_fits(content["state_dict"], described, file)
         if averaged := (content.get("ema") or {}).get("weights"):
-            check_fits(averaged, cast(torch.nn.Module, described.denoiser), file, "averaged (ema) ")
+            check_fits(averaged, cast(torch.nn.Module, described.denoiser), file, "EMA ")
     return content
 
 

@@ -55,7 +55,7 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Use the averaged weights in the network during the block.
+        """Use the EMA weights in the network during the block.
 
         The network's weights are restored afterwards.
         """

@@ -79,7 +79,7 @@ class OptimizationHooks(L.LightningModule):
         self._weights = list(self.denoiser.parameters())  # collecting them takes longer than a small kernel
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Use the averaged weights in the block, if training keeps an average."""
+        """Use the EMA weights in the block, if training keeps an average."""
         return nullcontext() if self.ema is None else self.ema.applied()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

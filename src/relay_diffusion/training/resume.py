@@ -181,7 +181,7 @@ def _fixed_settings(stage_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def init_from(stage: DiffusionStage, path: str, trusted: Sequence[str] = ()) -> str:
-    """Load initial weights: averaged ones, or raw ones without an average.
+    """Load initial weights: EMA weights, or raw ones without EMA.
 
     The class layer keeps its initial values if the stored classes are other ones, and so do the text layers if the
     stored text encoder is another one. Returns the file, and what kept its initial values, as text. trusted: as for

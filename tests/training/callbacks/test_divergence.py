@@ -174,7 +174,7 @@ def test_a_signal_during_bad_steps_saves_nothing(fit, spoil, tmp_path, monkeypat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["weight", "averaged weight", "optimizer state exp_avg of"])
+@pytest.mark.parametrize("part", ["weight", "EMA weight", "optimizer state exp_avg of"])
 def test_a_state_that_is_not_finite_is_not_saved(fit, tmp_path, monkeypatch, part):
     last = tmp_path / "run/checkpoints/last.ckpt"
     fit("run", 8)
@@ -186,7 +186,7 @@ def test_a_state_that_is_not_finite_is_not_saved(fit, tmp_path, monkeypatch, par
             parameter = next(pl_module.denoiser.parameters())
             tensors = {
                 "weight": parameter.data,
-                "averaged weight": next(iter(pl_module.ema.weights.values())),
+                "EMA weight": next(iter(pl_module.ema.weights.values())),
                 "optimizer state exp_avg of": trainer.optimizers[0].state[parameter]["exp_avg"],
             }
             tensors[part].view(-1)[0] = torch.nan

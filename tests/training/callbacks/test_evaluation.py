@@ -46,7 +46,7 @@ def weights_of(directory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["base", "relay"])
-def test_metrics_are_those_of_the_averaged_weights(fit, tmp_path, quick, stage):
+def test_metrics_are_those_of_the_ema_weights(fit, tmp_path, quick, stage):
     slow = ("callbacks.ema.ramp_up=null", "callbacks.ema.half_life_images=20", "stage.optimizer.lr=1e-2")
     trained = fit("run", 20, *quick, *slow, stage=stage)
     rows = rows_of(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Loss of the averaged weights on held-out images."""
+"""Loss of the EMA weights on held-out images."""
 
 import csv
 
@@ -62,7 +62,7 @@ def test_measurement_does_not_change_training(fit, tmp_path, data, stage):
 
 
 @pytest.mark.slow
-def test_the_loss_is_that_of_the_averaged_weights_at_fixed_noise(fit, tmp_path, data, split_zip):
+def test_the_loss_is_that_of_the_ema_weights_at_fixed_noise(fit, tmp_path, data, split_zip):
     """The level of a case is (part + offset) / 4."""
     slow = ("callbacks.ema.ramp_up=null", "callbacks.ema.half_life_images=20", "stage.optimizer.lr=1e-2")
     fit("run", 20, *data, *OFTEN, *slow)

@@ -165,7 +165,7 @@ def _more(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class PublishedCheckpoint:
-    """Settings and averaged weights of a published file.
+    """Settings and EMA weights of a published file.
 
     `settings`: constructor settings of our UNet. `weights`: by published name. `loss`: the stored loss object, if any.
     `label_dropout`: probability that training hid a label.
@@ -259,7 +259,7 @@ def _checkpoint(path: Path, ema: Any, loss: Any) -> PublishedCheckpoint:
 def load_published(path: str | Path) -> EDMPreconditioner:
     """Load the denoiser of a published checkpoint, in eval mode.
 
-    It has the averaged weights. `path`: EDM's .pkl or the authors' .pt; no code in it runs. Raises UserError naming the
+    It has the EMA weights. `path`: EDM's .pkl or the authors' .pt; no code in it runs. Raises UserError naming the
     file.
     """
     return read_published(path).denoiser()

@@ -265,7 +265,7 @@ def _state(trainer: L.Trainer, stage: DiffusionStage) -> Iterator[tuple[str, Ten
     """Tensors of a checkpoint and their names in messages."""
     yield from ((f"weight {name}", tensor) for name, tensor in stage.state_dict().items())
     if stage.ema is not None:
-        yield from ((f"averaged weight {name}", tensor) for name, tensor in stage.ema.weights.items())
+        yield from ((f"EMA weight {name}", tensor) for name, tensor in stage.ema.weights.items())
     names: dict[Tensor, str] = {parameter: name for name, parameter in stage.named_parameters()}
     for optimizer in trainer.optimizers:
         for parameter, state in optimizer.state.items():

@@ -23,7 +23,7 @@ from relay_diffusion.training.text import text_of_images
 
 
 class PeriodicEvaluation(PeriodicMeasurement):
-    """Evaluate samples of the averaged weights during training.
+    """Evaluate samples of the EMA weights during training.
 
     Every `every_n_images` and at the end; logs eval/fid and others. `count` images from the seeds 0..count-1, split
     over the ranks, in batches of `batch_size`. They have the classes, and with text one of the captions, of training

@@ -22,7 +22,7 @@ from relay_diffusion.utils.pictures import SHOWN_SIDE, image_grid, save_png, sid
 
 
 class SampleGrid(PeriodicCallback):
-    """Draw samples of fixed seeds and the averaged weights during training.
+    """Draw samples of fixed seeds and the EMA weights during training.
 
     Every `every_n_images` and at the end. Written to `directory`/images-<images seen>.png and sent to loggers with
     `log_image`, as samples/base or samples/relay; an existing picture is not drawn again. Samples that are not finite

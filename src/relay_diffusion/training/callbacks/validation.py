@@ -22,7 +22,7 @@ STREAM = 2**20  # random stream of the noise; sampling uses resolutions as strea
 
 
 class Validation(PeriodicMeasurement):
-    """Validation loss of the averaged weights, in total and by noise level.
+    """Validation loss of the EMA weights, in total and by noise level.
 
     Logs val/loss and val/loss_noise_1 ... every `every_n_images` and at the end. `count` images, evenly spaced over
     `dataset` (all if it has fewer), are evaluated once in each of the `bins` equal parts of the noise levels, 1 the
