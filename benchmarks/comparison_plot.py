@@ -106,7 +106,7 @@ def logarithmic(axes: Axes, xlabel: str, ylabel: str) -> None:
     axes.grid(alpha=0.3, which="both")
 
 
-def plot(axes: Axes, points: list[tuple[float, Rows]], column: str, label: str, colour: str) -> None:
+def plot(axes: Axes, points: list[tuple[float, Rows]], column: str, label: str, color: str) -> None:
     """Draw a column against the costs of the points.
 
     Bars go from the lowest to the highest repeat.
@@ -116,7 +116,7 @@ def plot(axes: Axes, points: list[tuple[float, Rows]], column: str, label: str, 
     )
     mean, low, high = zip(*spreads, strict=True)
     below, above = ([abs(a - b) for a, b in zip(mean, ends, strict=True)] for ends in (low, high))
-    axes.errorbar(costs, mean, [below, above], marker="o", markersize=4, capsize=2, label=label, color=colour)
+    axes.errorbar(costs, mean, [below, above], marker="o", markersize=4, capsize=2, label=label, color=color)
 
 
 def draw(groups: dict[tuple[str, str], Rows], curves: list[str], path: Path) -> None:

@@ -83,13 +83,13 @@ def table(found: Panels) -> str:
 def draw(found: Panels, metric: str, path: Path) -> None:
     """Plot a panel beside the other."""
     figure = Figure(figsize=(5 * len(found), 4.4), dpi=110, layout="constrained")
-    colours: dict[str, str] = {}
+    colors: dict[str, str] = {}
     for axes, (panel, chosen) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
         stage = varied(chosen)
         for curve, points in chosen.items():
-            colour = colours.setdefault(curve, f"C{len(colours)}")
+            color = colors.setdefault(curve, f"C{len(colors)}")
             if points:
-                plot(axes, [(evaluations(rows, stage), rows) for rows in points], metric, curve, colour)
+                plot(axes, [(evaluations(rows, stage), rows) for rows in points], metric, curve, color)
         logarithmic(axes, f"network evaluations of the {stage} stage", {"fid": "FID", "sfid": "sFID"}[metric])
         axes.set_xticks(sorted({evaluations(rows, stage) for points in chosen.values() for rows in points}))
         axes.set_title(panel, fontsize=10)

@@ -91,15 +91,15 @@ def frechet(fake: int, reference: int, device: torch.device, repeats: int) -> No
 
 
 def precision_and_recall(fake: int, reference: int, device: torch.device, repeats: int) -> None:
-    """Time precision and recall with the third neighbour."""
+    """Time precision and recall with the third neighbor."""
     real, generated = features(reference, 2048, device), features(fake, 2048, device)
 
     def plain() -> tuple[Tensor, Tensor]:
         sets = real.double(), generated.double()
         radii = [torch.cat([torch.cdist(p, s).kthvalue(4).values for p in s.split(500)]) for s in sets]
         shares = []
-        for points, centres, radius in ((sets[1], sets[0], radii[0]), (sets[0], sets[1], radii[1])):
-            found = [(torch.cdist(part, centres) <= radius).any(1) for part in points.split(500)]
+        for points, centers, radius in ((sets[1], sets[0], radii[0]), (sets[0], sets[1], radii[1])):
+            found = [(torch.cdist(part, centers) <= radius).any(1) for part in points.split(500)]
             shares.append(torch.cat(found).double().mean())
         return shares[0], shares[1]
 

@@ -126,7 +126,7 @@ WORK = {"evaluate": evaluation, "train": training_step}
 
 
 KINDS = {  # kind of kernel: regular expression for names; the first match counts
-    "normalisation": "^(normalise|moments|coefficients|gradient_)",
+    "normalization": "^(normalize|moments|coefficients|gradient_)",
     "sums of blocks": "^(add|sum_quads)$",
     "attention": "sdpa|flash|cudnn::fusion",
     "convolutions forward": "fprop",

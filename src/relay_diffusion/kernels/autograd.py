@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from relay_diffusion.kernels import FUSION
-from relay_diffusion.kernels.group_norm import coefficients, moments, normalise
+from relay_diffusion.kernels.group_norm import coefficients, moments, normalize
 from relay_diffusion.kernels.group_norm_backward import gradient_coefficients, gradient_of_input, gradient_sums
 from relay_diffusion.kernels.residual import add, sum_quads
 
@@ -132,7 +132,7 @@ class Norm(torch.autograd.Function):
         for offset, part in _offsets(parts):
             channels = part.shape[1]
             grid, tile = _map(channels, height * width, samples)
-            normalise[grid](
+            normalize[grid](
                 part, coefs, y, pooled, seed, height * width, width, channels, total, offset, ROWS, samples * total,
                 **drop, SILU=options.silu, DROPOUT=seed is not None, HALVE=options.down, **tile,
             )  # fmt: skip

@@ -134,7 +134,7 @@ def sample_keys(seed, n):
 
 
 @triton.jit
-def normalise(
+def normalize(
     x, coefs, y, pooled, seed, pixels, width, channels, total, offset, rows, plane, threshold, rate,
     SILU: tl.constexpr, DROPOUT: tl.constexpr, HALVE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
