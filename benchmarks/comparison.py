@@ -9,7 +9,7 @@ output  CSV file to which a row is added for each point and repeat; existing row
 only    comma-separated names of curves               (all)
 points  number of points of each curve, from the first (all)
 count   images per point, with class frequencies of the reference   (3121)
-repeats number of repeats of each point, with different seeds (3)
+repeats number of sets of each point: set 0 has the seeds from 0, set 1 the next ones, and so on (3)
 batch   images per batch                              (256)
 precision  precision of the networks                  (bf16-mixed)
 weights Inception weights                             (those that are installed)
@@ -161,11 +161,12 @@ class Bench:
 
     def measure(self, relay: Relay, cfg: DictConfig) -> dict[str, str]:
         """Sample a point; return the columns from evaluations to device."""
+        evaluator = self.evaluator(cfg, relay.size)  # report missing weights before sampling
         plan = make_plan(sampling_options(cfg), relay)
         small, spent = self.before_last(relay, cfg, plan)
         images, seconds = self.draw(relay, list(relay.chain())[-1], cfg, plan, small)
         finished = torch.cat([relay.finish(part) for part in images.split(self.options.batch)])
-        results = score(self.evaluator(cfg, relay.size), finished, self.options.batch)
+        results = score(evaluator, finished, self.options.batch)
         operations = sum(tflop(stage, relay.samplers[name], relay.sizes[name]) for name, stage in relay.chain().items())
         return {
             "evaluations": "+".join(str(sampler.evaluations) for sampler in relay.samplers.values()),
@@ -186,11 +187,15 @@ def run(options: Options) -> None:
     configs = [settings(options, overrides, repeat) for _, overrides, repeat in todo]  # report mistakes before sampling
     table = Table(Path(options.output), KEY, COLUMNS)
     keys = [(curve, overrides, str(repeat), str(options.count)) for curve, overrides, repeat in todo]
-    kept = {key for key, cfg in zip(keys, configs, strict=True) if key in table and table.find(key, weights_of(cfg))}
+    kept = {
+        key: row
+        for key, cfg in zip(keys, configs, strict=True)
+        if key in table and (row := table.find(key, weights_of(cfg)))
+    }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prepare_host(device)
     print(environment())
-    table.report(len(kept))
+    table.report([*kept.values()])
     bench = Bench(options, device)
     for key, cfg in zip(keys, configs, strict=True):
         if key in kept:
@@ -200,8 +205,9 @@ def run(options: Options) -> None:
         row = table.add(key, weights_hash(relay.chain().values()), bench.measure(relay, cfg))
         took = time.perf_counter() - began
         print(
-            f"{row['curve']:18} {row['evaluations']:>8} evaluations {row['tflop']:>8} TFLOP {row['seconds']:>9} s an "
-            f"image  FID {row['fid']:>8}  sFID {row['sfid']:>8}  ({took:.1f} s)  {row['overrides']}",
+            f"{row['curve']:18} set {row['repeat']} {row['evaluations']:>8} evaluations {row['tflop']:>8} TFLOP "
+            f"{row['seconds']:>9} s an image  FID {row['fid']:>8}  sFID {row['sfid']:>8}  ({took:.1f} s)  "
+            f"{row['overrides']}",
             flush=True,
         )
 

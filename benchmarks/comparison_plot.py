@@ -3,11 +3,11 @@
 python benchmarks/comparison_plot.py [key=value ...]
 
   points   the CSV                 (outputs/comparison/points.csv)
-  curves   comma-separated names of curves to draw     (relay,cascade,relay_short,cascade_short,single)
+  curves   comma-separated names of curves to draw      (all)
   plot     the PNG to write        (outputs/comparison/comparison.png)
 
 The Markdown table lists mean, lowest and highest value of the repeats of every point. The plot shows the mean of the
-repeats that all points of a curve have, so that its points have the same seeds.
+repeats that all drawn points have, so that all have the same seeds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Options:
     """Options of this command; see above."""
 
     points: str = "outputs/comparison/points.csv"
-    curves: str = "relay,cascade,relay_short,cascade_short,single"
+    curves: str = ""
     plot: str = "outputs/comparison/comparison.png"
 
 
@@ -50,17 +50,16 @@ def grouped(path: Path) -> dict[tuple[str, str], Rows]:
     return groups
 
 
-def with_common_repeats(points: list[Rows]) -> list[Rows]:
-    """Keep the repeats that all points of a curve have.
+def with_common_repeats(groups: dict[tuple[str, str], Rows], curves: list[str]) -> dict[tuple[str, str], Rows]:
+    """Keep these curves, and of their points the repeats that all have.
 
     Raises UserError if there are none.
     """
-    common = set.intersection(*({row["repeat"] for row in rows} for rows in points))
+    chosen = {point: rows for point, rows in groups.items() if point[0] in curves}
+    common = set.intersection(*({row["repeat"] for row in rows} for rows in chosen.values()))
     if not common:
-        raise UserError(
-            f"curves={points[0][0]['curve']}: its points have no repeat in common; measure the missing ones"
-        )
-    return [[row for row in rows if row["repeat"] in common] for rows in points]
+        raise UserError(f"curves={','.join(curves)}: their points have no repeat in common; measure the missing ones")
+    return {point: [row for row in rows if row["repeat"] in common] for point, rows in chosen.items()}
 
 
 def spread(rows: Rows, column: str) -> tuple[float, float, float]:
@@ -128,7 +127,7 @@ def draw(groups: dict[tuple[str, str], Rows], curves: list[str], path: Path) -> 
     for axes, (cost, quality) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         unit, factor = costs[cost]
         for number, curve in enumerate(curves):
-            groups_of_curve = with_common_repeats([rows for (name, _), rows in groups.items() if name == curve])
+            groups_of_curve = [rows for (name, _), rows in groups.items() if name == curve]
             timed = [(factor * median(rows, cost), rows) for rows in groups_of_curve if any(row[cost] for row in rows)]
             if timed:
                 plot(axes, timed, quality, curve.replace("_", " "), f"C{number}")
@@ -140,12 +139,13 @@ def draw(groups: dict[tuple[str, str], Rows], curves: list[str], path: Path) -> 
 
 def run(options: Options) -> None:
     """Print the table and write the plot."""
-    groups, curves = grouped(Path(options.points)), options.curves.split(",")
-    there = {curve for curve, _ in groups}
+    groups = grouped(Path(options.points))
+    there = list(dict.fromkeys(curve for curve, _ in groups))
+    curves = options.curves.split(",") if options.curves else there
     if unknown := [curve for curve in curves if curve not in there]:
         raise UserError(f"curves={unknown[0]} is not in {options.points}: it has {', '.join(sorted(there))}")
     print(table(groups))
-    draw(groups, curves, Path(options.plot))
+    draw(with_common_repeats(groups, curves), curves, Path(options.plot))
     print(f"\n{options.plot}")
 
 

@@ -209,10 +209,10 @@ def run(options: Options) -> None:
     weights = dict.fromkeys(methods, weights_hash([bench.stage])) | dict.fromkeys(INTERPOLATIONS, "")
     compared = options.images, options.subset, str(options.seed), str(options.count)
     keys = {method: (options.stage, method, *compared) for method in methods}
-    new = {method: key for method, key in keys.items() if table.find(key, weights[method]) is None}
-    table.report(len(keys) - len(new))
-    for method, key in new.items():
-        row = table.add(key, weights[method], bench.measure(method))
+    found = {method: table.find(key, weights[method]) for method, key in keys.items()}
+    table.report([row for row in found.values() if row is not None])
+    for method in (method for method, row in found.items() if row is None):
+        row = table.add(keys[method], weights[method], bench.measure(method))
         shown = ("evaluations", "seconds", "fid", "sfid", "psnr", "ssim", "agreement")
         print(f"{method:28}", *(f"{name} {row[name]:>8}" for name in shown), flush=True)
 

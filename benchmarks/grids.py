@@ -221,7 +221,7 @@ def run(options: Options) -> None:
     compared = options.reference, options.subset, str(options.seed), str(len(bench.seeds))
     keys = {(first, last): (options.relay, first, last, *compared) for first, last in points}
     found = {point: table.find(key, bench.weights) for point, key in keys.items()}
-    table.report(sum(row is not None for row in found.values()))
+    table.report([row for row in found.values() if row is not None])
     starts: dict[str, Start] = {}
     for (first, last), row in found.items():
         if row is None:

@@ -141,7 +141,8 @@ class Table:
         """
         row = self._of_key.get(tuple(key))
         if row is not None and row[WEIGHTS] not in ("", weights):
-            raise UserError(f"output={self.path}: {' '.join(key)} was measured with other weights; use another output")
+            place = " ".join(f"{name}={value}" for name, value in zip(self.key, key, strict=True))
+            raise UserError(f"output={self.path}: the row {place} has other weights; use another output")
         return row
 
     def add(self, key: Sequence[str], weights: str, measured: Mapping[str, str]) -> dict[str, str]:
@@ -156,7 +157,8 @@ class Table:
         write_text(self.path, text.getvalue())
         return row
 
-    def report(self, kept: int) -> None:
-        """Print how many measurements were there already."""
+    def report(self, kept: Sequence[Mapping[str, str]]) -> None:
+        """Print how many measurements were there already, and how many of them lack the hash of their weights."""
+        unknown = sum(not row[WEIGHTS] for row in kept)
         if kept:
-            print(f"{self.path}: {kept} measured before {'is' if kept == 1 else 'are'} kept", flush=True)
+            print(f"{self.path}: kept {len(kept)} rows, {unknown} without the hash of their weights", flush=True)

@@ -153,7 +153,12 @@ FIGURES = {
         ("train.py experiment=quickstart_relay run_dir={folder}",),
         "samples/images-000005000.png",
     ),
-    "relay-vs-cascade.png": Figure(("benchmarks/comparison_plot.py points=docs/relay-vs-cascade.csv plot={figure}",)),
+    "relay-vs-cascade.png": Figure(
+        (
+            "benchmarks/comparison_plot.py points=docs/relay-vs-cascade.csv"
+            " curves=relay,cascade,relay_short,cascade_short,single plot={figure}",
+        )
+    ),
     "spectrum-photos.png": spectrum_figure(
         "images=photos-256.zip resolutions=64,256", "spectrum.png", "photos-256.zip"
     ),

@@ -3,6 +3,7 @@
 import pytest
 
 from fake_inception import PixelFeatures, use_small_features
+from relay_diffusion.errors import UserError
 
 
 def pixels(weights: None) -> PixelFeatures:
@@ -13,3 +14,7 @@ def pixels(weights: None) -> PixelFeatures:
 def pixels_in_a_process_of_their_own(weights: None) -> PixelFeatures:
     use_small_features(pytest.MonkeyPatch())
     return pixels(weights)
+
+
+def damaged(weights: None) -> PixelFeatures:
+    raise UserError("the weights are damaged")

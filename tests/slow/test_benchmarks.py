@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from hydra.errors import InstantiationException
 from PIL import Image
 
 from fake_inception import PixelFeatures, pixel_reference, use_small_features
@@ -133,7 +134,7 @@ def test_grids_writes_a_row_for_each_combination_of_both_samplers(search, relay_
     assert search(relay, first="2/80/0.1/7/0", last="2/0.4/0.1/7/0") == rows  # existing rows are kept
     weights = rows[0]["weights"]
     (tmp_path / "grids.csv").write_text((tmp_path / "grids.csv").read_text().replace(weights, "0123456789ab"))
-    with pytest.raises(UserError, match=r"grids.csv: .* was measured with other weights; use another output"):
+    with pytest.raises(UserError, match=r"grids.csv: the row relay=.* has other weights; use another output"):
         search(relay, first="2/80/0.1/7/0", last="2/0.4/0.1/7/0")
 
 
@@ -456,7 +457,7 @@ def test_comparison_measures_the_same_whatever_it_samples_before(compare, capsys
     capsys.readouterr()
     alone = compare("alone.csv", b="", a=f"{MULTISTEP}1,2")  # existing rows are kept
     assert len(alone) == 3
-    assert "alone.csv: 1 measured before is kept" in capsys.readouterr().out
+    assert "alone.csv: kept 1 rows, 0 without the hash of their weights" in capsys.readouterr().out
     assert without_seconds(alone) == without_seconds(row for row in together if row["repeat"] == "0")
 
 
@@ -465,9 +466,15 @@ def test_comparison_refuses_rows_of_other_weights(compare, tmp_path):
     text = (tmp_path / "points.csv").read_text()
     weights = text.strip().rpartition(",")[2]
     (tmp_path / "points.csv").write_text(text.replace(weights, "0123456789ab"))
-    with pytest.raises(UserError, match=r"points.csv: a .* was measured with other weights; use another output"):
+    with pytest.raises(UserError, match=r"points.csv: the row curve=a .* repeat=0 images=12 has other weights"):
         compare("points.csv", a="", b=f"{MULTISTEP}1")
     assert len(rows_of(tmp_path / "points.csv")) == 1
+
+
+def test_comparison_reports_missing_weights_before_sampling(benchmark, compare, monkeypatch):
+    monkeypatch.setattr(benchmark("comparison"), "draw", None)
+    with pytest.raises(InstantiationException, match="damaged"):
+        compare("points.csv", a="metrics.evaluator.inception._target_=pixel_inception.damaged")
 
 
 def test_comparison_ties_block_means_to_the_first_stage(compare):
@@ -510,11 +517,20 @@ def test_comparison_plot_compares_points_of_the_same_repeats(benchmark):
     module = benchmark("comparison_plot")
 
     def rows(*repeats):
-        return [{"curve": "a", "repeat": repeat} for repeat in repeats]
+        return [{"repeat": repeat} for repeat in repeats]
 
-    assert module.with_common_repeats([rows("0", "1", "2"), rows("1"), rows("2", "1")]) == [rows("1")] * 3
-    with pytest.raises(UserError, match="curves=a: its points have no repeat in common; measure the missing ones"):
-        module.with_common_repeats([rows("0"), rows("1")])
+    groups = {
+        ("a", "x"): rows("0", "1", "2"),
+        ("a", "y"): rows("1", "0"),
+        ("b", "x"): rows("2", "1"),
+        ("c", "x"): rows("2"),
+    }
+    chosen = module.with_common_repeats(groups, ["a", "b"])
+    assert chosen == {point: rows("1") for point in (("a", "x"), ("a", "y"), ("b", "x"))}
+    with pytest.raises(
+        UserError, match="curves=a,b,c: their points have no repeat in common; measure the missing ones"
+    ):
+        module.with_common_repeats(groups, ["a", "b", "c"])
 
 
 def test_comparison_plot_draws_quality_against_operations_and_seconds(tmp_path):

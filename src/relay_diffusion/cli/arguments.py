@@ -85,7 +85,15 @@ def run_tool(arguments: Sequence[str], usage: str, schema: type[Options], action
         return 0
     try:
         action(parse_arguments(schema, arguments))
+        return 0
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        text = str(error)
+    except Exception as error:
+        from relay_diffusion.cli.errors import caused_by_user, explain  # keep --help fast
+        from relay_diffusion.config import CONF
+
+        if not caused_by_user(error):
+            raise
+        text = explain(error, CONF / "sample.yaml")
+    print(f"error: {text}", file=sys.stderr)
+    return 2
