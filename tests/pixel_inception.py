@@ -17,4 +17,4 @@ def pixels_in_a_process_of_their_own(weights: None) -> PixelFeatures:
 
 
 def damaged(weights: None) -> PixelFeatures:
-    raise UserError("the weights are damaged")
+    raise UserError(f"the weights {weights} are damaged")
