@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 
 import pytest
@@ -57,6 +58,17 @@ def test_a_second_interrupt_stops_at_once(fit, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said.index("finishing this step and saving; Ctrl-C again stops at once") < said.index("stopped at once")
     assert not (tmp_path / "run/checkpoints/last.ckpt").exists()
+
+
+@pytest.mark.parametrize("interactive", [False, True])
+def test_a_notebook_handles_interrupts_again_after_an_exit(monkeypatch, interactive):
+    """A process that ends ignores a second signal; a prompt of Python continues."""
+    if interactive:
+        monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
+    with pytest.raises(SystemExit), preemption.restored_signal_handlers():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise SystemExit(130)
+    assert (signal.getsignal(signal.SIGINT) is signal.default_int_handler) == interactive
 
 
 def test_an_ignored_interrupt_stays_ignored(fit):
