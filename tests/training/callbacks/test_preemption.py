@@ -65,9 +65,14 @@ def test_a_notebook_handles_interrupts_again_after_an_exit(monkeypatch, interact
     """A process that ends ignores a second signal; a prompt of Python continues."""
     if interactive:
         monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
-    with pytest.raises(SystemExit), preemption.restored_signal_handlers():
+
+    @preemption.restored_signal_handlers()
+    def interrupted():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         raise SystemExit(130)
+
+    with pytest.raises(SystemExit):
+        interrupted()
     assert (signal.getsignal(signal.SIGINT) is signal.default_int_handler) == interactive
 
 

@@ -25,7 +25,8 @@ IGNORABLE = (signal.SIGINT, signal.SIGHUP)  # background jobs of a shell and noh
 def restored_signal_handlers() -> Iterator[None]:
     """Restore the present signal handlers after the block, unless the process exits.
 
-    A notebook or a prompt of Python continues after SystemExit. Lightning restores handlers that were set after `setup`, as for sampling; those of training are set earlier.
+    A notebook or a prompt of Python continues after SystemExit. Lightning restores handlers that were set after
+    `setup`, as for sampling; those of training are set earlier.
     """
     before = {number: signal.getsignal(number) for number in SIGNALS}
     exits = False
