@@ -63,11 +63,16 @@ def test_unreadable_overrides_are_explained(configuration, word, message):
 def test_a_published_relay_is_sampled_by_its_stages(configuration, tmp_path, stages, choice, names):
     folder = tmp_path / "mine"
     folder.mkdir()
-    content = {"format": 1, "stages": {stage: {"path": stage} for stage in stages}}
+    content = {
+        "format": 1,
+        "stages": {stage: {"path": stage} for stage in stages},
+        "consistency": choice == "two_stages",
+    }
     (folder / "relay.json").write_text(json.dumps(content))
     paths = " ".join(f"relay.stages.{name}.path={folder / stage}" for name, stage in zip(names, stages, strict=True))
     assert explained(configuration, f"relay={folder}") == (
         f"relay={folder}: is a folder, not a name of conf/relay; write relay={choice} {paths}"
+        f"{' relay.consistency=true' if choice == 'two_stages' else ''}"
     )
 
 

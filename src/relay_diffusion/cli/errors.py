@@ -191,7 +191,8 @@ def _words_of_relay(folder: str) -> str:
     if [*relay.stages] == ["relay"]:  # a single stage that enlarges images
         choice, names = "two_stages", ["relay"]
     paths = zip(names, relay.stages.values(), strict=True)
-    return " ".join([f"relay={choice}", *(override(f"relay.stages.{name}.path", str(path)) for name, path in paths)])
+    words = [f"relay={choice}", *(override(f"relay.stages.{name}.path", str(path)) for name, path in paths)]
+    return " ".join([*words, "relay.consistency=true"] if relay.options["consistency"] else words)
 
 
 def _nearest_key(name: str, known: list[str]) -> str:
