@@ -103,9 +103,18 @@ def settings(options: Options, overrides: str, repeat: int) -> DictConfig:
     return cfg
 
 
-def weights_of(cfg: DictConfig) -> str:
-    """Hash the weights of the relay of a point."""
-    return weights_hash(build_relay(cfg.relay).chain().values())
+class Weights:
+    """Hashes of the weights of relays, computed once for the same checkpoints."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[str, ...], str] = {}
+
+    def __call__(self, cfg: DictConfig) -> str:
+        """Hash the weights of the relay of a point."""
+        paths = tuple(f"{stage.path} {stage.weights}" for stage in cfg.relay.stages.values())
+        if paths not in self.known:
+            self.known[paths] = weights_hash(build_relay(cfg.relay).chain().values())
+        return self.known[paths]
 
 
 class Bench:
@@ -187,6 +196,7 @@ def run(options: Options) -> None:
     configs = [settings(options, overrides, repeat) for _, overrides, repeat in todo]  # report mistakes before sampling
     table = Table(Path(options.output), KEY, COLUMNS)
     keys = [(curve, overrides, str(repeat), str(options.count)) for curve, overrides, repeat in todo]
+    weights_of = Weights()
     kept = {
         key: row
         for key, cfg in zip(keys, configs, strict=True)

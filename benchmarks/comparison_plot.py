@@ -47,18 +47,19 @@ def grouped(path: Path) -> dict[tuple[str, str], Rows]:
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             groups.setdefault((row["curve"], row["overrides"]), []).append(row)
+    if not groups:
+        raise UserError(f"points={path}: has no row; run benchmarks/comparison.py first")
     return groups
 
 
 def with_common_repeats(groups: dict[tuple[str, str], Rows], curves: list[str]) -> dict[tuple[str, str], Rows]:
-    """Keep these curves, and of their points the repeats that all have.
-
-    Raises UserError if there are none.
-    """
+    """Keep these curves, and of their points the repeats that all have. Raises UserError if there are none."""
     chosen = {point: rows for point, rows in groups.items() if point[0] in curves}
     common = set.intersection(*({row["repeat"] for row in rows} for rows in chosen.values()))
     if not common:
-        raise UserError(f"curves={','.join(curves)}: their points have no repeat in common; measure the missing ones")
+        raise UserError(
+            f"the points of {', '.join(curves)} have no repeat in common; choose some curves, as curves=A,B"
+        )
     return {point: [row for row in rows if row["repeat"] in common] for point, rows in chosen.items()}
 
 

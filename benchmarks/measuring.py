@@ -96,12 +96,7 @@ def device_name(device: torch.device) -> str:
 
 def weights_hash(stages: Iterable[DiffusionStage]) -> str:
     """Hash the weights of stages, with those of guides: 12 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for stage in stages:
-        for name, weight in stage.state_dict().items():
-            digest.update(name.encode())
-            digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]
+    return hashlib.sha256("".join(stage.weights_hash() for stage in stages).encode()).hexdigest()[:12]
 
 
 def read_rows(path: Path, columns: Sequence[str], option: str = "output") -> list[dict[str, str]]:

@@ -15,7 +15,7 @@ resolution  pixels of the images without a relay            (64)
 distances   also compute FID and sFID                       (true)
 batch       images per batch                                (64)
 precision   precision of the networks                       (bf16-mixed)
-output      CSV file to which rows are added                (outputs/prompt_fidelity.csv)
+output      CSV file to which rows are added; an error if it has rows of other weights  (outputs/prompt_fidelity.csv)
 
 A query is compared with the real images of the style in its prompt, of all subsets. top1, top5 and top10 are the
 percentages of queries for which the image of the prompt is among the nearest 1, 5 and 10. The similarity is the cosine
@@ -275,15 +275,20 @@ def run(options: Options) -> None:
     print(environment())
     bench.prepare()
 
+    def key_of(queries: str, style: str, count: int, guidance: object = "") -> list[str]:
+        return [str(value) for value in (queries, options.relay, guidance, options.subset, style, count)]
+
     def add(row: dict[str, Any], style: str, guidance: object = "") -> None:
-        place = {"relay": options.relay, "guidance": guidance, "subset": options.subset, "style": style} | row
-        cells = {name: str(value) for name, value in place.items()} | {"device": device_name(device)}
-        table.add([cells[name] for name in KEY], weights if guidance else "", cells)
+        cells = {name: str(value) for name, value in row.items()} | {"device": device_name(device)}
+        table.add(key_of(row["queries"], style, row["count"], guidance), weights if guidance else "", cells)
         top = "  ".join(f"{name} {row[name]:>6} %" for name in TOP)
         others = "  ".join(f"{name} {row[name]}" for name in ("fid", "sfid") if name in row)
         what = f"{row['queries']}{f' x{guidance:g}' if guidance else ''}"
         print(f"{style:8} {what:14} {row['count']:>5} queries  {top}  {others}", flush=True)
 
+    for scale in scales if relay is not None else ():
+        for style in bench.styles:  # report rows of other weights before sampling
+            table.find(key_of("samples", style, len(bench.prompts[style]), scale), weights)
     for style in bench.styles:
         for row in bench.real_rows(style):
             add(row, style)

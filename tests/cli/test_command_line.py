@@ -60,7 +60,7 @@ def test_a_run_writes_config_log_checkpoint_and_pictures(relay_runs):
         (["++metrics=fid"], ["metrics=fid", "--help lists the groups"]),
         (["seed=0,1"], ["seed=0,1: holds several values", '"seed=[0,1]"', "add --multirun"]),
         (["run_id=${resolutoin}"], ["run_id=${resolutoin}: resolutoin is not an option; --help lists the options"]),
-        (["--config-name=nowhere"], ["--config-name=nowhere: there is no such yaml file in "]),
+        (["--config-name=nowhere"], ["--config-name=nowhere: there is no such yaml file; remove it"]),
         (["experiment=emoji_64,own_64"], ["experiment=emoji_64,own_64: is a list of choices; give one"]),
         (["stage.corruption.schedule.p_std=a"], ["stage.corruption.schedule"]),
     ],

@@ -258,6 +258,13 @@ def test_unknown_options_of_a_class(override: str, message: str) -> None:
         validate_training(_compose("train", *TINY, "resolution=16", DATA, override))
 
 
+def test_a_negative_momentum_is_refused() -> None:
+    given = ["~stage.optimizer.betas", "~stage.optimizer.eps", "stage.optimizer._target_=torch.optim.SGD"]
+    option = "+stage.optimizer.momentum=-0.5"
+    with pytest.raises(UserError, match=r"^stage\.optimizer\.momentum=-0\.5: must be at least 0$"):
+        validate_training(_compose("train", *TINY, "resolution=16", DATA, *given, option))
+
+
 @pytest.mark.parametrize("option", ["trainer.accelerator=gpus", "trainer.strategy=dpp"])
 def test_devices_of_sampling(option: str) -> None:
     with pytest.raises(UserError, match=f"^{option}: "):
@@ -303,6 +310,13 @@ class Mine(Callback):
 class Keyword(Callback):
     def setup(self, trainer, pl_module, *, stage): ...
 
+class Static(Callback):
+    @staticmethod
+    def on_fit_start(trainer, pl_module): ...
+
+    @classmethod
+    def on_fit_end(cls, trainer, pl_module): ...
+
 class Fewer(Mine):
     def on_train_batch_end(self, trainer, pl_module, outputs): ...
 
@@ -314,7 +328,7 @@ class Other(Mine):
 def test_hooks_with_other_arguments_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_hooks.py").write_text(HOOKS)
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("Mine", "Keyword"):
+    for name in ("Mine", "Keyword", "Static"):
         validate_training(_compose("train", *TINY, "resolution=16", DATA, f"+callbacks.mine._target_=my_hooks.{name}"))
     for name, message in (
         (

@@ -265,6 +265,21 @@ class Narrow(PlainMean):
         pass
 
 
+class Unready(PlainMean):
+    def prepare(self, reference: Reference) -> None:  # type: ignore[override]
+        pass
+
+
+class Unwarned(PlainMean):
+    def warnings(self) -> list[str]:  # type: ignore[override]
+        return []
+
+
+class Undescribed(PlainMean):
+    def describe(self, more: int) -> dict[str, int]:  # type: ignore[override]
+        return {"more": more}
+
+
 class Nameless(ImageMetric):
     def prepare(self, reference: Reference, inception: Inception) -> None:
         pass
@@ -297,6 +312,12 @@ def test_a_metric_names_its_results(reference: Reference) -> None:
     ("metric", "message"),
     [
         (Wide(), r"Wide\.compute must take the arguments \(features\): missing a required argument: 'positions'"),
+        (
+            Unready(),
+            r"Unready\.prepare must take the arguments \(reference, inception\): too many positional arguments",
+        ),
+        (Unwarned(), r"Unwarned\.warnings must take the arguments \(images\): too many positional arguments"),
+        (Undescribed(), r"Undescribed\.describe must take the arguments \(\): missing a required argument: 'more'"),
         (Narrow(), r"Narrow\.update must take the arguments \(features, positions\): too many positional arguments"),
     ],
 )

@@ -425,6 +425,13 @@ class _Wide(GaussianCorruption):
         return x0
 
 
+class _Unaugmented:
+    labels = 0
+
+    def __call__(self):
+        return None
+
+
 class _Narrow(LogNormal):
     def draw(self, size):
         return torch.ones(size)
@@ -449,6 +456,8 @@ class _Narrow(LogNormal):
             {"loss": lambda denoised, x0: x0 - denoised},
             r"^loss=function: __call__ must .* \(denoised, x0, sigma\): too many",
         ),
+        ({"loss": torch.nn.Identity()}, r"^loss=Identity: __call__ must .* \(denoised, x0, sigma\): too many"),
+        ({"augment": _Unaugmented()}, r"^augment=_Unaugmented: __call__ must .* \(images\): too many"),
     ],
 )
 def test_a_method_with_other_arguments_is_refused(parts, message):

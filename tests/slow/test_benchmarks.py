@@ -528,7 +528,7 @@ def test_comparison_plot_compares_points_of_the_same_repeats(benchmark):
     chosen = module.with_common_repeats(groups, ["a", "b"])
     assert chosen == {point: rows("1") for point in (("a", "x"), ("a", "y"), ("b", "x"))}
     with pytest.raises(
-        UserError, match="curves=a,b,c: their points have no repeat in common; measure the missing ones"
+        UserError, match="the points of a, b, c have no repeat in common; choose some curves, as curves=A,B"
     ):
         module.with_common_repeats(groups, ["a", "b", "c"])
 
@@ -648,6 +648,10 @@ def test_prompt_fidelity_measures_samples_beside_real_images(benchmark, emoji_zi
             assert float(row["top1"]) == 100
         if row["queries"] == "chance":
             assert [float(row[name]) for name in ("top1", "top5", "top10")] == [12.5, 62.5, 100]
+    text = (tmp_path / "rows.csv").read_text()
+    (tmp_path / "rows.csv").write_text(text.replace(rows[-1]["weights"], "0123456789ab"))
+    with pytest.raises(UserError, match=r"rows.csv: the row queries=samples .* has other weights; use another output"):
+        module.run(options)
 
 
 @pytest.mark.parametrize("targets", [1, 2])

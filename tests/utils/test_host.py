@@ -100,6 +100,8 @@ def test_settings_that_are_slow_on_a_gpu_are_reported(
         (2, "gpu", "auto", None),
         (2, "cpu", 8, None),
         (0, "auto", 8, None),
+        (0, "auto", [5], "trainer.devices=[5]: are numbers of GPUs; use a number of CPU processes, as 1"),
+        (0, "tpu", [0], None),
         (0, "cpu", [5], "trainer.devices=[5]: are numbers of GPUs; use a number of CPU processes, as 1"),
     ],
 )

@@ -226,7 +226,12 @@ def relay_options(settings: DictConfig) -> dict[str, Any]:
 
 def bundled_relays() -> list[str]:
     """Names of conf/relay that need no further paths, sorted."""
-    return [name for name in _relay_names() if not OmegaConf.missing_keys(_composed_relay(name))]
+    return [name for name in _relay_names() if needs_no_paths(name)]
+
+
+def needs_no_paths(name: str) -> bool:
+    """Whether a choice of conf/relay has the path of each stage."""
+    return name in _relay_names() and not OmegaConf.missing_keys(_composed_relay(name))
 
 
 def _relay_names() -> list[str]:

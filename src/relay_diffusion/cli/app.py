@@ -88,14 +88,14 @@ def _load(option: str, source: str, device: str, trusted: list[str]) -> Relay:
     """Load a relay to a device. Raises UserError naming `option` for another name or folder."""
     import torch
 
-    from relay_diffusion.checkpoints.loading import bundled_relays, find_relay, load_relay
+    from relay_diffusion.checkpoints.loading import bundled_relays, find_relay, load_relay, needs_no_paths
 
     path = Path(source).expanduser()
     place = path if path.exists() else source
-    if find_relay(place) is None and source not in (names := bundled_relays()):
+    if find_relay(place) is None and not needs_no_paths(source):
         raise UserError(
             f"{option}={source}: must be a choice of conf/relay that needs no paths, a folder with relay.json, or "
-            f"hf://USER/NAME{did_you_mean(source, names)}"
+            f"hf://USER/NAME{did_you_mean(source, bundled_relays())}"
         )
     relay = load_relay(place, trusted=trusted)
     if device == "auto":

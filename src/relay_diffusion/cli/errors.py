@@ -61,8 +61,8 @@ def explain(error: BaseException, config: Path, words: Sequence[str] = ()) -> st
             f"{error.override}: options are KEY=VALUE, as seeds=0-7; brackets must close, and a value with spaces or "
             f"special characters needs quotes inside: \"KEY='VALUE'\""
         )
-    elif isinstance(error, MissingConfigException) and error.missing_cfg_file and "/" not in error.missing_cfg_file:
-        text = f"--config-name={error.missing_cfg_file}: there is no such yaml file in {config.parent}; remove it"
+    elif isinstance(error, MissingConfigException) and error.missing_cfg_file in _config_names(words):
+        text = f"--config-name={error.missing_cfg_file}: there is no such yaml file; remove it"
     elif isinstance(error, MissingConfigException) and error.missing_cfg_file:
         text = _unknown_choice(error.missing_cfg_file, list(error.options or []), config.parent)
     elif isinstance(unknown, OmegaConfBaseException) and unknown.full_key and isinstance(error, HydraException):
@@ -87,6 +87,12 @@ def explain(error: BaseException, config: Path, words: Sequence[str] = ()) -> st
     else:
         text = str(error)
     return " ".join(text.split())
+
+
+def _config_names(words: Sequence[str]) -> list[str]:
+    """List the values of --config-name and -cn."""
+    joined = " ".join(words)
+    return re.findall(r"(?:--config-name|-cn)[ =](\S+)", joined)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

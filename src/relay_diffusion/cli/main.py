@@ -90,7 +90,8 @@ def _check_command(config: Path) -> None:
     groups = [group for entry in main.defaults if isinstance(entry, DictConfig) for group in entry]
     for word in settings.overrides.task:
         key = re.split("[.=@]", word.lstrip("+"))[0]
-        require(not word.startswith("+") or key in main or key in groups, not_an_option(key, config))
+        if word.startswith("+") and key not in main and key not in groups:
+            raise UserError(not_an_option(key, config))
 
 
 @contextmanager

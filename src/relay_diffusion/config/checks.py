@@ -253,7 +253,7 @@ def check_strategy(cfg: DictConfig) -> None:
         return
     from lightning.pytorch.strategies import StrategyRegistry  # keep --help fast
 
-    known = isinstance(value, str) and value in StrategyRegistry.available_strategies()
+    known = isinstance(value, str) and value.lower() in StrategyRegistry.available_strategies()
     require(
         known, f"trainer.strategy={shorten(value)}: is unknown; use strategy=single, strategy=ddp or strategy=ddp_cpu"
     )
@@ -266,7 +266,7 @@ def _check_backend(key: str, backend: str | None) -> None:
     from torch.distributed import is_backend_available  # keep --help fast
 
     try:
-        available = is_backend_available(str(backend).lower())
+        available = is_backend_available(str(backend))
     except ValueError:  # several backends in another form than DEVICE:BACKEND,...
         available = False
     require(available, f"{key}={shorten(backend)}: is not available; use gloo on CPUs, nccl on GPUs, or null")

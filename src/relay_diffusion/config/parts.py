@@ -81,6 +81,8 @@ def check_hooks(cfg: DictConfig, key: str) -> None:
         method = getattr(target, name)
         if inspect.isfunction(hook) and method is not hook:
             needed = [one.name for one in inspect.signature(hook).parameters.values() if one.default is one.empty]
+            if isinstance(inspect.getattr_static(target, name), staticmethod | classmethod):
+                needed.remove("self")
             keywords = [argument for argument in needed if argument == "stage"]  # which Lightning gives by its name
             others = [argument for argument in needed if argument not in keywords]
             check_arguments(f"{key}: {target.__name__}.{name}", method, others, keywords)

@@ -99,7 +99,8 @@ def _check_members(option: str, part: Any, members: Mapping[str, Sequence[str] |
         raise ValueError(f"{option}={type(part).__name__}: has no {missing}; it needs {', '.join(members)}")
     for name, arguments in members.items():
         if arguments is not None:
-            method = part if name == "__call__" else getattr(part, name)  # that of a function has no signature
+            called = part.forward if isinstance(part, torch.nn.Module) else part  # `__call__` itself has no signature
+            method = called if name == "__call__" else getattr(part, name)
             check_arguments(f"{option}={type(part).__name__}: {name}", method, arguments)
 
 
@@ -209,7 +210,7 @@ class DiffusionStage(OptimizationHooks):
             if self.sampler is self._configured_sampler:
                 parts["sampler"] = self.info.config.get("sampler")
         return {
-            **(self.info.origin or {"weights_sha256": self._weights_hash()}),
+            **(self.info.origin or {"weights_sha256": self.weights_hash()}),
             **parts,
             "resolution": self.resolution,
             "network_evaluations": self.sampler.evaluations,
@@ -217,13 +218,13 @@ class DiffusionStage(OptimizationHooks):
             "guidance_interval": None if self.guidance_scale == 1 else self.guidance_interval,
         }
 
-    def _weights_hash(self) -> str:
-        """Return the SHA-256 of the weights, with those of a guide."""
+    def weights_hash(self) -> str:
+        """Return the SHA-256 of the weights, with those of a guide. Synchronizes with the device."""
         digest = hashlib.sha256()
         for denoiser in (self.denoiser, self.guide):
             for name, weight in denoiser.state_dict().items() if denoiser is not None else ():
                 digest.update(name.encode())
-                digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     @property

@@ -63,5 +63,5 @@ def _check_devices(devices: int | str | Sequence[int], accelerator: str) -> None
         most = devices if isinstance(devices, int) else max(numbers or [0]) + 1
         numbered = "" if numbers is None else ", numbered from 0"
         require(most <= count, f"trainer.devices={devices}: this host has {count} GPUs{numbered}; use these, or auto")
-    elif accelerator == "cpu" or not torch.backends.mps.is_available():
+    elif accelerator == "cpu" or (accelerator == "auto" and not torch.backends.mps.is_available()):
         require(numbers is None, f"trainer.devices={devices}: are numbers of GPUs; use a number of CPU processes, as 1")
