@@ -168,8 +168,9 @@ class Bench:
             self.settings, self.small = settings, (images, spent)
         return self.small
 
-    def measure(self, relay: Relay, cfg: DictConfig) -> dict[str, str]:
+    def measure(self, cfg: DictConfig) -> dict[str, str]:
         """Sample a point; return the columns from evaluations to device."""
+        relay = build_relay(cfg.relay)
         evaluator = self.evaluator(cfg, relay.size)  # report missing weights before sampling
         plan = make_plan(sampling_options(cfg), relay)
         small, spent = self.before_last(relay, cfg, plan)
@@ -196,23 +197,18 @@ def run(options: Options) -> None:
     configs = [settings(options, overrides, repeat) for _, overrides, repeat in todo]  # report mistakes before sampling
     table = Table(Path(options.output), KEY, COLUMNS)
     keys = [(curve, overrides, str(repeat), str(options.count)) for curve, overrides, repeat in todo]
-    weights_of = Weights()
-    kept = {
-        key: row
-        for key, cfg in zip(keys, configs, strict=True)
-        if key in table and (row := table.find(key, weights_of(cfg)))
-    }
+    weights = list(map(Weights(), configs))
+    found = list(map(table.find, keys, weights))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prepare_host(device)
     print(environment())
-    table.report([*kept.values()])
+    table.report(found)
     bench = Bench(options, device)
-    for key, cfg in zip(keys, configs, strict=True):
-        if key in kept:
+    for key, cfg, hashed, row in zip(keys, configs, weights, found, strict=True):
+        if row is not None:
             continue
         began = time.perf_counter()
-        relay = build_relay(cfg.relay)
-        row = table.add(key, weights_hash(relay.chain().values()), bench.measure(relay, cfg))
+        row = table.add(key, hashed, bench.measure(cfg))
         took = time.perf_counter() - began
         print(
             f"{row['curve']:18} set {row['repeat']} {row['evaluations']:>8} evaluations {row['tflop']:>8} TFLOP "

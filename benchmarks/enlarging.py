@@ -210,7 +210,7 @@ def run(options: Options) -> None:
     compared = options.images, options.subset, str(options.seed), str(options.count)
     keys = {method: (options.stage, method, *compared) for method in methods}
     found = {method: table.find(key, weights[method]) for method, key in keys.items()}
-    table.report([row for row in found.values() if row is not None])
+    table.report(found.values())
     for method in (method for method, row in found.items() if row is None):
         row = table.add(keys[method], weights[method], bench.measure(method))
         shown = ("evaluations", "seconds", "fid", "sfid", "psnr", "ssim", "agreement")

@@ -221,7 +221,7 @@ def run(options: Options) -> None:
     compared = options.reference, options.subset, str(options.seed), str(len(bench.seeds))
     keys = {(first, last): (options.relay, first, last, *compared) for first, last in points}
     found = {point: table.find(key, bench.weights) for point, key in keys.items()}
-    table.report([row for row in found.values() if row is not None])
+    table.report(found.values())
     starts: dict[str, Start] = {}
     for (first, last), row in found.items():
         if row is None:

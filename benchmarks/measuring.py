@@ -126,9 +126,6 @@ class Table:
         self.rows = read_rows(path, columns)
         self._of_key = {tuple(row[name] for name in key): row for row in self.rows}
 
-    def __contains__(self, key: tuple[str, ...]) -> bool:
-        return key in self._of_key
-
     def find(self, key: Sequence[str], weights: str) -> dict[str, str] | None:
         """Return the row of a measurement, if there is one.
 
@@ -152,8 +149,12 @@ class Table:
         write_text(self.path, text.getvalue())
         return row
 
-    def report(self, kept: Sequence[Mapping[str, str]]) -> None:
-        """Print how many measurements were there already, and how many of them lack the hash of their weights."""
+    def report(self, found: Iterable[Mapping[str, str] | None]) -> None:
+        """Print how many measurements were there already, and how many of them lack the hash of their weights.
+
+        found: results of `find`.
+        """
+        kept = [row for row in found if row is not None]
         unknown = sum(not row[WEIGHTS] for row in kept)
         if kept:
             print(f"{self.path}: kept {len(kept)} rows, {unknown} without the hash of their weights", flush=True)

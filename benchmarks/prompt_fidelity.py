@@ -270,6 +270,7 @@ def run(options: Options) -> None:
     prepare_host(device)
     cfg = settings(options)
     relay = load(options, cfg).to(device) if options.relay else None
+    scales = [] if relay is None else scales
     weights = "" if relay is None else weights_hash(relay.chain().values())
     bench = Bench(options, cfg, relay, device)
     print(environment())
@@ -286,13 +287,13 @@ def run(options: Options) -> None:
         what = f"{row['queries']}{f' x{guidance:g}' if guidance else ''}"
         print(f"{style:8} {what:14} {row['count']:>5} queries  {top}  {others}", flush=True)
 
-    for scale in scales if relay is not None else ():
+    for scale in scales:
         for style in bench.styles:  # report rows of other weights before sampling
             table.find(key_of("samples", style, len(bench.prompts[style]), scale), weights)
     for style in bench.styles:
         for row in bench.real_rows(style):
             add(row, style)
-    for scale in scales if relay is not None else ():
+    for scale in scales:
         relay.chain()[options.stage].guidance_scale = scale
         for style in bench.styles:
             began = time.perf_counter()

@@ -92,12 +92,15 @@ def _load(option: str, source: str, device: str, trusted: list[str]) -> Relay:
 
     path = Path(source).expanduser()
     place = path if path.exists() else source
-    if find_relay(place) is None and not needs_no_paths(source):
+    try:
+        relay = load_relay(place, trusted=trusted)
+    except UserError:
+        if find_relay(place) is not None or needs_no_paths(source):
+            raise
         raise UserError(
             f"{option}={source}: must be a choice of conf/relay that needs no paths, a folder with relay.json, or "
             f"hf://USER/NAME{did_you_mean(source, bundled_relays())}"
-        )
-    relay = load_relay(place, trusted=trusted)
+        ) from None
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     require(device == "cpu" or torch.cuda.is_available(), "device=cuda: there is no GPU here; use device=cpu")

@@ -47,13 +47,13 @@ def parse_arguments(schema: type[Options], arguments: Sequence[str]) -> Options:
 
 def _expected(hint: Any) -> str:
     """Describe the values of a type, as "must be a whole number"."""
+    from relay_diffusion.config.parts import KINDS  # keep --help fast
+
     kind = next((part for part in get_args(hint) if part is not type(None)), hint)
     if issubclass(kind, Enum):
         names = list(kind.__members__)
         return f"use one of {', '.join(names)}" if len(names) > 2 else f"use {' or '.join(names)}"
-    return {bool: "use true or false", int: "must be a whole number", float: "must be a number"}.get(
-        kind, "write a text"
-    )
+    return "use true or false" if kind is bool else f"must be {KINDS[kind]}"
 
 
 def listed(text: str) -> list[str]:

@@ -15,7 +15,7 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, InterpolationKeyError, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
@@ -146,13 +146,16 @@ def _composition(error: ConfigCompositionException, config: Path, words: Sequenc
     return f"{word}: the chosen {other} has no group {key}; remove it, or choose another {other}"
 
 
+def groups_of(main: DictConfig | ListConfig) -> list[str]:
+    """List the groups in the defaults of a config, sorted."""
+    entries = [str(group) for entry in main.defaults if isinstance(entry, DictConfig) for group in entry]
+    return sorted(group for group in entries if not group.startswith("override "))
+
+
 def not_an_option(key: str, config: Path) -> str:
     """Describe an unknown group, with the groups of the command."""
-    entries = [
-        str(group) for entry in OmegaConf.load(config).defaults if isinstance(entry, DictConfig) for group in entry
-    ]
-    groups = sorted(group for group in entries if not group.startswith("override "))
-    return f"{key} is not an option of {config.stem}.py; its groups are {', '.join(groups)} (see --help)"
+    groups = ", ".join(groups_of(OmegaConf.load(config)))
+    return f"{key} is not an option of {config.stem}.py; its groups are {groups} (see --help)"
 
 
 def _quoting(key: str, value: str) -> str:

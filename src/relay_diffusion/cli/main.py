@@ -23,7 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from relay_diffusion import __version__
-from relay_diffusion.cli.errors import caused_by_user, explain, not_an_option
+from relay_diffusion.cli.errors import caused_by_user, explain, groups_of, not_an_option
 from relay_diffusion.config import CONF
 from relay_diffusion.config.run_dir import register_resolvers, sweep_job
 from relay_diffusion.config.sample import validate_sampling
@@ -87,7 +87,7 @@ def _check_command(config: Path) -> None:
     if settings.job.config_name != config.stem:
         return  # --config-name chose a config with other keys
     main = OmegaConf.load(config)
-    groups = [group for entry in main.defaults if isinstance(entry, DictConfig) for group in entry]
+    groups = groups_of(main)
     for word in settings.overrides.task:
         key = re.split("[.=@]", word.lstrip("+"))[0]
         if word.startswith("+") and key not in main and key not in groups:
